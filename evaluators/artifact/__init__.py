@@ -1,0 +1,36 @@
+"""What would be deployed: ONNX with explicit Q/DQ, one file per stage, written without an export per candidate."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One version of a network, ready to be shipped.
+
+    Args:
+        stages: portable ONNX files: int8 as symmetric s8 Q/DQ, bias in float. A stage that ends in an exit returns the
+            features for the next stage and the exit's logits; the last one returns the logits.
+        deployed: the same stages as the target's runtime wants them; what is measured.
+        exits: the exit at the end of each stage but the last.
+        thresholds: the confidence at which each of them answers.
+    """
+
+    stages: tuple[bytes, ...]
+    deployed: tuple[bytes, ...]
+    exits: tuple[str, ...]
+    thresholds: tuple[float, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the deployed stages and thresholds."""
+        content = hashlib.sha256(repr(self.thresholds).encode())
+        for stage in self.deployed:
+            content.update(stage)
+        return content.hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk of what is deployed."""
+        return sum(len(stage) for stage in self.deployed)

@@ -1,0 +1,179 @@
+"""Explicit Q/DQ for any choice of int8 layers, from ranges that are already known.
+
+The form is the one that every runtime reads: symmetric s8 activations per tensor, symmetric s8 weights per output
+channel, bias in float. What a runtime fuses is quantized as a whole: a convolution with its ReLU, additions and pooling
+whose inputs come from int8 layers.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, helper
+
+from evaluators.artifact.template import Arrays, Stage
+
+Ranges = Mapping[str, tuple[float, float]]
+"""The lowest and highest value seen of each activation tensor."""
+
+_ABSORBED = {"Relu", "Clip"}
+"""Run inside the layer before them, so Q/DQ comes after."""
+_VALUE_PRESERVING = {"MaxPool", "Flatten", "Reshape", "Identity"}
+"""Move values without changing them, so input and output share a scale."""
+_FOLLOWING = {"Add", "GlobalAveragePool", "AveragePool"}
+"""Run in int8 when everything that feeds them does."""
+
+_TINY = 1e-8
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which nodes run in int8 and which tensors carry Q/DQ for it."""
+
+    nodes: frozenset[str]
+    tensors: frozenset[str]
+    boundaries: int
+
+
+class Quantizer:
+    """Places Q/DQ in one network's graph.
+
+    Args:
+        nodes: the whole graph, in topological order.
+        layers: the node of each layer that may be int8.
+        outputs: the graph's outputs, which stay float.
+        weight_bits: 8, or 7 where the target's accumulating instruction would overflow.
+    """
+
+    def __init__(
+        self, nodes: Sequence[NodeProto], layers: Mapping[str, str], outputs: Iterable[str], weight_bits: int
+    ) -> None:
+        self._nodes = tuple(nodes)
+        self._layers = dict(layers)
+        self._outputs = frozenset(outputs)
+        self._weight_limit = 2 ** (weight_bits - 1) - 1
+        self._producers = {output: node for node in nodes for output in node.output}
+        self._consumers: dict[str, list[NodeProto]] = {}
+        for node in nodes:
+            for name in node.input:
+                self._consumers.setdefault(name, []).append(node)
+
+    def activations(self) -> list[str]:
+        """Returns every tensor whose range a placement may ask for."""
+        data_inputs = [node.input[0] for node in self._nodes if node.input]
+        return list(dict.fromkeys([*data_inputs, *(output for node in self._nodes for output in node.output)]))
+
+    def place(self, int8_layers: Iterable[str]) -> Placement:
+        """Returns where Q/DQ goes when these layers are int8."""
+        quantized = {self._layers[layer] for layer in int8_layers}
+        for node in self._nodes:
+            if node.op_type in _FOLLOWING and self._is_fed_by(node, quantized):
+                quantized.add(node.name)
+        tensors = {tensor for node in self._nodes if node.name in quantized for tensor in self._around(node)}
+        tensors = self._spread(tensors) - self._outputs
+        boundaries = sum(self._is_boundary(node, quantized) for node in self._nodes)
+        return Placement(frozenset(quantized), frozenset(tensors), boundaries)
+
+    def _source(self, tensor: str) -> NodeProto | None:
+        node = self._producers.get(tensor)
+        while node is not None and node.op_type in _ABSORBED | _VALUE_PRESERVING:
+            node = self._producers.get(node.input[0])
+        return node
+
+    def _is_fed_by(self, node: NodeProto, quantized: set[str]) -> bool:
+        sources = [self._source(name) for name in node.input]
+        return all(source is not None and source.name in quantized for source in sources)
+
+    def _is_boundary(self, node: NodeProto, quantized: set[str]) -> bool:
+        """Returns whether a layer's precision differs from that of the layer before it."""
+        if node.op_type not in ("Conv", "Gemm"):
+            return False
+        source = self._source(node.input[0])
+        return (source is not None and source.name in quantized) != (node.name in quantized)
+
+    def _around(self, node: NodeProto) -> list[str]:
+        data = list(node.input) if node.op_type == "Add" else [node.input[0]]
+        output = node.output[0]
+        while len(following := self._consumers.get(output, [])) == 1 and following[0].op_type in _ABSORBED:
+            output = following[0].output[0]
+        return [*data, output]
+
+    def _spread(self, tensors: set[str]) -> set[str]:
+        spread = set(tensors)
+        for node in reversed(self._nodes):
+            if node.op_type in _VALUE_PRESERVING and node.output[0] in spread:
+                spread.add(node.input[0])
+        for node in self._nodes:
+            if node.op_type in _VALUE_PRESERVING and node.input[0] in spread:
+                spread.add(node.output[0])
+        return spread
+
+    def _scale(self, tensor: str, ranges: Ranges) -> NDArray[np.float32]:
+        node = self._producers.get(tensor)
+        while node is not None and node.op_type in _VALUE_PRESERVING:
+            tensor = node.input[0]
+            node = self._producers.get(tensor)
+        low, high = ranges[tensor]
+        return np.array(max(-low, high, _TINY * 127) / 127, dtype=np.float32)
+
+    def write(
+        self, stage: Stage, placement: Placement, arrays: Arrays, ranges: Ranges
+    ) -> tuple[list[NodeProto], Arrays]:
+        """Returns a stage's nodes with Q/DQ in place, and its initializers."""
+        nodes: list[NodeProto] = []
+        values: Arrays = dict(arrays)
+        renamed: dict[str, str] = {}
+        if stage.input in placement.tensors:
+            # An input keeps its name, so its readers move; elsewhere the writer moves and the readers keep theirs.
+            renamed[stage.input] = stage.input + "/dq"
+            nodes += self._pair(stage.input, stage.input, renamed[stage.input], ranges, values)
+        for original in stage.nodes:
+            node = NodeProto()
+            node.CopyFrom(original)
+            for index, name in enumerate(node.input):
+                node.input[index] = renamed.get(name, name)
+            if node.name in placement.nodes and node.op_type in ("Conv", "Gemm"):
+                nodes.append(self._quantize_weight(node, values))
+            pairs = []
+            for index, name in enumerate(node.output):
+                if name in placement.tensors:
+                    node.output[index] = name + "/float"
+                    pairs += self._pair(name, name + "/float", name, ranges, values)
+            nodes += [node, *pairs]
+        return nodes, values
+
+    def _pair(self, tensor: str, source: str, result: str, ranges: Ranges, values: Arrays) -> list[NodeProto]:
+        scale, zero_point, quantized = f"{tensor}/scale", f"{tensor}/zero_point", f"{tensor}/q"
+        values[scale] = self._scale(tensor, ranges)
+        values[zero_point] = np.array(0, dtype=np.int8)
+        return [
+            helper.make_node("QuantizeLinear", [source, scale, zero_point], [quantized], f"{tensor}/QuantizeLinear"),
+            helper.make_node(
+                "DequantizeLinear", [quantized, scale, zero_point], [result], f"{tensor}/DequantizeLinear"
+            ),
+        ]
+
+    def _quantize_weight(self, node: NodeProto, values: Arrays) -> NodeProto:
+        name = node.input[1]
+        axis = 1 if node.op_type == "Gemm" and not _flag(node, "transB") else 0
+        quantized, scale = quantize_weight(values[name], axis, self._weight_limit)
+        values[f"{name}/q"], values[f"{name}/scale"] = quantized, scale
+        values[f"{name}/zero_point"] = np.zeros(len(scale), dtype=np.int8)
+        node.input[1] = f"{name}/dq"
+        inputs = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
+        return helper.make_node("DequantizeLinear", inputs, [f"{name}/dq"], f"{name}/DequantizeLinear", axis=axis)
+
+
+def _flag(node: NodeProto, name: str) -> bool:
+    return any(attribute.name == name and attribute.i for attribute in node.attribute)
+
+
+def quantize_weight(weight: NDArray[np.generic], axis: int, limit: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Returns a weight in s8 and its scale per channel along `axis`: symmetric, `|q| <= limit`."""
+    values = weight.astype(np.float32)
+    others = tuple(index for index in range(values.ndim) if index != axis)
+    scale = np.maximum(np.abs(values).max(axis=others) / limit, _TINY).astype(np.float32)
+    shape = [-1 if index == axis else 1 for index in range(values.ndim)]
+    quantized = np.clip(np.rint(values / scale.reshape(shape)), -limit, limit).astype(np.int8)
+    return quantized, scale

@@ -1,0 +1,191 @@
+"""A network's ONNX graph, parsed once: which weights go where, and where it can be cut into stages."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, helper, numpy_helper
+from torch import Tensor
+
+from evaluators.artifact.exporter import INPUT, OPSET, OUTPUT, cut_name, export_structure, logits_name
+from spaces.network import ExitNetwork, layer_name
+
+Arrays = dict[str, NDArray[np.generic]]
+
+_IR_VERSION = 8
+_LAYER_OPS = ("Conv", "Gemm")
+
+
+@dataclass(frozen=True)
+class BatchNormFold:
+    """A batch normalisation that disappears into the convolution before it."""
+
+    weight: str
+    bias: str
+    has_bias: bool
+    norm: tuple[str, str, str, str]
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the graph that becomes a file of its own."""
+
+    nodes: tuple[NodeProto, ...]
+    input: str
+    outputs: tuple[str, ...]
+
+
+class Template:
+    """The dense network's graph without its values.
+
+    A candidate's file is this graph with the compressed network's weights written in: nothing is exported again.
+
+    Args:
+        network: the network with all its exits, in evaluation mode.
+        image: one input, `(1, c, h, w)`.
+
+    Raises:
+        ExportError: torch cannot export the network.
+        ValueError: an exit sits where the graph cannot be cut in two.
+    """
+
+    def __init__(self, network: ExitNetwork, image: Tensor) -> None:
+        model = export_structure(network, image)
+        self._shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+        parameters = set(network.state_dict())
+        self._constants = {
+            tensor.name: numpy_helper.to_array(tensor)
+            for tensor in model.graph.initializer
+            if tensor.name not in parameters
+        }
+        self._infos: dict[str, onnx.ValueInfoProto] = {
+            info.name: info for info in [*model.graph.input, *model.graph.output]
+        }
+        self.nodes, self._folds = _fold_batch_norms(model)
+        self.layers = {
+            layer_name(node.input[1].removesuffix(".weight")): node.name
+            for node in self.nodes
+            if node.op_type in _LAYER_OPS and node.input[1] in parameters
+        }
+        self.exit_names = network.exit_names
+        self._stages: dict[tuple[str, ...], tuple[Stage, ...]] = {}
+        self.stages(self.exit_names)
+
+    def weights(self, state: Mapping[str, Tensor]) -> Arrays:
+        """Returns the value of every initializer for a network's state dict, with batch normalisation folded in."""
+        arrays: Arrays = {name: tensor.detach().numpy() for name, tensor in state.items() if name in self._shapes}
+        for fold in self._folds:
+            arrays |= _folded(fold, arrays)
+        return self._constants | arrays
+
+    def stages(self, exits: Sequence[str]) -> tuple[Stage, ...]:
+        """Returns the parts that the graph falls into when only these exits can fire; one part without any."""
+        key = tuple(exits)
+        if key not in self._stages:
+            self._stages[key] = tuple(self._cut(key))
+        return self._stages[key]
+
+    def _cut(self, exits: Sequence[str]) -> list[Stage]:
+        stages = []
+        start = INPUT
+        for exit_name in exits:
+            outputs = (cut_name(exit_name), logits_name(exit_name))
+            stages.append(Stage(self._between(start, outputs, exit_name), start, outputs))
+            start = cut_name(exit_name)
+        stages.append(Stage(self._between(start, (OUTPUT,), exits[-1] if exits else ""), start, (OUTPUT,)))
+        return stages
+
+    def _between(self, start: str, ends: Sequence[str], exit_name: str) -> tuple[NodeProto, ...]:
+        producers = {output: node for node in self.nodes for output in node.output}
+        wanted, todo = set(), list(ends)
+        while todo:
+            tensor = todo.pop()
+            if tensor == start:
+                continue
+            if tensor == INPUT:
+                raise ValueError(
+                    f"an exit sits where one tensor separates the network in two, got {exit_name!r}, which is bypassed;"
+                    " move it behind the block"
+                )
+            node = producers.get(tensor)
+            if node is not None and node.name not in wanted:
+                wanted.add(node.name)
+                todo += list(node.input)
+        return tuple(node for node in self.nodes if node.name in wanted)
+
+    def file(self, stage: Stage, nodes: Sequence[NodeProto], arrays: Arrays) -> bytes:
+        """Returns one stage as an ONNX file."""
+        names = {name for node in nodes for name in node.input}
+        initializers = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in names]
+        graph = helper.make_graph(
+            [self._fit_groups(node, arrays) for node in nodes],
+            "stage",
+            [self._info(stage.input)],
+            [self._info(name) for name in stage.outputs],
+            initializers,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
+        return bytes(model.SerializeToString(deterministic=True))
+
+    def _info(self, name: str) -> onnx.ValueInfoProto:
+        if name in (INPUT, OUTPUT) or name.endswith("_logits"):
+            return self._infos[name]
+        # Features between stages lose channels with the layer before them, so only their rank is fixed.
+        rank = len(self._infos[name].type.tensor_type.shape.dim)
+        dims = ["batch", *(f"{name}_{axis}" for axis in range(1, rank))]
+        return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
+
+    def _fit_groups(self, node: NodeProto, arrays: Arrays) -> NodeProto:
+        if node.op_type != "Conv" or self._shapes.get(node.input[1], (0, 0))[1] != 1:
+            return node
+        fitted = NodeProto()
+        fitted.CopyFrom(node)
+        for attribute in fitted.attribute:
+            if attribute.name == "group" and attribute.i == self._shapes[node.input[1]][0]:
+                attribute.i = len(arrays[node.input[1]])
+        return fitted
+
+
+def _fold_batch_norms(model: onnx.ModelProto) -> tuple[tuple[NodeProto, ...], tuple[BatchNormFold, ...]]:
+    """Returns the nodes without the batch normalisations that a convolution can take in, and those."""
+    consumers: dict[str, int] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            consumers[name] = consumers.get(name, 0) + 1
+    outputs = {info.name for info in model.graph.output}
+    convolutions = {node.output[0]: node for node in model.graph.node if node.op_type == "Conv"}
+    nodes: list[NodeProto] = []
+    folds = []
+    for node in model.graph.node:
+        source = node.input[0] if node.input else ""
+        convolution = convolutions.get(source)
+        if node.op_type != "BatchNormalization" or convolution is None or consumers[source] > 1 or source in outputs:
+            nodes.append(node)
+            continue
+        folds.append(_fold_into(convolution, node))
+        convolution.output[0] = node.output[0]
+    return tuple(nodes), tuple(folds)
+
+
+def _fold_into(convolution: NodeProto, norm: NodeProto) -> BatchNormFold:
+    weight = convolution.input[1]
+    has_bias = len(convolution.input) > 2
+    if not has_bias:
+        convolution.input.append(weight.removesuffix(".weight") + ".bias")
+    epsilon = next((attribute.f for attribute in norm.attribute if attribute.name == "epsilon"), 1e-5)
+    scale, shift, mean, variance = norm.input[1:5]
+    return BatchNormFold(weight, convolution.input[2], has_bias, (scale, shift, mean, variance), epsilon)
+
+
+def _folded(fold: BatchNormFold, arrays: Arrays) -> Arrays:
+    scale, shift, mean, variance = (arrays[name].astype(np.float64) for name in fold.norm)
+    factor = scale / np.sqrt(variance + fold.epsilon)
+    weight = arrays[fold.weight].astype(np.float64)
+    bias = arrays[fold.bias].astype(np.float64) if fold.has_bias else 0.0
+    return {
+        fold.weight: (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32),
+        fold.bias: ((bias - mean) * factor + shift).astype(np.float32),
+    }

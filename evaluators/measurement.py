@@ -1,0 +1,95 @@
+"""One measured number, and the metrics that there are.
+
+This module imports nothing heavy: a budget is parsed against it before torch is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+Unit = Literal["s", "ratio", "flop", "count", "byte"]
+
+
+class UnitError(ValueError):
+    """A measurement of one metric was used as another."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What can be measured.
+
+    Args:
+        name: as a budget spells it.
+        unit: of every stored value.
+        sign: +1 where less is better, -1 where more is.
+        statistics: what a budget may ask for; the first is the default.
+        title: for people.
+    """
+
+    name: str
+    unit: Unit
+    sign: Literal[1, -1]
+    statistics: tuple[str, ...]
+    title: str
+
+
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("latency", "s", 1, ("median", "p90", "p95", "p99", "worst"), "latency"),
+        Metric("accuracy", "ratio", -1, ("mean",), "accuracy"),
+        Metric("flops", "flop", 1, ("expected", "worst"), "FLOPs"),
+        Metric("params", "count", 1, ("total",), "parameters"),
+        Metric("size", "byte", 1, ("total",), "size"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A value in SI units, and how it came to be.
+
+    Args:
+        metric: a name in `METRICS`.
+        value: the default statistic.
+        statistic: what `value` is, in words: `median`, `expected`, `mean`, ...
+        n: how many samples stand behind it.
+        spread: its standard error, in the same unit; 0 where the value is exact.
+        others: further statistics of the same samples, same unit.
+        target: where it was measured.
+        protocol: how, in one line.
+        notes: further facts, such as the share of inputs that leaves at each exit.
+    """
+
+    metric: str
+    value: float
+    statistic: str
+    n: int
+    spread: float
+    target: str
+    protocol: str
+    others: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+    def statistic_value(self, statistic: str) -> float:
+        """Returns one statistic of the metric, its default one included.
+
+        Raises:
+            UnitError: this statistic was not measured.
+        """
+        if statistic == METRICS[self.metric].statistics[0]:
+            return self.value
+        if statistic not in self.others:
+            raise UnitError(
+                f"{self.metric} was measured as {sorted([self.statistic, *self.others])}, got {statistic!r}"
+            )
+        return self.others[statistic]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready copy."""
+        return asdict(self) | {"others": dict(self.others), "notes": dict(self.notes)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Returns the measurement that `to_dict` described."""
+        return cls(**content)

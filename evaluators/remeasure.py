@@ -1,0 +1,106 @@
+"""Latency of files on disk, measured in a process of its own: `python -m evaluators.remeasure FOLDER`.
+
+The folder holds what `write_job` put there. The answer is one line of JSON: the measurement, and how fast the
+references are now.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluators.artifact import Artifact
+from evaluators.data import LabelledImages
+from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
+from evaluators.measurement import Measurement
+from evaluators.subject import Deployed
+from evaluators.target import Target, runtime
+from evaluators.timing import Clock
+from spaces.candidate import Candidate
+
+OCCASIONS = 3
+_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """What a fresh process found.
+
+    Args:
+        latency: the middle one of three occasions, at the speed that the search's references had.
+        speed: how long the references take now, as a multiple of what they took then.
+    """
+
+    latency: Measurement
+    speed: float
+
+
+def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> None:
+    """Writes all that another process needs to time a subject."""
+    for index, stage in enumerate(subject.artifact.deployed):
+        (folder / f"stage{index}.onnx").write_bytes(stage)
+    for name, reference in latency.references.items():
+        (folder / f"reference-{name}.onnx").write_bytes(reference.model)
+    np.savez(folder / "validation.npz", images=subject.validation.images, labels=subject.validation.labels)
+    job = {
+        "candidate": subject.candidate.to_dict(),
+        "stages": len(subject.artifact.deployed),
+        "exits": subject.artifact.exits,
+        "thresholds": subject.artifact.thresholds,
+        "target": subject.target.to_dict(),
+        "references": {name: reference.seconds for name, reference in latency.references.items()},
+    }
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+
+
+def remeasure(folder: Path) -> Remeasured:
+    """Returns the latency of a written job, measured in a new process.
+
+    Raises:
+        RuntimeError: that process failed; its last words are passed on.
+    """
+    command = [sys.executable, "-m", "evaluators.remeasure", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise RuntimeError(f"latency could not be measured in a process of its own: {last[0]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return Remeasured(Measurement.from_dict(answer["latency"]), answer["speed"])
+
+
+def _measure(folder: Path) -> dict[str, Any]:
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    target = Target(**job["target"])
+    library = runtime(target.runtime)
+    stages = tuple((folder / f"stage{index}.onnx").read_bytes() for index in range(job["stages"]))
+    with np.load(folder / "validation.npz") as stored:
+        validation = LabelledImages(stored["images"], stored["labels"])
+    references = {
+        name: Reference((folder / f"reference-{name}.onnx").read_bytes(), seconds)
+        for name, seconds in job["references"].items()
+    }
+    artifact = Artifact(stages, stages, tuple(job["exits"]), tuple(job["thresholds"]))
+    subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
+    evaluator = LatencyEvaluator(references, library, target)
+    images = validation.images[: reference_batch(target.batch)]
+    loaded = {name: library.load(reference.model, target.threads) for name, reference in references.items()}
+    calls = {name: (lambda session=session: session(images)) for name, session in loaded.items()}
+    now = median_seconds(calls, Clock.for_threads(target.threads))
+    loaded.clear()
+    found = []
+    for occasion in range(OCCASIONS):
+        time.sleep(_PAUSE_S if occasion else 0)
+        found.append(evaluator.measure(subject))
+    middle = sorted(found, key=lambda measurement: measurement.value)[OCCASIONS // 2]
+    speed = statistics.median(now[name] / reference.seconds for name, reference in references.items())
+    return {"latency": middle.to_dict(), "speed": speed}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_measure(Path(sys.argv[1]))) + "\n")

@@ -1,0 +1,143 @@
+"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy].
+
+Without a file it answers the bundle's own check images and compares with what was measured when the bundle was made.
+A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,).
+It needs onnxruntime and numpy, nothing else. From Python:
+
+    network = load("path/to/bundle")
+    logits, exits = network(images)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+class StagedNetwork:
+    """A network whose early exits let easy inputs leave.
+
+    Args:
+        stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
+        thresholds: the confidence (largest softmax probability) from which each exit answers.
+    """
+
+    def __init__(self, stages: Sequence[Callable[[Floats], Sequence[Floats]]], thresholds: Sequence[float]) -> None:
+        if len(stages) != len(thresholds) + 1:
+            raise ValueError(f"there is one threshold per exit, got {len(thresholds)} for {len(stages)} stages")
+        self.stages = tuple(stages)
+        self.thresholds = tuple(thresholds)
+
+    def __call__(self, images: Floats) -> tuple[Floats, NDArray[np.int64]]:
+        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, 0 being the first.
+
+        Inputs that stay go on together, in a smaller batch.
+        """
+        if len(self.stages) == 1:
+            logits = self.stages[0](images)[0]
+            return logits, np.zeros(len(images), dtype=np.int64)
+        answers: Floats | None = None
+        exits = np.full(len(images), len(self.thresholds), dtype=np.int64)
+        waiting = np.arange(len(images))
+        features = images
+        for index, threshold in enumerate(self.thresholds):
+            features, logits = self.stages[index](features)
+            answers = logits if answers is None else answers
+            leaves = confidence(logits) >= threshold
+            gone = waiting[leaves]
+            answers[gone], exits[gone] = logits[leaves], index
+            waiting, features = waiting[~leaves], features[~leaves]
+            if not len(waiting):
+                return answers, exits
+        assert answers is not None
+        answers[waiting] = self.stages[-1](features)[0]
+        return answers, exits
+
+
+def confidence(logits: Floats) -> Floats:
+    """Returns the largest softmax probability of each row, `(n,)`."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    largest: Floats = 1.0 / shifted.sum(axis=1)
+    return largest
+
+
+def load(folder: str | Path) -> StagedNetwork:
+    """Returns the bundle's network, on ONNX Runtime's CPU provider with the threads it was measured with."""
+    import onnxruntime
+
+    bundle = Path(folder)
+    description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = description["target"]["threads"]
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    sessions = [
+        onnxruntime.InferenceSession(str(bundle / name), options, providers=["CPUExecutionProvider"])
+        for name in description["deployed"]
+    ]
+    stages = [
+        lambda batch, session=session: session.run(None, {session.get_inputs()[0].name: batch}) for session in sessions
+    ]
+    return StagedNetwork(stages, description["thresholds"])
+
+
+def answer(network: StagedNetwork, images: Floats, batch: int) -> tuple[Floats, NDArray[np.int64], float]:
+    """Returns logits, exits and the median seconds per full batch."""
+    logits, exits, seconds = [], [], []
+    for start in range(0, len(images), batch):
+        begin = time.perf_counter()
+        found, left = network(images[start : start + batch])
+        seconds.append(time.perf_counter() - begin)
+        logits.append(found)
+        exits.append(left)
+    full = seconds[: max(len(images) // batch, 1)]
+    return np.concatenate(logits), np.concatenate(exits), float(np.median(full))
+
+
+def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
+    """Returns images and, where the file has them, labels."""
+    content: Any = np.load(path)
+    if path.suffix == ".npy":
+        return np.asarray(content, dtype=np.float32), None
+    labels = content["labels"] if "labels" in content.files else None
+    return np.asarray(content["images"], dtype=np.float32), labels
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 1 when the check images are not answered as measured."""
+    parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
+    parser.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, or .npy")
+    parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
+    arguments = parser.parse_args()
+    bundle = Path(__file__).resolve().parent
+    description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    images, labels = read(arguments.images or bundle / "check.npz")
+    logits, exits, seconds = answer(load(bundle), images, description["target"]["batch"])
+    classes = logits.argmax(axis=1)
+    if arguments.predictions:
+        np.save(arguments.predictions, classes)
+    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {description['target']['batch']} (median here)")
+    for index, name in enumerate([*description["exits"], "end"]):
+        print(f"  answered at {name}: {int((exits == index).sum())}")
+    correct = None if labels is None else int((classes == labels).sum())
+    if correct is not None:
+        print(f"  accuracy: {correct / len(images):.4%} ({correct}/{len(images)})")
+    if arguments.images is None:
+        measured = description["check"]["correct"]
+        print(f"  measured when the bundle was made: {measured / len(images):.4%} ({measured}/{len(images)})")
+        return 0 if correct == measured else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The limits that a deployed version must keep: `latency<5ms`, `accuracy_drop<1%`.
+
+Less is better for every metric but accuracy, so each has one natural side. `=` and `:` stand for it, because an
+unquoted `<` or `>` is a redirect in every shell.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Self
+
+from evaluators.measurement import METRICS, Measurement, Metric
+from spaces.errors import UserError
+
+_SCALES: Mapping[str, Mapping[str, Decimal]] = {
+    "s": {"us": Decimal("1e-6"), "ms": Decimal("1e-3"), "s": Decimal(1)},
+    "ratio": {"%": Decimal("0.01")},
+    "flop": {"": Decimal(1), "K": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9)},
+    "count": {"": Decimal(1), "K": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9)},
+    "byte": {"B": Decimal(1), "KB": Decimal(10**3), "MB": Decimal(10**6)},
+}
+_EXAMPLES = {
+    "latency": "latency<5ms",
+    "accuracy": "accuracy>98%",
+    "accuracy_drop": "accuracy_drop<1%",
+    "flops": "flops<50%",
+    "params": "params<200K",
+    "size": "size<1MB",
+}
+_RELATIVE_METRICS = ("latency", "flops", "params", "size")
+
+ACCURACY_DROP = Metric("accuracy_drop", "ratio", 1, ("mean",), "accuracy drop")
+BUDGET_METRICS: Mapping[str, Metric] = {**METRICS, ACCURACY_DROP.name: ACCURACY_DROP}
+"""What a budget may limit: every metric, and the points of accuracy lost against the dense network."""
+
+_PATTERN = re.compile(
+    r"^(?P<metric>[A-Za-z_]+)(?:\.(?P<statistic>\w+))?\s*(?P<side><=|>=|<|>|=|:)\s*(?P<value>[^\s%A-Za-z]*(?:[eE][-+]?\d+)?)\s*(?P<unit>\S*)$"
+)
+
+
+class BudgetError(UserError):
+    """A budget that cannot be read or cannot be kept."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One limit of a budget, in SI units.
+
+    Constraint.parse("latency<5ms")       # median latency at most 0.005 s
+    Constraint.parse("latency.p99<8ms")   # its 99th percentile
+    Constraint.parse("flops<50%")         # half of the dense network's
+    """
+
+    metric: Metric
+    statistic: str
+    limit: float
+    relative: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Returns the constraint that `text` spells.
+
+        Raises:
+            BudgetError: an unknown metric, statistic or unit, the wrong side, or a limit that nothing can meet.
+        """
+        match = _PATTERN.match(text.strip())
+        if match is None:
+            raise BudgetError(_shape_hint(text))
+        metric = _metric(match["metric"])
+        statistic = _statistic(metric, match["statistic"])
+        _check_side(metric, match["side"], text)
+        limit, relative = _limit(metric, match["value"], match["unit"], text)
+        return cls(metric, statistic, limit, relative)
+
+    @property
+    def name(self) -> str:
+        """The metric, and the statistic where it is not the default one."""
+        default = self.metric.statistics[0]
+        return self.metric.name if self.statistic == default else f"{self.metric.name}.{self.statistic}"
+
+    def __str__(self) -> str:
+        scales = _SCALES["ratio"] if self.relative else _SCALES[self.metric.unit]
+        exact = Decimal(repr(self.limit))
+        unit = next((unit for unit, scale in reversed(list(scales.items())) if exact >= scale), next(iter(scales)))
+        return f"{self.name}{'<' if self.metric.sign > 0 else '>'}{_plain(exact / scales[unit])}{unit}"
+
+    def violation(self, measured: Measurement, dense: Measurement) -> float:
+        """Returns how far `measured` oversteps the limit, as a share of it; feasible at or below 0.
+
+        Args:
+            measured: of this constraint's metric; of accuracy where the constraint limits its drop.
+            dense: the same of the dense network.
+
+        Raises:
+            UnitError: this statistic was not measured.
+        """
+        value = self.value(measured, dense)
+        limit = self.limit * dense.statistic_value(self.statistic) if self.relative else self.limit
+        return self.metric.sign * (value - limit) / (limit or 0.01)  # a limit of 0% drop counts in points
+
+    def value(self, measured: Measurement, dense: Measurement) -> float:
+        """Returns what is held against the limit: the statistic, or the points lost against the dense network."""
+        if self.metric is ACCURACY_DROP:
+            return dense.value - measured.value
+        return measured.statistic_value(self.statistic)
+
+    @property
+    def measured_as(self) -> str:
+        """The metric that has to be measured for it."""
+        return "accuracy" if self.metric is ACCURACY_DROP else self.metric.name
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The limits of a deployment, all of them hard.
+
+    Budget.parse(["latency<5ms,size<1MB", "accuracy_drop<1%"])
+    """
+
+    constraints: tuple[Constraint, ...]
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> Self:
+        """Returns the budget that one or more texts spell, each holding one limit or several behind commas.
+
+        Raises:
+            BudgetError: one of them cannot be read, or two limit the same thing.
+        """
+        constraints = [Constraint.parse(part) for text in texts for part in text.split(",")]
+        names = [constraint.name for constraint in constraints]
+        for name in names:
+            if names.count(name) > 1:
+                both = " and ".join(str(constraint) for constraint in constraints if constraint.name == name)
+                raise BudgetError(f"a budget limits each metric once, got {both}; keep the tighter one")
+        return cls(tuple(constraints))
+
+    def __str__(self) -> str:
+        return ",".join(str(constraint) for constraint in self.constraints)
+
+    def violations(self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> dict[str, float]:
+        """Returns the violation of every constraint whose metric has been measured, by the constraint's text."""
+        return {
+            str(constraint): constraint.violation(measured[constraint.measured_as], dense[constraint.measured_as])
+            for constraint in self.constraints
+            if constraint.measured_as in measured
+        }
+
+    def is_met(self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> bool:
+        """Returns whether every constraint has been measured and is kept."""
+        violations = self.violations(measured, dense)
+        return len(violations) == len(self.constraints) and all(value <= 0 for value in violations.values())
+
+
+def _shape_hint(text: str) -> str:
+    name = text.strip().split(".")[0]
+    example = _EXAMPLES.get(name, "latency<5ms")
+    return (
+        f"a budget is a metric and a limit, as in '{example}', got {text!r}; quote it, because an unquoted < or > is a"
+        f" redirect in every shell, or write {example.replace('<', '=').replace('>', '=')}"
+    )
+
+
+def _metric(name: str) -> Metric:
+    if name not in BUDGET_METRICS:
+        near = difflib.get_close_matches(name.lower(), BUDGET_METRICS, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BUDGET_METRICS)}"
+        raise BudgetError(f"a budget limits a metric that is measured, got {name!r}; {hint}")
+    return BUDGET_METRICS[name]
+
+
+def _statistic(metric: Metric, name: str | None) -> str:
+    if name is None:
+        return metric.statistics[0]
+    if name not in metric.statistics:
+        raise BudgetError(f"a statistic of {metric.name} is one of {', '.join(metric.statistics)}, got {name!r}")
+    return name
+
+
+def _check_side(metric: Metric, side: str, text: str) -> None:
+    natural = "<" if metric.sign > 0 else ">"
+    if side[0] in "<>" and side[0] != natural:
+        raise BudgetError(
+            f"{metric.name} is limited from {'above' if metric.sign > 0 else 'below'}, got {text.strip()!r};"
+            f" write {text.strip().replace(side, natural)!r}"
+        )
+
+
+def _limit(metric: Metric, number: str, unit: str, text: str) -> tuple[float, bool]:
+    scales = _SCALES[metric.unit]
+    relative = unit == "%" and metric.name in _RELATIVE_METRICS
+    try:
+        value = Decimal(number)
+    except InvalidOperation:
+        raise BudgetError(f"a limit is a number, got {number or 'nothing'!r} in {text.strip()!r}") from None
+    if not relative and unit not in scales:
+        units = [name for name in scales if name] + (["%"] if metric.name in _RELATIVE_METRICS else [])
+        raise BudgetError(
+            f"{metric.name} is limited in {', '.join(units)}, got {text.strip()!r}; write {_EXAMPLES[metric.name]!r}"
+        )
+    limit = float(value * (_SCALES["ratio"]["%"] if relative else scales[unit]))
+    lowest_is_fine = metric is ACCURACY_DROP and limit == 0
+    if not value.is_finite() or (limit <= 0 and not lowest_is_fine):
+        raise BudgetError(f"a limit is above 0, got {text.strip()!r}")
+    if metric.unit == "ratio" and limit >= 1:
+        raise BudgetError(f"{metric.name} is a share of the images, below 100%, got {text.strip()!r}")
+    return limit, relative
+
+
+def _plain(value: Decimal) -> str:
+    return f"{value.normalize():f}"

@@ -1,0 +1,142 @@
+"""The command line. Nothing heavy is imported here, so that `--help` and a mistake answer at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from search.budget import Budget
+from spaces.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where searches and the MLflow store live.")]
+Search = Annotated[str | None, typer.Option("--search", metavar="NAME", help="A search by name; else the latest.")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="LIMIT",
+        help="A hard limit: 'latency<5ms' or latency=5ms; repeat it or use commas.",
+    ),
+]
+Prefer = Annotated[str, typer.Option("--prefer", help="accuracy, latency, flops, size or knee.")]
+
+RUNS = Path("runs")
+
+
+def run(arguments: list[str]) -> int:
+    """Returns the exit code of a command line: 0, 1 for no version within the budget, 2 for a mistake."""
+    try:
+        result = app(arguments, prog_name="python -m search", standalone_mode=False)
+    except UserError as error:
+        return _complain(str(error))
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        return _complain(message())
+    return result if isinstance(result, int) else 0
+
+
+def _limits(texts: list[str] | None) -> Budget | None:
+    """Returns the budget that was given; None where the study's or the search's own holds."""
+    return Budget.parse(texts) if texts else None
+
+
+def _complain(message: str) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return 2
+
+
+@app.callback(invoke_without_command=True)
+def search(
+    context: typer.Context,
+    budget: Budgets = None,
+    study: Annotated[str, typer.Option(help="One of the studies that come along, or a study.toml.")] = "digits",
+    trials: Annotated[int | None, typer.Option(min=1, help="End after so many; else the study's number.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="End after so long.")] = None,
+    sampler: Annotated[str, typer.Option(help="tpe, nsga2, gp or random.")] = "tpe",
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    target: Annotated[str | None, typer.Option(help="The runtime to measure on; see: doctor.")] = None,
+    name: Search = None,
+    runs: Runs = RUNS,
+) -> int:
+    """Finds the versions of a trained network that are worth deploying within a budget.
+
+    The same command goes on where it was stopped.
+    """
+    if context.invoked_subcommand is not None:
+        return 0
+    limits = _limits(budget)
+    from search.commands import run_search
+
+    return run_search(limits, study, trials, timeout, sampler, seed, target, name, runs)
+
+
+@app.command()
+def front(
+    budget: Budgets = None,
+    name: Search = None,
+    runs: Runs = RUNS,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+) -> int:
+    """Shows the front of a search again, under its own budget or another."""
+    limits = _limits(budget)
+    if as_json and as_csv:
+        raise UserError("the front is written in one form, got --json and --csv; leave one out")
+    from search.commands import show_front
+
+    return show_front(limits, name, runs, "json" if as_json else "csv" if as_csv else "table")
+
+
+@app.command()
+def pick(
+    budget: Budgets = None,
+    prefer: Prefer = "accuracy",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle goes.")] = Path("deploy"),
+    name: Search = None,
+    runs: Runs = RUNS,
+) -> int:
+    """Takes a version of the front, measures it afresh and writes it as a bundle."""
+    limits = _limits(budget)
+    from search.commands import run_pick
+
+    return run_pick(limits, prefer, out, name, runs)
+
+
+@app.command()
+def ui(
+    name: Search = None,
+    runs: Runs = RUNS,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the UI listens, on this machine only.")] = 5000,
+) -> int:
+    """Opens MLflow's UI on what was logged."""
+    from search.ui import serve
+
+    return serve(name, runs, port)
+
+
+@app.command()
+def doctor() -> int:
+    """Tells which targets exist on this machine, what each can do, and why one is missing."""
+    from rich.console import Console
+
+    from search.doctor import examine
+
+    examine(Console())
+    return 0

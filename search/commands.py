@@ -1,0 +1,218 @@
+"""What each command does, once its arguments are read."""
+
+import csv
+import json
+import shlex
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import optuna
+from rich.console import Console
+
+from search.budget import Budget
+from search.display import Display, SearchView
+from search.front import PREFERENCES, Version, choose, feasible, nearest_miss, pareto
+from search.sampler import check_sampler
+from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
+from search.study import Study, load_study
+from search.text import HEADINGS, broken_limits, front_row, front_table, milliseconds, percent, points, size
+from spaces.errors import UserError
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
+
+NO_VERSION = 1
+
+
+def run_search(
+    budget: Budget | None,
+    study_name: str,
+    trials: int | None,
+    timeout_s: float | None,
+    sampler: str,
+    seed: int,
+    target: str | None,
+    name: str | None,
+    runs: Path,
+) -> int:
+    """Runs a search, or goes on with it, and shows its front; returns the exit code."""
+    study, text = load_study(study_name)
+    study = study.with_budget(budget or study.limits)
+    if target is not None:
+        study = study.model_copy(update={"target": study.target.model_copy(update={"runtime": target})})
+    check_sampler(sampler)
+    folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler}-{seed}"))
+    _check_same_question(folder, study)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console()
+    with Display(console) as display:
+        code = _search(folder, study, text, trials or study.search.trials, timeout_s, sampler, seed, display)
+    search = StoredSearch.read(folder)
+    found = _print_front(search, search.budget, console)
+    if found:
+        here = [] if runs == Path("runs") else ["--runs", str(runs)]
+        console.print("Go on with:", highlight=False)
+        for command in (["ui"], ["pick", "--budget", str(search.budget), "--out", "deploy/"]):
+            line = shlex.join(["python", "-m", "search", *command, "--search", folder.name, *here])
+            console.print(f"  {line}", highlight=False, soft_wrap=True)
+    return code or (0 if found else NO_VERSION)
+
+
+def _check_same_question(folder: SearchFolder, study: Study) -> None:
+    if not folder.journal.is_file():
+        return
+    stored = folder.open().user_attrs.get("study")
+    if stored is not None and Study.model_validate(stored).question_key != study.question_key:
+        other = Study.model_validate(stored)
+        raise StoreError(
+            f"a search answers one question, got {folder.path}, which belongs to study {other.name!r} with"
+            f" {other.limits} on {other.target.runtime}; give another --search or --runs"
+        )
+
+
+def _search(
+    folder: SearchFolder,
+    study: Study,
+    text: str,
+    trials: int,
+    timeout_s: float | None,
+    sampler: str,
+    seed: int,
+    display: Display,
+) -> int:
+    from evaluators.target import runtime
+
+    runtime(study.target.runtime)  # a target that is not here should say so before anything is trained or written
+    with folder.lock():
+        from search.coordinator import Coordinator, is_counted, measure_baseline, put_right_running
+        from search.tracking import Mirror
+        from search.workbench import Workbench
+
+        display.say(study.question)
+        bench = Workbench(study, display.step)
+        stored = folder.create()
+        put_right_running(stored)
+        if "baseline" not in stored.user_attrs:
+            display.say("Measuring the dense network...")
+            (folder.path / "study.toml").write_text(text, encoding="utf-8")
+            stored.set_user_attr("study", study.model_dump(mode="json"))
+            stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
+        search = StoredSearch.read(folder)
+        _say_baseline(search.baseline, display)
+        mirror = Mirror(folder.path.parent, search)
+        mirror.catch_up(search.trials)
+        done = sum(is_counted(trial) for trial in search.trials)
+        if done:
+            display.say(f"Going on with search {folder.name}: {done} trials are there")
+        dense = Version(-1, search.baseline.evaluation)
+        view = SearchView(display, search.versions, search.budget, dense, done, trials)
+        coordinator = Coordinator(bench, stored, search.baseline, sampler, seed, [mirror, view])
+        outcome = coordinator.run(trials, timeout_s)
+        mirror.finish(stored.get_trials(deepcopy=False))
+    display.say(f"Ended: {outcome.reason}.")
+    return outcome.code
+
+
+def _say_baseline(baseline: Baseline, display: Display) -> None:
+    measured = baseline.evaluation.measurements
+    display.say(
+        f"Dense network: {milliseconds(measured['latency'].value)} per batch on {measured['latency'].target},"
+        f" accuracy {percent(measured['accuracy'].value)}."
+    )
+    if abs(baseline.same_twice - 1) > 0.05:
+        display.say(
+            f"Careful: this machine is noisy. The same network timed against itself differed by"
+            f" {abs(baseline.same_twice - 1):.0%}; latencies are no better than that."
+        )
+
+
+def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -> int:
+    """Shows a search's front as a table, JSON or CSV; returns the exit code."""
+    search = StoredSearch.read(find_search(runs, name))
+    limits = budget or search.budget
+    dense = Version(-1, search.baseline.evaluation)
+    front = pareto(feasible(search.versions, limits, dense.measured))
+    if form == "json":
+        entries = [{"trial": version.number, **version.evaluation.to_dict()} for version in front]
+        found = {"search": search.folder.name, "budget": str(limits), "front": entries}
+        sys.stdout.write(json.dumps(found | {"dense": dense.evaluation.to_dict()}, indent=2) + "\n")
+    elif form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(HEADINGS)
+        writer.writerows(front_row(version, dense) for version in [*front, dense])
+    else:
+        _print_front(search, limits, Console())
+    return 0 if front else NO_VERSION
+
+
+def _print_front(search: StoredSearch, budget: Budget, console: Console) -> bool:
+    """Writes the front, or the nearest miss; returns whether there is a front."""
+    dense = Version(-1, search.baseline.evaluation)
+    front = pareto(feasible(search.versions, budget, dense.measured))
+    if front:
+        title = f"{search.folder.name}: {len(front)} versions within {budget}, none beaten by another"
+        console.print(front_table(front, dense, title, console.width))
+        return True
+    console.print(f"No version keeps {budget}.", highlight=False, soft_wrap=True)
+    miss = nearest_miss(search.versions, budget, dense.measured)
+    if miss:
+        text = f"The nearest, trial {miss[0].number}: {broken_limits(miss[0], budget, dense.measured)}."
+        console.print(text, highlight=False, soft_wrap=True)
+    unknown = [version for version in search.versions if not version.is_complete]
+    if unknown:
+        console.print(f"{len(unknown)} versions broke {search.budget} and were not measured further.", highlight=False)
+    return False
+
+
+def run_pick(budget: Budget | None, prefer: str, out: Path, name: str | None, runs: Path) -> int:
+    """Picks, confirms and writes a version; returns the exit code."""
+    if prefer not in PREFERENCES:
+        raise UserError(f"a preference is one of {', '.join(PREFERENCES)}, got {prefer!r}")
+    search = StoredSearch.read(find_search(runs, name))
+    limits = budget or search.budget
+    console = Console()
+    dense = Version(-1, search.baseline.evaluation)
+    front = pareto(feasible(search.versions, limits, dense.measured))
+    if not front:
+        _print_front(search, limits, console)
+        return NO_VERSION
+    from search.deploy import check_out, confirm, count_pick, write_bundle
+    from search.workbench import Workbench
+
+    check_out(out)
+    with Display(console) as display:
+        bench = Workbench(search.study, display.step)
+        display.say("Measuring the picked version afresh, in a new process...")
+        confirmed = confirm(bench, search, choose(front, prefer), limits, display.say)
+        if confirmed is None:
+            display.say("No version tried kept the budget when measured again; search longer, or allow more.")
+            return NO_VERSION
+        used = count_pick(search, confirmed)
+        write_bundle(out, bench, search, limits, confirmed)
+    searched = confirmed.version.measured
+    change = confirmed.latency.value / searched["latency"].value - 1
+    lines = [
+        f"Picked trial {confirmed.version.number} by {prefer}, within {limits}:",
+        f"  latency   {milliseconds(confirmed.latency.value)} measured again, {change:+.1%} against the search's"
+        f" {milliseconds(searched['latency'].value)}; dense {milliseconds(dense.measured['latency'].value)}",
+        f"  accuracy  {percent(confirmed.test.value)} ± {confirmed.test.spread * 100:.2f} points on"
+        f" {confirmed.test.n} test images (validation: {percent(searched['accuracy'].value)}); dense"
+        f" {percent(confirmed.dense_test.value)}, so {points(confirmed.test.value - confirmed.dense_test.value)} points",
+        f"  size      {size(searched['size'].value)}; dense {size(dense.measured['size'].value)}",
+    ]
+    if abs(confirmed.speed - 1) > 0.1:
+        lines.append(
+            f"  This machine is now {confirmed.speed:.2f} times as slow as when the search began; by the clock a batch"
+            f" takes {milliseconds(confirmed.latency.notes['wall_median'])}."
+        )
+    if not confirmed.is_same_artifact:
+        lines.append("  The rebuilt files differ from those that the search measured: another version of a library?")
+    if used > 1:
+        lines.append(f"  {used} versions of this search have now seen the test images: the figure is less blind.")
+    lines += [f"Wrote {out}/. Check it anywhere with onnxruntime and numpy: python {out / 'run.py'}"]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,187 @@
+"""The search itself: ask, evaluate, tell, until trials or time run out."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from evaluators.latency import LatencyEvaluator
+from evaluators.measurement import Measurement
+from search.budget import Budget
+from search.environment import environment
+from search.evaluation import Evaluation
+from search.front import OBJECTIVES, Version
+from search.sampler import distributions, first_guesses, sampler
+from search.store import Baseline, versions_of
+from search.workbench import Workbench
+
+REPEATED_FAILURES = 10
+"""So many failures in a row, all for one reason, end a search."""
+REPEATED_DUPLICATES = 100
+"""So many known candidates in a row mean that the sampler has nothing new to propose."""
+
+logger = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Is told about every trial, after it is stored."""
+
+    def trial_done(self, trial: FrozenTrial, seconds: float) -> None:
+        """Takes note of a finished trial and how long it took."""
+        ...
+
+
+@dataclass
+class Outcome:
+    """How a search ended.
+
+    Args:
+        reason: for people.
+        code: the exit code that goes with it.
+        overhead_s: seconds that asking and telling took, by step.
+    """
+
+    reason: str
+    code: int
+    overhead_s: dict[str, float] = field(default_factory=dict)
+
+
+class Coordinator:
+    """Runs the trials of one search and writes each to its journal.
+
+    Args:
+        bench: builds and measures candidates.
+        stored: Optuna's study; the truth.
+        baseline: the dense network.
+        sampler_name: proposes candidates.
+        seed: of the sampler; a resumed search goes on from another point of the same sequence.
+        observers: told about every finished trial.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        stored: optuna.Study,
+        baseline: Baseline,
+        sampler_name: str,
+        seed: int,
+        observers: list[Observer],
+    ) -> None:
+        self._bench = bench
+        self._stored = stored
+        self._dense = baseline.evaluation.measurements
+        self._budget: Budget = bench.study.limits
+        self._observers = observers
+        self._latency: LatencyEvaluator = bench.latency_evaluator(baseline.reference_seconds)
+        self._distributions = distributions(bench.space)
+        self._known: dict[str, Version] = {
+            version.evaluation.candidate.key: version for version in versions_of(stored.get_trials(deepcopy=False))
+        }
+        finished = len(stored.get_trials(deepcopy=False))
+        stored.sampler = sampler(sampler_name, seed + finished)
+        self._overhead = {"ask": 0.0, "tell": 0.0}
+
+    def run(self, trials: int, timeout_s: float | None) -> Outcome:
+        """Searches until `trials` are finished, earlier runs of this search included, or the time is up.
+
+        Returns:
+            Why it ended. An interrupt ends it too: the trial in flight is done again when the search goes on.
+        """
+        put_right_running(self._stored)
+        for guess in first_guesses(self._bench.space):
+            self._stored.enqueue_trial(guess, skip_if_exists=True)
+        begin = time.monotonic()
+        outcome = Outcome(f"all {trials} trials are done", 0, self._overhead)
+        try:
+            while self._finished() < trials:
+                if timeout_s is not None and time.monotonic() - begin >= timeout_s:
+                    return Outcome(f"the {timeout_s:g} s are up", 0, self._overhead)
+                self._one_trial()
+                stop = self._hopeless()
+                if stop:
+                    return stop
+        except KeyboardInterrupt:
+            put_right_running(self._stored)
+            return Outcome("interrupted; the same command goes on from here", 130, self._overhead)
+        return outcome
+
+    def _finished(self) -> int:
+        return sum(is_counted(trial) for trial in self._stored.get_trials(deepcopy=False))
+
+    def _one_trial(self) -> None:
+        begin = time.monotonic()
+        trial = self._stored.ask(self._distributions)
+        self._overhead["ask"] += time.monotonic() - begin
+        try:
+            candidate = self._bench.space.candidate(trial.params)
+            known = self._known.get(candidate.key)
+            evaluation = known.evaluation if known else self._bench.evaluate(candidate, self._latency, self._is_broken)
+        except Exception as error:
+            logger.debug("trial %d failed", trial.number, exc_info=True)
+            trial.set_user_attr("reason", f"{type(error).__name__}: {error}".strip()[:2000])
+            self._stored.tell(trial, state=TrialState.FAIL)
+        else:
+            telling = time.monotonic()
+            self._tell(trial, evaluation, known)
+            self._overhead["tell"] += time.monotonic() - telling
+        finished = self._stored.get_trials(deepcopy=False)[trial.number]
+        for observer in self._observers:
+            observer.trial_done(finished, time.monotonic() - begin)
+
+    def _is_broken(self, measured: Mapping[str, Measurement]) -> bool:
+        return any(value > 0 for value in self._budget.violations(measured, self._dense).values())
+
+    def _tell(self, trial: Trial, evaluation: Evaluation, known: Version | None) -> None:
+        for name, violation in self._budget.violations(evaluation.measurements, self._dense).items():
+            trial.set_constraint(name, violation)
+        if known is None:
+            trial.set_user_attr("evaluation", evaluation.to_dict())
+            self._known[evaluation.candidate.key] = Version(trial.number, evaluation)
+        else:
+            trial.set_user_attr("duplicate_of", known.number)
+        if all(metric in evaluation.measurements for metric in OBJECTIVES):
+            self._stored.tell(trial, [evaluation.measurements[metric].value for metric in OBJECTIVES])
+        else:
+            # A budget that is broken left the rest unmeasured; the constraints tell the sampler how badly.
+            self._stored.tell(trial, state=TrialState.PRUNED)
+
+    def _hopeless(self) -> Outcome | None:
+        trials = self._stored.get_trials(deepcopy=False)
+        last = trials[-REPEATED_FAILURES:]
+        reasons = {trial.user_attrs.get("reason") for trial in last if trial.state == TrialState.FAIL}
+        if len(last) == REPEATED_FAILURES and len(reasons) == 1 and all(t.state == TrialState.FAIL for t in last):
+            return Outcome(f"{REPEATED_FAILURES} trials in a row failed alike: {reasons.pop()}", 1, self._overhead)
+        latest = trials[-REPEATED_DUPLICATES:]
+        if len(latest) == REPEATED_DUPLICATES and all("duplicate_of" in trial.user_attrs for trial in latest):
+            reason = f"the last {REPEATED_DUPLICATES} proposals were known already"
+            return Outcome(reason, 0, self._overhead)
+        return None
+
+
+def is_counted(trial: FrozenTrial) -> bool:
+    """Returns whether a trial counts towards `--trials`: finished, and not cut short from outside."""
+    return trial.state.is_finished() and "interrupted" not in trial.user_attrs
+
+
+def put_right_running(stored: optuna.Study) -> None:
+    """Gives up trials that a stopped process left running, and queues the same proposals again."""
+    for trial in stored.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        stored._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
+        stored._storage.set_trial_user_attr(trial._trial_id, "reason", "interrupted")
+        stored._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        if trial.params:
+            stored.enqueue_trial(trial.params, skip_if_exists=False)
+
+
+def measure_baseline(bench: Workbench) -> Baseline:
+    """Returns the dense network's figures, on the same target and by the same protocol as every candidate."""
+    seconds = bench.time_references()
+    latency = bench.latency_evaluator(seconds)
+    dense = bench.evaluate(bench.space.dense(), latency, lambda _measured: False)
+    precision = bench.space.precision.precisions[0]
+    same = latency.same_twice(precision, bench.data.validation.images[: bench.target.batch])
+    return Baseline(dense, seconds, same, environment(bench.runtime.device()))

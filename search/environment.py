@@ -1,0 +1,30 @@
+"""The machine and the versions that a number was measured with."""
+
+import os
+import platform
+from importlib import metadata
+
+_PACKAGES = ("torch", "onnxruntime", "onnx", "optuna", "fvcore", "torch-pruning", "mlflow", "numpy", "deployfront")
+
+
+def environment(device: str) -> dict[str, str]:
+    """Returns what another machine would need to know to repeat a measurement.
+
+    Args:
+        device: what the runtime runs on.
+    """
+    versions = {name: _version(name) for name in _PACKAGES}
+    return {
+        "device": device,
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version for name, version in versions.items() if version},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""

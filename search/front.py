@@ -1,0 +1,134 @@
+"""Which versions are worth deploying: the feasible ones that no other beats in everything."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.measurement import METRICS, Measurement
+from search.budget import Budget
+from search.evaluation import Evaluation
+
+OBJECTIVES = ("accuracy", "latency", "flops")
+PREFERENCES = ("accuracy", "latency", "flops", "size", "knee")
+_ACCURACY_SPAN = 0.10
+"""Without an accuracy limit, hypervolume counts versions down to this far below the dense network."""
+
+Dense = Mapping[str, Measurement]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A candidate that a trial measured.
+
+    Args:
+        number: of the trial.
+        evaluation: what it found.
+    """
+
+    number: int
+    evaluation: Evaluation
+
+    @property
+    def measured(self) -> Mapping[str, Measurement]:
+        """The measurements, by metric."""
+        return self.evaluation.measurements
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every objective was measured."""
+        return all(metric in self.measured for metric in OBJECTIVES)
+
+    def costs(self) -> NDArray[np.float64]:
+        """Returns the objectives, less being better, `(3,)`."""
+        return np.array([METRICS[metric].sign * self.measured[metric].value for metric in OBJECTIVES])
+
+
+def feasible(versions: Sequence[Version], budget: Budget, dense: Dense) -> list[Version]:
+    """Returns the fully measured versions that keep every limit."""
+    return [version for version in versions if version.is_complete and budget.is_met(version.measured, dense)]
+
+
+def pareto(versions: Sequence[Version]) -> list[Version]:
+    """Returns the non-dominated versions, the most accurate first; of equals the first trial.
+
+    Each version has to be fully measured.
+    """
+    if not versions:
+        return []
+    ordered = sorted(versions, key=lambda version: (*version.costs(), version.number))
+    costs = np.stack([version.costs() for version in ordered])
+    kept = []
+    for index, cost in enumerate(costs):
+        no_worse = (costs <= cost).all(axis=1)
+        better = (costs < cost).any(axis=1)
+        earlier_equal = (costs[:index] == cost).all(axis=1).any()
+        if not (no_worse & better).any() and not earlier_equal:
+            kept.append(ordered[index])
+    return kept
+
+
+def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> float:
+    """Returns the share of the budget's box that these feasible versions dominate, 0 to 1.
+
+    The box spans from a perfect network at no cost to the worst that counts: the budget's limits, or without one the
+    dense network's latency and FLOPs, and ten points below its accuracy.
+    """
+    if not versions:
+        return 0.0
+    from pymoo.indicators.hv import HV
+
+    worst = _worst_that_counts(budget, dense)
+    scaled = [
+        [
+            (1 - version.measured["accuracy"].value) / (1 - worst["accuracy"]),
+            version.measured["latency"].value / worst["latency"],
+            version.measured["flops"].value / worst["flops"],
+        ]
+        for version in versions
+    ]
+    return float(HV(ref_point=np.ones(3))(np.array(scaled)))
+
+
+def _worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:
+    worst = {metric: dense[metric].value for metric in OBJECTIVES}
+    worst["accuracy"] -= _ACCURACY_SPAN
+    for constraint in budget.constraints:
+        if constraint.name == "accuracy_drop":
+            worst["accuracy"] = dense["accuracy"].value - constraint.limit
+        elif constraint.name in OBJECTIVES:
+            own = dense[constraint.name].value if constraint.relative else 1.0
+            worst[constraint.name] = constraint.limit * own
+    worst["accuracy"] = min(worst["accuracy"], 1 - 1e-9)
+    return worst
+
+
+def choose(front: Sequence[Version], prefer: str) -> list[Version]:
+    """Returns the front's versions in order of preference, the best first.
+
+    `knee` is the version closest to the front's ideal point, every objective scaled to the front's range.
+    """
+    if prefer == "knee":
+        costs = np.stack([version.costs() for version in front])
+        span = np.ptp(costs, axis=0)
+        distance = np.linalg.norm((costs - costs.min(axis=0)) / np.where(span > 0, span, 1), axis=1)
+        return [front[index] for index in np.argsort(distance, kind="stable")]
+    sign = METRICS[prefer].sign
+    return sorted(front, key=lambda version: (sign * version.measured[prefer].value, version.measured["latency"].value))
+
+
+def nearest_miss(versions: Sequence[Version], budget: Budget, dense: Dense) -> tuple[Version, dict[str, float]] | None:
+    """Returns the version that oversteps its limits the least, and by how much; None where nothing was measured.
+
+    Versions whose every limit was measured come before those that were given up on.
+    """
+    misses = []
+    for version in versions:
+        broken = {name: value for name, value in budget.violations(version.measured, dense).items() if value > 0}
+        if broken:
+            misses.append((not version.is_complete, sum(broken.values()), version.number, version, broken))
+    if not misses:
+        return None
+    *_, version, broken = min(misses, key=lambda miss: (miss[1], miss[0], miss[2]))
+    return version, broken

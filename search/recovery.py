@@ -1,0 +1,35 @@
+"""Winning accuracy back after pruning."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from evaluators.data import LabelledImages
+
+BATCH = 64
+
+
+def recovery_images(data: LabelledImages, count: int, seed: int = 0) -> torch.Tensor:
+    """Returns `count` training images in random order, `(count, c, h, w)`: a sorted set would show one class only."""
+    order = np.random.default_rng(seed).permutation(len(data))[:count]
+    return torch.from_numpy(data.images[order])
+
+
+def recalibrate_batch_norm(network: nn.Module, images: torch.Tensor) -> None:
+    """Replaces the running statistics of every batch normalisation by the cumulative mean over `images`.
+
+    Dropped channels shift the mean and variance of what comes after them. Weights stay as they are.
+    Source: Li et al., EagleEye, 2020.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for batch in torch.split(images, BATCH):
+            network(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

@@ -1,0 +1,221 @@
+"""Where searches live: a folder each, with Optuna's journal as the truth."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from search.budget import Budget
+from search.evaluation import Evaluation
+from search.front import Version
+from search.study import Study
+from spaces.errors import UserError
+
+DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "minimize"]
+"""Accuracy, latency, FLOPs."""
+JOURNAL = "journal.log"
+
+
+class StoreError(UserError):
+    """A run directory that cannot be used."""
+
+
+@dataclass(frozen=True)
+class SearchFolder:
+    """One search on disk."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The search's name."""
+        return self.path.name
+
+    @property
+    def journal(self) -> Path:
+        """The file that holds every trial."""
+        return self.path / JOURNAL
+
+    def open(self) -> optuna.Study:
+        """Returns the stored search.
+
+        Raises:
+            StoreError: there is none, or its journal is corrupt; nothing is written.
+        """
+        if not self.journal.is_file():
+            raise StoreError(
+                f"a search is a folder with a {JOURNAL}, got {self.path}; see the names in {self.path.parent}"
+            )
+        check_journal(self.journal)
+        return self._load()
+
+    def _load(self) -> optuna.Study:
+        try:
+            storage = JournalStorage(JournalFileBackend(str(self.journal)))
+            return optuna.load_study(study_name=self.name, storage=storage)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise StoreError(f"{self.journal} is not a journal of search {self.name!r} ({reason})") from error
+
+    def create(self) -> optuna.Study:
+        """Returns a new search, or the one that is there, ready to be written to; `lock` must be held.
+
+        Raises:
+            StoreError: its journal is corrupt; nothing is written.
+        """
+        torn = check_journal(self.journal) if self.journal.is_file() else None
+        if torn is not None:
+            os.truncate(self.journal, torn)
+        if self.journal.is_file() and self.journal.stat().st_size:
+            # We hold the folder's lock, so a lock of Optuna's own is one that a killed process left behind.
+            for leftover in self.path.glob(JOURNAL + ".lock*"):
+                leftover.unlink(missing_ok=True)
+            return self._load()
+        storage = JournalStorage(JournalFileBackend(str(self.journal)))
+        return optuna.create_study(study_name=self.name, storage=storage, directions=DIRECTIONS)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder, made if need be, for one process.
+
+        Raises:
+            StoreError: another process searches in it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("a")
+        except OSError as error:
+            raise StoreError(f"a run directory is writable, got {self.path}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(f"one process searches at a time, got another one in {self.path}") from None
+            yield
+
+
+def check_journal(journal: Path) -> int | None:
+    """Returns where a last line that a crash tore off begins; None where the journal is whole.
+
+    Raises:
+        StoreError: another line is no JSON.
+    """
+    offset = 0
+    with journal.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            whole = line.endswith(b"\n")
+            if not _is_json(line):
+                if not whole:
+                    return offset
+                raise StoreError(
+                    f"a journal is one JSON object a line, got something else in line {number} of {journal};"
+                    " restore the file, or start over with another --search"
+                )
+            if not whole:
+                return offset
+            offset += len(line)
+    return None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def find_search(runs: Path, name: str | None) -> SearchFolder:
+    """Returns the search called `name`, or the one in `runs` that was written last.
+
+    Raises:
+        StoreError: there is none.
+    """
+    if name is not None:
+        return SearchFolder(runs / name)
+    journals = sorted(runs.glob(f"*/{JOURNAL}"), key=lambda journal: journal.stat().st_mtime)
+    if not journals:
+        raise StoreError(f"no search in {runs} yet; start one with: python -m search --budget 'latency<5ms'")
+    return SearchFolder(journals[-1].parent)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The dense network, measured before the first trial.
+
+    Args:
+        evaluation: by the same protocol as every candidate.
+        reference_seconds: median seconds per batch of each reference.
+        same_twice: the ratio of a reference to itself.
+        environment: the machine and the versions.
+    """
+
+    evaluation: Evaluation
+    reference_seconds: dict[str, float]
+    same_twice: float
+    environment: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready copy."""
+        return {
+            "evaluation": self.evaluation.to_dict(),
+            "reference_seconds": self.reference_seconds,
+            "same_twice": self.same_twice,
+            "environment": self.environment,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """Returns the baseline that `to_dict` described."""
+        return cls(**content | {"evaluation": Evaluation.from_dict(content["evaluation"])})
+
+
+@dataclass(frozen=True)
+class StoredSearch:
+    """What a journal says about a search."""
+
+    folder: SearchFolder
+    study: Study
+    baseline: Baseline
+    trials: tuple[FrozenTrial, ...]
+
+    @property
+    def budget(self) -> Budget:
+        """The budget that it was run with."""
+        return self.study.limits
+
+    @property
+    def versions(self) -> list[Version]:
+        """Every distinct candidate that was measured, in order of trials."""
+        return versions_of(self.trials)
+
+    @classmethod
+    def read(cls, folder: SearchFolder) -> Self:
+        """Returns the search in `folder`.
+
+        Raises:
+            StoreError: there is none, its journal is corrupt, or it ended before its baseline was measured.
+        """
+        stored = folder.open()
+        attributes = stored.user_attrs
+        if "baseline" not in attributes:
+            raise StoreError(f"search {folder.name!r} was stopped before its first trial; run its command again")
+        study = Study.model_validate(attributes["study"])
+        return cls(folder, study, Baseline.from_dict(attributes["baseline"]), tuple(stored.trials))
+
+
+def versions_of(trials: tuple[FrozenTrial, ...] | list[FrozenTrial]) -> list[Version]:
+    """Returns what trials measured, each candidate once."""
+    return [
+        Version(trial.number, Evaluation.from_dict(trial.user_attrs["evaluation"]))
+        for trial in trials
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and "evaluation" in trial.user_attrs
+    ]

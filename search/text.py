@@ -1,0 +1,118 @@
+"""Numbers and tables as people read them: SI inside, units here."""
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+
+from evaluators.measurement import Measurement
+from search.budget import Budget, Constraint
+from search.front import Version
+from spaces.candidate import Candidate
+
+_DECIMAL = ((1e9, "G"), (1e6, "M"), (1e3, "K"))
+
+
+def milliseconds(seconds: float) -> str:
+    """Returns seconds as milliseconds, `4.97 ms`."""
+    return f"{seconds * 1e3:.{2 if seconds < 0.1 else 0}f} ms"
+
+
+def percent(share: float) -> str:
+    """Returns a share as a percentage: `98.57%`."""
+    return f"{share:.2%}"
+
+
+def points(difference: float) -> str:
+    """Returns a difference of shares in points, signed: `-0.29`."""
+    return f"{difference * 100:+.2f}"
+
+
+def count(value: float) -> str:
+    """Returns a count with its decimal prefix: `40.9 M`."""
+    for scale, prefix in _DECIMAL:
+        if value >= scale:
+            return f"{value / scale:.3g} {prefix}"
+    return f"{value:.0f}"
+
+
+def size(byte_count: float) -> str:
+    """Returns bytes with their decimal prefix: `320 KB`."""
+    return count(byte_count) + "B" if byte_count >= 1e3 else f"{byte_count:.0f} B"
+
+
+def kept_channels(candidate: Candidate, dense: Candidate) -> str:
+    """Returns the share of the channels that a candidate keeps."""
+    return f"{sum(candidate.channels.values()) / max(sum(dense.channels.values()), 1):.0%}"
+
+
+def int8_layers(candidate: Candidate) -> str:
+    """Returns how many layers are int8, of how many."""
+    chosen = list(candidate.precision.values())
+    return f"{chosen.count('int8')}/{len(chosen)}"
+
+
+def exit_shares(accuracy: Measurement) -> str:
+    """Returns the share of the inputs that leaves at each exit: `86% 9%`; a dash without exits."""
+    return " ".join(f"{share:.0%}" for share in accuracy.notes.values()) or "-"
+
+
+def violation_line(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:
+    """Returns by how much a version oversteps a limit: `latency 5.6 ms, 12% over latency<5ms`."""
+    value = constraint.value(measured, dense)
+    shown = {"s": milliseconds, "byte": size, "ratio": percent}.get(constraint.metric.unit, count)(value)
+    side = "over" if constraint.metric.sign > 0 else "under"
+    return f"{constraint.name} {shown}, {constraint.violation(measured, dense):.0%} {side} {constraint}"
+
+
+def broken_limits(version: Version, budget: Budget, dense: Mapping[str, Measurement]) -> str:
+    """Returns every limit that a version oversteps, and by how much."""
+    return "; ".join(
+        violation_line(constraint, version.measured[constraint.measured_as], dense[constraint.measured_as])
+        for constraint in budget.constraints
+        if constraint.measured_as in version.measured
+        and constraint.violation(version.measured[constraint.measured_as], dense[constraint.measured_as]) > 0
+    )
+
+
+HEADINGS = ("trial", "accuracy", "points", "latency", "speed", "FLOPs", "size", "kept", "int8", "exits")
+_FITTING = ((80, 10), (72, 9), (58, 7), (0, 5))
+"""How many of the columns fit from which width on."""
+
+
+def front_table(front: Sequence[Version], dense: Version, title: str, width: int) -> Table:
+    """Returns the front beside the dense network, for a terminal `width` characters wide."""
+    columns = next(columns for least, columns in _FITTING if width >= least)
+    table = Table(title=title, title_justify="left", caption=_caption(front, dense), caption_justify="left")
+    table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
+    for heading in HEADINGS[:columns]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for version in [*front, dense]:
+        table.add_row(*front_row(version, dense)[:columns], style="dim" if version is dense else None)
+    return table
+
+
+def front_row(version: Version, dense: Version) -> list[str]:
+    """Returns one version's cells, one for each of `HEADINGS`."""
+    measured, baseline = version.measured, dense.measured
+    return [
+        "dense" if version is dense else str(version.number),
+        percent(measured["accuracy"].value),
+        points(measured["accuracy"].value - baseline["accuracy"].value),
+        milliseconds(measured["latency"].value),
+        f"{baseline['latency'].value / measured['latency'].value:.2f}x",
+        f"{measured['flops'].value / baseline['flops'].value:.0%}",
+        size(measured["size"].value),
+        kept_channels(version.evaluation.candidate, dense.evaluation.candidate),
+        int8_layers(version.evaluation.candidate),
+        exit_shares(measured["accuracy"]),
+    ]
+
+
+def _caption(front: Sequence[Version], dense: Version) -> str:
+    accuracy = dense.measured["accuracy"]
+    error = max((version.measured["accuracy"].spread for version in front), default=accuracy.spread)
+    return (
+        f"latency per batch on {dense.measured['latency'].target}; accuracy on {accuracy.n} validation images,"
+        f" standard error up to {error * 100:.1f} points"
+    )

@@ -1,0 +1,159 @@
+"""Everything that a study's trials share, prepared once, and the way of one candidate through it."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from evaluators.accuracy import AccuracyEvaluator
+from evaluators.artifact import Artifact
+from evaluators.artifact.build import ArtifactBuilder
+from evaluators.data import Splits
+from evaluators.flops import FlopsEvaluator
+from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
+from evaluators.measurement import Measurement
+from evaluators.size import ParamsEvaluator, SizeEvaluator
+from evaluators.subject import Evaluator, Subject
+from evaluators.target import Runtime, Target, runtime
+from evaluators.timing import Clock
+from search.evaluation import Evaluation
+from search.objects import resolve
+from search.recovery import recalibrate_batch_norm, recovery_images
+from search.study import Study, StudyError
+from search.training import Progress, trained_network
+from spaces.candidate import Candidate
+from spaces.gates import GateSpace
+from spaces.groups import find_groups
+from spaces.joint import JointSpace
+from spaces.network import ExitNetwork
+from spaces.precision import PrecisionSpace
+from spaces.sparsity import SparsitySpace
+
+StopEarly = Callable[[Mapping[str, Measurement]], bool]
+
+
+class Workbench:
+    """The dense network, the space, and what is needed to build and measure a version of it.
+
+    Args:
+        study: the question.
+        progress: told about the steps that take long.
+
+    Raises:
+        StudyError: the study's factories give something else than a network and images.
+        TargetError: the study's runtime is not available here.
+    """
+
+    def __init__(self, study: Study, progress: Progress) -> None:
+        self.study = study
+        self.runtime: Runtime = runtime(study.target.runtime)
+        self.target = Target(study.target.runtime, self.runtime.device(), study.target.batch, study.target.threads)
+        self.data: Splits = _splits(study)
+        self.network: ExitNetwork = trained_network(study, self.data, progress)
+        image = torch.from_numpy(self.data.calibration.images[:1])
+        self.builder = ArtifactBuilder(self.network, self.data.calibration.images, self.runtime)
+        self.space = _space(study, self.network, image, self.builder.layers, self.runtime)
+        self._cheap: tuple[Evaluator, ...] = (
+            ParamsEvaluator(),
+            SizeEvaluator(),
+            FlopsEvaluator(self.network, image),
+        )
+        self._accuracy = AccuracyEvaluator()
+        self._recovery_images = recovery_images(self.data.train, study.recovery.images)
+
+    def references(self) -> dict[str, Artifact]:
+        """Returns the dense network in each of the target's precisions: what candidates are timed beside."""
+        dense = self.space.dense()
+        return {
+            precision: self.builder.build(
+                self.network, Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds)
+            )
+            for precision in self.space.precision.precisions
+        }
+
+    def time_references(self) -> dict[str, float]:
+        """Returns the median seconds per batch of each reference, timed side by side."""
+        images = self.data.validation.images[: reference_batch(self.target.batch)]
+        loaded = {
+            name: self.runtime.load(item.deployed[0], self.target.threads) for name, item in self.references().items()
+        }
+        calls = {name: (lambda session=session: session(images)) for name, session in loaded.items()}
+        return median_seconds(calls, Clock.for_threads(self.target.threads))
+
+    def latency_evaluator(self, reference_seconds: Mapping[str, float]) -> LatencyEvaluator:
+        """Returns the evaluator that tells latencies at the speed which the references had."""
+        references = {
+            name: Reference(artifact.deployed[0], reference_seconds[name])
+            for name, artifact in self.references().items()
+        }
+        return LatencyEvaluator(references, self.runtime, self.target)
+
+    def compress(self, candidate: Candidate) -> ExitNetwork:
+        """Returns the candidate's network in torch, recovered as the study says."""
+        network = self.space.apply(self.network, candidate)
+        if self.study.recovery.level == "bn" and self.is_pruned(candidate):
+            recalibrate_batch_norm(network, self._recovery_images)
+        return network
+
+    def is_pruned(self, candidate: Candidate) -> bool:
+        """Returns whether the candidate lacks any channel of the dense network."""
+        return bool(self.space.sparsity.kept(candidate.channels))
+
+    def subject(self, candidate: Candidate) -> Subject:
+        """Returns the candidate, built and ready to be measured."""
+        network = self.compress(candidate)
+        return self._subject(candidate, network, self.builder.build(network, candidate))
+
+    def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
+        return Subject(network, candidate, artifact, self.data.validation, self.runtime, self.target)
+
+    def evaluate(self, candidate: Candidate, latency: LatencyEvaluator, stop: StopEarly) -> Evaluation:
+        """Returns what was measured of a candidate, cheapest metrics first.
+
+        Args:
+            candidate: the version.
+            latency: measures it beside the references.
+            stop: told what is known after each metric; where it says so, the rest is not measured.
+        """
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "compress"):
+            network = self.compress(candidate)
+        with _timed(seconds, "build"):
+            artifact = self.builder.build(network, candidate)
+        subject = self._subject(candidate, network, artifact)
+        with _timed(seconds, "load"):
+            _ = subject.staged
+        measured: dict[str, Measurement] = {}
+        for evaluator in (*self._cheap, latency, self._accuracy):
+            with _timed(seconds, evaluator.metric):
+                measured[evaluator.metric] = evaluator.measure(subject)
+            if stop(measured):
+                break
+        return Evaluation(candidate, measured, self.study.recovery.level, artifact.digest, seconds)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - begin
+
+
+def _splits(study: Study) -> Splits:
+    splits = resolve(study.data.factory)()
+    if not isinstance(splits, Splits):
+        raise StudyError(f"a data factory returns evaluators.data.Splits, got {type(splits).__name__}")
+    return splits
+
+
+def _space(
+    study: Study, network: ExitNetwork, image: torch.Tensor, layers: tuple[str, ...], target: Runtime
+) -> JointSpace:
+    able = target.capabilities()
+    exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
+    return JointSpace(
+        SparsitySpace(network, find_groups(network, image), able.channel_step, study.space.keep_at_least),
+        PrecisionSpace(layers, able.precisions),
+        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
+    )

@@ -1,0 +1,68 @@
+"""One version of a network, as data."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Self
+
+NEVER_EXIT = 1.0
+"""The threshold that turns an exit off: its head is not even part of the artifact."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Channels kept per group, precision per layer and threshold per exit.
+
+    Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, {"exit1": 0.9})
+
+    Two candidates are equal when their content is; `key` names that content.
+    """
+
+    channels: Mapping[str, int]
+    precision: Mapping[str, str]
+    thresholds: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for field in ("channels", "precision", "thresholds"):
+            object.__setattr__(self, field, MappingProxyType(dict(getattr(self, field))))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @cached_property
+    def key(self) -> str:
+        """The first 16 hexadecimal digits of the SHA-256 of the candidate's canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def active_exits(self) -> tuple[str, ...]:
+        """The exits that can fire, in order of depth."""
+        names = sorted(self.thresholds, key=lambda name: (len(name), name))  # exit2 before exit10
+        return tuple(name for name in names if self.thresholds[name] < NEVER_EXIT)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready copy."""
+        return {
+            "channels": dict(self.channels),
+            "precision": dict(self.precision),
+            "thresholds": dict(self.thresholds),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Returns the candidate that `to_dict` described.
+
+        Raises:
+            ValueError: a part is missing.
+        """
+        missing = {"channels", "precision", "thresholds"} - set(content)
+        if missing:
+            raise ValueError(f"a candidate has channels, precision and thresholds, got none of {sorted(missing)}")
+        return cls(
+            {str(name): int(kept) for name, kept in content["channels"].items()},
+            {str(name): str(precision) for name, precision in content["precision"].items()},
+            {str(name): float(threshold) for name, threshold in content["thresholds"].items()},
+        )

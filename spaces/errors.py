@@ -1,0 +1,5 @@
+"""The root of every error that is the user's to mend."""
+
+
+class UserError(Exception):
+    """A mistake in what was asked: shown as one line, exit code 2, nothing written."""

@@ -1,0 +1,81 @@
+"""All three freedoms in one space."""
+
+from collections.abc import Mapping
+
+from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.gates import GateSpace
+from spaces.network import ExitNetwork
+from spaces.precision import PrecisionSpace
+from spaces.space import Choice, Dimension, Integer, Value
+from spaces.sparsity import SparsitySpace
+
+
+class JointSpace:
+    """Sparsity, precision and gates together: what one trial chooses from."""
+
+    def __init__(self, sparsity: SparsitySpace, precision: PrecisionSpace, gates: GateSpace) -> None:
+        self.sparsity = sparsity
+        self.precision = precision
+        self.gates = gates
+
+    def dimensions(self) -> dict[str, Dimension]:
+        """Returns every dimension, by its prefixed name."""
+        return {
+            **self.sparsity.dimensions(),
+            **self.precision.dimensions(),
+            **self.gates.dimensions(),
+        }
+
+    def candidate(self, values: Mapping[str, Value]) -> Candidate:
+        """Returns the candidate that `values`, one for each dimension, describe.
+
+        The head of an exit that never fires is not deployed, so its precision is that of the reference: candidates
+        that deploy the same thing are the same candidate.
+
+        Raises:
+            KeyError: a dimension has no value.
+        """
+        thresholds = {name: float(value) for name, value in self.gates.read(values).items()}
+        precision = {name: str(value) for name, value in self.precision.read(values).items()}
+        for name, threshold in thresholds.items():
+            if threshold >= NEVER_EXIT:
+                precision |= {
+                    layer: self.precision.precisions[0] for layer in precision if layer.startswith(f"exits.{name}.")
+                }
+        channels = {name: int(value) for name, value in self.sparsity.read(values).items()}
+        return Candidate(channels, precision, thresholds)
+
+    def dense(self) -> Candidate:
+        """Returns the network as it was given: every channel, the reference precision, no exit."""
+        return Candidate(
+            {group.name: group.channels for group in self.sparsity.groups},
+            dict.fromkeys(self.precision.layers, self.precision.precisions[0]),
+            dict.fromkeys(self.gates.exits, NEVER_EXIT),
+        )
+
+    def uniform(self, keep: float, precision: str, threshold: float) -> dict[str, Value]:
+        """Returns values that treat every layer alike: a share of the channels, one precision, one threshold.
+
+        Shares are rounded to the nearest step of each group; the threshold to the nearest on offer.
+        """
+        values: dict[str, Value] = {}
+        for name, dimension in self.dimensions().items():
+            values[name] = _nearest(dimension, keep, precision, threshold)
+        return values
+
+    def apply(self, network: ExitNetwork, candidate: Candidate) -> ExitNetwork:
+        """Returns the compressed network in torch; precision and thresholds take effect in the artifact.
+
+        Raises:
+            ValueError: the candidate does not fit the network.
+        """
+        return self.sparsity.apply(network, candidate.channels)
+
+
+def _nearest(dimension: Dimension, keep: float, precision: str, threshold: float) -> Value:
+    if isinstance(dimension, Choice):
+        return precision if precision in dimension.choices else dimension.choices[0]
+    wanted = keep * dimension.high if isinstance(dimension, Integer) else threshold
+    steps = round((wanted - dimension.low) / dimension.step)
+    nearest = min(max(dimension.low + steps * dimension.step, dimension.low), dimension.high)
+    return nearest if isinstance(dimension, Integer) else round(nearest, 6)

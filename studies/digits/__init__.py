@@ -1,0 +1,1 @@
+"""The default study: handwritten digits, which every machine with scikit-learn already has."""
