@@ -8,13 +8,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from spaces.errors import UserError
+
 RUNTIMES: Mapping[str, str] = {
     "onnxruntime": "evaluators.runtimes.ort:OnnxRuntime",
 }
 """Every runtime, by the name a target gives it; loaded when asked for."""
 
 
-class TargetError(ValueError):
+class TargetError(UserError):
     """A target that does not exist, or not on this machine."""
 
 
@@ -51,10 +53,6 @@ class Target:
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
         return asdict(self)
-
-
-Session = Any
-"""A loaded stage: called with an array, it returns a list of arrays."""
 
 
 class Loaded(Protocol):

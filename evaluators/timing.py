@@ -112,7 +112,10 @@ def time_pair(
     """
     if len(candidate) != len(weights) or sum(weights) <= 0:
         raise ValueError(f"every input has a weight and one is above 0, got {list(weights)} for {len(candidate)}")
-    for call in [*[reference] * protocol.warmups, *[candidate[0]] * protocol.warmups, *candidate[1:]]:
+    for _ in range(protocol.warmups):
+        reference()
+        candidate[0]()
+    for call in candidate[1:]:  # they share the first one's code, so once is enough
         call()
     shares = np.asarray(weights, dtype=np.float64) / sum(weights)
     rng = np.random.default_rng(seed)

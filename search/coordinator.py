@@ -15,9 +15,11 @@ from search.budget import Budget
 from search.environment import environment
 from search.evaluation import Evaluation
 from search.front import OBJECTIVES, Version
+from search.interrupts import Interrupts
 from search.sampler import distributions, first_guesses, sampler
 from search.store import Baseline, versions_of
 from search.workbench import Workbench
+from spaces.candidate import Candidate
 
 REPEATED_FAILURES = 10
 """So many failures in a row, all for one reason, end a search."""
@@ -84,6 +86,7 @@ class Coordinator:
         finished = len(stored.get_trials(deepcopy=False))
         stored.sampler = sampler(sampler_name, seed + finished)
         self._overhead = {"ask": 0.0, "tell": 0.0}
+        self._interrupts = Interrupts()
 
     def run(self, trials: int, timeout_s: float | None) -> Outcome:
         """Searches until `trials` are finished, earlier runs of this search included, or the time is up.
@@ -95,19 +98,19 @@ class Coordinator:
         for guess in first_guesses(self._bench.space):
             self._stored.enqueue_trial(guess, skip_if_exists=True)
         begin = time.monotonic()
-        outcome = Outcome(f"all {trials} trials are done", 0, self._overhead)
-        try:
-            while self._finished() < trials:
-                if timeout_s is not None and time.monotonic() - begin >= timeout_s:
-                    return Outcome(f"the {timeout_s:g} s are up", 0, self._overhead)
-                self._one_trial()
-                stop = self._hopeless()
-                if stop:
-                    return stop
-        except KeyboardInterrupt:
-            put_right_running(self._stored)
-            return Outcome("interrupted; the same command goes on from here", 130, self._overhead)
-        return outcome
+        with Interrupts() as self._interrupts:
+            try:
+                while self._finished() < trials:
+                    if timeout_s is not None and time.monotonic() - begin >= timeout_s:
+                        return Outcome(f"the {timeout_s:g} s are up", 0, self._overhead)
+                    self._one_trial()
+                    stop = self._hopeless()
+                    if stop:
+                        return stop
+            except KeyboardInterrupt:
+                put_right_running(self._stored)
+                return Outcome("interrupted; the same command goes on from here", 130, self._overhead)
+        return Outcome(f"all {trials} trials are done", 0, self._overhead)
 
     def _finished(self) -> int:
         return sum(is_counted(trial) for trial in self._stored.get_trials(deepcopy=False))
@@ -119,7 +122,8 @@ class Coordinator:
         try:
             candidate = self._bench.space.candidate(trial.params)
             known = self._known.get(candidate.key)
-            evaluation = known.evaluation if known else self._bench.evaluate(candidate, self._latency, self._is_broken)
+            with self._interrupts.allowed():
+                evaluation = known.evaluation if known else self._measure(candidate)
         except Exception as error:
             logger.debug("trial %d failed", trial.number, exc_info=True)
             trial.set_user_attr("reason", f"{type(error).__name__}: {error}".strip()[:2000])
@@ -131,6 +135,9 @@ class Coordinator:
         finished = self._stored.get_trials(deepcopy=False)[trial.number]
         for observer in self._observers:
             observer.trial_done(finished, time.monotonic() - begin)
+
+    def _measure(self, candidate: Candidate) -> Evaluation:
+        return self._bench.evaluate(candidate, self._latency, self._is_broken)
 
     def _is_broken(self, measured: Mapping[str, Measurement]) -> bool:
         return any(value > 0 for value in self._budget.violations(measured, self._dense).values())
@@ -150,10 +157,11 @@ class Coordinator:
             self._stored.tell(trial, state=TrialState.PRUNED)
 
     def _hopeless(self) -> Outcome | None:
-        trials = self._stored.get_trials(deepcopy=False)
-        last = trials[-REPEATED_FAILURES:]
-        reasons = {trial.user_attrs.get("reason") for trial in last if trial.state == TrialState.FAIL}
-        if len(last) == REPEATED_FAILURES and len(reasons) == 1 and all(t.state == TrialState.FAIL for t in last):
+        trials = [trial for trial in self._stored.get_trials(deepcopy=False) if is_counted(trial)]
+        # A candidate that is known was not tried again, so it says nothing about what fails.
+        last = [trial for trial in trials if "duplicate_of" not in trial.user_attrs][-REPEATED_FAILURES:]
+        reasons = {trial.user_attrs.get("reason") for trial in last}
+        if len(last) == REPEATED_FAILURES and len(reasons) == 1 and last[0].state == TrialState.FAIL:
             return Outcome(f"{REPEATED_FAILURES} trials in a row failed alike: {reasons.pop()}", 1, self._overhead)
         latest = trials[-REPEATED_DUPLICATES:]
         if len(latest) == REPEATED_DUPLICATES and all("duplicate_of" in trial.user_attrs for trial in latest):

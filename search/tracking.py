@@ -122,7 +122,7 @@ class Mirror:
         self._mark({version.number for version in front})
         run_id = self._summary_run()
         for name, value in {
-            "trials": float(len(trials)),
+            "trials": float(sum(trial.state.is_finished() for trial in trials)),
             "feasible": float(len(good)),
             "on_front": float(len(front)),
             "hypervolume": hypervolume(front, self._search.budget, self._dense.measured),

@@ -68,7 +68,7 @@ def with_exits(trunk: nn.Module, exits: ExitsSection, data: Splits) -> ExitNetwo
     """Returns the trunk with an untrained head at each of the study's exits.
 
     Raises:
-        ValueError: an exit sits after no module, or after one that gives no feature map.
+        StructureError: an exit sits after no module, or after one that gives no feature map.
     """
     image = torch.zeros(1, *data.image_shape)
     channels = feature_channels(trunk, exits.after, image)

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """A mistake in what was asked: shown as one line, exit code 2, nothing written."""
+
+
+class StructureError(UserError):
+    """A network that is not built as the study says, or that cannot be compressed as it asks."""

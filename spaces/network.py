@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from spaces.errors import StructureError
+
 _TRUNK = "trunk."
 
 
@@ -76,15 +78,16 @@ def feature_channels(trunk: nn.Module, cut_points: Sequence[str], image: Tensor)
     """Returns how many channels the output of each cut point has, for one image `(1, c, h, w)`.
 
     Raises:
-        ValueError: a cut point is not a module of the trunk, or its output is no feature map.
+        StructureError: a cut point is not a module of the trunk, or its output is no feature map.
     """
     known = dict(trunk.named_modules())
     for path in cut_points:
         if path not in known:
-            raise ValueError(f"an exit sits after a module of the network, got {path!r}; see named_modules()")
+            raise StructureError(f"an exit sits after a module of the network, got {path!r}; see named_modules()")
     with torch.no_grad():
         features, _ = ExitNetwork(trunk, cut_points, [nn.Identity()] * len(cut_points)).run_trunk(image)
     for path, feature in zip(cut_points, features, strict=True):
         if feature.ndim != 4:
-            raise ValueError(f"an exit reads a feature map (n, c, h, w), got shape {tuple(feature.shape)} at {path!r}")
+            shape = tuple(feature.shape)
+            raise StructureError(f"an exit reads a feature map (n, c, h, w), got shape {shape} at {path!r}")
     return [feature.shape[1] for feature in features]

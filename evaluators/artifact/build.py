@@ -27,7 +27,7 @@ class ArtifactBuilder:
 
     Raises:
         ExportError: torch cannot export the network.
-        ValueError: an exit sits where the graph cannot be cut in two.
+        StructureError: an exit sits where the graph cannot be cut in two.
     """
 
     def __init__(self, network: ExitNetwork, calibration: NDArray[np.float32], runtime: Runtime) -> None:

@@ -9,6 +9,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from spaces.errors import UserError
 from spaces.network import ExitNetwork
 
 OPSET = 17
@@ -16,7 +17,7 @@ INPUT = "images"
 OUTPUT = "logits"
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """A network that cannot be written as ONNX."""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
-from evaluators.artifact.template import Arrays, Stage
+from evaluators.artifact.template import DEQUANTIZED, Arrays, Stage
 
 Ranges = Mapping[str, tuple[float, float]]
 """The lowest and highest value seen of each activation tensor."""
@@ -126,7 +126,7 @@ class Quantizer:
         renamed: dict[str, str] = {}
         if stage.input in placement.tensors:
             # An input keeps its name, so its readers move; elsewhere the writer moves and the readers keep theirs.
-            renamed[stage.input] = stage.input + "/dq"
+            renamed[stage.input] = stage.input + DEQUANTIZED
             nodes += self._pair(stage.input, stage.input, renamed[stage.input], ranges, values)
         for original in stage.nodes:
             node = NodeProto()
@@ -160,9 +160,9 @@ class Quantizer:
         quantized, scale = quantize_weight(values[name], axis, self._weight_limit)
         values[f"{name}/q"], values[f"{name}/scale"] = quantized, scale
         values[f"{name}/zero_point"] = np.zeros(len(scale), dtype=np.int8)
-        node.input[1] = f"{name}/dq"
+        node.input[1] = name + DEQUANTIZED
         inputs = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
-        return helper.make_node("DequantizeLinear", inputs, [f"{name}/dq"], f"{name}/DequantizeLinear", axis=axis)
+        return helper.make_node("DequantizeLinear", inputs, [name + DEQUANTIZED], f"{name}/DequantizeLinear", axis=axis)
 
 
 def _flag(node: NodeProto, name: str) -> bool:

@@ -10,12 +10,16 @@ from onnx import NodeProto, helper, numpy_helper
 from torch import Tensor
 
 from evaluators.artifact.exporter import INPUT, OPSET, OUTPUT, cut_name, export_structure, logits_name
+from spaces.errors import StructureError
 from spaces.network import ExitNetwork, layer_name
 
 Arrays = dict[str, NDArray[np.generic]]
 
 _IR_VERSION = 8
 _LAYER_OPS = ("Conv", "Gemm")
+
+DEQUANTIZED = "/dq"
+"""The end of the name of a weight or an input that has been through Q/DQ."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Template:
 
     Raises:
         ExportError: torch cannot export the network.
-        ValueError: an exit sits where the graph cannot be cut in two.
+        StructureError: an exit sits where the graph cannot be cut in two.
     """
 
     def __init__(self, network: ExitNetwork, image: Tensor) -> None:
@@ -106,7 +110,7 @@ class Template:
             if tensor == start:
                 continue
             if tensor == INPUT:
-                raise ValueError(
+                raise StructureError(
                     f"an exit sits where one tensor separates the network in two, got {exit_name!r}, which is bypassed;"
                     " move it behind the block"
                 )
@@ -139,13 +143,15 @@ class Template:
         return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
 
     def _fit_groups(self, node: NodeProto, arrays: Arrays) -> NodeProto:
-        if node.op_type != "Conv" or self._shapes.get(node.input[1], (0, 0))[1] != 1:
+        """Returns a depthwise convolution with as many groups as it has channels left; any other node as it is."""
+        weight = node.input[1].removesuffix(DEQUANTIZED) if node.op_type == "Conv" else ""
+        if weight not in self._shapes or self._shapes[weight][1] != 1:
             return node
         fitted = NodeProto()
         fitted.CopyFrom(node)
         for attribute in fitted.attribute:
-            if attribute.name == "group" and attribute.i == self._shapes[node.input[1]][0]:
-                attribute.i = len(arrays[node.input[1]])
+            if attribute.name == "group" and attribute.i == self._shapes[weight][0]:
+                attribute.i = len(arrays[weight])
         return fitted
 
 

@@ -1,0 +1,61 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluators.artifact.build import ArtifactBuilder
+from evaluators.runtimes.ort import OnnxRuntime
+from search.study import Study
+from search.workbench import Workbench
+from spaces.gates import GateSpace
+from spaces.groups import find_groups
+from spaces.joint import JointSpace
+from spaces.network import ExitHead, ExitNetwork
+from spaces.precision import PrecisionSpace
+from spaces.sparsity import SparsitySpace
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def image() -> torch.Tensor:
+    return torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    return torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="session")
+def network() -> ExitNetwork:
+    trunk = tiny.randomized()
+    torch.manual_seed(5)
+    return ExitNetwork(trunk, ["pool", "pointwise"], [ExitHead(16, 4, 2), ExitHead(32, 4, 2)]).eval()
+
+
+@pytest.fixture(scope="session")
+def builder(network: ExitNetwork, images: torch.Tensor) -> ArtifactBuilder:
+    return ArtifactBuilder(network, images.numpy(), OnnxRuntime())
+
+
+@pytest.fixture(scope="session")
+def space(network: ExitNetwork, image: torch.Tensor, builder: ArtifactBuilder) -> JointSpace:
+    return JointSpace(
+        SparsitySpace(network, find_groups(network, image), step=4, minimum=0.25),
+        PrecisionSpace(builder.layers, ("fp32", "int8")),
+        GateSpace(network.exit_names, 0.5, 0.05),
+    )
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of trained networks that only the tests use."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DEPLOYFRONT_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bench(cache: Path) -> Workbench:  # noqa: ARG001  the network must not land in the user's cache
+    return Workbench(Study.parse(tiny.STUDY, "the tests' study"), lambda *_: None)

@@ -1,0 +1,109 @@
+"""What every implementation of an interface has to keep; subclass one and fill in the fixture."""
+
+import numpy as np
+import pytest
+
+from evaluators.measurement import METRICS, Measurement
+from evaluators.subject import Evaluator, Subject
+from evaluators.target import Runtime
+from spaces.space import Choice, Integer, Real, Space
+
+
+class EvaluatorContract:
+    """An evaluator measures one known metric, says how, and says the same of the same subject."""
+
+    repeats_exactly = True
+
+    @pytest.fixture
+    def evaluator(self) -> Evaluator:
+        raise NotImplementedError
+
+    def test_measures_its_metric_and_says_how(self, evaluator: Evaluator, subject: Subject) -> None:
+        found = evaluator.measure(subject)
+        assert found.metric == evaluator.metric
+        assert found.metric in METRICS
+        assert np.isfinite(found.value)
+        assert found.value > 0
+        assert found.n >= 1
+        assert found.spread >= 0
+        assert found.protocol
+        assert found.target
+
+    def test_round_trips_through_json(self, evaluator: Evaluator, subject: Subject) -> None:
+        import json
+
+        found = evaluator.measure(subject)
+        assert Measurement.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+    def test_every_statistic_of_a_budget_is_there(self, evaluator: Evaluator, subject: Subject) -> None:
+        found = evaluator.measure(subject)
+        for statistic in METRICS[evaluator.metric].statistics:
+            assert found.statistic_value(statistic) > 0
+
+    def test_measures_the_same_twice(self, evaluator: Evaluator, subject: Subject) -> None:
+        if self.repeats_exactly:
+            assert evaluator.measure(subject).value == evaluator.measure(subject).value
+
+
+class RuntimeContract:
+    """A runtime loads what it says is deployable, and answers for any batch size that it promises."""
+
+    @pytest.fixture
+    def runtime(self) -> Runtime:
+        raise NotImplementedError
+
+    def test_tells_what_it_is(self, runtime: Runtime) -> None:
+        assert runtime.missing() is None
+        assert runtime.name in runtime.version()
+        assert runtime.device()
+        able = runtime.capabilities()
+        assert able.precisions[0] == "fp32"
+        assert able.channel_step >= 1
+
+    def test_runs_what_it_deploys(self, runtime: Runtime, builder, network, space, images) -> None:
+        for precision in runtime.capabilities().precisions:
+            candidate = space.candidate(space.uniform(1.0, precision, 1.0))
+            (stage,) = builder.build(network, candidate).stages
+            loaded = runtime.load(runtime.deployable(stage), 1)
+            (logits,) = loaded(images.numpy())
+            assert logits.shape == (len(images), 4)
+            (one,) = loaded(images.numpy()[:1])
+            np.testing.assert_allclose(one, logits[:1], atol=1e-4)
+
+    def test_deployable_leaves_a_float_model_alone(self, runtime: Runtime, builder, network, space) -> None:
+        (stage,) = builder.build(network, space.dense()).stages
+        assert runtime.deployable(stage) == stage
+
+
+class SpaceContract:
+    """A space reads every corner of its dimensions into its part of a candidate."""
+
+    @pytest.fixture
+    def part(self) -> Space:
+        raise NotImplementedError
+
+    def test_names_are_prefixed_and_ranges_are_not_empty(self, part: Space) -> None:
+        for name, dimension in part.dimensions().items():
+            assert "." in name
+            assert isinstance(dimension, Integer | Real | Choice)
+            if isinstance(dimension, Choice):
+                assert len(dimension.choices) > 1
+            else:
+                assert dimension.low < dimension.high
+
+    @pytest.mark.parametrize("end", ["low", "high"])
+    def test_reads_both_ends(self, part: Space, end: str) -> None:
+        values = {
+            name: dimension.choices[0 if end == "low" else -1]
+            if isinstance(dimension, Choice)
+            else getattr(dimension, end)
+            for name, dimension in part.dimensions().items()
+        }
+        found = part.read(values)
+        assert {name.split(".", 1)[1] for name in values} <= set(found)
+        for name, value in values.items():
+            assert found[name.split(".", 1)[1]] == value
+
+    def test_a_missing_value_is_an_error(self, part: Space) -> None:
+        with pytest.raises(KeyError):
+            part.read({})

@@ -1,0 +1,110 @@
+"""Mistakes: one line, exit code 2, nothing written."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from search.cli import run
+from tests import tiny
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    file = tmp_path / "study.toml"
+    file.write_text(tiny.STUDY)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget", "latency"], ["redirect", "latency=5ms"]),
+        (["--budget", "latncy<5ms"], ["did you mean 'latency'"]),
+        (["--budget", "latency<5"], ["us, ms, s"]),
+        (["--budget", "latency<-5ms"], ["above 0"]),
+        (["--study", "digitz"], ["'digitz'", "digits"]),
+        (["--study", "no/such/study.toml"], ["existing study.toml"]),
+        (["--sampler", "tpee"], ["did you mean 'tpe'"]),
+        (["--target", "abacus"], ["onnxruntime", "doctor"]),
+        (["--trials", "0"], ["--trials"]),
+        (["--no-such-option"], ["--no-such-option"]),
+        (["no-such-command"], ["no-such-command"]),
+        (["front"], ["no search in"]),
+        (["front", "--search", "nothing"], ["journal.log"]),
+        (["front", "--json", "--csv"], ["--json", "--csv"]),
+        (["pick", "--prefer", "beauty"], ["knee", "'beauty'"]),
+        (["pick"], ["no search in"]),
+        (["ui"], ["no search in"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(arguments, words, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    written = capsys.readouterr()
+    assert written.err.startswith("error: ")
+    assert written.err.count("\n") == 1
+    for word in words:
+        assert word in written.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("trials = 12", "trials = 0"), ["search.trials", "0"]),
+        (('name = "tiny"', ""), ["name"]),
+        (("epochs = 4", "epoks = 4"), ["epoks"]),
+        (("latency<90%", "latency<90"), ["us, ms, s, %"]),
+        (('"tests.tiny:network"', '"tests.tiny"'), ["model.factory"]),
+        (('"tests.tiny:network"', '"tests.tiny:nothing"'), ["tests.tiny:nothing"]),
+        (('"tests.tiny:network"', '"tests.nowhere:network"'), ["tests.nowhere"]),
+        (('name = "tiny"', 'name = "tiny'), ["TOML"]),
+    ],
+)
+def test_a_mistake_in_a_study_names_its_place(change, words, study, tmp_path, capsys, cache) -> None:
+    study.write_text(tiny.STUDY.replace(*change))
+    assert run(["--study", str(study), "--runs", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "runs").rglob("journal.log"))
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(study, tmp_path, capsys, cache) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert run(["--study", str(study), "--runs", str(tmp_path / "file")]) == 2
+    assert "writable" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_named(tmp_path, capsys) -> None:
+    from search.store import SearchFolder
+
+    folder = SearchFolder(tmp_path / "one")
+    with folder.lock():
+        folder.create()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run(["ui", "--runs", str(tmp_path), "--port", str(port)]) == 2
+    assert f"{port}, which is in use" in capsys.readouterr().err
+
+
+def test_help_and_a_bad_budget_load_no_torch() -> None:
+    for arguments, code in ((["--help"], 0), (["--budget", "latency"], 2)):
+        script = (
+            f"import sys; from search.cli import run; code = run({arguments!r});"
+            "heavy = {'torch', 'optuna', 'mlflow', 'onnx'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
+        )
+        assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == code
+
+
+def test_doctor_tells_what_each_target_can_do(capsys) -> None:
+    assert run(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in ("onnxruntime", "fp32", "int8", "tensorrt", "torch"):
+        assert word in text

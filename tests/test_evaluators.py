@@ -1,0 +1,164 @@
+import numpy as np
+import pytest
+import torch
+
+from evaluators.accuracy import AccuracyEvaluator
+from evaluators.flops import FlopsEvaluator, count_by_module
+from evaluators.latency import LatencyEvaluator, Reference
+from evaluators.runtimes.ort import OnnxRuntime
+from evaluators.size import ParamsEvaluator, SizeEvaluator
+from evaluators.subject import Subject
+from evaluators.target import RUNTIMES, Target, TargetError, runtime
+from evaluators.timing import Protocol
+from spaces.candidate import Candidate
+from tests.contracts import EvaluatorContract, RuntimeContract
+
+
+@pytest.fixture(params=["dense", "pruned int8 with exits"])
+def subject(request, builder, network, space, images) -> Subject:
+    from evaluators.data import LabelledImages
+
+    values = space.uniform(1.0, "fp32", 1.0) if request.param == "dense" else space.uniform(0.5, "int8", 0.6)
+    candidate = space.candidate(values)
+    pruned = space.apply(network, candidate)
+    with torch.no_grad():
+        labels = network(images)[-1].argmax(1).numpy()
+    labels[0] = (labels[0] + 1) % 4
+    data = LabelledImages(images.numpy(), labels)
+    target = Target("onnxruntime", "test CPU", 4, 1)
+    return Subject(pruned, candidate, builder.build(pruned, candidate), data, OnnxRuntime(), target)
+
+
+class TestAccuracy(EvaluatorContract):
+    @pytest.fixture
+    def evaluator(self):
+        return AccuracyEvaluator()
+
+    def test_is_the_share_of_right_answers(self, evaluator, subject) -> None:
+        found = evaluator.measure(subject)
+        assert found.value == subject.answers.correct.mean()
+        assert found.spread == pytest.approx(np.sqrt(found.value * (1 - found.value) / 12))
+        if not subject.artifact.exits:
+            assert found.value == pytest.approx(11 / 12)
+
+
+class TestSize(EvaluatorContract):
+    @pytest.fixture
+    def evaluator(self):
+        return SizeEvaluator()
+
+    def test_is_what_the_files_take_on_disk(self, evaluator, subject, tmp_path) -> None:
+        for index, stage in enumerate(subject.artifact.deployed):
+            (tmp_path / str(index)).write_bytes(stage)
+        assert evaluator.measure(subject).value == sum(file.stat().st_size for file in tmp_path.iterdir())
+
+
+class TestParams(EvaluatorContract):
+    @pytest.fixture
+    def evaluator(self):
+        return ParamsEvaluator()
+
+    def test_counts_only_heads_that_are_deployed(self, evaluator, subject) -> None:
+        trunk = sum(parameter.numel() for parameter in subject.network.trunk.parameters())
+        heads = sum(parameter.numel() for parameter in subject.network.exits.parameters())
+        assert evaluator.measure(subject).value == trunk + (heads if subject.artifact.exits else 0)
+
+
+class TestFlops(EvaluatorContract):
+    @pytest.fixture
+    def evaluator(self, network, image):
+        return FlopsEvaluator(network, image)
+
+    def test_is_the_expectation_over_the_stages_that_are_reached(self, evaluator, subject, image) -> None:
+        found = evaluator.measure(subject)
+        total = sum(count_by_module(subject.network, image).values())
+        if not subject.artifact.exits:
+            assert found.value == found.others["worst"] == sum(count_by_module(subject.network.trunk, image).values())
+            return
+        assert found.others["worst"] == total
+        counts = count_by_module(subject.network, image)
+        first = ("trunk.stem", "trunk.inner", "trunk.outer", "trunk.join", "trunk.pool", "exits.exit1")
+        second = ("trunk.depthwise", "trunk.pointwise", "exits.exit2")
+        stages = [sum(c for name, c in counts.items() if name.startswith(prefix)) for prefix in (first, second)]
+        stages.append(total - sum(stages))
+        assert found.value == pytest.approx(np.dot(subject.answers.reached, stages))
+
+
+def test_flops_of_a_layer_scale_exactly_with_its_kept_channels(network, space, image) -> None:
+    dense = count_by_module(network, image)
+    channels = {"inner.0": 8, "pointwise.0": 16}
+    pruned = count_by_module(space.sparsity.apply(network, channels), image)
+    assert pruned["trunk.inner.0"] == dense["trunk.inner.0"] * 8 / 24
+    assert pruned["trunk.outer.0"] == dense["trunk.outer.0"] * 8 / 24
+    assert pruned["trunk.pointwise.0"] == dense["trunk.pointwise.0"] / 2
+    assert pruned["trunk.hidden"] == dense["trunk.hidden"] / 2
+    assert pruned["trunk.stem.0"] == dense["trunk.stem.0"]
+
+
+def test_one_multiply_add_is_one_flop(network, image) -> None:
+    assert count_by_module(network, image)["trunk.inner.0"] == 8 * 8 * 24 * 16 * 9
+
+
+class TestLatency(EvaluatorContract):
+    repeats_exactly = False
+
+    @pytest.fixture
+    def evaluator(self, builder, network, space):
+        dense = space.dense()
+        references = {}
+        for precision in ("fp32", "int8"):
+            candidate = Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds)
+            references[precision] = Reference(builder.build(network, candidate).deployed[0], 1.0)
+        target = Target("onnxruntime", "test CPU", 4, 1)
+        return LatencyEvaluator(references, OnnxRuntime(), target, Protocol(limit_s=0.2))
+
+    def test_is_told_at_the_speed_of_the_reference(self, evaluator, subject) -> None:
+        precision = "int8" if subject.artifact.exits else "fp32"
+        twice = {name: Reference(found.model, 2.0) for name, found in evaluator.references.items()}
+        slower = LatencyEvaluator(twice, OnnxRuntime(), subject.target, Protocol(limit_s=0.2))
+        found = slower.measure(subject)
+        assert found.value == pytest.approx(2.0 * found.notes["ratio"])
+        assert f"dense {precision}" in found.protocol
+
+    def test_the_longest_path_is_part_of_it(self, evaluator, subject) -> None:
+        found = evaluator.measure(subject)
+        if subject.artifact.exits:
+            assert found.statistic.startswith("expected")
+            assert found.others["worst"] > 0.8 * found.value
+        else:
+            assert found.others["worst"] == found.value
+
+    def test_a_reference_takes_as_long_as_itself(self, evaluator, images) -> None:
+        assert evaluator.same_twice("fp32", images.numpy()) == pytest.approx(1.0, abs=0.3)
+
+
+class TestOnnxRuntime(RuntimeContract):
+    @pytest.fixture
+    def runtime(self):
+        return OnnxRuntime()
+
+    def test_weights_are_seven_bits_where_sums_would_overflow(self, runtime, monkeypatch) -> None:
+        from evaluators.runtimes import ort
+
+        monkeypatch.setattr(ort.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(ort, "cpu_flags", lambda: frozenset({"avx2"}))
+        assert runtime.capabilities().weight_bits == 7
+        monkeypatch.setattr(ort, "cpu_flags", lambda: frozenset({"avx2", "avx512_vnni"}))
+        assert runtime.capabilities().weight_bits == 8
+        monkeypatch.setattr(ort.platform, "machine", lambda: "aarch64")
+        monkeypatch.setattr(ort, "cpu_flags", lambda: frozenset())
+        assert runtime.capabilities().weight_bits == 8
+
+
+def test_every_runtime_in_the_table_loads_or_says_why_not() -> None:
+    for name in RUNTIMES:
+        try:
+            found = runtime(name)
+        except TargetError as error:
+            found, reason = None, str(error)
+        assert found.name == name if found else name in reason
+
+
+def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(TargetError, match="onnxruntime"):
+        runtime("abacus")

@@ -1,0 +1,119 @@
+"""The timing loop against scripted clocks, and once against the real one."""
+
+import time
+
+import numpy as np
+import pytest
+
+from evaluators.timing import Clock, Protocol, time_pair
+
+
+class Machine:
+    """A machine whose speed is scripted: each call costs work, and work costs more time while it is slow."""
+
+    def __init__(self, speed) -> None:
+        self.now = 0.0
+        self.speed = speed
+        self.log: list[str] = []
+
+    def call(self, name: str, work: float):
+        def run() -> None:
+            self.log.append(name)
+            self.now += work * self.speed(self.now)
+
+        return run
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(lambda: self.now, lambda: self.now)
+
+
+PROTOCOL = Protocol(limit_s=1e9)
+
+
+def test_the_ratio_is_that_of_the_work() -> None:
+    machine = Machine(lambda _: 1.0)
+    found = time_pair([machine.call("c", 3.0)], [1], machine.call("r", 2.0), PROTOCOL, machine.clock)
+    assert found.ratio == pytest.approx(1.5)
+    assert found.half_width == pytest.approx(0)
+    assert found.wall_percentile(50) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [
+        lambda now: 1.0 + now / 500,  # slows down all the time
+        lambda now: 1.3 if int(now / 37) % 2 else 1.0,  # switches between two speeds
+    ],
+)
+def test_a_drifting_machine_does_not_move_the_ratio(speed) -> None:
+    machine = Machine(speed)
+    found = time_pair([machine.call("c", 3.0)], [1], machine.call("r", 2.0), PROTOCOL, machine.clock)
+    assert found.ratio == pytest.approx(1.5, rel=0.02)
+
+
+def test_the_two_sides_take_turns_and_change_who_begins() -> None:
+    machine = Machine(lambda _: 1.0)
+    time_pair(
+        [machine.call("c", 1.0)], [1], machine.call("r", 1.0), Protocol(warmups=0, turns=4, limit_s=1e9), machine.clock
+    )
+    assert "".join(machine.log) == "ccrr" + "rrcc" + "ccrr" + "rrcc"
+
+
+def test_the_first_call_of_a_burst_is_not_counted() -> None:
+    machine = Machine(lambda _: 1.0)
+    costs = iter([5.0, 1.0] * 1000)
+
+    def cold_then_warm() -> None:
+        machine.now += next(costs)
+
+    found = time_pair([cold_then_warm], [1], machine.call("r", 1.0), Protocol(warmups=0, limit_s=1e9), machine.clock)
+    assert found.ratio == pytest.approx(1.0)
+
+
+def test_inputs_count_by_weight_and_a_weightless_one_is_only_reported() -> None:
+    machine = Machine(lambda _: 1.0)
+    calls = [machine.call("a", 1.0), machine.call("b", 3.0), machine.call("worst", 9.0)]
+    found = time_pair(calls, [3, 1, 0], machine.call("r", 1.0), PROTOCOL, machine.clock)
+    assert found.ratio == pytest.approx(1.5)
+    assert found.per_input == pytest.approx((1.0, 3.0, 9.0))
+    assert found.wall_percentile(50) == pytest.approx(1.0)
+    assert found.wall_percentile(99) == pytest.approx(3.0)
+
+
+def test_it_stops_at_its_time_limit_after_two_turns_of_each_input() -> None:
+    machine = Machine(lambda _: 1.0)
+    limit = Protocol(warmups=0, limit_s=0.5)
+    time_pair([machine.call("a", 1.0), machine.call("b", 1.0)], [1, 1], machine.call("r", 1.0), limit, machine.clock)
+    assert machine.log.count("a") == 4
+    assert machine.log.count("b") == 5  # one of them to warm up
+
+
+def test_it_goes_on_until_the_interval_is_narrow() -> None:
+    rng = np.random.default_rng(0)
+
+    def calls_with(noise: float) -> int:
+        machine = Machine(lambda _: 1.0 + noise * rng.random())
+        time_pair([machine.call("c", 1.0)], [1], machine.call("r", 1.0), PROTOCOL, machine.clock)
+        return machine.log.count("c")
+
+    assert calls_with(0.0) < calls_with(0.2) <= PROTOCOL.calls + PROTOCOL.warmups + PROTOCOL.burst
+
+
+def test_inputs_without_a_weight_are_refused() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        time_pair([lambda: None], [0], lambda: None, PROTOCOL, Clock.for_threads(1))
+
+
+def test_a_real_loop_twice_as_long_takes_twice_the_time() -> None:
+    def work(count: int):
+        def run() -> None:
+            end = 0
+            for index in range(count):
+                end += index
+
+        return run
+
+    found = time_pair([work(40_000)], [1], work(20_000), Protocol(limit_s=1.0), Clock.for_threads(1))
+    assert 1.6 < found.ratio < 2.4
+    assert found.wall_percentile(50) < time.get_clock_info("perf_counter").resolution + 1.0
