@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 from rich.console import Console
@@ -19,6 +20,9 @@ from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_
 from search.study import Study, load_study
 from search.text import HEADINGS, broken_limits, front_row, front_table, milliseconds, percent, points, size
 from spaces.errors import UserError
+
+if TYPE_CHECKING:
+    from search.deploy import Confirmed
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -192,27 +196,38 @@ def run_pick(budget: Budget | None, prefer: str, out: Path, name: str | None, ru
             return NO_VERSION
         used = count_pick(search, confirmed)
         write_bundle(out, bench, search, limits, confirmed)
-    searched = confirmed.version.measured
-    change = confirmed.latency.value / searched["latency"].value - 1
+    for line in [
+        *_confirmation(confirmed, dense, prefer, limits, used),
+        f"Wrote {out}/. Check it anywhere: {_check(out)}",
+    ]:
+        console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check(out: Path) -> str:
+    return f"python {shlex.quote(str(out / 'run.py'))}  (needs onnxruntime and numpy)"
+
+
+def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: Budget, used: int) -> list[str]:
+    """Returns how a picked version's fresh figures compare with those of the search."""
+    searched, latency, test = confirmed.version.measured, confirmed.latency, confirmed.test
+    change = latency.value / searched["latency"].value - 1
+    lost = points(test.value - confirmed.dense_test.value)
     lines = [
         f"Picked trial {confirmed.version.number} by {prefer}, within {limits}:",
-        f"  latency   {milliseconds(confirmed.latency.value)} measured again, {change:+.1%} against the search's"
+        f"  latency   {milliseconds(latency.value)} measured again, {change:+.1%} against the search's"
         f" {milliseconds(searched['latency'].value)}; dense {milliseconds(dense.measured['latency'].value)}",
-        f"  accuracy  {percent(confirmed.test.value)} ± {confirmed.test.spread * 100:.2f} points on"
-        f" {confirmed.test.n} test images (validation: {percent(searched['accuracy'].value)}); dense"
-        f" {percent(confirmed.dense_test.value)}, so {points(confirmed.test.value - confirmed.dense_test.value)} points",
+        f"  accuracy  {percent(test.value)} ± {test.spread * 100:.2f} points on {test.n} test images (validation:"
+        f" {percent(searched['accuracy'].value)}); dense {percent(confirmed.dense_test.value)}, so {lost} points",
         f"  size      {size(searched['size'].value)}; dense {size(dense.measured['size'].value)}",
     ]
     if abs(confirmed.speed - 1) > 0.1:
         lines.append(
-            f"  This machine is now {confirmed.speed:.2f} times as slow as when the search began; by the clock a batch"
-            f" takes {milliseconds(confirmed.latency.notes['wall_median'])}."
+            f"  This machine now takes {confirmed.speed:.2f} times as long as when the search began; by the clock a"
+            f" batch takes {milliseconds(latency.notes['wall_median'])}."
         )
     if not confirmed.is_same_artifact:
         lines.append("  The rebuilt files differ from those that the search measured: another version of a library?")
     if used > 1:
         lines.append(f"  {used} versions of this search have now seen the test images: the figure is less blind.")
-    lines += [f"Wrote {out}/. Check it anywhere with onnxruntime and numpy: python {out / 'run.py'}"]
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
-    return 0
+    return lines

@@ -10,10 +10,13 @@ from search.budget import Budget
 from search.front import Version
 from search.text import exit_shares, int8_layers, kept_channels, milliseconds, percent
 
-_FRONT, _FEASIBLE, _OTHER, _DENSE = "#d62728", "#1f77b4", "#b0b0b0", "#000000"
+_COLORS = {"over the budget": "#b0b0b0", "within the budget": "#1f77b4", "front": "#d62728", "dense": "#000000"}
+_LIMIT = "#808080"
 
 
-def split(versions: Sequence[Version], front: Sequence[Version], good: Sequence[Version]) -> dict[str, list[Version]]:
+def group(
+    versions: Sequence[Version], front: Sequence[Version], good: Sequence[Version], dense: Version
+) -> dict[str, list[Version]]:
     """Returns the fully measured versions in the groups that the pictures tell apart."""
     on_front = {version.number for version in front}
     within = {version.number for version in good}
@@ -22,61 +25,80 @@ def split(versions: Sequence[Version], front: Sequence[Version], good: Sequence[
         "over the budget": [version for version in complete if version.number not in within],
         "within the budget": [v for v in complete if v.number in within and v.number not in on_front],
         "front": list(front),
+        "dense": [dense],
     }
 
 
-def front_html(groups: dict[str, list[Version]], dense: Version, budget: Budget) -> str:
-    """Returns a page that works offline: accuracy over latency, with what each version is under the pointer."""
+def caption(versions: Sequence[Version], budget: Budget) -> str:
+    """Returns the pictures' title: what the front is, and what is not shown."""
+    given_up = sum(not version.is_complete for version in versions)
+    rest = f"; {given_up} more broke {budget} and were not scored" if given_up else ""
+    return f"Front within {budget}: unbeaten in accuracy, latency and FLOPs together{rest}"
+
+
+def front_html(groups: dict[str, list[Version]], title: str, budget: Budget) -> str:
+    """Returns a page that works offline: accuracy over latency, FLOPs as size, details under the pointer."""
+    (dense,) = groups["dense"]
     figure = go.Figure()
-    colors = dict(zip(groups, (_OTHER, _FEASIBLE, _FRONT), strict=True))
-    for name, versions in [*groups.items(), ("dense", [dense])]:
+    for name, versions in groups.items():
         figure.add_trace(
             go.Scatter(
                 x=[version.measured["latency"].value * 1e3 for version in versions],
                 y=[version.measured["accuracy"].value * 100 for version in versions],
-                text=[_hover(version, dense) for version in versions],
+                text=[str(version.number) if name == "front" else "" for version in versions],
+                textposition="top center",
+                hovertext=[_hover(version, dense) for version in versions],
                 hoverinfo="text",
-                name=name,
-                mode="lines+markers" if name == "front" else "markers",
-                line={"shape": "hv", "width": 1},
+                name=f"{name} ({len(versions)})" if name != "dense" else name,
+                mode="markers+text",
                 marker={
-                    "color": colors.get(name, _DENSE),
-                    "size": 11 if name in ("front", "dense") else 7,
+                    "color": _COLORS[name],
+                    "size": [6 + 14 * _flops_share(version, dense) for version in versions],
                     "symbol": "star" if name == "dense" else "circle",
+                    "opacity": 0.8,
                 },
             )
         )
     for axis, value, label in _limit_lines(budget, dense):
         draw = figure.add_vline if axis == "x" else figure.add_hline
-        draw(value, line_dash="dash", line_color=_OTHER, annotation_text=label)
+        draw(value, line_dash="dash", line_color=_LIMIT, annotation_text=label)
     figure.update_layout(
-        title=f"Versions within {budget}",
-        xaxis_title=f"latency per batch, ms ({dense.measured['latency'].target})",
+        title=title,
+        xaxis_title=f"latency per batch, ms ({dense.measured['latency'].target}); the larger, the more FLOPs",
         yaxis_title="validation accuracy, %",
         template="plotly_white",
     )
     return str(figure.to_html(include_plotlyjs=True, full_html=True))
 
 
-def save_front_png(groups: dict[str, list[Version]], dense: Version, budget: Budget, file: Path) -> None:
+def save_front_png(groups: dict[str, list[Version]], title: str, budget: Budget, file: Path) -> None:
     """Writes the same picture as a PNG."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    (dense,) = groups["dense"]
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for (name, versions), color in zip(groups.items(), (_OTHER, _FEASIBLE, _FRONT), strict=True):
-        ordered = sorted(versions, key=lambda version: version.measured["latency"].value)
-        x = [version.measured["latency"].value * 1e3 for version in ordered]
-        y = [version.measured["accuracy"].value * 100 for version in ordered]
-        axes.scatter(x, y, color=color, s=45 if name == "front" else 20, label=f"{name} ({len(ordered)})", zorder=2)
-    at = (dense.measured["latency"].value * 1e3, dense.measured["accuracy"].value * 100)
-    axes.scatter(*at, color=_DENSE, marker="*", s=140, label="dense", zorder=3)
+    for name, versions in groups.items():
+        x = [version.measured["latency"].value * 1e3 for version in versions]
+        y = [version.measured["accuracy"].value * 100 for version in versions]
+        sizes = [20 + 120 * _flops_share(version, dense) for version in versions]
+        label = name if name == "dense" else f"{name} ({len(versions)})"
+        marker = "*" if name == "dense" else "o"
+        axes.scatter(x, y, s=sizes, color=_COLORS[name], marker=marker, alpha=0.8, label=label, zorder=2)
+        if name == "front":
+            for version, left, up in zip(versions, x, y, strict=True):
+                axes.annotate(str(version.number), (left, up), textcoords="offset points", xytext=(5, 5), fontsize=7)
     for axis, value, label in _limit_lines(budget, dense):
         draw = axes.axvline if axis == "x" else axes.axhline
-        draw(value, linestyle="--", color=_OTHER, label=label, zorder=1)
-    axes.set_xlabel(f"latency per batch, ms\n({dense.measured['latency'].target})")
+        draw(value, linestyle="--", color=_LIMIT, label=label, zorder=1)
+    axes.set_title(title, fontsize="medium", loc="left", wrap=True)
+    axes.set_xlabel(f"latency per batch, ms ({dense.measured['latency'].target}); the larger, the more FLOPs")
     axes.set_ylabel("validation accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize="small")
     figure.savefig(file, dpi=120)
+
+
+def _flops_share(version: Version, dense: Version) -> float:
+    return version.measured["flops"].value / dense.measured["flops"].value
 
 
 def _hover(version: Version, dense: Version) -> str:
@@ -87,7 +109,7 @@ def _hover(version: Version, dense: Version) -> str:
             f"<b>{name}</b>",
             f"accuracy {percent(measured['accuracy'].value)} ± {measured['accuracy'].spread * 100:.2f} points",
             f"latency {milliseconds(measured['latency'].value)} ± {milliseconds(measured['latency'].spread)}",
-            f"FLOPs {measured['flops'].value / dense.measured['flops'].value:.1%} of dense",
+            f"FLOPs {_flops_share(version, dense):.1%} of dense",
             f"channels {kept_channels(candidate, dense.evaluation.candidate)}, int8 layers {int8_layers(candidate)}",
             f"leave at exits {exit_shares(measured['accuracy'])}",
         ]

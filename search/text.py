@@ -101,7 +101,7 @@ def front_row(version: Version, dense: Version) -> list[str]:
         points(measured["accuracy"].value - baseline["accuracy"].value),
         milliseconds(measured["latency"].value),
         f"{baseline['latency'].value / measured['latency'].value:.2f}x",
-        f"{measured['flops'].value / baseline['flops'].value:.0%}",
+        f"{measured['flops'].value / baseline['flops'].value:.1%}",
         size(measured["size"].value),
         kept_channels(version.evaluation.candidate, dense.evaluation.candidate),
         int8_layers(version.evaluation.candidate),

@@ -18,9 +18,9 @@ from mlflow.entities import Experiment, Metric, Param, Run
 
 from search.evaluation import Evaluation
 from search.front import Version, feasible, hypervolume, pareto
-from search.plots import front_html, save_front_png, split
+from search.plots import caption, front_html, group, save_front_png
 from search.store import StoredSearch, versions_of
-from search.text import HEADINGS, front_row
+from search.text import HEADINGS, broken_limits, front_row
 
 DATABASE = "mlflow.db"
 _SEARCH, _ROLE, _TRIAL = "search", "role", "trial"
@@ -84,8 +84,9 @@ class Mirror:
             metrics = self._metrics(evaluation)
             met = self._search.budget.is_met(evaluation.measurements, self._dense.measured)
             tags |= {"feasible": str(met).lower(), "effort": evaluation.effort}
-            violations = self._search.budget.violations(evaluation.measurements, self._dense.measured)
-            metrics |= {f"over {name}".translate(_SAFE): value for name, value in violations.items()}
+            metrics |= self._margins(evaluation)
+            broken = broken_limits(Version(trial.number, evaluation), self._search.budget, self._dense.measured)
+            tags |= {"reason": f"not measured further: {broken}"} if trial.state == TrialState.PRUNED else {}
         run: Run = self._client.create_run(
             self.experiment_id, start_time=start, tags=tags, run_name=f"trial {trial.number}"
         )
@@ -96,6 +97,16 @@ class Mirror:
         )
         status = "FAILED" if trial.state == TrialState.FAIL else "FINISHED"
         self._client.set_terminated(run.info.run_id, status)
+
+    def _margins(self, evaluation: Evaluation) -> dict[str, float]:
+        """Returns how far each limit is kept, in percent of it; negative where it is broken."""
+        return {
+            f"margin_{constraint.name.replace('.', '_')}_pct": round(
+                -100 * constraint.violation(found, self._dense.measured[constraint.measured_as]), 3
+            )
+            for constraint in self._search.budget.constraints
+            if (found := evaluation.measurements.get(constraint.measured_as))
+        }
 
     def _metrics(self, evaluation: Evaluation) -> dict[str, float]:
         """Returns the figures in the units that people read."""
@@ -110,9 +121,11 @@ class Mirror:
         if "flops" in measured:
             shown["flops_pct_of_dense"] = measured["flops"].value / dense["flops"].value * 100
         if "latency" in measured:
-            shown |= {f"latency_{name}_ms": value * 1e3 for name, value in measured["latency"].others.items()}
+            others = dict(measured["latency"].others)
+            shown["latency_longest_path_ms"] = others.pop("worst") * 1e3
+            shown |= {f"latency_wall_{name}_ms": value * 1e3 for name, value in others.items()}
             shown["speedup"] = dense["latency"].value / measured["latency"].value
-        return shown
+        return {name: round(value, 4) for name, value in shown.items()}
 
     def finish(self, trials: Sequence[FrozenTrial]) -> str:
         """Writes the summary and marks the front; returns the summary's run id."""
@@ -123,8 +136,8 @@ class Mirror:
         run_id = self._summary_run()
         for name, value in {
             "trials": float(sum(trial.state.is_finished() for trial in trials)),
-            "feasible": float(len(good)),
-            "on_front": float(len(front)),
+            "feasible_trials": float(len(good)),
+            "front_trials": float(len(front)),
             "hypervolume": hypervolume(front, self._search.budget, self._dense.measured),
         }.items():
             self._client.log_metric(run_id, name, value)
@@ -133,14 +146,15 @@ class Mirror:
             self._client.log_artifacts(run_id, folder)
         with _quiet():
             self._client.log_table(run_id, self._table(front), "front.json")
+        self._client.set_tag(run_id, "mlflow.note.content", self._note(front))
         self._client.set_terminated(run_id)
         return run_id
 
     def _write_summary(self, folder: Path, versions: list[Version], good: list[Version], front: list[Version]) -> None:
-        groups = split(versions, front, good)
         budget = self._search.budget
-        (folder / "front.html").write_text(front_html(groups, self._dense, budget), encoding="utf-8")
-        save_front_png(groups, self._dense, budget, folder / "front.png")
+        groups, title = group(versions, front, good, self._dense), caption(versions, budget)
+        (folder / "front.html").write_text(front_html(groups, title, budget), encoding="utf-8")
+        save_front_png(groups, title, budget, folder / "front.png")
         (folder / "study.json").write_text(self._search.study.model_dump_json(indent=2), encoding="utf-8")
         lines = [f"{name}: {value}" for name, value in self._search.baseline.environment.items()]
         (folder / "environment.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -149,11 +163,28 @@ class Mirror:
         rows = [front_row(version, self._dense) for version in [*front, self._dense]]
         return {heading: [row[index] for row in rows] for index, heading in enumerate(HEADINGS)}
 
+    def _note(self, front: list[Version]) -> str:
+        """Returns the front as Markdown: the first thing that the summary's page shows."""
+        budget, baseline = self._search.budget, self._search.baseline
+        rows = [
+            HEADINGS,
+            ["---"] * len(HEADINGS),
+            *(front_row(version, self._dense) for version in [*front, self._dense]),
+        ]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return (
+            f"**{len(front)} versions within `{budget}` that no other beats** in accuracy, latency and FLOPs together."
+            f" Latency per batch on {baseline.evaluation.measurements['latency'].target}."
+            f" Pictures are under Artifacts.\n\n{table}\n"
+        )
+
     def _mark(self, front: set[int]) -> None:
         for number, run in self._trial_runs().items():
             on_front = str(number in front).lower()
             if run.data.tags.get("front") != on_front:
                 self._client.set_tag(run.info.run_id, "front", on_front)
+                name = f"trial {number} (front)" if number in front else f"trial {number}"
+                self._client.set_tag(run.info.run_id, "mlflow.runName", name)
 
     def _trial_runs(self) -> dict[int, Run]:
         return {int(run.data.tags[_TRIAL]): run for run in self._runs("trial")}
@@ -176,9 +207,6 @@ class Mirror:
             token = page.token
             if not token:
                 return
-
-
-_SAFE = str.maketrans({"<": " ", ">": " ", "%": "pct", "=": " "})
 
 
 @contextmanager

@@ -1,12 +1,19 @@
 """MLflow's UI on a run directory."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.parse import quote
 
 from search.store import StoreError, find_search
 from spaces.errors import UserError
+
+HOST = "127.0.0.1"
+_PATIENCE_S = 90
 
 
 def serve(name: str | None, runs: Path, port: int) -> int:
@@ -14,35 +21,83 @@ def serve(name: str | None, runs: Path, port: int) -> int:
 
     Raises:
         StoreError: nothing has been logged yet.
-        UserError: the port is in use.
+        UserError: the port is in use, or the server did not start.
     """
     folder = find_search(runs, name)
     folder.open()
     _check_port(port)
+    links = _links(runs, folder.name, port)
+    server = _start(runs, port)
+    try:
+        _wait_for(server, port)
+        sys.stdout.write("\n".join([*links, "Ctrl-C ends it."]) + "\n")
+        sys.stdout.flush()
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop(server)
+
+
+def _links(runs: Path, search: str, port: int) -> list[str]:
     from mlflow import MlflowClient
 
     from search.tracking import DATABASE, tracking_uri
 
     if not (runs / DATABASE).is_file():
         raise StoreError(f"nothing has been logged in {runs} yet; run: python -m search")
-    query = f"tags.search = '{folder.name}'"
     client = MlflowClient(tracking_uri(runs))
-    logged = client.search_runs([item.experiment_id for item in client.search_experiments()], query, max_results=1)
-    page = f"#/experiments/{logged[0].info.experiment_id}/runs?compareRunsMode=CHART" if logged else ""
-    sys.stdout.write(f"Charts of {folder.name}: http://127.0.0.1:{port}/{page}\nCtrl-C ends it.\n")
-    sys.stdout.flush()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.search = '{search}' and tags.role = 'summary'", max_results=1)
+    if not found:
+        return [f"http://{HOST}:{port}/"]
+    summary = found[0].info
+    base = f"http://{HOST}:{port}/#/experiments/{summary.experiment_id}/runs"
+    front = quote(f"tags.search = '{search}' and tags.front = 'true'")
+    return [
+        f"Front of {search}:  {base}/{summary.run_id}/artifacts/front.html",
+        f"Its trials as charts:  {base}?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={front}",
+    ]
+
+
+def _start(runs: Path, port: int) -> subprocess.Popen[bytes]:
+    from search.tracking import tracking_uri
+
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri(runs)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    try:
-        return subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-        return 0
+    command += ["--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level=error"]
+    # MLflow's job workers would take a gigabyte, and nothing here uses them.
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_LOGGING_LEVEL": "ERROR"}
+    settings |= {"PYTHONWARNINGS": "ignore"}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A session of its own: Ctrl-C then reaches us alone, and we end the server and its children together.
+    return subprocess.Popen(command, env=os.environ | settings, start_new_session=True)
+
+
+def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline and server.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) == 0:
+                return
+        time.sleep(0.2)
+    raise UserError(f"MLflow's server answers on port {port}, got none; its own words are above")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, how)
+            server.wait(5)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def _check_port(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((HOST, port))
         except OSError:
             raise UserError(f"the UI needs a free port, got {port}, which is in use; give another --port") from None

@@ -57,5 +57,5 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bench(cache: Path) -> Workbench:  # noqa: ARG001  the network must not land in the user's cache
+def bench(cache: Path) -> Workbench:
     return Workbench(Study.parse(tiny.STUDY, "the tests' study"), lambda *_: None)

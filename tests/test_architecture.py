@@ -11,7 +11,7 @@ FENCES = {
     "optuna": ("search/",),
     "mlflow": ("search/",),
     "tensorrt": ("evaluators/runtimes/trt.py",),
-    "onnxruntime": ("evaluators/runtimes/ort.py", "evaluators/runtimes/run_bundle.py"),
+    "onnxruntime": ("evaluators/runtimes/ort.py", "evaluators/runtimes/run_bundle.py", "studies/benchmarks/"),
     "torch_pruning": ("spaces/", "studies/benchmarks/"),
 }
 LIGHT = ("search/cli.py", "search/budget.py", "search/study.py", "search/__main__.py")

@@ -133,11 +133,13 @@ def test_mlflow_mirrors_the_journal(folder) -> None:
         evaluation = search.trials[int(logged.data.tags["trial"])].user_attrs.get("evaluation")
         if evaluation:
             measured = evaluation["measurements"]["latency"]["value"]
-            assert logged.data.metrics["latency_ms"] == pytest.approx(measured * 1e3)
+            assert logged.data.metrics["latency_ms"] == pytest.approx(measured * 1e3, abs=1e-4)
+            over = max(search.trials[int(logged.data.tags["trial"])].constraints.values())
+            assert logged.data.metrics["margin_latency_pct"] == pytest.approx(-100 * over, abs=1e-3)
         assert any(name.startswith("precision.") for name in logged.data.params)
     names = {artifact.path for artifact in client.list_artifacts(summary.info.run_id)}
     assert {"front.html", "front.png", "front.json", "study.json", "environment.txt"} <= names
-    assert summary.data.metrics["on_front"] == len(front)
+    assert summary.data.metrics["front_trials"] == len(front)
     page = Path(client.download_artifacts(summary.info.run_id, "front.html")).read_text()
     assert "https://cdn" not in page.split("plotly.js v")[0]
 

@@ -1,0 +1,189 @@
+"""What a trial of the default study costs, step by step, beside the naive way to build a candidate.
+
+python -m studies.benchmarks.throughput [--trials 100]
+"""
+
+import argparse
+import copy
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import optuna
+import torch
+import torch_pruning
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from optuna.trial import FrozenTrial
+
+from evaluators.artifact.exporter import INPUT, OPSET
+from search.coordinator import Coordinator, measure_baseline
+from search.environment import environment
+from search.store import SearchFolder, StoredSearch
+from search.study import load_study
+from search.tracking import Mirror
+from search.workbench import Workbench
+from spaces.candidate import Candidate
+
+NAIVE_CANDIDATES = 5
+_STEPS = {
+    "compress": "slice in torch, recalibrate batch norm",
+    "build": "artifact: weights into the graph, Q/DQ, stages",
+    "load": "load the sessions",
+    "params": "parameters",
+    "size": "size",
+    "flops": "FLOPs (and, with exits, who leaves where)",
+    "latency": "latency",
+    "accuracy": "accuracy on the validation images",
+}
+
+
+class Stopwatch:
+    """Keeps what every trial took."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.steps: list[dict[str, float]] = []
+
+    def trial_done(self, trial: FrozenTrial, seconds: float) -> None:
+        """Takes note of a trial."""
+        if "evaluation" in trial.user_attrs:
+            self.seconds.append(seconds)
+            self.steps.append(trial.user_attrs["evaluation"]["seconds"])
+
+
+def main() -> None:
+    """Runs a search of the default study and prints two tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=100)
+    trials = parser.parse_args().trials
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")
+    study, _ = load_study("digits")
+    bench = Workbench(study, lambda step, done, total: print(f"{step}: {done}/{total}") if done == total else None)
+    with tempfile.TemporaryDirectory() as runs:
+        watch, mirror, overhead = _search(bench, Path(runs), trials)
+    machine = environment(bench.runtime.device())
+    print(
+        f"\n{machine['device']}, {machine['cores']} cores, torch {machine['torch']}, onnxruntime"
+        f" {machine['onnxruntime']}; {len(watch.seconds)} measured trials of {trials}\n"
+    )
+    _print_steps(watch, mirror, overhead, trials)
+    _print_building(bench, watch)
+
+
+def _search(bench: Workbench, runs: Path, trials: int) -> tuple[Stopwatch, Mirror, dict[str, float]]:
+    folder = SearchFolder(runs / "throughput")
+    with folder.lock():
+        stored = folder.create()
+        stored.set_user_attr("study", bench.study.model_dump(mode="json"))
+        stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
+        search = StoredSearch.read(folder)
+        watch, mirror = Stopwatch(), Mirror(runs, search)
+        coordinator = Coordinator(bench, stored, search.baseline, "tpe", 0, [watch, mirror])
+        outcome = coordinator.run(trials, None)
+    return watch, mirror, outcome.overhead_s
+
+
+def _print_steps(watch: Stopwatch, mirror: Mirror, overhead: dict[str, float], trials: int) -> None:
+    whole = sum(watch.seconds) + mirror.seconds
+    print("| step | median s | mean s | share |\n|---|---|---|---|")
+    for step, title in _STEPS.items():
+        taken = [steps[step] for steps in watch.steps if step in steps]
+        print(
+            f"| {title} | {statistics.median(taken):.3f} | {sum(taken) / len(taken):.3f} | {sum(taken) / whole:.1%} |"
+        )
+    extra = {"ask (sampler, journal)": overhead["ask"], "tell (journal)": overhead["tell"], "MLflow": mirror.seconds}
+    for title, seconds in extra.items():
+        print(f"| {title} | | {seconds / trials:.3f} | {seconds / whole:.1%} |")
+    print(
+        f"| **ask, tell, journal and MLflow** | | {sum(extra.values()) / trials:.3f} | {sum(extra.values()) / whole:.1%} |"
+    )
+    low, high = statistics.median(watch.seconds), max(watch.seconds)
+    print(f"| **a trial, without MLflow** | {low:.3f} | {sum(watch.seconds) / len(watch.seconds):.3f} | |")
+    print(
+        f"\nThe slowest trial took {high:.2f} s, the slowest 5% more than {np.percentile(watch.seconds, 95):.2f} s.\n"
+    )
+
+
+def _print_building(bench: Workbench, watch: Stopwatch) -> None:
+    """Builds the same candidates both ways, in turn, and prints the paired ratio."""
+    rng = np.random.default_rng(0)
+    naive, ours = [], []
+    for _ in range(NAIVE_CANDIDATES):
+        candidate = _random_candidate(bench, rng)
+        begin = time.perf_counter()
+        _build_naively(bench, candidate)
+        between = time.perf_counter()
+        bench.builder.build(bench.space.apply(bench.network, candidate), candidate)
+        naive.append(between - begin)
+        ours.append(time.perf_counter() - between)
+    ratio = statistics.median(slow / fast for slow, fast in zip(naive, ours, strict=True))
+    print("| building one pruned int8 candidate | median s |\n|---|---|")
+    print(f"| naive: torch-pruning, export, quantize_static | {statistics.median(naive):.3f} |")
+    print(f"| ours: slice, write Q/DQ | {statistics.median(ours):.3f} |")
+    print(f"| paired ratio over {NAIVE_CANDIDATES} candidates | **{ratio:.0f}x** |")
+    build = statistics.median(steps["build"] for steps in watch.steps)
+    print(f"\nInside the search the artifact alone takes {build * 1e3:.0f} ms.")
+
+
+def _random_candidate(bench: Workbench, rng: np.random.Generator) -> Candidate:
+    values = bench.space.uniform(float(rng.uniform(0.4, 0.9)), "int8", 1.0)
+    return bench.space.candidate(values)
+
+
+def _build_naively(bench: Workbench, candidate: Candidate) -> bytes:
+    """Returns the candidate as the libraries' own examples build it, one export and one calibration each."""
+    trunk, image = copy.deepcopy(bench.network.trunk), torch.from_numpy(bench.data.calibration.images[:1])
+    graph = torch_pruning.DependencyGraph().build_dependency(trunk, image)
+    modules = dict(trunk.named_modules())
+    for group in bench.space.sparsity.groups:
+        kept = bench.space.sparsity.kept(candidate.channels).get(group.name)
+        if kept is not None:
+            gone = np.setdiff1d(np.arange(group.channels), kept).tolist()
+            graph.get_pruning_group(modules[group.name], torch_pruning.prune_conv_out_channels, idxs=gone).prune()
+    with tempfile.TemporaryDirectory() as folder:
+        exported, quantized = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        torch.onnx.export(
+            trunk,
+            (image,),
+            str(exported),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            dynamic_axes={INPUT: {0: "batch"}},
+        )
+        logging.disable(logging.WARNING)
+        quantize_static(
+            str(exported),
+            str(quantized),
+            _Reader(bench.data.calibration.images),
+            QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        logging.disable(logging.NOTSET)
+        return quantized.read_bytes()
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Hands the calibration images to the quantizer, sixteen at a time."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self._batches: Iterator[np.ndarray] = (images[start : start + 16] for start in range(0, len(images), 16))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """Returns the next batch; None at the end."""
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT: batch}
+
+
+if __name__ == "__main__":
+    onnxruntime.set_default_logger_severity(3)
+    main()
