@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
 from search.budget import Budget
-from search.front import Version
+from search.front import Version, choose
 from search.text import exit_shares, int8_layers, kept_channels, milliseconds, percent
 
 _COLORS = {"over the budget": "#b0b0b0", "within the budget": "#1f77b4", "front": "#d62728", "dense": "#000000"}
@@ -29,14 +29,17 @@ def group(
     }
 
 
-def caption(versions: Sequence[Version], budget: Budget) -> str:
-    """Returns the pictures' title: what the front is, and what is not shown."""
+def caption(versions: Sequence[Version], budget: Budget, dense: Version) -> list[str]:
+    """Returns the pictures' title and, below it, how to read them and what is not shown."""
     given_up = sum(not version.is_complete for version in versions)
-    rest = f"; {given_up} more broke {budget} and were not scored" if given_up else ""
-    return f"Front within {budget}: unbeaten in accuracy, latency and FLOPs together{rest}"
+    lines = [
+        f"Front within {budget}: unbeaten in accuracy, latency and FLOPs together",
+        f"{dense.measured['latency'].target}; the larger a point, the more FLOPs",
+    ]
+    return [*lines, f"{given_up} more versions broke {budget} and were not scored"] if given_up else lines
 
 
-def front_html(groups: dict[str, list[Version]], title: str, budget: Budget) -> str:
+def front_html(groups: dict[str, list[Version]], title: Sequence[str], budget: Budget) -> str:
     """Returns a page that works offline: accuracy over latency, FLOPs as size, details under the pointer."""
     (dense,) = groups["dense"]
     figure = go.Figure()
@@ -45,12 +48,10 @@ def front_html(groups: dict[str, list[Version]], title: str, budget: Budget) -> 
             go.Scatter(
                 x=[version.measured["latency"].value * 1e3 for version in versions],
                 y=[version.measured["accuracy"].value * 100 for version in versions],
-                text=[str(version.number) if name == "front" else "" for version in versions],
-                textposition="top center",
                 hovertext=[_hover(version, dense) for version in versions],
                 hoverinfo="text",
                 name=f"{name} ({len(versions)})" if name != "dense" else name,
-                mode="markers+text",
+                mode="markers",
                 marker={
                     "color": _COLORS[name],
                     "size": [6 + 14 * _flops_share(version, dense) for version in versions],
@@ -63,38 +64,48 @@ def front_html(groups: dict[str, list[Version]], title: str, budget: Budget) -> 
         draw = figure.add_vline if axis == "x" else figure.add_hline
         draw(value, line_dash="dash", line_color=_LIMIT, annotation_text=label)
     figure.update_layout(
-        title=title,
-        xaxis_title=f"latency per batch, ms ({dense.measured['latency'].target}); the larger, the more FLOPs",
+        title={"text": f"{title[0]}<br><sub>{'<br>'.join(title[1:])}</sub>", "font": {"size": 16}},
+        margin={"t": 110},
+        legend={"orientation": "h", "y": -0.15},
+        xaxis_title="latency per batch, ms",
         yaxis_title="validation accuracy, %",
         template="plotly_white",
     )
     return str(figure.to_html(include_plotlyjs=True, full_html=True))
 
 
-def save_front_png(groups: dict[str, list[Version]], title: str, budget: Budget, file: Path) -> None:
+def save_front_png(groups: dict[str, list[Version]], title: Sequence[str], budget: Budget, file: Path) -> None:
     """Writes the same picture as a PNG."""
     (dense,) = groups["dense"]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     for name, versions in groups.items():
+        if not versions:
+            continue
         x = [version.measured["latency"].value * 1e3 for version in versions]
         y = [version.measured["accuracy"].value * 100 for version in versions]
-        sizes = [20 + 120 * _flops_share(version, dense) for version in versions]
+        sizes = [10 + 80 * _flops_share(version, dense) for version in versions]
         label = name if name == "dense" else f"{name} ({len(versions)})"
         marker = "*" if name == "dense" else "o"
         axes.scatter(x, y, s=sizes, color=_COLORS[name], marker=marker, alpha=0.8, label=label, zorder=2)
-        if name == "front":
-            for version, left, up in zip(versions, x, y, strict=True):
-                axes.annotate(str(version.number), (left, up), textcoords="offset points", xytext=(5, 5), fontsize=7)
+    for version in {found.number: found for found in _notable(groups["front"])}.values():
+        at = (version.measured["latency"].value * 1e3, version.measured["accuracy"].value * 100)
+        axes.annotate(f"trial {version.number}", at, textcoords="offset points", xytext=(6, 6), fontsize=8)
     for axis, value, label in _limit_lines(budget, dense):
         draw = axes.axvline if axis == "x" else axes.axhline
         draw(value, linestyle="--", color=_LIMIT, label=label, zorder=1)
-    axes.set_title(title, fontsize="medium", loc="left", wrap=True)
-    axes.set_xlabel(f"latency per batch, ms ({dense.measured['latency'].target}); the larger, the more FLOPs")
+    axes.set_title(title[0], fontsize="large", loc="left", pad=36)
+    axes.text(0, 1.02, "\n".join(title[1:]), transform=axes.transAxes, fontsize="small", color=_LIMIT)
+    axes.set_xlabel("latency per batch, ms")
     axes.set_ylabel("validation accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize="small")
     figure.savefig(file, dpi=120)
+
+
+def _notable(front: Sequence[Version]) -> list[Version]:
+    """Returns the most accurate version, the knee and the fastest one."""
+    return [choose(front, prefer)[0] for prefer in ("accuracy", "knee", "latency")] if front else []
 
 
 def _flops_share(version: Version, dense: Version) -> float:

@@ -152,7 +152,7 @@ class Mirror:
 
     def _write_summary(self, folder: Path, versions: list[Version], good: list[Version], front: list[Version]) -> None:
         budget = self._search.budget
-        groups, title = group(versions, front, good, self._dense), caption(versions, budget)
+        groups, title = group(versions, front, good, self._dense), caption(versions, budget, self._dense)
         (folder / "front.html").write_text(front_html(groups, title, budget), encoding="utf-8")
         save_front_png(groups, title, budget, folder / "front.png")
         (folder / "study.json").write_text(self._search.study.model_dump_json(indent=2), encoding="utf-8")

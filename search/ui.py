@@ -14,6 +14,7 @@ from spaces.errors import UserError
 
 HOST = "127.0.0.1"
 _PATIENCE_S = 90
+_LOG = "mlflow-server.log"
 
 
 def serve(name: str | None, runs: Path, port: int) -> int:
@@ -29,8 +30,8 @@ def serve(name: str | None, runs: Path, port: int) -> int:
     links = _links(runs, folder.name, port)
     server = _start(runs, port)
     try:
-        _wait_for(server, port)
-        sys.stdout.write("\n".join([*links, "Ctrl-C ends it."]) + "\n")
+        _wait_for(server, runs, port)
+        sys.stdout.write("\n".join([*links, "Ctrl-C ends it.", ""]))
         sys.stdout.flush()
         return server.wait()
     except KeyboardInterrupt:
@@ -70,17 +71,18 @@ def _start(runs: Path, port: int) -> subprocess.Popen[bytes]:
     settings |= {"PYTHONWARNINGS": "ignore"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A session of its own: Ctrl-C then reaches us alone, and we end the server and its children together.
-    return subprocess.Popen(command, env=os.environ | settings, start_new_session=True)
+    with (runs / _LOG).open("w") as log:
+        return subprocess.Popen(command, env=os.environ | settings, start_new_session=True, stdout=log, stderr=log)
 
 
-def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
+def _wait_for(server: subprocess.Popen[bytes], runs: Path, port: int) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline and server.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex((HOST, port)) == 0:
                 return
         time.sleep(0.2)
-    raise UserError(f"MLflow's server answers on port {port}, got none; its own words are above")
+    raise UserError(f"MLflow's server answers on port {port}, got none; its own words are in {runs / _LOG}")
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -101,9 +101,8 @@ def _print_steps(watch: Stopwatch, mirror: Mirror, overhead: dict[str, float], t
     extra = {"ask (sampler, journal)": overhead["ask"], "tell (journal)": overhead["tell"], "MLflow": mirror.seconds}
     for title, seconds in extra.items():
         print(f"| {title} | | {seconds / trials:.3f} | {seconds / whole:.1%} |")
-    print(
-        f"| **ask, tell, journal and MLflow** | | {sum(extra.values()) / trials:.3f} | {sum(extra.values()) / whole:.1%} |"
-    )
+    both = sum(extra.values())
+    print(f"| **ask, tell, journal and MLflow** | | {both / trials:.3f} | {both / whole:.1%} |")
     low, high = statistics.median(watch.seconds), max(watch.seconds)
     print(f"| **a trial, without MLflow** | {low:.3f} | {sum(watch.seconds) / len(watch.seconds):.3f} | |")
     print(
