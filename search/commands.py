@@ -77,6 +77,14 @@ def _check_same_question(folder: SearchFolder, study: Study) -> None:
         )
 
 
+def _check_same_network(folder: SearchFolder, then: str | None, now: str) -> None:
+    if then not in (None, now):
+        raise StoreError(
+            f"a search goes on with the network and the images that it began with, got others for {folder.path};"
+            " give another --search, or bring the earlier ones back"
+        )
+
+
 def _search(
     folder: SearchFolder,
     study: Study,
@@ -95,14 +103,16 @@ def _search(
         from search.tracking import Mirror
         from search.workbench import Workbench
 
-        display.say(study.question)
+        display.say(f"Searching study {study.name} within {study.limits} on {study.target.runtime}.")
         bench = Workbench(study, display.step)
         stored = folder.create()
+        _check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
         if "baseline" not in stored.user_attrs:
             display.say("Measuring the dense network...")
             (folder.path / "study.toml").write_text(text, encoding="utf-8")
             stored.set_user_attr("study", study.model_dump(mode="json"))
+            stored.set_user_attr("fingerprint", bench.fingerprint)
             stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
         search = StoredSearch.read(folder)
         _say_baseline(search.baseline, display)

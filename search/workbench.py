@@ -1,5 +1,6 @@
 """Everything that a study's trials share, prepared once, and the way of one candidate through it."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,16 @@ class Workbench:
         )
         self._accuracy = AccuracyEvaluator()
         self._recovery_images = recovery_images(self.data.train, study.recovery.images)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits over the dense network's weights and the images: what every trial builds on."""
+        content = hashlib.sha256()
+        for tensor in self.network.state_dict().values():
+            content.update(tensor.numpy().tobytes())
+        for part in (self.data.train, self.data.calibration, self.data.validation, self.data.test):
+            content.update(part.digest.encode())
+        return content.hexdigest()[:16]
 
     def references(self) -> dict[str, Artifact]:
         """Returns the dense network in each of the target's precisions: what candidates are timed beside."""

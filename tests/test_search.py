@@ -88,6 +88,20 @@ def test_another_question_in_the_same_folder_is_refused(folder, capsys) -> None:
     assert (folder / "one" / "journal.log").read_bytes() == before
 
 
+def test_a_search_does_not_go_on_with_another_network(folder, tmp_path, capsys) -> None:
+    shutil.copytree(folder / "one", tmp_path / "one")
+    journal = tmp_path / "one" / "journal.log"
+    print_of = json.loads(next(line for line in journal.read_text().splitlines() if '"fingerprint"' in line))[
+        "user_attr"
+    ]["fingerprint"]
+    journal.write_text(journal.read_text().replace(print_of, "0" * 16))
+    before = journal.read_bytes()
+    study = str(folder.parent / "study.toml")
+    assert run(["--study", study, "--search", "one", "--runs", str(tmp_path)]) == 2
+    assert "the network and the images that it began with" in capsys.readouterr().err
+    assert journal.read_bytes() == before
+
+
 def test_front_in_all_its_forms_says_the_same(folder, capsys) -> None:
     loose = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%"]
     assert run(["front", *loose, "--json"]) == 0
