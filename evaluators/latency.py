@@ -1,16 +1,15 @@
 """Latency of the deployed artifact on the target, paired with a reference of the same kind."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evaluators.measurement import Measurement
-from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.subject import Deployed
-from evaluators.target import Runtime, Target
-from evaluators.timing import Call, Clock, PairedTiming, Protocol, time_pair
+from evaluators.target import Images, Opened, Runtime, Target, TimedBatch
+from evaluators.timing import PairedTiming, Protocol, time_pair
 
 _TURNS_WITH_EXITS = 3
 """With exits, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
@@ -34,19 +33,14 @@ def reference_batch(batch: int) -> int:
     return -(-batch // 4)
 
 
-def median_seconds(calls: Mapping[str, Call], clock: Clock, bursts: int = 60, burst: int = 5) -> dict[str, float]:
-    """Returns the median wall-clock seconds of each call; bursts of all of them alternate."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(10):
-            call()
+def median_seconds(opened: Mapping[str, Opened], images: Images, bursts: int = 60, burst: int = 5) -> dict[str, float]:
+    """Returns the median wall-clock seconds that each artifact takes for `images`; bursts of all of them alternate."""
+    samples: dict[str, list[float]] = {name: [] for name in opened}
+    for item in opened.values():
+        item.seconds(images, 2 * burst)
     for _ in range(bursts):
-        for name, call in calls.items():
-            for index in range(burst):
-                begin = clock.wall()
-                call()
-                if index:
-                    samples[name].append(clock.wall() - begin)
+        for name, item in opened.items():
+            samples[name] += item.seconds(images, burst)[1:]
     return {name: float(np.median(taken)) for name, taken in samples.items()}
 
 
@@ -72,7 +66,6 @@ class LatencyEvaluator:
         self.protocol = protocol or Protocol()
         self._runtime = runtime
         self._target = target
-        self._clock = Clock.for_threads(target.threads)
 
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
@@ -94,37 +87,32 @@ class LatencyEvaluator:
             notes={"ratio": timing.ratio, "half_width": timing.half_width, "wall_median": timing.wall_percentile(50)},
         )
 
-    def same_twice(self, precision: str, images: NDArray[np.float32]) -> float:
+    def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""
+        count = reference_batch(self._target.batch)
         first, second = self._load(precision), self._load(precision)
-        images = images[: reference_batch(self._target.batch)]
-        return time_pair([lambda: first(images)], [1], lambda: second(images), self.protocol, self._clock).ratio
+        turns = first.turns(images, [TimedBatch(0, count)], second, count, self.protocol)
+        return time_pair(turns, [1.0], self.protocol, time.perf_counter).ratio
 
     def _time(self, subject: Deployed, precision: str) -> PairedTiming:
-        images, batch = subject.validation.images, subject.target.batch
-        first = images[:batch]
-        calls: list[Call] = [lambda: subject.staged(first)]
-        weights = [1.0]
+        batch = subject.target.batch
+        batches, weights = [TimedBatch(0, batch)], [1.0]
         if subject.artifact.exits:
-            calls = [_call(subject.staged, images[start : start + batch]) for start, _ in subject.answers.profiles]
-            weights = [float(count) for _, count in subject.answers.profiles]
-            calls.append(_call(subject.longest, first))
-            weights.append(0.0)
-        reference, some = self._load(precision), images[: reference_batch(batch)]
+            batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
+            batches.append(TimedBatch(0, batch, longest=True))
+            weights = [*(float(count) for _, count in subject.answers.profiles), 0.0]
         protocol = self._protocol(bool(subject.artifact.exits))
-        return time_pair(calls, weights, lambda: reference(some), protocol, self._clock)
+        images, reference = subject.validation.images, self._load(precision)
+        turns = subject.opened.turns(images, batches, reference, reference_batch(batch), protocol)
+        return time_pair(turns, weights, protocol, time.perf_counter)
 
     def _protocol(self, dynamic: bool) -> Protocol:
         return replace(self.protocol, turns=_TURNS_WITH_EXITS) if dynamic else self.protocol
 
-    def _load(self, precision: str) -> StagedNetwork:
+    def _load(self, precision: str) -> Opened:
         # Loaded for each timing: idle sessions beside the two that alternate would change what the caches hold.
-        return StagedNetwork([self._runtime.load(self.references[precision].model, self._target.threads)], [])
+        return self._runtime.open([self.references[precision].model], [], self._target.threads)
 
     def _majority(self, subject: Deployed) -> str:
         layers = list(subject.candidate.precision.values())
         return max(self.references, key=layers.count)
-
-
-def _call(network: StagedNetwork, images: NDArray[np.float32]) -> Call:
-    return lambda: network(images)

@@ -21,7 +21,6 @@ from evaluators.latency import LatencyEvaluator, Reference, median_seconds, refe
 from evaluators.measurement import Measurement
 from evaluators.subject import Deployed
 from evaluators.target import Target, runtime
-from evaluators.timing import Clock
 from spaces.candidate import Candidate
 
 OCCASIONS = 3
@@ -89,10 +88,9 @@ def _measure(folder: Path) -> dict[str, Any]:
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)
     images = validation.images[: reference_batch(target.batch)]
-    loaded = {name: library.load(reference.model, target.threads) for name, reference in references.items()}
-    calls = {name: (lambda session=session: session(images)) for name, session in loaded.items()}
-    now = median_seconds(calls, Clock.for_threads(target.threads))
-    loaded.clear()
+    opened = {name: library.open([reference.model], [], target.threads) for name, reference in references.items()}
+    now = median_seconds(opened, images)
+    opened.clear()
     found = []
     for occasion in range(OCCASIONS):
         time.sleep(_PAUSE_S if occasion else 0)

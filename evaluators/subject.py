@@ -11,13 +11,9 @@ from numpy.typing import NDArray
 from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
 from evaluators.measurement import Measurement
-from evaluators.runtimes.run_bundle import StagedNetwork
-from evaluators.target import Runtime, Target
+from evaluators.target import Opened, Runtime, Target
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
-
-NEVER = 2.0
-"""A threshold that no confidence reaches, for timing the longest path."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +40,12 @@ class Answers:
         return tuple(float(np.mean(self.exits >= stage)) for stage in range(self.stages))
 
 
-def ask(network: StagedNetwork, data: LabelledImages, batch: int) -> Answers:
-    """Returns what `network` answers, in batches of the size that is deployed."""
-    classes, exits = [], []
-    for start in range(0, len(data), batch):
-        logits, left = network(data.images[start : start + batch])
-        classes.append(logits.argmax(axis=1))
-        exits.append(left)
-    found, left = np.concatenate(classes), np.concatenate(exits)
-    return Answers(found, found == data.labels, left, len(network.stages), _profiles(exits, batch, len(network.stages)))
+def ask(opened: Opened, stages: int, data: LabelledImages, batch: int) -> Answers:
+    """Returns what an artifact of `stages` stages answers, in batches of the size that is deployed."""
+    logits, exits = opened.answer(data.images, batch)
+    classes = logits.argmax(axis=1)
+    batches = [exits[start : start + batch] for start in range(0, len(exits), batch)]
+    return Answers(classes, classes == data.labels, exits, stages, _profiles(batches, batch, stages))
 
 
 def _profiles(exits: list[NDArray[np.int64]], batch: int, stages: int) -> tuple[tuple[int, int], ...]:
@@ -91,20 +84,18 @@ class Deployed:
         self._runtime = runtime
 
     @cached_property
-    def staged(self) -> StagedNetwork:
+    def opened(self) -> Opened:
         """The artifact, loaded into the runtime."""
-        stages = [self._runtime.load(stage, self.target.threads) for stage in self.artifact.deployed]
-        return StagedNetwork(stages, self.artifact.thresholds)
+        return self._runtime.open(self.artifact.deployed, self.artifact.thresholds, self.target.threads)
 
-    @cached_property
-    def longest(self) -> StagedNetwork:
-        """The loaded artifact as an input sees it that no exit answers."""
-        return StagedNetwork(self.staged.stages, [NEVER] * len(self.staged.thresholds))
+    def answers_to(self, data: LabelledImages) -> Answers:
+        """Returns what the artifact says to some images."""
+        return ask(self.opened, len(self.artifact.deployed), data, self.target.batch)
 
     @cached_property
     def answers(self) -> Answers:
         """What the artifact says to the validation images."""
-        return ask(self.staged, self.validation, self.target.batch)
+        return self.answers_to(self.validation)
 
 
 class Subject(Deployed):

@@ -3,12 +3,16 @@
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.timing import Protocol as TimingProtocol
+from evaluators.timing import TakeTurn
 from spaces.errors import UserError
+
+Images = NDArray[np.float32]
 
 RUNTIMES: Mapping[str, str] = {
     "onnxruntime": "evaluators.runtimes.ort:OnnxRuntime",
@@ -29,12 +33,17 @@ class Capabilities:
         channel_step: channels come in multiples of it.
         weight_bits: of an int8 weight: 7 where 8 would overflow the accumulating instruction.
         dynamic_batch: whether one artifact takes batches of any size, which exits need at batch sizes above one.
+        quantized_add: which inputs of an int8 residual addition carry Q/DQ: `both`, or the `residual` one only where the
+            runtime fuses the addition into the convolution that feeds the other.
+        int8_channels: the fewest input and output channels with which a layer may be int8.
     """
 
     precisions: tuple[str, ...]
     channel_step: int
     weight_bits: int
     dynamic_batch: bool
+    quantized_add: Literal["both", "residual"] = "both"
+    int8_channels: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,11 +64,41 @@ class Target:
         return asdict(self)
 
 
-class Loaded(Protocol):
-    """One stage of an artifact, ready to run on the target."""
+@dataclass(frozen=True)
+class TimedBatch:
+    """Some consecutive images whose way through an artifact is timed.
 
-    def __call__(self, inputs: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
-        """Returns the stage's outputs for a batch."""
+    Args:
+        start: the first of them.
+        count: how many.
+        longest: whether no exit may answer.
+    """
+
+    start: int
+    count: int
+    longest: bool = False
+
+
+class Opened(Protocol):
+    """An artifact, loaded where it will run: here, or on a board."""
+
+    def answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+        ...
+
+    def seconds(self, images: Images, calls: int) -> list[float]:
+        """Returns the wall-clock seconds of each of `calls` runs on one batch."""
+        ...
+
+    def turns(
+        self,
+        images: Images,
+        batches: Sequence[TimedBatch],
+        reference: Self,
+        reference_batch: int,
+        protocol: TimingProtocol,
+    ) -> TakeTurn:
+        """Returns turns between some batches and the reference on the first `reference_batch` images, warmed up."""
         ...
 
 
@@ -89,8 +128,8 @@ class Runtime(Protocol):
         """Returns the file that is shipped for this runtime, made from a portable ONNX file."""
         ...
 
-    def load(self, model: bytes, threads: int) -> Loaded:
-        """Returns a stage, loaded from the file that `deployable` gave."""
+    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> Opened:
+        """Returns an artifact, loaded from the files that `deployable` gave."""
         ...
 
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Call = Callable[[], object]
+TakeTurn = Callable[[bool], "Turn"]
+"""Takes one turn of every input; told whether the candidate goes first."""
 
 _RESAMPLES = 200
 
@@ -64,6 +66,19 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One turn of every input.
+
+    Args:
+        ratios: of work, candidate to reference, for each input.
+        walls: wall-clock seconds of the candidate's counted calls, for each input.
+    """
+
+    ratios: Sequence[float]
+    walls: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
 class PairedTiming:
     """What a timing found.
 
@@ -90,55 +105,64 @@ class PairedTiming:
 
 
 def time_pair(
-    candidate: Sequence[Call],
-    weights: Sequence[float],
-    reference: Call,
-    protocol: Protocol,
-    clock: Clock,
-    seed: int = 0,
+    take_turn: TakeTurn, weights: Sequence[float], protocol: Protocol, wall: Callable[[], float], seed: int = 0
 ) -> PairedTiming:
-    """Returns how long `candidate` takes beside `reference`.
+    """Returns how long a candidate takes beside its reference.
 
     Args:
-        candidate: one call per input that may take a time of its own.
+        take_turn: runs both, here or on a board.
         weights: how often each input occurs; 0 times it without counting it in.
-        reference: what it is compared with.
         protocol: when to stop.
-        clock: what to read.
+        wall: a clock, in seconds.
         seed: of the bootstrap.
 
     Raises:
         ValueError: there is no input, or none has a weight.
     """
-    if len(candidate) != len(weights) or sum(weights) <= 0:
-        raise ValueError(f"every input has a weight and one is above 0, got {list(weights)} for {len(candidate)}")
+    if not weights or sum(weights) <= 0:
+        raise ValueError(f"every input has a weight and one is above 0, got {list(weights)}")
+    shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+    rng = np.random.default_rng(seed)
+    turns: list[Turn] = []
+    begin = wall()
+    while True:
+        # Who goes first alternates, so that a drift within the turn does not favour a side.
+        turns.append(take_turn(len(turns) % 2 == 0))
+        late = wall() - begin >= protocol.limit_s or len(turns) * protocol.burst * len(weights) >= protocol.calls
+        if len(turns) < protocol.turns and not (late and len(turns) >= 2):
+            continue
+        ratios = np.array([turn.ratios for turn in turns])
+        half_width = _half_width(ratios, shares, rng)
+        if late or half_width <= protocol.half_width:
+            return _result(ratios, np.array([turn.walls for turn in turns]), shares, half_width)
+
+
+def turns_of(candidate: Sequence[Call], reference: Call, protocol: Protocol, clock: Clock) -> TakeTurn:
+    """Returns turns between calls of this process, which have been warmed up.
+
+    Args:
+        candidate: one call per input that may take a time of its own.
+        reference: what it is compared with.
+        protocol: how long a burst is.
+        clock: what to read.
+    """
     for _ in range(protocol.warmups):
         reference()
         candidate[0]()
     for call in candidate[1:]:  # they share the first one's code, so once is enough
         call()
-    shares = np.asarray(weights, dtype=np.float64) / sum(weights)
-    rng = np.random.default_rng(seed)
-    ratios: list[list[float]] = []
-    walls: list[list[Floats]] = []
-    begin = clock.wall()
-    while True:
-        # Who goes first alternates, so that a drift within the turn does not favour a side.
-        turn = [_turn(call, reference, protocol, clock, len(ratios) % 2 == 0) for call in candidate]
-        ratios.append([ratio for ratio, _ in turn])
-        walls.append([wall for _, wall in turn])
-        late = clock.wall() - begin >= protocol.limit_s or len(ratios) * protocol.burst * len(turn) >= protocol.calls
-        if len(ratios) < protocol.turns and not (late and len(ratios) >= 2):
-            continue
-        half_width = _half_width(np.array(ratios), shares, rng)
-        if late or half_width <= protocol.half_width:
-            return _result(np.array(ratios), np.array(walls), shares, half_width)
+
+    def take_turn(candidate_first: bool) -> Turn:
+        taken = [_turn(call, reference, protocol, clock, candidate_first) for call in candidate]
+        return Turn([ratio for ratio, _ in taken], [wall.tolist() for _, wall in taken])
+
+    return take_turn
 
 
 def _turn(
     candidate: Call, reference: Call, protocol: Protocol, clock: Clock, candidate_first: bool
 ) -> tuple[float, Floats]:
-    """Returns the ratio of the two sides' median CPU time and the candidate's wall-clock seconds."""
+    """Returns the ratio of the two sides' median work and the candidate's wall-clock seconds."""
     if candidate_first:
         work, wall = _burst(candidate, protocol, clock)
         beside, _ = _burst(reference, protocol, clock)

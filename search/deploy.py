@@ -16,7 +16,7 @@ from evaluators.accuracy import accuracy_of
 from evaluators.measurement import Measurement
 from evaluators.remeasure import remeasure, write_job
 from evaluators.runtimes import run_bundle
-from evaluators.subject import Answers, Subject, ask
+from evaluators.subject import Answers, Subject
 from search.budget import Budget
 from search.environment import environment
 from search.front import Version
@@ -98,9 +98,8 @@ def confirm(
                 f" ({milliseconds(version.measured['latency'].value)} in the search) breaks {budget}; trying the next"
             )
             continue
-        answers = ask(subject.staged, bench.data.test, bench.target.batch)
-        dense = bench.subject(bench.space.dense())
-        dense_answers = ask(dense.staged, bench.data.test, bench.target.batch)
+        answers = subject.answers_to(bench.data.test)
+        dense_answers = bench.subject(bench.space.dense()).answers_to(bench.data.test)
         return Confirmed(
             version=version,
             subject=subject,

@@ -17,7 +17,6 @@ from evaluators.measurement import Measurement
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Evaluator, Subject
 from evaluators.target import Runtime, Target, runtime
-from evaluators.timing import Clock
 from search.evaluation import Evaluation
 from search.objects import resolve
 from search.recovery import recalibrate_batch_norm, recovery_images
@@ -86,11 +85,10 @@ class Workbench:
     def time_references(self) -> dict[str, float]:
         """Returns the median seconds per batch of each reference, timed side by side."""
         images = self.data.validation.images[: reference_batch(self.target.batch)]
-        loaded = {
-            name: self.runtime.load(item.deployed[0], self.target.threads) for name, item in self.references().items()
+        opened = {
+            name: self.runtime.open(item.deployed, [], self.target.threads) for name, item in self.references().items()
         }
-        calls = {name: (lambda session=session: session(images)) for name, session in loaded.items()}
-        return median_seconds(calls, Clock.for_threads(self.target.threads))
+        return median_seconds(opened, images)
 
     def latency_evaluator(self, reference_seconds: Mapping[str, float]) -> LatencyEvaluator:
         """Returns the evaluator that tells latencies at the speed which the references had."""
@@ -134,7 +132,7 @@ class Workbench:
             artifact = self.builder.build(network, candidate)
         subject = self._subject(candidate, network, artifact)
         with _timed(seconds, "load"):
-            _ = subject.staged
+            _ = subject.opened
         measured: dict[str, Measurement] = {}
         for evaluator in (*self._cheap, latency, self._accuracy):
             with _timed(seconds, evaluator.metric):

@@ -5,7 +5,8 @@ import pytest
 
 from evaluators.measurement import METRICS, Measurement
 from evaluators.subject import Evaluator, Subject
-from evaluators.target import Runtime
+from evaluators.target import Runtime, TimedBatch
+from evaluators.timing import Protocol
 from spaces.space import Choice, Integer, Real, Space
 
 
@@ -64,11 +65,28 @@ class RuntimeContract:
         for precision in runtime.capabilities().precisions:
             candidate = space.candidate(space.uniform(1.0, precision, 1.0))
             (stage,) = builder.build(network, candidate).stages
-            loaded = runtime.load(runtime.deployable(stage), 1)
-            (logits,) = loaded(images.numpy())
+            opened = runtime.open([runtime.deployable(stage)], [], 1)
+            logits, exits = opened.answer(images.numpy(), batch=5)
             assert logits.shape == (len(images), 4)
-            (one,) = loaded(images.numpy()[:1])
-            np.testing.assert_allclose(one, logits[:1], atol=1e-4)
+            assert not exits.any()
+            one, _ = opened.answer(images.numpy(), batch=1)
+            np.testing.assert_allclose(one, logits, atol=1e-4)
+            assert all(seconds > 0 for seconds in opened.seconds(images.numpy()[:4], 3))
+
+    def test_exits_answer_and_take_turns(self, runtime: Runtime, builder, network, space, images) -> None:
+        candidate = space.candidate(space.uniform(1.0, "fp32", 0.6))
+        artifact = builder.build(network, candidate)
+        deployed = [runtime.deployable(stage) for stage in artifact.stages]
+        opened = runtime.open(deployed, artifact.thresholds, 1)
+        reference = runtime.open([runtime.deployable(builder.build(network, space.dense()).stages[0])], [], 1)
+        _, exits = opened.answer(images.numpy(), batch=4)
+        assert set(exits) <= {0, 1, 2}
+        batches = [TimedBatch(0, 4), TimedBatch(4, 4), TimedBatch(0, 4, longest=True)]
+        take_turn = opened.turns(images.numpy(), batches, reference, 2, Protocol())
+        for candidate_first in (True, False):
+            turn = take_turn(candidate_first)
+            assert all(ratio > 0 for ratio in turn.ratios)
+            assert [len(wall) for wall in turn.walls] == [1, 1, 1]
 
     def test_deployable_leaves_a_float_model_alone(self, runtime: Runtime, builder, network, space) -> None:
         (stage,) = builder.build(network, space.dense()).stages

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.data import LabelledImages
-from evaluators.runtimes.ort import OnnxRuntime
+from evaluators.runtimes.ort import OnnxRuntime, load
 from evaluators.runtimes.run_bundle import StagedNetwork, confidence
 from evaluators.subject import ask
 from spaces.errors import StructureError
@@ -23,7 +23,7 @@ def staged(builder, network, space, thresholds, precision="fp32"):
     }
     candidate = space.candidate(values)
     artifact = builder.build(network, candidate)
-    return artifact, StagedNetwork([OnnxRuntime().load(stage, 1) for stage in artifact.deployed], artifact.thresholds)
+    return artifact, StagedNetwork([load(stage, 1) for stage in artifact.deployed], artifact.thresholds)
 
 
 def by_hand(network: ExitNetwork, images: torch.Tensor, thresholds: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -97,8 +97,9 @@ def test_thresholds_and_stages_have_to_fit() -> None:
 
 
 def test_answers_know_who_got_how_far(builder, network, space, images) -> None:
-    _, run = staged(builder, network, space, [0.6, 0.6])
-    answers = ask(run, LabelledImages(images.numpy(), np.zeros(len(images), np.int64)), batch=4)
+    artifact, _ = staged(builder, network, space, [0.6, 0.6])
+    opened = OnnxRuntime().open(artifact.deployed, artifact.thresholds, 1)
+    answers = ask(opened, 3, LabelledImages(images.numpy(), np.zeros(len(images), np.int64)), batch=4)
     assert answers.reached[0] == 1.0
     assert list(answers.reached) == sorted(answers.reached, reverse=True)
     assert answers.reached[2] == pytest.approx(np.mean(answers.exits == 2))

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
 from evaluators.artifact.qdq import quantize_weight
-from evaluators.runtimes.ort import OnnxRuntime, open_session, unsigned_activations
+from evaluators.runtimes.ort import load, open_session, unsigned_activations
 from evaluators.runtimes.run_bundle import StagedNetwork
 
 
@@ -94,7 +94,7 @@ def test_any_mix_of_precisions_loads_and_answers(data, builder, network, space, 
             values[name] = data.draw(st.sampled_from(["fp32", "int8"]))
     candidate = space.candidate(values)
     artifact = builder.build(network, candidate)
-    staged = StagedNetwork([OnnxRuntime().load(stage, 1) for stage in artifact.deployed], [2.0] * len(artifact.exits))
+    staged = StagedNetwork([load(stage, 1) for stage in artifact.deployed], [2.0] * len(artifact.exits))
     logits, _ = staged(images.numpy())
     with torch.no_grad():
         exact = network(images)[-1].numpy()

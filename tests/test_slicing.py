@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evaluators.artifact.build import ArtifactBuilder
-from evaluators.runtimes.ort import OnnxRuntime
+from evaluators.runtimes.ort import load
 from spaces.groups import find_groups
 from spaces.joint import JointSpace
 from spaces.network import ExitHead, ExitNetwork, feature_channels
@@ -27,7 +27,7 @@ def outputs(builder: ArtifactBuilder, network: ExitNetwork, space: JointSpace, c
     pruned = space.apply(network, candidate)
     (stage,) = builder.build(pruned, candidate).deployed
     with torch.no_grad():
-        return OnnxRuntime().load(stage, 1)(images.numpy())[0], pruned(images)[-1].numpy()
+        return load(stage, 1)(images.numpy())[0], pruned(images)[-1].numpy()
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -79,9 +79,9 @@ def test_the_dense_artifact_equals_a_fresh_export(builder, network, space, image
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(network.trunk, (images,), str(file), dynamo=False, opset_version=17)
-    reference = OnnxRuntime().load(file.read_bytes(), 1)(images.numpy())[0]
+    reference = load(file.read_bytes(), 1)(images.numpy())[0]
     (stage,) = builder.build(network, space.dense()).deployed
-    np.testing.assert_allclose(OnnxRuntime().load(stage, 1)(images.numpy())[0], reference, atol=1e-6)
+    np.testing.assert_allclose(load(stage, 1)(images.numpy())[0], reference, atol=1e-6)
 
 
 def test_the_dense_candidate_keeps_the_weights_bit_for_bit(network, space) -> None:

@@ -11,7 +11,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from evaluators.target import Capabilities, Loaded
+from evaluators.runtimes.local import LoadedStage, LocallyOpened
+from evaluators.target import Capabilities
 
 _NON_NEGATIVE = {"Relu"}
 _SIGN_KEEPING = {
@@ -59,16 +60,21 @@ class OnnxRuntime:
         """
         return unsigned_activations(model)
 
-    def load(self, model: bytes, threads: int) -> Loaded:
-        """Returns a session with `threads` threads inside an operator, one operator at a time."""
-        session = open_session(model, threads)
-        name = session.get_inputs()[0].name
+    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> LocallyOpened:
+        """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
+        return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads)
 
-        def run(inputs: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
-            outputs: Sequence[NDArray[np.float32]] = session.run(None, {name: inputs})
-            return outputs
 
-        return run
+def load(model: bytes, threads: int) -> LoadedStage:
+    """Returns a file as a function from its input to its outputs."""
+    session = open_session(model, threads)
+    name = session.get_inputs()[0].name
+
+    def run(inputs: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
+        outputs: Sequence[NDArray[np.float32]] = session.run(None, {name: inputs})
+        return outputs
+
+    return run
 
 
 def open_session(model: bytes, threads: int, optimize: bool = True) -> onnxruntime.InferenceSession:

@@ -1,0 +1,62 @@
+"""Artifacts that run in this process."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.target import Images, TimedBatch
+from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
+
+NEVER = 2.0
+"""A threshold that no confidence reaches, for timing the longest path."""
+
+LoadedStage = Callable[[Images], Sequence[Images]]
+
+
+class LocallyOpened:
+    """An artifact whose stages are functions of this process.
+
+    Args:
+        stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
+        thresholds: the confidence from which each exit answers.
+        threads: that the stages use; it decides which clock tells their work.
+    """
+
+    def __init__(self, stages: Sequence[LoadedStage], thresholds: Sequence[float], threads: int) -> None:
+        self._network = StagedNetwork(stages, thresholds)
+        self._longest = StagedNetwork(stages, [NEVER] * len(thresholds))
+        self._clock = Clock.for_threads(threads)
+
+    def answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+        parts = [self._network(images[start : start + batch]) for start in range(0, len(images), batch)]
+        return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+
+    def seconds(self, images: Images, calls: int) -> list[float]:
+        """Returns the wall-clock seconds of each of `calls` runs on one batch."""
+        taken = []
+        for _ in range(calls):
+            begin = self._clock.wall()
+            self._network(images)
+            taken.append(self._clock.wall() - begin)
+        return taken
+
+    def turns(
+        self,
+        images: Images,
+        batches: Sequence[TimedBatch],
+        reference: "LocallyOpened",
+        reference_batch: int,
+        protocol: Protocol,
+    ) -> TakeTurn:
+        """Returns turns between some batches and the reference on the first `reference_batch` images, warmed up."""
+        some = images[:reference_batch]
+        calls = [self._call(images, batch) for batch in batches]
+        return turns_of(calls, lambda: reference._network(some), protocol, self._clock)
+
+    def _call(self, images: Images, batch: TimedBatch) -> Call:
+        network = self._longest if batch.longest else self._network
+        chosen = images[batch.start : batch.start + batch.count]
+        return lambda: network(chosen)
