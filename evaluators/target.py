@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from evaluators.timing import Protocol as TimingProtocol
 from evaluators.timing import TakeTurn
 from spaces.errors import UserError
+
+if TYPE_CHECKING:
+    from typing import Self  # boards may run Python 3.10, which lacks it
 
 Images = NDArray[np.float32]
 
@@ -33,8 +36,8 @@ class Capabilities:
         channel_step: channels come in multiples of it.
         weight_bits: of an int8 weight: 7 where 8 would overflow the accumulating instruction.
         dynamic_batch: whether one artifact takes batches of any size, which exits need at batch sizes above one.
-        quantized_add: which inputs of an int8 residual addition carry Q/DQ: `both`, or the `residual` one only where the
-            runtime fuses the addition into the convolution that feeds the other.
+        quantized_add: which inputs of an int8 residual addition carry Q/DQ: `both`, or the `residual` one only where
+            the runtime fuses the addition into the convolution that feeds the other.
         int8_channels: the fewest input and output channels with which a layer may be int8.
     """
 
@@ -94,7 +97,7 @@ class Opened(Protocol):
         self,
         images: Images,
         batches: Sequence[TimedBatch],
-        reference: Self,
+        reference: "Self",
         reference_batch: int,
         protocol: TimingProtocol,
     ) -> TakeTurn:
@@ -132,15 +135,25 @@ class Runtime(Protocol):
         """Returns an artifact, loaded from the files that `deployable` gave."""
         ...
 
+    def remarks(self) -> list[str]:
+        """Returns what a user should know about the measurements so far: a line that broke, a clock that moved."""
+        ...
+
 
 def runtime(name: str) -> Runtime:
-    """Returns the runtime called `name`.
+    """Returns the runtime called `name`, here, or for `ssh://[user@]host` the one on that board.
 
     Raises:
-        TargetError: there is no such runtime, or it is not installed here.
+        TargetError: there is no such runtime, it is not installed here, or the board cannot be reached.
     """
+    if name.startswith("ssh://"):
+        from evaluators.runtimes.board import Board
+
+        return Board(name)
     if name not in RUNTIMES:
-        raise TargetError(f"a target is one of {', '.join(RUNTIMES)}, got {name!r}; see: python -m search doctor")
+        raise TargetError(
+            f"a target is ssh://[user@]host or one of {', '.join(RUNTIMES)}, got {name!r}; see: python -m search doctor"
+        )
     module, _, attribute = RUNTIMES[name].partition(":")
     found: type[Runtime] = getattr(importlib.import_module(module), attribute)
     reason = found.missing()

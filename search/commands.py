@@ -97,14 +97,14 @@ def _search(
 ) -> int:
     from evaluators.target import runtime
 
-    runtime(study.target.runtime)  # a target that is not here should say so before anything is trained or written
+    library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written
     with folder.lock():
         from search.coordinator import Coordinator, is_counted, measure_baseline, put_right_running
         from search.tracking import Mirror
         from search.workbench import Workbench
 
         display.say(f"Searching study {study.name} within {study.limits} on {study.target.runtime}.")
-        bench = Workbench(study, display.step)
+        bench = Workbench(study, display.step, library)
         stored = folder.create()
         _check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
@@ -127,6 +127,8 @@ def _search(
         outcome = coordinator.run(trials, timeout_s)
         mirror.finish(stored.get_trials(deepcopy=False))
     display.say(f"Ended: {outcome.reason}.")
+    for remark in library.remarks():
+        display.say(f"Note: {remark}.")
     return outcome.code
 
 

@@ -39,15 +39,16 @@ class Workbench:
     Args:
         study: the question.
         progress: told about the steps that take long.
+        library: what runs the artifacts; the study's runtime where not given.
 
     Raises:
         StudyError: the study's factories give something else than a network and images.
         TargetError: the study's runtime is not available here.
     """
 
-    def __init__(self, study: Study, progress: Progress) -> None:
+    def __init__(self, study: Study, progress: Progress, library: Runtime | None = None) -> None:
         self.study = study
-        self.runtime: Runtime = runtime(study.target.runtime)
+        self.runtime: Runtime = library or runtime(study.target.runtime)
         self.target = Target(study.target.runtime, self.runtime.device(), study.target.batch, study.target.threads)
         self.data: Splits = _splits(study)
         self.network: ExitNetwork = trained_network(study, self.data, progress)

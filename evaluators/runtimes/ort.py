@@ -4,15 +4,17 @@ import platform
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
 from evaluators.target import Capabilities
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
 
 _NON_NEGATIVE = {"Relu"}
 _SIGN_KEEPING = {
@@ -64,6 +66,10 @@ class OnnxRuntime:
         """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
         return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads)
 
+    def remarks(self) -> list[str]:
+        """Returns nothing: paired turns have taken care of a CPU whose speed moved."""
+        return []
+
 
 def load(model: bytes, threads: int) -> LoadedStage:
     """Returns a file as a function from its input to its outputs."""
@@ -95,6 +101,9 @@ def activation_ranges(
 
     The extremes are taken inside the graph, so that only two numbers per tensor leave it.
     """
+    import onnx  # a board runs files and makes none, so it has no onnx
+    from onnx import TensorProto, helper
+
     proto = onnx.load_from_string(model)
     graph = proto.graph
     source = graph.input[0].name
@@ -116,6 +125,9 @@ def _with_zero(low: float, high: float) -> tuple[float, float]:
 
 def unsigned_activations(model: bytes) -> bytes:
     """Returns the model with every s8 activation made u8; a model without any is returned as it is."""
+    import onnx
+    from onnx import numpy_helper
+
     proto = onnx.load_from_string(model)
     initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
     producers = {output: node for node in proto.graph.node for output in node.output}
@@ -127,7 +139,7 @@ def unsigned_activations(model: bytes) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True)) if quantizers else model
 
 
-def _is_non_negative(tensor: str, producers: dict[str, NodeProto]) -> bool:
+def _is_non_negative(tensor: str, producers: "dict[str, NodeProto]") -> bool:
     node = producers.get(tensor)
     while node is not None and node.op_type in _SIGN_KEEPING:
         node = producers.get(node.input[0])

@@ -1,0 +1,205 @@
+"""A runtime on another machine: the same questions, answered by a worker over ssh."""
+
+import base64
+import io
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.runtimes.ssh import Address, ConnectionLostError, JobError, Line
+from evaluators.target import Capabilities, Images, TargetError, TimedBatch
+from evaluators.timing import Protocol, TakeTurn, Turn
+
+ALIVE = 2
+"""So many artifacts stay loaded on a board: a candidate and its reference."""
+RETRY_AFTER_S = (0.5, 2.0, 5.0, 15.0)
+"""How long to wait before each attempt to reach a board again."""
+
+Result = TypeVar("Result")
+_Recipe = tuple[tuple[bytes, ...], tuple[float, ...], int]
+
+
+class Board:
+    """A runtime that a worker offers over ssh.
+
+    A line that breaks is set up again, and what was under way is done again: uploads that arrived stay on the board.
+
+    Args:
+        url: `ssh://[user@]host[:port][?runtime=NAME&python=PATH]`.
+
+    Raises:
+        TargetError: the board cannot be reached, or cannot run the worker.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._address = Address.parse(url)
+        self.name = url
+        self._line = Line(self._address)
+        self._handles: OrderedDict[_Recipe, int] = OrderedDict()
+        self._next_handle = 0
+        self.reconnections = 0
+
+    @staticmethod
+    def missing() -> str | None:
+        """Returns None: whether a board is there is known when it is asked."""
+        return None
+
+    def version(self) -> str:
+        """Returns the library's name and version on the board."""
+        return str(self._line.board["version"])
+
+    def device(self) -> str:
+        """Returns the board's name and its device."""
+        return f"{self._address.destination}: {self._line.board['device']}"
+
+    def capabilities(self) -> Capabilities:
+        """Returns what runs well on the board."""
+        found = dict(self._line.board["capabilities"])
+        return Capabilities(**found | {"precisions": tuple(found["precisions"])})
+
+    def deployable(self, model: bytes) -> bytes:
+        """Returns the file that the board's runtime wants."""
+        if self._line.board["runtime"] == "onnxruntime":
+            from evaluators.runtimes.ort import unsigned_activations
+
+            return unsigned_activations(model)
+        return model
+
+    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> "RemotelyOpened":
+        """Returns an artifact that is loaded on the board when it is first asked."""
+        return RemotelyOpened(self, (tuple(stages), tuple(thresholds), threads))
+
+    def remarks(self) -> list[str]:
+        """Returns how often the line broke, and what the runtime on the board has to say."""
+        broke = f"the line to {self._address.destination} broke and was set up again {self.reconnections} times"
+        found: list[str] = self.doing(lambda line: line.ask("remarks"))["remarks"]
+        return [broke, *found] if self.reconnections else found
+
+    def close(self) -> None:
+        """Ends the worker."""
+        self._line.close()
+
+    def doing(self, job: Callable[[Line], Result]) -> Result:
+        """Returns what `job` returns, on a line that is set up again where it breaks.
+
+        Raises:
+            TargetError: the board did not come back.
+            RuntimeError: the job failed on the board; its reason is passed on.
+        """
+        for pause in (*RETRY_AFTER_S, None):
+            try:
+                return job(self._line)
+            except JobError as error:
+                raise RuntimeError(f"on {self._address.destination}: {error}") from None
+            except ConnectionLostError as error:
+                if pause is None:
+                    raise TargetError(f"{error}, {len(RETRY_AFTER_S)} times in a row") from None
+                self._reconnect(pause)
+        raise AssertionError("unreachable")
+
+    def _reconnect(self, pause: float) -> None:
+        self._line.close()
+        self._handles.clear()
+        time.sleep(pause)
+        try:
+            self._line = Line(self._address)
+            self.reconnections += 1
+        except (TargetError, ConnectionLostError):
+            return  # still closed, so the next attempt breaks at once and waits longer
+
+    def handle(self, line: Line, recipe: _Recipe) -> int:
+        """Returns the worker's number for an artifact, loaded if it is not; the one unused for longest makes room."""
+        if recipe in self._handles:
+            self._handles.move_to_end(recipe)
+            return self._handles[recipe]
+        while len(self._handles) >= ALIVE:
+            line.ask("close", handle=self._handles.popitem(last=False)[1])
+        stages, thresholds, threads = recipe
+        self._next_handle += 1
+        digests = line.upload(stages)
+        line.ask("open", handle=self._next_handle, stages=digests, thresholds=list(thresholds), threads=threads)
+        self._handles[recipe] = self._next_handle
+        return self._next_handle
+
+
+class RemotelyOpened:
+    """An artifact on a board.
+
+    Args:
+        board: where it is.
+        recipe: its stages, thresholds and threads.
+    """
+
+    def __init__(self, board: Board, recipe: _Recipe) -> None:
+        self._board = board
+        self._recipe = recipe
+
+    def answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+        stored = _npy(images)
+
+        def job(line: Line) -> dict[str, Any]:
+            handle = self._board.handle(line, self._recipe)
+            return line.ask("answer", handle=handle, images=line.upload([stored])[0], batch=batch)
+
+        found = self._board.doing(job)
+        logits: Images = np.load(io.BytesIO(base64.b64decode(found["logits"])))
+        return logits, np.array(found["exits"], dtype=np.int64)
+
+    def seconds(self, images: Images, calls: int) -> list[float]:
+        """Returns the wall-clock seconds of each of `calls` runs on one batch, taken on the board."""
+        stored = _npy(images)
+
+        def job(line: Line) -> list[float]:
+            handle = self._board.handle(line, self._recipe)
+            digest = line.upload([stored])[0]
+            found: list[float] = line.ask("seconds", handle=handle, images=digest, calls=calls)["seconds"]
+            return found
+
+        return self._board.doing(job)
+
+    def turns(
+        self,
+        images: Images,
+        batches: Sequence[TimedBatch],
+        reference: "RemotelyOpened",
+        reference_batch: int,
+        protocol: Protocol,
+    ) -> TakeTurn:
+        """Returns turns that are taken on the board: not a byte crosses the network while a clock runs."""
+        stored = _npy(images)
+        prepared: list[Line] = []
+
+        def prepare(line: Line) -> None:
+            line.ask(
+                "turns",
+                handle=self._board.handle(line, self._recipe),
+                reference=self._board.handle(line, reference._recipe),
+                images=line.upload([stored])[0],
+                batches=[[batch.start, batch.count, batch.longest] for batch in batches],
+                reference_batch=reference_batch,
+                protocol=asdict(protocol),
+            )
+            prepared[:] = [line]
+
+        def take_turn(candidate_first: bool) -> Turn:
+            def job(line: Line) -> Turn:
+                if prepared != [line]:  # a new line knows nothing of what the old one was told
+                    prepare(line)
+                found = line.ask("turn", candidate_first=candidate_first)
+                return Turn(found["ratios"], found["walls"])
+
+            return self._board.doing(job)
+
+        return take_turn
+
+
+def _npy(images: Images) -> bytes:
+    file = io.BytesIO()
+    np.save(file, images)
+    return file.getvalue()

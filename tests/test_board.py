@@ -1,0 +1,236 @@
+"""A board over ssh: the real server, the real client, the real worker; and what happens when the line breaks."""
+
+import ast
+import base64
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluators.runtimes.board import Board
+from evaluators.runtimes.ort import OnnxRuntime
+from evaluators.runtimes.ssh import _SHIPPED, SSH_COMMAND, Address, worker_file
+from evaluators.runtimes.worker import Worker, choose_runtime
+from evaluators.target import TargetError, TimedBatch, runtime
+from evaluators.timing import Protocol
+from search.cli import run
+from search.store import SearchFolder, StoredSearch
+from tests import loopback, tiny
+from tests.contracts import RuntimeContract
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    reason = loopback.missing()
+    if reason:
+        pytest.skip(reason)
+    made = loopback.start(tmp_path_factory.mktemp("board"))
+    before = os.environ.get(SSH_COMMAND)
+    os.environ[SSH_COMMAND] = made.ssh_command
+    yield made
+    made.stop()
+    if before is None:
+        del os.environ[SSH_COMMAND]
+    else:
+        os.environ[SSH_COMMAND] = before
+
+
+@pytest.fixture(scope="module")
+def board(server):
+    made = Board(server.url())
+    yield made
+    made.close()
+
+
+class TestBoard(RuntimeContract):
+    @pytest.fixture
+    def runtime(self, board):
+        return board
+
+    def test_tells_what_it_is(self, runtime) -> None:
+        assert runtime.version() == OnnxRuntime().version()
+        assert "board" in runtime.device()
+        assert runtime.capabilities() == OnnxRuntime().capabilities()
+
+    def test_says_what_this_machine_says(self, runtime, builder, network, space, images) -> None:
+        candidate = space.candidate(space.uniform(0.5, "int8", 0.6))
+        artifact = builder.build(space.apply(network, candidate), candidate)
+        here = OnnxRuntime().open(artifact.deployed, artifact.thresholds, 1).answer(images.numpy(), 4)
+        there = runtime.open(artifact.deployed, artifact.thresholds, 1).answer(images.numpy(), 4)
+        np.testing.assert_array_equal(here[0], there[0])
+        np.testing.assert_array_equal(here[1], there[1])
+
+
+def opened_dense(board, builder, network, space):
+    return board.open(builder.build(network, space.dense()).deployed, [], 1)
+
+
+def test_a_line_that_breaks_between_jobs_is_set_up_again(server, board, builder, network, space, images) -> None:
+    opened = opened_dense(board, builder, network, space)
+    before = opened.answer(images.numpy(), 4)[0]
+    count = board.reconnections
+    server.cut()
+    np.testing.assert_array_equal(opened.answer(images.numpy(), 4)[0], before)
+    assert board.reconnections == count + 1
+
+
+def test_a_line_that_breaks_within_a_job_does_it_again(server, board, builder, network, space, images) -> None:
+    opened, count = opened_dense(board, builder, network, space), board.reconnections
+    opened.answer(images.numpy(), 4)
+    cutter = threading.Timer(0.3, server.cut)
+    cutter.start()
+    begin = time.monotonic()
+    taken = opened.seconds(images.numpy()[:4], 20_000)  # runs for longer than the line lasts
+    assert len(taken) == 20_000
+    assert board.reconnections == count + 1, f"the job took {time.monotonic() - begin:.1f} s"
+
+
+def test_turns_go_on_after_a_cut(server, board, builder, network, space, images) -> None:
+    candidate, reference = (opened_dense(board, builder, network, space) for _ in range(2))
+    take_turn = candidate.turns(images.numpy(), [TimedBatch(0, 4)], reference, 2, Protocol())
+    assert len(take_turn(True).ratios) == 1
+    server.cut()
+    assert len(take_turn(False).ratios) == 1
+
+
+def test_what_was_uploaded_is_not_sent_again(server, board, builder, network, space) -> None:
+    artifact = builder.build(network, space.dense())
+    opened_dense(board, builder, network, space).seconds(np.zeros((1, 1, 8, 8), np.float32), 1)
+    uploads = server.folder / "cache" / "deployfront" / "uploads"
+    digest = hashlib.sha256(artifact.deployed[0]).hexdigest()
+    stamp = (uploads / digest).stat().st_mtime_ns
+    again = Board(server.url())
+    opened_dense(again, builder, network, space).seconds(np.zeros((1, 1, 8, 8), np.float32), 1)
+    again.close()
+    assert (uploads / digest).stat().st_mtime_ns == stamp
+
+
+def test_a_job_that_fails_on_the_board_is_told_with_its_reason(board) -> None:
+    with pytest.raises(RuntimeError, match=r"on board: .*[Pp]rotobuf"):
+        board.open([b"not a model"], [], 1).seconds(np.zeros((1, 1, 8, 8), np.float32), 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("ssh://", "ssh://[user@]host"),
+        ("ssh://board/etc", "ssh://[user@]host"),
+        ("ssh://board:port", "ssh://[user@]host"),
+        ("ssh://board?speed=fast", "ssh://[user@]host"),
+        ("ssh://board?runtime=abacus", "onnxruntime"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(url, words) -> None:
+    with pytest.raises(TargetError) as error:
+        Address.parse(url)
+    assert words in str(error.value)
+
+
+def test_an_address_has_all_its_parts() -> None:
+    address = Address.parse("ssh://me@jetson:2222?runtime=onnxruntime&python=/opt/bin/python3")
+    assert address == Address("me@jetson", 2222, "onnxruntime", "/opt/bin/python3")
+    command = address.command("true")
+    assert command[-2:] == ["me@jetson", "true"]
+    assert command[command.index("-p") + 1] == "2222"
+    assert "StrictHostKeyChecking" not in " ".join(command)
+
+
+def refused(url: str) -> str:
+    with pytest.raises(TargetError) as error:
+        runtime(url)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_board_without_the_python_or_its_packages_says_so(server, tmp_path) -> None:
+    assert "/no/such/python" in refused(server.url(python="/no/such/python"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    assert "numpy" in refused(server.url(python=str(tmp_path / "bare" / "bin" / "python")))
+
+
+def test_an_unknown_host_key_is_not_accepted(server, monkeypatch, tmp_path) -> None:
+    config = (server.folder / "ssh_config").read_text().replace("/known_hosts", "/nobody")
+    (tmp_path / "config").write_text(config)
+    monkeypatch.setenv(SSH_COMMAND, f"ssh -F {tmp_path / 'config'}")
+    assert "accept it once" in refused(server.url())
+
+
+def test_a_host_that_cannot_be_reached_says_so(server, monkeypatch, tmp_path) -> None:
+    lines = (server.folder / "ssh_config").read_text().splitlines()
+    (tmp_path / "config").write_text("\n".join("  Port 1" if "Port" in line else line for line in lines))
+    monkeypatch.setenv(SSH_COMMAND, f"ssh -F {tmp_path / 'config'}")
+    assert "Connection refused" in refused(server.url())
+
+
+def test_without_ssh_it_says_so(monkeypatch) -> None:
+    monkeypatch.setenv(SSH_COMMAND, "/no/such/ssh")
+    assert "not installed" in refused("ssh://board")
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    answer = Worker(OnnxRuntime(), tmp_path).handle({"id": 7, "do": "put", "data": base64.b64encode(b"x").decode()})
+    assert answer["id"] == 7
+    assert "disk is full" in answer["error"]
+
+
+def test_a_digest_is_never_a_path(tmp_path) -> None:
+    worker = Worker(OnnxRuntime(), tmp_path / "store")
+    (tmp_path / "secret").write_text("x")
+    answer = worker.handle(
+        {"id": 1, "do": "open", "handle": 1, "stages": ["../secret"], "thresholds": [], "threads": 1}
+    )
+    assert "error" in answer
+
+
+def test_the_worker_is_one_file_that_runs_on_older_pythons() -> None:
+    assert worker_file() == worker_file()
+    for name in _SHIPPED:
+        tree = ast.parse((ROOT / name).read_text(), feature_version=(3, 10))
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and node.module == "typing":
+                assert "Self" not in {alias.name for alias in node.names}, name
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                top = (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+                assert top in {*sys.stdlib_module_names, "numpy", "onnxruntime", "evaluators", "spaces"}, (name, top)
+
+
+def test_auto_takes_what_works_here() -> None:
+    assert choose_runtime("auto").name == "onnxruntime"
+
+
+@pytest.mark.slow
+def test_a_search_on_a_board_survives_a_cut_and_picks(server, tmp_path, cache, capfd) -> None:
+    (tmp_path / "study.toml").write_text(tiny.STUDY)
+    arguments = ["--study", str(tmp_path / "study.toml"), "--search", "one", "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "search", *arguments, "--target", server.url()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    journal = tmp_path / "runs" / "one" / "journal.log"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (journal.is_file() and journal.read_bytes().count(b'"evaluation"') > 3):
+        time.sleep(0.05)
+    server.cut()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode in (0, 1), output
+    assert "set up again" in output
+    search = StoredSearch.read(SearchFolder(tmp_path / "runs" / "one"))
+    done = [trial for trial in search.trials if trial.state.is_finished()]
+    assert len(done) == 12
+    assert not [trial for trial in done if trial.user_attrs.get("reason")]
+    assert "board" in search.baseline.evaluation.measurements["latency"].target
+    picked = ["pick", "--runs", str(tmp_path / "runs"), "--budget", "latency<1000%", "--out", str(tmp_path / "deploy")]
+    assert run(picked) == 0
+    assert "measured again" in capfd.readouterr().out
+    assert (tmp_path / "deploy" / "run.py").is_file()
