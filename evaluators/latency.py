@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Self
 
 import numpy as np
 
+from evaluators.latency_cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
 from evaluators.subject import Deployed
 from evaluators.target import Images, Opened, Runtime, Target, TimedBatch
@@ -44,6 +46,29 @@ def median_seconds(opened: Mapping[str, Opened], images: Images, bursts: int = 6
     return {name: float(np.median(taken)) for name, taken in samples.items()}
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What is kept of a timing: ratios to the reference, and the candidate's seconds by the clock."""
+
+    ratio: float
+    half_width: float
+    worst_ratio: float
+    calls: int
+    wall_median: float
+    wall_percentiles: dict[str, float]
+
+    @classmethod
+    def of(cls, timing: PairedTiming, dynamic: bool) -> Self:
+        return cls(
+            ratio=timing.ratio,
+            half_width=timing.half_width,
+            worst_ratio=timing.per_input[-1] if dynamic else timing.ratio,
+            calls=len(timing.wall_s),
+            wall_median=timing.wall_percentile(50),
+            wall_percentiles={f"p{percent}": timing.wall_percentile(percent) for percent in (90, 95, 99)},
+        )
+
+
 class LatencyEvaluator:
     """Seconds per batch.
 
@@ -55,37 +80,57 @@ class LatencyEvaluator:
         runtime: what runs them.
         target: batch size and threads.
         protocol: how a pair is timed.
+        cache: of latencies that need not be measured again; used where the runtime compiles.
     """
 
     metric = "latency"
 
     def __init__(
-        self, references: Mapping[str, Reference], runtime: Runtime, target: Target, protocol: Protocol | None = None
+        self,
+        references: Mapping[str, Reference],
+        runtime: Runtime,
+        target: Target,
+        protocol: Protocol | None = None,
+        cache: LatencyCache | None = None,
     ) -> None:
         self.references = dict(references)
         self.protocol = protocol or Protocol()
         self._runtime = runtime
         self._target = target
+        self._cache = cache if runtime.capabilities().compiles else None
 
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
         precision = self._majority(subject)
-        timing = self._time(subject, precision)
-        reference_s = self.references[precision].seconds
         dynamic = bool(subject.artifact.exits)
-        worst = timing.per_input[-1] if dynamic else timing.ratio
-        percentiles = {f"p{percent}": timing.wall_percentile(percent) for percent in (90, 95, 99)}
+        found, known = self._known(subject, precision)
+        reference_s = self.references[precision].seconds
+        how = "; kept from an earlier measurement of the same shapes" if known else ""
         return Measurement(
             metric="latency",
-            value=timing.ratio * reference_s,
+            value=found.ratio * reference_s,
             statistic="expected over the validation images" if dynamic else "median",
-            n=len(timing.wall_s),
-            spread=timing.half_width / 1.96 * timing.ratio * reference_s,
+            n=found.calls,
+            spread=found.half_width / 1.96 * found.ratio * reference_s,
             target=str(subject.target),
-            protocol=f"{self._protocol(dynamic)}; reference: dense {precision} at {reference_s * 1e3:.3f} ms",
-            others={**percentiles, "worst": worst * reference_s},
-            notes={"ratio": timing.ratio, "half_width": timing.half_width, "wall_median": timing.wall_percentile(50)},
+            protocol=f"{self._protocol(dynamic)}; reference: dense {precision}, {reference_s * 1e3:.3f} ms{how}",
+            others={**found.wall_percentiles, "worst": found.worst_ratio * reference_s},
+            notes={"ratio": found.ratio, "half_width": found.half_width, "wall_median": found.wall_median},
         )
+
+    def _known(self, subject: Deployed, precision: str) -> tuple[_Found, bool]:
+        """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
+        if self._cache is None or subject.artifact.exits:
+            return _Found.of(self._time(subject, precision), bool(subject.artifact.exits)), False
+        reference = self.references[precision].model
+        circumstances = (self._runtime.version(), str(subject.target), str(self.protocol))
+        key = structure_key([*subject.artifact.deployed, reference], *circumstances)
+        kept = self._cache.find(key)
+        if kept is not None:
+            return _Found(**kept), True
+        found = _Found.of(self._time(subject, precision), False)
+        self._cache.keep(key, asdict(found))
+        return found, False
 
     def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""

@@ -39,6 +39,7 @@ class Capabilities:
         quantized_add: which inputs of an int8 residual addition carry Q/DQ: `both`, or the `residual` one only where
             the runtime fuses the addition into the convolution that feeds the other.
         int8_channels: the fewest input and output channels with which a layer may be int8.
+        compiles: whether loading compiles for the device, so that a known latency is worth keeping.
     """
 
     precisions: tuple[str, ...]
@@ -47,6 +48,7 @@ class Capabilities:
     dynamic_batch: bool
     quantized_add: Literal["both", "residual"] = "both"
     int8_channels: int = 1
+    compiles: bool = False
 
 
 @dataclass(frozen=True)

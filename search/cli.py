@@ -29,6 +29,10 @@ Budgets = Annotated[
 ]
 Prefer = Annotated[str, typer.Option("--prefer", help="accuracy, latency, flops, size or knee.")]
 
+Target = Annotated[
+    str | None, typer.Option("--target", help="A runtime, or ssh://[user@]host[:port] for a board; see: doctor.")
+]
+
 RUNS = Path("runs")
 
 
@@ -71,7 +75,7 @@ def search(
     timeout: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="End after so long.")] = None,
     sampler: Annotated[str, typer.Option(help="tpe, nsga2, gp or random.")] = "tpe",
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
-    target: Annotated[str | None, typer.Option(help="The runtime to measure on; see: doctor.")] = None,
+    target: Target = None,
     name: Search = None,
     runs: Runs = RUNS,
 ) -> int:
@@ -132,11 +136,23 @@ def ui(
 
 
 @app.command()
-def doctor() -> int:
+def measure(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that pick wrote.")],
+    target: Target = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> int:
+    """Measures a bundle again, here or on a board; exit code 1 where it answers otherwise than it should."""
+    from search.commands import run_measure
+
+    return run_measure(bundle, target, as_json)
+
+
+@app.command()
+def doctor(target: Target = None) -> int:
     """Tells which targets exist on this machine, what each can do, and why one is missing."""
     from rich.console import Console
 
     from search.doctor import examine
 
-    examine(Console())
+    examine(Console(), target)
     return 0

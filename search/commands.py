@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -214,6 +215,27 @@ def run_pick(budget: Budget | None, prefer: str, out: Path, name: str | None, ru
     ]:
         console.print(line, highlight=False, soft_wrap=True)
     return 0
+
+
+def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:
+    """Measures a bundle again; returns the exit code."""
+    from search.measure import measure_bundle
+
+    found = measure_bundle(bundle, target)
+    same = found.correct == found.expected
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+        return 0 if same else NO_VERSION
+    tails = ", ".join(f"{name} {milliseconds(value)}" for name, value in found.percentiles.items())
+    share = percent(found.correct / found.images)
+    lines = [
+        f"{bundle} on {found.target}:",
+        f"  latency   {milliseconds(found.latency_s)} per batch ({tails}; {found.calls} batches)",
+        f"  accuracy  {share} on {found.images} check images: {found.correct} right, {found.expected} when it was made",
+        *(f"  {remark}" for remark in found.remarks),
+    ]
+    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
+    return 0 if same else NO_VERSION
 
 
 def _check(out: Path) -> str:

@@ -13,14 +13,14 @@ _LATER = {"tensorrt": "NVIDIA GPUs", "openvino": "Intel CPUs and GPUs"}
 """Runtimes that this version does not measure on yet."""
 
 
-def examine(console: Console) -> None:
-    """Writes a table of targets and what this machine is."""
+def examine(console: Console, target: str | None) -> None:
+    """Writes a table of targets, here or on a board, and what this machine is."""
     table = Table(title="targets", title_justify="left")
     for heading in ("target", "here", "device", "precisions", "channels in", "notes"):
         table.add_column(heading)
-    for name in RUNTIMES:
+    for name in [target] if target else RUNTIMES:
         table.add_row(name, *_row(name))
-    for name, device in _LATER.items():
+    for name, device in ({} if target else _LATER).items():
         installed = "its package is installed" if importlib.util.find_spec(name) else "its package is not installed"
         table.add_row(name, "no", device, "", "", f"this version does not measure on it yet; {installed}")
     console.print(table)

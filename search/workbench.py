@@ -13,6 +13,7 @@ from evaluators.artifact.build import ArtifactBuilder
 from evaluators.data import Splits
 from evaluators.flops import FlopsEvaluator
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
+from evaluators.latency_cache import LatencyCache
 from evaluators.measurement import Measurement
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Evaluator, Subject
@@ -21,7 +22,7 @@ from search.evaluation import Evaluation
 from search.objects import resolve
 from search.recovery import recalibrate_batch_norm, recovery_images
 from search.study import Study, StudyError
-from search.training import Progress, trained_network
+from search.training import Progress, cache_folder, trained_network
 from spaces.candidate import Candidate
 from spaces.gates import GateSpace
 from spaces.groups import find_groups
@@ -97,7 +98,7 @@ class Workbench:
             name: Reference(artifact.deployed[0], reference_seconds[name])
             for name, artifact in self.references().items()
         }
-        return LatencyEvaluator(references, self.runtime, self.target)
+        return LatencyEvaluator(references, self.runtime, self.target, cache=LatencyCache(cache_folder() / "latencies"))
 
     def compress(self, candidate: Candidate) -> ExitNetwork:
         """Returns the candidate's network in torch, recovered as the study says."""

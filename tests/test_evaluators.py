@@ -1,13 +1,17 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from evaluators.accuracy import AccuracyEvaluator
+from evaluators.data import LabelledImages
 from evaluators.flops import FlopsEvaluator, count_by_module
 from evaluators.latency import LatencyEvaluator, Reference
+from evaluators.latency_cache import LatencyCache
 from evaluators.runtimes.ort import OnnxRuntime
 from evaluators.size import ParamsEvaluator, SizeEvaluator
-from evaluators.subject import Subject
+from evaluators.subject import Deployed, Subject
 from evaluators.target import RUNTIMES, Target, TargetError, runtime
 from evaluators.timing import Protocol
 from spaces.candidate import Candidate
@@ -16,8 +20,6 @@ from tests.contracts import EvaluatorContract, RuntimeContract
 
 @pytest.fixture(params=["dense", "pruned int8 with exits"])
 def subject(request, builder, network, space, images) -> Subject:
-    from evaluators.data import LabelledImages
-
     values = space.uniform(1.0, "fp32", 1.0) if request.param == "dense" else space.uniform(0.5, "int8", 0.6)
     candidate = space.candidate(values)
     pruned = space.apply(network, candidate)
@@ -130,6 +132,46 @@ class TestLatency(EvaluatorContract):
 
     def test_a_reference_takes_as_long_as_itself(self, evaluator, images) -> None:
         assert evaluator.same_twice("fp32", images.numpy()) == pytest.approx(1.0, abs=0.3)
+
+
+class Compiling(OnnxRuntime):
+    """ONNX Runtime, as if loading it compiled for the device; counts how often something is loaded."""
+
+    opened = 0
+
+    def capabilities(self):
+        return replace(super().capabilities(), compiles=True)
+
+    def open(self, stages, thresholds, threads):
+        self.opened += 1
+        return super().open(stages, thresholds, threads)
+
+
+def test_a_latency_is_measured_once_per_shape(builder, network, space, images, tmp_path) -> None:
+    library, target = Compiling(), Target("onnxruntime", "test CPU", 4, 1)
+    dense = builder.build(network, space.dense()).deployed[0]
+    make = lambda: LatencyEvaluator(  # noqa: E731
+        {"fp32": Reference(dense, 1.0)}, library, target, Protocol(limit_s=0.1), LatencyCache(tmp_path)
+    )
+    data = LabelledImages(images.numpy(), np.zeros(len(images), np.int64))
+
+    def measure(keep: float, threshold: float, noise: float, evaluator) -> tuple[float, int]:
+        candidate = space.candidate(space.uniform(keep, "fp32", threshold))
+        pruned = space.apply(network, candidate)
+        for parameter in pruned.parameters():
+            parameter.data += noise
+        subject = Deployed(candidate, builder.build(pruned, candidate), data, library, target)
+        before = library.opened
+        return evaluator.measure(subject).value, library.opened - before
+
+    first, opened = measure(0.5, 1.0, 0.0, make())
+    assert opened == 2
+    assert measure(0.5, 1.0, 0.1, make()) == (first, 0), "other weights, same shapes"
+    assert measure(0.75, 1.0, 0.0, make())[1] == 2, "other shapes"
+    assert measure(0.5, 0.6, 0.0, make())[1] == 2, "with exits, inputs decide"
+    for file in tmp_path.iterdir():
+        file.write_text("torn")
+    assert measure(0.5, 1.0, 0.0, make())[1] == 2, "what cannot be read is measured again"
 
 
 class TestOnnxRuntime(RuntimeContract):

@@ -193,6 +193,22 @@ def test_the_bundle_answers_as_measured_in_a_bare_interpreter(folder, tmp_path, 
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
 
 
+def test_a_bundle_is_measured_again(folder, tmp_path, capsys) -> None:
+    out = tmp_path / "deploy"
+    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
+    assert run(["pick", *arguments]) == 0
+    capsys.readouterr()
+    assert run(["measure", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["correct"] == found["expected"]
+    assert found["calls"] >= 150
+    assert 0 < found["latency_s"] <= found["percentiles"]["p99"]
+    assert run(["measure", str(out)]) == 0
+    assert "check images" in capsys.readouterr().out
+    assert run(["measure", str(tmp_path)]) == 2
+    assert "bundle.json" in capsys.readouterr().err
+
+
 def test_a_bundle_that_was_damaged_says_so(folder, tmp_path) -> None:
     out = tmp_path / "deploy"
     arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]

@@ -1,0 +1,115 @@
+"""Measuring a bundle again, on this machine or on a board: no study, no torch, no search."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluators.data import LabelledImages
+from evaluators.subject import Answers, ask
+from evaluators.target import Opened, Runtime, runtime
+from spaces.errors import UserError
+
+CALLS = 200
+"""So many batches are timed, shared out among the ways in which a batch can shrink."""
+_WARMUPS = 10
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a bundle does here.
+
+    Args:
+        target: what ran it.
+        latency_s: seconds per batch by the clock: the median, or with exits the mean over its check images.
+        percentiles: p90, p95 and p99 of the same.
+        calls: how many batches were timed.
+        correct: right answers to the check images.
+        images: how many check images there are.
+        expected: right answers when the bundle was made.
+        remarks: what is worth knowing about it.
+    """
+
+    target: str
+    latency_s: float
+    percentiles: dict[str, float]
+    calls: int
+    correct: int
+    images: int
+    expected: int
+    remarks: list[str]
+
+
+def measure_bundle(folder: Path, target: str | None) -> Found:
+    """Returns a bundle's latency and accuracy.
+
+    Args:
+        folder: the bundle.
+        target: a runtime or a board; the one that the bundle was made for where not given.
+
+    Raises:
+        UserError: the folder holds no bundle.
+        TargetError: the target is not here.
+    """
+    description = _read(folder)
+    batch, threads = description["target"]["batch"], description["target"]["threads"]
+    library = runtime(target or description["target"]["runtime"])
+    stages = [library.deployable(_portable(folder, name)) for name in description["deployed"]]
+    opened = library.open(stages, description["thresholds"], threads)
+    with np.load(folder / "check.npz") as stored:
+        check = LabelledImages(stored["images"], stored["labels"])
+    answers = ask(opened, len(stages), check, batch)
+    seconds, weights = _time(opened, answers, check, batch)
+    return Found(
+        target=f"{library.version()} on {library.device()}, batch {batch}",
+        latency_s=_typical(seconds, weights, dynamic=len(stages) > 1),
+        percentiles={f"p{percent}": _percentile(seconds, weights, percent) for percent in (90, 95, 99)},
+        calls=len(seconds),
+        correct=int(answers.correct.sum()),
+        images=len(check),
+        expected=description["check"]["correct"],
+        remarks=_remarks(library),
+    )
+
+
+def _remarks(library: Runtime) -> list[str]:
+    return [*library.remarks(), "by the clock, not beside a reference: compare only what was measured in one go"]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / "bundle.json"
+    if not file.is_file():
+        raise UserError(f"a bundle is a folder that `pick` wrote, got {folder}, which has no bundle.json")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _portable(folder: Path, name: str) -> bytes:
+    portable = folder / "portable" / name
+    return (portable if portable.is_file() else folder / name).read_bytes()
+
+
+def _time(
+    opened: Opened, answers: Answers, check: LabelledImages, batch: int
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
+    """Returns wall-clock seconds and the weight of each: every way in which a batch shrinks as often as it occurs."""
+    opened.seconds(check.images[:batch], _WARMUPS)
+    seconds, weights = [], []
+    each = max(CALLS // len(answers.profiles), 5)
+    for start, count in answers.profiles:
+        taken = opened.seconds(check.images[start : start + batch], each + 1)[1:]
+        seconds += taken
+        weights += [count / len(taken)] * len(taken)
+    return np.array(seconds), np.array(weights)
+
+
+def _typical(seconds: np.ndarray[Any, Any], weights: np.ndarray[Any, Any], dynamic: bool) -> float:
+    return float(np.average(seconds, weights=weights)) if dynamic else float(np.median(seconds))
+
+
+def _percentile(seconds: np.ndarray[Any, Any], weights: np.ndarray[Any, Any], percent: float) -> float:
+    order = np.argsort(seconds)
+    reached = np.cumsum(weights[order]) / weights.sum()
+    return float(seconds[order][min(int(np.searchsorted(reached, percent / 100)), len(order) - 1)])
