@@ -1,5 +1,7 @@
 """Q/DQ: what the file says, and what the runtime makes of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -7,11 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from onnx import numpy_helper
+from onnx import NodeProto, numpy_helper
 
+from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.qdq import quantize_weight
-from evaluators.runtimes.ort import load, open_session, unsigned_activations
+from evaluators.runtimes.ort import OnnxRuntime, load, open_session, unsigned_activations
 from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.target import Capabilities
+from spaces.candidate import Candidate
+from spaces.network import ExitNetwork
+from studies.digits.model import resnet20
 
 
 @settings(deadline=None)
@@ -27,6 +34,22 @@ def test_a_weight_is_within_half_a_step_of_its_quantized_form(weight: np.ndarray
     shape = [-1 if index == axis else 1 for index in range(3)]
     restored = quantized * scale.reshape(shape)
     assert (np.abs(restored - weight) <= scale.reshape(shape) * 0.5001).all()
+
+
+class Accelerator(OnnxRuntime):
+    """Runs the portable files as they are, and asks for Q/DQ in the form of a runtime on a GPU."""
+
+    def __init__(self, precisions: tuple[str, ...] = ("fp32", "fp16", "int8"), int8_channels: int = 1) -> None:
+        able = super().capabilities()
+        self.able = replace(
+            able, precisions=precisions, dynamic_batch=False, quantized_add="residual", int8_channels=int8_channels
+        )
+
+    def capabilities(self) -> Capabilities:
+        return self.able
+
+    def deployable(self, model: bytes) -> bytes:
+        return model
 
 
 def int8_candidate(space, threshold: float = 1.0):
@@ -117,3 +140,134 @@ def test_ranges_are_the_extremes_of_the_activations(builder, network, images) ->
     assert low == 0
     assert high == pytest.approx(stem.max().item(), rel=1e-5)
     assert builder.ranges["images"] == pytest.approx((images.min().item(), images.max().item()))
+
+
+def additions(stage: bytes) -> list[tuple[list[str], str]]:
+    """Returns, for each addition of a file, the kinds of node that feed it, and the one that its ReLU feeds."""
+    graph = onnx.load_from_string(stage).graph
+    producers = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, NodeProto] = {name: node for node in graph.node for name in node.input}
+    return [
+        ([producers[name].op_type for name in node.input], readers[readers[node.output[0]].output[0]].op_type)
+        for node in graph.node
+        if node.op_type == "Add"
+    ]
+
+
+@pytest.fixture(scope="module")
+def residual_network() -> tuple[ExitNetwork, np.ndarray]:
+    torch.manual_seed(0)
+    return ExitNetwork(resnet20().eval(), [], []).eval(), torch.randn(4, 1, 32, 32).numpy()
+
+
+def test_a_fused_addition_quantizes_the_shortcut_alone(residual_network) -> None:
+    network, images = residual_network
+    builder = ArtifactBuilder(network, images, Accelerator())
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).stages
+    found = additions(stage)
+    assert len(found) == 9
+    assert all(kinds == ["Conv", "DequantizeLinear"] and after == "QuantizeLinear" for kinds, after in found)
+    nodes = onnx.load_from_string(stage).graph.node
+    shortcuts = [node for node in nodes if node.op_type == "Conv" and "shortcut" in node.name]
+    assert len(shortcuts) == 2
+    for convolution in shortcuts:  # of the two branches of a downsampling block, the shorter one
+        assert [node.op_type for node in nodes if convolution.output[0] in node.input] == ["QuantizeLinear"]
+
+
+def test_an_unfused_addition_quantizes_both_inputs(residual_network) -> None:
+    network, images = residual_network
+    builder = ArtifactBuilder(network, images, OnnxRuntime())
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).stages
+    assert all(kinds == ["DequantizeLinear"] * 2 and after == "QuantizeLinear" for kinds, after in additions(stage))
+
+
+def test_a_fused_addition_answers_no_worse(residual_network) -> None:
+    network, images = residual_network
+    with torch.no_grad():
+        exact = network(torch.from_numpy(images))[-1].numpy()
+    builder = ArtifactBuilder(network, images, Accelerator())
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).stages
+    onnx.checker.check_model(onnx.load_from_string(stage), full_check=True)
+    answer = load(stage, 1)(images)[0]
+    assert np.sqrt(np.mean((answer - exact) ** 2) / np.mean(exact**2)) < 0.1
+
+
+def test_the_convolution_stays_fused_behind_a_float_shortcut(network, images) -> None:
+    builder = ArtifactBuilder(network, images.numpy(), Accelerator(int8_channels=16))
+    precision = dict.fromkeys(builder.layers, "int8")
+    (stage,) = builder.build(network, Candidate({}, precision, {"exit1": 1.0, "exit2": 1.0})).stages
+    assert builder.written_precisions(network, Candidate({}, precision, {}))["stem.0"] == "fp16"
+    ((kinds, _),) = additions(stage)
+    assert kinds == ["Conv", "DequantizeLinear"]
+
+
+def narrow(network: ExitNetwork, fewest: int) -> set[str]:
+    """Returns the layers that have fewer input or output channels than `fewest`, or are grouped, as torch sees them."""
+    found = set()
+    for path, module in network.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            small = min(module.in_channels, module.out_channels) < fewest or module.groups > 1
+        elif isinstance(module, torch.nn.Linear):
+            small = min(module.in_features, module.out_features) < fewest
+        else:
+            continue
+        found |= {path.removeprefix("trunk.")} if small else set()
+    return found if fewest > 1 else set()
+
+
+def written(stage: bytes) -> dict[str, str]:
+    """Returns the precision of each layer's weight in a file."""
+    graph = onnx.load_from_string(stage).graph
+    types = {tensor.name: numpy_helper.to_array(tensor).dtype.name for tensor in graph.initializer}
+    names = {"float32": "fp32", "float16": "fp16"}
+    layers = [node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    return {
+        name.removeprefix("trunk.").split(".weight")[0]: "int8" if name.endswith("/dq") else names[types[name]]
+        for name in layers
+    }
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), fewest=st.sampled_from([1, 2, 8, 16, 24]), half=st.booleans())
+def test_layers_with_few_channels_are_not_int8(data, fewest, half, network, space, images) -> None:
+    precisions = ("fp32", "fp16", "int8") if half else ("fp32", "int8")
+    builder = ArtifactBuilder(network, images.numpy(), Accelerator(precisions, fewest))
+    sliced = space.candidate(space.uniform(data.draw(st.sampled_from([1.0, 0.75, 0.5, 0.25])), "int8", 0.8))
+    precision = {layer: data.draw(st.sampled_from(precisions)) for layer in builder.layers}
+    candidate = Candidate(sliced.channels, precision, sliced.thresholds)
+    pruned = space.apply(network, candidate)
+    too_small, instead = narrow(pruned, fewest), "fp16" if half else "fp32"
+    expected = {
+        layer: instead if given == "int8" and layer in too_small else given for layer, given in precision.items()
+    }
+    assert builder.written_precisions(pruned, candidate) == expected
+    artifact = builder.build(pruned, candidate)
+    assert {layer: found for stage in artifact.stages for layer, found in written(stage).items()} == expected
+    staged = StagedNetwork([load(stage, 1) for stage in artifact.deployed], [2.0, 2.0])
+    with torch.no_grad():
+        exact = pruned(images)[-1].numpy()
+    assert np.sqrt(np.mean((staged(images.numpy())[0] - exact) ** 2) / np.mean(exact**2)) < 0.3
+
+
+def test_stages_that_are_built_for_one_shape_name_their_channels(network, space, images) -> None:
+    candidate = space.candidate(space.uniform(0.5, "int8", 0.8))
+    pruned = space.apply(network, candidate)
+
+    def channels(runtime: OnnxRuntime) -> list[int]:
+        stages = ArtifactBuilder(network, images.numpy(), runtime).build(pruned, candidate).stages
+        inputs = [onnx.load_from_string(stage).graph.input[0] for stage in stages]
+        return [info.type.tensor_type.shape.dim[1].dim_value for info in inputs]
+
+    convolutions = pruned.trunk
+    expected = [1, convolutions.depthwise[0].in_channels, convolutions.pointwise[0].out_channels]
+    assert channels(Accelerator(int8_channels=8)) == expected
+    assert channels(OnnxRuntime()) == [1, 0, 0]
+
+
+def test_a_bias_is_never_quantized(network, space, images) -> None:
+    builder = ArtifactBuilder(network, images.numpy(), Accelerator(int8_channels=16))
+    for stage in builder.build(network, int8_candidate(space, 0.8)).stages:
+        graph = onnx.load_from_string(stage).graph
+        values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        biases = [values[node.input[2]] for node in graph.node if node.op_type in ("Conv", "Gemm")]
+        assert {bias.dtype.name for bias in biases} <= {"float32", "float16"}

@@ -1,13 +1,16 @@
 """From a compressed network in torch to its artifact, without an export."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact
 from evaluators.artifact.exporter import OUTPUT, logits_name
-from evaluators.artifact.qdq import Quantizer, Ranges
-from evaluators.artifact.template import Stage, Template
+from evaluators.artifact.half import HalfWriter
+from evaluators.artifact.qdq import Placement, Quantizer, Ranges
+from evaluators.artifact.template import Stage, Template, output_channels
 from evaluators.runtimes.ort import activation_ranges
 from evaluators.target import Runtime
 from spaces.candidate import Candidate
@@ -18,7 +21,7 @@ class ArtifactBuilder:
     """Writes the artifact of any candidate of one network.
 
     The dense network is exported once and its activation ranges are read once; a candidate's file is that graph with
-    sliced weights and Q/DQ written in.
+    sliced weights, Q/DQ and fp16 written in.
 
     Args:
         network: the dense network with its exits, in evaluation mode.
@@ -34,14 +37,17 @@ class ArtifactBuilder:
         self._runtime = runtime
         self._template = Template(network, torch.from_numpy(calibration[:1]))
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
-        weight_bits = runtime.capabilities().weight_bits
-        self._quantizer = Quantizer(self._template.nodes, self._template.layers, outputs, weight_bits)
+        able = self._able = runtime.capabilities()
+        self._quantizer = Quantizer(
+            self._template.nodes, self._template.layers, outputs, able.weight_bits, able.quantized_add
+        )
+        self._half = HalfWriter(self._template.nodes, self._template.layers)
         self._everything = Stage(self._template.nodes, self._template.stages(())[0].input, tuple(outputs))
         self.ranges: Ranges = self.read_ranges(network, calibration)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that can be int8, in the order in which they run."""
+        """The layers that have a precision, in the order in which they run."""
         return tuple(self._template.layers)
 
     def read_ranges(self, network: ExitNetwork, images: NDArray[np.float32]) -> Ranges:
@@ -50,9 +56,37 @@ class ArtifactBuilder:
         model = self._template.file(self._everything, self._template.nodes, weights)
         return activation_ranges(model, self._quantizer.activations(), images)
 
+    def written_precisions(self, network: ExitNetwork, candidate: Candidate) -> dict[str, str]:
+        """Returns the precision that each layer gets in the artifact.
+
+        It is the candidate's, but for int8 layers that the target would run no faster in int8: those with too few
+        channels left, and, where it asks for any number of them, grouped ones. They are fp16 if the target has it, else
+        fp32.
+        """
+        precisions = dict.fromkeys(self.layers, "fp32") | dict(candidate.precision)
+        instead = "fp16" if "fp16" in self._able.precisions else "fp32"
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        for layer, weight in self._template.layer_weights.items():
+            if precisions[layer] == "int8" and not self._takes_int8(weight, shapes[weight]):
+                precisions[layer] = instead
+        return precisions
+
+    def _takes_int8(self, weight: str, shape: tuple[int, ...]) -> bool:
+        fewest = self._able.int8_channels
+        return fewest <= 1 or (weight not in self._template.grouped and min(shape[:2]) >= fewest)
+
     def boundaries(self, candidate: Candidate) -> int:
-        """Returns how many layers read from a layer of another precision; each costs a conversion."""
-        return self._quantizer.place(_int8(candidate)).boundaries
+        """Returns how many layers read from a layer of another precision, as the candidate asks for them.
+
+        Each costs a conversion.
+        """
+        placement, halves = self._place(candidate.precision)
+        return self._quantizer.boundaries(dict.fromkeys(placement.nodes, "int8") | dict.fromkeys(halves, "fp16"))
+
+    def _place(self, precisions: Mapping[str, str]) -> tuple[Placement, frozenset[str]]:
+        """Returns where Q/DQ goes and which nodes are fp16, for the precision of each layer."""
+        placement = self._quantizer.place(_at("int8", precisions))
+        return placement, self._half.place(_at("fp16", precisions), placement.tensors)
 
     def build(self, network: ExitNetwork, candidate: Candidate, ranges: Ranges | None = None) -> Artifact:
         """Returns the artifact of a network that has been compressed as `candidate` says.
@@ -61,13 +95,19 @@ class ArtifactBuilder:
             network: compressed and recovered, in evaluation mode.
             candidate: its precisions and thresholds.
             ranges: of the activations; the dense network's where not given.
+
+        Raises:
+            HalfPrecisionError: a weight of an fp16 layer is beyond fp16's range.
         """
         weights = self._template.weights(network.state_dict())
-        placement = self._quantizer.place(_int8(candidate))
-        files = []
+        placement, halves = self._place(self.written_precisions(network, candidate))
+        files: list[bytes] = []
         for stage in self._template.stages(candidate.active_exits):
             nodes, values = self._quantizer.write(stage, placement, weights, ranges or self.ranges)
-            files.append(self._template.file(stage, nodes, values))
+            nodes, values = self._half.write(nodes, halves, values, stage.outputs)
+            # What is built for one shape has to know the channels of its input.
+            channels = output_channels(files[-1]) if files and not self._able.dynamic_batch else {}
+            files.append(self._template.file(stage, nodes, values, channels))
         return Artifact(
             stages=tuple(files),
             deployed=tuple(self._runtime.deployable(file) for file in files),
@@ -76,5 +116,5 @@ class ArtifactBuilder:
         )
 
 
-def _int8(candidate: Candidate) -> list[str]:
-    return [layer for layer, precision in candidate.precision.items() if precision == "int8"]
+def _at(precision: str, precisions: Mapping[str, str]) -> list[str]:
+    return [layer for layer, given in precisions.items() if given == precision]

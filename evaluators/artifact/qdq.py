@@ -2,11 +2,14 @@
 
 The form is the one that every runtime reads: symmetric s8 activations per tensor, symmetric s8 weights per output
 channel, bias in float. What a runtime fuses is quantized as a whole: a convolution with its ReLU, additions and pooling
-whose inputs come from int8 layers.
+whose inputs come from int8 layers. A runtime that runs a residual addition inside the convolution before it gets that
+convolution's output without Q/DQ.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +20,11 @@ from evaluators.artifact.template import DEQUANTIZED, Arrays, Stage
 Ranges = Mapping[str, tuple[float, float]]
 """The lowest and highest value seen of each activation tensor."""
 
-_ABSORBED = {"Relu", "Clip"}
+ABSORBED = {"Relu", "Clip"}
 """Run inside the layer before them, so Q/DQ comes after."""
-_VALUE_PRESERVING = {"MaxPool", "Flatten", "Reshape", "Identity"}
+VALUE_PRESERVING = {"MaxPool", "Flatten", "Reshape", "Identity"}
 """Move values without changing them, so input and output share a scale."""
-_FOLLOWING = {"Add", "GlobalAveragePool", "AveragePool"}
+FOLLOWING = {"Add", "GlobalAveragePool", "AveragePool"}
 """Run in int8 when everything that feeds them does."""
 
 _TINY = 1e-8
@@ -33,7 +36,6 @@ class Placement:
 
     nodes: frozenset[str]
     tensors: frozenset[str]
-    boundaries: int
 
 
 class Quantizer:
@@ -44,10 +46,17 @@ class Quantizer:
         layers: the node of each layer that may be int8.
         outputs: the graph's outputs, which stay float.
         weight_bits: 8, or 7 where the target's accumulating instruction would overflow.
+        quantized_add: which inputs of an addition carry Q/DQ: `both`, or the `residual` one only where the other comes
+            straight from an int8 convolution.
     """
 
     def __init__(
-        self, nodes: Sequence[NodeProto], layers: Mapping[str, str], outputs: Iterable[str], weight_bits: int
+        self,
+        nodes: Sequence[NodeProto],
+        layers: Mapping[str, str],
+        outputs: Iterable[str],
+        weight_bits: int,
+        quantized_add: Literal["both", "residual"] = "both",
     ) -> None:
         self._nodes = tuple(nodes)
         self._layers = dict(layers)
@@ -58,26 +67,36 @@ class Quantizer:
         for node in nodes:
             for name in node.input:
                 self._consumers.setdefault(name, []).append(node)
+        self._fused = self._fused_inputs() if quantized_add == "residual" else set()
 
     def activations(self) -> list[str]:
         """Returns every tensor whose range a placement may ask for."""
-        data_inputs = [node.input[0] for node in self._nodes if node.input]
-        return list(dict.fromkeys([*data_inputs, *(output for node in self._nodes for output in node.output)]))
+        able = [node for node in self._nodes if node.op_type in FOLLOWING or node.name in self._layers.values()]
+        wanted = self._spread({tensor for node in able for tensor in self._around(node)})
+        names = dict.fromkeys(name for node in self._nodes for name in (*node.input, *node.output))
+        return [name for name in names if name in wanted]
 
     def place(self, int8_layers: Iterable[str]) -> Placement:
         """Returns where Q/DQ goes when these layers are int8."""
         quantized = {self._layers[layer] for layer in int8_layers}
         for node in self._nodes:
-            if node.op_type in _FOLLOWING and self._is_fed_by(node, quantized):
+            if node.op_type in FOLLOWING and self._is_fed_by(node, quantized):
                 quantized.add(node.name)
+        fused = {tensor for tensor in self._fused if self._producers[tensor].name in quantized}
         tensors = {tensor for node in self._nodes if node.name in quantized for tensor in self._around(node)}
-        tensors = self._spread(tensors) - self._outputs
-        boundaries = sum(self._is_boundary(node, quantized) for node in self._nodes)
-        return Placement(frozenset(quantized), frozenset(tensors), boundaries)
+        return Placement(frozenset(quantized), frozenset(self._spread(tensors - fused) - self._outputs))
+
+    def boundaries(self, precisions: Mapping[str, str]) -> int:
+        """Returns how many layers read from a node of another precision.
+
+        Args:
+            precisions: of each node that is not fp32.
+        """
+        return sum(self._is_boundary(node, precisions) for node in self._nodes if node.op_type in ("Conv", "Gemm"))
 
     def _source(self, tensor: str) -> NodeProto | None:
         node = self._producers.get(tensor)
-        while node is not None and node.op_type in _ABSORBED | _VALUE_PRESERVING:
+        while node is not None and node.op_type in ABSORBED | VALUE_PRESERVING:
             node = self._producers.get(node.input[0])
         return node
 
@@ -85,33 +104,61 @@ class Quantizer:
         sources = [self._source(name) for name in node.input]
         return all(source is not None and source.name in quantized for source in sources)
 
-    def _is_boundary(self, node: NodeProto, quantized: set[str]) -> bool:
-        """Returns whether a layer's precision differs from that of the layer before it."""
-        if node.op_type not in ("Conv", "Gemm"):
-            return False
+    def _is_boundary(self, node: NodeProto, precisions: Mapping[str, str]) -> bool:
         source = self._source(node.input[0])
-        return (source is not None and source.name in quantized) != (node.name in quantized)
+        before = precisions.get(source.name, "fp32") if source is not None else "fp32"
+        return before != precisions.get(node.name, "fp32")
+
+    def _fused_inputs(self) -> set[str]:
+        """Returns the input of each addition whose convolution takes it in: the longest branch that ends in one."""
+        fused = set()
+        for node in self._nodes:
+            inputs = [tensor for tensor in node.input if self._is_convolution_for_one(tensor)]
+            if node.op_type == "Add" and inputs:
+                fused.add(max(inputs, key=partial(self._branch_length, node)))
+        return fused
+
+    def _is_convolution_for_one(self, tensor: str) -> bool:
+        producer = self._producers.get(tensor)
+        return producer is not None and producer.op_type == "Conv" and len(self._consumers[tensor]) == 1
+
+    def _branch_length(self, addition: NodeProto, tensor: str) -> int:
+        """Returns how many layers lead to one input of an addition and to none of its others."""
+        others = [self._layers_before(other) for other in addition.input if other != tensor]
+        return len(self._layers_before(tensor).difference(*others))
+
+    def _layers_before(self, tensor: str) -> set[str]:
+        seen, found, todo = set(), set(), [tensor]
+        while todo:
+            node = self._producers.get(todo.pop())
+            if node is None or node.name in seen:
+                continue
+            seen.add(node.name)
+            if node.op_type in ("Conv", "Gemm"):
+                found.add(node.name)
+            todo += list(node.input)
+        return found
 
     def _around(self, node: NodeProto) -> list[str]:
         data = list(node.input) if node.op_type == "Add" else [node.input[0]]
         output = node.output[0]
-        while len(following := self._consumers.get(output, [])) == 1 and following[0].op_type in _ABSORBED:
+        while len(following := self._consumers.get(output, [])) == 1 and following[0].op_type in ABSORBED:
             output = following[0].output[0]
         return [*data, output]
 
     def _spread(self, tensors: set[str]) -> set[str]:
         spread = set(tensors)
         for node in reversed(self._nodes):
-            if node.op_type in _VALUE_PRESERVING and node.output[0] in spread:
+            if node.op_type in VALUE_PRESERVING and node.output[0] in spread:
                 spread.add(node.input[0])
         for node in self._nodes:
-            if node.op_type in _VALUE_PRESERVING and node.input[0] in spread:
+            if node.op_type in VALUE_PRESERVING and node.input[0] in spread:
                 spread.add(node.output[0])
         return spread
 
     def _scale(self, tensor: str, ranges: Ranges) -> NDArray[np.float32]:
         node = self._producers.get(tensor)
-        while node is not None and node.op_type in _VALUE_PRESERVING:
+        while node is not None and node.op_type in VALUE_PRESERVING:
             tensor = node.input[0]
             node = self._producers.get(tensor)
         low, high = ranges[tensor]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 from torch import Tensor
@@ -20,6 +21,8 @@ _LAYER_OPS = ("Conv", "Gemm")
 
 DEQUANTIZED = "/dq"
 """The end of the name of a weight or an input that has been through Q/DQ."""
+HALF = "/fp16"
+"""The end of the name of a tensor in half precision."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,14 @@ class Template:
             info.name: info for info in [*model.graph.input, *model.graph.output]
         }
         self.nodes, self._folds = _fold_batch_norms(model)
-        self.layers = {
-            layer_name(node.input[1].removesuffix(".weight")): node.name
+        found = {
+            layer_name(node.input[1].removesuffix(".weight")): node
             for node in self.nodes
             if node.op_type in _LAYER_OPS and node.input[1] in parameters
         }
+        self.layers = {layer: node.name for layer, node in found.items()}
+        self.layer_weights = {layer: node.input[1] for layer, node in found.items()}
+        self.grouped = frozenset(node.input[1] for node in found.values() if _groups(node) > 1)
         self.exit_names = network.exit_names
         self._stages: dict[tuple[str, ...], tuple[Stage, ...]] = {}
         self.stages(self.exit_names)
@@ -120,31 +126,41 @@ class Template:
                 todo += list(node.input)
         return tuple(node for node in self.nodes if node.name in wanted)
 
-    def file(self, stage: Stage, nodes: Sequence[NodeProto], arrays: Arrays) -> bytes:
-        """Returns one stage as an ONNX file."""
+    def file(
+        self, stage: Stage, nodes: Sequence[NodeProto], arrays: Arrays, channels: Mapping[str, int] | None = None
+    ) -> bytes:
+        """Returns one stage as an ONNX file.
+
+        Args:
+            stage: which part of the graph.
+            nodes: its nodes, as they are written.
+            arrays: the value of every initializer.
+            channels: of the features between stages; left open where not given.
+        """
         names = {name for node in nodes for name in node.input}
         initializers = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in names]
         graph = helper.make_graph(
             [self._fit_groups(node, arrays) for node in nodes],
             "stage",
-            [self._info(stage.input)],
-            [self._info(name) for name in stage.outputs],
+            [self._info(stage.input, channels or {})],
+            [self._info(name, channels or {}) for name in stage.outputs],
             initializers,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
         return bytes(model.SerializeToString(deterministic=True))
 
-    def _info(self, name: str) -> onnx.ValueInfoProto:
+    def _info(self, name: str, channels: Mapping[str, int]) -> onnx.ValueInfoProto:
         if name in (INPUT, OUTPUT) or name.endswith("_logits"):
             return self._infos[name]
         # Features between stages lose channels with the layer before them, so only their rank is fixed.
         rank = len(self._infos[name].type.tensor_type.shape.dim)
-        dims = ["batch", *(f"{name}_{axis}" for axis in range(1, rank))]
+        dims: list[str | int] = ["batch", *(f"{name}_{axis}" for axis in range(1, rank))]
+        dims[1] = channels.get(name, dims[1])
         return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
 
     def _fit_groups(self, node: NodeProto, arrays: Arrays) -> NodeProto:
         """Returns a depthwise convolution with as many groups as it has channels left; any other node as it is."""
-        weight = node.input[1].removesuffix(DEQUANTIZED) if node.op_type == "Conv" else ""
+        weight = node.input[1].removesuffix(DEQUANTIZED).removesuffix(HALF) if node.op_type == "Conv" else ""
         if weight not in self._shapes or self._shapes[weight][1] != 1:
             return node
         fitted = NodeProto()
@@ -153,6 +169,17 @@ class Template:
             if attribute.name == "group" and attribute.i == self._shapes[weight][0]:
                 attribute.i = len(arrays[weight])
         return fitted
+
+
+def output_channels(file: bytes) -> dict[str, int]:
+    """Returns the channels of each output of a stage, as far as its input's are known."""
+    inferred = onnx.shape_inference.infer_shapes(onnx.load_from_string(file))
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in inferred.graph.output}
+    return {name: dims[1].dim_value for name, dims in shapes.items() if len(dims) > 1 and dims[1].dim_value}
+
+
+def _groups(node: NodeProto) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "group"), 1)
 
 
 def _fold_batch_norms(model: onnx.ModelProto) -> tuple[tuple[NodeProto, ...], tuple[BatchNormFold, ...]]:
