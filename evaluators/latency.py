@@ -56,9 +56,10 @@ class _Found:
     calls: int
     wall_median: float
     wall_percentiles: dict[str, float]
+    remarks: list[str]
 
     @classmethod
-    def of(cls, timing: PairedTiming, dynamic: bool) -> Self:
+    def of(cls, timing: PairedTiming, dynamic: bool, remarks: list[str]) -> Self:
         return cls(
             ratio=timing.ratio,
             half_width=timing.half_width,
@@ -66,6 +67,7 @@ class _Found:
             calls=len(timing.wall_s),
             wall_median=timing.wall_percentile(50),
             wall_percentiles={f"p{percent}": timing.wall_percentile(percent) for percent in (90, 95, 99)},
+            remarks=remarks,
         )
 
 
@@ -116,21 +118,28 @@ class LatencyEvaluator:
             protocol=f"{self._protocol(dynamic)}; reference: dense {precision}, {reference_s * 1e3:.3f} ms{how}",
             others={**found.wall_percentiles, "worst": found.worst_ratio * reference_s},
             notes={"ratio": found.ratio, "half_width": found.half_width, "wall_median": found.wall_median},
+            remarks=tuple(found.remarks),
         )
 
     def _known(self, subject: Deployed, precision: str) -> tuple[_Found, bool]:
         """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
         if self._cache is None or subject.artifact.exits:
-            return _Found.of(self._time(subject, precision), bool(subject.artifact.exits)), False
+            return self._fresh(subject, precision), False
         reference = self.references[precision].model
         circumstances = (self._runtime.version(), str(subject.target), str(self.protocol))
         key = structure_key([*subject.artifact.deployed, reference], *circumstances)
         kept = self._cache.find(key)
         if kept is not None:
             return _Found(**kept), True
-        found = _Found.of(self._time(subject, precision), False)
+        found = self._fresh(subject, precision)
         self._cache.keep(key, asdict(found))
         return found, False
+
+    def _fresh(self, subject: Deployed, precision: str) -> _Found:
+        timing = self._time(subject, precision)
+        batch = subject.validation.images[: subject.target.batch]
+        differences = subject.opened.differences(batch, subject.artifact.precisions)
+        return _Found.of(timing, bool(subject.artifact.exits), differences)
 
     def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""

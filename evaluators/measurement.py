@@ -59,6 +59,7 @@ class Measurement:
         target: where it was measured.
         protocol: how, in one line.
         notes: further facts, such as the share of inputs that leaves at each exit.
+        remarks: what makes the value doubtful, in words; none is best.
     """
 
     metric: str
@@ -70,6 +71,7 @@ class Measurement:
     protocol: str
     others: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def statistic_value(self, statistic: str) -> float:
         """Returns one statistic of the metric, its default one included.
@@ -87,9 +89,13 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
-        return asdict(self) | {"others": dict(self.others), "notes": dict(self.notes)}
+        return asdict(self) | {
+            "others": dict(self.others),
+            "notes": dict(self.notes),
+            "remarks": list(self.remarks),
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """Returns the measurement that `to_dict` described."""
-        return cls(**content)
+        return cls(**{**content, "remarks": tuple(content.get("remarks", ()))})

@@ -52,6 +52,7 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         "stages": len(subject.artifact.deployed),
         "exits": subject.artifact.exits,
         "thresholds": subject.artifact.thresholds,
+        "precisions": dict(subject.artifact.precisions),
         "target": subject.target.to_dict(),
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
@@ -84,7 +85,7 @@ def _measure(folder: Path) -> dict[str, Any]:
         name: Reference((folder / f"reference-{name}.onnx").read_bytes(), seconds)
         for name, seconds in job["references"].items()
     }
-    artifact = Artifact(stages, stages, tuple(job["exits"]), tuple(job["thresholds"]))
+    artifact = Artifact(stages, stages, tuple(job["exits"]), tuple(job["thresholds"]), job["precisions"])
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)
     images = validation.images[: reference_batch(target.batch)]

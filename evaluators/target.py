@@ -106,6 +106,15 @@ class Opened(Protocol):
         """Returns turns between some batches and the reference on the first `reference_batch` images, warmed up."""
         ...
 
+    def differences(self, images: Images, precisions: Mapping[str, str]) -> list[str]:
+        """Returns, in words, every layer that does not run in the precision that it was written in.
+
+        Args:
+            images: one batch, as large as those that are deployed.
+            precisions: what was written, by the name of the ONNX node; of the stages that are here.
+        """
+        ...
+
 
 class Runtime(Protocol):
     """The library that runs artifacts on a device."""
@@ -135,6 +144,10 @@ class Runtime(Protocol):
 
     def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> Opened:
         """Returns an artifact, loaded from the files that `deployable` gave."""
+        ...
+
+    def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
+        """Returns further files for a bundle, by name, such as engines built for this device and such a batch."""
         ...
 
     def remarks(self) -> list[str]:

@@ -260,6 +260,7 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
             f"  This machine now takes {confirmed.speed:.2f} times as long as when the search began; by the clock a"
             f" batch takes {milliseconds(latency.notes['wall_median'])}."
         )
+    lines += [f"  Careful: {remark}" for remark in latency.remarks]
     if not confirmed.is_same_artifact:
         lines.append("  The rebuilt files differ from those that the search measured: another version of a library?")
     if used > 1:

@@ -154,6 +154,9 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
     test = bench.data.test
     images = test.head(max(min(len(test), _CHECK_BYTES // test.images[0].nbytes), 1))
     np.savez_compressed(folder / "check.npz", images=images.images, labels=images.labels)
+    extras = bench.runtime.extras(artifact.deployed, bench.data.calibration.images[: bench.target.batch])
+    for name, content in extras.items():
+        (folder / name).write_bytes(content)
     contents: dict[str, Any] = {
         _MARKER: {
             "format": 1,
@@ -162,6 +165,7 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "trial": confirmed.version.number,
             "target": bench.target.to_dict(),
             "deployed": names,
+            "extras": sorted(extras),
             "exits": artifact.exits,
             "thresholds": artifact.thresholds,
             "image_shape": bench.data.image_shape,

@@ -1,7 +1,8 @@
 """What would be deployed: ONNX with explicit Q/DQ, one file per stage, written without an export per candidate."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 
@@ -15,12 +16,14 @@ class Artifact:
         deployed: the same stages as the target's runtime wants them; what is measured.
         exits: the exit at the end of each stage but the last.
         thresholds: the confidence at which each of them answers.
+        precisions: what each layer was written in, by the name of its ONNX node.
     """
 
     stages: tuple[bytes, ...]
     deployed: tuple[bytes, ...]
     exits: tuple[str, ...]
     thresholds: tuple[float, ...]
+    precisions: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:

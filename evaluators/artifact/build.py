@@ -100,7 +100,8 @@ class ArtifactBuilder:
             HalfPrecisionError: a weight of an fp16 layer is beyond fp16's range.
         """
         weights = self._template.weights(network.state_dict())
-        placement, halves = self._place(self.written_precisions(network, candidate))
+        precisions = self.written_precisions(network, candidate)
+        placement, halves = self._place(precisions)
         files: list[bytes] = []
         for stage in self._template.stages(candidate.active_exits):
             nodes, values = self._quantizer.write(stage, placement, weights, ranges or self.ranges)
@@ -113,6 +114,7 @@ class ArtifactBuilder:
             deployed=tuple(self._runtime.deployable(file) for file in files),
             exits=candidate.active_exits,
             thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
+            precisions={self._template.layers[layer]: given for layer, given in precisions.items()},
         )
 
 

@@ -4,7 +4,7 @@ import base64
 import io
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -73,6 +73,18 @@ class Board:
     def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> "RemotelyOpened":
         """Returns an artifact that is loaded on the board when it is first asked."""
         return RemotelyOpened(self, (tuple(stages), tuple(thresholds), threads))
+
+    def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
+        """Returns the files that the board's runtime adds to a bundle."""
+        stored = _npy(images)
+
+        def job(line: Line) -> dict[str, str]:
+            found: dict[str, str] = line.ask("extras", stages=line.upload(stages), images=line.upload([stored])[0])[
+                "files"
+            ]
+            return found
+
+        return {name: base64.b64decode(content) for name, content in self.doing(job).items()}
 
     def remarks(self) -> list[str]:
         """Returns how often the line broke, and what the runtime on the board has to say."""
@@ -197,6 +209,20 @@ class RemotelyOpened:
             return self._board.doing(job)
 
         return take_turn
+
+    def differences(self, images: Images, precisions: Mapping[str, str]) -> list[str]:
+        """Returns, in words, every layer that does not run on the board in the precision that it was written in."""
+        stored = _npy(images)
+
+        def job(line: Line) -> list[str]:
+            handle = self._board.handle(line, self._recipe)
+            digest = line.upload([stored])[0]
+            found: list[str] = line.ask("differences", handle=handle, images=digest, precisions=dict(precisions))[
+                "differences"
+            ]
+            return found
+
+        return self._board.doing(job)
 
 
 def _npy(images: Images) -> bytes:

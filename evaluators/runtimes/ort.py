@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
-from evaluators.target import Capabilities
+from evaluators.target import Capabilities, Images
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -65,6 +65,10 @@ class OnnxRuntime:
     def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> LocallyOpened:
         """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
         return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads)
+
+    def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:  # noqa: ARG002
+        """Returns nothing: sessions load from the files themselves."""
+        return {}
 
     def remarks(self) -> list[str]:
         """Returns nothing: paired turns have taken care of a CPU whose speed moved."""

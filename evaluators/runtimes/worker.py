@@ -54,6 +54,8 @@ class Worker:
             "seconds": self._seconds,
             "turns": self._begin_turns,
             "turn": self._turn,
+            "differences": self._differences,
+            "extras": self._extras,
             "remarks": lambda _: {"remarks": self._runtime.remarks()},
         }
 
@@ -137,6 +139,15 @@ class Worker:
             raise ValueError("a turn follows 'turns', got none")
         turn = self._turns(request["candidate_first"])
         return {"ratios": list(turn.ratios), "walls": [list(wall) for wall in turn.walls]}
+
+    def _differences(self, request: Content) -> Content:
+        opened, images = self._opened[request["handle"]], self._load_images(request["images"])
+        return {"differences": opened.differences(images, request["precisions"])}
+
+    def _extras(self, request: Content) -> Content:
+        stages = [self._file(digest).read_bytes() for digest in request["stages"]]
+        found = self._runtime.extras(stages, self._load_images(request["images"]))
+        return {"files": {name: base64.b64encode(content).decode() for name, content in found.items()}}
 
 
 def choose_runtime(name: str) -> Runtime:
