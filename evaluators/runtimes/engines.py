@@ -1,0 +1,220 @@
+"""Engines with their buffers: run, gated on the host and timed, whatever has built them.
+
+Nothing here imports tensorrt: an engine is what can be put on a stream.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.runtimes.cuda import Buffer, CaptureError, CudaError, Handle, TimedStream
+from evaluators.runtimes.local import NEVER
+from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.runtimes.trt_report import LayerRow, precision_report
+from evaluators.target import Images, TimedBatch
+from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
+
+# tensorrt has no types: these are its classes' names, as in trt.py.
+ICudaEngine: TypeAlias = Any
+IExecutionContext: TypeAlias = Any
+
+Shape: TypeAlias = tuple[int, ...]
+
+_WARMUP_S = 0.2
+
+
+class Resident:
+    """Features that stay on the device as long as all or none of their batch go on.
+
+    Args:
+        buffer: holds them.
+        count: of its rows that are not padding.
+        stream: that writes them.
+    """
+
+    def __init__(self, buffer: Buffer, count: int, stream: TimedStream) -> None:
+        self.buffer = buffer
+        self._count = count
+        self._stream = stream
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, chosen: NDArray[np.bool_]) -> "Resident | Images":
+        """Returns the rows that are chosen: these themselves where all are, else copied to the host."""
+        if chosen.all():
+            return self
+        if not chosen.any():
+            return np.empty((0, *self.buffer.shape[1:]), dtype=np.float32)
+        self.buffer.download(self._stream.stream)
+        self._stream.finish()
+        return np.array(self.buffer.host[: self._count][chosen])
+
+
+class EngineStage:
+    """An engine with its buffers: a function from a batch to `[features, logits]`, or to `[logits]`.
+
+    Features stay on the device, in the buffer that the next stage reads.
+
+    Args:
+        stream: where it runs.
+        context: enqueues the engine; it knows the buffers' addresses.
+        feed: its input.
+        results: its outputs.
+        engine: what can be inspected.
+    """
+
+    def __init__(
+        self,
+        stream: TimedStream,
+        context: IExecutionContext,
+        feed: Buffer,
+        results: Sequence[Buffer],
+        engine: ICudaEngine = None,
+    ) -> None:
+        self.engine = engine
+        self.results = tuple(results)
+        self.graph_refusal: str | None = None
+        self._stream, self._feed = stream, feed
+        self.context: IExecutionContext = context
+        self.run_plainly()  # TensorRT sets itself up in the first run, which no graph may hold
+        self._graph = self._captured()
+
+    def __call__(self, batch: "Images | Resident") -> list[Any]:
+        """Returns the outputs for up to as many inputs as the engine was built for; the rest of it is padded."""
+        count, stream = len(batch), self._stream.stream
+        if not (isinstance(batch, Resident) and batch.buffer is self._feed):
+            self._feed.host[:count] = batch
+            self._feed.host[count:] = 0
+            self._stream.start()
+            self._feed.upload(stream)
+        self._launch()
+        *features, logits = self.results
+        logits.download(stream)
+        self._stream.finish()
+        answers = logits.host[:count].astype(np.float32)
+        return [*(Resident(feature, count, self._stream) for feature in features), answers]
+
+    def run_plainly(self) -> None:
+        """Runs the engine on what its buffers hold, without a graph.
+
+        Raises:
+            CudaError: it was refused, or did not finish.
+        """
+        self._enqueue()
+        self._stream.finish()
+
+    def _enqueue(self) -> None:
+        if not self.context.execute_async_v3(self._stream.stream.value):
+            self._stream.cuda.raise_last()
+            raise CudaError("TensorRT runs what it has built, got a refusal without a reason; build it again")
+
+    def _captured(self) -> Handle | None:
+        try:
+            return self._stream.cuda.capture(self._stream.stream, self._enqueue)
+        except CaptureError as error:
+            self.graph_refusal = str(error)
+            return None
+
+    def _launch(self) -> None:
+        if self._graph is None:
+            self._enqueue()
+        else:
+            self._stream.cuda.launch(self._graph, self._stream.stream)
+
+
+class OpenedEngines:
+    """An artifact whose stages are engines on this machine's GPU.
+
+    Calls are serial and each waits for its answer, so a call's time is a latency. With exits, the host decides after
+    every stage.
+
+    Args:
+        load: returns the stages for inputs of a shape, `(n, c, h, w)`.
+        stream: where they run.
+        thresholds: the confidence from which each exit answers.
+        inspect: returns the layers of an engine.
+        wall: a clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Shape], Sequence[EngineStage]],
+        stream: TimedStream,
+        thresholds: Sequence[float],
+        inspect: Callable[[ICudaEngine], Sequence[LayerRow]],
+        wall: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.gpu_s = 0.0  # of all calls so far, copies included
+        self._load, self._stream, self._wall = load, stream, wall
+        self._inspect = inspect
+        self._thresholds = tuple(thresholds)
+        self._loaded: dict[Shape, Sequence[EngineStage]] = {}
+
+    @property
+    def graph_refusals(self) -> tuple[str, ...]:
+        """Why stages run without a CUDA graph; empty where all of them have one."""
+        return tuple(stage.graph_refusal for stages in self._loaded.values() for stage in stages if stage.graph_refusal)
+
+    def stages(self, shape: Shape) -> Sequence[EngineStage]:
+        """Returns the stages for inputs of a shape, built when it is first asked for."""
+        if shape not in self._loaded:
+            self._loaded[shape] = self._load(shape)
+        return self._loaded[shape]
+
+    def answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+        parts = [self._run(images[start : start + batch], batch) for start in range(0, len(images), batch)]
+        return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+
+    def seconds(self, images: Images, calls: int) -> list[float]:
+        """Returns the wall-clock seconds of each of `calls` runs on one batch."""
+        return [wall for _, wall in self.seconds_on_gpu_and_wall(images, calls)]
+
+    def seconds_on_gpu_and_wall(self, images: Images, calls: int) -> list[tuple[float, float]]:
+        """Returns the GPU's and the wall clock's seconds of each of `calls` runs on one batch."""
+        return list(self._timed(lambda: self._run(images, len(images)), calls))
+
+    def turns(
+        self,
+        images: Images,
+        batches: Sequence[TimedBatch],
+        reference: "OpenedEngines",
+        reference_batch: int,
+        protocol: Protocol,
+    ) -> TakeTurn:
+        """Returns turns, by the GPU's clock, between some batches and the reference, warmed up."""
+        calls = [self._call(images, batch) for batch in batches]
+        beside = reference._call(images, TimedBatch(0, reference_batch))
+        begin = self._wall()
+        while self._wall() - begin < _WARMUP_S:  # until the GPU has left its idle clocks, as trtexec does
+            calls[0](), beside()
+        clock = Clock(lambda: self.gpu_s + reference.gpu_s, self._wall)
+        return turns_of(calls, beside, protocol, clock)
+
+    def differences(self, images: Images, precisions: Mapping[str, str]) -> list[str]:
+        """Returns, in words, every layer that does not run in the precision that it was written in."""
+        rows = [row for stage in self.stages(images.shape) for row in self._inspect(stage.engine)]
+        return precision_report(rows, precisions)
+
+    def _call(self, images: Images, batch: TimedBatch) -> Call:
+        chosen = images[batch.start : batch.start + batch.count]
+        self.stages((batch.count, *images.shape[1:]))  # built before the clock runs
+        return lambda: self._run(chosen, batch.count, batch.longest)
+
+    def _timed(self, call: Call, calls: int) -> Iterator[tuple[float, float]]:
+        for _ in range(calls):
+            gpu, wall = self.gpu_s, self._wall()
+            call()
+            yield self.gpu_s - gpu, self._wall() - wall
+
+    def _run(self, images: Images, batch: int, longest: bool = False) -> tuple[Images, NDArray[np.int64]]:
+        stages: Sequence[Any] = self.stages((batch, *images.shape[1:]))
+        network = StagedNetwork(stages, [NEVER] * len(self._thresholds) if longest else self._thresholds)
+        self._stream.restart()
+        answer = network(images)
+        self.gpu_s += self._stream.elapsed_s()
+        return answer
