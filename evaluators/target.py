@@ -19,6 +19,7 @@ Images = NDArray[np.float32]
 
 RUNTIMES: Mapping[str, str] = {
     "onnxruntime": "evaluators.runtimes.ort:OnnxRuntime",
+    "tensorrt": "evaluators.runtimes.trt:TensorRT",
 }
 """Every runtime, by the name a target gives it; loaded when asked for."""
 

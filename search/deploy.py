@@ -16,6 +16,7 @@ from evaluators.accuracy import accuracy_of
 from evaluators.measurement import Measurement
 from evaluators.remeasure import remeasure, write_job
 from evaluators.runtimes import run_bundle
+from evaluators.runtimes.ssh import worker_file
 from evaluators.subject import Answers, Subject
 from search.budget import Budget
 from search.environment import environment
@@ -157,6 +158,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
     extras = bench.runtime.extras(artifact.deployed, bench.data.calibration.images[: bench.target.batch])
     for name, content in extras.items():
         (folder / name).write_bytes(content)
+    if extras:
+        (folder / "runtime.pyz").write_bytes(worker_file())
     contents: dict[str, Any] = {
         _MARKER: {
             "format": 1,

@@ -9,7 +9,7 @@ from evaluators.target import RUNTIMES, TargetError, runtime
 from search.environment import environment
 from search.training import cache_folder
 
-_LATER = {"tensorrt": "NVIDIA GPUs", "openvino": "Intel CPUs and GPUs"}
+_LATER = {"openvino": "Intel CPUs and GPUs"}
 """Runtimes that this version does not measure on yet."""
 
 

@@ -28,7 +28,8 @@ def study(tmp_path: Path) -> Path:
         (["--study", "digitz"], ["'digitz'", "digits"]),
         (["--study", "no/such/study.toml"], ["existing study.toml"]),
         (["--sampler", "tpee"], ["did you mean 'tpe'"]),
-        (["--target", "abacus"], ["onnxruntime", "doctor"]),
+        (["--target", "abacus"], ["onnxruntime", "tensorrt", "doctor"]),
+        (["--target", "ssh://"], ["ssh://[user@]host"]),
         (["--trials", "0"], ["--trials"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["no-such-command"], ["no-such-command"]),
@@ -57,7 +58,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(arguments, words, tmp_path, ca
         (("trials = 12", "trials = 0"), ["search.trials", "0"]),
         (('name = "tiny"', ""), ["name"]),
         (("epochs = 4", "epoks = 4"), ["epoks"]),
-        (("latency<90%", "latency<90"), ["us, ms, s, %"]),
+        (("latency<1000%", "latency<1000"), ["us, ms, s, %"]),
         (('"tests.tiny:network"', '"tests.tiny"'), ["model.factory"]),
         (('"tests.tiny:network"', '"tests.tiny:nothing"'), ["tests.tiny:nothing"]),
         (('"tests.tiny:network"', '"tests.nowhere:network"'), ["tests.nowhere"]),
@@ -78,6 +79,20 @@ def test_a_run_directory_that_cannot_be_written_is_named(study, tmp_path, capsys
     (tmp_path / "file").write_text("not a folder")
     assert run(["--study", str(study), "--runs", str(tmp_path / "file")]) == 2
     assert "writable" in capsys.readouterr().err
+
+
+def test_a_target_that_is_not_installed_says_how_to_get_it(tmp_path, capsys, monkeypatch) -> None:
+    from evaluators.runtimes.trt import TensorRT
+
+    reason = TensorRT.missing()
+    if reason is None:
+        pytest.skip("TensorRT and a GPU are here")
+    monkeypatch.chdir(tmp_path)
+    assert run(["--target", "tensorrt"]) == 2
+    error = capsys.readouterr().err
+    assert " ".join(reason.split()) in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_port_in_use_is_named(tmp_path, capsys) -> None:

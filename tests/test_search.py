@@ -84,7 +84,7 @@ def test_another_question_in_the_same_folder_is_refused(folder, capsys) -> None:
     study = str(folder.parent / "study.toml")
     before = (folder / "one" / "journal.log").read_bytes()
     assert run(["--study", study, "--search", "one", "--runs", str(folder), "--budget", "latency<50%"]) == 2
-    assert "belongs to study 'tiny' with latency<90%" in capsys.readouterr().err
+    assert "belongs to study 'tiny' with latency<1000%,size<80%" in capsys.readouterr().err
     assert (folder / "one" / "journal.log").read_bytes() == before
 
 
@@ -145,10 +145,10 @@ def test_mlflow_mirrors_the_journal(folder) -> None:
     assert marked == {version.number for version in front}
     for logged in trials:
         evaluation = search.trials[int(logged.data.tags["trial"])].user_attrs.get("evaluation")
-        if evaluation:
+        if evaluation and "latency" in evaluation["measurements"]:
             measured = evaluation["measurements"]["latency"]["value"]
             assert logged.data.metrics["latency_ms"] == pytest.approx(measured * 1e3, abs=1e-4)
-            over = max(search.trials[int(logged.data.tags["trial"])].constraints.values())
+            over = search.trials[int(logged.data.tags["trial"])].constraints["latency<1000%"]
             assert logged.data.metrics["margin_latency_pct"] == pytest.approx(-100 * over, abs=1e-3)
         assert any(name.startswith("precision.") for name in logged.data.params)
     names = {artifact.path for artifact in client.list_artifacts(summary.info.run_id)}
@@ -207,6 +207,26 @@ def test_a_bundle_is_measured_again(folder, tmp_path, capsys) -> None:
     assert "check images" in capsys.readouterr().out
     assert run(["measure", str(tmp_path)]) == 2
     assert "bundle.json" in capsys.readouterr().err
+
+
+def test_a_bundle_with_engines_falls_back_where_they_cannot_run(folder, tmp_path) -> None:
+    from evaluators.runtimes.ssh import worker_file
+
+    out = tmp_path / "deploy"
+    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
+    assert run(["pick", *arguments]) == 0
+    (out / "runtime.pyz").write_bytes(worker_file())
+    (out / "engines.json").write_text(json.dumps({"engines": [{"file": "none.engine", "source": "x", "results": []}]}))
+    # In isolated mode nothing of this project can be imported but what the bundle brings.
+    command = [sys.executable, "-I", "-S", "-c", "import sys; sys.path += eval(sys.argv.pop(1)); sys.argv.pop(0);"]
+    command[-1] += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    done = subprocess.run(
+        [*command, repr(packages), str(out / "run.py")], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the engines cannot be used here" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_bundle_that_was_damaged_says_so(folder, tmp_path) -> None:

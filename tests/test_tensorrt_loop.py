@@ -607,10 +607,12 @@ def test_the_same_stage_is_built_once_for_each_batch_size(scripted: Any, picture
 
 def test_a_bundle_gets_the_engines_and_hears_of_refused_graphs(scripted: Any, pictures: Any) -> None:
     runtime = TensorRT()
-    assert runtime.extras([b"first", b"second"], pictures[:2]) == {
-        "stage0.engine": b"first",
-        "stage1.engine": b"second",
-    }
+    files = runtime.extras([b"first", b"second"], pictures[:2])
+    told = json.loads(files.pop("engines.json"))
+    assert files == {"stage1.engine": b"first", "stage2.engine": b"second"}
+    assert [engine["file"] for engine in told["engines"]] == list(files)
+    assert told["timing_cache"].startswith("timing-")
+    assert all(seconds > 0 for engine in told["engines"] for seconds in engine["seconds"].values())
     assert len(scripted.configs) == 2
     assert runtime.remarks() == []
     scripted.gpu.capturable = False
@@ -759,3 +761,15 @@ def test_no_tools_or_broken_ones_leave_the_state_empty(tmp_path: Path, monkeypat
     tool(tmp_path, "nvidia-smi", "no devices were found", code=9)
     tool(tmp_path, "nvpmodel", "", code=1)
     assert trt_report.state(tmp_path) == trt_report.DeviceState()
+
+
+def test_a_state_that_moved_is_told_and_one_that_did_not_is_not() -> None:
+    before = trt_report.DeviceState(1.5e9, 2e9, 50.0, 30.0, "MAXN")
+    assert trt_report.state_moved(before, trt_report.DeviceState(1.49e9, 2e9, 55.0, 31.0, "MAXN")) == []
+    moved = trt_report.state_moved(before, trt_report.DeviceState(1.0e9, 2e9, 65.0, 31.0, "15W"))
+    assert [word for line in moved for word in ("1000 MHz", "65 degrees", "'15W'") if word in line] == [
+        "1000 MHz",
+        "65 degrees",
+        "'15W'",
+    ]
+    assert trt_report.state_moved(trt_report.DeviceState(), before)[0].startswith("the power mode")

@@ -71,7 +71,7 @@ def no_network() -> nn.Module:
 STUDY = """
 name = "tiny"
 question = "Which version of the tiny network is worth deploying?"
-budget = ["latency<90%"]
+budget = ["latency<1000%", "size<80%"]
 model.factory = "tests.tiny:network"
 data.factory = "tests.tiny:splits"
 training = {epochs = 4, batch = 50, learning_rate = 0.05}

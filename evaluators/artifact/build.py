@@ -114,8 +114,14 @@ class ArtifactBuilder:
             deployed=tuple(self._runtime.deployable(file) for file in files),
             exits=candidate.active_exits,
             thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
-            precisions={self._template.layers[layer]: given for layer, given in precisions.items()},
+            precisions=self._deployed_precisions(precisions, candidate.active_exits),
         )
+
+    def _deployed_precisions(self, precisions: Mapping[str, str], exits: tuple[str, ...]) -> dict[str, str]:
+        """Returns the precision of each layer that is deployed, by its ONNX node: heads that never answer are not."""
+        deployed = {node.name for stage in self._template.stages(exits) for node in stage.nodes}
+        named = {self._template.layers[layer]: given for layer, given in precisions.items()}
+        return {node: given for node, given in named.items() if node in deployed}
 
 
 def _at(precision: str, precisions: Mapping[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ Nothing here imports tensorrt: an engine is what can be put on a stream.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ from evaluators.runtimes.cuda import Buffer, CaptureError, CudaError, Handle, Ti
 from evaluators.runtimes.local import NEVER
 from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.runtimes.trt_report import LayerRow, precision_report
-from evaluators.target import Images, TimedBatch
+from evaluators.target import Images, TargetError, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 # tensorrt has no types: these are its classes' names, as in trt.py.
@@ -24,6 +25,19 @@ IExecutionContext: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
 
 _WARMUP_S = 0.2
+
+
+class EngineError(TargetError):
+    """A stage that TensorRT refuses to build or to load."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A serialized engine, and the names of its input and outputs in the order of the file it was built from."""
+
+    engine: bytes
+    source: str
+    results: tuple[str, ...]
 
 
 class Resident:

@@ -2,7 +2,7 @@
 
 Without a file it answers the bundle's own check images and compares with what was measured when the bundle was made.
 A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,).
-It needs onnxruntime and numpy, nothing else. From Python:
+It needs onnxruntime and numpy, nothing else; a bundle with engines uses them where tensorrt runs. From Python:
 
     network = load("path/to/bundle")
     logits, exits = network(images)
@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+
+ENGINES = "engines.json"
 
 
 class StagedNetwork:
@@ -71,12 +73,37 @@ def confidence(logits: Floats) -> Floats:
     return largest
 
 
-def load(folder: str | Path) -> StagedNetwork:
-    """Returns the bundle's network, on ONNX Runtime's CPU provider with the threads it was measured with."""
-    import onnxruntime
+Network = Callable[[Floats], tuple[Floats, NDArray[np.int64]]]
 
+
+def load(folder: str | Path) -> Network:
+    """Returns the bundle's network: its engines where it has them and TensorRT runs, else ONNX Runtime on the CPU."""
     bundle = Path(folder)
     description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    engines = _load_engines(bundle, description) if (bundle / ENGINES).is_file() else None
+    return engines or _load_sessions(bundle, description)
+
+
+def _load_engines(bundle: Path, description: dict[str, Any]) -> Network | None:
+    """Returns the network on the GPU; None, and a line on why, where it cannot run there."""
+    sys.path.insert(0, str(bundle / "runtime.pyz"))
+    try:
+        from evaluators.runtimes.trt import TensorRT
+
+        reason = TensorRT.missing()
+        if reason is None:
+            opened = TensorRT().open_engines((bundle / ENGINES).read_bytes(), bundle, description["thresholds"])
+            return lambda images: opened.answer(images, description["target"]["batch"])
+    except Exception as error:  # engines run on the kind of machine that they were built on, and on no other
+        reason = " ".join(str(error).split())
+    sys.stderr.write(f"the engines cannot be used here: {reason}; ONNX Runtime takes over\n")
+    return None
+
+
+def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
+    """Returns the network on ONNX Runtime's CPU provider, with the threads it was measured with."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = description["target"]["threads"]
     options.inter_op_num_threads = 1
@@ -91,7 +118,7 @@ def load(folder: str | Path) -> StagedNetwork:
     return StagedNetwork(stages, description["thresholds"])
 
 
-def answer(network: StagedNetwork, images: Floats, batch: int) -> tuple[Floats, NDArray[np.int64], float]:
+def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, NDArray[np.int64], float]:
     """Returns logits, exits and the median seconds per full batch."""
     logits, exits, seconds = [], [], []
     for start in range(0, len(images), batch):

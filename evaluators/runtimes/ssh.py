@@ -39,6 +39,10 @@ _SHIPPED = (
     "evaluators/runtimes/run_bundle.py",
     "evaluators/runtimes/worker.py",
     "evaluators/runtimes/ort.py",
+    "evaluators/runtimes/cuda.py",
+    "evaluators/runtimes/engines.py",
+    "evaluators/runtimes/trt_report.py",
+    "evaluators/runtimes/trt.py",
 )
 _FOLDER = '"${XDG_CACHE_HOME:-$HOME/.cache}"/deployfront'
 _JOB_TIMEOUT_S = 600.0

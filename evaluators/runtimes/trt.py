@@ -5,21 +5,21 @@ that imports tensorrt, and only when it is needed, so that it can be asked what 
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import platformdirs
 
 from evaluators.runtimes.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
-from evaluators.runtimes.engines import EngineStage, OpenedEngines, Shape
-from evaluators.runtimes.trt_report import LayerRow, layer_rows
+from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape
+from evaluators.runtimes.trt_report import DeviceState, LayerRow, layer_rows, state, state_moved
 from evaluators.target import Capabilities, Images, TargetError
 
 # tensorrt has no types. These are its classes' names, which a test compares with the real bindings: every attribute
@@ -47,10 +47,6 @@ _FIRST_CAPABILITY = {"fp32": (0, 0), "fp16": (7, 0), "int8": (6, 1)}
 """The compute capability from which each precision has fast instructions. Source: TensorRT support matrix."""
 
 
-class EngineError(TargetError):
-    """A stage that TensorRT refuses to build or to load."""
-
-
 def library() -> Any:
     """Returns the tensorrt module.
 
@@ -74,6 +70,8 @@ class TensorRT:
 
     def __init__(self) -> None:
         self._refusals: dict[str, None] = {}
+        self._state: DeviceState | None = None
+        self._wait_s = 0.0
 
     @staticmethod
     def missing() -> str | None:
@@ -111,26 +109,71 @@ class TensorRT:
 
     def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> OpenedEngines:  # noqa: ARG002
         """Returns engines that are built for a batch size when it is first asked for; `threads` is not used."""
-        stream = TimedStream(self._cuda)
+        stream = self._stream(len(stages))
         return OpenedEngines(partial(self._load, tuple(stages), stream), stream, thresholds, inspect)
 
+    def open_engines(self, description: bytes, folder: Path, thresholds: Sequence[float]) -> OpenedEngines:
+        """Returns engines that `extras` made, loaded without being built again.
+
+        Args:
+            description: the content of `engines.json`.
+            folder: where the engines lie.
+            thresholds: the confidence from which each exit answers.
+        """
+        told = json.loads(description)
+        plans = [Plan((folder / e["file"]).read_bytes(), e["source"], tuple(e["results"])) for e in told["engines"]]
+        stream = self._stream(len(plans))
+        ready: list[Callable[[Shape], Plan]] = [lambda _, plan=plan: plan for plan in plans]  # type: ignore[misc]
+        return OpenedEngines(partial(self._load_plans, ready, stream), stream, thresholds, inspect)
+
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
-        """Returns each stage's engine for this TensorRT, this kind of GPU and batches as large as `images`."""
-        loaded = self._load(stages, TimedStream(self._cuda), images.shape)
+        """Returns the engines for this TensorRT, this kind of GPU and batches as large as `images`, and what they are.
+
+        `engines.json` has their inputs and outputs, the timing cache's key, and of each layer the precisions from the
+        inspector and the seconds from a pass of its own.
+        """
+        loaded = self._load(tuple(stages), TimedStream(self._cuda), images.shape)
         shapes = [images.shape, *(stage.results[0].shape for stage in loaded[:-1])]
         plans = [self._builder.plan(stage, shape) for stage, shape in zip(stages, shapes, strict=True)]
-        return {f"stage{index}.engine": plan.engine for index, plan in enumerate(plans)}
+        files = {f"stage{index + 1}.engine": plan.engine for index, plan in enumerate(plans)}
+        described = [
+            {
+                "file": file,
+                "source": plan.source,
+                "results": plan.results,
+                "layers": [asdict(row) for row in inspect(stage.engine)],
+                "seconds": layer_seconds(stage),
+            }
+            for file, plan, stage in zip(files, plans, loaded, strict=True)
+        ]
+        told = {"timing_cache": timing_cache_file(self._cuda).stem, "engines": described}
+        return files | {"engines.json": json.dumps(told, indent=1).encode()}
 
     def remarks(self) -> list[str]:
-        """Returns why engines ran without a CUDA graph, each reason once."""
-        return list(self._refusals)
+        """Returns why engines ran without a CUDA graph, what a synchronisation costs, and how the GPU's state moved."""
+        moved = state_moved(self._state, state()) if self._state else []
+        waits = [f"one synchronisation with the GPU takes {self._wait_s * 1e6:.0f} us"] if self._wait_s else []
+        return [*self._refusals, *waits, *moved]
+
+    def _stream(self, stages: int) -> TimedStream:
+        stream = TimedStream(self._cuda)
+        self._state = self._state or state()
+        if stages > 1 and not self._wait_s:
+            self._wait_s = stream.wait_s()
+        return stream
 
     def _load(self, stages: Sequence[bytes], stream: TimedStream, shape: Shape) -> list[EngineStage]:
+        return self._load_plans([partial(self._builder.plan, stage) for stage in stages], stream, shape)
+
+    def _load_plans(
+        self, plans: Sequence[Callable[[Shape], Plan]], stream: TimedStream, shape: Shape
+    ) -> list[EngineStage]:
+        """Returns stages, each of which reads the buffer that the one before it writes."""
         loaded: list[EngineStage] = []
-        for stage in stages:
+        for plan in plans:
             feed = loaded[-1].results[0] if loaded else None
             wanted = feed.shape if feed else shape
-            loaded.append(load_stage(self._builder.plan(stage, wanted), wanted, stream, feed))
+            loaded.append(load_stage(plan(wanted), wanted, stream, feed))
         self._refusals |= dict.fromkeys(stage.graph_refusal for stage in loaded if stage.graph_refusal)
         return loaded
 
@@ -147,17 +190,12 @@ def timing_cache_file(cuda: Cuda) -> Path:
     """Returns the file with the tactics' timings, which hold for one TensorRT, CUDA, driver and GPU."""
     device = cuda.device()
     key = (library().__version__, cuda.runtime_version(), cuda.driver_version(), device.name, device.capability)
-    folder = Path(os.environ.get("DEPLOYFRONT_CACHE") or platformdirs.user_cache_path("deployfront"))
-    return folder / "tensorrt" / f"timing-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.cache"
+    folder = os.environ.get("DEPLOYFRONT_CACHE")
+    if not folder:
+        import platformdirs  # a board, which may lack it, has been told the folder
 
-
-@dataclass(frozen=True)
-class Plan:
-    """A serialized engine, and the names of its input and outputs in the order of the file it was built from."""
-
-    engine: bytes
-    source: str
-    results: tuple[str, ...]
+        folder = platformdirs.user_cache_dir("deployfront")
+    return Path(folder) / "tensorrt" / f"timing-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.cache"
 
 
 class EngineBuilder:

@@ -169,6 +169,22 @@ def state(system: Path = Path("/sys")) -> DeviceState:
     )
 
 
+def state_moved(before: DeviceState, after: DeviceState) -> list[str]:
+    """Returns, in words, what changed enough to change a latency: 5% of a clock, 10 degrees, the power mode."""
+    lines = []
+    for name, old, new in (
+        ("clock", before.clock_hz, after.clock_hz),
+        ("memory clock", before.memory_clock_hz, after.memory_clock_hz),
+    ):
+        if old and new and abs(new / old - 1) > 0.05:
+            lines.append(f"the GPU's {name} moved from {old / 1e6:.0f} to {new / 1e6:.0f} MHz")
+    if before.temperature_c and after.temperature_c and abs(after.temperature_c - before.temperature_c) > 10:
+        lines.append(f"the GPU went from {before.temperature_c:.0f} to {after.temperature_c:.0f} degrees Celsius")
+    if before.power_mode != after.power_mode:
+        lines.append(f"the power mode went from {before.power_mode!r} to {after.power_mode!r}")
+    return lines
+
+
 def _power_mode() -> str:
     found = re.search(r"Power Mode:\s*(\S.*)", _said("nvpmodel", "-q"))
     return found.group(1).strip() if found else ""
