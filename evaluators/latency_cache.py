@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
 
 
 def structure_key(stages: Sequence[bytes], *circumstances: str) -> str:
-    """Returns a digest over the graphs, shapes and types of some ONNX files, and not over their weights.
+    """Returns a digest over the graphs, shapes, types and 2:4 sparsity of some ONNX files, and not over their weights.
 
     Args:
         stages: the files.
@@ -27,10 +30,19 @@ def structure_key(stages: Sequence[bytes], *circumstances: str) -> str:
         for tensor in model.graph.initializer:
             # Values of small integers are shapes and axes; they belong to the structure.
             if tensor.data_type != onnx.TensorProto.INT64:
+                content.update(b"2:4" if is_two_in_four(numpy_helper.to_array(tensor)) else b"dense")
                 for field in ("raw_data", "float_data", "int32_data"):
                     tensor.ClearField(field)
         content.update(model.SerializeToString(deterministic=True))
     return content.hexdigest()
+
+
+def is_two_in_four(weight: NDArray[np.generic]) -> bool:
+    """Returns whether at most two in each four weights along the input channels, axis 1, are not zero."""
+    if weight.ndim < 2 or weight.shape[1] % 4:
+        return False
+    fours = np.moveaxis(weight, 1, -1).reshape(-1, 4)
+    return bool((np.count_nonzero(fours, axis=1) <= 2).all())
 
 
 class LatencyCache:

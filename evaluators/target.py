@@ -40,6 +40,7 @@ class Capabilities:
         quantized_add: which inputs of an int8 residual addition carry Q/DQ: `both`, or the `residual` one only where
             the runtime fuses the addition into the convolution that feeds the other.
         int8_channels: the fewest input and output channels with which a layer may be int8.
+        sparse_2_4: whether two zeros in each four weights along the input channels make a layer faster.
         compiles: whether loading compiles for the device, so that a known latency is worth keeping.
     """
 
@@ -49,6 +50,7 @@ class Capabilities:
     dynamic_batch: bool
     quantized_add: Literal["both", "residual"] = "both"
     int8_channels: int = 1
+    sparse_2_4: bool = False
     compiles: bool = False
 
 

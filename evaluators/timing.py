@@ -71,10 +71,12 @@ class Turn:
 
     Args:
         ratios: of work, candidate to reference, for each input.
+        works: seconds of the candidate's work by its own clock, the CPU's or the GPU's, for each input.
         walls: wall-clock seconds of the candidate's counted calls, for each input.
     """
 
     ratios: Sequence[float]
+    works: Sequence[float]
     walls: Sequence[Sequence[float]]
 
 
@@ -86,6 +88,7 @@ class PairedTiming:
         ratio: candidate to reference.
         half_width: of the ratio's 95% interval, as a share of it.
         per_input: the ratio of each input alone.
+        work_s: seconds of the candidate's work by its own clock, the CPU's or the GPU's.
         wall_s: wall-clock seconds of the candidate's counted calls.
         wall_weights: how much each of them counts.
     """
@@ -93,6 +96,7 @@ class PairedTiming:
     ratio: float
     half_width: float
     per_input: tuple[float, ...]
+    work_s: float
     wall_s: Floats
     wall_weights: Floats
 
@@ -134,7 +138,7 @@ def time_pair(
         ratios = np.array([turn.ratios for turn in turns])
         half_width = _half_width(ratios, shares, rng)
         if late or half_width <= protocol.half_width:
-            return _result(ratios, np.array([turn.walls for turn in turns]), shares, half_width)
+            return _result(turns, shares, half_width)
 
 
 def turns_of(candidate: Sequence[Call], reference: Call, protocol: Protocol, clock: Clock) -> TakeTurn:
@@ -154,22 +158,26 @@ def turns_of(candidate: Sequence[Call], reference: Call, protocol: Protocol, clo
 
     def take_turn(candidate_first: bool) -> Turn:
         taken = [_turn(call, reference, protocol, clock, candidate_first) for call in candidate]
-        return Turn([ratio for ratio, _ in taken], [wall.tolist() for _, wall in taken])
+        return Turn(
+            ratios=[work / beside for work, beside, _ in taken],
+            works=[work for work, _, _ in taken],
+            walls=[wall.tolist() for _, _, wall in taken],
+        )
 
     return take_turn
 
 
 def _turn(
     candidate: Call, reference: Call, protocol: Protocol, clock: Clock, candidate_first: bool
-) -> tuple[float, Floats]:
-    """Returns the ratio of the two sides' median work and the candidate's wall-clock seconds."""
+) -> tuple[float, float, Floats]:
+    """Returns the two sides' median work and the candidate's wall-clock seconds."""
     if candidate_first:
         work, wall = _burst(candidate, protocol, clock)
         beside, _ = _burst(reference, protocol, clock)
     else:
         beside, _ = _burst(reference, protocol, clock)
         work, wall = _burst(candidate, protocol, clock)
-    return float(np.median(work) / np.median(beside)), wall
+    return float(np.median(work)), float(np.median(beside)), wall
 
 
 def _burst(call: Call, protocol: Protocol, clock: Clock) -> tuple[Floats, Floats]:
@@ -190,13 +198,15 @@ def _half_width(ratios: Floats, shares: Floats, rng: np.random.Generator) -> flo
     return float((high - low) / 2 / np.median(resampled))
 
 
-def _result(ratios: Floats, walls: Floats, shares: Floats, half_width: float) -> PairedTiming:
-    per_input = np.median(ratios, axis=0)
-    turns, _, counted = walls.shape
+def _result(turns: Sequence[Turn], shares: Floats, half_width: float) -> PairedTiming:
+    per_input = np.median([turn.ratios for turn in turns], axis=0)
+    walls = np.array([turn.walls for turn in turns])
+    count, _, counted = walls.shape
     return PairedTiming(
         ratio=float(per_input @ shares),
         half_width=half_width,
         per_input=tuple(float(ratio) for ratio in per_input),
+        work_s=float(np.median([turn.works for turn in turns], axis=0) @ shares),
         wall_s=walls.ravel(),
-        wall_weights=np.broadcast_to(shares[None, :, None] / (turns * counted), walls.shape).ravel(),
+        wall_weights=np.broadcast_to(shares[None, :, None] / (count * counted), walls.shape).ravel(),
     )

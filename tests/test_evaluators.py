@@ -8,7 +8,7 @@ from evaluators.accuracy import AccuracyEvaluator
 from evaluators.data import LabelledImages
 from evaluators.flops import FlopsEvaluator, count_by_module
 from evaluators.latency import LatencyEvaluator, Reference
-from evaluators.latency_cache import LatencyCache
+from evaluators.latency_cache import LatencyCache, is_two_in_four
 from evaluators.runtimes.ort import OnnxRuntime
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Deployed, Subject
@@ -172,6 +172,16 @@ def test_a_latency_is_measured_once_per_shape(builder, network, space, images, t
     for file in tmp_path.iterdir():
         file.write_text("torn")
     assert measure(0.5, 1.0, 0.0, make())[1] == 2, "what cannot be read is measured again"
+
+
+def test_a_pattern_of_two_in_four_is_seen_along_the_input_channels() -> None:
+    weight = np.ones((3, 8, 3, 3), np.float32)
+    assert not is_two_in_four(weight)
+    weight[:, [0, 3, 5, 6]] = 0
+    assert is_two_in_four(weight)
+    weight[1, 0, 2, 2] = 1
+    assert not is_two_in_four(weight)
+    assert not is_two_in_four(np.zeros((3, 6, 3, 3), np.float32))
 
 
 class TestOnnxRuntime(RuntimeContract):

@@ -4,6 +4,7 @@ No GPU is needed, because engines are built and never run: TensorRT for RTX buil
 TensorRT find its libraries under the names that they ask for. A test aid only; nothing of it is shipped.
 """
 
+import copy
 import json
 import os
 import platform
@@ -20,8 +21,11 @@ import onnx
 import platformdirs
 import pytest
 import torch
+from onnx import numpy_helper
+from torch import nn
 
 from evaluators.artifact.build import ArtifactBuilder
+from evaluators.latency_cache import is_two_in_four
 from evaluators.runtimes.ort import open_session, unsigned_activations
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.network import ExitNetwork
@@ -59,6 +63,7 @@ def build(path, shape):
         return "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # takes effect where weights are 2:4, and nowhere else
     config.avg_timing_iterations = 8
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     profile = builder.create_optimization_profile()
@@ -209,6 +214,20 @@ def test_a_sliced_network_builds(build_engines, network, space, images) -> None:
     sliced = space.candidate(space.uniform(0.5, "int8", 0.8))
     builder = ArtifactBuilder(network, images.numpy(), Accelerator(int8_channels=8))
     assert_builds(build_engines, builder, space.apply(network, sliced), sliced, images.numpy()[:4])
+
+
+def test_weights_with_two_zeros_in_four_build(build_engines, network, space, images) -> None:
+    sparse = copy.deepcopy(network)
+    for module in sparse.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.shape[1] % 4 == 0:
+            module.weight.data[:, torch.arange(module.weight.shape[1]) % 4 < 2] = 0
+    for mix in ("fp16", "int8"):
+        builder = ArtifactBuilder(sparse, images.numpy(), Accelerator())
+        candidate = candidate_of(builder.layers, mix, {})
+        (stage,) = builder.build(sparse, candidate).stages
+        weights = [numpy_helper.to_array(found) for found in onnx.load_from_string(stage).graph.initializer]
+        assert any(is_two_in_four(weight) and weight.any() for weight in weights if weight.ndim == 4)
+        assert_builds(build_engines, builder, sparse, candidate, images.numpy()[:4])
 
 
 def without_casts(stage: bytes) -> bytes:

@@ -487,7 +487,7 @@ class ScriptedTensorRT(SimpleNamespace):
     IProfiler = type("IProfiler", (), {})
     ILogger = type("ILogger", (), {"Severity": SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2)})
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
-    BuilderFlag = SimpleNamespace(TF32="TF32")
+    BuilderFlag = SimpleNamespace(TF32="TF32", SPARSE_WEIGHTS="SPARSE_WEIGHTS")
     ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED")
     LayerInformationFormat = SimpleNamespace(JSON=1)
     information = "{}"
@@ -513,7 +513,8 @@ class ScriptedTensorRT(SimpleNamespace):
         )
 
     def config(self) -> Any:
-        made = SimpleNamespace(cleared=[], profiles=[], timings=None)
+        made = SimpleNamespace(cleared=[], set=[], profiles=[], timings=None)
+        made.set_flag = made.set.append
         made.clear_flag, made.add_optimization_profile = made.cleared.append, made.profiles.append
         made.create_timing_cache = lambda stored: SimpleNamespace(stored=stored, serialize=lambda: stored + b"t")
         made.set_timing_cache = lambda timings, _: made.__dict__.update(timings=timings) or True

@@ -41,6 +41,7 @@ def test_the_ratio_is_that_of_the_work() -> None:
     found = time_pair([machine.call("c", 3.0)], [1], machine.call("r", 2.0), PROTOCOL, machine.clock)
     assert found.ratio == pytest.approx(1.5)
     assert found.half_width == pytest.approx(0)
+    assert found.work_s == pytest.approx(3.0)
     assert found.wall_percentile(50) == pytest.approx(3.0)
 
 

@@ -204,7 +204,7 @@ class RemotelyOpened:
                 if prepared != [line]:  # a new line knows nothing of what the old one was told
                     prepare(line)
                 found = line.ask("turn", candidate_first=candidate_first)
-                return Turn(found["ratios"], found["walls"])
+                return Turn(found["ratios"], found["works"], found["walls"])
 
             return self._board.doing(job)
 

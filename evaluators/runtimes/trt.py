@@ -15,10 +15,8 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from evaluators.runtimes.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
-from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape
+from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
 from evaluators.runtimes.trt_report import DeviceState, LayerRow, layer_rows, state, state_moved
 from evaluators.target import Capabilities, Images, TargetError
 
@@ -63,6 +61,10 @@ def library() -> Any:
     return trt
 
 
+_FIRST_SPARSE = (8, 0)
+"""Ampere: the first with sparse tensor cores."""
+
+
 class TensorRT:
     """Engines on the first GPU."""
 
@@ -92,7 +94,7 @@ class TensorRT:
         return self._cuda.device().name
 
     def capabilities(self) -> Capabilities:
-        """Returns the precisions of the GPU's generation, channels in eights, and 8-bit weights.
+        """Returns the precisions of the GPU's generation, channels in eights, 8-bit weights, and 2:4 from Ampere on.
 
         An int8 residual addition carries Q/DQ on its residual input only, so that it fuses into the convolution; int8
         is left out below 16 channels, where it is slower. Source: TensorRT documentation, Working with quantized types.
@@ -100,7 +102,14 @@ class TensorRT:
         capability = self._cuda.device().capability
         precisions = tuple(name for name, first in _FIRST_CAPABILITY.items() if capability >= first)
         return Capabilities(
-            precisions, 8, 8, dynamic_batch=False, quantized_add="residual", int8_channels=16, compiles=True
+            precisions,
+            channel_step=8,
+            weight_bits=8,
+            dynamic_batch=False,
+            quantized_add="residual",
+            int8_channels=16,
+            sparse_2_4=capability >= _FIRST_SPARSE,
+            compiles=True,
         )
 
     def deployable(self, model: bytes) -> bytes:
@@ -142,7 +151,7 @@ class TensorRT:
                 "source": plan.source,
                 "results": plan.results,
                 "layers": [asdict(row) for row in inspect(stage.engine)],
-                "seconds": layer_seconds(stage),
+                "seconds": layer_seconds(stage, _profile()),
             }
             for file, plan, stage in zip(files, plans, loaded, strict=True)
         ]
@@ -183,7 +192,7 @@ class TensorRT:
 
     @cached_property
     def _builder(self) -> "EngineBuilder":
-        return EngineBuilder(timing_cache_file(self._cuda))
+        return EngineBuilder(timing_cache_file(self._cuda), self.capabilities().sparse_2_4)
 
 
 def timing_cache_file(cuda: Cuda) -> Path:
@@ -203,9 +212,11 @@ class EngineBuilder:
 
     Args:
         timing_cache: the file that makes the next build faster.
+        sparse: whether layers whose weights are 2:4 may use the GPU's sparse kernels.
     """
 
-    def __init__(self, timing_cache: Path) -> None:
+    def __init__(self, timing_cache: Path, sparse: bool = False) -> None:
+        self._sparse = sparse
         self._trt = library()
         self._timing_cache = timing_cache
         self._plans: dict[tuple[bytes, Shape], Plan] = {}
@@ -251,6 +262,8 @@ class EngineBuilder:
         trt = self._trt
         config: IBuilderConfig = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and no fp32
+        if self._sparse:
+            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, precisions cannot be proved
         config.avg_timing_iterations = _TIMINGS_PER_TACTIC  # as trtexec does; the default of 1 picks worse tactics
         source = _fitting_input(network, shape)
@@ -370,19 +383,6 @@ def inspect(engine: ICudaEngine) -> list[LayerRow]:
     trt = library()
     inspector: EngineInspector = engine.create_engine_inspector()
     return layer_rows(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def layer_seconds(stage: EngineStage, runs: int = 20) -> dict[str, float]:
-    """Returns the median seconds of each layer, from runs of their own: profiling slows them all down."""
-    listener = _profile()
-    context: IExecutionContext = stage.context
-    context.profiler = listener
-    try:
-        for _ in range(runs):
-            stage.run_plainly()
-    finally:
-        context.profiler = None
-    return {name: float(np.median(seconds)) for name, seconds in listener.taken.items()}
 
 
 def _profile() -> Any:

@@ -138,7 +138,7 @@ class Worker:
         if self._turns is None:
             raise ValueError("a turn follows 'turns', got none")
         turn = self._turns(request["candidate_first"])
-        return {"ratios": list(turn.ratios), "walls": [list(wall) for wall in turn.walls]}
+        return asdict(turn)
 
     def _differences(self, request: Content) -> Content:
         opened, images = self._opened[request["handle"]], self._load_images(request["images"])

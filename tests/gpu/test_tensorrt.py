@@ -73,7 +73,7 @@ def test_a_layer_gets_the_precision_that_it_was_asked_for(runtime, builder, netw
     asked = {"/trunk/inner/inner.0/Conv": precision, "/trunk/outer/outer.0/Conv": precision}
     assert trt_report.precision_report(rows, asked) == []
     assert opened.differences(images.numpy()[:4], asked) == []
-    layers = trt.layer_seconds(stage)
+    layers = trt.layer_seconds(stage, trt._profile())
     assert layers
     assert all(0 <= seconds < 1 for seconds in layers.values())
 
