@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except (typer.Abort, KeyboardInterrupt):
+        sys.stderr.write("Interrupted; nothing that was finished is lost, and the same command goes on.\n")
         return 130
     except BrokenPipeError:
         return 0
