@@ -62,6 +62,17 @@ def _limits(texts: list[str] | None) -> Budget | None:
     return Budget.parse(texts) if texts else None
 
 
+def _check_nothing_given(context: typer.Context) -> None:
+    """Checks that no option stands before a command's name, where the command would not see it."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            command = context.invoked_subcommand
+            raise UserError(
+                f"options of {command!r} come after its name, got --{name} before it; move it behind {command}"
+            )
+
+
 def _complain(message: str) -> int:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2
@@ -85,6 +96,7 @@ def search(
     The same command goes on where it was stopped.
     """
     if context.invoked_subcommand is not None:
+        _check_nothing_given(context)
         return 0
     limits = _limits(budget)
     from search.commands import run_search

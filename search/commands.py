@@ -139,6 +139,9 @@ def _say_baseline(baseline: Baseline, display: Display) -> None:
         f"Dense network: {milliseconds(measured['latency'].value)} per batch on {measured['latency'].target},"
         f" accuracy {percent(measured['accuracy'].value)}."
     )
+    half_width = measured["latency"].notes["half_width"]
+    if half_width > 0.1:
+        display.say(f"Careful: its latency is known to within {half_width:.0%} only; fewer threads are timed better.")
     if abs(baseline.same_twice - 1) > 0.05:
         display.say(
             f"Careful: this machine is noisy. The same network timed against itself differed by"
@@ -172,16 +175,22 @@ def _print_front(search: StoredSearch, budget: Budget, console: Console) -> bool
     if front:
         title = f"{search.folder.name}: {len(front)} versions within {budget}, none beaten by another"
         console.print(front_table(front, dense, title, console.width))
+        if str(budget) != str(search.budget):
+            _say_unmeasured(search, console)
         return True
     console.print(f"No version keeps {budget}.", highlight=False, soft_wrap=True)
     miss = nearest_miss(search.versions, budget, dense.measured)
     if miss:
         text = f"The nearest, trial {miss[0].number}: {broken_limits(miss[0], budget, dense.measured)}."
         console.print(text, highlight=False, soft_wrap=True)
+    _say_unmeasured(search, console)
+    return False
+
+
+def _say_unmeasured(search: StoredSearch, console: Console) -> None:
     unknown = [version for version in search.versions if not version.is_complete]
     if unknown:
         console.print(f"{len(unknown)} versions broke {search.budget} and were not measured further.", highlight=False)
-    return False
 
 
 def run_pick(budget: Budget | None, prefer: str, out: Path, name: str | None, runs: Path) -> int:
@@ -202,6 +211,7 @@ def run_pick(budget: Budget | None, prefer: str, out: Path, name: str | None, ru
     check_out(out)
     with Display(console) as display:
         bench = Workbench(search.study, display.step)
+        _check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), bench.fingerprint)
         display.say("Measuring the picked version afresh, in a new process...")
         confirmed = confirm(bench, search, choose(front, prefer), limits, display.say)
         if confirmed is None:

@@ -178,6 +178,13 @@ def is_counted(trial: FrozenTrial) -> bool:
 def put_right_running(stored: optuna.Study) -> None:
     """Gives up trials that a stopped process left running, and queues the same proposals again."""
     for trial in stored.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if "evaluation" in trial.user_attrs:  # it was measured, and stopped on the way into the journal
+            measured = Evaluation.from_dict(trial.user_attrs["evaluation"]).measurements
+            whole = all(metric in measured for metric in OBJECTIVES)
+            values = [measured[metric].value for metric in OBJECTIVES] if whole else None
+            state = TrialState.COMPLETE if whole else TrialState.PRUNED
+            stored._storage.set_trial_state_values(trial._trial_id, state, values)
+            continue
         stored._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
         stored._storage.set_trial_user_attr(trial._trial_id, "reason", "interrupted")
         stored._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)

@@ -116,8 +116,11 @@ def confirm(
 def count_pick(search: StoredSearch, confirmed: Confirmed) -> int:
     """Returns how many different versions of this search have seen the test images, this one included."""
     file = search.folder.path / "picks.jsonl"
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps({"trial": confirmed.version.number, "test_accuracy": confirmed.test.value}) + "\n")
+    try:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"trial": confirmed.version.number, "test_accuracy": confirmed.test.value}) + "\n")
+    except OSError as error:
+        raise BundleError(f"a pick is counted in a writable run directory, got {file}: {error.strerror}") from error
     return len({json.loads(line)["trial"] for line in file.read_text(encoding="utf-8").splitlines()})
 
 

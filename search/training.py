@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evaluators.data import LabelledImages, Splits
 from search.objects import resolve, source_of
-from search.study import ExitsSection, Study, TrainingSection
+from search.study import ExitsSection, Study, StudyError, TrainingSection
 from spaces.network import ExitHead, ExitNetwork, feature_channels
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -166,7 +166,13 @@ def _batches(data: LabelledImages, size: int, seed: int, augment: Augment | None
 
 def _seeded(seed: int, factory: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(seed)
-    return factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise StudyError(f"a model factory returns a network, got {type(error).__name__}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise StudyError(f"a model factory returns a torch.nn.Module, got {type(made).__name__}")
+    return made
 
 
 def _digest(*parts: str) -> str:

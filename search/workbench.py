@@ -152,7 +152,11 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 
 def _splits(study: Study) -> Splits:
-    splits = resolve(study.data.factory)()
+    factory = resolve(study.data.factory)
+    try:
+        splits = factory()
+    except Exception as error:
+        raise StudyError(f"a data factory returns images, got {type(error).__name__}: {error}") from error
     if not isinstance(splits, Splits):
         raise StudyError(f"a data factory returns evaluators.data.Splits, got {type(splits).__name__}")
     return splits

@@ -101,3 +101,17 @@ def test_the_latest_search_is_taken_unless_one_is_named(tmp_path) -> None:
         find_search(tmp_path / "empty", None)
     with pytest.raises(StoreError, match=r"journal\.log"):
         find_search(tmp_path, "third").open()
+
+
+def test_a_trial_that_was_measured_before_the_crash_is_finished_from_what_was_written(folder, bench) -> None:
+    with folder.lock():
+        stored = folder.create()
+        subject = bench.space.dense()
+        evaluator = bench.latency_evaluator(bench.time_references())
+        evaluation = bench.evaluate(subject, evaluator, lambda _: False)
+        stored.ask().set_user_attr("evaluation", evaluation.to_dict())
+        put_right_running(folder.create())
+        (trial,) = folder.open().trials
+    assert trial.state == TrialState.COMPLETE
+    assert trial.values[0] == evaluation.measurements["accuracy"].value
+    assert "interrupted" not in trial.user_attrs
