@@ -102,10 +102,14 @@ class PairedTiming:
 
     def wall_percentile(self, percent: float) -> float:
         """Returns a percentile of the candidate's wall-clock time, in seconds, every input at its weight."""
-        order = np.argsort(self.wall_s)
-        reached = np.cumsum(self.wall_weights[order]) / self.wall_weights.sum()
-        index = int(np.searchsorted(reached, percent / 100))
-        return float(self.wall_s[order][min(index, len(order) - 1)])
+        return weighted_percentile(self.wall_s, self.wall_weights, percent)
+
+
+def weighted_percentile(values: Floats, weights: Floats, percent: float) -> float:
+    """Returns the smallest value that `percent` of the weight does not exceed."""
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order]) / weights.sum()
+    return float(values[order][min(int(np.searchsorted(reached, percent / 100)), len(order) - 1)])
 
 
 def time_pair(

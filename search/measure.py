@@ -10,6 +10,7 @@ import numpy as np
 from evaluators.data import LabelledImages
 from evaluators.subject import Answers, ask
 from evaluators.target import Opened, Runtime, runtime
+from evaluators.timing import Floats, weighted_percentile
 from spaces.errors import UserError
 
 CALLS = 200
@@ -65,7 +66,7 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
     return Found(
         target=f"{library.version()} on {library.device()}, batch {batch}",
         latency_s=_typical(seconds, weights, dynamic=len(stages) > 1),
-        percentiles={f"p{percent}": _percentile(seconds, weights, percent) for percent in (90, 95, 99)},
+        percentiles={f"p{percent}": weighted_percentile(seconds, weights, percent) for percent in (90, 95, 99)},
         calls=len(seconds),
         correct=int(answers.correct.sum()),
         images=len(check),
@@ -91,9 +92,7 @@ def _portable(folder: Path, name: str) -> bytes:
     return (portable if portable.is_file() else folder / name).read_bytes()
 
 
-def _time(
-    opened: Opened, answers: Answers, check: LabelledImages, batch: int
-) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
+def _time(opened: Opened, answers: Answers, check: LabelledImages, batch: int) -> tuple[Floats, Floats]:
     """Returns wall-clock seconds and the weight of each: every way in which a batch shrinks as often as it occurs."""
     opened.seconds(check.images[:batch], _WARMUPS)
     seconds, weights = [], []
@@ -105,11 +104,5 @@ def _time(
     return np.array(seconds), np.array(weights)
 
 
-def _typical(seconds: np.ndarray[Any, Any], weights: np.ndarray[Any, Any], dynamic: bool) -> float:
+def _typical(seconds: Floats, weights: Floats, dynamic: bool) -> float:
     return float(np.average(seconds, weights=weights)) if dynamic else float(np.median(seconds))
-
-
-def _percentile(seconds: np.ndarray[Any, Any], weights: np.ndarray[Any, Any], percent: float) -> float:
-    order = np.argsort(seconds)
-    reached = np.cumsum(weights[order]) / weights.sum()
-    return float(seconds[order][min(int(np.searchsorted(reached, percent / 100)), len(order) - 1)])
