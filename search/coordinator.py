@@ -194,9 +194,11 @@ def put_right_running(stored: optuna.Study) -> None:
 
 def measure_baseline(bench: Workbench) -> Baseline:
     """Returns the dense network's figures, on the same target and by the same protocol as every candidate."""
-    seconds = bench.time_references()
+    spent = bench.time_references()
+    seconds = {name: taken.work for name, taken in spent.items()}
     latency = bench.latency_evaluator(seconds)
     dense = bench.evaluate(bench.space.dense(), latency, lambda _measured: False)
     precision = bench.space.precision.precisions[0]
     same = latency.same_twice(precision, bench.data.validation.images[: bench.target.batch])
-    return Baseline(dense, seconds, same, environment(bench.runtime.device()))
+    walls = {name: taken.wall for name, taken in spent.items()}
+    return Baseline(dense, seconds, same, environment(bench.runtime.device()), walls)

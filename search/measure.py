@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.data import LabelledImages
+from evaluators.latency import slower_launch
 from evaluators.subject import Answers, ask
 from evaluators.target import Opened, Runtime, runtime
 from evaluators.timing import Floats, weighted_percentile
@@ -30,6 +31,7 @@ class Found:
         correct: right answers to the check images.
         images: how many check images there are.
         expected: right answers when the bundle was made.
+        launches: median seconds of each way to launch a batch, the deployed one first; empty with one way only.
         remarks: what is worth knowing about it.
     """
 
@@ -40,6 +42,7 @@ class Found:
     correct: int
     images: int
     expected: int
+    launches: dict[str, float]
     remarks: list[str]
 
 
@@ -63,6 +66,7 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
         check = LabelledImages(stored["images"], stored["labels"])
     answers = ask(opened, len(stages), check, batch)
     seconds, weights = _time(opened, answers, check, batch)
+    launches = opened.launches(check.images[:batch])
     return Found(
         target=f"{library.version()} on {library.device()}, batch {batch}",
         latency_s=_typical(seconds, weights, dynamic=len(stages) > 1),
@@ -71,7 +75,8 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
         correct=int(answers.correct.sum()),
         images=len(check),
         expected=description["check"]["correct"],
-        remarks=_remarks(library),
+        launches=launches,
+        remarks=[*slower_launch(launches), *_remarks(library)],
     )
 
 
@@ -99,7 +104,7 @@ def _time(opened: Opened, answers: Answers, check: LabelledImages, batch: int) -
     each = max(CALLS // len(answers.profiles), 5)
     for start, count in answers.profiles:
         taken = opened.seconds(check.images[start : start + batch], each + 1)[1:]
-        seconds += taken
+        seconds += [spent.wall for spent in taken]
         weights += [count / len(taken)] * len(taken)
     return np.array(seconds), np.array(weights)
 

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -153,15 +153,17 @@ class Baseline:
 
     Args:
         evaluation: by the same protocol as every candidate.
-        reference_seconds: median seconds per batch of each reference.
+        reference_seconds: median work of each reference, by the clock that ratios are in.
         same_twice: the ratio of a reference to itself.
         environment: the machine and the versions.
+        reference_wall: median wall-clock seconds of each reference, beside its work.
     """
 
     evaluation: Evaluation
     reference_seconds: dict[str, float]
     same_twice: float
     environment: dict[str, str]
+    reference_wall: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -170,6 +172,7 @@ class Baseline:
             "reference_seconds": self.reference_seconds,
             "same_twice": self.same_twice,
             "environment": self.environment,
+            "reference_wall": self.reference_wall,
         }
 
     @classmethod

@@ -17,7 +17,7 @@ from evaluators.latency_cache import LatencyCache
 from evaluators.measurement import Measurement
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Evaluator, Subject
-from evaluators.target import Runtime, Target, runtime
+from evaluators.target import Runtime, Spent, Target, runtime
 from search.evaluation import Evaluation
 from search.objects import resolve
 from search.recovery import recalibrate_batch_norm, recovery_images
@@ -84,8 +84,8 @@ class Workbench:
             for precision in self.space.precision.precisions
         }
 
-    def time_references(self) -> dict[str, float]:
-        """Returns the median seconds per batch of each reference, timed side by side."""
+    def time_references(self) -> dict[str, Spent]:
+        """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
         images = self.data.validation.images[: reference_batch(self.target.batch)]
         opened = {
             name: self.runtime.open(item.deployed, [], self.target.threads) for name, item in self.references().items()

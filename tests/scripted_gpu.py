@@ -39,6 +39,7 @@ class ScriptedGpu:
         self.kernels: list[str] = []
         self.memory: dict[int, Any] = {}
         self.capturable = True
+        self.launch_s = 0.0  # what the host takes to launch an engine without a graph
         self.lost_after: int | None = None
         self._capturing: list[Callable[[], None]] | None = None
         self._broken_capture = False
@@ -78,6 +79,7 @@ class ScriptedGpu:
             compute()
 
         if self._capturing is None:
+            self.now += self.launch_s
             kernel()
             return True
         if not self.capturable:

@@ -19,7 +19,7 @@ from evaluators.runtimes.cuda import (
     OutOfDeviceMemoryError,
     TimedStream,
 )
-from evaluators.runtimes.engines import EngineStage
+from evaluators.runtimes.engines import WITH_GRAPH, WITHOUT_GRAPH, EngineStage
 from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.target import TargetError, TimedBatch
 from evaluators.timing import Protocol, time_pair
@@ -94,9 +94,30 @@ def test_a_graph_that_cannot_be_made_is_a_fallback_too(gpu: ScriptedGpu, picture
 def test_gpu_time_spans_copies_and_kernels(gpu: ScriptedGpu, pictures: Any) -> None:
     network = opened(gpu, seconds=3e-3)
     network.seconds(pictures, 1)
-    for on_gpu, wall in network.seconds_on_gpu_and_wall(pictures, 4):
-        assert on_gpu == pytest.approx(3e-3 + 2 * COPY_S, rel=1e-3)
-        assert wall == pytest.approx(on_gpu, rel=1e-3)
+    for spent in network.seconds(pictures, 4):
+        assert spent.work == pytest.approx(3e-3 + 2 * COPY_S, rel=1e-3)
+        assert spent.wall == pytest.approx(spent.work, rel=1e-3)
+
+
+@pytest.mark.parametrize("thresholds", [(), (0.8,)])
+def test_launches_with_and_without_a_graph_are_timed_side_by_side(
+    gpu: ScriptedGpu, pictures: Any, thresholds: tuple[float, ...]
+) -> None:
+    gpu.launch_s = 1e-3
+    stages = len(thresholds) + 1
+    network = opened(gpu, seconds=3e-3, thresholds=thresholds)
+    found = network.launches(pictures)
+    assert list(found) == [WITH_GRAPH, WITHOUT_GRAPH]
+    assert found[WITH_GRAPH] == pytest.approx(3e-3 * stages + (1 + stages) * COPY_S, rel=1e-3)
+    assert found[WITHOUT_GRAPH] - found[WITH_GRAPH] == pytest.approx(1e-3 * stages, rel=1e-3)
+    gpu.log.clear()
+    network.seconds(pictures[:6], 1)
+    assert "cudaGraphLaunch" in gpu.log, "the graph is what is deployed"
+
+
+def test_without_a_graph_there_is_one_way_to_launch(gpu: ScriptedGpu, pictures: Any) -> None:
+    gpu.capturable = False
+    assert list(opened(gpu).launches(pictures)) == [WITHOUT_GRAPH]
 
 
 @pytest.mark.parametrize(

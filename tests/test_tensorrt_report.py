@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from evaluators.runtimes import trt_report
+from evaluators.target import Proof
 from tests.scripted_gpu import one_line
 from tests.scripted_tensorrt import layer, v10, v11
 
@@ -44,26 +45,30 @@ def test_both_forms_of_the_inspector_are_read(layers: Any) -> None:
 
 def test_precisions_that_are_as_asked_leave_nothing_to_report() -> None:
     asked = {"/stem/Conv": "int8", "/inner/Conv": "fp16", "/head/Gemm": "fp32"}
-    assert trt_report.precision_report(rows(ELEVEN), asked) == []
+    assert trt_report.precision_proof(rows(ELEVEN), asked) == Proof()
 
 
 def test_every_mismatch_is_told_in_words() -> None:
     asked = {"/stem/Conv": "fp16", "/inner/Conv": "fp16", "/gone/Conv": "int8", "/ste": "int8"}
-    found = trt_report.precision_report(rows(TEN), asked)
+    found = trt_report.precision_proof(rows(TEN), asked)
     where = "in '/stem/Conv + /stem/Relu' (CaskConvolution)"
-    assert found == [
+    assert found.differences == (
         f"/stem/Conv: asked for fp16, but reads int8 {where}",
         f"/stem/Conv: asked for fp16, but has int8 weights {where}",
         "/gone/Conv: asked for int8, but no layer of the engine names it",
         "/ste: asked for int8, but no layer of the engine names it",
-    ]
+    )
+    assert found.remarks() == list(found.differences)
 
 
 def test_what_is_inside_a_fused_region_is_not_taken_for_a_proof() -> None:
     region = layer("{ForeignNode[/a/Conv.../b/Gemm]}", v11("Int8"), v11("Float"), None, "Myelin")
     region["Metadata"] = "[ONNX Layer: /a/Conv]\x1e[ONNX Layer: /b/Gemm]"
-    (line,) = trt_report.precision_report(rows([region]), {"/a/Conv": "int8"})
-    assert "fused region" in line
+    found = trt_report.precision_proof(rows([region, *ELEVEN]), {"/a/Conv": "int8", "/b/Gemm": "int8", "/gone": "fp16"})
+    assert found.unproven == ("/a/Conv", "/b/Gemm")
+    lost, line = found.remarks()
+    assert "no layer of the engine names it" in lost
+    assert line == "2 layers run inside a fused region whose precision TensorRT does not tell"
 
 
 def test_an_engine_without_detailed_profiling_is_refused() -> None:

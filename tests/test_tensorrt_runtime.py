@@ -15,6 +15,7 @@ from evaluators.runtimes.cuda import (
 )
 from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.runtimes.trt import TensorRT
+from evaluators.target import Proof
 from tests.scripted_gpu import first_half, one_line, second_half
 from tests.scripted_tensorrt import layer, v11
 
@@ -78,8 +79,8 @@ def test_a_bundle_gets_the_engines_and_hears_of_refused_graphs(scripted: Any, pi
 def test_an_artifact_tells_which_layers_run_in_another_precision(scripted: Any, pictures: Any) -> None:
     scripted.information = json.dumps({"Layers": [layer("/stem/Conv + /stem/Relu", v11("Int8"), v11("Int8"), "Int8")]})
     opened = TensorRT().open([b"second"], [], 1)
-    assert opened.differences(pictures[:1], {"/stem/Conv": "int8"}) == []
-    assert len(opened.differences(pictures[:1], {"/stem/Conv": "fp32"})) == 2
+    assert opened.proof(pictures[:1], {"/stem/Conv": "int8"}) == Proof()
+    assert len(opened.proof(pictures[:1], {"/stem/Conv": "fp32"}).differences) == 2
 
 
 @pytest.mark.parametrize(
