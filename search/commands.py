@@ -19,7 +19,17 @@ from search.front import PREFERENCES, Version, choose, feasible, nearest_miss, p
 from search.sampler import check_sampler
 from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
 from search.study import Study, load_study
-from search.text import HEADINGS, broken_limits, front_row, front_table, milliseconds, percent, points, size
+from search.text import (
+    HEADINGS,
+    broken_limits,
+    examined_layers,
+    front_row,
+    front_table,
+    milliseconds,
+    percent,
+    points,
+    size,
+)
 from spaces.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,6 +121,8 @@ def _search(
         put_right_running(stored)
         if "baseline" not in stored.user_attrs:
             display.say("Measuring the dense network...")
+            if bench.examines:
+                display.say(f"Looking for layers slower in a lower precision: at most {bench.examination_limit}.")
             (folder.path / "study.toml").write_text(text, encoding="utf-8")
             stored.set_user_attr("study", study.model_dump(mode="json"))
             stored.set_user_attr("fingerprint", bench.fingerprint)
@@ -139,6 +151,8 @@ def _say_baseline(baseline: Baseline, display: Display) -> None:
         f"Dense network: {milliseconds(measured['latency'].value)} per batch on {measured['latency'].target},"
         f" accuracy {percent(measured['accuracy'].value)}."
     )
+    if baseline.examined is not None:
+        display.say(examined_layers(baseline.examined))
     half_width = measured["latency"].notes["half_width"]
     if half_width > 0.1:
         display.say(f"Careful: its latency is known to within {half_width:.0%} only; fewer threads are timed better.")
