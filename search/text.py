@@ -35,8 +35,8 @@ def examined_layers(examined: Examined) -> str:
     if not examined.slower:
         return f"No layer is measurably slower in a lower precision ({cost})."
     found = [
-        f"{' + '.join(each.layers)} not in {each.precision} (the network takes {each.ratio:.3f} ± "
-        f"{each.ratio * each.half_width:.3f} of its time with it in {each.instead})"
+        f"{' + '.join(each.layers)} not in {each.precision} (with {'them' if len(each.layers) > 1 else 'it'} in"
+        f" {each.instead} the network takes {each.ratio:.3f} ± {each.ratio * each.half_width:.3f} of its time)"
         for each in examined.slower
     ]
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""

@@ -5,7 +5,7 @@ import time
 import pytest
 from optuna.trial import TrialState
 
-from search.coordinator import Coordinator
+from search.coordinator import Coordinator, narrowed
 from search.store import SearchFolder
 from tests.searches import finished, stored
 
@@ -84,7 +84,7 @@ def test_a_known_candidate_is_told_from_memory(bench, tmp_path, folder) -> None:
     with search.lock():
         study = search.create()
         coordinator = Coordinator(bench, study, stored(folder).baseline, "random", 0, [])
-        guess = bench.space.uniform(1.0, "int8", 1.0)
+        guess = narrowed(bench.space, stored(folder).baseline.examined).uniform(1.0, "int8", 1.0)
         study.enqueue_trial(guess)
         study.enqueue_trial(guess)
         coordinator.run(2, None)
