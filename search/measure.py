@@ -88,7 +88,14 @@ def _read(folder: Path) -> dict[str, Any]:
     file = folder / "bundle.json"
     if not file.is_file():
         raise UserError(f"a bundle is a folder that `pick` wrote, got {folder}, which has no bundle.json")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        needed = [*found["deployed"], "check.npz"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"a bundle.json is what `pick` wrote, got {file}: {error}; pick again") from error
+    lacking = [name for name in needed if not (folder / name).is_file()]
+    if lacking:
+        raise UserError(f"a bundle is whole, got {folder} without {', '.join(lacking)}; copy all of it, or pick again")
     return found
 
 

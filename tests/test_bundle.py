@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
+
 from search.cli import run
 
 
@@ -77,6 +79,34 @@ def test_a_bundle_with_engines_falls_back_where_they_cannot_run(folder, tmp_path
     assert done.returncode == 0, done.stderr
     assert "the engines cannot be used here" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_what_a_bundle_lacks_is_one_clear_line(folder, tmp_path) -> None:
+    out = tmp_path / "deploy"
+    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
+    assert run(["pick", *arguments]) == 0
+
+    def refused(*given: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(out / "run.py"), *given], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stdout
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "nosuchfile" in refused("nosuchfile")
+    (tmp_path / "text.npz").write_text("no images")
+    assert "text.npz" in refused(str(tmp_path / "text.npz"))
+    np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
+    assert "images" in refused(str(tmp_path / "other.npz"))
+    np.save(tmp_path / "small.npy", np.zeros((2, 1, 3, 3), np.float32))
+    assert "(2, 1, 3, 3)" in refused(str(tmp_path / "small.npy"))
+    stage = json.loads((out / "bundle.json").read_text())["deployed"][-1]
+    (out / stage).write_bytes(b"torn")
+    refused()
+    (out / stage).unlink()
+    assert stage in refused()
+    assert run(["measure", str(out)]) == 2
 
 
 def test_a_bundle_that_was_damaged_says_so(folder, tmp_path) -> None:

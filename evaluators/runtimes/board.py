@@ -30,7 +30,7 @@ class Board:
     A line that breaks is set up again, and what was under way is done again: uploads that arrived stay on the board.
 
     Args:
-        url: `ssh://[user@]host[:port][?runtime=NAME&python=PATH]`.
+        url: `ssh://[user@]host[:port][?runtime=NAME&python=PATH&timeout=SECONDS]`.
 
     Raises:
         TargetError: the board cannot be reached, or cannot run the worker.
