@@ -78,6 +78,7 @@ class _Found:
         wait_s: what a caller waits beyond it.
         worst_wait_s: the same on the longest path.
         wall_median: seconds on the wall.
+        wall_cv: their standard deviation over their mean.
         tails: percentiles on the wall, as multiples of what is typical there.
         launches: median seconds of each way to launch a batch.
         remarks: on the precisions that layers run in.
@@ -92,6 +93,7 @@ class _Found:
     wait_s: float
     worst_wait_s: float
     wall_median: float
+    wall_cv: float
     tails: dict[str, float]
     launches: dict[str, float]
     remarks: list[str]
@@ -108,6 +110,7 @@ class _Found:
             wait_s=timing.wait_s,
             worst_wait_s=timing.waits_s[-1] if dynamic else timing.wait_s,
             wall_median=timing.wall_percentile(50),
+            wall_cv=timing.wall_cv,
             tails={f"p{p}": timing.wall_percentile(p) / timing.typical_wall_s for p in (90, 95, 99)},
             launches=launches,
             remarks=proof.remarks(),
@@ -180,6 +183,7 @@ class LatencyEvaluator:
                 "work_s": found.work_s,
                 "wait_s": found.wait_s,
                 "wall_median": found.wall_median,
+                "wall_cv": found.wall_cv,
                 **{f"seconds {way}": seconds for way, seconds in found.launches.items()},
             },
             remarks=(*found.remarks, *slower_launch(found.launches)),

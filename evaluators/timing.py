@@ -111,6 +111,12 @@ class PairedTiming:
         """Seconds that a caller waits beyond the work, every input at its weight."""
         return float(np.dot(self.waits_s, self.shares))
 
+    @property
+    def wall_cv(self) -> float:
+        """The coefficient of variation of the wall-clock time: its standard deviation over its mean."""
+        mean = np.average(self.wall_s, weights=self.wall_weights)
+        return float(np.sqrt(np.average((self.wall_s - mean) ** 2, weights=self.wall_weights)) / mean)
+
     def wall_percentile(self, percent: float) -> float:
         """Returns a percentile of the candidate's wall-clock time, in seconds, every input at its weight."""
         return weighted_percentile(self.wall_s, self.wall_weights, percent)

@@ -105,6 +105,7 @@ def test_inputs_count_by_weight_and_a_weightless_one_is_only_reported() -> None:
     assert found.per_input == pytest.approx((1.0, 3.0, 9.0))
     assert found.wall_percentile(50) == pytest.approx(1.0)
     assert found.wall_percentile(99) == pytest.approx(3.0)
+    assert found.wall_cv == pytest.approx(np.sqrt(0.75) / 1.5)
 
 
 def test_it_stops_at_its_time_limit_after_two_turns_of_each_input() -> None:
