@@ -157,7 +157,7 @@ class Study(_Section):
         except tomllib.TOMLDecodeError as error:
             raise StudyError(f"a study is a TOML file, got {source}: {error}") from None
         except ValidationError as error:
-            raise StudyError(f"{source}: {plain(error.errors()[0], cls)}") from None
+            raise StudyError(f"{source}: {plain(error, cls)}") from None
         Budget.parse(study.budget)
         return study.anchored(folder or Path.cwd())
 
@@ -172,7 +172,7 @@ class Study(_Section):
             return cls.model_validate(content)
         except ValidationError as error:
             raise StudyError(
-                f"a search goes on with the version that began it, got a study whose {plain(error.errors()[0], cls)}"
+                f"a search goes on with the version that began it, got another's study: {plain(error, cls)}"
             ) from None
 
     def anchored(self, folder: Path) -> Self:

@@ -4,8 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ValidationError
 
 from spaces.errors import UserError
 
@@ -37,13 +36,14 @@ _RULES: Mapping[str, str] = {
 }
 
 
-def plain(error: ErrorDetails, study: type[BaseModel]) -> str:
-    """Returns `<rule>, got <value>; <remedy>` for what pydantic found.
+def plain(found: ValidationError, study: type[BaseModel]) -> str:
+    """Returns `<rule>, got <value>; <remedy>` for the first thing that pydantic found.
 
     Args:
-        error: the first of pydantic's.
+        found: pydantic's list. A key that is unknown comes first: it may be the one that is missing, misspelt.
         study: what the file was read as.
     """
+    error = min(found.errors(), key=lambda item: item["type"] != "extra_forbidden")
     path = [part for part in error["loc"] if isinstance(part, str)]
     place, section = ".".join(path), _section(path[:-1], study)
     if error["type"] == "extra_forbidden":

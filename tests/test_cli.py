@@ -61,7 +61,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(arguments, words, tmp_path, ca
         (('name = "tiny"', ""), ["name"]),
         (("epochs = 4", "epoks = 4"), ["epoks"]),
         (("latency<1000%", "latency<1000"), ["us, ms, s, %"]),
-        (('"tests.tiny:network"', '"tests.tiny"'), ["model.factory"]),
+        (('"tests.tiny:network"', '"tests.tiny"'), ["a model is torchvision:NAME"]),
         (('"tests.tiny:network"', '"tests.tiny:nothing"'), ["tests.tiny:nothing"]),
         (('"tests.tiny:network"', '"tests.nowhere:network"'), ["tests.nowhere"]),
         (('"tests.tiny:network"', '"tests.tiny:no_network"'), ["broken on purpose"]),

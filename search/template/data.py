@@ -11,12 +11,12 @@ from evaluators.data import LabelledImages, Splits
 
 
 def splits() -> Splits:
-    """Returns scikit-learn's 1,797 handwritten digits, 8x8, in four sets that share no image.
+    """Returns scikit-learn's 1,797 handwritten digits in four sets that share no image.
 
     Images are float32 `(n, channels, height, width)`, as the network wants them; labels are int64 `(n,)`.
     """
     digits = load_digits()
-    images = (digits.images / 16).astype(np.float32)[:, None]
+    images = np.kron((digits.images / 16).astype(np.float32)[:, None], np.ones((4, 4), np.float32))  # 8x8 to 32x32
     labels = digits.target.astype(np.int64)
     parts, rest = [], np.arange(len(labels))
     for count in (350, 350, 100):
@@ -32,6 +32,6 @@ def _shuffled(images: NDArray[np.float32], labels: NDArray[np.int64], rest: NDAr
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns training images, shifted by up to a pixel: whatever leaves the label true will do."""
-    down, across = torch.randint(-1, 2, (2,), generator=generator).tolist()
+    """Returns training images, shifted by up to three pixels: whatever leaves the label true will do."""
+    down, across = torch.randint(-3, 4, (2,), generator=generator).tolist()
     return torch.roll(images, (down, across), dims=(2, 3))

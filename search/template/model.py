@@ -4,19 +4,21 @@ from torch import Tensor, nn
 
 
 class SmallNetwork(nn.Module):
-    """Four convolutions and a linear layer."""
+    """Six convolutions and a linear layer."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.stage1 = nn.Sequential(*_layer(1, 16, 1), *_layer(16, 16, 1))
-        self.stage2 = nn.Sequential(*_layer(16, 32, 2), *_layer(32, 32, 2))
+        self.stage1 = nn.Sequential(*_layer(1, 32, 2), *_layer(32, 32, 1))
+        self.stage2 = nn.Sequential(*_layer(32, 64, 2), *_layer(64, 64, 1))
+        self.stage3 = nn.Sequential(*_layer(64, 128, 2), *_layer(128, 128, 1))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
-        self.classifier = nn.Linear(32, num_classes)
+        self.classifier = nn.Linear(128, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns one logit a class, `(n, classes)`, for images `(n, 1, h, w)`."""
-        logits: Tensor = self.classifier(self.flatten(self.pool(self.stage2(self.stage1(images)))))
+        features = self.stage3(self.stage2(self.stage1(images)))
+        logits: Tensor = self.classifier(self.flatten(self.pool(features)))
         return logits
 
 
