@@ -206,7 +206,7 @@ def _split(
     made: dict[str, LabelledImages] = {}
     for part, sound in pools.items():
         labels = sound.pool.labels[sound.indices]
-        for split, chosen in draw_all(labels, plan[part], _caps(data), data.seed).items():
+        for split, chosen in draw_all(labels, plan[part], _caps(data), data.seed, len(sound.pool.labels)).items():
             digests = [sound.digests[index] for index in chosen]
             images = StoredImages(sound.pool.reader, sound.indices[chosen], digests, preprocessing)
             made[split] = LabelledImages(images, labels[chosen])

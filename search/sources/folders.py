@@ -23,6 +23,9 @@ PARTS: Mapping[str, str] = {
 }
 """What a folder may be called, and what it then holds."""
 
+_ORDER = ("train", "validation", "test")
+"""Of two copies the earlier one stays: the network may have seen it in training."""
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -71,8 +74,8 @@ def image_folder(place: str, download: bool) -> Found:  # noqa: ARG001  the data
     parts = {PARTS[folder.name.lower()]: folder for folder in _folders(root) if folder.name.lower() in PARTS}
     parts = parts or {"train": root}
     classes = tuple(sorted({folder.name for part in parts.values() for folder in _folders(part)}))
-    images = {part: [_images(folder / name) for name in classes] for part, folder in parts.items()}
-    images = {part: files for part, files in images.items() if any(files)}
+    found = {part: [_images(parts[part] / name) for name in classes] for part in _ORDER if part in parts}
+    images = {part: files for part, files in found.items() if any(files)}
     if not images or len(classes) < 2:
         raise SourceError(
             f"an image folder has a folder of images for each of two classes or more, got {place!r} with"

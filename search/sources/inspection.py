@@ -44,15 +44,15 @@ def inspect_files(files: Sequence[Path], progress: Progress) -> list[Inspected]:
     missing has a fine beginning.
     """
     index = _Index(files)
-    progress(_STEP, 0, len(files))
-    found = []
-    for done, inspected in enumerate(in_threads(index.inspect, files), 1):
-        found.append(inspected)
+    fresh = [file for file in files if index.find(file) is None]
+    for done, (file, inspected) in enumerate(zip(fresh, in_threads(_inspect, fresh), strict=True)):
         if done % _EVERY == 0:
-            progress(_STEP, done, len(files))
-    progress(_STEP, len(files), len(files))
-    index.keep(files, found)
-    return found
+            progress(_STEP, done, len(fresh))
+        index.add(file, inspected)
+    if fresh:
+        progress(_STEP, len(fresh), len(fresh))
+        index.keep()
+    return [index.find(file) or _inspect(file) for file in files]
 
 
 class _Index:
@@ -69,14 +69,14 @@ class _Index:
         except (OSError, ValueError, TypeError, KeyError):  # none, or torn: then all are looked at
             self._known = {}
 
-    def inspect(self, file: Path) -> Inspected:
-        return self._known.get(_key(file)) or _inspect(file)
+    def find(self, file: Path) -> Inspected | None:
+        return self._known.get(_key(file))
 
-    def keep(self, files: Sequence[Path], found: Sequence[Inspected]) -> None:
-        fresh = {_key(file): inspected for file, inspected in zip(files, found, strict=True)}
-        if fresh.keys() <= self._known.keys():
-            return
-        content = {key: asdict(inspected) for key, inspected in (self._known | fresh).items()}
+    def add(self, file: Path, inspected: Inspected) -> None:
+        self._known[_key(file)] = inspected
+
+    def keep(self) -> None:
+        content = {key: asdict(inspected) for key, inspected in self._known.items()}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
         partial.write_text(json.dumps(content), encoding="utf-8")

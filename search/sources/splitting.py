@@ -58,21 +58,22 @@ def wanted(draws: tuple[Draw, ...], caps: Mapping[str, int]) -> int:
 
 
 def draw_all(
-    labels: NDArray[np.int64], draws: tuple[Draw, ...], caps: Mapping[str, int], seed: int
+    labels: NDArray[np.int64], draws: tuple[Draw, ...], caps: Mapping[str, int], seed: int, total: int
 ) -> dict[str, Indices]:
     """Returns the indices of each split that is drawn from a pool; no index is in two.
 
     Args:
-        labels: of the pool's images.
+        labels: of the pool's images that are fit for use.
         draws: in order.
         caps: how many images each split has at most.
         seed: of all choices.
+        total: how many images the pool has, those that were not looked at included: what shares are of.
     """
     rng = np.random.default_rng(seed)
     left, drawn = np.arange(len(labels)), {}
     classes = len(np.unique(labels))
     for draw in draws:
-        count = round(draw.share * len(labels))
+        count = round(draw.share * total)
         if draw.split == "calibration":  # activation ranges want every class, if there are images to spare
             count = max(count, min(classes, len(labels) // 4))
         chosen = stratified(labels[left], min(count, caps[draw.split]), rng)
