@@ -59,11 +59,12 @@ class Request:
                 f"a search without a study has --model and --data, got no --{lacking[0]};"
                 f" add --{lacking[0]}, or the --study that has it"
             )
+        model, data = ModelSection(source=self.model or "", weights=self.weights), DataSection(source=self.data or "")
         if self.budget is None:
             raise StudyError("a search without a study has a --budget, got none; add --budget 'latency<50%'")
-        here, limits = Path.cwd(), tuple(map(str, self.budget.constraints))
-        model, data = ModelSection(source=self.model or "", weights=self.weights), DataSection(source=self.data or "")
-        return Study(name=_name(model, data), question="", budget=limits, model=model, data=data).anchored(here)
+        limits = tuple(map(str, self.budget.constraints))
+        own = Study(name=_name(model, data), question="", budget=limits, model=model, data=data)
+        return own.anchored(Path.cwd())
 
     def _changed(self, study: Study) -> Study:
         """Returns a study with another network, other weights or other images; what belonged to the old goes."""

@@ -10,7 +10,7 @@ from torch import nn
 from search.objects import UserCodeError
 from search.progress import Say
 from search.sources.checks import check_network
-from search.sources.models import NEW_LAYER, build_model, usual_preprocessing
+from search.sources.models import NEW_LAYER, build_model, find_weights, usual_preprocessing
 from search.sources.names import SourceError
 from search.sources.weights import fit, last_layer, read_weights
 from search.study import ModelSection, Study
@@ -23,7 +23,7 @@ SMALL = "squeezenet1_1"
 
 def build(source: str, classes: int = 4, weights: Path | None = None, say: Say = lambda _: None, download=False):
     section = ModelSection(source=source, weights=str(weights) if weights else None)
-    return build_model(section, classes, 0, download, say)
+    return build_model(section, find_weights(section, download, say), classes, 0)
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def open_session(model: bytes, threads: int, optimize: bool = True) -> onnxrunti
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-_AT_ONCE = 32
+_AT_ONCE = 16
 """So many images go through a network together while its ranges are read: all of its tensors are in memory then."""
 
 

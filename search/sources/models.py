@@ -79,29 +79,46 @@ def usual_preprocessing(model: ModelSection, is_folder: bool) -> Preprocessing |
     )
 
 
-def build_model(model: ModelSection, classes: int, seed: int, download: bool, say: Say) -> Built:
-    """Returns the network that a study names, for this number of classes where its source allows.
+def find_weights(model: ModelSection, download: bool, say: Say) -> Path | None:
+    """Returns the file that the network's weights are in; None where it begins without.
 
     Args:
         model: the study's section.
-        classes: of the data.
-        seed: of the weights that are not read from anywhere.
         download: whether torchvision may download weights that are not there.
         say: told which weights were taken.
 
     Raises:
-        SourceError: there is no such model, or its weights do not fit or are not there.
+        SourceError: there is no such model, or its weights are not there.
+    """
+    source = model_source(model.source)
+    if not source.is_factory:
+        weights = _torchvision_weights(model, source)
+        if weights is not None:
+            return _hub_file(weights, model.source, download, say)
+    if model.weights is not None and not Path(model.weights).is_file():
+        raise SourceError(f"weights are an existing file, got {model.weights!r}; check its path")
+    return Path(model.weights) if model.weights is not None else None
+
+
+def build_model(model: ModelSection, file: Path | None, classes: int, seed: int) -> Built:
+    """Returns the network that a study names, for this number of classes where its source allows.
+
+    Args:
+        model: the study's section.
+        file: its weights, as `find_weights` found them.
+        classes: of the data.
+        seed: of the weights that are not read from anywhere.
+
+    Raises:
+        SourceError: there is no such model, or its weights do not fit.
         UserCodeError: the study's own factory fails, or returns something else.
     """
     torch.manual_seed(seed)
     source = model_source(model.source)
     if source.is_factory:
-        network, text, file = _from_factory(model.source, classes), source_of(load(model.source)), None
+        network, text = _from_factory(model.source, classes), source_of(load(model.source))
     else:
         network, text = _from_torchvision(model, source, classes), str(source)
-        weights = _torchvision_weights(model, source)
-        file = _hub_file(weights, model.source, download, say) if weights is not None else None
-    file = Path(model.weights) if model.weights is not None else file
     fitted, digest = Fitted(), ""
     if file is not None:
         fitted = fit(network, read_weights(file), classes, file.name)

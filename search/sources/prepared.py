@@ -3,7 +3,7 @@
 from search.progress import Progress, Say
 from search.sources.checks import check_network
 from search.sources.data import Loaded, load_data
-from search.sources.models import Built, build_model, usual_preprocessing
+from search.sources.models import Built, build_model, find_weights, usual_preprocessing
 from search.sources.names import data_source
 from search.study import Study, TrainingSection
 
@@ -22,10 +22,11 @@ def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple
         UserCodeError: a factory of the user's own fails, or the network cannot be searched.
     """
     is_folder = data_source(study.data.source).kind in ("imagefolder", "imagenet")
+    file = find_weights(study.model, download, say)  # before time is spent on images
     loaded = load_data(study.data, usual_preprocessing(study.model, is_folder), download, progress, say)
     classes = loaded.splits.classes
     seed = study.training.seed if study.training else 0
-    built = build_model(study.model, classes, seed, download, say)
+    built = build_model(study.model, file, classes, seed)
     check_network(built.network, loaded.splits.calibration.images[:2], classes, loaded.empty)
     _say_training(study, built, classes, say)
     return loaded, built
