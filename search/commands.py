@@ -143,7 +143,7 @@ def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
     if measured["accuracy"].value < NEAR_CHANCE / classes:
         display.say(
             f"CAREFUL: that is hardly better than guessing among {classes} classes. Is the network trained? Give"
-            " --weights, or train it with a section [training] in a study file. Are size, mean and std of its input right?"
+            " --weights, or train it with a section [training] in a study file. Is its input as it was trained with?"
         )
     half_width = measured["latency"].notes["half_width"]
     if half_width > 0.1:
