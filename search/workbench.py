@@ -10,7 +10,6 @@ import torch
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact import Artifact
 from evaluators.artifact.build import ArtifactBuilder
-from evaluators.data import Splits
 from evaluators.examiner import LIMIT_S, PlacementExaminer
 from evaluators.flops import FlopsEvaluator
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
@@ -20,11 +19,13 @@ from evaluators.placement import TIMINGS, Examined
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Evaluator, Subject
 from evaluators.target import Runtime, Spent, Target, runtime
+from search.cache import cache_folder, check_cache
 from search.evaluation import Evaluation
-from search.objects import resolve
+from search.progress import Progress, Say
 from search.recovery import recalibrate_batch_norm, recovery_images
-from search.study import Study, StudyError
-from search.training import Progress, cache_folder, trained_network
+from search.sources.prepared import prepare
+from search.study import Study
+from search.training import trained_network
 from spaces.candidate import Candidate
 from spaces.gates import GateSpace
 from spaces.groups import find_groups
@@ -43,21 +44,34 @@ class Workbench:
         study: the question.
         progress: told about the steps that take long.
         library: what runs the artifacts; the study's runtime where not given.
+        say: told what the user should know about the network and the images.
+        download: whether weights and images that are not here may be fetched.
 
     Raises:
-        StudyError: the study's factories give something else than a network and images.
+        SourceError: there is no such network, or there are no such images.
+        UserCodeError: the study's factories give something else than a network and images.
         TargetError: the study's runtime is not available here.
     """
 
-    def __init__(self, study: Study, progress: Progress, library: Runtime | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        progress: Progress,
+        library: Runtime | None = None,
+        say: Say = lambda _: None,
+        download: bool = False,
+    ) -> None:
+        check_cache()
         self.study = study
         self._progress = progress
         self.runtime: Runtime = library or runtime(study.target.runtime)
         self.target = Target(study.target.runtime, self.runtime.device(), study.target.batch, study.target.threads)
-        self.data: Splits = _splits(study)
-        self.network: ExitNetwork = trained_network(study, self.data, progress)
-        image = torch.from_numpy(self.data.calibration.images[:1])
-        self.builder = ArtifactBuilder(self.network, self.data.calibration.images, self.runtime)
+        self.loaded, built = prepare(study, download, progress, say)
+        self.data = self.loaded.splits
+        self.network: ExitNetwork = trained_network(study, built, self.data, progress)
+        calibration = self.data.calibration.images[:]
+        image = torch.from_numpy(calibration[:1])
+        self.builder = ArtifactBuilder(self.network, calibration, self.runtime)
         self.space = _space(study, self.network, image, self.builder.layers, self.runtime)
         self._cheap: tuple[Evaluator, ...] = (
             ParamsEvaluator(),
@@ -176,17 +190,6 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     seconds[step] = time.perf_counter() - begin
-
-
-def _splits(study: Study) -> Splits:
-    factory = resolve(study.data.factory)
-    try:
-        splits = factory()
-    except Exception as error:
-        raise StudyError(f"a data factory returns images, got {type(error).__name__}: {error}") from error
-    if not isinstance(splits, Splits):
-        raise StudyError(f"a data factory returns evaluators.data.Splits, got {type(splits).__name__}")
-    return splits
 
 
 def _space(

@@ -98,12 +98,16 @@ def open_session(model: bytes, threads: int, optimize: bool = True) -> onnxrunti
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+_AT_ONCE = 16
+"""So many images go through a network together while its ranges are read: all of its tensors are in memory then."""
+
+
 def activation_ranges(
     model: bytes, tensors: Sequence[str], images: NDArray[np.float32]
 ) -> dict[str, tuple[float, float]]:
     """Returns the lowest and highest value of each of a float model's tensors over `images`, 0 included.
 
-    The extremes are taken inside the graph, so that only two numbers per tensor leave it.
+    The extremes are taken inside the graph, so that only two numbers per tensor leave it, batch by batch.
     """
     import onnx  # a board runs files and makes none, so it has no onnx
     from onnx import TensorProto, helper
@@ -118,8 +122,12 @@ def activation_ranges(
             output = f"range/{operator}/{index}"
             graph.node.append(helper.make_node(operator, [tensor], [output], keepdims=0))
             graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-    found = open_session(proto.SerializeToString(), threads=0, optimize=False).run(None, {source: images})
-    ranges = {name: _with_zero(found[2 * index], found[2 * index + 1]) for index, name in enumerate(names)}
+    session = open_session(proto.SerializeToString(), threads=0, optimize=False)
+    batches = [images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE)]
+    found = np.array([session.run(None, {source: batch}) for batch in batches])
+    ranges = {
+        name: _with_zero(found[:, 2 * index].min(), found[:, 2 * index + 1].max()) for index, name in enumerate(names)
+    }
     return ranges | {source: _with_zero(images.min(), images.max())}
 
 
