@@ -25,7 +25,7 @@ from search.study import Study, StudyError
 from search.training import Progress, cache_folder, trained_network
 from spaces.candidate import Candidate
 from spaces.gates import GateSpace
-from spaces.groups import find_groups
+from spaces.grouping import find_groups
 from spaces.joint import JointSpace
 from spaces.network import ExitNetwork
 from spaces.precision import PrecisionSpace
