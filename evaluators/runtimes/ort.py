@@ -27,6 +27,9 @@ _SIGN_KEEPING = {
     "DequantizeLinear",
 }
 
+_CALIBRATION_BATCH = 16
+"""So many images at a time keep the memory of calibration small."""
+
 
 class OnnxRuntime:
     """Sessions of ONNX Runtime's CPU provider."""
@@ -118,8 +121,11 @@ def activation_ranges(
             output = f"range/{operator}/{index}"
             graph.node.append(helper.make_node(operator, [tensor], [output], keepdims=0))
             graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-    found = open_session(proto.SerializeToString(), threads=0, optimize=False).run(None, {source: images})
-    ranges = {name: _with_zero(found[2 * index], found[2 * index + 1]) for index, name in enumerate(names)}
+    session = open_session(proto.SerializeToString(), threads=0, optimize=False)
+    batches = range(0, len(images), _CALIBRATION_BATCH)
+    found = np.array([session.run(None, {source: images[at : at + _CALIBRATION_BATCH]}) for at in batches])
+    lows, highs = found[:, 0::2].min(axis=0), found[:, 1::2].max(axis=0)
+    ranges = {name: _with_zero(lows[index], highs[index]) for index, name in enumerate(names)}
     return ranges | {source: _with_zero(images.min(), images.max())}
 
 
