@@ -106,6 +106,7 @@ def _search(
 
         display.say(f"Searching study {study.name} within {study.limits} on {study.target.runtime}.")
         bench = Workbench(study, display.step, library)
+        display.say(f"{bench.exit_places} {bench.groups}")
         stored = folder.create()
         _check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
@@ -114,6 +115,7 @@ def _search(
             (folder.path / "study.toml").write_text(text, encoding="utf-8")
             stored.set_user_attr("study", study.model_dump(mode="json"))
             stored.set_user_attr("fingerprint", bench.fingerprint)
+            stored.set_user_attr("structure", bench.structure())
             stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
         search = StoredSearch.read(folder)
         _say_baseline(search.baseline, display)

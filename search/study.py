@@ -49,9 +49,13 @@ class TrainingSection(_Section):
 
 
 class ExitsSection(_Section):
-    """After which modules an exit sits, and how its head is trained on the frozen trunk."""
+    """After which modules an exit sits, and how its head is trained on the frozen trunk.
 
-    after: tuple[str, ...] = ()
+    Where `after` is not given, exits are placed near `shares` of the network's FLOPs; `after = []` is none.
+    """
+
+    after: tuple[str, ...] | None = None
+    shares: tuple[Share, ...] = (1 / 3, 2 / 3)
     grid: Positive = 4
     epochs: Positive = 25
     learning_rate: Annotated[float, Field(gt=0)] = 0.01

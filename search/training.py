@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evaluators.data import LabelledImages, Splits
 from search.objects import resolve, source_of
 from search.study import ExitsSection, Study, StudyError, TrainingSection
+from spaces.cutpoints import CutPoints, check_cut_points, find_cut_points
 from spaces.network import ExitHead, ExitNetwork, feature_channels
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -57,22 +58,36 @@ def trained_network(study: Study, data: Splits, progress: Progress) -> ExitNetwo
         _save(trunk.state_dict(), trunk_file)
     trunk.eval()
     network = with_exits(trunk, study.exits, data)
-    exits_file = folder / f"{study.name}-exits-{_digest(key, study.exits.model_dump_json())}.pt"
-    if study.exits.after and not _load(network.exits, exits_file):
+    exits_key = _digest(key, study.exits.model_dump_json(), *network.cut_points)
+    exits_file = folder / f"{study.name}-exits-{exits_key}.pt"
+    if network.cut_points and not _load(network.exits, exits_file):
         train_exits(network, data.train, study.exits, augment, study.training.seed, progress)
         _save(network.exits.state_dict(), exits_file)
     return network.eval()
+
+
+def exit_places(trunk: nn.Module, exits: ExitsSection, data: Splits) -> CutPoints:
+    """Returns where the study's exits sit: where it says, or else where cut points are found for them.
+
+    Raises:
+        StructureError: an exit sits after no module, after one that gives no feature map, or where it is bypassed.
+    """
+    image = torch.zeros(1, *data.image_shape)
+    if exits.after is None:
+        return find_cut_points(trunk, image, exits.shares)
+    feature_channels(trunk, exits.after, image)
+    return check_cut_points(trunk, image, exits.after)
 
 
 def with_exits(trunk: nn.Module, exits: ExitsSection, data: Splits) -> ExitNetwork:
     """Returns the trunk with an untrained head at each of the study's exits.
 
     Raises:
-        StructureError: an exit sits after no module, or after one that gives no feature map.
+        StructureError: an exit sits where it cannot.
     """
-    image = torch.zeros(1, *data.image_shape)
-    channels = feature_channels(trunk, exits.after, image)
-    return ExitNetwork(trunk, exits.after, [ExitHead(count, data.classes, exits.grid) for count in channels]).eval()
+    after = exit_places(trunk, exits, data).after
+    channels = feature_channels(trunk, after, torch.zeros(1, *data.image_shape))
+    return ExitNetwork(trunk, after, [ExitHead(count, data.classes, exits.grid) for count in channels]).eval()
 
 
 def train(

@@ -4,6 +4,8 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -22,10 +24,11 @@ from search.evaluation import Evaluation
 from search.objects import resolve
 from search.recovery import recalibrate_batch_norm, recovery_images
 from search.study import Study, StudyError
-from search.training import Progress, cache_folder, trained_network
+from search.training import Progress, cache_folder, exit_places, trained_network
 from spaces.candidate import Candidate
 from spaces.gates import GateSpace
 from spaces.grouping import find_groups
+from spaces.groups import Groups
 from spaces.joint import JointSpace
 from spaces.network import ExitNetwork
 from spaces.precision import PrecisionSpace
@@ -55,7 +58,11 @@ class Workbench:
         self.network: ExitNetwork = trained_network(study, self.data, progress)
         image = torch.from_numpy(self.data.calibration.images[:1])
         self.builder = ArtifactBuilder(self.network, self.data.calibration.images, self.runtime)
-        self.space = _space(study, self.network, image, self.builder.layers, self.runtime)
+        progress("Finding the channels that can be cut", 0, 1)
+        self.groups = find_groups(self.network, image, self.builder.disagreement)
+        progress("Finding the channels that can be cut", 1, 1)
+        self.exit_places = exit_places(self.network.trunk, study.exits, self.data)
+        self.space = _space(study, self.network, self.groups, self.builder.layers, self.runtime)
         self._cheap: tuple[Evaluator, ...] = (
             ParamsEvaluator(),
             SizeEvaluator(),
@@ -63,6 +70,14 @@ class Workbench:
         )
         self._accuracy = AccuracyEvaluator()
         self._recovery_images = recovery_images(self.data.train, study.recovery.images)
+
+    def structure(self) -> dict[str, Any]:
+        """Returns, JSON-ready, where the exits are and which channels stay whole."""
+        return {
+            "exits": asdict(self.exit_places),
+            "groups": [group.name for group in self.groups.free],
+            "whole": [asdict(group) for group in self.groups.whole],
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -162,13 +177,11 @@ def _splits(study: Study) -> Splits:
     return splits
 
 
-def _space(
-    study: Study, network: ExitNetwork, image: torch.Tensor, layers: tuple[str, ...], target: Runtime
-) -> JointSpace:
+def _space(study: Study, network: ExitNetwork, groups: Groups, layers: tuple[str, ...], target: Runtime) -> JointSpace:
     able = target.capabilities()
     exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
     return JointSpace(
-        SparsitySpace(network, find_groups(network, image), able.channel_step, study.space.keep_at_least),
+        SparsitySpace(network, groups.free, able.channel_step, study.space.keep_at_least),
         PrecisionSpace(layers, able.precisions),
         GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
     )

@@ -20,7 +20,6 @@ from torch_pruning import _helpers, ops
 from spaces.groups import Axis, ChannelGroup, Groups, Member, WholeGroup
 from spaces.network import layer_name
 
-
 _LOST = "its channels cannot be followed through reshapes"
 _NO_MATCH = "the groups of a grouped convolution do not match its neighbours' channels"
 
@@ -46,7 +45,7 @@ class _Found:
 
 
 def dependency_groups(network: nn.Module, image: Tensor) -> Groups:
-    """Returns the groups of `network`, in the order in which it runs; whether the free ones can be cut is not yet proved.
+    """Returns the groups of `network`, in the order in which it runs; that they can be cut is not yet proved.
 
     The groups that hold a classifier's classes or the image's channels are not among them.
 
@@ -79,7 +78,7 @@ def dependency_groups(network: nn.Module, image: Tensor) -> Groups:
 
 
 def _layers_that_run(network: nn.Module, image: Tensor) -> tuple[list[Layer], set[nn.Module]]:
-    """Returns convolutions and linear layers in the order in which they run, and those whose output is the network's."""
+    """Returns convolutions and linear layers as they run, and those of them whose output is the network's."""
     order: dict[Layer, None] = {}
     made: dict[int, nn.Module] = {}
     kept: list[Tensor] = []  # so that no tensor takes over the identity of one that is gone
@@ -138,7 +137,7 @@ def _walk(graph: Any, root: Layer, walk: Walk, limit: int) -> None:
                 todo.append((dependency.target, dependency.handler, _mapped(new, dependency.index_mapping)))
 
 
-def _mapped(indices: Sequence[Any], mappings: Sequence[Any]) -> Sequence[Any]:
+def _mapped(indices: list[Any], mappings: Sequence[Any]) -> list[Any]:
     for mapping in mappings:
         if mapping is not None and len(indices):
             indices = mapping(indices)

@@ -41,8 +41,8 @@ def find_groups(network: ExitNetwork, image: Tensor, proof: Proof | None = None)
         if proof is not None:
             free, more = cuts.divide(free, lambda groups: proof(sliced(network, groups, halves(groups))))
             whole += more
-    order = {group.name: index for index, group in enumerate([*found.free, *found.whole])}
-    return Groups(tuple(free), (*found.whole, *sorted(whole, key=lambda group: order[group.name])))
+    order = [group.name for group in found.free]
+    return Groups(tuple(free), (*found.whole, *sorted(whole, key=lambda group: order.index(group.name))))
 
 
 def halves(groups: Sequence[ChannelGroup], seed: int = 0) -> dict[str, NDArray[np.int64]]:
@@ -89,9 +89,7 @@ class _Cuts:
             answers = smaller(self._images)
         except Exception as error:
             return "its width is written into the network's forward", _place(smaller, self._images, error)
-        for answer, expected, dense in zip(
-            answers, self._unread(groups, kept)(self._images), self._dense, strict=True
-        ):
+        for answer, expected, dense in zip(answers, self._unread(groups, kept)(self._images), self._dense, strict=True):
             if answer.shape != expected.shape:
                 return "it holds the network's answers", ""
             allowed = _OF_THE_EFFECT * (expected - dense).abs().max() + _OF_THE_SCALE * expected.abs().max()

@@ -57,7 +57,7 @@ def _cut_batch_norm(norm: _BatchNorm, dropped: NDArray[np.int64]) -> None:
     norm.running_var = _buffer(norm.running_var)[keep]
 
 
-def _like(parameter: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
+def _like(parameter: torch.Tensor, values: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 

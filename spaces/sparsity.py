@@ -50,8 +50,10 @@ class SparsitySpace:
         self.groups = tuple(groups)
         self.step = step
         self.minimum = minimum
-        weighted = {group.name: _with_matrices(network, group) for group in groups}
-        self._order = {name: np.argsort(-l2_importance(network, group), kind="stable") for name, group in weighted.items()}
+        self._order = {
+            group.name: np.argsort(-l2_importance(network, _with_matrices(network, group)), kind="stable")
+            for group in groups
+        }
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns one dimension per group that has a choice: its kept channels."""

@@ -243,7 +243,7 @@ def _fold_batch_norms(
             and source not in outputs
             # A convolution that runs twice, or whose weight is computed, cannot take in a norm.
             and all(readers[name] == 1 for name in convolution.input[1:])
-            and parameters.issuperset([*convolution.input[1:], *node.input[1:]])
+            and {*convolution.input[1:], *node.input[1:]} <= parameters
         ):
             folds.append(_fold_into(convolution, node))
             convolution.output[0] = node.output[0]
