@@ -56,6 +56,7 @@ def dependency_groups(network: nn.Module, image: Tensor) -> Groups:
     order, outputs = _layers_that_run(network, image)
     paths = {module: path for path, module in network.named_modules()}
     graph = torch_pruning.DependencyGraph()
+    detail = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -63,13 +64,16 @@ def dependency_groups(network: nn.Module, image: Tensor) -> Groups:
             graph.build_dependency(network, image.clone().requires_grad_(), verbose=False)
     except Exception as error:  # whatever it stumbles over, the network itself is fine
         # Where it stumbled over indices the graph is there; what is wrong in it will not survive being cut.
-        if not any(node.dependencies for node in getattr(graph, "module2node", {}).values()):
-            reason = ("torch-pruning cannot follow this network", f"{type(error).__name__}: {error}")
-            layers = [layer for layer in order if layer not in outputs]
-            return Groups((), tuple(WholeGroup(layer_name(paths[one]), one.weight.shape[0], *reason) for one in layers))
+        detail = f"{type(error).__name__}: {error}"
+    seen = getattr(graph, "module2node", {})
     found, visited = [], set(outputs)
     for root in order:
-        if root in graph.module2node and root not in visited:
+        if root in visited:
+            continue
+        if root not in seen:
+            reason = ("torch-pruning cannot follow the network there", detail)
+            found.append(_Found(layer_name(paths[root]), root.weight.shape[0], reason=reason))
+        else:
             one, made = _group_of(graph, root, paths)
             visited |= made
             if not one.holds_classes and not made & outputs:
@@ -134,7 +138,8 @@ def _walk(graph: Any, root: Layer, walk: Walk, limit: int) -> None:
             raise _WholeError(_LOST, _words(node.module))
         for dependency in node.dependencies if new else ():
             if dependency.is_triggered_by(handler):
-                todo.append((dependency.target, dependency.handler, _mapped(new, dependency.index_mapping)))
+                reached = _mapped(new, dependency.index_mapping)
+                todo += [(dependency.target, dependency.handler, reached)] if reached else []
 
 
 def _mapped(indices: list[Any], mappings: Sequence[Any]) -> list[Any]:

@@ -94,7 +94,7 @@ class _Cuts:
                 return "it holds the network's answers", ""
             allowed = _OF_THE_EFFECT * (expected - dense).abs().max() + _OF_THE_SCALE * expected.abs().max()
             if not (answer - expected).abs().max() <= allowed:
-                return "the network mixes its channels by their number or order", ""
+                return "the network pads, splits or reorders its channels by fixed numbers", ""
         return None
 
     def _unread(self, groups: Sequence[ChannelGroup], kept: dict[str, NDArray[np.int64]]) -> nn.Module:

@@ -198,9 +198,8 @@ def random_network(model: str, size: int) -> nn.Module:
 def print_table(rows: Sequence[Row]) -> None:
     """Prints the table and what it comes to."""
     machine = environment(OnnxRuntime().device())
-    print(
-        f"\n{machine['device']}, {machine['cores']} cores, torch {machine['torch']}, torchvision {torchvision.__version__}"
-    )
+    print(f"\n{machine['device']}, {machine['cores']} cores, torch {machine['torch']},", end=" ")
+    print(f"torchvision {torchvision.__version__}, onnxruntime {machine['onnxruntime']}")
     print("\n| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS))
     for row in sorted(rows, key=lambda row: row.model):
         print("| " + " | ".join(row.cells()) + " |")
