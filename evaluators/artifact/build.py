@@ -151,7 +151,10 @@ class ArtifactBuilder:
 
 
 def _difference(answer: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
-    return float(np.abs(answer - logits).max() / np.abs(logits).max()) if answer.shape == logits.shape else np.nan
+    """Returns the largest difference as a share of the largest logit, or as it is where all logits are 0."""
+    if answer.shape != logits.shape:
+        return np.nan
+    return float(np.abs(answer - logits).max() / (np.abs(logits).max() or 1.0))
 
 
 def _at(precision: str, precisions: Mapping[str, str]) -> list[str]:

@@ -27,7 +27,7 @@ _SIGN_KEEPING = {
     "DequantizeLinear",
 }
 
-_CALIBRATION_BATCH = 16
+_CALIBRATION_BATCH = 4
 """So many images at a time keep the memory of calibration small."""
 
 
