@@ -114,6 +114,8 @@ def _group_of(graph: Any, root: Layer, paths: Mapping[nn.Module, str]) -> tuple[
             _add_member(found, node.module, _axis(node.module, handler), roots, paths)
     except _WholeError as error:
         found.reason = error.args
+    except Exception as error:  # torch-pruning's arithmetic of indices
+        found.reason = (_LOST, f"{type(error).__name__}: {error}")
     made = {node.module for node, handler in walk if _axis(node.module, handler) == "out"}
     return found, {module for module in made if isinstance(module, Layer)}
 

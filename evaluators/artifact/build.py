@@ -16,8 +16,8 @@ from evaluators.target import Runtime
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
 
-_CLOSE = 1e-4
-"""A file and torch may differ by this share of the largest logit."""
+_CLOSE = 1e-3
+"""A file and torch may differ by this share of the largest logit: deep networks amplify what rounding does."""
 
 
 class ArtifactBuilder:
