@@ -116,6 +116,7 @@ def _search(
 
         display.say(f"Searching study {study.name} within {study.limits} on {study.target.runtime}.")
         bench = Workbench(study, display.step, library, display.say, download)
+        display.say(f"{bench.exit_places} {bench.groups}")
         stored = folder.create()
         _check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
@@ -127,6 +128,7 @@ def _search(
             bench.loaded.write(folder.path)
             stored.set_user_attr("study", study.model_dump(mode="json"))
             stored.set_user_attr("fingerprint", bench.fingerprint)
+            stored.set_user_attr("structure", bench.structure())
             stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
         search = StoredSearch.read(folder)
         _say_baseline(search.baseline, bench.data.classes, display)

@@ -82,7 +82,7 @@ class TrainingSection(_Section):
 class ExitsSection(_Section):
     """After which modules an exit sits, and how its head is trained on the frozen trunk.
 
-    Without `after`, exits are placed automatically, at `shares` of the FLOPs; an empty list means no exits. Heads are
+    Where `after` is not given, exits are placed near `shares` of the network's FLOPs; `after = []` is none. Heads are
     trained on at most `images` of the training images.
     """
 

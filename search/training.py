@@ -19,6 +19,7 @@ from search.objects import call, load, source_of
 from search.progress import Progress
 from search.sources.models import Built
 from search.study import ExitsSection, Study, TrainingSection
+from spaces.cutpoints import CutPoints, check_cut_points, find_cut_points
 from spaces.network import ExitHead, ExitNetwork, feature_channels
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -47,8 +48,9 @@ def trained_network(study: Study, built: Built, data: Splits, progress: Progress
         _save(trunk.state_dict(), trunk_file)
     trunk.eval()
     network = with_exits(trunk, study.exits, data)
-    exits_file = folder / f"{study.name}-exits-{_digest(key, study.exits.model_dump_json())}.pt"
-    if network.exit_names and not _load(network.exits, exits_file):
+    exits_key = _digest(key, study.exits.model_dump_json(), *network.cut_points)
+    exits_file = folder / f"{study.name}-exits-{exits_key}.pt"
+    if network.cut_points and not _load(network.exits, exits_file):
         train_exits(network, data.train, study.exits, augment, training.seed if training else 0, progress)
         _save(network.exits.state_dict(), exits_file)
     return network.eval()
@@ -59,14 +61,27 @@ def _augment(reference: str) -> Augment:
     return lambda images, generator: call(lambda: function(images, generator), "augment returns images")
 
 
+def exit_places(trunk: nn.Module, exits: ExitsSection, data: Splits) -> CutPoints:
+    """Returns where the study's exits sit: where it says, or else where cut points are found for them.
+
+    Raises:
+        StructureError: an exit sits after no module, after one that gives no feature map, or where it is bypassed.
+    """
+    image = torch.zeros(1, *data.image_shape)
+    if exits.after is None:
+        return find_cut_points(trunk, image, exits.shares)
+    feature_channels(trunk, exits.after, image)
+    return check_cut_points(trunk, image, exits.after)
+
+
 def with_exits(trunk: nn.Module, exits: ExitsSection, data: Splits) -> ExitNetwork:
     """Returns the trunk with an untrained head at each of the study's exits.
 
     Raises:
-        StructureError: an exit sits after no module, or after one that gives no feature map.
+        StructureError: an exit sits where it cannot.
     """
-    image, after = torch.zeros(1, *data.image_shape), exits.after or ()
-    channels = feature_channels(trunk, after, image)
+    after = exit_places(trunk, exits, data).after
+    channels = feature_channels(trunk, after, torch.zeros(1, *data.image_shape))
     return ExitNetwork(trunk, after, [ExitHead(count, data.classes, exits.grid) for count in channels]).eval()
 
 

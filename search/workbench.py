@@ -4,6 +4,8 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -25,10 +27,11 @@ from search.progress import Progress, Say
 from search.recovery import recalibrate_batch_norm, recovery_images
 from search.sources.prepared import prepare
 from search.study import Study
-from search.training import trained_network
+from search.training import exit_places, trained_network
 from spaces.candidate import Candidate
 from spaces.gates import GateSpace
-from spaces.groups import find_groups
+from spaces.grouping import find_groups
+from spaces.groups import Groups
 from spaces.joint import JointSpace
 from spaces.network import ExitNetwork
 from spaces.precision import PrecisionSpace
@@ -72,7 +75,11 @@ class Workbench:
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
         self.builder = ArtifactBuilder(self.network, calibration, self.runtime)
-        self.space = _space(study, self.network, image, self.builder.layers, self.runtime)
+        progress("Finding the channels that can be cut", 0, 1)
+        self.groups = find_groups(self.network, image, self.builder.disagreement)
+        progress("Finding the channels that can be cut", 1, 1)
+        self.exit_places = exit_places(self.network.trunk, study.exits, self.data)
+        self.space = _space(study, self.network, self.groups, self.builder.layers, self.runtime)
         self._cheap: tuple[Evaluator, ...] = (
             ParamsEvaluator(),
             SizeEvaluator(),
@@ -80,6 +87,14 @@ class Workbench:
         )
         self._accuracy = AccuracyEvaluator()
         self._recovery_images = recovery_images(self.data.train, study.recovery.images)
+
+    def structure(self) -> dict[str, Any]:
+        """Returns, JSON-ready, where the exits are and which channels stay whole."""
+        return {
+            "exits": asdict(self.exit_places),
+            "groups": [group.name for group in self.groups.free],
+            "whole": [asdict(group) for group in self.groups.whole],
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -192,13 +207,11 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = time.perf_counter() - begin
 
 
-def _space(
-    study: Study, network: ExitNetwork, image: torch.Tensor, layers: tuple[str, ...], target: Runtime
-) -> JointSpace:
+def _space(study: Study, network: ExitNetwork, groups: Groups, layers: tuple[str, ...], target: Runtime) -> JointSpace:
     able = target.capabilities()
     exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
     return JointSpace(
-        SparsitySpace(network, find_groups(network, image), able.channel_step, study.space.keep_at_least),
+        SparsitySpace(network, groups.free, able.channel_step, study.space.keep_at_least),
         PrecisionSpace(layers, able.precisions),
         GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
     )

@@ -1,15 +1,17 @@
 """Channels kept per dependency group, in steps that the target likes."""
 
-import copy
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spaces.groups import Axis, ChannelGroup, dropped_positions, is_depthwise
+from spaces.groups import ChannelGroup
 from spaces.network import ExitNetwork
+from spaces.slicing import sliced
 from spaces.space import Dimension, Integer, Value
 
 PREFIX = "channels."
@@ -48,15 +50,18 @@ class SparsitySpace:
         self.groups = tuple(groups)
         self.step = step
         self.minimum = minimum
-        self._order = {group.name: np.argsort(-l2_importance(network, group), kind="stable") for group in groups}
+        self._order = {
+            group.name: np.argsort(-l2_importance(network, _with_matrices(network, group)), kind="stable")
+            for group in groups
+        }
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns one dimension per group that has a choice: its kept channels."""
-        sizes = {group.name: (self.smallest(group), group.channels) for group in self.groups}
+        sizes = [(group, self.smallest(group), group.channels, self._step_of(group)) for group in self.groups]
         return {
-            PREFIX + name: Integer(low, low + (high - low) // self.step * self.step, self.step)
-            for name, (low, high) in sizes.items()
-            if high - low >= self.step
+            PREFIX + group.name: Integer(low, low + (high - low) // step * step, step)
+            for group, low, high, step in sizes
+            if high - low >= step
         }
 
     def smallest(self, group: ChannelGroup) -> int:
@@ -64,9 +69,14 @@ class SparsitySpace:
 
         What remains above it up to the full width divides by the step, so that the dense width is always on offer.
         """
-        steps = int(np.ceil(max(group.channels * self.minimum, 1) / self.step - 1e-9))
-        lowest = steps * self.step + group.channels % self.step
+        step = self._step_of(group)
+        steps = int(np.ceil(max(group.channels * self.minimum, 1) / step - 1e-9))
+        lowest = steps * step + group.channels % step
         return min(lowest, group.channels)
+
+    def _step_of(self, group: ChannelGroup) -> int:
+        """Returns the step for a group, whose channels may stand for several of a layer's."""
+        return self.step // math.gcd(self.step, group.width)
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Returns the kept channels of every group."""
@@ -97,52 +107,11 @@ class SparsitySpace:
         Raises:
             ValueError: a group keeps none of its channels, or more than it has.
         """
-        smaller = copy.deepcopy(network)
-        modules = dict(smaller.named_modules())
-        for path, axes in dropped_positions(self.groups, self.kept(channels)).items():
-            cut(modules[path], axes)
-        return smaller
+        return sliced(network, self.groups, self.kept(channels))
 
 
-def cut(module: nn.Module, dropped: Mapping[Axis, NDArray[np.int64]]) -> None:
-    """Removes channels from a convolution, linear layer or batch norm, in place."""
-    if isinstance(module, nn.BatchNorm2d):
-        _cut_batch_norm(module, dropped["out"])
-    elif isinstance(module, nn.Conv2d | nn.Linear):
-        for axis, positions in dropped.items():
-            _cut_weight(module, 0 if axis == "out" else 1, positions)
-
-
-def _remaining(size: int, dropped: NDArray[np.int64]) -> torch.Tensor:
-    return torch.from_numpy(np.setdiff1d(np.arange(size), dropped))
-
-
-def _cut_batch_norm(norm: nn.BatchNorm2d, dropped: NDArray[np.int64]) -> None:
-    keep = _remaining(norm.num_features, dropped)
-    norm.num_features = len(keep)
-    norm.weight = nn.Parameter(norm.weight.detach()[keep])
-    norm.bias = nn.Parameter(norm.bias.detach()[keep])
-    norm.running_mean = _buffer(norm.running_mean)[keep]
-    norm.running_var = _buffer(norm.running_var)[keep]
-
-
-def _buffer(buffer: torch.Tensor | None) -> torch.Tensor:
-    if buffer is None:
-        raise ValueError("batch norm keeps running statistics, got track_running_stats=False; train it with them")
-    return buffer
-
-
-def _cut_weight(layer: nn.Conv2d | nn.Linear, axis: int, dropped: NDArray[np.int64]) -> None:
-    depthwise = is_depthwise(layer)
-    keep = _remaining(layer.weight.shape[axis], dropped)
-    layer.weight = nn.Parameter(layer.weight.detach().index_select(axis, keep))
-    if axis == 0 and layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias.detach()[keep])
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = layer.weight.shape
-        return
-    layer.out_channels = layer.weight.shape[0]
-    if depthwise:
-        layer.groups = layer.in_channels = layer.out_channels
-    else:
-        layer.in_channels = layer.weight.shape[1]
+def _with_matrices(network: nn.Module, group: ChannelGroup) -> ChannelGroup:
+    """Returns the group without the modules that have one value a channel, such as any batch norm."""
+    modules = dict(network.named_modules())
+    layers = tuple(member for member in group.members if isinstance(modules[member.path], nn.Conv2d | nn.Linear))
+    return replace(group, members=layers)

@@ -27,6 +27,9 @@ _SIGN_KEEPING = {
     "DequantizeLinear",
 }
 
+_CALIBRATION_BATCH = 4
+"""So many images at a time keep the memory of calibration small."""
+
 
 class OnnxRuntime:
     """Sessions of ONNX Runtime's CPU provider."""
@@ -98,7 +101,6 @@ def open_session(model: bytes, threads: int, optimize: bool = True) -> onnxrunti
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-_AT_ONCE = 16
 """So many images go through a network together while its ranges are read: all of its tensors are in memory then."""
 
 
@@ -123,11 +125,10 @@ def activation_ranges(
             graph.node.append(helper.make_node(operator, [tensor], [output], keepdims=0))
             graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
     session = open_session(proto.SerializeToString(), threads=0, optimize=False)
-    batches = [images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE)]
-    found = np.array([session.run(None, {source: batch}) for batch in batches])
-    ranges = {
-        name: _with_zero(found[:, 2 * index].min(), found[:, 2 * index + 1].max()) for index, name in enumerate(names)
-    }
+    batches = range(0, len(images), _CALIBRATION_BATCH)
+    found = np.array([session.run(None, {source: images[at : at + _CALIBRATION_BATCH]}) for at in batches])
+    lows, highs = found[:, 0::2].min(axis=0), found[:, 1::2].max(axis=0)
+    ranges = {name: _with_zero(lows[index], highs[index]) for index, name in enumerate(names)}
     return ranges | {source: _with_zero(images.min(), images.max())}
 
 
