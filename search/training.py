@@ -3,11 +3,10 @@
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import platformdirs
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 
 from evaluators.data import LabelledImages, Splits
 from search.objects import resolve, source_of
+from search.recovery.fitting import Augment, Fitted, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.study import ExitsSection, Study, StudyError, TrainingSection
 from spaces.network import ExitHead, ExitNetwork, feature_channels
-
-Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Progress(Protocol):
@@ -52,15 +50,15 @@ def trained_network(study: Study, data: Splits, progress: Progress) -> ExitNetwo
         platform.machine(),
     )
     trunk_file = folder / f"{study.name}-{key}.pt"
-    if not _load(trunk, trunk_file):
+    if not load_weights(trunk, trunk_file):
         train(trunk, data.train, study.training, augment, trunk_file.with_suffix(".partial.pt"), progress)
-        _save(trunk.state_dict(), trunk_file)
+        save(trunk.state_dict(), trunk_file)
     trunk.eval()
     network = with_exits(trunk, study.exits, data)
     exits_file = folder / f"{study.name}-exits-{_digest(key, study.exits.model_dump_json())}.pt"
-    if study.exits.after and not _load(network.exits, exits_file):
+    if study.exits.after and not load_weights(network.exits, exits_file):
         train_exits(network, data.train, study.exits, augment, study.training.seed, progress)
-        _save(network.exits.state_dict(), exits_file)
+        save(network.exits.state_dict(), exits_file)
     return network.eval()
 
 
@@ -82,33 +80,29 @@ def train(
     augment: Augment | None,
     checkpoint: Path,
     progress: Progress,
-) -> None:
-    """Trains a classifier in place: SGD with Nesterov momentum, one-cycle learning rate, cross-entropy.
+) -> Fitted:
+    """Trains a classifier in place on the cross-entropy; an interrupted training goes on from its last whole epoch.
 
-    After every epoch all that is needed to go on is kept in `checkpoint`, which is removed at the end.
+    Raises:
+        DivergedError: the loss is not finite for the second time.
     """
-    steps = len(data) // settings.batch
-    optimizer = torch.optim.SGD(
-        network.parameters(), settings.learning_rate, 0.9, weight_decay=settings.weight_decay, nesterov=True
+
+    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+        with fast_arithmetic():
+            logits = network(images).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        loss.backward()
+        return float(loss.detach())
+
+    batches = TrainingBatches(data, settings.batch, settings.seed, augment)
+    return fit(
+        network,
+        step,
+        batches,
+        settings,
+        checkpoint,
+        lambda done, total: progress("Training the dense network, once", done, total),
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.epochs * steps
-    )
-    parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    start = _resume(parts, checkpoint)
-    network.train()
-    for epoch in range(start, settings.epochs):
-        progress("Training the dense network, once", epoch, settings.epochs)
-        for images, labels in _batches(data, settings.batch, settings.seed + epoch, augment):
-            loss = F.cross_entropy(network(images), labels, label_smoothing=settings.label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        _save({"epoch": epoch + 1, **{name: part.state_dict() for name, part in parts.items()}}, checkpoint)
-    progress("Training the dense network, once", settings.epochs, settings.epochs)
-    checkpoint.unlink(missing_ok=True)
-    network.eval()
 
 
 def train_exits(
@@ -130,7 +124,8 @@ def train_exits(
     with torch.no_grad():
         for view in range(views):
             progress("Training the exits, once", view, views + 1)
-            for images, classes in _batches(data, 125, seed + view, augment if view else None):
+            batches = TrainingBatches(data, 125, seed, augment if view else None)
+            for images, classes in batches.epoch(view):
                 for collected, feature in zip(features, network.run_trunk(images)[0], strict=True):
                     # A head begins by pooling, so what it sees of a feature map is small.
                     collected.append(F.adaptive_avg_pool2d(feature, exits.grid))
@@ -155,15 +150,6 @@ def _fit_head(head: nn.Module, features: Tensor, labels: Tensor, exits: ExitsSec
         schedule.step()
 
 
-def _batches(data: LabelledImages, size: int, seed: int, augment: Augment | None) -> Iterator[tuple[Tensor, Tensor]]:
-    order = np.random.default_rng(seed).permutation(len(data))
-    generator = torch.Generator().manual_seed(seed)
-    for start in range(0, len(order) - size + 1, size):
-        chosen = order[start : start + size]
-        images = torch.from_numpy(data.images[chosen])
-        yield augment(images, generator) if augment else images, torch.from_numpy(data.labels[chosen])
-
-
 def _seeded(seed: int, factory: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(seed)
     try:
@@ -177,32 +163,3 @@ def _seeded(seed: int, factory: Callable[[], nn.Module]) -> nn.Module:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _load(module: nn.Module, file: Path) -> bool:
-    """Returns whether `file` was there and fitted."""
-    try:
-        module.load_state_dict(torch.load(file, weights_only=True))
-    except FileNotFoundError:
-        return False
-    except Exception:  # a torn or foreign file is as good as none: it is made again
-        return False
-    return True
-
-
-def _resume(parts: dict[str, Any], checkpoint: Path) -> int:
-    """Returns the epoch to go on with, after loading what a checkpoint holds."""
-    try:
-        state = torch.load(checkpoint, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except Exception:  # none, or torn by the crash that it is there for
-        return 0
-    return int(state["epoch"])
-
-
-def _save(content: dict[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    torch.save(content, partial)
-    partial.replace(file)

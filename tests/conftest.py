@@ -13,8 +13,8 @@ from spaces.groups import find_groups
 from spaces.joint import JointSpace
 from spaces.network import ExitHead, ExitNetwork
 from spaces.precision import PrecisionSpace
-from spaces.sparsity import SparsitySpace
 from tests import tiny
+from tests.tiny import sparsity_space
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def builder(network: ExitNetwork, images: torch.Tensor) -> ArtifactBuilder:
 @pytest.fixture(scope="session")
 def space(network: ExitNetwork, image: torch.Tensor, builder: ArtifactBuilder) -> JointSpace:
     return JointSpace(
-        SparsitySpace(network, find_groups(network, image), step=4, minimum=0.25),
+        sparsity_space(network, find_groups(network, image), step=4, minimum=0.25),
         PrecisionSpace(builder.layers, ("fp32", "int8")),
         GateSpace(network.exit_names, 0.5, 0.05),
     )
