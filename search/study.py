@@ -74,7 +74,7 @@ class ExitsSection(_Section):
 class SpaceSection(_Section):
     """What may vary."""
 
-    criterion: str = "l2"
+    criterion: Literal["l1", "l2", "fpgm", "bn_scale", "taylor", "hrank", "obd", "random"] = "l2"
     keep_at_least: Share = 0.25
     lowest_threshold: Share = 0.5
     threshold_step: Share = 0.05
