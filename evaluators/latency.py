@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Self
 
 import numpy as np
@@ -10,11 +10,18 @@ import numpy as np
 from evaluators.latency_cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
 from evaluators.subject import Deployed
-from evaluators.target import Images, Opened, Runtime, Target, TimedBatch
+from evaluators.target import Images, Opened, Proof, Runtime, Spent, Target, TimedBatch
 from evaluators.timing import PairedTiming, Protocol, time_pair
 
 _TURNS_WITH_EXITS = 3
 """With exits, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
+
+
+CLOCKS = {
+    "cpu": "CPU time, or of wall-clock time with several threads",
+    "gpu": "CUDA events, copies included, to which the host's part of a call is added as the wall clock shows it",
+}
+"""What tells work, and what is added to it, by the name that a target's capabilities give it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Reference:
 
     Args:
         model: the deployed file.
-        seconds: its median wall-clock time for `reference_batch` images when the search began.
+        seconds: its median work for `reference_batch` images when the search began, by the clock that ratios are in.
     """
 
     model: bytes
@@ -35,49 +42,94 @@ def reference_batch(batch: int) -> int:
     return -(-batch // 4)
 
 
-def median_seconds(opened: Mapping[str, Opened], images: Images, bursts: int = 60, burst: int = 5) -> dict[str, float]:
-    """Returns the median wall-clock seconds that each artifact takes for `images`; bursts of all of them alternate."""
-    samples: dict[str, list[float]] = {name: [] for name in opened}
+def median_seconds(opened: Mapping[str, Opened], images: Images, bursts: int = 60, burst: int = 5) -> dict[str, Spent]:
+    """Returns what each artifact takes for `images`, medians in seconds; bursts of all of them alternate."""
+    samples: dict[str, list[Spent]] = {name: [] for name in opened}
     for item in opened.values():
         item.seconds(images, 2 * burst)
     for _ in range(bursts):
         for name, item in opened.items():
             samples[name] += item.seconds(images, burst)[1:]
-    return {name: float(np.median(taken)) for name, taken in samples.items()}
+    return {
+        name: Spent(*(float(np.median(of)) for of in zip(*((each.work, each.wall) for each in taken), strict=True)))
+        for name, taken in samples.items()
+    }
+
+
+def slower_launch(launches: Mapping[str, float]) -> list[str]:
+    """Returns, in words, that the way in which a batch is launched is not the fastest, where it is not by 2%."""
+    if len(launches) < 2:
+        return []
+    (way, seconds), (other, others) = list(launches.items())[:2]
+    slower = f"a batch takes {seconds * 1e3:.3f} ms {way}, as it is deployed, and {others * 1e3:.3f} ms {other}"
+    return [slower] if seconds > 1.02 * others else []
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What is kept of a timing: ratios to the reference, and the candidate's seconds by the clock."""
+    """What is kept of a timing: ratios to the reference, and the candidate's seconds by the clocks.
+
+    Args:
+        ratio: of work, candidate to reference.
+        half_width: of its 95% interval, as a share of it.
+        worst_ratio: of the longest path.
+        calls: of the candidate that were counted.
+        work_s: its work, seconds.
+        wait_s: what a caller waits beyond it.
+        worst_wait_s: the same on the longest path.
+        wall_median: seconds on the wall.
+        wall_cv: their standard deviation over their mean.
+        tails: percentiles on the wall, as multiples of what is typical there.
+        launches: median seconds of each way to launch a batch.
+        remarks: on the precisions that layers run in.
+        unproven: layers that do not tell theirs.
+    """
 
     ratio: float
     half_width: float
     worst_ratio: float
     calls: int
     work_s: float
+    wait_s: float
+    worst_wait_s: float
     wall_median: float
-    wall_percentiles: dict[str, float]
+    wall_cv: float
+    tails: dict[str, float]
+    launches: dict[str, float]
     remarks: list[str]
+    unproven: list[str]
 
     @classmethod
-    def of(cls, timing: PairedTiming, dynamic: bool, remarks: list[str]) -> Self:
+    def of(cls, timing: PairedTiming, dynamic: bool, launches: dict[str, float], proof: Proof) -> Self:
         return cls(
             ratio=timing.ratio,
             half_width=timing.half_width,
             worst_ratio=timing.per_input[-1] if dynamic else timing.ratio,
             calls=len(timing.wall_s),
             work_s=timing.work_s,
+            wait_s=timing.wait_s,
+            worst_wait_s=timing.waits_s[-1] if dynamic else timing.wait_s,
             wall_median=timing.wall_percentile(50),
-            wall_percentiles={f"p{percent}": timing.wall_percentile(percent) for percent in (90, 95, 99)},
-            remarks=remarks,
+            wall_cv=timing.wall_cv,
+            tails={f"p{p}": timing.wall_percentile(p) / timing.typical_wall_s for p in (90, 95, 99)},
+            launches=launches,
+            remarks=proof.remarks(),
+            unproven=list(proof.unproven),
         )
 
 
 class LatencyEvaluator:
-    """Seconds per batch.
+    """Seconds per batch that a caller waits.
 
-    A candidate's latency is its ratio to the reference times what the reference took when the search began. So all
-    trials of a search are told at one speed of the machine, however that drifts.
+    A candidate's work is its ratio to the reference times the work of the reference when the search began, by the same
+    clock: the CPU's, or the GPU's events. So all trials of a search are told at one speed of the machine, however that
+    drifts. On a GPU a call has a part on the host as well: the copy into page-locked memory, the launch, the wait.
+    It does not shrink with the network, so it is added as it was, not scaled: scaled with the reference's, it would
+    make a network of half the kernels look as if it were launched in half the time. On a CPU what the wall clock
+    shows beyond the work is other programs' time, and is left out.
+
+    Percentiles are the wall clock's, in multiples of what is typical on it, times the latency: in a slow minute the
+    bare ones would stand apart from a latency that is told at the reference's speed.
 
     Args:
         references: by precision; a candidate is compared with the one that most of its layers share.
@@ -101,7 +153,9 @@ class LatencyEvaluator:
         self.protocol = protocol or Protocol()
         self._runtime = runtime
         self._target = target
-        self._cache = cache if runtime.capabilities().compiles else None
+        able = runtime.capabilities()
+        self._clock = able.clock
+        self._cache = cache if able.compiles else None
 
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
@@ -109,32 +163,51 @@ class LatencyEvaluator:
         dynamic = bool(subject.artifact.exits)
         found, known = self._known(subject, precision)
         reference_s = self.references[precision].seconds
-        how = "; kept from an earlier measurement of the same shapes" if known else ""
+        value = self._waited(found.ratio, found.wait_s, reference_s)
         return Measurement(
             metric="latency",
-            value=found.ratio * reference_s,
+            value=value,
             statistic="expected over the validation images" if dynamic else "median",
             n=found.calls,
             spread=found.half_width / 1.96 * found.ratio * reference_s,
             target=str(subject.target),
-            protocol=f"{self._protocol(dynamic)}; reference: dense {precision}, {reference_s * 1e3:.3f} ms{how}",
-            others={**found.wall_percentiles, "worst": found.worst_ratio * reference_s},
+            protocol=self._told(precision, dynamic, known, found),
+            others={
+                **{name: tail * value for name, tail in found.tails.items()},
+                "worst": self._waited(found.worst_ratio, found.worst_wait_s, reference_s),
+            },
             # Work by the CPU's or GPU's own clock and time on the wall, apart, as they were at that moment.
             notes={
                 "ratio": found.ratio,
                 "half_width": found.half_width,
                 "work_s": found.work_s,
+                "wait_s": found.wait_s,
                 "wall_median": found.wall_median,
+                "wall_cv": found.wall_cv,
+                **{f"seconds {way}": seconds for way, seconds in found.launches.items()},
             },
-            remarks=tuple(found.remarks),
+            remarks=(*found.remarks, *slower_launch(found.launches)),
+            unproven=tuple(found.unproven),
         )
+
+    def _waited(self, ratio: float, wait_s: float, reference_s: float) -> float:
+        return ratio * reference_s + (wait_s if self._clock == "gpu" else 0.0)
+
+    def _told(self, precision: str, dynamic: bool, known: bool, found: _Found) -> str:
+        clock = CLOCKS[self._clock]
+        reference = f"dense {precision}, {self.references[precision].seconds * 1e3:.3f} ms of {clock}"
+        told = [str(self._protocol(dynamic)), f"reference: {reference}"]
+        told.append("percentiles: the wall clock's, over its own median, times the latency")
+        told += [f"launched {way}, as it is deployed" for way in list(found.launches)[:1]]
+        return "; ".join([*told, *(["kept from an earlier measurement of the same shapes"] if known else [])])
 
     def _known(self, subject: Deployed, precision: str) -> tuple[_Found, bool]:
         """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
         if self._cache is None or subject.artifact.exits:
             return self._fresh(subject, precision), False
         reference = self.references[precision].model
-        circumstances = (self._runtime.version(), str(subject.target), str(self.protocol))
+        form = " ".join(field.name for field in fields(_Found))  # what another form kept cannot be read
+        circumstances = (self._runtime.version(), str(subject.target), str(self.protocol), form)
         key = structure_key([*subject.artifact.deployed, reference], *circumstances)
         kept = self._cache.find(key)
         if kept is not None:
@@ -146,8 +219,8 @@ class LatencyEvaluator:
     def _fresh(self, subject: Deployed, precision: str) -> _Found:
         timing = self._time(subject, precision)
         batch = subject.validation.images[: subject.target.batch]
-        differences = subject.opened.differences(batch, subject.artifact.precisions)
-        return _Found.of(timing, bool(subject.artifact.exits), differences)
+        proof = subject.opened.proof(batch, subject.artifact.precisions)
+        return _Found.of(timing, bool(subject.artifact.exits), subject.opened.launches(batch), proof)
 
     def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""

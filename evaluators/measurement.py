@@ -60,6 +60,7 @@ class Measurement:
         protocol: how, in one line.
         notes: further facts, such as the share of inputs that leaves at each exit.
         remarks: what makes the value doubtful, in words; none is best.
+        unproven: nodes of the deployed graph whose precision the runtime does not tell.
     """
 
     metric: str
@@ -72,6 +73,7 @@ class Measurement:
     others: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    unproven: tuple[str, ...] = ()
 
     def statistic_value(self, statistic: str) -> float:
         """Returns one statistic of the metric, its default one included.
@@ -93,9 +95,11 @@ class Measurement:
             "others": dict(self.others),
             "notes": dict(self.notes),
             "remarks": list(self.remarks),
+            "unproven": list(self.unproven),
         }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """Returns the measurement that `to_dict` described."""
-        return cls(**{**content, "remarks": tuple(content.get("remarks", ()))})
+        lines = {name: tuple(content.get(name, ())) for name in ("remarks", "unproven")}
+        return cls(**{**content, **lines})

@@ -97,7 +97,7 @@ def _measure(folder: Path) -> dict[str, Any]:
         time.sleep(_PAUSE_S if occasion else 0)
         found.append(evaluator.measure(subject))
     middle = sorted(found, key=lambda measurement: measurement.value)[OCCASIONS // 2]
-    speed = statistics.median(now[name] / reference.seconds for name, reference in references.items())
+    speed = statistics.median(now[name].work / reference.seconds for name, reference in references.items())
     return {"latency": middle.to_dict(), "speed": speed}
 
 

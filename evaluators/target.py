@@ -42,6 +42,9 @@ class Capabilities:
         int8_channels: the fewest input and output channels with which a layer may be int8.
         sparse_2_4: whether two zeros in each four weights along the input channels make a layer faster.
         compiles: whether loading compiles for the device, so that a known latency is worth keeping.
+        clock: what work is told by. `cpu`: the CPU time of the calling thread, or the wall clock where several threads
+            share the work; that is all a caller waits for, other programs aside. `gpu`: the device's own events; a
+            caller waits for the host's part of a call as well.
     """
 
     precisions: tuple[str, ...]
@@ -52,6 +55,7 @@ class Capabilities:
     int8_channels: int = 1
     sparse_2_4: bool = False
     compiles: bool = False
+    clock: Literal["cpu", "gpu"] = "cpu"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,34 @@ class TimedBatch:
     longest: bool = False
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a call took, or the median of several: seconds of work by the runtime's clock, and on the wall."""
+
+    work: float
+    wall: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """In which precision layers really run, as far as the runtime tells.
+
+    Args:
+        differences: in words, every layer that does not run in the precision that it was written in.
+        unproven: the nodes inside a fused region, whose precision the runtime does not tell.
+    """
+
+    differences: tuple[str, ...] = ()
+    unproven: tuple[str, ...] = ()
+
+    def remarks(self) -> list[str]:
+        """Returns the differences, and one line for all that is unproven."""
+        count = len(self.unproven)
+        layers = "1 layer runs" if count == 1 else f"{count} layers run"
+        hidden = f"{layers} inside a fused region whose precision TensorRT does not tell"
+        return [*self.differences, *([hidden] if count else [])]
+
+
 class Opened(Protocol):
     """An artifact, loaded where it will run: here, or on a board."""
 
@@ -94,8 +126,15 @@ class Opened(Protocol):
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
         ...
 
-    def seconds(self, images: Images, calls: int) -> list[float]:
-        """Returns the wall-clock seconds of each of `calls` runs on one batch."""
+    def seconds(self, images: Images, calls: int) -> list[Spent]:
+        """Returns what each of `calls` runs on one batch took."""
+        ...
+
+    def launches(self, images: Images) -> dict[str, float]:
+        """Returns the median wall-clock seconds of each way to launch a batch, the one that is deployed first.
+
+        There is nothing to tell where there is one way only.
+        """
         ...
 
     def turns(
@@ -109,8 +148,8 @@ class Opened(Protocol):
         """Returns turns between some batches and the reference on the first `reference_batch` images, warmed up."""
         ...
 
-    def differences(self, images: Images, precisions: Mapping[str, str]) -> list[str]:
-        """Returns, in words, every layer that does not run in the precision that it was written in.
+    def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
+        """Returns which layers do not run in the precision that they were written in, or do not tell.
 
         Args:
             images: one batch, as large as those that are deployed.

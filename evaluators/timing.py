@@ -89,6 +89,9 @@ class PairedTiming:
         half_width: of the ratio's 95% interval, as a share of it.
         per_input: the ratio of each input alone.
         work_s: seconds of the candidate's work by its own clock, the CPU's or the GPU's.
+        shares: how often each input occurs.
+        waits_s: for each input, the median wall-clock seconds of a call beyond its work, at least 0.
+        typical_wall_s: wall-clock seconds of a call: each input's median, at its weight.
         wall_s: wall-clock seconds of the candidate's counted calls.
         wall_weights: how much each of them counts.
     """
@@ -97,8 +100,22 @@ class PairedTiming:
     half_width: float
     per_input: tuple[float, ...]
     work_s: float
+    shares: tuple[float, ...]
+    waits_s: tuple[float, ...]
+    typical_wall_s: float
     wall_s: Floats
     wall_weights: Floats
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that a caller waits beyond the work, every input at its weight."""
+        return float(np.dot(self.waits_s, self.shares))
+
+    @property
+    def wall_cv(self) -> float:
+        """The coefficient of variation of the wall-clock time: its standard deviation over its mean."""
+        mean = np.average(self.wall_s, weights=self.wall_weights)
+        return float(np.sqrt(np.average((self.wall_s - mean) ** 2, weights=self.wall_weights)) / mean)
 
     def wall_percentile(self, percent: float) -> float:
         """Returns a percentile of the candidate's wall-clock time, in seconds, every input at its weight."""
@@ -205,12 +222,17 @@ def _half_width(ratios: Floats, shares: Floats, rng: np.random.Generator) -> flo
 def _result(turns: Sequence[Turn], shares: Floats, half_width: float) -> PairedTiming:
     per_input = np.median([turn.ratios for turn in turns], axis=0)
     walls = np.array([turn.walls for turn in turns])
+    works = np.array([turn.works for turn in turns])
+    waits = np.maximum(np.median(np.median(walls, axis=2) - works, axis=0), 0)
     count, _, counted = walls.shape
     return PairedTiming(
         ratio=float(per_input @ shares),
         half_width=half_width,
         per_input=tuple(float(ratio) for ratio in per_input),
-        work_s=float(np.median([turn.works for turn in turns], axis=0) @ shares),
+        work_s=float(np.median(works, axis=0) @ shares),
+        shares=tuple(float(share) for share in shares),
+        waits_s=tuple(float(wait) for wait in waits),
+        typical_wall_s=float(np.median(walls, axis=(0, 2)) @ shares),
         wall_s=walls.ravel(),
         wall_weights=np.broadcast_to(shares[None, :, None] / (count * counted), walls.shape).ravel(),
     )

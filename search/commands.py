@@ -19,7 +19,17 @@ from search.front import PREFERENCES, Version, choose, feasible, nearest_miss, p
 from search.sampler import check_sampler
 from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
 from search.study import Study, finetuning, load_study
-from search.text import HEADINGS, broken_limits, front_row, front_table, milliseconds, percent, points, size
+from search.text import (
+    HEADINGS,
+    broken_limits,
+    examined_layers,
+    front_row,
+    front_table,
+    milliseconds,
+    percent,
+    points,
+    size,
+)
 from spaces.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,6 +124,8 @@ def _search(
         display.say(f"Recovery of pruned versions: {bench.recovery.effort}.")
         if "baseline" not in stored.user_attrs:
             display.say("Measuring the dense network...")
+            if bench.examines:
+                display.say(f"Looking for layers slower in a lower precision: at most {bench.examination_limit}.")
             (folder.path / "study.toml").write_text(text, encoding="utf-8")
             stored.set_user_attr("study", study.model_dump(mode="json"))
             stored.set_user_attr("fingerprint", bench.fingerprint)
@@ -159,6 +171,8 @@ def _say_baseline(baseline: Baseline, display: Display) -> None:
         f"Dense network: {milliseconds(measured['latency'].value)} per batch on {measured['latency'].target},"
         f" accuracy {percent(measured['accuracy'].value)}."
     )
+    if baseline.examined is not None:
+        display.say(examined_layers(baseline.examined))
     half_width = measured["latency"].notes["half_width"]
     if half_width > 0.1:
         display.say(f"Careful: its latency is known to within {half_width:.0%} only; fewer threads are timed better.")
@@ -268,6 +282,7 @@ def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:
         f"{bundle} on {found.target}:",
         f"  latency   {milliseconds(found.latency_s)} per batch ({tails}; {found.calls} batches)",
         f"  accuracy  {share} on {found.images} check images: {found.correct} right, {found.expected} when it was made",
+        *(f"  launch    {milliseconds(seconds)} per batch {way}" for way, seconds in found.launches.items()),
         *(f"  {remark}" for remark in found.remarks),
     ]
     Console().print("\n".join(lines), highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from evaluators.latency import LatencyEvaluator
 from evaluators.measurement import Measurement
+from evaluators.placement import Examined
 from search.budget import Budget
 from search.environment import environment
 from search.evaluation import Evaluation
@@ -20,6 +21,7 @@ from search.sampler import distributions, first_guesses, sampler
 from search.store import Baseline, versions_of
 from search.workbench import Workbench
 from spaces.candidate import Candidate
+from spaces.joint import JointSpace
 
 REPEATED_FAILURES = 10
 """So many failures in a row, all for one reason, end a search."""
@@ -79,7 +81,9 @@ class Coordinator:
         self._budget: Budget = bench.study.limits
         self._observers = observers
         self._latency: LatencyEvaluator = bench.latency_evaluator(baseline.reference_seconds)
-        self._distributions = distributions(bench.space)
+        # From the journal, so that a search that goes on has the space that it began with.
+        self._space = narrowed(bench.space, baseline.examined)
+        self._distributions = distributions(self._space)
         self._known: dict[str, Version] = {
             version.evaluation.candidate.key: version for version in versions_of(stored.get_trials(deepcopy=False))
         }
@@ -95,7 +99,7 @@ class Coordinator:
             Why it ended. An interrupt ends it too: the trial in flight is done again when the search goes on.
         """
         put_right_running(self._stored)
-        for guess in first_guesses(self._bench.space):
+        for guess in first_guesses(self._space):
             self._stored.enqueue_trial(guess, skip_if_exists=True)
         begin = time.monotonic()
         with Interrupts() as self._interrupts:
@@ -120,7 +124,7 @@ class Coordinator:
         trial = self._stored.ask(self._distributions)
         self._overhead["ask"] += time.monotonic() - begin
         try:
-            candidate = self._bench.space.candidate(trial.params)
+            candidate = self._space.candidate(trial.params)
             known = self._known.get(candidate.key)
             with self._interrupts.allowed():
                 evaluation = known.evaluation if known else self._measure(candidate)
@@ -175,6 +179,13 @@ def is_counted(trial: FrozenTrial) -> bool:
     return trial.state.is_finished() and "interrupted" not in trial.user_attrs
 
 
+def narrowed(space: JointSpace, examined: Examined | None) -> JointSpace:
+    """Returns the space without the precisions in which a layer was slower."""
+    if examined is None:
+        return space
+    return space.narrowed(examined.allowed(space.precision.layers, space.precision.precisions))
+
+
 def put_right_running(stored: optuna.Study) -> None:
     """Gives up trials that a stopped process left running, and queues the same proposals again."""
     for trial in stored.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -194,9 +205,12 @@ def put_right_running(stored: optuna.Study) -> None:
 
 def measure_baseline(bench: Workbench) -> Baseline:
     """Returns the dense network's figures, on the same target and by the same protocol as every candidate."""
-    seconds = bench.time_references()
+    spent = bench.time_references()
+    seconds = {name: taken.work for name, taken in spent.items()}
     latency = bench.latency_evaluator(seconds)
     dense = bench.evaluate(bench.space.dense(), latency, lambda _measured: False)
     precision = bench.space.precision.precisions[0]
     same = latency.same_twice(precision, bench.data.validation.images[: bench.target.batch])
-    return Baseline(dense, seconds, same, environment(bench.runtime.device()))
+    walls = {name: taken.wall for name, taken in spent.items()}
+    examined = bench.examine() if bench.examines else None
+    return Baseline(dense, seconds, same, environment(bench.runtime.device()), walls, examined)

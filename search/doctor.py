@@ -18,25 +18,38 @@ def examine(console: Console, target: str | None) -> None:
     table = Table(title="targets", title_justify="left")
     for heading in ("target", "here", "device", "precisions", "channels in", "notes"):
         table.add_column(heading)
+    missing: dict[str, str] = {}
     for name in [target] if target else RUNTIMES:
-        table.add_row(name, *_row(name))
+        table.add_row(name, *_row(name, missing))
     for name, device in ({} if target else _LATER).items():
         installed = "its package is installed" if importlib.util.find_spec(name) else "its package is not installed"
         table.add_row(name, "no", device, "", "", f"this version does not measure on it yet; {installed}")
     console.print(table)
+    for name, reason in missing.items():  # below the table, where a command can be copied whole
+        console.print(f"{name} is not here: {reason}", highlight=False, soft_wrap=True)
     for name, value in environment("").items():
         if value:
             console.print(f"{name}: {value}", highlight=False)
-    console.print(f"trained networks are kept in {cache_folder()}", highlight=False, soft_wrap=True)
+    console.print(
+        f"trained networks, measured latencies and timing caches are kept in {cache_folder()}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
-def _row(name: str) -> tuple[str, str, str, str, str]:
+def _row(name: str, missing: dict[str, str]) -> tuple[str, str, str, str, str]:
+    """Returns a target's row; where it is not here, `missing` gets the reason."""
     try:
         found = runtime(name)
     except (TargetError, ImportError) as error:
-        return "no", "", "", "", str(error)
+        missing[name] = str(error).removeprefix(f"target {name!r} is not available here: ")
+        return "no", "", "", "", "see below"
     able = found.capabilities()
     notes = [found.version()]
+    if able.sparse_2_4:
+        notes.append("2:4 sparsity")
+    if able.int8_channels > 1:
+        notes.append(f"int8 from {able.int8_channels} channels on")
     if able.weight_bits < 8:
         notes.append(f"int8 weights in {able.weight_bits} bits, because this CPU has no VNNI")
     return "yes", found.device(), ", ".join(able.precisions), f"steps of {able.channel_step}", "; ".join(notes)

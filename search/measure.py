@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.data import LabelledImages
+from evaluators.latency import slower_launch
 from evaluators.subject import Answers, ask
 from evaluators.target import Opened, Runtime, runtime
 from evaluators.timing import Floats, weighted_percentile
@@ -30,6 +31,7 @@ class Found:
         correct: right answers to the check images.
         images: how many check images there are.
         expected: right answers when the bundle was made.
+        launches: median seconds of each way to launch a batch, the deployed one first; empty with one way only.
         remarks: what is worth knowing about it.
     """
 
@@ -40,6 +42,7 @@ class Found:
     correct: int
     images: int
     expected: int
+    launches: dict[str, float]
     remarks: list[str]
 
 
@@ -63,6 +66,7 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
         check = LabelledImages(stored["images"], stored["labels"])
     answers = ask(opened, len(stages), check, batch)
     seconds, weights = _time(opened, answers, check, batch)
+    launches = opened.launches(check.images[:batch])
     return Found(
         target=f"{library.version()} on {library.device()}, batch {batch}",
         latency_s=_typical(seconds, weights, dynamic=len(stages) > 1),
@@ -71,7 +75,8 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
         correct=int(answers.correct.sum()),
         images=len(check),
         expected=description["check"]["correct"],
-        remarks=_remarks(library),
+        launches=launches,
+        remarks=[*slower_launch(launches), *_remarks(library)],
     )
 
 
@@ -83,7 +88,14 @@ def _read(folder: Path) -> dict[str, Any]:
     file = folder / "bundle.json"
     if not file.is_file():
         raise UserError(f"a bundle is a folder that `pick` wrote, got {folder}, which has no bundle.json")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        needed = [*found["deployed"], "check.npz"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"a bundle.json is what `pick` wrote, got {file}: {error}; pick again") from error
+    lacking = [name for name in needed if not (folder / name).is_file()]
+    if lacking:
+        raise UserError(f"a bundle is whole, got {folder} without {', '.join(lacking)}; copy all of it, or pick again")
     return found
 
 
@@ -99,7 +111,7 @@ def _time(opened: Opened, answers: Answers, check: LabelledImages, batch: int) -
     each = max(CALLS // len(answers.profiles), 5)
     for start, count in answers.profiles:
         taken = opened.seconds(check.images[start : start + batch], each + 1)[1:]
-        seconds += taken
+        seconds += [spent.wall for spent in taken]
         weights += [count / len(taken)] * len(taken)
     return np.array(seconds), np.array(weights)
 

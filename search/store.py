@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self
@@ -15,6 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluators.placement import Examined
 from search.budget import Budget
 from search.evaluation import Evaluation
 from search.front import Version
@@ -155,15 +156,19 @@ class Baseline:
 
     Args:
         evaluation: by the same protocol as every candidate.
-        reference_seconds: median seconds per batch of each reference.
+        reference_seconds: median work of each reference, by the clock that ratios are in.
         same_twice: the ratio of a reference to itself.
         environment: the machine and the versions.
+        reference_wall: median wall-clock seconds of each reference, beside its work.
+        examined: which layers were slower in a lower precision, and so never run in it; None where nobody looked.
     """
 
     evaluation: Evaluation
     reference_seconds: dict[str, float]
     same_twice: float
     environment: dict[str, str]
+    reference_wall: dict[str, float] = field(default_factory=dict)
+    examined: Examined | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -172,12 +177,16 @@ class Baseline:
             "reference_seconds": self.reference_seconds,
             "same_twice": self.same_twice,
             "environment": self.environment,
+            "reference_wall": self.reference_wall,
+            "examined": self.examined.to_dict() if self.examined else None,
         }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:
         """Returns the baseline that `to_dict` described."""
-        return cls(**content | {"evaluation": Evaluation.from_dict(content["evaluation"])})
+        examined = Examined.from_dict(content["examined"]) if content.get("examined") else None
+        evaluation = Evaluation.from_dict(content["evaluation"])
+        return cls(**content | {"evaluation": evaluation, "examined": examined})
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ class SpaceSection(_Section):
     keep_at_least: Share = 0.25
     lowest_threshold: Share = 0.5
     threshold_step: Share = 0.05
+    drop_slower: bool = True
+    """Whether a layer loses the precisions in which it measures slower."""
 
 
 class TargetSection(_Section):

@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 
 from evaluators.measurement import Measurement
+from evaluators.placement import Examined
 from search.budget import Budget, Constraint
 from search.front import Version
 from spaces.candidate import Candidate
@@ -26,6 +27,20 @@ def percent(share: float) -> str:
 def points(difference: float) -> str:
     """Returns a difference of shares in points, signed: `-0.29`."""
     return f"{difference * 100:+.2f}"
+
+
+def examined_layers(examined: Examined) -> str:
+    """Returns, in a line, which layers run in fewer precisions because these were slower, and by how much."""
+    cost = f"{examined.timings} timings, {examined.seconds:.1f} s"
+    if not examined.slower:
+        return f"No layer is measurably slower in a lower precision ({cost})."
+    found = [
+        f"{' + '.join(each.layers)} not in {each.precision} (with {'them' if len(each.layers) > 1 else 'it'} in"
+        f" {each.instead} the network takes {each.ratio:.3f} ± {each.ratio * each.half_width:.3f} of its time)"
+        for each in examined.slower
+    ]
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"Left out as slower: {'; '.join(found[:3])}{more} ({cost})."
 
 
 def count(value: float) -> str:

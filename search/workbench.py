@@ -13,13 +13,15 @@ from evaluators.artifact import Artifact
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.qdq import Ranges
 from evaluators.data import Splits
+from evaluators.examiner import LIMIT_S, PlacementExaminer
 from evaluators.flops import FlopsEvaluator
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.latency_cache import LatencyCache
 from evaluators.measurement import Measurement
+from evaluators.placement import TIMINGS, Examined
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Evaluator, Subject
-from evaluators.target import Runtime, Target, runtime
+from evaluators.target import Runtime, Spent, Target, runtime
 from search.evaluation import Evaluation
 from search.objects import resolve, source_of
 from search.recovery import Ground, Recovery, effort_of, recovery
@@ -54,6 +56,7 @@ class Workbench:
 
     def __init__(self, study: Study, progress: Progress, library: Runtime | None = None) -> None:
         self.study = study
+        self._progress = progress
         self.runtime: Runtime = library or runtime(study.target.runtime)
         self.target = Target(study.target.runtime, self.runtime.device(), study.target.batch, study.target.threads)
         self.data: Splits = _splits(study)
@@ -114,8 +117,8 @@ class Workbench:
             for precision in self.space.precision.precisions
         }
 
-    def time_references(self) -> dict[str, float]:
-        """Returns the median seconds per batch of each reference, timed side by side."""
+    def time_references(self) -> dict[str, Spent]:
+        """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
         images = self.data.validation.images[: reference_batch(self.target.batch)]
         opened = {
             name: self.runtime.open(item.deployed, [], self.target.threads) for name, item in self.references().items()
@@ -129,6 +132,30 @@ class Workbench:
             for name, artifact in self.references().items()
         }
         return LatencyEvaluator(references, self.runtime, self.target, cache=LatencyCache(cache_folder() / "latencies"))
+
+    @property
+    def examines(self) -> bool:
+        """Whether a search begins with a look for layers that are slower in a lower precision."""
+        return self.study.space.drop_slower and len(self.space.precision.precisions) > 1
+
+    @property
+    def examination_limit(self) -> str:
+        """What that costs at most."""
+        return f"{TIMINGS} timings and {LIMIT_S[self.runtime.capabilities().compiles]:.0f} s for each precision"
+
+    def examine(self) -> Examined:
+        """Returns which layers are slower in a lower precision, measured now or kept from the same network."""
+        examiner = PlacementExaminer(
+            self.builder,
+            self.network,
+            self.space.dense(),
+            self.space.precision.precisions,
+            self.runtime,
+            self.target,
+            self.data.validation.images,
+            LatencyCache(cache_folder() / "placements"),
+        )
+        return examiner.examine(self._progress)
 
     def compress(self, candidate: Candidate, more: FinetuneSection | None = None) -> ExitNetwork:
         """Returns the candidate's network in torch, recovered as the study says.

@@ -1,12 +1,12 @@
 """All three freedoms in one space."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.gates import GateSpace
 from spaces.network import ExitNetwork
-from spaces.precision import PrecisionSpace
-from spaces.space import Choice, Dimension, Integer, Value
+from spaces.precision import PREFIX, PrecisionSpace
+from spaces.space import Choice, Dimension, Integer, Real, Value
 from spaces.sparsity import SparsitySpace
 
 
@@ -60,8 +60,15 @@ class JointSpace:
         """
         values: dict[str, Value] = {}
         for name, dimension in self.dimensions().items():
-            values[name] = _nearest(dimension, keep, precision, threshold)
+            if isinstance(dimension, Choice):
+                values[name] = self.precision.nearest(name.removeprefix(PREFIX), precision)
+            else:
+                values[name] = _nearest(dimension, keep, threshold)
         return values
+
+    def narrowed(self, allowed: Mapping[str, Sequence[str]]) -> "JointSpace":
+        """Returns the space with only these precisions left to each layer."""
+        return JointSpace(self.sparsity, self.precision.without(allowed), self.gates)
 
     def apply(self, network: ExitNetwork, candidate: Candidate) -> ExitNetwork:
         """Returns the compressed network in torch; precision and thresholds take effect in the artifact.
@@ -72,9 +79,7 @@ class JointSpace:
         return self.sparsity.apply(network, candidate.channels)
 
 
-def _nearest(dimension: Dimension, keep: float, precision: str, threshold: float) -> Value:
-    if isinstance(dimension, Choice):
-        return precision if precision in dimension.choices else dimension.choices[0]
+def _nearest(dimension: Integer | Real, keep: float, threshold: float) -> Value:
     wanted = keep * dimension.high if isinstance(dimension, Integer) else threshold
     steps = round((wanted - dimension.low) / dimension.step)
     nearest = min(max(dimension.low + steps * dimension.step, dimension.low), dimension.high)

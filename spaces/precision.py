@@ -21,20 +21,29 @@ class PrecisionSpace:
     Args:
         layers: their names.
         precisions: what the target can run, the reference first.
+        allowed: what is left of them for some layers, in the same order; all of them for every other layer.
     """
 
-    def __init__(self, layers: Sequence[str], precisions: Sequence[str]) -> None:
+    def __init__(
+        self, layers: Sequence[str], precisions: Sequence[str], allowed: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         self.layers = tuple(layers)
         self.precisions = tuple(precisions)
+        self.allowed = {layer: tuple((allowed or {}).get(layer, self.precisions)) for layer in self.layers}
 
     def dimensions(self) -> dict[str, Dimension]:
-        """Returns one choice per layer; none where the target has one precision only."""
-        if len(self.precisions) == 1:
-            return {}
-        return {PREFIX + layer: Choice(self.precisions) for layer in self.layers}
+        """Returns one choice per layer; none where one precision only is left."""
+        return {PREFIX + layer: Choice(left) for layer, left in self.allowed.items() if len(left) > 1}
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Returns the precision of every layer."""
-        if len(self.precisions) == 1:
-            return dict.fromkeys(self.layers, self.precisions[0])
-        return {layer: values[PREFIX + layer] for layer in self.layers}
+        return {layer: values[PREFIX + layer] if len(left) > 1 else left[0] for layer, left in self.allowed.items()}
+
+    def nearest(self, layer: str, precision: str) -> str:
+        """Returns the precision itself where it is left to the layer, else the next one above it that is."""
+        above = self.precisions[: self.precisions.index(precision) + 1] if precision in self.precisions else ()
+        return next((each for each in reversed(above) if each in self.allowed[layer]), self.allowed[layer][0])
+
+    def without(self, allowed: Mapping[str, Sequence[str]]) -> "PrecisionSpace":
+        """Returns the same layers with only these precisions left to them."""
+        return PrecisionSpace(self.layers, self.precisions, allowed)

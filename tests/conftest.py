@@ -1,11 +1,17 @@
+import ctypes
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from evaluators.artifact.build import ArtifactBuilder
+from evaluators.runtimes import trt
 from evaluators.runtimes.ort import OnnxRuntime
+from search.cli import run
 from search.study import Study
 from search.workbench import Workbench
 from spaces.gates import GateSpace
@@ -14,6 +20,8 @@ from spaces.joint import JointSpace
 from spaces.network import ExitHead, ExitNetwork
 from spaces.precision import PrecisionSpace
 from tests import tiny
+from tests.scripted_gpu import ScriptedGpu
+from tests.scripted_tensorrt import ScriptedTensorRT
 from tests.tiny import sparsity_space
 
 
@@ -59,3 +67,42 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bench(cache: Path) -> Workbench:
     return Workbench(Study.parse(tiny.STUDY, "the tests' study"), lambda *_: None)
+
+
+@pytest.fixture
+def gpu() -> ScriptedGpu:
+    return ScriptedGpu()
+
+
+@pytest.fixture
+def pictures() -> Any:
+    return np.random.default_rng(0).normal(size=(6, 1, 2, 2)).astype(np.float32)
+
+
+@pytest.fixture
+def scripted(gpu: ScriptedGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    def load(name: str) -> ScriptedGpu:
+        return gpu
+
+    module = ScriptedTensorRT(gpu)
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setenv("DEPLOYFRONT_CACHE", str(tmp_path))
+    trt._log.cache_clear()
+    yield module
+    trt._log.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, cache) -> Path:
+    """A finished search of twelve trials, and where it lies."""
+    home = tmp_path_factory.mktemp("search")
+    (home / "study.toml").write_text(tiny.STUDY)
+    (home / "mlruns").mkdir()  # a folder that MLflow would take for a store of its own
+    here = Path.cwd()
+    os.chdir(home)
+    try:
+        assert run(["--study", "./study.toml", "--search", "one", "--runs", "runs"]) in (0, 1)
+    finally:
+        os.chdir(here)
+    return home / "runs"

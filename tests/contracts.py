@@ -71,7 +71,11 @@ class RuntimeContract:
             assert not exits.any()
             one, _ = opened.answer(images.numpy(), batch=1)
             np.testing.assert_allclose(one, logits, atol=1e-4)
-            assert all(seconds > 0 for seconds in opened.seconds(images.numpy()[:4], 3))
+            taken = opened.seconds(images.numpy()[:4], 3)
+            assert len(taken) == 3
+            assert all(spent.work > 0 and spent.wall > 0 for spent in taken)
+            assert all(seconds > 0 for seconds in opened.launches(images.numpy()[:4]).values())
+            assert not opened.proof(images.numpy()[:4], {}).remarks()
 
     def test_exits_answer_and_take_turns(self, runtime: Runtime, builder, network, space, images) -> None:
         candidate = space.candidate(space.uniform(1.0, "fp32", 0.6))

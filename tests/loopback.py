@@ -36,14 +36,21 @@ class Loopback:
     process: subprocess.Popen
     ssh_command: str
 
-    def url(self, python: str = sys.executable, runtime: str = "onnxruntime") -> str:
-        return f"ssh://board?runtime={runtime}&python={python}"
+    def url(self, python: str = sys.executable, runtime: str = "onnxruntime", timeout: float = 600) -> str:
+        return f"ssh://board?runtime={runtime}&python={python}&timeout={timeout}"
 
     def cut(self) -> None:
         """Cuts every connection, as a pulled cable would."""
+        self._signal(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Leaves every connection open and every worker silent, as a board that hangs would."""
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
         for child in _descendants(self.process.pid):
             try:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, number)
             except ProcessLookupError:
                 continue
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evaluators.runtimes import board as board_module
 from evaluators.runtimes.board import Board
 from evaluators.runtimes.ort import OnnxRuntime
-from evaluators.runtimes.ssh import _SHIPPED, SSH_COMMAND, Address, worker_file
+from evaluators.runtimes.ssh import _SHIPPED, SSH_COMMAND, Address, ConnectionLostError, Line, worker_file
 from evaluators.runtimes.worker import Worker, choose_runtime
 from evaluators.target import TargetError, TimedBatch, runtime
 from evaluators.timing import Protocol
@@ -102,6 +103,39 @@ def test_turns_go_on_after_a_cut(server, board, builder, network, space, images)
     assert len(take_turn(False).ratios) == 1
 
 
+def test_a_job_that_does_not_come_back_in_time_is_done_again(server, builder, network, space, images) -> None:
+    patient = Board(server.url(timeout=3))
+    opened = opened_dense(patient, builder, network, space)
+    before = opened.answer(images.numpy(), 4)[0]
+    server.freeze()
+    try:
+        np.testing.assert_array_equal(opened.answer(images.numpy(), 4)[0], before)
+        assert patient.reconnections == 1
+        assert "set up again 1 times" in patient.remarks()[0]
+    finally:
+        server.cut()
+        patient.close()
+
+
+def test_an_answer_that_does_not_come_in_time_breaks_the_line(server) -> None:
+    line = Line(Address.parse(server.url(timeout=0.5)))
+    server.freeze()
+    try:
+        with pytest.raises(ConnectionLostError, match="did not answer in time"):
+            line.ask("remarks")
+    finally:
+        server.cut()
+        line.close()
+
+
+def test_a_board_that_is_always_too_late_fails_the_trial_with_that_reason(server, monkeypatch) -> None:
+    monkeypatch.setattr(board_module, "RETRY_AFTER_S", (0.0, 0.0))
+    late = Board(server.url(timeout=1e-6))
+    with pytest.raises(TargetError, match="did not answer in time, 2 times in a row"):
+        late.open([b"x"], [], 1).seconds(np.zeros((1, 1, 8, 8), np.float32), 1)
+    late.close()
+
+
 def test_what_was_uploaded_is_not_sent_again(server, board, builder, network, space) -> None:
     artifact = builder.build(network, space.dense())
     opened_dense(board, builder, network, space).seconds(np.zeros((1, 1, 8, 8), np.float32), 1)
@@ -126,6 +160,8 @@ def test_a_job_that_fails_on_the_board_is_told_with_its_reason(board) -> None:
         ("ssh://board/etc", "ssh://[user@]host"),
         ("ssh://board:port", "ssh://[user@]host"),
         ("ssh://board?speed=fast", "ssh://[user@]host"),
+        ("ssh://board?timeout=soon", "above 0, got 'soon'"),
+        ("ssh://board?timeout=-1", "above 0"),
         ("ssh://board?runtime=abacus", "onnxruntime"),
     ],
 )

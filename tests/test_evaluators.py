@@ -130,6 +130,24 @@ class TestLatency(EvaluatorContract):
         else:
             assert found.others["worst"] == found.value
 
+    def test_percentiles_are_on_the_scale_of_the_latency(self, evaluator, subject) -> None:
+        found = evaluator.measure(subject)
+        tails = [found.others[name] for name in ("p90", "p95", "p99")]
+        assert tails == sorted(tails)
+        if not subject.artifact.exits:
+            assert found.value <= tails[0]
+
+    def test_on_a_gpu_the_host_s_part_of_a_call_is_added(self, evaluator, subject) -> None:
+        class ByEvents(OnnxRuntime):
+            def capabilities(self):
+                return replace(super().capabilities(), clock="gpu")
+
+        events = LatencyEvaluator(evaluator.references, ByEvents(), subject.target, Protocol(limit_s=0.2))
+        found = events.measure(subject)
+        assert found.value == pytest.approx(found.notes["ratio"] * 1.0 + found.notes["wait_s"])
+        assert "CUDA events" in found.protocol
+        assert "CUDA events" not in evaluator.measure(subject).protocol
+
     def test_a_reference_takes_as_long_as_itself(self, evaluator, images) -> None:
         assert evaluator.same_twice("fp32", images.numpy()) == pytest.approx(1.0, abs=0.3)
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,43 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from optuna.trial import TrialState
 
 from search.budget import Budget
 from search.cli import run
-from search.coordinator import Coordinator
 from search.evaluation import Evaluation
 from search.front import Version, feasible, pareto
-from search.store import SearchFolder, StoredSearch
-from search.study import Study
+from search.store import SearchFolder
 from tests import tiny
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, cache) -> Path:
-    """A finished search of twelve trials, and where it lies."""
-    home = tmp_path_factory.mktemp("search")
-    (home / "study.toml").write_text(tiny.STUDY)
-    (home / "mlruns").mkdir()  # a folder that MLflow would take for a store of its own
-    here = Path.cwd()
-    os.chdir(home)
-    try:
-        assert run(["--study", "./study.toml", "--search", "one", "--runs", "runs"]) in (0, 1)
-    finally:
-        os.chdir(here)
-    return home / "runs"
-
-
-def stored(folder: Path, name: str = "one") -> StoredSearch:
-    return StoredSearch.read(SearchFolder(folder / name))
-
-
-def finished(trials) -> list:
-    return [trial for trial in trials if trial.state.is_finished()]
+from tests.searches import ROOT, finished, stored
 
 
 def test_every_trial_is_stored_with_all_that_was_measured(folder) -> None:
@@ -158,88 +130,6 @@ def test_mlflow_mirrors_the_journal(folder) -> None:
     assert "https://cdn" not in page.split("plotly.js v")[0]
 
 
-def test_the_bundle_answers_as_measured_in_a_bare_interpreter(folder, tmp_path, capsys, bench) -> None:
-    out = tmp_path / "deploy"
-    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
-    assert run(["pick", *arguments]) == 0
-    text = capsys.readouterr().out
-    assert "measured again" in text
-    names = {file.name for file in out.iterdir()}
-    needed = {"candidate.json", "evaluation.json", "study.toml", "environment.json", "run.py", "bundle.json"}
-    assert needed <= names
-    evaluation = json.loads((out / "evaluation.json").read_text())
-    elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(out, elsewhere)
-    script = (
-        "import sys, runpy\n"
-        "class Bare:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'onnx', 'search', 'evaluators', 'spaces'):\n"
-        "            raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Bare())\n"
-        "sys.argv = ['run.py']\n"
-        f"runpy.run_path({str(elsewhere / 'run.py')!r}, run_name='__main__')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    accuracy = evaluation["confirmed"]["test_accuracy"]["value"]
-    assert f"accuracy: {accuracy:.4%}" in done.stdout
-    assert json.loads((out / "bundle.json").read_text())["check"]["images"] == len(bench.data.test)
-    # A second pick may replace it; something else in the way may not be.
-    assert run(["pick", *arguments]) == 0
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    assert run(["pick", *arguments[:-1], str(tmp_path / "mine")]) == 2
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
-
-
-def test_a_bundle_is_measured_again(folder, tmp_path, capsys) -> None:
-    out = tmp_path / "deploy"
-    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
-    assert run(["pick", *arguments]) == 0
-    capsys.readouterr()
-    assert run(["measure", str(out), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["correct"] == found["expected"]
-    assert found["calls"] >= 150
-    assert 0 < found["latency_s"] <= found["percentiles"]["p99"]
-    assert run(["measure", str(out)]) == 0
-    assert "check images" in capsys.readouterr().out
-    assert run(["measure", str(tmp_path)]) == 2
-    assert "bundle.json" in capsys.readouterr().err
-
-
-def test_a_bundle_with_engines_falls_back_where_they_cannot_run(folder, tmp_path) -> None:
-    from evaluators.runtimes.ssh import worker_file
-
-    out = tmp_path / "deploy"
-    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
-    assert run(["pick", *arguments]) == 0
-    (out / "runtime.pyz").write_bytes(worker_file())
-    (out / "engines.json").write_text(json.dumps({"engines": [{"file": "none.engine", "source": "x", "results": []}]}))
-    # In isolated mode nothing of this project can be imported but what the bundle brings.
-    command = [sys.executable, "-I", "-S", "-c", "import sys; sys.path += eval(sys.argv.pop(1)); sys.argv.pop(0);"]
-    command[-1] += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
-    packages = [path for path in sys.path if path.endswith("site-packages")]
-    done = subprocess.run(
-        [*command, repr(packages), str(out / "run.py")], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "the engines cannot be used here" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_bundle_that_was_damaged_says_so(folder, tmp_path) -> None:
-    out = tmp_path / "deploy"
-    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
-    assert run(["pick", *arguments]) == 0
-    description = json.loads((out / "bundle.json").read_text())
-    description["check"]["correct"] -= 1
-    (out / "bundle.json").write_text(json.dumps(description))
-    done = subprocess.run([sys.executable, str(out / "run.py")], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-
-
 def start(home: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "search", "--study", str(home / "study.toml"), "--runs", str(home / "runs")]
     return subprocess.Popen(
@@ -281,133 +171,6 @@ def test_a_stopped_search_goes_on_where_it_was(stop, tmp_path, cache) -> None:
     counted = [trial for trial in after.trials if trial.state.is_finished() and "interrupted" not in trial.user_attrs]
     assert len(counted) == 12
     assert not [trial for trial in after.trials if trial.state == TrialState.RUNNING]
-
-
-class Wrecked:
-    """A workbench whose evaluations fail as told, and otherwise those of a real one."""
-
-    def __init__(self, bench, reasons) -> None:
-        self.study, self.space = bench.study, bench.space
-        self.latency_evaluator = bench.latency_evaluator
-        self._evaluate, self._reasons = bench.evaluate, reasons
-
-    def evaluate(self, candidate, latency, stop):
-        reason = next(self._reasons)
-        if reason:
-            raise RuntimeError(reason)
-        return self._evaluate(candidate, latency, stop)
-
-
-@pytest.fixture
-def coordinate(bench, tmp_path, folder):
-    """Returns a function that searches with evaluations that fail for the given reasons."""
-    baseline = stored(folder).baseline
-    search = SearchFolder(tmp_path / "wrecked")
-
-    def make(reasons, sampler="random"):
-        with search.lock():
-            return Coordinator(Wrecked(bench, iter(reasons)), search.create(), baseline, sampler, 0, []), search
-
-    return make
-
-
-def test_a_failed_trial_is_kept_with_its_reason_and_the_search_goes_on(coordinate) -> None:
-    coordinator, search = coordinate(["no memory", None, "no luck", None, None])
-    assert coordinator.run(5, None).code == 0
-    trials = search.open().trials[:5]
-    assert [trial.state == TrialState.FAIL for trial in trials] == [True, False, True, False, False]
-    assert trials[0].user_attrs["reason"] == "RuntimeError: no memory"
-
-
-def test_ten_equal_failures_stop_the_search_with_their_reason(coordinate) -> None:
-    coordinator, search = coordinate([None, "other", *["disk full"] * 50])
-    outcome = coordinator.run(100, None)
-    assert outcome.code == 1
-    assert "disk full" in outcome.reason
-    assert len(finished(search.open().trials)) == 12
-
-
-def test_ten_different_failures_do_not(coordinate) -> None:
-    coordinator, _ = coordinate(f"reason {index}" for index in range(100))
-    assert coordinator.run(15, None).code == 0
-
-
-def test_the_time_limit_ends_a_search(coordinate) -> None:
-    coordinator, search = coordinate([None] * 1000)
-    begin = time.monotonic()
-    assert "2 s are up" in coordinator.run(1000, 2.0).reason
-    assert time.monotonic() - begin < 30
-    assert 1 <= len(finished(search.open().trials)) < 1000
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
-def test_every_sampler_proposes_beyond_the_first_guesses(sampler, bench, tmp_path, folder) -> None:
-    from search.sampler import first_guesses
-
-    count = len(first_guesses(bench.space)) + 4
-    search = SearchFolder(tmp_path / sampler)
-    with search.lock():
-        coordinator = Coordinator(bench, search.create(), stored(folder).baseline, sampler, 0, [])
-        assert coordinator.run(count, None).code == 0
-    assert len(finished(search.open().trials)) == count
-
-
-def test_a_known_candidate_is_told_from_memory(bench, tmp_path, folder) -> None:
-    search = SearchFolder(tmp_path / "twice")
-    with search.lock():
-        study = search.create()
-        coordinator = Coordinator(bench, study, stored(folder).baseline, "random", 0, [])
-        guess = bench.space.uniform(1.0, "int8", 1.0)
-        study.enqueue_trial(guess)
-        study.enqueue_trial(guess)
-        coordinator.run(2, None)
-        first, second = study.trials[:2]
-    assert second.user_attrs["duplicate_of"] == first.number
-    assert second.values == first.values
-    assert second.constraints == first.constraints
-
-
-def test_compression_recovers_and_the_dense_network_is_left_alone(bench) -> None:
-    import copy
-
-    before = copy.deepcopy(bench.network.state_dict())
-    candidate = bench.space.candidate(bench.space.uniform(0.5, "fp32", 1.0))
-    recovered = bench.compress(candidate)
-    plain = bench.space.apply(bench.network, candidate)
-    means = [name for name in recovered.state_dict() if name.endswith("running_mean")]
-    assert any(not np.allclose(recovered.state_dict()[name], plain.state_dict()[name]) for name in means)
-    for name, tensor in bench.network.state_dict().items():
-        assert (tensor == before[name]).all(), name
-    assert bench.compress(candidate).state_dict().keys() == recovered.state_dict().keys()
-    for name, tensor in bench.compress(candidate).state_dict().items():
-        assert (tensor == recovered.state_dict()[name]).all(), "recovery repeats bit for bit"
-
-
-def test_the_trained_network_is_cached_and_training_goes_on_after_a_crash(cache, tmp_path, monkeypatch) -> None:
-    from search import training
-
-    monkeypatch.setenv("DEPLOYFRONT_CACHE", str(tmp_path))
-    study, data = Study.parse(tiny.STUDY, "test"), tiny.splits()
-    steps: list[int] = []
-
-    def crash(step: str, done: int, total: int) -> None:
-        if done >= 50:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        training.trained_network(study, data, crash)
-    resumed = training.trained_network(study, data, lambda step, done, total: steps.append(done))
-    assert steps[0] == 50, "two of four epochs are not repeated"
-    monkeypatch.setenv("DEPLOYFRONT_CACHE", str(tmp_path / "other"))
-    straight = training.trained_network(study, data, lambda *_: None)
-    for name, tensor in straight.state_dict().items():
-        assert np.allclose(tensor, resumed.state_dict()[name], atol=1e-6), name
-
-    def never(*_: object) -> None:
-        raise AssertionError("trained again")
-
-    again = training.trained_network(study, data, never)
-    assert (again.trunk.classifier.weight == straight.trunk.classifier.weight).all()
 
 
 def test_versions_are_the_distinct_measured_candidates(folder) -> None:

@@ -107,7 +107,8 @@ def test_a_trial_that_was_measured_before_the_crash_is_finished_from_what_was_wr
     with folder.lock():
         stored = folder.create()
         subject = bench.space.dense()
-        evaluator = bench.latency_evaluator(bench.time_references())
+        seconds = {name: spent.work for name, spent in bench.time_references().items()}
+        evaluator = bench.latency_evaluator(seconds)
         evaluation = bench.evaluate(subject, evaluator, lambda _: False)
         stored.ask().set_user_attr("evaluation", evaluation.to_dict())
         put_right_running(folder.create())

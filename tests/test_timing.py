@@ -66,6 +66,26 @@ def test_the_two_sides_take_turns_and_change_who_begins() -> None:
     assert "".join(machine.log) == "ccrr" + "rrcc" + "ccrr" + "rrcc"
 
 
+def test_what_a_caller_waits_beyond_the_work_stands_beside_it() -> None:
+    """A GPU's events see the work; the host's part of a call shows on the wall only."""
+    work, host = 0.0, 0.0
+
+    def call(seconds: float, waits: float):
+        def run() -> None:
+            nonlocal work, host
+            work, host = work + seconds, host + waits
+
+        return run
+
+    clock = Clock(lambda: work, lambda: work + host)
+    calls = [call(1.0, 0.25), call(3.0, 0.5)]
+    found = time_pair(calls, [3, 1], call(2.0, 7.0), PROTOCOL, clock)
+    assert found.ratio == pytest.approx((3 * 0.5 + 1.5) / 4)
+    assert found.waits_s == pytest.approx((0.25, 0.5))
+    assert found.wait_s == pytest.approx((3 * 0.25 + 0.5) / 4)
+    assert found.typical_wall_s == pytest.approx((3 * 1.25 + 3.5) / 4)
+
+
 def test_the_first_call_of_a_burst_is_not_counted() -> None:
     machine = Machine(lambda _: 1.0)
     costs = iter([5.0, 1.0] * 1000)
@@ -85,6 +105,7 @@ def test_inputs_count_by_weight_and_a_weightless_one_is_only_reported() -> None:
     assert found.per_input == pytest.approx((1.0, 3.0, 9.0))
     assert found.wall_percentile(50) == pytest.approx(1.0)
     assert found.wall_percentile(99) == pytest.approx(3.0)
+    assert found.wall_cv == pytest.approx(np.sqrt(0.75) / 1.5)
 
 
 def test_it_stops_at_its_time_limit_after_two_turns_of_each_input() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.runtimes.ssh import Address, ConnectionLostError, JobError, Line
-from evaluators.target import Capabilities, Images, TargetError, TimedBatch
+from evaluators.target import Capabilities, Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.timing import Protocol, TakeTurn, Turn
 
 ALIVE = 2
@@ -30,7 +30,7 @@ class Board:
     A line that breaks is set up again, and what was under way is done again: uploads that arrived stay on the board.
 
     Args:
-        url: `ssh://[user@]host[:port][?runtime=NAME&python=PATH]`.
+        url: `ssh://[user@]host[:port][?runtime=NAME&python=PATH&timeout=SECONDS]`.
 
     Raises:
         TargetError: the board cannot be reached, or cannot run the worker.
@@ -153,27 +153,17 @@ class RemotelyOpened:
 
     def answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
-        stored = _npy(images)
-
-        def job(line: Line) -> dict[str, Any]:
-            handle = self._board.handle(line, self._recipe)
-            return line.ask("answer", handle=handle, images=line.upload([stored])[0], batch=batch)
-
-        found = self._board.doing(job)
+        found = self._ask("answer", images, batch=batch)
         logits: Images = np.load(io.BytesIO(base64.b64decode(found["logits"])))
         return logits, np.array(found["exits"], dtype=np.int64)
 
-    def seconds(self, images: Images, calls: int) -> list[float]:
-        """Returns the wall-clock seconds of each of `calls` runs on one batch, taken on the board."""
-        stored = _npy(images)
+    def seconds(self, images: Images, calls: int) -> list[Spent]:
+        """Returns what each of `calls` runs on one batch took on the board."""
+        return [Spent(*taken) for taken in self._ask("seconds", images, calls=calls)["seconds"]]
 
-        def job(line: Line) -> list[float]:
-            handle = self._board.handle(line, self._recipe)
-            digest = line.upload([stored])[0]
-            found: list[float] = line.ask("seconds", handle=handle, images=digest, calls=calls)["seconds"]
-            return found
-
-        return self._board.doing(job)
+    def launches(self, images: Images) -> dict[str, float]:
+        """Returns the median wall-clock seconds of each way to launch a batch on the board, the deployed one first."""
+        return dict(self._ask("launches", images)["launches"])
 
     def turns(
         self,
@@ -210,17 +200,18 @@ class RemotelyOpened:
 
         return take_turn
 
-    def differences(self, images: Images, precisions: Mapping[str, str]) -> list[str]:
-        """Returns, in words, every layer that does not run on the board in the precision that it was written in."""
+    def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
+        """Returns which layers do not run on the board in the precision that they were written in, or do not tell."""
+        found = self._ask("proof", images, precisions=dict(precisions))
+        return Proof(tuple(found["differences"]), tuple(found["unproven"]))
+
+    def _ask(self, do: str, images: Images, **content: Any) -> dict[str, Any]:
+        """Returns what the worker answers about this artifact and some images."""
         stored = _npy(images)
 
-        def job(line: Line) -> list[str]:
+        def job(line: Line) -> dict[str, Any]:
             handle = self._board.handle(line, self._recipe)
-            digest = line.upload([stored])[0]
-            found: list[str] = line.ask("differences", handle=handle, images=digest, precisions=dict(precisions))[
-                "differences"
-            ]
-            return found
+            return line.ask(do, handle=handle, images=line.upload([stored])[0], **content)
 
         return self._board.doing(job)
 

@@ -4,7 +4,7 @@ Nothing here imports tensorrt: an engine is what can be put on a stream.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from evaluators.runtimes.cuda import Buffer, CaptureError, CudaError, Handle, TimedStream
 from evaluators.runtimes.local import NEVER
 from evaluators.runtimes.run_bundle import StagedNetwork
-from evaluators.runtimes.trt_report import LayerRow, precision_report
-from evaluators.target import Images, TargetError, TimedBatch
+from evaluators.runtimes.trt_report import LayerRow, precision_proof
+from evaluators.target import Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 # tensorrt has no types: these are its classes' names, as in trt.py.
@@ -25,6 +25,10 @@ IExecutionContext: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
 
 _WARMUP_S = 0.2
+_LAUNCHES = 20
+"""So many calls of each way to launch a batch are timed, in turn."""
+
+WITH_GRAPH, WITHOUT_GRAPH = "with CUDA graph", "without CUDA graph"
 
 
 class EngineError(TargetError):
@@ -92,6 +96,7 @@ class EngineStage:
         self.engine = engine
         self.results = tuple(results)
         self.graph_refusal: str | None = None
+        self.avoids_graph = False
         self._stream, self._feed = stream, feed
         self.context: IExecutionContext = context
         self.run_plainly()  # TensorRT sets itself up in the first run, which no graph may hold
@@ -134,7 +139,7 @@ class EngineStage:
             return None
 
     def _launch(self) -> None:
-        if self._graph is None:
+        if self._graph is None or self.avoids_graph:
             self._enqueue()
         else:
             self._stream.cuda.launch(self._graph, self._stream.stream)
@@ -184,13 +189,29 @@ class OpenedEngines:
         parts = [self._run(images[start : start + batch], batch) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
 
-    def seconds(self, images: Images, calls: int) -> list[float]:
-        """Returns the wall-clock seconds of each of `calls` runs on one batch."""
-        return [wall for _, wall in self.seconds_on_gpu_and_wall(images, calls)]
+    def seconds(self, images: Images, calls: int) -> list[Spent]:
+        """Returns what each of `calls` runs on one batch took, by the GPU's clock and by the one on the wall."""
+        return [self._spent(images) for _ in range(calls)]
 
-    def seconds_on_gpu_and_wall(self, images: Images, calls: int) -> list[tuple[float, float]]:
-        """Returns the GPU's and the wall clock's seconds of each of `calls` runs on one batch."""
-        return list(self._timed(lambda: self._run(images, len(images)), calls))
+    def launches(self, images: Images) -> dict[str, float]:
+        """Returns the median wall-clock seconds of a batch with and without a CUDA graph, on the longest path.
+
+        A graph is what is deployed wherever one can be captured: a single launch instead of one for each kernel, so
+        that the host is out of the way. Where none can be, there is one way only.
+        """
+        stages = self.stages(images.shape)
+        ways = {WITHOUT_GRAPH: True} if self.graph_refusals else {WITH_GRAPH: False, WITHOUT_GRAPH: True}
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        try:
+            for _ in range(_LAUNCHES):
+                for way, avoids in ways.items():
+                    for stage in stages:
+                        stage.avoids_graph = avoids
+                    taken[way].append(self._spent(images, longest=True).wall)
+        finally:
+            for stage in stages:
+                stage.avoids_graph = False
+        return {way: float(np.median(seconds)) for way, seconds in taken.items()}
 
     def turns(
         self,
@@ -209,21 +230,20 @@ class OpenedEngines:
         clock = Clock(lambda: self.gpu_s + reference.gpu_s, self._wall)
         return turns_of(calls, beside, protocol, clock)
 
-    def differences(self, images: Images, precisions: Mapping[str, str]) -> list[str]:
-        """Returns, in words, every layer that does not run in the precision that it was written in."""
+    def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
+        """Returns which layers do not run in the precision that they were written in, or do not tell."""
         rows = [row for stage in self.stages(images.shape) for row in self._inspect(stage.engine)]
-        return precision_report(rows, precisions)
+        return precision_proof(rows, precisions)
 
     def _call(self, images: Images, batch: TimedBatch) -> Call:
         chosen = images[batch.start : batch.start + batch.count]
         self.stages((batch.count, *images.shape[1:]))  # built before the clock runs
         return lambda: self._run(chosen, batch.count, batch.longest)
 
-    def _timed(self, call: Call, calls: int) -> Iterator[tuple[float, float]]:
-        for _ in range(calls):
-            gpu, wall = self.gpu_s, self._wall()
-            call()
-            yield self.gpu_s - gpu, self._wall() - wall
+    def _spent(self, images: Images, longest: bool = False) -> Spent:
+        gpu, wall = self.gpu_s, self._wall()
+        self._run(images, len(images), longest)
+        return Spent(self.gpu_s - gpu, self._wall() - wall)
 
     def _run(self, images: Images, batch: int, longest: bool = False) -> tuple[Images, NDArray[np.int64]]:
         stages: Sequence[Any] = self.stages((batch, *images.shape[1:]))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.runtimes.run_bundle import StagedNetwork
-from evaluators.target import Images, TimedBatch
+from evaluators.target import Images, Proof, Spent, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 NEVER = 2.0
@@ -34,14 +34,18 @@ class LocallyOpened:
         parts = [self._network(images[start : start + batch]) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
 
-    def seconds(self, images: Images, calls: int) -> list[float]:
-        """Returns the wall-clock seconds of each of `calls` runs on one batch."""
+    def seconds(self, images: Images, calls: int) -> list[Spent]:
+        """Returns what each of `calls` runs on one batch took."""
         taken = []
         for _ in range(calls):
-            begin = self._clock.wall()
+            work, wall = self._clock.work(), self._clock.wall()
             self._network(images)
-            taken.append(self._clock.wall() - begin)
+            taken.append(Spent(self._clock.work() - work, self._clock.wall() - wall))
         return taken
+
+    def launches(self, images: Images) -> dict[str, float]:  # noqa: ARG002
+        """Returns nothing: on a CPU there is one way to call."""
+        return {}
 
     def turns(
         self,
@@ -56,9 +60,9 @@ class LocallyOpened:
         calls = [self._call(images, batch) for batch in batches]
         return turns_of(calls, lambda: reference._network(some), protocol, self._clock)
 
-    def differences(self, images: Images, precisions: Mapping[str, str]) -> list[str]:  # noqa: ARG002
-        """Returns nothing: a CPU runtime computes in the types that the file says."""
-        return []
+    def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:  # noqa: ARG002
+        """Returns an empty proof: a CPU runtime computes in the types that the file says."""
+        return Proof()
 
     def _call(self, images: Images, batch: TimedBatch) -> Call:
         network = self._longest if batch.longest else self._network

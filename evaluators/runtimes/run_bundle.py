@@ -108,6 +108,9 @@ def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
     options.intra_op_num_threads = description["target"]["threads"]
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    for name in description["deployed"]:
+        if not (bundle / name).is_file():
+            raise FileNotFoundError(2, "no such file", str(bundle / name))
     sessions = [
         onnxruntime.InferenceSession(str(bundle / name), options, providers=["CPUExecutionProvider"])
         for name in description["deployed"]
@@ -133,7 +136,10 @@ def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, NDArra
 
 def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
     """Returns images and, where the file has them, labels."""
-    content: Any = np.load(path)
+    try:
+        content: Any = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"images come as .npz or .npy, got {str(path)!r}, which is neither") from error
     if path.suffix == ".npy":
         return np.asarray(content, dtype=np.float32), None
     labels = content["labels"] if "labels" in content.files else None
@@ -141,7 +147,27 @@ def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 1 when the check images are not answered as measured."""
+    """Returns the exit code: 0, 1 when the check images are not answered as measured, 2 when something is missing."""
+    try:
+        return _run()
+    except Exception as error:  # whatever a library raises on a file that it cannot read
+        sys.stderr.write(f"run.py: {_reason(error)}\n")
+        return 2
+
+
+def _reason(error: Exception) -> str:
+    """Returns one line on what is wrong with the images, the bundle or this machine."""
+    said = " ".join(str(error).split())
+    if isinstance(error, FileNotFoundError):
+        return f"a file that exists, got {error.filename!r}; give another, or copy the whole bundle again"
+    if isinstance(error, KeyError):
+        return f"a .npz has `images`, and a bundle all that `pick` wrote, got none of {said}"
+    if isinstance(error, ImportError):
+        return f"a bundle needs onnxruntime and numpy, got {said!r}; pip install onnxruntime numpy"
+    return said
+
+
+def _run() -> int:
     parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
     parser.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, or .npy")
     parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
@@ -149,6 +175,9 @@ def main() -> int:
     bundle = Path(__file__).resolve().parent
     description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     images, labels = read(arguments.images or bundle / "check.npz")
+    wanted = tuple(description["image_shape"])
+    if images.shape[1:] != wanted or not len(images):
+        raise ValueError(f"images are (n, {', '.join(map(str, wanted))}) with n above 0, got {images.shape}")
     logits, exits, seconds = answer(load(bundle), images, description["target"]["batch"])
     classes = logits.argmax(axis=1)
     if arguments.predictions:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import selectors
 import shlex
@@ -46,6 +47,7 @@ _SHIPPED = (
 )
 _FOLDER = '"${XDG_CACHE_HOME:-$HOME/.cache}"/deployfront'
 _JOB_TIMEOUT_S = 600.0
+"""Building an engine on a small board takes minutes."""
 _HELLO_TIMEOUT_S = 60.0
 
 
@@ -59,37 +61,41 @@ class JobError(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a board is and what to start there.
+    """Where a board is, what to start there, and how many seconds a job may take.
 
-    Address.parse("ssh://user@board:2222?runtime=onnxruntime&python=/opt/venv/bin/python")
+    Address.parse("ssh://user@board:2222?runtime=onnxruntime&python=/opt/venv/bin/python&timeout=900")
     """
 
     destination: str
     port: int | None
     runtime: str
     python: str
+    timeout_s: float = _JOB_TIMEOUT_S
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Returns the address that a URL spells.
 
         Raises:
-            TargetError: it names no host, an unknown runtime, or something else.
+            TargetError: it names no host, an unknown runtime, no positive time, or something else.
         """
         parts = urlsplit(text)
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-        unknown = sorted(set(query) - {"runtime", "python"})
+        unknown = sorted(set(query) - {"runtime", "python", "timeout"})
         try:
             port = parts.port
         except ValueError:
             port = -1
         if parts.scheme != "ssh" or not parts.hostname or parts.path.strip("/") or unknown or port == -1:
-            raise TargetError(f"a board is ssh://[user@]host[:port][?runtime=NAME&python=PATH], got {text!r}")
+            raise TargetError(
+                f"a board is ssh://[user@]host[:port][?runtime=NAME&python=PATH&timeout=SECONDS], got {text!r}"
+            )
         runtime = query.get("runtime", "auto")
         if runtime not in ("auto", *RUNTIMES):
             raise TargetError(f"a board's runtime is one of {', '.join(RUNTIMES)}, got {runtime!r}")
         user = f"{parts.username}@" if parts.username else ""
-        return cls(f"{user}{parts.hostname}", port, runtime, query.get("python", "python3"))
+        timeout_s = _positive(query.get("timeout", str(_JOB_TIMEOUT_S)))
+        return cls(f"{user}{parts.hostname}", port, runtime, query.get("python", "python3"), timeout_s)
 
     def command(self, remote: str) -> list[str]:
         """Returns the command that runs `remote` in the board's shell."""
@@ -99,6 +105,16 @@ class Address:
         options += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
         port = ["-p", str(self.port)] if self.port else []
         return [*ssh, *options, *port, self.destination, remote]
+
+
+def _positive(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise TargetError(f"a board's timeout is a number of seconds above 0, got {text!r}; leave it out for 600")
+    return seconds
 
 
 @cache
@@ -168,8 +184,8 @@ class Line:
             self.close()
             raise TargetError(_reason(self._address, said)) from None
 
-    def ask(self, do: str, timeout_s: float = _JOB_TIMEOUT_S, **content: Any) -> dict[str, Any]:
-        """Returns the worker's answer.
+    def ask(self, do: str, timeout_s: float | None = None, **content: Any) -> dict[str, Any]:
+        """Returns the worker's answer, which may take `timeout_s`; as long as the address says where not given.
 
         Raises:
             ConnectionLostError: there was none in time.
@@ -184,7 +200,7 @@ class Line:
         except (OSError, ValueError) as error:  # a line that was closed is a ValueError
             # It may have said why it ended before we wrote.
             raise self._said_last() or ConnectionLostError(f"the line to {self._address.destination} broke") from error
-        answer = json.loads(self._read_line(time.monotonic() + timeout_s))
+        answer = json.loads(self._read_line(time.monotonic() + (timeout_s or self._address.timeout_s)))
         if "error" in answer:
             raise JobError(answer["error"])
         found: dict[str, Any] = answer["ok"]

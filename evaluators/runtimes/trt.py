@@ -110,6 +110,7 @@ class TensorRT:
             int8_channels=16,
             sparse_2_4=capability >= _FIRST_SPARSE,
             compiles=True,
+            clock="gpu",
         )
 
     def deployable(self, model: bytes) -> bytes:

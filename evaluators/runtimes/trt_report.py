@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluators.target import Proof
 from spaces.errors import UserError
 
 _PRECISIONS = (
@@ -117,25 +118,30 @@ def precision_of(text: str) -> str | None:
     return next((name for name, pattern in _PRECISIONS if pattern.search(text)), None)
 
 
-def precision_report(rows: Sequence[LayerRow], asked: Mapping[str, str]) -> list[str]:
-    """Returns, in words, every layer that does not run in the precision that was asked for; none is the proof.
+def precision_proof(rows: Sequence[LayerRow], asked: Mapping[str, str]) -> Proof:
+    """Returns every layer that does not run in the precision that was asked for, or does not tell; none is the proof.
 
     Args:
         rows: of the engine.
         asked: the precision of each layer, by the name of its ONNX node.
     """
-    return [line for layer, precision in asked.items() for line in _mismatches(rows, layer, precision)]
+    found = {layer: [row for row in rows if _computes(row, layer)] for layer in asked}
+    unproven = tuple(layer for layer in asked if any(_is_region(row) for row in found[layer]))
+    differences = (line for layer, precision in asked.items() for line in _mismatches(found[layer], layer, precision))
+    return Proof(tuple(differences), unproven)
 
 
-def _mismatches(rows: Sequence[LayerRow], layer: str, precision: str) -> Iterator[str]:
-    found = [row for row in rows if _computes(row, layer)]
+def _is_region(row: LayerRow) -> bool:
+    return any(mark in row.name for mark in _FUSED_REGION)
+
+
+def _mismatches(found: Sequence[LayerRow], layer: str, precision: str) -> Iterator[str]:
     if not found:
         yield f"{layer}: asked for {precision}, but no layer of the engine names it"
     for row in found:
+        if _is_region(row):
+            continue  # its types are those at its rim
         where = f"in {row.name!r} ({row.kind})"
-        if any(mark in row.name for mark in _FUSED_REGION):
-            yield f"{layer}: asked for {precision}, but is part of a fused region, whose types do not prove it, {where}"
-            continue
         source = row.inputs[0] if row.inputs else "unknown"
         if source != precision:
             yield f"{layer}: asked for {precision}, but reads {source} {where}"

@@ -54,7 +54,8 @@ class Worker:
             "seconds": self._seconds,
             "turns": self._begin_turns,
             "turn": self._turn,
-            "differences": self._differences,
+            "launches": self._launches,
+            "proof": self._proof,
             "extras": self._extras,
             "remarks": lambda _: {"remarks": self._runtime.remarks()},
         }
@@ -122,7 +123,11 @@ class Worker:
 
     def _seconds(self, request: Content) -> Content:
         images = self._load_images(request["images"])
-        return {"seconds": self._opened[request["handle"]].seconds(images, request["calls"])}
+        taken = self._opened[request["handle"]].seconds(images, request["calls"])
+        return {"seconds": [(spent.work, spent.wall) for spent in taken]}
+
+    def _launches(self, request: Content) -> Content:
+        return {"launches": self._opened[request["handle"]].launches(self._load_images(request["images"]))}
 
     def _begin_turns(self, request: Content) -> Content:
         self._turns = self._opened[request["handle"]].turns(
@@ -140,9 +145,9 @@ class Worker:
         turn = self._turns(request["candidate_first"])
         return asdict(turn)
 
-    def _differences(self, request: Content) -> Content:
+    def _proof(self, request: Content) -> Content:
         opened, images = self._opened[request["handle"]], self._load_images(request["images"])
-        return {"differences": opened.differences(images, request["precisions"])}
+        return asdict(opened.proof(images, request["precisions"]))
 
     def _extras(self, request: Content) -> Content:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]

@@ -7,6 +7,7 @@ Both work on the CIFAR-10 study, print Markdown, and go on where they were stopp
 Accuracies are of the fp32 network in torch on the study's validation images.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from scipy.stats import spearmanr
 
 from evaluators.data import LabelledImages
 from evaluators.flops import count_by_module
+from evaluators.runtimes.ort import cpu_name
 from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.elastic import random_channels, train_elastic
 from search.recovery.finetune import finetune

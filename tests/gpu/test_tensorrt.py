@@ -8,9 +8,10 @@ import pytest
 
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.runtimes import trt, trt_report
+from evaluators.runtimes.engines import WITH_GRAPH, WITHOUT_GRAPH
 from evaluators.runtimes.ort import OnnxRuntime
 from evaluators.runtimes.trt import TensorRT
-from evaluators.target import TargetError, TimedBatch
+from evaluators.target import Proof, TargetError, TimedBatch
 from evaluators.timing import Protocol, time_pair
 from tests.contracts import RuntimeContract
 
@@ -71,8 +72,8 @@ def test_a_layer_gets_the_precision_that_it_was_asked_for(runtime, builder, netw
     rows = trt.inspect(stage.engine)
     assert rows
     asked = {"/trunk/inner/inner.0/Conv": precision, "/trunk/outer/outer.0/Conv": precision}
-    assert trt_report.precision_report(rows, asked) == []
-    assert opened.differences(images.numpy()[:4], asked) == []
+    assert trt_report.precision_proof(rows, asked) == Proof()
+    assert opened.proof(images.numpy()[:4], asked) == Proof()
     layers = trt.layer_seconds(stage, trt._profile())
     assert layers
     assert all(0 <= seconds < 1 for seconds in layers.values())
@@ -84,8 +85,9 @@ def test_an_engine_takes_as_long_as_itself(runtime, builder, network, space, ima
     turns = first.turns(images.numpy(), [TimedBatch(0, 4)], second, 4, protocol)
     assert time_pair(turns, [1.0], protocol, time.perf_counter).ratio == pytest.approx(1.0, abs=0.1)
     assert first.graph_refusals == ()
-    for on_gpu, wall in first.seconds_on_gpu_and_wall(images.numpy()[:4], 5):
-        assert 0 < on_gpu < wall
+    for spent in first.seconds(images.numpy()[:4], 5):
+        assert 0 < spent.work < spent.wall
+    assert list(first.launches(images.numpy()[:4])) == [WITH_GRAPH, WITHOUT_GRAPH]
 
 
 def test_the_timing_cache_is_written(runtime, builder, network, space, images, own_timing_cache) -> None:

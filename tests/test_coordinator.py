@@ -1,0 +1,94 @@
+"""The way of trials through a search: failures, limits, samplers, known candidates."""
+
+import time
+
+import pytest
+from optuna.trial import TrialState
+
+from search.coordinator import Coordinator, narrowed
+from search.store import SearchFolder
+from tests.searches import finished, stored
+
+
+class Wrecked:
+    """A workbench whose evaluations fail as told, and otherwise those of a real one."""
+
+    def __init__(self, bench, reasons) -> None:
+        self.study, self.space = bench.study, bench.space
+        self.latency_evaluator = bench.latency_evaluator
+        self._evaluate, self._reasons = bench.evaluate, reasons
+
+    def evaluate(self, candidate, latency, stop):
+        reason = next(self._reasons)
+        if reason:
+            raise RuntimeError(reason)
+        return self._evaluate(candidate, latency, stop)
+
+
+@pytest.fixture
+def coordinate(bench, tmp_path, folder):
+    """Returns a function that searches with evaluations that fail for the given reasons."""
+    baseline = stored(folder).baseline
+    search = SearchFolder(tmp_path / "wrecked")
+
+    def make(reasons, sampler="random"):
+        with search.lock():
+            return Coordinator(Wrecked(bench, iter(reasons)), search.create(), baseline, sampler, 0, []), search
+
+    return make
+
+
+def test_a_failed_trial_is_kept_with_its_reason_and_the_search_goes_on(coordinate) -> None:
+    coordinator, search = coordinate(["no memory", None, "no luck", None, None])
+    assert coordinator.run(5, None).code == 0
+    trials = search.open().trials[:5]
+    assert [trial.state == TrialState.FAIL for trial in trials] == [True, False, True, False, False]
+    assert trials[0].user_attrs["reason"] == "RuntimeError: no memory"
+
+
+def test_ten_equal_failures_stop_the_search_with_their_reason(coordinate) -> None:
+    coordinator, search = coordinate([None, "other", *["disk full"] * 50])
+    outcome = coordinator.run(100, None)
+    assert outcome.code == 1
+    assert "disk full" in outcome.reason
+    assert len(finished(search.open().trials)) == 12
+
+
+def test_ten_different_failures_do_not(coordinate) -> None:
+    coordinator, _ = coordinate(f"reason {index}" for index in range(100))
+    assert coordinator.run(15, None).code == 0
+
+
+def test_the_time_limit_ends_a_search(coordinate) -> None:
+    coordinator, search = coordinate([None] * 1000)
+    begin = time.monotonic()
+    assert "2 s are up" in coordinator.run(1000, 2.0).reason
+    assert time.monotonic() - begin < 30
+    assert 1 <= len(finished(search.open().trials)) < 1000
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+def test_every_sampler_proposes_beyond_the_first_guesses(sampler, bench, tmp_path, folder) -> None:
+    from search.sampler import first_guesses
+
+    count = len(first_guesses(bench.space)) + 4
+    search = SearchFolder(tmp_path / sampler)
+    with search.lock():
+        coordinator = Coordinator(bench, search.create(), stored(folder).baseline, sampler, 0, [])
+        assert coordinator.run(count, None).code == 0
+    assert len(finished(search.open().trials)) == count
+
+
+def test_a_known_candidate_is_told_from_memory(bench, tmp_path, folder) -> None:
+    search = SearchFolder(tmp_path / "twice")
+    with search.lock():
+        study = search.create()
+        coordinator = Coordinator(bench, study, stored(folder).baseline, "random", 0, [])
+        guess = narrowed(bench.space, stored(folder).baseline.examined).uniform(1.0, "int8", 1.0)
+        study.enqueue_trial(guess)
+        study.enqueue_trial(guess)
+        coordinator.run(2, None)
+        first, second = study.trials[:2]
+    assert second.user_attrs["duplicate_of"] == first.number
+    assert second.values == first.values
+    assert second.constraints == first.constraints

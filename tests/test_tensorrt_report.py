@@ -1,0 +1,129 @@
+"""What TensorRT's inspector and the system's tools tell, read in every form that they have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluators.runtimes import trt_report
+from evaluators.target import Proof
+from tests.scripted_gpu import one_line
+from tests.scripted_tensorrt import layer, v10, v11
+
+INT8_10 = "Thirty-two wide channel vectorized row major Int8 format"
+FP32_10 = "Row major linear FP32"
+FP16_10 = "Channel major FP16 format where channel % 8 == 0"
+
+
+TEN = [
+    layer("Reformatting CopyNode for Input Tensor 0 to /stem/Conv", v10(FP32_10), v10(INT8_10), None, "Reformat"),
+    layer("/stem/Conv + /stem/Relu", v10(INT8_10), v10(INT8_10), "Int8"),
+    layer("/inner/Conv", v10(FP16_10), v10(FP16_10), "Half"),
+    layer("/head/Gemm", v10("N/A due to dynamic shapes"), v10(FP32_10), "Float", "MatrixMultiply"),
+]
+ELEVEN = [
+    layer("Reformatting CopyNode for Input Tensor 0 to /stem/Conv", v11("Float"), v11("Int8"), None, "Reformat"),
+    layer("/stem/Conv + /stem/Relu", v11("Int8"), v11("Int8"), "Int8"),
+    layer("/inner/Conv", v11("Half"), v11("Half"), "Half"),
+    layer("/head/Gemm", v11("Float"), v11("Float"), "Float", "MatrixMultiply"),
+]
+
+
+def rows(layers: Any) -> Any:
+    return trt_report.layer_rows(json.dumps({"Layers": layers, "Bindings": ["images", "logits"]}))
+
+
+@pytest.mark.parametrize("layers", [TEN, ELEVEN], ids=["10", "11"])
+def test_both_forms_of_the_inspector_are_read(layers: Any) -> None:
+    found = rows(layers)
+    assert [row.kind for row in found] == ["Reformat", "CaskConvolution", "CaskConvolution", "MatrixMultiply"]
+    assert [row.inputs for row in found[:3]] == [("fp32",), ("int8",), ("fp16",)]
+    assert [row.weights for row in found] == [None, "int8", "fp16", "fp32"]
+    assert found[-1].outputs == ("fp32",)
+
+
+def test_precisions_that_are_as_asked_leave_nothing_to_report() -> None:
+    asked = {"/stem/Conv": "int8", "/inner/Conv": "fp16", "/head/Gemm": "fp32"}
+    assert trt_report.precision_proof(rows(ELEVEN), asked) == Proof()
+
+
+def test_every_mismatch_is_told_in_words() -> None:
+    asked = {"/stem/Conv": "fp16", "/inner/Conv": "fp16", "/gone/Conv": "int8", "/ste": "int8"}
+    found = trt_report.precision_proof(rows(TEN), asked)
+    where = "in '/stem/Conv + /stem/Relu' (CaskConvolution)"
+    assert found.differences == (
+        f"/stem/Conv: asked for fp16, but reads int8 {where}",
+        f"/stem/Conv: asked for fp16, but has int8 weights {where}",
+        "/gone/Conv: asked for int8, but no layer of the engine names it",
+        "/ste: asked for int8, but no layer of the engine names it",
+    )
+    assert found.remarks() == list(found.differences)
+
+
+def test_what_is_inside_a_fused_region_is_not_taken_for_a_proof() -> None:
+    region = layer("{ForeignNode[/a/Conv.../b/Gemm]}", v11("Int8"), v11("Float"), None, "Myelin")
+    region["Metadata"] = "[ONNX Layer: /a/Conv]\x1e[ONNX Layer: /b/Gemm]"
+    found = trt_report.precision_proof(rows([region, *ELEVEN]), {"/a/Conv": "int8", "/b/Gemm": "int8", "/gone": "fp16"})
+    assert found.unproven == ("/a/Conv", "/b/Gemm")
+    lost, line = found.remarks()
+    assert "no layer of the engine names it" in lost
+    assert line == "2 layers run inside a fused region whose precision TensorRT does not tell"
+
+
+def test_an_engine_without_detailed_profiling_is_refused() -> None:
+    with pytest.raises(trt_report.InspectionError) as error:
+        rows(["/stem/Conv + /stem/Relu"])
+    assert "DETAILED" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "precision"),
+    [("BFloat16", "bf16"), ("BF16", "bf16"), ("FP8", "fp8"), ("Int64", "int64"), ("Int32", "int32"), ("", None)],
+)
+def test_datatypes_whose_names_contain_others(text: str, precision: str | None) -> None:
+    assert trt_report.precision_of(text) == precision
+
+
+def tool(folder: Path, name: str, output: str, code: int = 0) -> None:
+    (folder / name).write_text(f"#!/bin/sh\necho '{output}'\nexit {code}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_the_state_of_a_discrete_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path, "nvidia-smi", "1980, 2619, 41, 120.50, P0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert trt_report.state(tmp_path) == trt_report.DeviceState(1.98e9, 2.619e9, 41.0, 120.5, "P0")
+
+
+def test_the_state_of_a_jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path, "nvidia-smi", "[N/A], [N/A], [N/A], [N/A], [N/A]")
+    tool(tmp_path, "nvpmodel", "NV Power Mode: MAXN")
+    clock, zone = tmp_path / "class/devfreq/17000000.gpu", tmp_path / "class/thermal/thermal_zone1"
+    for folder in (clock, zone):
+        folder.mkdir(parents=True)
+    (clock / "cur_freq").write_text("624750000\n")
+    (zone / "type").write_text("gpu-thermal\n")
+    (zone / "temp").write_text("48500\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert trt_report.state(tmp_path) == trt_report.DeviceState(624.75e6, None, 48.5, None, "MAXN")
+
+
+def test_no_tools_or_broken_ones_leave_the_state_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert trt_report.state(tmp_path) == trt_report.DeviceState()
+    tool(tmp_path, "nvidia-smi", "no devices were found", code=9)
+    tool(tmp_path, "nvpmodel", "", code=1)
+    assert trt_report.state(tmp_path) == trt_report.DeviceState()
+
+
+def test_a_state_that_moved_is_told_and_one_that_did_not_is_not() -> None:
+    before = trt_report.DeviceState(1.5e9, 2e9, 50.0, 30.0, "MAXN")
+    assert trt_report.state_moved(before, trt_report.DeviceState(1.49e9, 2e9, 55.0, 31.0, "MAXN")) == []
+    moved = trt_report.state_moved(before, trt_report.DeviceState(1.0e9, 2e9, 65.0, 31.0, "15W"))
+    assert [word for line in moved for word in ("1000 MHz", "65 degrees", "'15W'") if word in line] == [
+        "1000 MHz",
+        "65 degrees",
+        "'15W'",
+    ]
+    assert trt_report.state_moved(trt_report.DeviceState(), before)[0].startswith("the power mode")

@@ -1,0 +1,50 @@
+"""Training, recovery, and what a search's trials share."""
+
+import numpy as np
+import pytest
+
+from search.study import Study
+from tests import tiny
+
+
+def test_compression_recovers_and_the_dense_network_is_left_alone(bench) -> None:
+    import copy
+
+    before = copy.deepcopy(bench.network.state_dict())
+    candidate = bench.space.candidate(bench.space.uniform(0.5, "fp32", 1.0))
+    recovered = bench.compress(candidate)
+    plain = bench.space.apply(bench.network, candidate)
+    means = [name for name in recovered.state_dict() if name.endswith("running_mean")]
+    assert any(not np.allclose(recovered.state_dict()[name], plain.state_dict()[name]) for name in means)
+    for name, tensor in bench.network.state_dict().items():
+        assert (tensor == before[name]).all(), name
+    assert bench.compress(candidate).state_dict().keys() == recovered.state_dict().keys()
+    for name, tensor in bench.compress(candidate).state_dict().items():
+        assert (tensor == recovered.state_dict()[name]).all(), "recovery repeats bit for bit"
+
+
+def test_the_trained_network_is_cached_and_training_goes_on_after_a_crash(cache, tmp_path, monkeypatch) -> None:
+    from search import training
+
+    monkeypatch.setenv("DEPLOYFRONT_CACHE", str(tmp_path))
+    study, data = Study.parse(tiny.STUDY, "test"), tiny.splits()
+    steps: list[int] = []
+
+    def crash(step: str, done: int, total: int) -> None:
+        if done >= 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.trained_network(study, data, crash)
+    resumed = training.trained_network(study, data, lambda step, done, total: steps.append(done))
+    assert steps[0] == 50, "two of four epochs are not repeated"
+    monkeypatch.setenv("DEPLOYFRONT_CACHE", str(tmp_path / "other"))
+    straight = training.trained_network(study, data, lambda *_: None)
+    for name, tensor in straight.state_dict().items():
+        assert np.allclose(tensor, resumed.state_dict()[name], atol=1e-6), name
+
+    def never(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    again = training.trained_network(study, data, never)
+    assert (again.trunk.classifier.weight == straight.trunk.classifier.weight).all()
