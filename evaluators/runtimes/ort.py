@@ -101,9 +101,6 @@ def open_session(model: bytes, threads: int, optimize: bool = True) -> onnxrunti
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-"""So many images go through a network together while its ranges are read: all of its tensors are in memory then."""
-
-
 def activation_ranges(
     model: bytes, tensors: Sequence[str], images: NDArray[np.float32]
 ) -> dict[str, tuple[float, float]]:
