@@ -26,7 +26,8 @@ from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.elastic import random_channels, train_elastic
 from search.recovery.finetune import finetune
 from search.recovery.fitting import TrainingBatches, save
-from search.study import ElasticSection, FinetuneSection
+from search.request import Request
+from search.study import ElasticSection, ExitsSection, FinetuneSection
 from search.workbench import Workbench
 from spaces.criteria import CRITERIA, Evidence, criterion
 from spaces.network import ExitNetwork
@@ -241,10 +242,10 @@ def _print_table(heads: list[str], rows: list[list[str]]) -> None:
 
 
 def _bench(data: str, weights: str) -> Workbench:
-    budget = Budget.parse(["latency<60%"])
-    request = Request(budget=budget, study="cifar10", model=None, weights=weights, data=data)
-    study = request.study_asked_for()
-    return Workbench(study.model_copy(update={"exits": ExitsSection(after=())}), lambda *_: None, say=print)
+    study = Request(study="cifar10", weights=weights, data=data).to_study()
+    return Workbench(
+        study.model_copy(update={"exits": ExitsSection(after=())}), lambda *_: None, say=lambda text: print(text)
+    )
 
 
 def main() -> None:
