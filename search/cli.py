@@ -140,6 +140,19 @@ def pick(
 
 
 @app.command()
+def profile(
+    study: Annotated[str, typer.Option(help="One of the studies that come along, or a study.toml.")] = "digits",
+    name: Annotated[str | None, typer.Option("--search", metavar="NAME", help="The study of this search.")] = None,
+    runs: Runs = RUNS,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> int:
+    """Shows how much each group of channels matters, as a heat map here and as a PNG."""
+    from search.commands import run_profile
+
+    return run_profile(study, name, runs, as_json)
+
+
+@app.command()
 def ui(
     name: Search = None,
     runs: Runs = RUNS,

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from search.sampler import distributions, first_guesses, sampler
 from search.store import Baseline, versions_of
 from search.workbench import Workbench
 from spaces.candidate import Candidate
+from spaces.space import Value
 
 REPEATED_FAILURES = 10
 """So many failures in a row, all for one reason, end a search."""
@@ -62,6 +63,7 @@ class Coordinator:
         sampler_name: proposes candidates.
         seed: of the sampler; a resumed search goes on from another point of the same sequence.
         observers: told about every finished trial.
+        seeds: versions to try after those that treat every layer alike.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Coordinator:
         sampler_name: str,
         seed: int,
         observers: list[Observer],
+        seeds: Sequence[Mapping[str, Value]] = (),
     ) -> None:
         self._bench = bench
+        self._seeds = seeds
         self._stored = stored
         self._dense = baseline.evaluation.measurements
         self._budget: Budget = bench.study.limits
@@ -95,8 +99,8 @@ class Coordinator:
             Why it ended. An interrupt ends it too: the trial in flight is done again when the search goes on.
         """
         put_right_running(self._stored)
-        for guess in first_guesses(self._bench.space):
-            self._stored.enqueue_trial(guess, skip_if_exists=True)
+        for guess in [*first_guesses(self._bench.space), *self._seeds]:
+            self._stored.enqueue_trial(dict(guess), skip_if_exists=True)
         begin = time.monotonic()
         with Interrupts() as self._interrupts:
             try:

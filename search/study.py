@@ -117,9 +117,10 @@ class RecoverySection(_Section):
 
 
 class SearchSection(_Section):
-    """How long to search when the command does not say."""
+    """How long to search when the command does not say, and whether a sensitivity profile gives it a start."""
 
     trials: Positive = 100
+    profile: bool = True
 
 
 class Study(_Section):

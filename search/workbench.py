@@ -67,7 +67,7 @@ class Workbench:
             FlopsEvaluator(self.network, image),
         )
         self._accuracy = AccuracyEvaluator()
-        self._ground = self._recovery_ground(progress)
+        self.ground = self._recovery_ground(progress)
 
     def _recovery_ground(self, progress: Progress) -> Ground:
         augment = resolve(self.study.data.augment) if self.study.data.augment else None
@@ -92,7 +92,7 @@ class Workbench:
     @cached_property
     def recovery(self) -> Recovery:
         """How pruned networks win accuracy back while the search runs: the same way for all of them."""
-        return recovery(self._ground)
+        return recovery(self.ground)
 
     @property
     def fingerprint(self) -> str:
@@ -149,7 +149,7 @@ class Workbench:
         if more is not None:
             start = self.study.recovery.model_dump_json(exclude={"final"})
             images = recovery_images(self.data.train, self.study.recovery.images)
-            finetune_kept(self._ground, network, candidate.channels, more, images, start)
+            finetune_kept(self.ground, network, candidate.channels, more, images, start)
         return network
 
     def effort(self, candidate: Candidate, more: FinetuneSection | None = None) -> str:
