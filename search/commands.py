@@ -19,7 +19,7 @@ from search.front import PREFERENCES, Version, choose, feasible, nearest_miss, p
 from search.sampler import check_sampler
 from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
 from search.study import Study, finetuning, load_study
-from search.text import HEADINGS, broken_limits, front_row, front_table, milliseconds, percent, points, size
+from search.text import HEADINGS, ZEROS, broken_limits, front_row, front_table, milliseconds, percent, points, size
 from spaces.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def _search(
         _check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
         display.say(f"Recovery of pruned versions: {bench.recovery.effort}.")
+        for remark in bench.remarks:
+            display.say(f"Note: {remark}.")
         if "baseline" not in stored.user_attrs:
             display.say("Measuring the dense network...")
             (folder.path / "study.toml").write_text(text, encoding="utf-8")
@@ -198,6 +200,8 @@ def _print_front(search: StoredSearch, budget: Budget, console: Console) -> bool
     if front:
         title = f"{search.folder.name}: {len(front)} versions within {budget}, none beaten by another"
         console.print(front_table(front, dense, title, console.width))
+        if any(pattern.endswith("%") for pattern in search.study.space.patterns):
+            console.print(ZEROS, highlight=False, soft_wrap=True)
         if str(budget) != str(search.budget):
             _say_unmeasured(search, console)
         return True

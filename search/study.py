@@ -78,6 +78,7 @@ class SpaceSection(_Section):
     keep_at_least: Share = 0.25
     lowest_threshold: Share = 0.5
     threshold_step: Share = 0.05
+    patterns: tuple[Annotated[str, Field(pattern=r"^(2:4|[1-9][0-9]?%)$")], ...] = ()
 
 
 class TargetSection(_Section):

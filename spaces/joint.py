@@ -1,22 +1,33 @@
-"""All three freedoms in one space."""
+"""All freedoms in one space."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.gates import GateSpace
 from spaces.network import ExitNetwork
+from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PrecisionSpace
 from spaces.space import Choice, Dimension, Integer, Value
 from spaces.sparsity import SparsitySpace
 
+NO_PATTERNS = PatternSpace({})
+"""Every layer is dense."""
+
 
 class JointSpace:
-    """Sparsity, precision and gates together: what one trial chooses from."""
+    """Sparsity, precision, gates and patterns of zeros together: what one trial chooses from."""
 
-    def __init__(self, sparsity: SparsitySpace, precision: PrecisionSpace, gates: GateSpace) -> None:
+    def __init__(
+        self,
+        sparsity: SparsitySpace,
+        precision: PrecisionSpace,
+        gates: GateSpace,
+        patterns: PatternSpace = NO_PATTERNS,
+    ) -> None:
         self.sparsity = sparsity
         self.precision = precision
         self.gates = gates
+        self.patterns = patterns
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns every dimension, by its prefixed name."""
@@ -24,6 +35,7 @@ class JointSpace:
             **self.sparsity.dimensions(),
             **self.precision.dimensions(),
             **self.gates.dimensions(),
+            **self.patterns.dimensions(),
         }
 
     def candidate(self, values: Mapping[str, Value]) -> Candidate:
@@ -43,7 +55,8 @@ class JointSpace:
                     layer: self.precision.precisions[0] for layer in precision if layer.startswith(f"exits.{name}.")
                 }
         channels = {name: int(value) for name, value in self.sparsity.read(values).items()}
-        return Candidate(channels, precision, thresholds)
+        patterns = {name: str(value) for name, value in self.patterns.read(values).items() if value != DENSE}
+        return Candidate(channels, precision, thresholds, patterns)
 
     def dense(self) -> Candidate:
         """Returns the network as it was given: every channel, the reference precision, no exit."""
@@ -53,14 +66,14 @@ class JointSpace:
             dict.fromkeys(self.gates.exits, NEVER_EXIT),
         )
 
-    def uniform(self, keep: float, precision: str, threshold: float) -> dict[str, Value]:
-        """Returns values that treat every layer alike: a share of the channels, one precision, one threshold.
+    def uniform(self, keep: float, precision: str, threshold: float, pattern: str = DENSE) -> dict[str, Value]:
+        """Returns values that treat every layer alike: a share of the channels, one precision, threshold and pattern.
 
         Shares are rounded to the nearest step of each group; the threshold to the nearest on offer.
         """
         values: dict[str, Value] = {}
         for name, dimension in self.dimensions().items():
-            values[name] = _nearest(dimension, keep, precision, threshold)
+            values[name] = _nearest(dimension, keep, (precision, pattern), threshold)
         return values
 
     def apply(self, network: ExitNetwork, candidate: Candidate) -> ExitNetwork:
@@ -69,12 +82,14 @@ class JointSpace:
         Raises:
             ValueError: the candidate does not fit the network.
         """
-        return self.sparsity.apply(network, candidate.channels)
+        smaller = self.sparsity.apply(network, candidate.channels)
+        apply_patterns(smaller, candidate.patterns)
+        return smaller
 
 
-def _nearest(dimension: Dimension, keep: float, precision: str, threshold: float) -> Value:
+def _nearest(dimension: Dimension, keep: float, names: Sequence[str], threshold: float) -> Value:
     if isinstance(dimension, Choice):
-        return precision if precision in dimension.choices else dimension.choices[0]
+        return next((name for name in names if name in dimension.choices), dimension.choices[0])
     wanted = keep * dimension.high if isinstance(dimension, Integer) else threshold
     steps = round((wanted - dimension.low) / dimension.step)
     nearest = min(max(dimension.low + steps * dimension.step, dimension.low), dimension.high)

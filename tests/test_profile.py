@@ -162,9 +162,8 @@ def test_the_command_shows_the_profile_and_writes_it(tmp_path, capsys, bench, fo
     assert run([*arguments, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert Profile.from_dict({name: content[name] for name in found.to_dict()}) == found
-    assert [kept["flops"] for kept in content["greedy"]] == sorted(
-        (k["flops"] for k in content["greedy"]), reverse=True
-    )
+    shares = [kept["flops"] for kept in content["greedy"]]
+    assert shares == sorted(shares, reverse=True)
 
 
 def test_a_profile_of_no_search_is_a_mistake(tmp_path, capsys) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from evaluators.data import LabelledImages
-from search.recovery import Ground
+from search.recovery import NO_PATTERNS, Ground
 from spaces.network import ExitNetwork
 
 BATCH = 64
@@ -22,7 +22,12 @@ class BatchNormRecovery:
         self.source = ground.network
         self._images = recovery_images(ground.train, ground.settings.images)
 
-    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:  # noqa: ARG002
+    def recover(
+        self,
+        network: ExitNetwork,
+        channels: Mapping[str, int],  # noqa: ARG002
+        patterns: Mapping[str, str] = NO_PATTERNS,  # noqa: ARG002
+    ) -> None:
         """Replaces the running statistics."""
         recalibrate_batch_norm(network, self._images)
 
