@@ -15,12 +15,14 @@ from spaces.sparsity import PREFIX
 SHARES = (0.8, 0.65, 0.5, 0.35)
 """Shares of the dense network's FLOPs for which widths are proposed."""
 
+_THRESHOLD = 0.9
+"""Of the exits, where a proposal has them."""
 AFFORDABLE_S = 600.0
 """A search measures a profile of its own accord where that takes no longer."""
 
 
 def greedy_seeds(bench: Workbench, progress: Progress, say: Callable[[str], None]) -> list[dict[str, Value]]:
-    """Returns values of the space for the greedy widths, in the target's last precision and without exits.
+    """Returns values of the space for the greedy widths, in the target's last precision, without exits and with all of them.
 
     None where there is one group only, or where the profile would take too long: `say` tells the user then.
     """
@@ -35,9 +37,13 @@ def greedy_seeds(bench: Workbench, progress: Progress, say: Callable[[str], None
         )
         return []
     precision = bench.space.precision.precisions[-1]
-    dense = bench.space.uniform(1.0, precision, NEVER_EXIT)
     found = greedy_versions(bench, profiler.run(progress))
-    return [dense | {PREFIX + name: count for name, count in kept.items()} for _, kept in found]
+    thresholds = (NEVER_EXIT, _THRESHOLD) if bench.space.gates.exits else (NEVER_EXIT,)
+    return [
+        bench.space.uniform(1.0, precision, threshold) | {PREFIX + name: count for name, count in kept.items()}
+        for _, kept in found
+        for threshold in thresholds
+    ]
 
 
 def greedy_versions(bench: Workbench, found: Profile) -> list[tuple[float, dict[str, int]]]:
