@@ -121,7 +121,7 @@ class SearchSection(_Section):
     """How long to search when the command does not say, and whether a sensitivity profile gives it a start."""
 
     trials: Positive = 100
-    profile: bool = True
+    profile: bool = False
 
 
 class Study(_Section):

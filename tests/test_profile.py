@@ -14,6 +14,7 @@ from search.cli import run
 from search.greedy import greedy_seeds, greedy_widths
 from search.profile import Point, Profile, Profiler, widths
 from search.sampler import distributions
+from search.store import SearchFolder
 from search.study import Study
 from search.workbench import Workbench
 from tests import tiny
@@ -164,6 +165,16 @@ def test_the_command_shows_the_profile_and_writes_it(tmp_path, capsys, bench, fo
     assert Profile.from_dict({name: content[name] for name in found.to_dict()}) == found
     shares = [kept["flops"] for kept in content["greedy"]]
     assert shares == sorted(shares, reverse=True)
+
+
+def test_a_search_that_asks_for_it_tries_the_greedy_widths(tmp_path, bench) -> None:
+    text = tiny.STUDY.replace("search = {trials = 12}", "search = {trials = 1, profile = true}")
+    (tmp_path / "study.toml").write_text(text)
+    arguments = ["--study", str(tmp_path / "study.toml"), "--runs", str(tmp_path), "--search", "one"]
+    assert run([*arguments, "--budget", "latency<1000%"]) in (0, 1)
+    queued = [trial.system_attrs.get("fixed_params") for trial in SearchFolder(tmp_path / "one").open().trials]
+    for seed in greedy_seeds(bench, lambda *_: None, lambda _: None):
+        assert seed in queued
 
 
 def test_a_profile_of_no_search_is_a_mistake(tmp_path, capsys) -> None:
