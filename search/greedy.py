@@ -18,11 +18,11 @@ SHARES = (0.8, 0.65, 0.5, 0.35)
 _THRESHOLD = 0.9
 """Of the exits, where a proposal has them."""
 AFFORDABLE_S = 600.0
-"""A search measures a profile of its own accord where that takes no longer."""
+"""A search measures the profile that a study asks for where that takes no longer."""
 
 
 def greedy_seeds(bench: Workbench, progress: Progress, say: Callable[[str], None]) -> list[dict[str, Value]]:
-    """Returns values of the space for the greedy widths, in the target's last precision, without exits and with all of them.
+    """Returns values of the space for the greedy widths: the target's last precision, without exits and with them.
 
     None where there is one group only, or where the profile would take too long: `say` tells the user then.
     """
