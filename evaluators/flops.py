@@ -41,7 +41,19 @@ class FlopsEvaluator:
         reached = subject.answers.reached if active else (1.0,)
         expected = sum(share * flops for share, flops in zip(reached, stages, strict=True))
         n = len(subject.validation) if active else 1
-        return Measurement("flops", expected, "expected", n, 0.0, "any", _PROTOCOL, others={"worst": sum(stages)})
+        others = {"worst": sum(stages)}
+        notes = {"nonzero": self._nonzero(subject, counts)} if subject.candidate.patterns else {}
+        return Measurement("flops", expected, "expected", n, 0.0, "any", _PROTOCOL, others, notes)
+
+    def _nonzero(self, subject: Subject, counts: Mapping[str, float]) -> float:
+        """Returns the share of the trunk's FLOPs that multiply by a weight other than zero."""
+        weights = dict(subject.network.named_parameters())
+        trunk = {path: count for path, count in counts.items() if not path.startswith("exits.")}
+        left = sum(
+            count * (float((weights[f"{path}.weight"] != 0).float().mean()) if f"{path}.weight" in weights else 1.0)
+            for path, count in trunk.items()
+        )
+        return left / sum(trunk.values())
 
     def _stage(self, path: str, active: tuple[str, ...], exits: tuple[str, ...]) -> int:
         """Returns the stage that a module runs in, when only the `active` exits cut the network."""

@@ -24,9 +24,13 @@ class ParamsEvaluator:
     def measure(self, subject: Subject) -> Measurement:
         """Returns the number of trainable values that the deployed version has."""
         inactive = [name for name in subject.network.exit_names if name not in subject.candidate.active_exits]
-        count = sum(
-            parameter.numel()
+        deployed = [
+            parameter
             for name, parameter in subject.network.named_parameters()
             if not any(name.startswith(f"exits.{exit_name}.") for exit_name in inactive)
-        )
-        return Measurement("params", count, "total", 1, 0.0, "any", "trainable values of the compressed network")
+        ]
+        count = sum(parameter.numel() for parameter in deployed)
+        protocol = "trainable values of the compressed network, zeros included"
+        nonzero = sum(int(parameter.count_nonzero()) for parameter in deployed) / count
+        notes = {"nonzero": nonzero} if subject.candidate.patterns else {}
+        return Measurement("params", count, "total", 1, 0.0, "any", protocol, notes=notes)

@@ -80,25 +80,34 @@ def _complain(message: str) -> int:
     return 2
 
 
+StudyName = Annotated[
+    str | None, typer.Option("--study", help="One of the studies that come along, or a study.toml; else digits.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="SOURCE", help="torchvision:NAME[@WEIGHTS], module:function, file.py:function."),
+]
+Weights = Annotated[str | None, typer.Option("--weights", metavar="FILE", help="A state dict for the model.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="SOURCE", help="imagefolder:PATH, cifar10:PATH, ..., module:function, file.py:function."
+    ),
+]
+Download = Annotated[
+    bool, typer.Option("--download", help="Let torchvision fetch weights and images that are not here.")
+]
+
+
 @app.callback(invoke_without_command=True)
 def search(
     context: typer.Context,
     budget: Budgets = None,
-    study: Annotated[
-        str | None, typer.Option(help="One of the studies that come along, or a study.toml; else digits.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="torchvision:NAME[@WEIGHTS], module:function, file.py:function."),
-    ] = None,
-    weights: Annotated[str | None, typer.Option(metavar="FILE", help="A state dict for the model.")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="imagefolder:PATH, cifar10:PATH, ..., module:function, file.py:function."),
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Let torchvision fetch weights and images that are not here.")
-    ] = False,
+    study: StudyName = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    download: Download = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Images at a time, once deployed.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the deployed network.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="End after so many; else the study's number.")] = None,
@@ -169,6 +178,27 @@ def pick(
     from search.commands import run_pick
 
     return run_pick(limits, prefer, out, name, runs, finetune)
+
+
+@app.command()
+def profile(
+    study: StudyName = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    download: Download = False,
+    name: Annotated[str | None, typer.Option("--search", metavar="NAME", help="The study of this search.")] = None,
+    runs: Runs = RUNS,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> int:
+    """Shows how much each group of channels matters, as a heat map here and as a PNG."""
+    anything = Budget.parse(["latency<100%"])  # a profile depends on no budget
+    request = Request(study, anything, model, weights, data)
+    if name is not None and request != Request(budget=anything):
+        raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
+    from search.commands import run_profile
+
+    return run_profile(request, name, runs, as_json, download)
 
 
 @app.command()

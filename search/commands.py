@@ -22,6 +22,7 @@ from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_
 from search.study import Study, finetuning
 from search.text import (
     HEADINGS,
+    ZEROS,
     broken_limits,
     examined_layers,
     front_row,
@@ -36,6 +37,7 @@ from spaces.errors import UserError
 if TYPE_CHECKING:
     from search.coordinator import Outcome
     from search.deploy import Confirmed
+    from search.profile import Profile
     from search.workbench import Workbench
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -113,6 +115,7 @@ def _search(
     library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written
     with folder.lock():
         from search.coordinator import Coordinator, is_counted, measure_baseline, put_right_running
+        from search.greedy import greedy_seeds
         from search.tracking import Mirror
         from search.workbench import Workbench
 
@@ -123,6 +126,8 @@ def _search(
         _check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
         display.say(f"Recovery of pruned versions: {bench.recovery.effort}.")
+        for remark in bench.remarks:
+            display.say(f"Note: {remark}.")
         if "baseline" not in stored.user_attrs:
             display.say("Measuring the dense network...")
             if bench.examines:
@@ -142,7 +147,8 @@ def _search(
             display.say(f"Going on with search {folder.name}: {done} trials are there")
         dense = Version(-1, search.baseline.evaluation)
         view = SearchView(display, search.versions, search.budget, dense, done, trials)
-        coordinator = Coordinator(bench, stored, search.baseline, sampler, seed, [mirror, view])
+        seeds = greedy_seeds(bench, display.step, display.say) if study.search.profile else []
+        coordinator = Coordinator(bench, stored, search.baseline, sampler, seed, [mirror, view], seeds)
         outcome = coordinator.run(trials, timeout_s)
         if outcome.code == 0:
             outcome = _recover(bench, stored, search.baseline, outcome, display)
@@ -217,6 +223,8 @@ def _print_front(search: StoredSearch, budget: Budget, console: Console) -> bool
     if front:
         title = f"{search.folder.name}: {len(front)} versions within {budget}, none beaten by another"
         console.print(front_table(front, dense, title, console.width))
+        if any(pattern.endswith("%") for pattern in search.study.space.patterns):
+            console.print(ZEROS, highlight=False, soft_wrap=True)
         if str(budget) != str(search.budget):
             _say_unmeasured(search, console)
         return True
@@ -273,6 +281,53 @@ def run_pick(
     ]:
         console.print(line, highlight=False, soft_wrap=True)
     return 0
+
+
+def run_profile(request: Request, name: str | None, runs: Path, as_json: bool, download: bool) -> int:
+    """Shows the sensitivity profile of a study's network, or a search's, and writes its picture."""
+    folder = SearchFolder(runs / name) if name else None
+    study = StoredSearch.read(folder).study if folder else request.to_study()
+    from search.greedy import greedy_versions
+    from search.heatmap import heat_maps
+    from search.profile import Profiler
+    from search.workbench import Workbench
+
+    console = Console(stderr=as_json)
+    with Display(console) as display:
+        bench = Workbench(study, display.step, say=display.say, download=download)
+        profiler = Profiler(bench)
+        if not profiler.groups:
+            raise UserError(f"a profile needs a group of channels that may shrink, got none in study {study.name!r}")
+        found = profiler.run(display.step)
+    picture = folder.path / "profile.png" if folder else runs / f"profile-{study.name}.png"
+    _write_picture(found, f"{study.name}: one group at a time, after recovery {found.effort!r}", picture)
+    greedy = greedy_versions(bench, found)
+    if as_json:
+        proposals = [{"flops": share, "channels": kept} for share, kept in greedy]
+        content = {"study": study.name, "picture": str(picture), **found.to_dict(), "greedy": proposals}
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        return 0
+    for table in heat_maps(found):
+        console.print(table)
+    lines = [f"In nats, against the dense network, on {found.images} calibration images after recovery {found.effort}."]
+    if study.recovery.level == "finetune":
+        lines.append("The study fine-tunes, which would take hours here, so batch statistics alone were measured anew.")
+    for share, kept in greedy:
+        narrow = [f"{name} {kept[name]}" for name, points in found.groups.items() if kept[name] < points[0].channels]
+        lines.append(f"{share:.0%} of the FLOPs at the least divergence: {', '.join(narrow)}")
+    for line in [*lines, f"Wrote {picture}"]:
+        console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _write_picture(found: "Profile", title: str, picture: Path) -> None:
+    from search.plots import save_profile_png
+
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        save_profile_png(found.groups, title, picture)
+    except OSError as error:
+        raise UserError(f"a picture goes into a writable folder, got {picture}: {error.strerror}") from error
 
 
 def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:

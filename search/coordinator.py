@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from search.store import Baseline, versions_of
 from search.workbench import Workbench
 from spaces.candidate import Candidate
 from spaces.joint import JointSpace
+from spaces.space import Value
 
 REPEATED_FAILURES = 10
 """So many failures in a row, all for one reason, end a search."""
@@ -64,6 +65,7 @@ class Coordinator:
         sampler_name: proposes candidates.
         seed: of the sampler; a resumed search goes on from another point of the same sequence.
         observers: told about every finished trial.
+        seeds: versions to try after those that treat every layer alike.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Coordinator:
         sampler_name: str,
         seed: int,
         observers: list[Observer],
+        seeds: Sequence[Mapping[str, Value]] = (),
     ) -> None:
         self._bench = bench
+        self._seeds = seeds
         self._stored = stored
         self._dense = baseline.evaluation.measurements
         self._budget: Budget = bench.study.limits
@@ -99,8 +103,8 @@ class Coordinator:
             Why it ended. An interrupt ends it too: the trial in flight is done again when the search goes on.
         """
         put_right_running(self._stored)
-        for guess in first_guesses(self._space):
-            self._stored.enqueue_trial(guess, skip_if_exists=True)
+        for guess in [*first_guesses(self._space), *self._seeds]:
+            self._stored.enqueue_trial(dict(guess), skip_if_exists=True)
         begin = time.monotonic()
         with Interrupts() as self._interrupts:
             try:

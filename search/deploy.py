@@ -120,12 +120,12 @@ def recover_more(bench: Workbench, search: StoredSearch, version: Version, more:
     """Returns a version with further fine-tuning, measured again; one that is not pruned stays as it is.
 
     Raises:
-        BundleError: the version has all of its channels, so there is nothing to win back.
+        BundleError: the version has all of its channels and weights, so there is nothing to win back.
         DivergedError: the loss is not finite for the second time.
     """
     candidate = version.evaluation.candidate
     if not bench.is_pruned(candidate):
-        raise BundleError(f"--finetune recovers a pruned version, got trial {version.number} with all of its channels")
+        raise BundleError(f"--finetune recovers a pruned version, got trial {version.number}, which lacks nothing")
     latency = bench.latency_evaluator(search.baseline.reference_seconds)
     return Version(version.number, bench.evaluate(candidate, latency, lambda _measured: False, more))
 

@@ -1,13 +1,16 @@
 """The front as pictures: self-contained HTML, and PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from search.budget import Budget
 from search.front import Version, choose
+from search.profile import EIGHTHS, Point
 from search.text import exit_shares, int8_layers, kept_channels, milliseconds, percent
 
 _COLORS = {"over the budget": "#b0b0b0", "within the budget": "#1f77b4", "front": "#d62728", "dense": "#000000"}
@@ -139,3 +142,35 @@ def _limit_lines(budget: Budget, dense: Version) -> list[tuple[str, float, str]]
         elif constraint.name == "accuracy_drop":
             lines.append(("y", (base - constraint.limit) * 100, str(constraint)))
     return lines
+
+
+def save_profile_png(groups: Mapping[str, Sequence[Point]], title: str, file: Path) -> None:
+    """Writes the sensitivity profile as two heat maps, of the divergence and of the change of the loss.
+
+    Args:
+        groups: the points of each group, widest first.
+        title: of the picture.
+        file: a PNG.
+    """
+    shares = sorted({point.eighth for points in groups.values() for point in points}, reverse=True)
+    figure = Figure(figsize=(4 + 1.1 * len(shares), 1.8 + 0.3 * len(groups)), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left")
+    for axes, (label, attribute) in zip(
+        figure.subplots(1, 2, sharey=True),
+        (("KL divergence, nats", "divergence"), ("change of the loss, nats", "loss")),
+        strict=True,
+    ):
+        values = np.full((len(groups), len(shares)), np.nan)
+        for row, points in enumerate(groups.values()):
+            for point in points:
+                values[row, shares.index(point.eighth)] = getattr(point, attribute)
+        drawn = axes.imshow(values, aspect="auto", cmap="YlOrRd", norm=SymLogNorm(0.01, vmin=0))
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                shade = "white" if drawn.norm(value) > 0.7 else "black"
+                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=shade)
+        axes.set_xticks(range(len(shares)), [f"{share / EIGHTHS:.0%}" for share in shares], fontsize=8)
+        axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
+        axes.set_xlabel("share of the group's channels kept")
+        axes.set_title(label, fontsize="medium")
+    figure.savefig(file, dpi=120)

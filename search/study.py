@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -115,6 +116,7 @@ class SpaceSection(_Section):
     keep_at_least: Share = 0.25
     lowest_threshold: Share = 0.5
     threshold_step: Share = 0.05
+    patterns: tuple[Annotated[str, Field(pattern=r"^(2:4|[1-9][0-9]?%)$")], ...] = ()
     drop_slower: bool = True
     """Whether a layer loses the precisions in which it measures slower."""
 
@@ -156,9 +158,10 @@ class RecoverySection(_Section):
 
 
 class SearchSection(_Section):
-    """How long to search when the command does not say."""
+    """How long to search when the command does not say, and whether a sensitivity profile gives it a start."""
 
     trials: Positive = 100
+    profile: bool = False
 
 
 class Study(_Section):
@@ -227,11 +230,7 @@ class Study(_Section):
     def to_toml(self) -> str:
         """Returns the study as the text of a study file: every key, with the defaults written out."""
         content = self.model_dump(mode="json", exclude_none=True)
-        lines = [f"{key} = {_toml(value)}" for key, value in content.items() if not isinstance(value, dict)]
-        for name, section in content.items():
-            if isinstance(section, dict):
-                lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in section.items())]
-        return "\n".join(lines) + "\n"
+        return "\n".join(_lines(content, "")).lstrip("\n") + "\n"
 
     def with_budget(self, budget: Budget) -> Self:
         """Returns the same study under another budget, spelled in its one canonical way."""
@@ -247,6 +246,16 @@ class Study(_Section):
         """Eight hexadecimal digits over all that an answer depends on, so not over the number of trials."""
         content = self.model_dump_json(exclude={"search", "question"})
         return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def _lines(content: Mapping[str, Any], section: str) -> list[str]:
+    """Returns a section, its own keys first, then the sections in it."""
+    lines = ["", f"[{section}]"] if section else []
+    lines += [f"{key} = {_toml(value)}" for key, value in content.items() if not isinstance(value, dict)]
+    for name, inner in content.items():
+        if isinstance(inner, dict):
+            lines += _lines(inner, f"{section}.{name}" if section else name)
+    return lines
 
 
 def finetuning(length: str, settings: FinetuneSection | None) -> FinetuneSection:

@@ -11,6 +11,11 @@ from search.budget import Budget, Constraint
 from search.front import Version
 from spaces.candidate import Candidate
 
+ZEROS = (
+    "Zeros inside layers make nothing faster on this target, whose kernels are dense, and FLOPs count them; the notes"
+    " of flops and params in --json tell the share that hardware which skips zeros would need."
+)
+"""Is said below a front in which layers may have zeros anywhere."""
 _DECIMAL = ((1e9, "G"), (1e6, "M"), (1e3, "K"))
 
 

@@ -41,6 +41,7 @@ from spaces.grouping import find_groups
 from spaces.groups import Groups
 from spaces.joint import JointSpace
 from spaces.network import ExitNetwork
+from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
 from spaces.precision import PrecisionSpace
 from spaces.sparsity import SparsitySpace
 
@@ -148,6 +149,15 @@ class Workbench:
             for precision in self.space.precision.precisions
         }
 
+    @property
+    def remarks(self) -> list[str]:
+        """What of the study's wishes does not come true on this target, in words."""
+        if _patterns(self.study, self.runtime) == self.study.space.patterns:
+            return []
+        return [
+            f"pattern {TWO_OF_FOUR} is left out: {self.target.device} has no sparse kernels in {self.target.runtime}"
+        ]
+
     def time_references(self) -> dict[str, Spent]:
         """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
         images = self.data.validation.images[: reference_batch(self.target.batch)]
@@ -191,7 +201,7 @@ class Workbench:
     def compress(self, candidate: Candidate, more: FinetuneSection | None = None) -> ExitNetwork:
         """Returns the candidate's network in torch, recovered as the study says.
 
-        A network with all of its channels is the one that was given, whatever the level.
+        A network with all of its channels and weights is the one that was given, whatever the level.
 
         Args:
             candidate: the version.
@@ -203,11 +213,20 @@ class Workbench:
         if not self.is_pruned(candidate):
             return self.space.apply(self.network, candidate)
         network = self.space.apply(self.recovery.source, candidate)
-        self.recovery.recover(network, candidate.channels)
+        self.recovery.recover(network, candidate.channels, candidate.patterns)
         if more is not None:
             start = self.study.recovery.model_dump_json(exclude={"final"})
             images = recovery_images(self.data.train, self.study.recovery.images)
-            finetune_kept(self.ground, network, candidate.channels, more, images, start)
+            finetune_kept(
+                self.ground,
+                network,
+                candidate.channels,
+                more,
+                images,
+                start,
+                candidate.patterns,
+                self.recovery.source,
+            )
         return network
 
     def effort(self, candidate: Candidate, more: FinetuneSection | None = None) -> str:
@@ -227,8 +246,8 @@ class Workbench:
         return self.builder.read_ranges(self.recovery.source, self.data.calibration.images[:])
 
     def is_pruned(self, candidate: Candidate) -> bool:
-        """Returns whether the candidate lacks any channel of the dense network."""
-        return bool(self.space.sparsity.kept(candidate.channels))
+        """Returns whether the candidate lacks any channel or weight of the dense network."""
+        return bool(candidate.patterns) or bool(self.space.sparsity.kept(candidate.channels))
 
     def subject(self, candidate: Candidate, more: FinetuneSection | None = None) -> Subject:
         """Returns the candidate, built and ready to be measured; `more` is fine-tuning that comes on top."""
@@ -285,4 +304,11 @@ def _space(
         SparsitySpace(groups.free, scores, able.channel_step, study.space.keep_at_least),
         PrecisionSpace(layers, able.precisions),
         GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
+        PatternSpace(offered_patterns(network, groups.free, able.channel_step, _patterns(study, target))),
     )
+
+
+def _patterns(study: Study, target: Runtime) -> tuple[str, ...]:
+    """Returns the study's patterns of zeros but for 2:4 where the target has no kernels for it."""
+    able = target.capabilities().sparse_2_4
+    return tuple(pattern for pattern in study.space.patterns if able or pattern != TWO_OF_FOUR)

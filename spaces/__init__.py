@@ -1,1 +1,1 @@
-"""What may vary: channels kept per group, precision per layer, thresholds per exit."""
+"""What may vary: channels kept per group, precision per layer, thresholds per exit, zeros inside layers."""

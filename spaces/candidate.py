@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Self
@@ -14,7 +14,7 @@ NEVER_EXIT = 1.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer and threshold per exit.
+    """Channels kept per group, precision per layer, threshold per exit, and the pattern of zeros of some layers.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, {"exit1": 0.9})
 
@@ -24,10 +24,12 @@ class Candidate:
     channels: Mapping[str, int]
     precision: Mapping[str, str]
     thresholds: Mapping[str, float]
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    """Of layers that have zeros by choice; one that is not named is dense."""
 
     def __post_init__(self) -> None:
-        for field in ("channels", "precision", "thresholds"):
-            object.__setattr__(self, field, MappingProxyType(dict(getattr(self, field))))
+        for part in ("channels", "precision", "thresholds", "patterns"):
+            object.__setattr__(self, part, MappingProxyType(dict(getattr(self, part))))
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -49,11 +51,12 @@ class Candidate:
             "channels": dict(self.channels),
             "precision": dict(self.precision),
             "thresholds": dict(self.thresholds),
+            "patterns": dict(self.patterns),
         }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Returns the candidate that `to_dict` described.
+        """Returns the candidate that `to_dict` described; without patterns, every layer is dense.
 
         Raises:
             ValueError: a part is missing.
@@ -65,4 +68,5 @@ class Candidate:
             {str(name): int(kept) for name, kept in content["channels"].items()},
             {str(name): str(precision) for name, precision in content["precision"].items()},
             {str(name): float(threshold) for name, threshold in content["thresholds"].items()},
+            {str(name): str(pattern) for name, pattern in content.get("patterns", {}).items()},
         )

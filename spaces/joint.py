@@ -1,22 +1,33 @@
-"""All three freedoms in one space."""
+"""All freedoms in one space."""
 
 from collections.abc import Mapping, Sequence
 
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.gates import GateSpace
 from spaces.network import ExitNetwork
+from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PREFIX, PrecisionSpace
 from spaces.space import Choice, Dimension, Integer, Real, Value
 from spaces.sparsity import SparsitySpace
 
+NO_PATTERNS = PatternSpace({})
+"""Every layer is dense."""
+
 
 class JointSpace:
-    """Sparsity, precision and gates together: what one trial chooses from."""
+    """Sparsity, precision, gates and patterns of zeros together: what one trial chooses from."""
 
-    def __init__(self, sparsity: SparsitySpace, precision: PrecisionSpace, gates: GateSpace) -> None:
+    def __init__(
+        self,
+        sparsity: SparsitySpace,
+        precision: PrecisionSpace,
+        gates: GateSpace,
+        patterns: PatternSpace = NO_PATTERNS,
+    ) -> None:
         self.sparsity = sparsity
         self.precision = precision
         self.gates = gates
+        self.patterns = patterns
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns every dimension, by its prefixed name."""
@@ -24,6 +35,7 @@ class JointSpace:
             **self.sparsity.dimensions(),
             **self.precision.dimensions(),
             **self.gates.dimensions(),
+            **self.patterns.dimensions(),
         }
 
     def candidate(self, values: Mapping[str, Value]) -> Candidate:
@@ -43,7 +55,8 @@ class JointSpace:
                     layer: self.precision.precisions[0] for layer in precision if layer.startswith(f"exits.{name}.")
                 }
         channels = {name: int(value) for name, value in self.sparsity.read(values).items()}
-        return Candidate(channels, precision, thresholds)
+        patterns = {name: str(value) for name, value in self.patterns.read(values).items() if value != DENSE}
+        return Candidate(channels, precision, thresholds, patterns)
 
     def dense(self) -> Candidate:
         """Returns the network as it was given: every channel, the reference precision, no exit."""
@@ -53,22 +66,24 @@ class JointSpace:
             dict.fromkeys(self.gates.exits, NEVER_EXIT),
         )
 
-    def uniform(self, keep: float, precision: str, threshold: float) -> dict[str, Value]:
-        """Returns values that treat every layer alike: a share of the channels, one precision, one threshold.
+    def uniform(self, keep: float, precision: str, threshold: float, pattern: str = DENSE) -> dict[str, Value]:
+        """Returns values that treat every layer alike: a share of the channels, one precision, threshold and pattern.
 
         Shares are rounded to the nearest step of each group; the threshold to the nearest on offer.
         """
         values: dict[str, Value] = {}
         for name, dimension in self.dimensions().items():
-            if isinstance(dimension, Choice):
+            if not isinstance(dimension, Choice):
+                values[name] = _nearest(dimension, keep, threshold)
+            elif name.startswith(PREFIX):
                 values[name] = self.precision.nearest(name.removeprefix(PREFIX), precision)
             else:
-                values[name] = _nearest(dimension, keep, threshold)
+                values[name] = pattern if pattern in dimension.choices else dimension.choices[0]
         return values
 
     def narrowed(self, allowed: Mapping[str, Sequence[str]]) -> "JointSpace":
         """Returns the space with only these precisions left to each layer."""
-        return JointSpace(self.sparsity, self.precision.without(allowed), self.gates)
+        return JointSpace(self.sparsity, self.precision.without(allowed), self.gates, self.patterns)
 
     def apply(self, network: ExitNetwork, candidate: Candidate) -> ExitNetwork:
         """Returns the compressed network in torch; precision and thresholds take effect in the artifact.
@@ -76,7 +91,9 @@ class JointSpace:
         Raises:
             ValueError: the candidate does not fit the network.
         """
-        return self.sparsity.apply(network, candidate.channels)
+        smaller = self.sparsity.apply(network, candidate.channels)
+        apply_patterns(smaller, candidate.patterns)
+        return smaller
 
 
 def _nearest(dimension: Integer | Real, keep: float, threshold: float) -> Value:

@@ -275,7 +275,7 @@ def test_a_bias_is_never_quantized(network, space, images) -> None:
 
 def test_ranges_that_are_read_in_parts_are_those_of_all(builder, network, images, monkeypatch) -> None:
     whole = builder.read_ranges(network, images.numpy())
-    monkeypatch.setattr("evaluators.runtimes.ort._AT_ONCE", 5)
+    monkeypatch.setattr("evaluators.runtimes.ort._CALIBRATION_BATCH", 5)
     parts = builder.read_ranges(network, images.numpy())
     assert parts.keys() == whole.keys()
     for name, found in parts.items():

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from evaluators.data import LabelledImages
@@ -20,6 +21,9 @@ RECOVERIES: Mapping[str, str] = {
     "elastic": "search.recovery.elastic:ElasticRecovery",
 }
 """Every level of effort, by the name that a study gives it; loaded when asked for."""
+
+NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
+"""Every layer is dense."""
 
 Say = Callable[[str, int, int], None]
 """Is told which long step is how far: its name, parts done, parts in all."""
@@ -63,12 +67,15 @@ class Recovery(Protocol):
     source: ExitNetwork
     """Pruned networks are slices of it, and its activations' ranges are theirs."""
 
-    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:
-        """Wins accuracy back in place.
+    def recover(
+        self, network: ExitNetwork, channels: Mapping[str, int], patterns: Mapping[str, str] = NO_PATTERNS
+    ) -> None:
+        """Wins accuracy back in place; what the patterns took away stays zero.
 
         Args:
-            network: a slice of `source`, in evaluation mode.
+            network: a slice of `source` with its patterns' zeros, in evaluation mode.
             channels: which it has.
+            patterns: of zeros, by layer.
         """
         ...
 

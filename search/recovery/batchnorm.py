@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evaluators.data import LabelledImages
-from search.recovery import Ground
+from search.recovery import NO_PATTERNS, Ground
 from spaces.network import ExitNetwork
 
 BATCH = 64
@@ -23,7 +23,12 @@ class BatchNormRecovery:
         self.source = ground.network
         self._images = recovery_images(ground.train, ground.settings.images)
 
-    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:  # noqa: ARG002
+    def recover(
+        self,
+        network: ExitNetwork,
+        channels: Mapping[str, int],  # noqa: ARG002
+        patterns: Mapping[str, str] = NO_PATTERNS,  # noqa: ARG002
+    ) -> None:
         """Replaces the running statistics."""
         recalibrate_batch_norm(network, self._images)
 

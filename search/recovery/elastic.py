@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from search.recovery import Ground, effort_of
+from search.recovery import NO_PATTERNS, Ground, effort_of
 from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.distillation import all_logits, total_loss
 from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
@@ -41,7 +41,12 @@ class ElasticRecovery:
             recalibrate_batch_norm(self.source, self._images)
             save(self.source.state_dict(), file)
 
-    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:  # noqa: ARG002
+    def recover(
+        self,
+        network: ExitNetwork,
+        channels: Mapping[str, int],  # noqa: ARG002
+        patterns: Mapping[str, str] = NO_PATTERNS,  # noqa: ARG002
+    ) -> None:
         """Replaces the running statistics."""
         recalibrate_batch_norm(network, self._images)
 
@@ -103,15 +108,24 @@ class SharedWeights:
             self._slices[key] = made
         return made
 
-    def logits(self, part: Slice, images: Tensor) -> list[Tensor]:
-        """Returns the logits of each exit and of the trunk; their gradients reach the shared weights."""
+    def weights(self, part: Slice) -> dict[str, Tensor]:
+        """Returns the values of a part's parameters, by name; their gradients reach the shared weights."""
         shapes = {name: value.shape for name, value in part.network.named_parameters()}
-        weights = {
-            f"network.{name}": parameter.flatten().index_select(0, part.positions[name]).view(shapes[name])
+        return {
+            name: parameter.flatten().index_select(0, part.positions[name]).view(shapes[name])
             for name, parameter in self.network.named_parameters()
         }
-        found: list[Tensor] = functional_call(_WithDetachedExits(part.network), weights, (images,))
-        return found
+
+    def logits(self, part: Slice, images: Tensor) -> list[Tensor]:
+        """Returns the logits of each exit and of the trunk; their gradients reach the shared weights."""
+        return logits_with(part.network, self.weights(part), images)
+
+
+def logits_with(network: ExitNetwork, weights: Mapping[str, Tensor], images: Tensor) -> list[Tensor]:
+    """Returns the logits of each exit and of the trunk of a network that has other values for its parameters."""
+    named = {f"network.{name}": value for name, value in weights.items()}
+    found: list[Tensor] = functional_call(_WithDetachedExits(network), named, (images,))
+    return found
 
 
 def _numbered(network: ExitNetwork) -> ExitNetwork:

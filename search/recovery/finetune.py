@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from search.recovery import Ground, effort_of
+from search.recovery import NO_PATTERNS, Ground, effort_of
 from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.distillation import all_logits, total_loss
 from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.recovery.narrowing import Narrowing
 from search.study import FinetuneSection
 from spaces.network import ExitNetwork
 
@@ -23,9 +24,14 @@ class FinetuneRecovery:
         self._ground = ground
         self._images = recovery_images(ground.train, ground.settings.images)
 
-    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:
-        """Trains the network, unless these channels were trained before."""
-        finetune_kept(self._ground, network, channels, self._ground.settings.finetune, self._images, "")
+    def recover(
+        self,
+        network: ExitNetwork,
+        channels: Mapping[str, int],
+        patterns: Mapping[str, str] = NO_PATTERNS,
+    ) -> None:
+        """Trains the network, unless these channels and patterns were trained before."""
+        finetune_kept(self._ground, network, channels, self._ground.settings.finetune, self._images, "", patterns)
 
 
 def finetune_kept(
@@ -35,6 +41,8 @@ def finetune_kept(
     settings: FinetuneSection,
     images: Tensor,
     start: str,
+    patterns: Mapping[str, str] = NO_PATTERNS,
+    source: ExitNetwork | None = None,
 ) -> Fitted:
     """Fine-tunes a network in place, or loads what an earlier call with the same arguments came to.
 
@@ -45,13 +53,21 @@ def finetune_kept(
         settings: for how long and how.
         images: its batch statistics are measured on them at the end.
         start: what was done to its weights before, as part of the content key.
+        patterns: of zeros, by layer; they stay zero.
+        source: what it is a slice of, where gradual pruning starts; the dense network where not given.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
     """
-    file = ground.file("finetune", start, repr(sorted(channels.items())), settings.model_dump_json())
+    shape = repr(sorted(channels.items())) + (repr(sorted(patterns.items())) if patterns else "")
+    file = ground.file("finetune", start, shape, settings.model_dump_json())
     if load_weights(network, file):
         return Fitted()
+    narrowing = None
+    if settings.pruning == "gradual":
+        narrowing = Narrowing(source or ground.network, patterns, channels, ground.sparsity)
+    elif patterns:
+        narrowing = Narrowing(network, patterns)
     batches = TrainingBatches(ground.train, settings.batch, settings.seed, ground.augment)
     done = finetune(
         network,
@@ -60,6 +76,7 @@ def finetune_kept(
         settings,
         file.with_suffix(".partial.pt"),
         lambda part, total: ground.say("Fine-tuning a version", part, total),
+        narrowing,
     )
     recalibrate_batch_norm(network, images)
     save(network.state_dict(), file)
@@ -73,6 +90,7 @@ def finetune(
     settings: FinetuneSection,
     checkpoint: Path | None = None,
     report: Report = lambda _done, _total: None,
+    narrowing: Narrowing | None = None,
 ) -> Fitted:
     """Trains a pruned network with its exits in place, on labels and on the dense network's answers.
 
@@ -83,6 +101,7 @@ def finetune(
         settings: for how long, and how much the teacher counts.
         checkpoint: where each epoch is kept.
         report: told how far it is.
+        narrowing: what learns instead, and ends up in `network`, whose batch statistics are to be measured then.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -93,9 +112,12 @@ def finetune(
         with fast_arithmetic():
             with torch.no_grad():
                 answers = teacher.trunk(images).float() if taught else torch.empty(0)
-            found = all_logits(network, images)
+            found = narrowing.logits(images, done) if narrowing else all_logits(network, images)
         loss = total_loss(found, answers, labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 
-    return fit(network, step, batches, settings, checkpoint, report)
+    fitted = fit(narrowing.network if narrowing else network, step, batches, settings, checkpoint, report)
+    if narrowing:
+        narrowing.finish(network)
+    return fitted

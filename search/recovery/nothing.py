@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from search.recovery import Ground
+from search.recovery import NO_PATTERNS, Ground
 from spaces.network import ExitNetwork
 
 
@@ -14,5 +14,10 @@ class Nothing:
     def __init__(self, ground: Ground) -> None:
         self.source = ground.network
 
-    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:
+    def recover(
+        self,
+        network: ExitNetwork,
+        channels: Mapping[str, int],
+        patterns: Mapping[str, str] = NO_PATTERNS,
+    ) -> None:
         """Does nothing."""

@@ -1,0 +1,139 @@
+"""Zeros inside a layer: two in each four weights, or a share of the smallest."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spaces.errors import UserError
+from spaces.groups import ChannelGroup
+from spaces.network import layer_name
+from spaces.space import Choice, Dimension, Value
+
+PREFIX = "pattern."
+DENSE = "dense"
+TWO_OF_FOUR = "2:4"
+
+
+class PatternError(UserError):
+    """A pattern that does not exist."""
+
+
+class PatternSpace:
+    """The pattern of zeros of each layer.
+
+    Args:
+        patterns: those on offer for each layer by name, beside `dense`; layers without any are left out.
+    """
+
+    def __init__(self, patterns: Mapping[str, Sequence[str]]) -> None:
+        self.patterns = {layer: tuple(offered) for layer, offered in patterns.items() if offered}
+
+    def dimensions(self) -> dict[str, Dimension]:
+        """Returns one choice per layer that has any."""
+        return {PREFIX + layer: Choice((DENSE, *offered)) for layer, offered in self.patterns.items()}
+
+    def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Returns the pattern of every layer that has a choice."""
+        return {layer: values[PREFIX + layer] for layer in self.patterns}
+
+
+def zeros_of(pattern: str) -> float:
+    """Returns the share of zeros that a pattern asks for.
+
+    zeros_of("2:4")  # 0.5
+    zeros_of("75%")  # 0.75
+
+    Raises:
+        PatternError: there is no such pattern.
+    """
+    if pattern in (DENSE, TWO_OF_FOUR):
+        return 0.5 if pattern == TWO_OF_FOUR else 0.0
+    number = pattern.removesuffix("%")
+    if not (pattern.endswith("%") and number.isdecimal() and 0 < int(number) < 100):
+        raise PatternError(f"a pattern is 2:4 or the share of zeros, as in 50%, got {pattern!r}; see [space] patterns")
+    return int(number) / 100
+
+
+def offered_patterns(
+    network: nn.Module, groups: Sequence[ChannelGroup], step: int, wanted: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Returns which of the wanted patterns each layer of the trunk may have.
+
+    Depthwise and grouped convolutions stay dense. 2:4 is for layers whose input channels divide by four, whatever
+    is cut from them.
+
+    Args:
+        network: the dense network.
+        groups: its dependency groups.
+        step: channels are cut in multiples of it.
+        wanted: patterns.
+    """
+    cut = {member.path for group in groups for member in group.members if member.axis == "in"}
+    offered = {}
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not path.startswith("exits.") and _groups(module) == 1:
+            fits = module.weight.shape[1] % 4 == 0 and (path not in cut or step % 4 == 0)
+            offered[layer_name(path)] = tuple(pattern for pattern in wanted if fits or pattern != TWO_OF_FOUR)
+    return offered
+
+
+def _groups(module: nn.Module) -> int:
+    return module.groups if isinstance(module, nn.Conv2d) else 1
+
+
+def mask(weight: Tensor, zeros: float, two_of_four: bool = False) -> Tensor:
+    """Returns which weights stay, as ones and zeros in the shape of `weight`: the largest by magnitude.
+
+    Args:
+        weight: `(out, in, ...)`.
+        zeros: the share that goes, rounded to whole weights.
+        two_of_four: instead, the two smallest of each four consecutive input channels go, for the same output and
+            kernel position.
+
+    Raises:
+        ValueError: 2:4 of a number of input channels that does not divide by four.
+    """
+    magnitude = weight.detach().abs()
+    if two_of_four:
+        if weight.shape[1] % 4:
+            raise ValueError(f"2:4 needs input channels that divide by 4, got {weight.shape[1]}")
+        fours = magnitude.movedim(1, -1).unflatten(-1, (-1, 4))
+        kept = torch.zeros_like(fours).scatter_(-1, fours.topk(2, dim=-1).indices, 1.0)
+        return kept.flatten(-2).movedim(-1, 1)
+    count = round(zeros * magnitude.numel())
+    kept = torch.ones(magnitude.numel(), dtype=weight.dtype)
+    if count:
+        kept[magnitude.flatten().topk(count, largest=False).indices] = 0.0
+    return kept.view(weight.shape)
+
+
+def mask_of(weight: Tensor, pattern: str) -> Tensor:
+    """Returns which weights a pattern lets stay, as ones and zeros.
+
+    Raises:
+        PatternError: there is no such pattern.
+    """
+    return mask(weight, zeros_of(pattern), pattern == TWO_OF_FOUR)
+
+
+def apply_patterns(network: nn.Module, patterns: Mapping[str, str]) -> None:
+    """Sets the weights that the patterns take away to zero, in place."""
+    weights = layer_weights(network, patterns)
+    with torch.no_grad():
+        for layer, path in weights.items():
+            weight = network.get_parameter(path)
+            weight.mul_(mask_of(weight, patterns[layer]))
+
+
+def layer_weights(network: nn.Module, layers: Mapping[str, object]) -> dict[str, str]:
+    """Returns the path of the weight of each of some layers.
+
+    Raises:
+        ValueError: the network lacks a layer.
+    """
+    known = {layer_name(path): path for path, module in network.named_modules() if hasattr(module, "weight")}
+    missing = set(layers) - set(known)
+    if missing:
+        raise ValueError(f"a pattern belongs to a layer of the network, got {sorted(missing)}")
+    return {layer: f"{known[layer]}.weight" for layer in layers}
