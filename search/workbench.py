@@ -53,11 +53,11 @@ class Workbench:
         self.study = study
         self._progress = progress
         self.runtime: Runtime = library or runtime(study.target.runtime)
-        self.target = Target(study.target.runtime, self.runtime.device(), study.target.batch, study.target.threads)
+        self.target = _target(study, self.runtime)
         self.data: Splits = _splits(study)
         self.network: ExitNetwork = trained_network(study, self.data, progress)
         image = torch.from_numpy(self.data.calibration.images[:1])
-        self.builder = ArtifactBuilder(self.network, self.data.calibration.images, self.runtime)
+        self.builder = ArtifactBuilder(self.network, self.data.calibration.images, self.runtime, self.target.tf32)
         self.space = _space(study, self.network, image, self.builder.layers, self.runtime)
         self._cheap: tuple[Evaluator, ...] = (
             ParamsEvaluator(),
@@ -178,6 +178,15 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = time.perf_counter() - begin
 
 
+def _target(study: Study, library: Runtime) -> Target:
+    wanted, device = study.target, library.device()
+    if wanted.tf32 and not library.capabilities().tf32:
+        raise StudyError(
+            f"target.tf32 wants TensorRT on a GPU from Ampere on, got {wanted.runtime} on {device}; leave it out"
+        )
+    return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.tf32)
+
+
 def _splits(study: Study) -> Splits:
     factory = resolve(study.data.factory)
     try:
@@ -193,9 +202,10 @@ def _space(
     study: Study, network: ExitNetwork, image: torch.Tensor, layers: tuple[str, ...], target: Runtime
 ) -> JointSpace:
     able = target.capabilities()
+    steps = [able.channel_steps[precision] for precision in able.precisions]
     exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
     return JointSpace(
-        SparsitySpace(network, find_groups(network, image), able.channel_step, study.space.keep_at_least),
+        SparsitySpace(network, find_groups(network, image), min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions),
         GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
     )

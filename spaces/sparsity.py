@@ -13,6 +13,8 @@ from spaces.network import ExitNetwork
 from spaces.space import Dimension, Integer, Value
 
 PREFIX = "channels."
+CHOICES = 4
+"""A group's step is narrowed until it has so many widths to choose from."""
 
 
 def l2_importance(network: nn.Module, group: ChannelGroup) -> NDArray[np.float64]:
@@ -42,31 +44,58 @@ class SparsitySpace:
         groups: its dependency groups.
         step: channels come in multiples of it, as the target's kernels want.
         minimum: the smallest share of its channels that a group may keep, rounded up to a step.
+        widest: the multiple that the most demanding of the target's precisions wants; `step` where not given.
     """
 
-    def __init__(self, network: ExitNetwork, groups: Sequence[ChannelGroup], step: int, minimum: float) -> None:
+    def __init__(
+        self,
+        network: ExitNetwork,
+        groups: Sequence[ChannelGroup],
+        step: int,
+        minimum: float,
+        widest: int | None = None,
+    ) -> None:
         self.groups = tuple(groups)
-        self.step = step
+        self.finest = step
+        self.widest = widest or step
         self.minimum = minimum
         self._order = {group.name: np.argsort(-l2_importance(network, group), kind="stable") for group in groups}
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns one dimension per group that has a choice: its kept channels."""
-        sizes = {group.name: (self.smallest(group), group.channels) for group in self.groups}
+        sizes = {group.name: (self.smallest(group), group.channels, self.step(group)) for group in self.groups}
         return {
-            PREFIX + name: Integer(low, low + (high - low) // self.step * self.step, self.step)
-            for name, (low, high) in sizes.items()
-            if high - low >= self.step
+            PREFIX + name: Integer(low, low + (high - low) // step * step, step)
+            for name, (low, high, step) in sizes.items()
+            if high - low >= step
         }
+
+    def step(self, group: ChannelGroup) -> int:
+        """Returns the multiple in which the channels of `group` come.
+
+        Precision is chosen per layer and channels per group, so the step cannot follow the precision: it is the widest,
+        so that no layer is padded in any precision, and halved as long as it does not divide the group's channels or
+        leaves it fewer than `CHOICES` widths. What is padded then is measured, padding included.
+        Source: TensorRT documentation, Optimizing performance: channels are padded to 4 in TF32, 8 in FP16, 32 in INT8.
+        """
+        step = self.widest
+        while step > self.finest and (group.channels % step or self._widths(group, step) < CHOICES):
+            step = max(step // 2, self.finest)
+        return step
+
+    def _widths(self, group: ChannelGroup, step: int) -> int:
+        return (group.channels - self._lowest(group, step)) // step + 1
 
     def smallest(self, group: ChannelGroup) -> int:
         """Returns the fewest channels that `group` may keep.
 
         What remains above it up to the full width divides by the step, so that the dense width is always on offer.
         """
-        steps = int(np.ceil(max(group.channels * self.minimum, 1) / self.step - 1e-9))
-        lowest = steps * self.step + group.channels % self.step
-        return min(lowest, group.channels)
+        return self._lowest(group, self.step(group))
+
+    def _lowest(self, group: ChannelGroup, step: int) -> int:
+        steps = int(np.ceil(max(group.channels * self.minimum, 1) / step - 1e-9))
+        return min(steps * step + group.channels % step, group.channels)
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Returns the kept channels of every group."""
