@@ -65,7 +65,8 @@ def state_moved(before: DeviceState, after: DeviceState) -> list[str]:
             f"the {before.kind} went from {before.temperature_c:.0f} to {after.temperature_c:.0f} degrees Celsius"
         )
     if before.power_mode != after.power_mode:
-        lines.append(f"the power mode went from {before.power_mode!r} to {after.power_mode!r}")
+        mode = "power mode" if before.kind == "GPU" else "frequency governor"
+        lines.append(f"the {mode} went from {before.power_mode!r} to {after.power_mode!r}")
     return lines
 
 
