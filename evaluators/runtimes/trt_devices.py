@@ -17,7 +17,7 @@ def capabilities(capability: tuple[int, int]) -> Capabilities:
     """Returns the precisions of a GPU's generation, and TF32 and 2:4 from Ampere on.
 
     TF32 is none of the precisions: it is a flag of a whole engine, while precision is searched per layer, and fp16 has
-    the same ten bits of mantissa at twice the speed. `target.tf32` in a study turns it on for all fp32 layers.
+    the same ten bits of mantissa at twice the peak rate. `target.tf32` in a study turns it on for all fp32 layers.
 
     An int8 residual addition carries Q/DQ on its residual input only, so that it fuses into the convolution; 8 bits are
     left out below 16 channels, where they are slower. Source: TensorRT documentation, Working with quantized types.
