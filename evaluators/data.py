@@ -3,20 +3,55 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+SMALL_BYTES = 64_000_000
+"""Images that take no more may be had all at once; more are read a batch at a time."""
+
+
+class ImageStore(Protocol):
+    """Images `(n, c, h, w)` that are had as float32 when they are asked for; a NumPy array is one.
+
+    A store that is not an array has a `digest`: hexadecimal digits over the images and what is done to them.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Images, channels, height and width."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What is handed out: float32."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> NDArray[np.float32]:
+        """Returns the images of a slice or of an array of indices, `(m, c, h, w)`."""
+        ...
+
+
+def bytes_of(images: ImageStore) -> int:
+    """Returns how many bytes all of the images take as float32."""
+    return int(np.prod(images.shape, dtype=np.int64)) * images.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images `(n, c, h, w)`, float32, preprocessed as the network wants them, and class labels `(n,)`."""
+    """Images `(n, c, h, w)`, float32, preprocessed as the network wants them, and class labels `(n,)`.
 
-    images: NDArray[np.float32]
+    The images are an array, or a store that reads them when they are asked for.
+    """
+
+    images: ImageStore
     labels: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != np.float32:
+        if len(self.images.shape) != 4 or self.images.dtype != np.float32:
             raise ValueError(f"images are float32 (n, c, h, w), got {self.images.dtype} {self.images.shape}")
         if self.labels.shape != (len(self.images),):
             raise ValueError(f"there is one label per image, got {self.labels.shape} for {len(self.images)} images")
@@ -25,13 +60,20 @@ class LabelledImages:
         return len(self.labels)
 
     def head(self, count: int) -> "LabelledImages":
-        """Returns the first `count` images."""
+        """Returns the first `count` images, as an array."""
         return LabelledImages(self.images[:count], self.labels[:count])
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of images and labels: what a cached result of theirs is filed under."""
-        content = hashlib.sha256(np.ascontiguousarray(self.images).tobytes())
+        """SHA-256 of images and labels: what a cached result of theirs is filed under.
+
+        A store brings a digest of its own, so that nobody has to read all of its images.
+        """
+        digest: str | None = getattr(self.images, "digest", None)
+        if digest is None:
+            content = hashlib.sha256(np.ascontiguousarray(self.images[:]).tobytes())
+        else:
+            content = hashlib.sha256(digest.encode())
         content.update(np.ascontiguousarray(self.labels).tobytes())
         return content.hexdigest()
 

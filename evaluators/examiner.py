@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from evaluators.artifact.build import ArtifactBuilder
+from evaluators.data import ImageStore
 from evaluators.latency_cache import LatencyCache, structure_key
 from evaluators.placement import GROUPS, TIMINGS, UNKNOWN, Examined, Group, Hunt, Interval, Slower
-from evaluators.target import Images, Runtime, Target, TimedBatch
+from evaluators.target import Runtime, Target, TimedBatch
 from evaluators.timing import Protocol, time_pair
 from spaces.candidate import Candidate
 from spaces.errors import UserError
@@ -44,12 +45,12 @@ class PlacementExaminer:
         precisions: Sequence[str],
         runtime: Runtime,
         target: Target,
-        images: Images,
+        images: ImageStore,
         cache: LatencyCache,
     ) -> None:
         self._builder, self._network, self._dense = builder, network, dense
         self._precisions = tuple(precisions)
-        self._runtime, self._target, self._images, self._cache = runtime, target, images, cache
+        self._runtime, self._target, self._images, self._cache = runtime, target, images[: target.batch], cache
         self._refused: dict[str, None] = {}
 
     def examine(self, progress: Step) -> Examined:

@@ -24,6 +24,8 @@ from evaluators.target import Target, runtime
 from spaces.candidate import Candidate
 
 OCCASIONS = 3
+_IMAGES, _LABELS = "images.npy", "labels.npy"
+_AT_ONCE = 64
 _PAUSE_S = 1.0
 
 
@@ -46,7 +48,7 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         (folder / f"stage{index}.onnx").write_bytes(stage)
     for name, reference in latency.references.items():
         (folder / f"reference-{name}.onnx").write_bytes(reference.model)
-    np.savez(folder / "validation.npz", images=subject.validation.images, labels=subject.validation.labels)
+    _write_images(folder, subject)
     job = {
         "candidate": subject.candidate.to_dict(),
         "stages": len(subject.artifact.deployed),
@@ -57,6 +59,19 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+
+
+def _write_images(folder: Path, subject: Deployed) -> None:
+    """Writes the validation images, a few at a time; without exits the first batch is all that is needed."""
+    images, labels = subject.validation.images, subject.validation.labels
+    count = len(labels) if subject.artifact.exits else min(subject.target.batch, len(labels))
+    shape = (count, *images.shape[1:])
+    file = np.lib.format.open_memmap(folder / _IMAGES, mode="w+", dtype=np.float32, shape=shape)
+    for start in range(0, count, _AT_ONCE):
+        end = min(start + _AT_ONCE, count)
+        file[start:end] = images[start:end]
+    file.flush()
+    np.save(folder / _LABELS, labels[:count])
 
 
 def remeasure(folder: Path) -> Remeasured:
@@ -79,8 +94,8 @@ def _measure(folder: Path) -> dict[str, Any]:
     target = Target(**job["target"])
     library = runtime(target.runtime)
     stages = tuple((folder / f"stage{index}.onnx").read_bytes() for index in range(job["stages"]))
-    with np.load(folder / "validation.npz") as stored:
-        validation = LabelledImages(stored["images"], stored["labels"])
+    images = np.load(folder / _IMAGES, mmap_mode="r")
+    validation = LabelledImages(images, np.load(folder / _LABELS))
     references = {
         name: Reference((folder / f"reference-{name}.onnx").read_bytes(), seconds)
         for name, seconds in job["references"].items()
@@ -88,9 +103,9 @@ def _measure(folder: Path) -> dict[str, Any]:
     artifact = Artifact(stages, stages, tuple(job["exits"]), tuple(job["thresholds"]), job["precisions"])
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)
-    images = validation.images[: reference_batch(target.batch)]
+    some = images[: reference_batch(target.batch)]
     opened = {name: library.open([reference.model], [], target.threads) for name, reference in references.items()}
-    now = median_seconds(opened, images)
+    now = median_seconds(opened, some)
     opened.clear()
     found = []
     for occasion in range(OCCASIONS):

@@ -16,6 +16,8 @@ from spaces.errors import UserError
 if TYPE_CHECKING:
     from typing import Self  # boards may run Python 3.10, which lacks it
 
+    from evaluators.data import ImageStore
+
 Images = NDArray[np.float32]
 
 RUNTIMES: Mapping[str, str] = {
@@ -138,7 +140,7 @@ class Proof:
 class Opened(Protocol):
     """An artifact, loaded where it will run: here, or on a board."""
 
-    def answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
         ...
 
@@ -155,7 +157,7 @@ class Opened(Protocol):
 
     def turns(
         self,
-        images: Images,
+        images: "ImageStore",
         batches: Sequence[TimedBatch],
         reference: "Self",
         reference_batch: int,

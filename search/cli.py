@@ -1,5 +1,6 @@
 """The command line. Nothing heavy is imported here, so that `--help` and a mistake answer at once."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 import typer
 
 from search.budget import Budget
+from search.request import Request
 from spaces.errors import UserError
 
 app = typer.Typer(
@@ -82,7 +84,23 @@ def _complain(message: str) -> int:
 def search(
     context: typer.Context,
     budget: Budgets = None,
-    study: Annotated[str, typer.Option(help="One of the studies that come along, or a study.toml.")] = "digits",
+    study: Annotated[
+        str | None, typer.Option(help="One of the studies that come along, or a study.toml; else digits.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="torchvision:NAME[@WEIGHTS], module:function, file.py:function."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(metavar="FILE", help="A state dict for the model.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="imagefolder:PATH, cifar10:PATH, ..., module:function, file.py:function."),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Let torchvision fetch weights and images that are not here.")
+    ] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images at a time, once deployed.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the deployed network.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="End after so many; else the study's number.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="End after so long.")] = None,
     sampler: Annotated[str, typer.Option(help="tpe, nsga2, gp or random.")] = "tpe",
@@ -98,10 +116,24 @@ def search(
     if context.invoked_subcommand is not None:
         _check_nothing_given(context)
         return 0
-    limits = _limits(budget)
+    request = Request(study, _limits(budget), model, weights, data, target, batch, threads)
+    request.to_study()  # a mistake in it answers before anything heavy is loaded
     from search.commands import run_search
 
-    return run_search(limits, study, trials, timeout, sampler, seed, target, name, runs)
+    return run_search(request, trials, timeout, sampler, seed, name, runs, download)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the study.")],
+) -> int:
+    """Writes a study to start from: study.toml, model.py and data.py, which run as they are."""
+    from search.template import write_template
+
+    write_template(folder)
+    here = shlex.quote(str(folder / "study.toml"))
+    typer.echo(f"Wrote {folder}/. It runs as it is; then edit its files:\n  python -m search --study {here}")
+    return 0
 
 
 @app.command()

@@ -16,9 +16,10 @@ from rich.console import Console
 from search.budget import Budget
 from search.display import Display, SearchView
 from search.front import PREFERENCES, Version, choose, feasible, nearest_miss, pareto
+from search.request import Request
 from search.sampler import check_sampler
 from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
-from search.study import Study, load_study
+from search.study import Study
 from search.text import (
     HEADINGS,
     broken_limits,
@@ -40,31 +41,30 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
 
 NO_VERSION = 1
+NEAR_CHANCE = 1.5
+"""A network whose accuracy is below so many times that of a guess is probably not trained."""
+_AS_SEARCHED = "# As it was searched: every key, and paths that hold from any folder.\n"
 
 
 def run_search(
-    budget: Budget | None,
-    study_name: str,
+    request: Request,
     trials: int | None,
     timeout_s: float | None,
     sampler: str,
     seed: int,
-    target: str | None,
     name: str | None,
     runs: Path,
+    download: bool,
 ) -> int:
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
-    study, text = load_study(study_name)
-    study = study.with_budget(budget or study.limits)
-    if target is not None:
-        study = study.model_copy(update={"target": study.target.model_copy(update={"runtime": target})})
+    study = request.to_study()
     check_sampler(sampler)
     folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler}-{seed}"))
     _check_same_question(folder, study)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     with Display(console) as display:
-        code = _search(folder, study, text, trials or study.search.trials, timeout_s, sampler, seed, display)
+        code = _search(folder, study, trials or study.search.trials, timeout_s, sampler, seed, download, display)
     search = StoredSearch.read(folder)
     found = _print_front(search, search.budget, console)
     if found:
@@ -80,8 +80,8 @@ def _check_same_question(folder: SearchFolder, study: Study) -> None:
     if not folder.journal.is_file():
         return
     stored = folder.open().user_attrs.get("study")
-    if stored is not None and Study.model_validate(stored).question_key != study.question_key:
-        other = Study.model_validate(stored)
+    if stored is not None and Study.stored(stored).question_key != study.question_key:
+        other = Study.stored(stored)
         raise StoreError(
             f"a search answers one question, got {folder.path}, which belongs to study {other.name!r} with"
             f" {other.limits} on {other.target.runtime}; give another --search or --runs"
@@ -99,11 +99,11 @@ def _check_same_network(folder: SearchFolder, then: str | None, now: str) -> Non
 def _search(
     folder: SearchFolder,
     study: Study,
-    text: str,
     trials: int,
     timeout_s: float | None,
     sampler: str,
     seed: int,
+    download: bool,
     display: Display,
 ) -> int:
     from evaluators.target import runtime
@@ -115,7 +115,8 @@ def _search(
         from search.workbench import Workbench
 
         display.say(f"Searching study {study.name} within {study.limits} on {study.target.runtime}.")
-        bench = Workbench(study, display.step, library)
+        bench = Workbench(study, display.step, library, display.say, download)
+        display.say(f"{bench.exit_places} {bench.groups}")
         stored = folder.create()
         _check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
@@ -123,12 +124,14 @@ def _search(
             display.say("Measuring the dense network...")
             if bench.examines:
                 display.say(f"Looking for layers slower in a lower precision: at most {bench.examination_limit}.")
-            (folder.path / "study.toml").write_text(text, encoding="utf-8")
+            (folder.path / "study.toml").write_text(_AS_SEARCHED + study.to_toml(), encoding="utf-8")
+            bench.loaded.write(folder.path)
             stored.set_user_attr("study", study.model_dump(mode="json"))
             stored.set_user_attr("fingerprint", bench.fingerprint)
+            stored.set_user_attr("structure", bench.structure())
             stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
         search = StoredSearch.read(folder)
-        _say_baseline(search.baseline, display)
+        _say_baseline(search.baseline, bench.data.classes, display)
         mirror = Mirror(folder.path.parent, search)
         mirror.catch_up(search.trials)
         done = sum(is_counted(trial) for trial in search.trials)
@@ -145,12 +148,17 @@ def _search(
     return outcome.code
 
 
-def _say_baseline(baseline: Baseline, display: Display) -> None:
+def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
     measured = baseline.evaluation.measurements
     display.say(
         f"Dense network: {milliseconds(measured['latency'].value)} per batch on {measured['latency'].target},"
         f" accuracy {percent(measured['accuracy'].value)}."
     )
+    if measured["accuracy"].value < NEAR_CHANCE / classes:
+        display.say(
+            f"CAREFUL: that is hardly better than guessing among {classes} classes. Is the network trained? Give"
+            " --weights, or train it with a section [training] in a study file. Is its input as it was trained with?"
+        )
     if baseline.examined is not None:
         display.say(examined_layers(baseline.examined))
     half_width = measured["latency"].notes["half_width"]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.accuracy import accuracy_of
+from evaluators.data import bytes_of
 from evaluators.measurement import Measurement
 from evaluators.remeasure import remeasure, write_job
 from evaluators.runtimes import run_bundle
@@ -156,8 +157,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
         for name, stage in zip(names, artifact.stages, strict=True):
             (folder / "portable" / name).write_bytes(stage)
     test = bench.data.test
-    images = test.head(max(min(len(test), _CHECK_BYTES // test.images[0].nbytes), 1))
-    np.savez_compressed(folder / "check.npz", images=images.images, labels=images.labels)
+    images = test.head(max(min(len(test), _CHECK_BYTES * len(test) // bytes_of(test.images)), 1))
+    np.savez_compressed(folder / "check.npz", images=images.images[:], labels=images.labels)
     extras = bench.runtime.extras(artifact.deployed, bench.data.calibration.images[: bench.target.batch])
     for name, content in extras.items():
         (folder / name).write_bytes(content)

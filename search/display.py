@@ -49,7 +49,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Writes a line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def step(self, step: str, done: int, total: int) -> None:
         """Shows how far a long step is."""

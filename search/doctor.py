@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluators.target import RUNTIMES, TargetError, runtime
+from search.cache import cache_folder
 from search.environment import environment
-from search.training import cache_folder
 
 _LATER = {"openvino": "Intel CPUs and GPUs"}
 """Runtimes that this version does not measure on yet."""

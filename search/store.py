@@ -217,7 +217,7 @@ class StoredSearch:
         attributes = stored.user_attrs
         if "baseline" not in attributes:
             raise StoreError(f"search {folder.name!r} was stopped before its first trial; run its command again")
-        study = Study.model_validate(attributes["study"])
+        study = Study.stored(attributes["study"])
         return cls(folder, study, Baseline.from_dict(attributes["baseline"]), tuple(stored.trials))
 
 

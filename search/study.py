@@ -1,40 +1,71 @@
 """The study file: one question, in TOML."""
 
 import hashlib
+import json
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from search.budget import Budget
-from spaces.errors import UserError
+from search.sources.names import absolute, absolute_path, data_source, factory_source, model_source
+from search.study_errors import StudyError, plain
 
-Reference = Annotated[str, Field(pattern=r"^[\w.]+:\w+$", description="package.module:name")]
+__all__ = ["DataSection", "ModelSection", "Study", "StudyError", "load_study", "study_names"]
+
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class StudyError(UserError):
-    """A study that does not exist or says something that cannot be."""
+def _named(text: str) -> str:
+    if not text or not text.replace("-", "").replace("_", "").isalnum() or not text.isascii():
+        raise ValueError("letters, digits, - and _")
+    return text
+
+
+def _model(text: str) -> str:
+    return str(model_source(text))
+
+
+def _data(text: str) -> str:
+    return str(data_source(text))
+
+
+def _function(text: str) -> str:
+    return str(factory_source(text))
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
-    """Where the network comes from."""
+    """Where the network comes from, and the file with its weights."""
 
-    factory: Reference
+    source: Annotated[str, AfterValidator(_model)]
+    weights: str | None = None
 
 
 class DataSection(_Section):
-    """Where the images come from: a function that returns `evaluators.data.Splits`."""
+    """Where the images come from, how they become input, and how many are used at most.
 
-    factory: Reference
-    augment: Reference | None = None
+    `size` is the input's height and width, `resize` what the shorter side becomes before the middle is cut out. The
+    number of values in `mean` and `std` is that of the channels.
+    """
+
+    source: Annotated[str, AfterValidator(_data)]
+    augment: Annotated[str, AfterValidator(_function)] | None = None
+    size: Positive | None = None
+    resize: Positive | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    train: Positive = 50_000
+    calibration: Positive = 200
+    validation: Positive = 2_000
+    test: Positive = 10_000
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class TrainingSection(_Section):
@@ -49,12 +80,18 @@ class TrainingSection(_Section):
 
 
 class ExitsSection(_Section):
-    """After which modules an exit sits, and how its head is trained on the frozen trunk."""
+    """After which modules an exit sits, and how its head is trained on the frozen trunk.
 
-    after: tuple[str, ...] = ()
+    Where `after` is not given, exits are placed near `shares` of the network's FLOPs; `after = []` is none. Heads are
+    trained on at most `images` of the training images.
+    """
+
+    after: tuple[str, ...] | None = None
+    shares: tuple[Share, ...] = (1 / 3, 2 / 3)
     grid: Positive = 4
     epochs: Positive = 25
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    images: Positive = 10_000
 
 
 class SpaceSection(_Section):
@@ -93,12 +130,12 @@ class SearchSection(_Section):
 class Study(_Section):
     """One question: model, data, space, target, budget."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    name: Annotated[str, AfterValidator(_named)]
     question: str
     budget: tuple[str, ...]
     model: ModelSection
     data: DataSection
-    training: TrainingSection
+    training: TrainingSection | None = None
     exits: ExitsSection = ExitsSection()
     space: SpaceSection = SpaceSection()
     target: TargetSection = TargetSection()
@@ -106,11 +143,17 @@ class Study(_Section):
     search: SearchSection = SearchSection()
 
     @classmethod
-    def parse(cls, text: str, source: str) -> Self:
-        """Returns the study that a TOML text describes.
+    def parse(cls, text: str, source: str, folder: Path | None = None) -> Self:
+        """Returns the study that a TOML text describes, its paths made absolute.
+
+        Args:
+            text: the TOML.
+            source: where it is from, for messages.
+            folder: what relative paths begin at; the working directory where not given.
 
         Raises:
             StudyError: it is no TOML, lacks something, or has something unknown; `source` is named.
+            SourceError: it names no network or images.
             BudgetError: its budget cannot be read.
         """
         try:
@@ -118,11 +161,43 @@ class Study(_Section):
         except tomllib.TOMLDecodeError as error:
             raise StudyError(f"a study is a TOML file, got {source}: {error}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise StudyError(f"{source}: {place}: {first['msg']}, got {first['input']!r}") from None
+            raise StudyError(f"{source}: {plain(error, cls)}") from None
         Budget.parse(study.budget)
-        return study
+        return study.anchored(folder or Path.cwd())
+
+    @classmethod
+    def stored(cls, content: Any) -> Self:
+        """Returns the study that a journal holds.
+
+        Raises:
+            StudyError: it was written by a version with other keys.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise StudyError(
+                f"a search goes on with the version that began it, got another's study: {plain(error, cls)}"
+            ) from None
+
+    def anchored(self, folder: Path) -> Self:
+        """Returns the same study with paths that mean the same from every folder; relative ones begin at `folder`."""
+        model = {"source": absolute(model_source(self.model.source), folder)}
+        if self.model.weights is not None:
+            model["weights"] = absolute_path(self.model.weights, folder)
+        data = {"source": absolute(data_source(self.data.source), folder)}
+        if self.data.augment is not None:
+            data["augment"] = absolute(factory_source(self.data.augment), folder)
+        sections = {"model": self.model.model_copy(update=model), "data": self.data.model_copy(update=data)}
+        return self.model_copy(update=sections)
+
+    def to_toml(self) -> str:
+        """Returns the study as the text of a study file: every key, with the defaults written out."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        lines = [f"{key} = {_toml(value)}" for key, value in content.items() if not isinstance(value, dict)]
+        for name, section in content.items():
+            if isinstance(section, dict):
+                lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in section.items())]
+        return "\n".join(lines) + "\n"
 
     def with_budget(self, budget: Budget) -> Self:
         """Returns the same study under another budget, spelled in its one canonical way."""
@@ -140,8 +215,8 @@ class Study(_Section):
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
-def load_study(name: str) -> tuple[Study, str]:
-    """Returns the study called `name`, one of ours or the path of a file, and its text.
+def load_study(name: str) -> Study:
+    """Returns the study called `name`, one of ours or the path of a file.
 
     Raises:
         StudyError: there is none, or it cannot be read.
@@ -150,16 +225,23 @@ def load_study(name: str) -> tuple[Study, str]:
     if path.suffix == ".toml" or "/" in name:
         if not path.is_file():
             raise StudyError(f"a study is a name or an existing study.toml, got {name!r}")
-        text = path.read_text(encoding="utf-8")
-        return Study.parse(text, str(path)), text
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise StudyError(f"a study is a readable text file, got {name!r}: {error}") from None
+        return Study.parse(text, str(path), path.resolve().parent)
     file = resources.files("studies") / name / "study.toml"
     if not file.is_file():
         raise StudyError(f"a study is one of {', '.join(study_names())} or the path of a study.toml, got {name!r}")
-    text = file.read_text(encoding="utf-8")
-    return Study.parse(text, f"study {name!r}"), text
+    return Study.parse(file.read_text(encoding="utf-8"), f"study {name!r}")
 
 
 def study_names() -> list[str]:
     """Returns the names of the studies that come with the program."""
     folder = resources.files("studies")
     return sorted(entry.name for entry in folder.iterdir() if (entry / "study.toml").is_file())
+
+
+def _toml(value: Any) -> str:
+    """Returns a value as TOML writes it, which for these types is as JSON does."""
+    return json.dumps(value, ensure_ascii=False)

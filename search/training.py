@@ -5,74 +5,84 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import platformdirs
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluators.data import LabelledImages, Splits
-from search.objects import resolve, source_of
-from search.study import ExitsSection, Study, StudyError, TrainingSection
+from search.cache import cache_folder
+from search.objects import call, load, source_of
+from search.progress import Progress
+from search.sources.models import Built
+from search.study import ExitsSection, Study, TrainingSection
+from spaces.cutpoints import CutPoints, check_cut_points, find_cut_points
 from spaces.network import ExitHead, ExitNetwork, feature_channels
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
-class Progress(Protocol):
-    """Shows how far a long step is."""
+def trained_network(study: Study, built: Built, data: Splits, progress: Progress) -> ExitNetwork:
+    """Returns the study's dense network with its exits, in evaluation mode: trained now, loaded, or as it came.
 
-    def __call__(self, step: str, done: int, total: int) -> None:
-        """Reports that `done` of `total` parts of `step` are finished."""
-        ...
-
-
-def cache_folder() -> Path:
-    """Returns the folder for trained networks: `$DEPLOYFRONT_CACHE`, or the user's cache directory."""
-    return Path(os.environ.get("DEPLOYFRONT_CACHE") or platformdirs.user_cache_path("deployfront"))
-
-
-def trained_network(study: Study, data: Splits, progress: Progress) -> ExitNetwork:
-    """Returns the study's dense network with its exits, in evaluation mode, trained now or loaded.
-
-    What is loaded was trained from the same model source, data, settings and torch version.
+    What is loaded was trained from the same model source, weights, data, settings and torch version.
     An interrupted training goes on from its last whole epoch.
     """
-    trunk: nn.Module = _seeded(study.training.seed, resolve(study.model.factory))
-    augment: Augment | None = resolve(study.data.augment) if study.data.augment else None
+    trunk, training = built.network, built.training(study.training)
+    augment: Augment | None = _augment(study.data.augment) if study.data.augment else None
     folder = cache_folder()
     key = _digest(
-        source_of(resolve(study.model.factory)),
-        source_of(augment) if augment else "",
-        study.training.model_dump_json(),
+        built.key,
+        source_of(load(study.data.augment)) if study.data.augment else "",
+        training.model_dump_json() if training else "",
         data.train.digest,
         torch.__version__,
         platform.machine(),
     )
     trunk_file = folder / f"{study.name}-{key}.pt"
-    if not _load(trunk, trunk_file):
-        train(trunk, data.train, study.training, augment, trunk_file.with_suffix(".partial.pt"), progress)
+    if training and not _load(trunk, trunk_file):
+        train(trunk, data.train, training, augment, trunk_file.with_suffix(".partial.pt"), progress)
         _save(trunk.state_dict(), trunk_file)
     trunk.eval()
     network = with_exits(trunk, study.exits, data)
-    exits_file = folder / f"{study.name}-exits-{_digest(key, study.exits.model_dump_json())}.pt"
-    if study.exits.after and not _load(network.exits, exits_file):
-        train_exits(network, data.train, study.exits, augment, study.training.seed, progress)
+    exits_key = _digest(key, study.exits.model_dump_json(), *network.cut_points)
+    exits_file = folder / f"{study.name}-exits-{exits_key}.pt"
+    if network.cut_points and not _load(network.exits, exits_file):
+        train_exits(network, data.train, study.exits, augment, training.seed if training else 0, progress)
         _save(network.exits.state_dict(), exits_file)
     return network.eval()
+
+
+def _augment(reference: str) -> Augment:
+    function = load(reference)
+    return lambda images, generator: call(lambda: function(images, generator), "augment returns images")
+
+
+def exit_places(trunk: nn.Module, exits: ExitsSection, data: Splits) -> CutPoints:
+    """Returns where the study's exits sit: where it says, or else where cut points are found for them.
+
+    Raises:
+        StructureError: an exit sits after no module, after one that gives no feature map, or where it is bypassed.
+    """
+    image = torch.zeros(1, *data.image_shape)
+    if exits.after is None:
+        return find_cut_points(trunk, image, exits.shares)
+    feature_channels(trunk, exits.after, image)
+    return check_cut_points(trunk, image, exits.after)
 
 
 def with_exits(trunk: nn.Module, exits: ExitsSection, data: Splits) -> ExitNetwork:
     """Returns the trunk with an untrained head at each of the study's exits.
 
     Raises:
-        StructureError: an exit sits after no module, or after one that gives no feature map.
+        StructureError: an exit sits where it cannot.
     """
-    image = torch.zeros(1, *data.image_shape)
-    channels = feature_channels(trunk, exits.after, image)
-    return ExitNetwork(trunk, exits.after, [ExitHead(count, data.classes, exits.grid) for count in channels]).eval()
+    after = exit_places(trunk, exits, data).after
+    channels = feature_channels(trunk, after, torch.zeros(1, *data.image_shape))
+    return ExitNetwork(trunk, after, [ExitHead(count, data.classes, exits.grid) for count in channels]).eval()
 
 
 def train(
@@ -87,7 +97,7 @@ def train(
 
     After every epoch all that is needed to go on is kept in `checkpoint`, which is removed at the end.
     """
-    steps = len(data) // settings.batch
+    steps = max(len(data) // settings.batch, 1)
     optimizer = torch.optim.SGD(
         network.parameters(), settings.learning_rate, 0.9, weight_decay=settings.weight_decay, nesterov=True
     )
@@ -121,16 +131,18 @@ def train_exits(
 ) -> None:
     """Trains the heads on the frozen trunk, whose features are computed once per augmentation.
 
+    At most `exits.images` random images take part: the features of all are in memory together.
     Source: Kaya et al., Shallow-Deep Networks, 2019, IC-only training.
     """
-    views = 4
+    views = 4 if augment else 1
+    some = np.random.default_rng(seed).permutation(len(data))[: exits.images]
     torch.manual_seed(seed)
     features: list[list[Tensor]] = [[] for _ in network.exit_names]
     labels: list[Tensor] = []
     with torch.no_grad():
         for view in range(views):
             progress("Training the exits, once", view, views + 1)
-            for images, classes in _batches(data, 125, seed + view, augment if view else None):
+            for images, classes in _batches(data, 125, seed + view, augment if view else None, some):
                 for collected, feature in zip(features, network.run_trunk(images)[0], strict=True):
                     # A head begins by pooling, so what it sees of a feature map is small.
                     collected.append(F.adaptive_avg_pool2d(feature, exits.grid))
@@ -155,24 +167,18 @@ def _fit_head(head: nn.Module, features: Tensor, labels: Tensor, exits: ExitsSec
         schedule.step()
 
 
-def _batches(data: LabelledImages, size: int, seed: int, augment: Augment | None) -> Iterator[tuple[Tensor, Tensor]]:
-    order = np.random.default_rng(seed).permutation(len(data))
+def _batches(
+    data: LabelledImages, size: int, seed: int, augment: Augment | None, some: NDArray[np.int64] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Returns whole batches in random order: of all images, or of `some`; few images are one batch."""
+    those = np.arange(len(data)) if some is None else some
+    order = np.random.default_rng(seed).permutation(those)
+    size = min(size, len(order))
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(order) - size + 1, size):
         chosen = order[start : start + size]
         images = torch.from_numpy(data.images[chosen])
         yield augment(images, generator) if augment else images, torch.from_numpy(data.labels[chosen])
-
-
-def _seeded(seed: int, factory: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(seed)
-    try:
-        made = factory()
-    except Exception as error:
-        raise StudyError(f"a model factory returns a network, got {type(error).__name__}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise StudyError(f"a model factory returns a torch.nn.Module, got {type(made).__name__}")
-    return made
 
 
 def _digest(*parts: str) -> str:

@@ -4,13 +4,14 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact import Artifact
 from evaluators.artifact.build import ArtifactBuilder
-from evaluators.data import Splits
 from evaluators.examiner import LIMIT_S, PlacementExaminer
 from evaluators.flops import FlopsEvaluator
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
@@ -20,14 +21,17 @@ from evaluators.placement import TIMINGS, Examined
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Evaluator, Subject
 from evaluators.target import Runtime, Spent, Target, runtime
+from search.cache import cache_folder, check_cache
 from search.evaluation import Evaluation
-from search.objects import resolve
+from search.progress import Progress, Say
 from search.recovery import recalibrate_batch_norm, recovery_images
+from search.sources.prepared import prepare
 from search.study import Study, StudyError
-from search.training import Progress, cache_folder, trained_network
+from search.training import exit_places, trained_network
 from spaces.candidate import Candidate
 from spaces.gates import GateSpace
-from spaces.groups import find_groups
+from spaces.grouping import find_groups
+from spaces.groups import Groups
 from spaces.joint import JointSpace
 from spaces.network import ExitNetwork
 from spaces.precision import PrecisionSpace
@@ -43,22 +47,39 @@ class Workbench:
         study: the question.
         progress: told about the steps that take long.
         library: what runs the artifacts; the study's runtime where not given.
+        say: told what the user should know about the network and the images.
+        download: whether weights and images that are not here may be fetched.
 
     Raises:
-        StudyError: the study's factories give something else than a network and images.
+        SourceError: there is no such network, or there are no such images.
+        UserCodeError: the study's factories give something else than a network and images.
         TargetError: the study's runtime is not available here.
     """
 
-    def __init__(self, study: Study, progress: Progress, library: Runtime | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        progress: Progress,
+        library: Runtime | None = None,
+        say: Say = lambda _: None,
+        download: bool = False,
+    ) -> None:
+        check_cache()
         self.study = study
         self._progress = progress
         self.runtime: Runtime = library or runtime(study.target.runtime)
         self.target = _target(study, self.runtime)
-        self.data: Splits = _splits(study)
-        self.network: ExitNetwork = trained_network(study, self.data, progress)
-        image = torch.from_numpy(self.data.calibration.images[:1])
-        self.builder = ArtifactBuilder(self.network, self.data.calibration.images, self.runtime, self.target.tf32)
-        self.space = _space(study, self.network, image, self.builder.layers, self.runtime)
+        self.loaded, built = prepare(study, download, progress, say)
+        self.data = self.loaded.splits
+        self.network: ExitNetwork = trained_network(study, built, self.data, progress)
+        calibration = self.data.calibration.images[:]
+        image = torch.from_numpy(calibration[:1])
+        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.tf32)
+        progress("Finding the channels that can be cut", 0, 1)
+        self.groups = find_groups(self.network, image, self.builder.disagreement)
+        progress("Finding the channels that can be cut", 1, 1)
+        self.exit_places = exit_places(self.network.trunk, study.exits, self.data)
+        self.space = _space(study, self.network, self.groups, self.builder.layers, self.runtime)
         self._cheap: tuple[Evaluator, ...] = (
             ParamsEvaluator(),
             SizeEvaluator(),
@@ -66,6 +87,14 @@ class Workbench:
         )
         self._accuracy = AccuracyEvaluator()
         self._recovery_images = recovery_images(self.data.train, study.recovery.images)
+
+    def structure(self) -> dict[str, Any]:
+        """Returns, JSON-ready, where the exits are and which channels stay whole."""
+        return {
+            "exits": asdict(self.exit_places),
+            "groups": [group.name for group in self.groups.free],
+            "whole": [asdict(group) for group in self.groups.whole],
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -187,25 +216,12 @@ def _target(study: Study, library: Runtime) -> Target:
     return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.tf32)
 
 
-def _splits(study: Study) -> Splits:
-    factory = resolve(study.data.factory)
-    try:
-        splits = factory()
-    except Exception as error:
-        raise StudyError(f"a data factory returns images, got {type(error).__name__}: {error}") from error
-    if not isinstance(splits, Splits):
-        raise StudyError(f"a data factory returns evaluators.data.Splits, got {type(splits).__name__}")
-    return splits
-
-
-def _space(
-    study: Study, network: ExitNetwork, image: torch.Tensor, layers: tuple[str, ...], target: Runtime
-) -> JointSpace:
+def _space(study: Study, network: ExitNetwork, groups: Groups, layers: tuple[str, ...], target: Runtime) -> JointSpace:
     able = target.capabilities()
     steps = [able.channel_steps[precision] for precision in able.precisions]
     exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
     return JointSpace(
-        SparsitySpace(network, find_groups(network, image), min(steps), study.space.keep_at_least, max(steps)),
+        SparsitySpace(network, groups.free, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions),
         GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
     )

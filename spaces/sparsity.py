@@ -1,15 +1,17 @@
 """Channels kept per dependency group, in steps that the target likes."""
 
-import copy
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spaces.groups import Axis, ChannelGroup, dropped_positions, is_depthwise
+from spaces.groups import ChannelGroup
 from spaces.network import ExitNetwork
+from spaces.slicing import sliced
 from spaces.space import Dimension, Integer, Value
 
 PREFIX = "channels."
@@ -36,6 +38,11 @@ def l2_importance(network: nn.Module, group: ChannelGroup) -> NDArray[np.float64
     return np.asarray(np.mean(scores, axis=0))
 
 
+def _in_units(step: int, group: ChannelGroup) -> int:
+    """Returns a step of layers' channels in the group's own, each of which may stand for several."""
+    return step // math.gcd(step, group.width)
+
+
 class SparsitySpace:
     """How many channels each group keeps; which ones follows from their importance, most important first.
 
@@ -59,14 +66,17 @@ class SparsitySpace:
         self.finest = step
         self.widest = widest or step
         self.minimum = minimum
-        self._order = {group.name: np.argsort(-l2_importance(network, group), kind="stable") for group in groups}
+        self._order = {
+            group.name: np.argsort(-l2_importance(network, _with_matrices(network, group)), kind="stable")
+            for group in groups
+        }
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns one dimension per group that has a choice: its kept channels."""
-        sizes = {group.name: (self.smallest(group), group.channels, self.step(group)) for group in self.groups}
+        sizes = [(group, self.smallest(group), group.channels, self.step(group)) for group in self.groups]
         return {
-            PREFIX + name: Integer(low, low + (high - low) // step * step, step)
-            for name, (low, high, step) in sizes.items()
+            PREFIX + group.name: Integer(low, low + (high - low) // step * step, step)
+            for group, low, high, step in sizes
             if high - low >= step
         }
 
@@ -78,13 +88,14 @@ class SparsitySpace:
         leaves it fewer than `CHOICES` widths. What is padded then is measured, padding included.
         Source: TensorRT documentation, Optimizing performance: channels are padded to 4 in TF32, 8 in FP16, 32 in INT8.
         """
-        step = self.widest
-        while step > self.finest and (group.channels % step or self._widths(group, step) < CHOICES):
-            step = max(step // 2, self.finest)
-        return step
+        wanted = self.widest
+        while wanted > self.finest and not self._is_fitting(group, _in_units(wanted, group)):
+            wanted = max(wanted // 2, self.finest)
+        return _in_units(wanted, group)
 
-    def _widths(self, group: ChannelGroup, step: int) -> int:
-        return (group.channels - self._lowest(group, step)) // step + 1
+    def _is_fitting(self, group: ChannelGroup, step: int) -> bool:
+        widths = (group.channels - self._lowest(group, step)) // step + 1
+        return group.channels % step == 0 and widths >= CHOICES
 
     def smallest(self, group: ChannelGroup) -> int:
         """Returns the fewest channels that `group` may keep.
@@ -126,52 +137,11 @@ class SparsitySpace:
         Raises:
             ValueError: a group keeps none of its channels, or more than it has.
         """
-        smaller = copy.deepcopy(network)
-        modules = dict(smaller.named_modules())
-        for path, axes in dropped_positions(self.groups, self.kept(channels)).items():
-            cut(modules[path], axes)
-        return smaller
+        return sliced(network, self.groups, self.kept(channels))
 
 
-def cut(module: nn.Module, dropped: Mapping[Axis, NDArray[np.int64]]) -> None:
-    """Removes channels from a convolution, linear layer or batch norm, in place."""
-    if isinstance(module, nn.BatchNorm2d):
-        _cut_batch_norm(module, dropped["out"])
-    elif isinstance(module, nn.Conv2d | nn.Linear):
-        for axis, positions in dropped.items():
-            _cut_weight(module, 0 if axis == "out" else 1, positions)
-
-
-def _remaining(size: int, dropped: NDArray[np.int64]) -> torch.Tensor:
-    return torch.from_numpy(np.setdiff1d(np.arange(size), dropped))
-
-
-def _cut_batch_norm(norm: nn.BatchNorm2d, dropped: NDArray[np.int64]) -> None:
-    keep = _remaining(norm.num_features, dropped)
-    norm.num_features = len(keep)
-    norm.weight = nn.Parameter(norm.weight.detach()[keep])
-    norm.bias = nn.Parameter(norm.bias.detach()[keep])
-    norm.running_mean = _buffer(norm.running_mean)[keep]
-    norm.running_var = _buffer(norm.running_var)[keep]
-
-
-def _buffer(buffer: torch.Tensor | None) -> torch.Tensor:
-    if buffer is None:
-        raise ValueError("batch norm keeps running statistics, got track_running_stats=False; train it with them")
-    return buffer
-
-
-def _cut_weight(layer: nn.Conv2d | nn.Linear, axis: int, dropped: NDArray[np.int64]) -> None:
-    depthwise = is_depthwise(layer)
-    keep = _remaining(layer.weight.shape[axis], dropped)
-    layer.weight = nn.Parameter(layer.weight.detach().index_select(axis, keep))
-    if axis == 0 and layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias.detach()[keep])
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = layer.weight.shape
-        return
-    layer.out_channels = layer.weight.shape[0]
-    if depthwise:
-        layer.groups = layer.in_channels = layer.out_channels
-    else:
-        layer.in_channels = layer.weight.shape[1]
+def _with_matrices(network: nn.Module, group: ChannelGroup) -> ChannelGroup:
+    """Returns the group without the modules that have one value a channel, such as any batch norm."""
+    modules = dict(network.named_modules())
+    layers = tuple(member for member in group.members if isinstance(modules[member.path], nn.Conv2d | nn.Linear))
+    return replace(group, members=layers)

@@ -15,7 +15,7 @@ from search.cli import run
 from search.study import Study
 from search.workbench import Workbench
 from spaces.gates import GateSpace
-from spaces.groups import find_groups
+from spaces.grouping import find_groups
 from spaces.joint import JointSpace
 from spaces.network import ExitHead, ExitNetwork
 from spaces.precision import PrecisionSpace
@@ -50,7 +50,7 @@ def builder(network: ExitNetwork, images: torch.Tensor) -> ArtifactBuilder:
 @pytest.fixture(scope="session")
 def space(network: ExitNetwork, image: torch.Tensor, builder: ArtifactBuilder) -> JointSpace:
     return JointSpace(
-        SparsitySpace(network, find_groups(network, image), step=4, minimum=0.25),
+        SparsitySpace(network, find_groups(network, image).free, step=4, minimum=0.25),
         PrecisionSpace(builder.layers, ("fp32", "int8")),
         GateSpace(network.exit_names, 0.5, 0.05),
     )

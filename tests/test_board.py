@@ -17,7 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from evaluators.runtimes import board as board_module
-from evaluators.runtimes.board import Board
+from evaluators.runtimes.board import Board, _needed
 from evaluators.runtimes.ort import OnnxRuntime
 from evaluators.runtimes.ssh import _SHIPPED, SSH_COMMAND, Address, ConnectionLostError, Line, worker_file
 from evaluators.runtimes.worker import Worker, choose_runtime
@@ -298,3 +298,29 @@ def test_a_search_on_a_board_survives_a_cut_and_picks(server, tmp_path, cache, c
     assert run(picked) == 0
     assert "measured again" in capfd.readouterr().out
     assert (tmp_path / "deploy" / "run.py").is_file()
+
+
+def test_many_images_cross_the_network_in_parts(board, builder, network, space, images, monkeypatch) -> None:
+    candidate = space.candidate(space.uniform(1.0, "int8", 0.6))
+    artifact = builder.build(space.apply(network, candidate), candidate)
+    opened = board.open(artifact.deployed, artifact.thresholds, 1)
+    whole = opened.answer(images.numpy(), 4)
+    monkeypatch.setattr("evaluators.runtimes.board.SMALL_BYTES", images.numpy()[:5].nbytes)
+    for one, other in zip(opened.answer(images.numpy(), 4), whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+    take_turn = opened.turns(images.numpy(), [TimedBatch(8, 4), TimedBatch(0, 4, longest=True)], opened, 2, Protocol())
+    assert len(take_turn(True).ratios) == 2
+
+
+def test_turns_get_the_images_that_they_need(monkeypatch) -> None:
+    images = np.arange(40, dtype=np.float32).reshape(10, 1, 2, 2)
+    batches = [TimedBatch(4, 2), TimedBatch(8, 2, longest=True)]
+    assert _needed(images, batches, 3)[1] == batches
+    monkeypatch.setattr("evaluators.runtimes.board.SMALL_BYTES", 0)
+    some, moved = _needed(images, batches, 3)
+    np.testing.assert_array_equal(some[:3], images[:3])
+    for before, after in zip(batches, moved, strict=True):
+        np.testing.assert_array_equal(
+            some[after.start : after.start + after.count], images[before.start : before.start + before.count]
+        )
+        assert before.longest == after.longest

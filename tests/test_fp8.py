@@ -1,6 +1,7 @@
 """FP8: what the file says, and that the runtime answers as the formula does."""
 
 import copy
+import json
 
 import numpy as np
 import onnx
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto
+from torch import nn
 
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.fp8 import LARGEST, fp8_weight
 from evaluators.latency_cache import structure_key
+from evaluators.runtimes import run_bundle
 from evaluators.runtimes.ort import OnnxRuntime, load, unsigned_activations
 from evaluators.target import allows_tf32
 from spaces.candidate import NEVER_EXIT, Candidate
@@ -103,6 +106,59 @@ def test_readers_share_a_pair_and_reductions_take_their_axes(layers: list[str] |
     with torch.no_grad():
         exact = network(images)[-1].numpy()
     assert 0 < error_of(load(stage, 1)(images.numpy())[0], exact) < 0.1
+
+
+class Tokens(nn.Module):
+    """Linear layers on tokens, which become products instead of Gemm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(torch.relu(self.first(x.flatten(1, 2)))).mean(1))
+
+
+def test_linear_layers_on_tokens_run_in_fp8() -> None:
+    torch.manual_seed(0)
+    network, images = ExitNetwork(Tokens().eval(), [], []).eval(), torch.randn(6, 3, 8, 8)
+    builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp8"), {})).stages
+    assert_is_sound(stage)
+    nodes = onnx.load_from_string(stage).graph.node
+    weights = {node.input[1]: node for node in nodes if node.op_type == "MatMul"}
+    assert len(weights) == 2
+    assert all(node.attribute[0].i == 1 for node in nodes if node.output[0] in weights)
+    with torch.no_grad():
+        exact = network(images)[-1].numpy()
+    assert 0 < error_of(load(stage, 1)(images.numpy())[0], exact) < 0.1
+
+
+class Joined(nn.Module):
+    """A residual addition whose ReLU is quantized, as in every ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.after, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(self.after(torch.relu(x + self.branch(x))).mean((2, 3)))
+
+
+def test_no_optimization_drops_the_relu_behind_an_addition(tmp_path) -> None:
+    torch.manual_seed(0)
+    network, images = ExitNetwork(Joined().eval(), [], []).eval(), torch.randn(6, 3, 8, 8)
+    builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp8"), {})).stages
+    with torch.no_grad():
+        exact = network(images)[-1].numpy()
+    assert 0 < error_of(load(stage, 1)(images.numpy())[0], exact) < 0.1
+    described = {"deployed": ["model.onnx"], "target": {"threads": 1}, "thresholds": []}
+    (tmp_path / "bundle.json").write_text(json.dumps(described))
+    (tmp_path / "model.onnx").write_bytes(stage)
+    np.testing.assert_array_equal(run_bundle.load(tmp_path)(images.numpy())[0], load(stage, 1)(images.numpy())[0])
 
 
 def test_narrow_and_grouped_layers_are_not_written_in_fp8(network, images) -> None:

@@ -271,3 +271,12 @@ def test_a_bias_is_never_quantized(network, space, images) -> None:
         values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         biases = [values[node.input[2]] for node in graph.node if node.op_type in ("Conv", "Gemm")]
         assert {bias.dtype.name for bias in biases} <= {"float32", "float16"}
+
+
+def test_ranges_that_are_read_in_parts_are_those_of_all(builder, network, images, monkeypatch) -> None:
+    whole = builder.read_ranges(network, images.numpy())
+    monkeypatch.setattr("evaluators.runtimes.ort._CALIBRATION_BATCH", 5)
+    parts = builder.read_ranges(network, images.numpy())
+    assert parts.keys() == whole.keys()
+    for name, found in parts.items():
+        assert found == pytest.approx(whole[name], rel=1e-5, abs=1e-6)

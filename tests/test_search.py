@@ -165,7 +165,8 @@ def test_a_stopped_search_goes_on_where_it_was(stop, tmp_path, cache) -> None:
     after = stored(tmp_path / "runs")
     for number, trial in done.items():
         assert after.trials[number].user_attrs == trial.user_attrs
-        assert after.trials[number].values == trial.values
+        # One that was stopped between its measurement and the journal's last word is finished by the next run.
+        assert after.trials[number].values == trial.values or trial.state == TrialState.RUNNING
     keys = [version.evaluation.candidate.key for version in after.versions]
     assert len(keys) == len(set(keys))
     counted = [trial for trial in after.trials if trial.state.is_finished() and "interrupted" not in trial.user_attrs]

@@ -14,7 +14,7 @@ from torch import nn
 
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.runtimes.ort import load
-from spaces.groups import find_groups
+from spaces.grouping import find_groups
 from spaces.joint import JointSpace
 from spaces.network import ExitHead, ExitNetwork, feature_channels
 from spaces.sparsity import SparsitySpace, l2_importance
@@ -51,7 +51,7 @@ def test_our_pruning_equals_that_of_torch_pruning(make: str, network: ExitNetwor
         dense = ExitNetwork(trunk, ["stage1", "stage2"], [ExitHead(count, 10, 4) for count in channels]).eval()
     else:
         dense, image = network, torch.randn(1, 1, 8, 8)
-    groups = find_groups(dense, image)
+    groups = find_groups(dense, image).free
     sparsity = SparsitySpace(dense, groups, step=4, minimum=0.25)
     kept = {group.name: group.channels // 2 // 4 * 4 for group in groups}
     ours = sparsity.apply(dense, kept)
@@ -113,7 +113,7 @@ def test_importance_ranks_channels_by_their_norm(network, space) -> None:
 
 def test_a_space_offers_steps_of_the_target_and_the_dense_width(network, image) -> None:
     for step in (4, 5, 8):
-        space = SparsitySpace(network, find_groups(network, image), step, minimum=0.3)
+        space = SparsitySpace(network, find_groups(network, image).free, step, minimum=0.3)
         for group in space.groups:
             dimension = space.dimensions().get(f"channels.{group.name}")
             if dimension:
@@ -129,7 +129,7 @@ def test_a_group_cannot_keep_nothing_or_more_than_it_has(space) -> None:
 
 
 def test_classes_and_image_channels_are_never_cut(network, image) -> None:
-    for group in find_groups(network, image):
+    for group in find_groups(network, image).free:
         for member in group.members:
             assert not (member.axis == "out" and "classifier" in member.path)
             assert not (member.axis == "in" and member.path == "trunk.stem.0")

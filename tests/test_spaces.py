@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from search.sampler import distributions
-from spaces.groups import find_groups
+from spaces.grouping import find_groups
 from spaces.joint import JointSpace
 from spaces.precision import PrecisionSpace
 from spaces.sparsity import PREFIX, SparsitySpace
@@ -38,8 +38,8 @@ def stretched(group, channels: int):
     [(16, 8), (20, 8), (24, 8), (32, 8), (64, 16), (96, 16), (100, 8), (128, 32), (144, 16), (512, 32)],
 )
 def test_a_group_has_the_widest_step_that_leaves_it_a_choice(network, image, channels: int, step: int) -> None:
-    group = stretched(find_groups(network, image)[0], channels)
-    space = SparsitySpace(network, find_groups(network, image), 8, 0.25, 32)
+    group = stretched(find_groups(network, image).free[0], channels)
+    space = SparsitySpace(network, find_groups(network, image).free, 8, 0.25, 32)
     assert space.step(group) == step
     widths = range(space.smallest(group), channels + 1, step)
     assert widths[-1] == channels
@@ -47,7 +47,7 @@ def test_a_group_has_the_widest_step_that_leaves_it_a_choice(network, image, cha
 
 
 def test_every_width_of_a_space_is_a_multiple_of_its_groups_step(network, image) -> None:
-    space = SparsitySpace(network, find_groups(network, image), 4, 0.25, 16)
+    space = SparsitySpace(network, find_groups(network, image).free, 4, 0.25, 16)
     for name, dimension in space.dimensions().items():
         (group,) = [group for group in space.groups if PREFIX + group.name == name]
         assert dimension.step == space.step(group)

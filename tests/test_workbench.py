@@ -49,26 +49,30 @@ def test_tf32_is_part_of_every_record(cache) -> None:
 
 def test_the_trained_network_is_cached_and_training_goes_on_after_a_crash(cache, tmp_path, monkeypatch) -> None:
     from search import training
+    from search.sources.models import build_model
 
     monkeypatch.setenv("DEPLOYFRONT_CACHE", str(tmp_path))
     study, data = Study.parse(tiny.STUDY, "test"), tiny.splits()
     steps: list[int] = []
+
+    def trained(progress):
+        return training.trained_network(study, build_model(study.model, None, data.classes, 0), data, progress)
 
     def crash(step: str, done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        training.trained_network(study, data, crash)
-    resumed = training.trained_network(study, data, lambda step, done, total: steps.append(done))
+        trained(crash)
+    resumed = trained(lambda step, done, total: steps.append(done))
     assert steps[0] == 2
     monkeypatch.setenv("DEPLOYFRONT_CACHE", str(tmp_path / "other"))
-    straight = training.trained_network(study, data, lambda *_: None)
+    straight = trained(lambda *_: None)
     for name, tensor in straight.state_dict().items():
         assert np.allclose(tensor, resumed.state_dict()[name], atol=1e-6), name
 
     def never(*_: object) -> None:
         raise AssertionError("trained again")
 
-    again = training.trained_network(study, data, never)
+    again = trained(never)
     assert (again.trunk.classifier.weight == straight.trunk.classifier.weight).all()

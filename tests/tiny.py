@@ -72,8 +72,8 @@ STUDY = """
 name = "tiny"
 question = "Which version of the tiny network is worth deploying?"
 budget = ["latency<1000%", "size<80%"]
-model.factory = "tests.tiny:network"
-data.factory = "tests.tiny:splits"
+model.source = "tests.tiny:network"
+data.source = "tests.tiny:splits"
 training = {epochs = 4, batch = 50, learning_rate = 0.05}
 exits = {after = ["pool"], grid = 2, epochs = 10}
 target = {batch = 4}

@@ -7,14 +7,17 @@ import torch
 from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact, fp8
-from evaluators.artifact.exporter import OPSET, OUTPUT, logits_name
+from evaluators.artifact.exporter import OPSET, OUTPUT, ExportError, logits_name
 from evaluators.artifact.half import HalfWriter
 from evaluators.artifact.qdq import Placement, Quantizer, Ranges
 from evaluators.artifact.template import Stage, Template, output_channels
-from evaluators.runtimes.ort import activation_ranges
+from evaluators.runtimes.ort import activation_ranges, load
 from evaluators.target import ALLOW_TF32, Runtime
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
+
+_CLOSE = 1e-3
+"""A file and torch may differ by this share of the largest logit: deep networks amplify what rounding does."""
 
 
 class ArtifactBuilder:
@@ -48,6 +51,10 @@ class ArtifactBuilder:
         self._half = HalfWriter(self._template.nodes, self._template.layers)
         self._float8 = fp8.Float8Writer(self._template.layers)
         self._everything = Stage(self._template.nodes, self._template.stages(())[0].input, tuple(outputs))
+        self._probe = calibration[:2]
+        refusal = self.disagreement(network)
+        if refusal is not None:
+            raise ExportError(f"the exported network answers as in torch, got another answer: {': '.join(refusal)}")
         self.ranges: Ranges = self.read_ranges(network, calibration)
 
     @property
@@ -60,6 +67,25 @@ class ArtifactBuilder:
         weights = self._template.weights(network.state_dict())
         model = self._template.file(self._everything, self._template.nodes, weights)
         return activation_ranges(model, self._quantizer.activations(), images)
+
+    def disagreement(self, network: ExitNetwork) -> tuple[str, str] | None:
+        """Returns why a network of this structure cannot be written by slicing; None where its file answers as it does.
+
+        Of two calibration images, so that a batch size that was written into the graph is noticed.
+        """
+        weights = self._template.weights(network.state_dict())
+        model = self._template.file(self._everything, self._template.nodes, weights)
+        try:
+            last, *exits = load(model, 0)(self._probe)
+        except Exception as error:
+            return "its width is written into the exported graph", str(error).splitlines()[0]
+        with torch.no_grad():
+            expected = [logits.numpy() for logits in network(torch.from_numpy(self._probe))]
+        for answer, logits in zip([*exits, last], expected, strict=True):
+            difference = _difference(answer, logits)
+            if not difference <= _CLOSE:
+                return "its exported graph answers otherwise", f"by {difference:.2g} of the largest logit"
+        return None
 
     def written_precisions(self, network: ExitNetwork, candidate: Candidate) -> dict[str, str]:
         """Returns the precision that each layer gets in the artifact.
@@ -133,6 +159,13 @@ class ArtifactBuilder:
         deployed = {node.name for stage in self._template.stages(exits) for node in stage.nodes}
         named = {self._template.layers[layer]: given for layer, given in precisions.items()}
         return {node: given for node, given in named.items() if node in deployed}
+
+
+def _difference(answer: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
+    """Returns the largest difference as a share of the largest logit, or as it is where all logits are 0."""
+    if answer.shape != logits.shape:
+        return np.nan
+    return float(np.abs(answer - logits).max() / (np.abs(logits).max() or 1.0))
 
 
 def _at(precision: str, precisions: Mapping[str, str]) -> list[str]:

@@ -3,14 +3,18 @@
 import copy
 import io
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from spaces.errors import UserError
-from spaces.network import ExitNetwork
+from spaces.network import ExitNetwork, layer_name
 
 OPSET = 17
 INPUT = "images"
@@ -61,27 +65,110 @@ def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
     """
     names = [name for exit_name in network.exit_names for name in (cut_name(exit_name), logits_name(exit_name))]
     names.append(OUTPUT)
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.onnx.export(
-                _WithCuts(_scrambled(network)),
-                (image,),
-                cast(Any, file),
-                opset_version=OPSET,
-                dynamo=False,  # 15 to 20 times faster than the new exporter, and keeps the state dict's names
-                training=torch.onnx.TrainingMode.PRESERVE,
-                do_constant_folding=False,
-                input_names=[INPUT],
-                output_names=names,
-                dynamic_axes={name: {0: "batch"} for name in [INPUT, *names]},
-            )
-        except Exception as error:
-            raise ExportError(f"the network cannot be exported to ONNX: {error}") from error
-    model = onnx.load_from_string(file.getvalue())
+    scrambled = _scrambled(network)
+    try:
+        model = _export(_WithCuts(scrambled), (image,), names)
+    except Exception as error:
+        path, reason = _offender(scrambled, image) or ("", error)
+        place = f" at {layer_name(path)!r} ({type(network.get_submodule(path)).__name__})" if path else ""
+        raise ExportError(f"the network cannot be exported to ONNX{place}: {_first_line(reason)}") from error
     _strip_prefix(model, "network.")
     return model
+
+
+def _export(module: nn.Module, inputs: tuple[Any, ...], outputs: Sequence[str] = ()) -> onnx.ModelProto:
+    file = io.BytesIO()
+    with warnings.catch_warnings(), _any_pooling(), _quiet():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            inputs,
+            cast(Any, file),
+            opset_version=OPSET,
+            dynamo=False,  # 15 to 20 times faster than the new exporter, and keeps the state dict's names
+            training=torch.onnx.TrainingMode.PRESERVE,
+            do_constant_folding=False,
+            input_names=[INPUT] if outputs else None,
+            output_names=list(outputs) or None,
+            dynamic_axes={name: {0: "batch"} for name in [INPUT, *outputs]} if outputs else None,
+        )
+    return onnx.load_from_string(file.getvalue())
+
+
+@contextmanager
+def _any_pooling() -> Iterator[None]:
+    """Lets adaptive pooling be exported at any size: where bins are uneven, as a product with constant matrices."""
+    given = F.adaptive_avg_pool2d
+
+    def pool(features: Tensor, output_size: Any) -> Tensor:
+        height, width = (
+            int(wanted or size) for wanted, size in zip(_pair(output_size), features.shape[-2:], strict=True)
+        )
+        if features.shape[-2] % height == 0 and features.shape[-1] % width == 0:
+            return given(features, output_size)
+        rows, columns = _bins(int(features.shape[-2]), height), _bins(int(features.shape[-1]), width)
+        return torch.matmul(torch.matmul(rows, features), columns.T)
+
+    F.adaptive_avg_pool2d = cast(Any, pool)
+    try:
+        yield
+    finally:
+        F.adaptive_avg_pool2d = given
+
+
+def _bins(size: int, bins: int) -> Tensor:
+    """Returns the share of each of `size` positions in each bin of adaptive average pooling, `(bins, size)`."""
+    return F.adaptive_avg_pool1d(torch.eye(size), bins).T.contiguous()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter from printing the whole graph when it fails."""
+    torch._C._jit_set_onnx_log_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._jit_set_onnx_log_enabled(True)
+
+
+def _offender(network: nn.Module, image: Tensor) -> tuple[str, Exception] | None:
+    """Returns the path of the innermost module that cannot be exported by itself, and the exporter's reason."""
+    inputs: dict[str, tuple[Any, ...]] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, args, path=path: inputs.setdefault(path, args) and None)
+        for path, module in network.named_modules()
+    ]
+    with torch.no_grad():
+        network(image)
+    for hook in hooks:
+        hook.remove()
+    found: tuple[str, Exception] | None = None
+    todo = [name for name, _ in network.named_children()]
+    while todo:
+        path = todo.pop(0)
+        error = _failure(network, path, inputs)
+        if error is not None:
+            found = path, error
+            todo = [f"{path}.{name}" for name, _ in network.get_submodule(path).named_children()]
+    return found
+
+
+def _failure(network: nn.Module, path: str, inputs: Mapping[str, tuple[Any, ...]]) -> Exception | None:
+    """Returns why a module cannot be exported by itself; of a list that never runs, why one of those in it cannot."""
+    module = network.get_submodule(path)
+    if path not in inputs:
+        failures = (_failure(network, f"{path}.{name}", inputs) for name, _ in module.named_children())
+        return next((failure for failure in failures if failure is not None), None)
+    try:
+        _export(module, inputs[path])
+    except Exception as error:
+        return error
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].partition("  [Caused by")[0] if lines else type(error).__name__
 
 
 def _scrambled(network: ExitNetwork) -> ExitNetwork:

@@ -16,9 +16,7 @@ from evaluators.artifact.qdq import ABSORBED, FOLLOWING, VALUE_PRESERVING
 from evaluators.artifact.template import HALF, Arrays
 from spaces.errors import UserError
 
-_BETWEEN = (
-    ABSORBED | VALUE_PRESERVING | FOLLOWING | {"Concat", "Transpose", "Mul", "Sigmoid", "HardSigmoid", "HardSwish"}
-)
+_BETWEEN = ABSORBED | VALUE_PRESERVING | FOLLOWING | {"Transpose", "Mul", "Sigmoid", "HardSigmoid", "HardSwish"}
 """Run in fp16 when everything that feeds them does."""
 _LARGEST = float(np.finfo(np.float16).max)
 

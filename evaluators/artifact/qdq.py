@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
-from evaluators.artifact.template import DEQUANTIZED, Arrays, Stage
+from evaluators.artifact.template import DEQUANTIZED, LAYER_OPS, Arrays, Stage
 
 Ranges = Mapping[str, tuple[float, float]]
 """The lowest and highest value seen of each activation tensor."""
@@ -24,8 +24,11 @@ ABSORBED = {"Relu", "Clip"}
 """Run inside the layer before them, so Q/DQ comes after."""
 VALUE_PRESERVING = {"MaxPool", "Flatten", "Reshape", "Identity"}
 """Move values without changing them, so input and output share a scale."""
-FOLLOWING = {"Add", "GlobalAveragePool", "AveragePool"}
+FOLLOWING = {"Add", "Concat", "GlobalAveragePool", "AveragePool"}
 """Run in int8 when everything that feeds them does."""
+_ABLE = {*LAYER_OPS, *ABSORBED, *VALUE_PRESERVING, *FOLLOWING}
+_JOINING = {"Add", "Concat"}
+"""Read several tensors."""
 
 _TINY = 1e-8
 
@@ -71,20 +74,30 @@ class Quantizer:
 
     def activations(self) -> list[str]:
         """Returns every tensor whose range a placement may ask for."""
-        able = [node for node in self._nodes if node.op_type in FOLLOWING or node.name in self._layers.values()]
-        wanted = self._spread({tensor for node in able for tensor in self._around(node)})
+        able = self._quantized(self._layers)
+        wanted = self._spread({tensor for node in self._nodes if node.name in able for tensor in self._around(node)})
         names = dict.fromkeys(name for node in self._nodes for name in (*node.input, *node.output))
         return [name for name in names if name in wanted]
 
     def place(self, int8_layers: Iterable[str]) -> Placement:
         """Returns where Q/DQ goes when these layers are int8."""
-        quantized = {self._layers[layer] for layer in int8_layers}
-        for node in self._nodes:
-            if node.op_type in FOLLOWING and self._is_fed_by(node, quantized):
-                quantized.add(node.name)
+        quantized = self._quantized(int8_layers)
         fused = {tensor for tensor in self._fused if self._producers[tensor].name in quantized}
         tensors = {tensor for node in self._nodes if node.name in quantized for tensor in self._around(node)}
         return Placement(frozenset(quantized), frozenset(self._spread(tensors - fused) - self._outputs))
+
+    def _quantized(self, int8_layers: Iterable[str]) -> set[str]:
+        """Returns the nodes that run in int8 when these layers do."""
+        quantized = {self._layers[layer] for layer in int8_layers}
+        for node in self._nodes:
+            if node.op_type in FOLLOWING and self._is_fed_by(node, quantized) and self._is_read_in_int8(node):
+                quantized.add(node.name)
+        return quantized
+
+    def _is_read_in_int8(self, node: NodeProto) -> bool:
+        """Returns whether what comes next may be int8 too; a concatenation in front of a float node gains nothing."""
+        following = {reader.op_type for reader in self._consumers.get(node.output[0], [])}
+        return node.op_type != "Concat" or not following.isdisjoint(_ABLE)
 
     def boundaries(self, precisions: Mapping[str, str]) -> int:
         """Returns how many layers read from a node of another precision.
@@ -92,7 +105,8 @@ class Quantizer:
         Args:
             precisions: of each node that is not fp32.
         """
-        return sum(self._is_boundary(node, precisions) for node in self._nodes if node.op_type in ("Conv", "Gemm"))
+        layers = set(self._layers.values())
+        return sum(self._is_boundary(node, precisions) for node in self._nodes if node.name in layers)
 
     def _source(self, tensor: str) -> NodeProto | None:
         node = self._producers.get(tensor)
@@ -134,13 +148,17 @@ class Quantizer:
             if node is None or node.name in seen:
                 continue
             seen.add(node.name)
-            if node.op_type in ("Conv", "Gemm"):
+            if node.op_type in LAYER_OPS:
                 found.add(node.name)
             todo += list(node.input)
         return found
 
     def _around(self, node: NodeProto) -> list[str]:
-        data = list(node.input) if node.op_type == "Add" else [node.input[0]]
+        """Returns the tensors that carry Q/DQ when a node is int8."""
+        if node.op_type == "MatMul":
+            # Its bias is added by the next node: runtimes go on in float, at no loss.
+            return [node.input[0]]
+        data = list(node.input) if node.op_type in _JOINING else [node.input[0]]
         output = node.output[0]
         while len(following := self._consumers.get(output, [])) == 1 and following[0].op_type in ABSORBED:
             output = following[0].output[0]
@@ -180,7 +198,7 @@ class Quantizer:
             node.CopyFrom(original)
             for index, name in enumerate(node.input):
                 node.input[index] = renamed.get(name, name)
-            if node.name in placement.nodes and node.op_type in ("Conv", "Gemm"):
+            if node.name in placement.nodes and node.op_type in LAYER_OPS:
                 nodes.append(self._quantize_weight(node, values))
             pairs = []
             for index, name in enumerate(node.output):
@@ -215,7 +233,7 @@ class Quantizer:
 def output_axis(node: NodeProto) -> int:
     """Returns the axis of the output channels in the weight of a convolution or linear layer."""
     transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-    return 1 if node.op_type == "Gemm" and not transposed else 0
+    return 1 if node.op_type == "MatMul" or (node.op_type == "Gemm" and not transposed) else 0
 
 
 def quantize_weight(weight: NDArray[np.generic], axis: int, limit: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -1,6 +1,8 @@
 """A network's ONNX graph, parsed once: which weights go where, and where it can be cut into stages."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +18,15 @@ from spaces.network import ExitNetwork, layer_name
 
 Arrays = dict[str, NDArray[np.generic]]
 
-_LAYER_OPS = ("Conv", "Gemm")
+LAYER_OPS = ("Conv", "Gemm", "MatMul")
+"""What a convolution or a linear layer becomes."""
 
 DEQUANTIZED = "/dq"
 """The end of the name of a weight or an input that has been through Q/DQ."""
 HALF = "/fp16"
 """The end of the name of a tensor in half precision."""
+TRANSPOSED = "/transposed"
+"""The end of the name of a linear layer's weight as `(inputs, outputs)`."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,11 @@ class Template:
         self._infos: dict[str, onnx.ValueInfoProto] = {
             info.name: info for info in [*model.graph.input, *model.graph.output]
         }
-        self.nodes, self._folds = _fold_batch_norms(model)
-        found = {
-            layer_name(node.input[1].removesuffix(".weight")): node
-            for node in self.nodes
-            if node.op_type in _LAYER_OPS and node.input[1] in parameters
-        }
+        nodes, self._transposed = _transpose_weights(model.graph.node, parameters)
+        self.nodes, self._folds = _fold_batch_norms(nodes, {info.name for info in model.graph.output}, parameters)
+        found = _layers(self.nodes, parameters)
         self.layers = {layer: node.name for layer, node in found.items()}
-        self.layer_weights = {layer: node.input[1] for layer, node in found.items()}
+        self.layer_weights = {layer: _weight(node) for layer, node in found.items()}
         self.grouped = frozenset(node.input[1] for node in found.values() if _groups(node) > 1)
         self.exit_names = network.exit_names
         self._stages: dict[tuple[str, ...], tuple[Stage, ...]] = {}
@@ -88,6 +90,7 @@ class Template:
         arrays: Arrays = {name: tensor.detach().numpy() for name, tensor in state.items() if name in self._shapes}
         for fold in self._folds:
             arrays |= _folded(fold, arrays)
+        arrays |= {name + TRANSPOSED: np.ascontiguousarray(arrays[name].T) for name in self._transposed}
         return self._constants | arrays
 
     def stages(self, exits: Sequence[str]) -> tuple[Stage, ...]:
@@ -145,16 +148,17 @@ class Template:
             properties: metadata for the runtime.
         """
         names = {name for node in nodes for name in node.input}
-        initializers = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in names]
         graph = helper.make_graph(
             [self._fit_groups(node, arrays) for node in nodes],
             "stage",
             [self._info(stage.input, channels or {})],
             [self._info(name, channels or {}) for name in stage.outputs],
-            initializers,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_ir_version(opset))
         helper.set_model_props(model, dict(properties or {}))
+        for name, array in arrays.items():
+            if name in names:
+                model.graph.initializer.append(numpy_helper.from_array(array, name))
         return bytes(model.SerializeToString(deterministic=True))
 
     def _info(self, name: str, channels: Mapping[str, int]) -> onnx.ValueInfoProto:
@@ -167,15 +171,15 @@ class Template:
         return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
 
     def _fit_groups(self, node: NodeProto, arrays: Arrays) -> NodeProto:
-        """Returns a depthwise convolution with as many groups as it has channels left; any other node as it is."""
+        """Returns a grouped convolution with as many groups as it has left; any other node as it is."""
         weight = node.input[1].removesuffix(DEQUANTIZED).removesuffix(HALF) if node.op_type == "Conv" else ""
-        if weight not in self._shapes or self._shapes[weight][1] != 1:
+        if weight not in self._shapes or _groups(node) == 1:
             return node
         fitted = NodeProto()
         fitted.CopyFrom(node)
         for attribute in fitted.attribute:
-            if attribute.name == "group" and attribute.i == self._shapes[weight][0]:
-                attribute.i = len(arrays[weight])
+            if attribute.name == "group":
+                attribute.i = len(arrays[weight]) * attribute.i // self._shapes[weight][0]
         return fitted
 
 
@@ -195,24 +199,69 @@ def _groups(node: NodeProto) -> int:
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == "group"), 1)
 
 
-def _fold_batch_norms(model: onnx.ModelProto) -> tuple[tuple[NodeProto, ...], tuple[BatchNormFold, ...]]:
-    """Returns the nodes without the batch normalisations that a convolution can take in, and those."""
-    consumers: dict[str, int] = {}
-    for node in model.graph.node:
+def _weight(node: NodeProto) -> str:
+    return str(node.input[1]).removesuffix(TRANSPOSED)
+
+
+def _layers(nodes: Sequence[NodeProto], parameters: AbstractSet[str]) -> dict[str, NodeProto]:
+    """Returns the node of each convolution and linear layer whose weight is a parameter that no other node reads."""
+    readers = Counter(name for node in nodes for name in node.input)
+    return {
+        layer_name(_weight(node).removesuffix(".weight").removesuffix("_weight")): node
+        for node in nodes
+        if node.op_type in LAYER_OPS and _weight(node) in parameters and readers[node.input[1]] == 1
+    }
+
+
+def _transpose_weights(
+    nodes: Sequence[NodeProto], parameters: AbstractSet[str]
+) -> tuple[list[NodeProto], frozenset[str]]:
+    """Returns the nodes without those that transpose a weight for a product, and these weights."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in nodes:
         for name in node.input:
-            consumers[name] = consumers.get(name, 0) + 1
-    outputs = {info.name for info in model.graph.output}
-    convolutions = {node.output[0]: node for node in model.graph.node if node.op_type == "Conv"}
+            readers.setdefault(name, []).append(node)
+    left, transposed = [], set()
+    for node in nodes:
+        following = readers.get(node.output[0], [])
+        if (
+            node.op_type == "Transpose"
+            and node.input[0] in parameters
+            and list(node.attribute[0].ints) == [1, 0]
+            and all(reader.op_type == "MatMul" and reader.input[1] == node.output[0] for reader in following)
+        ):
+            transposed.add(node.input[0])
+            for reader in following:
+                reader.input[1] = node.input[0] + TRANSPOSED
+        else:
+            left.append(node)
+    return left, frozenset(transposed)
+
+
+def _fold_batch_norms(
+    given: Sequence[NodeProto], outputs: AbstractSet[str], parameters: AbstractSet[str]
+) -> tuple[tuple[NodeProto, ...], tuple[BatchNormFold, ...]]:
+    """Returns the nodes without the batch normalisations that a convolution can take in, and those."""
+    readers = Counter(name for node in given for name in node.input)
+    convolutions = {node.output[0]: node for node in given if node.op_type == "Conv"}
     nodes: list[NodeProto] = []
     folds = []
-    for node in model.graph.node:
+    for node in given:
         source = node.input[0] if node.input else ""
         convolution = convolutions.get(source)
-        if node.op_type != "BatchNormalization" or convolution is None or consumers[source] > 1 or source in outputs:
+        if (
+            node.op_type == "BatchNormalization"
+            and convolution is not None
+            and readers[source] == 1
+            and source not in outputs
+            # A convolution that runs twice, or whose weight is computed, cannot take in a norm.
+            and all(readers[name] == 1 for name in convolution.input[1:])
+            and {*convolution.input[1:], *node.input[1:]} <= parameters
+        ):
+            folds.append(_fold_into(convolution, node))
+            convolution.output[0] = node.output[0]
+        else:
             nodes.append(node)
-            continue
-        folds.append(_fold_into(convolution, node))
-        convolution.output[0] = node.output[0]
     return tuple(nodes), tuple(folds)
 
 

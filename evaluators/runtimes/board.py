@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.data import SMALL_BYTES, ImageStore, bytes_of
 from evaluators.device_state import DeviceState
 from evaluators.runtimes.ssh import Address, ConnectionLostError, JobError, Line
 from evaluators.target import Capabilities, Images, Proof, Spent, TargetError, TimedBatch
@@ -156,8 +157,13 @@ class RemotelyOpened:
         self._board = board
         self._recipe = recipe
 
-    def answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+    def answer(self, images: ImageStore, batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+        at_once = max(SMALL_BYTES * len(images) // bytes_of(images) // batch, 1) * batch
+        parts = [self._answer(images[start : start + at_once], batch) for start in range(0, len(images), at_once)]
+        return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+
+    def _answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
         found = self._ask("answer", images, batch=batch)
         logits: Images = np.load(io.BytesIO(base64.b64decode(found["logits"])))
         return logits, np.array(found["exits"], dtype=np.int64)
@@ -172,14 +178,15 @@ class RemotelyOpened:
 
     def turns(
         self,
-        images: Images,
+        images: ImageStore,
         batches: Sequence[TimedBatch],
         reference: "RemotelyOpened",
         reference_batch: int,
         protocol: Protocol,
     ) -> TakeTurn:
         """Returns turns that are taken on the board: not a byte crosses the network while a clock runs."""
-        stored = _npy(images)
+        some, batches = _needed(images, batches, reference_batch)
+        stored = _npy(some)
         prepared: list[Line] = []
 
         def prepare(line: Line) -> None:
@@ -219,6 +226,23 @@ class RemotelyOpened:
             return line.ask(do, handle=handle, images=line.upload([stored])[0], **content)
 
         return self._board.doing(job)
+
+
+def _needed(
+    images: ImageStore, batches: Sequence[TimedBatch], reference_batch: int
+) -> tuple[Images, Sequence[TimedBatch]]:
+    """Returns the images that turns need, those of the reference first, and where the batches lie among them.
+
+    Few images are sent whole: then they are the same for every candidate, and cross the network once.
+    """
+    if bytes_of(images) <= SMALL_BYTES:
+        return images[:], batches
+    parts, moved, end = [images[:reference_batch]], [], min(reference_batch, len(images))
+    for batch in batches:
+        parts.append(images[batch.start : batch.start + batch.count])
+        moved.append(TimedBatch(end, batch.count, batch.longest))
+        end += len(parts[-1])
+    return np.concatenate(parts), moved
 
 
 def _npy(images: Images) -> bytes:

@@ -6,7 +6,7 @@ Nothing here imports tensorrt: an engine is what can be put on a stream.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.runtimes.trt_report import LayerRow, precision_proof
 from evaluators.target import Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
+
+if TYPE_CHECKING:
+    from evaluators.data import ImageStore
 
 # tensorrt has no types: these are its classes' names, as in trt.py.
 ICudaEngine: TypeAlias = Any
@@ -184,7 +187,7 @@ class OpenedEngines:
             self._loaded[shape] = self._load(shape)
         return self._loaded[shape]
 
-    def answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
         parts = [self._run(images[start : start + batch], batch) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
@@ -215,7 +218,7 @@ class OpenedEngines:
 
     def turns(
         self,
-        images: Images,
+        images: "ImageStore",
         batches: Sequence[TimedBatch],
         reference: "OpenedEngines",
         reference_batch: int,
@@ -235,7 +238,7 @@ class OpenedEngines:
         rows = [row for stage in self.stages(images.shape) for row in self._inspect(stage.engine)]
         return precision_proof(rows, precisions)
 
-    def _call(self, images: Images, batch: TimedBatch) -> Call:
+    def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
         chosen = images[batch.start : batch.start + batch.count]
         self.stages((batch.count, *images.shape[1:]))  # built before the clock runs
         return lambda: self._run(chosen, batch.count, batch.longest)

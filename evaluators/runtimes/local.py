@@ -1,6 +1,7 @@
 """Artifacts that run in this process."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,9 @@ from numpy.typing import NDArray
 from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.target import Images, Proof, Spent, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
+
+if TYPE_CHECKING:
+    from evaluators.data import ImageStore
 
 NEVER = 2.0
 """A threshold that no confidence reaches, for timing the longest path."""
@@ -29,7 +33,7 @@ class LocallyOpened:
         self._longest = StagedNetwork(stages, [NEVER] * len(thresholds))
         self._clock = Clock.for_threads(threads)
 
-    def answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
         parts = [self._network(images[start : start + batch]) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
@@ -49,7 +53,7 @@ class LocallyOpened:
 
     def turns(
         self,
-        images: Images,
+        images: "ImageStore",
         batches: Sequence[TimedBatch],
         reference: "LocallyOpened",
         reference_batch: int,
@@ -64,7 +68,7 @@ class LocallyOpened:
         """Returns an empty proof: a CPU runtime computes in the types that the file says."""
         return Proof()
 
-    def _call(self, images: Images, batch: TimedBatch) -> Call:
+    def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
         network = self._longest if batch.longest else self._network
         chosen = images[batch.start : batch.start + batch.count]
         return lambda: network(chosen)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
+from evaluators.runtimes.run_bundle import harmful_optimizers
 from evaluators.target import Capabilities, Images
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ _SIGN_KEEPING = {
     "QuantizeLinear",
     "DequantizeLinear",
 }
+
+_CALIBRATION_BATCH = 4
+"""So many images at a time keep the memory of calibration small."""
 
 
 class OnnxRuntime:
@@ -101,7 +105,9 @@ def open_session(model: bytes, threads: int, optimize: bool = True) -> onnxrunti
     options.log_severity_level = 3
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_ENABLE_BASIC
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=harmful_optimizers(model)
+    )
 
 
 def activation_ranges(
@@ -109,7 +115,7 @@ def activation_ranges(
 ) -> dict[str, tuple[float, float]]:
     """Returns the lowest and highest value of each of a float model's tensors over `images`, 0 included.
 
-    The extremes are taken inside the graph, so that only two numbers per tensor leave it.
+    The extremes are taken inside the graph, so that only two numbers per tensor leave it, batch by batch.
     """
     import onnx  # a board runs files and makes none, so it has no onnx
     from onnx import TensorProto, helper
@@ -124,8 +130,11 @@ def activation_ranges(
             output = f"range/{operator}/{index}"
             graph.node.append(helper.make_node(operator, [tensor], [output], keepdims=0))
             graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-    found = open_session(proto.SerializeToString(), threads=0, optimize=False).run(None, {source: images})
-    ranges = {name: _with_zero(found[2 * index], found[2 * index + 1]) for index, name in enumerate(names)}
+    session = open_session(proto.SerializeToString(), threads=0, optimize=False)
+    batches = range(0, len(images), _CALIBRATION_BATCH)
+    found = np.array([session.run(None, {source: images[at : at + _CALIBRATION_BATCH]}) for at in batches])
+    lows, highs = found[:, 0::2].min(axis=0), found[:, 1::2].max(axis=0)
+    ranges = {name: _with_zero(lows[index], highs[index]) for index, name in enumerate(names)}
     return ranges | {source: _with_zero(images.min(), images.max())}
 
 

@@ -64,7 +64,7 @@ def main() -> None:
     trials = parser.parse_args().trials
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-    study, _ = load_study("digits")
+    study = load_study("digits")
     bench = Workbench(study, lambda step, done, total: print(f"{step}: {done}/{total}") if done == total else None)
     with tempfile.TemporaryDirectory() as runs:
         watch, mirror, overhead = _search(bench, Path(runs), trials)
@@ -161,7 +161,7 @@ def _build_naively(bench: Workbench, candidate: Candidate) -> bytes:
         quantize_static(
             str(exported),
             str(quantized),
-            _Reader(bench.data.calibration.images),
+            _Reader(bench.data.calibration.images[:]),
             QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,

@@ -1,0 +1,1 @@
+"""Where a study's network and images come from."""

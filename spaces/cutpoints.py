@@ -1,0 +1,189 @@
+"""Where an exit may sit: behind modules whose output alone separates the image from the logits."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spaces.errors import StructureError
+
+Edge = tuple[Any, int]
+"""A tensor in autograd's graph: the node that made it, and which of its outputs it is."""
+
+EARLIEST, LATEST = 0.05, 0.9
+"""Before the first, features say little about the class; behind the second, an exit saves nothing."""
+_FARTHEST = 0.2
+"""An exit may sit this far from the wanted share of the multiply-adds, and no further."""
+_NEAR = 0.08
+"""The end of a block this much further from the wanted share is better than the middle of one."""
+
+
+@dataclass(frozen=True)
+class CutPoints:
+    """Places for exits.
+
+    Args:
+        after: paths of modules, in the order in which they run.
+        shares: the share of the network's multiply-adds that each has behind it.
+        reason: why there are fewer than asked for; empty where there are not.
+    """
+
+    after: tuple[str, ...]
+    shares: tuple[float, ...]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        places = [f"{path} ({share:.0%} of the FLOPs)" for path, share in zip(self.after, self.shares, strict=True)]
+        found = f"Exits after {', '.join(places)}." if places else "No exits."
+        return f"{found} {self.reason}".strip() if self.reason else found
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a module gave."""
+
+    path: str
+    tensor: Tensor
+    edge: Edge
+    version: int
+    macs: float
+    rank: int
+
+
+@dataclass
+class _Run:
+    """One forward of the network, with what its modules gave."""
+
+    outputs: list[_Output] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+    macs: float = 0.0
+
+
+def find_cut_points(trunk: nn.Module, image: Tensor, shares: Sequence[float]) -> CutPoints:
+    """Returns where exits may sit, one near each of the wanted shares of the network's multiply-adds.
+
+    A tensor separates the network when autograd, on its way back from the logits, cannot reach the image without it.
+    The ends of blocks are preferred to what lies inside them.
+
+    Args:
+        trunk: maps an image to logits, in evaluation mode.
+        image: one input, `(1, c, h, w)`.
+        shares: of the multiply-adds of convolutions and linear layers, between 0 and 1.
+    """
+    source = image.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits, run = _observed(trunk, source)
+    if logits.grad_fn is None or not _reaches(logits.grad_fn, source, None):
+        return CutPoints((), (), "The way from the image to the logits cannot be followed.")
+    usable = [one for one in _distinct(run, image) if EARLIEST <= one.macs / run.macs <= LATEST]
+    separates: dict[str, bool] = {}
+    found: dict[str, _Output] = {}
+    for share in sorted(shares):
+        near = [one for one in usable if abs(one.macs / run.macs - share) <= _FARTHEST]
+        for one in sorted(near, key=lambda one: _distance(one, run.macs, share)):
+            if one.path not in separates:
+                separates[one.path] = not _reaches(logits.grad_fn, source, one.edge)
+            if separates[one.path] and one.path not in found:
+                found[one.path] = one
+                break
+    chosen = sorted(found.values(), key=lambda one: one.macs)
+    reason = ""
+    if len(chosen) < len(shares):
+        reason = (
+            f"{len(chosen)} of {len(shares)} places were found where one feature map alone separates the network near"
+            f" {' and '.join(f'{share:.0%}' for share in sorted(shares))} of its FLOPs."
+        )
+    return CutPoints(tuple(one.path for one in chosen), tuple(one.macs / run.macs for one in chosen), reason)
+
+
+def check_cut_points(trunk: nn.Module, image: Tensor, after: Sequence[str]) -> CutPoints:
+    """Returns the cut points behind modules that are known by their paths.
+
+    Raises:
+        StructureError: what one of them gives does not separate the image from the logits.
+    """
+    source = image.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits, run = _observed(trunk, source)
+    given = {one.path: one for one in run.outputs}
+    for path in after if logits.grad_fn is not None else ():
+        if path in given and _reaches(logits.grad_fn, source, given[path].edge):
+            raise StructureError(
+                f"an exit sits where one tensor separates the network in two, got {path!r}, which is bypassed;"
+                " move it behind the block"
+            )
+    return CutPoints(tuple(after), tuple(given[path].macs / run.macs if path in given else 0.0 for path in after))
+
+
+def _distance(one: _Output, macs: float, share: float) -> float:
+    return abs(one.macs / macs - share) + _NEAR * one.rank
+
+
+def _observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, _Run]:
+    run = _Run()
+
+    def finished(module: nn.Module, path: str, out: object) -> None:
+        run.calls[path] += 1
+        if not isinstance(out, Tensor):
+            return
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            run.macs += out.numel() * module.weight[0].numel()
+        if out.ndim == 4 and out.grad_fn is not None and path:
+            edge = (out.grad_fn, out.output_nr)
+            run.outputs.append(_Output(path, out, edge, out._version, run.macs, _rank(module)))
+
+    hooks = [
+        module.register_forward_hook(lambda module, _args, out, path=path: finished(module, path, out))
+        for path, module in trunk.named_modules()
+    ]
+    try:
+        logits: Tensor = trunk(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, run
+
+
+def _rank(module: nn.Module) -> int:
+    """Returns 0 for a block, 1 for an activation or pooling, 2 for a layer that one of them still follows."""
+    if any(True for _ in module.children()):
+        return 0
+    return 2 if any(True for _ in module.parameters()) else 1
+
+
+def _distinct(run: _Run, image: Tensor) -> list[_Output]:
+    """Returns the feature maps, each by the outermost module that gives it.
+
+    A module that runs twice has no place in the network; nor has a tensor that is changed after it was given.
+    """
+    outermost: dict[Edge, _Output] = {}
+    for one in run.outputs:
+        if run.calls[one.path] > 1 or one.tensor._version != one.version or not _is_map(one.tensor, image):
+            continue
+        other = outermost.get(one.edge)
+        if other is None or one.path.count(".") < other.path.count("."):
+            outermost[one.edge] = one
+    return list(outermost.values())
+
+
+def _is_map(features: Tensor, image: Tensor) -> bool:
+    """Returns whether the last two axes are a height and a width: more than a point, in the image's proportion."""
+    height, width = features.shape[2:]
+    return max(height, width) > 1 and abs(height * image.shape[3] / image.shape[2] - width) <= 1
+
+
+def _reaches(start: Any, image: Tensor, without: Edge | None) -> bool:
+    """Returns whether autograd's graph leads from a node back to the image, without one tensor."""
+    seen, todo = {start}, [start]
+    while todo:
+        node = todo.pop()
+        if getattr(node, "variable", None) is image:
+            return True
+        for edge in node.next_functions:
+            if edge[0] is not None and edge != without and edge[0] not in seen:
+                seen.add(edge[0])
+                todo.append(edge[0])
+    return False
