@@ -158,6 +158,9 @@ def pick(
     budget: Budgets = None,
     prefer: Prefer = "accuracy",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle goes.")] = Path("deploy"),
+    finetune: Annotated[
+        str | None, typer.Option(metavar="LENGTH", help="Train the pick on: 10epochs, 500steps or 20min.")
+    ] = None,
     name: Search = None,
     runs: Runs = RUNS,
 ) -> int:
@@ -165,7 +168,7 @@ def pick(
     limits = _limits(budget)
     from search.commands import run_pick
 
-    return run_pick(limits, prefer, out, name, runs)
+    return run_pick(limits, prefer, out, name, runs, finetune)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from search.front import PREFERENCES, Version, choose, feasible, nearest_miss, p
 from search.request import Request
 from search.sampler import check_sampler
 from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
-from search.study import Study
+from search.study import Study, finetuning
 from search.text import (
     HEADINGS,
     broken_limits,
@@ -34,7 +34,9 @@ from search.text import (
 from spaces.errors import UserError
 
 if TYPE_CHECKING:
+    from search.coordinator import Outcome
     from search.deploy import Confirmed
+    from search.workbench import Workbench
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -120,6 +122,7 @@ def _search(
         stored = folder.create()
         _check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
+        display.say(f"Recovery of pruned versions: {bench.recovery.effort}.")
         if "baseline" not in stored.user_attrs:
             display.say("Measuring the dense network...")
             if bench.examines:
@@ -141,11 +144,28 @@ def _search(
         view = SearchView(display, search.versions, search.budget, dense, done, trials)
         coordinator = Coordinator(bench, stored, search.baseline, sampler, seed, [mirror, view])
         outcome = coordinator.run(trials, timeout_s)
-        mirror.finish(stored.get_trials(deepcopy=False))
+        if outcome.code == 0:
+            outcome = _recover(bench, stored, search.baseline, outcome, display)
+        mirror.finish(StoredSearch.read(folder))
     display.say(f"Ended: {outcome.reason}.")
     for remark in library.remarks():
         display.say(f"Note: {remark}.")
     return outcome.code
+
+
+def _recover(
+    bench: "Workbench", stored: optuna.Study, baseline: Baseline, outcome: "Outcome", display: Display
+) -> "Outcome":
+    """Recovers the front in full where the study asks for it; returns how the search ended then."""
+    from search.final import recover_front
+
+    try:
+        done = recover_front(bench, stored, baseline, display.say)
+    except KeyboardInterrupt:
+        return replace(outcome, reason="interrupted; the same command goes on from here", code=130)
+    if done:
+        return replace(outcome, reason=f"{outcome.reason}, and {done} versions of the front were recovered in full")
+    return outcome
 
 
 def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
@@ -215,11 +235,14 @@ def _say_unmeasured(search: StoredSearch, console: Console) -> None:
         console.print(f"{len(unknown)} versions broke {search.budget} and were not measured further.", highlight=False)
 
 
-def run_pick(budget: Budget | None, prefer: str, out: Path, name: str | None, runs: Path) -> int:
+def run_pick(
+    budget: Budget | None, prefer: str, out: Path, name: str | None, runs: Path, finetune: str | None = None
+) -> int:
     """Picks, confirms and writes a version; returns the exit code."""
     if prefer not in PREFERENCES:
         raise UserError(f"a preference is one of {', '.join(PREFERENCES)}, got {prefer!r}")
     search = StoredSearch.read(find_search(runs, name))
+    more = finetuning(finetune, search.study.recovery.final) if finetune else None
     limits = budget or search.budget
     console = Console()
     dense = Version(-1, search.baseline.evaluation)
@@ -227,15 +250,18 @@ def run_pick(budget: Budget | None, prefer: str, out: Path, name: str | None, ru
     if not front:
         _print_front(search, limits, console)
         return NO_VERSION
-    from search.deploy import check_out, confirm, count_pick, write_bundle
+    from search.deploy import check_out, confirm, count_pick, recover_more, write_bundle
     from search.workbench import Workbench
 
     check_out(out)
     with Display(console) as display:
         bench = Workbench(search.study, display.step)
         _check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), bench.fingerprint)
+        ranked = choose(front, prefer)
+        if more is not None:
+            ranked = [recover_more(bench, search, ranked[0], more)]
         display.say("Measuring the picked version afresh, in a new process...")
-        confirmed = confirm(bench, search, choose(front, prefer), limits, display.say)
+        confirmed = confirm(bench, search, ranked, limits, display.say)
         if confirmed is None:
             display.say("No version tried kept the budget when measured again; search longer, or allow more.")
             return NO_VERSION
@@ -286,6 +312,7 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
         f" {milliseconds(searched['latency'].value)}; dense {milliseconds(dense.measured['latency'].value)}",
         f"  accuracy  {percent(test.value)} ± {test.spread * 100:.2f} points on {test.n} test images (validation:"
         f" {percent(searched['accuracy'].value)}); dense {percent(confirmed.dense_test.value)}, so {lost} points",
+        f"  recovery  {confirmed.version.evaluation.effort}",
         f"  size      {size(searched['size'].value)}; dense {size(dense.measured['size'].value)}",
     ]
     if abs(confirmed.speed - 1) > 0.1:

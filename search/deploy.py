@@ -21,8 +21,10 @@ from evaluators.runtimes.ssh import worker_file
 from evaluators.subject import Answers, Subject
 from search.budget import Budget
 from search.environment import environment
+from search.evaluation import Evaluation
 from search.front import Version
 from search.store import StoredSearch
+from search.study import FinetuneSection
 from search.text import milliseconds
 from search.workbench import Workbench
 from spaces.errors import UserError
@@ -89,7 +91,7 @@ def confirm(
     """
     evaluator = bench.latency_evaluator(search.baseline.reference_seconds)
     for version in ranked[:ATTEMPTS]:
-        subject = bench.subject(version.evaluation.candidate)
+        subject = bench.subject(version.evaluation.candidate, _finetuned(version.evaluation))
         with tempfile.TemporaryDirectory() as folder:
             write_job(Path(folder), subject, evaluator)
             again = remeasure(Path(folder))
@@ -112,6 +114,24 @@ def confirm(
             answers=answers,
         )
     return None
+
+
+def recover_more(bench: Workbench, search: StoredSearch, version: Version, more: FinetuneSection) -> Version:
+    """Returns a version with further fine-tuning, measured again; one that is not pruned stays as it is.
+
+    Raises:
+        BundleError: the version has all of its channels, so there is nothing to win back.
+        DivergedError: the loss is not finite for the second time.
+    """
+    candidate = version.evaluation.candidate
+    if not bench.is_pruned(candidate):
+        raise BundleError(f"--finetune recovers a pruned version, got trial {version.number} with all of its channels")
+    latency = bench.latency_evaluator(search.baseline.reference_seconds)
+    return Version(version.number, bench.evaluate(candidate, latency, lambda _measured: False, more))
+
+
+def _finetuned(evaluation: Evaluation) -> FinetuneSection | None:
+    return FinetuneSection.model_validate(evaluation.finetune) if evaluation.finetune else None
 
 
 def count_pick(search: StoredSearch, confirmed: Confirmed) -> int:

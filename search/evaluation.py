@@ -18,6 +18,7 @@ class Evaluation:
         effort: the recovery that came before them.
         digest: of the deployed artifact; empty where none was built.
         seconds: what each step took.
+        finetune: the fine-tuning that came on top of the search's own recovery, in the study's terms; None without.
     """
 
     candidate: Candidate
@@ -25,6 +26,7 @@ class Evaluation:
     effort: str
     digest: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    finetune: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -34,6 +36,7 @@ class Evaluation:
             "effort": self.effort,
             "digest": self.digest,
             "seconds": dict(self.seconds),
+            "finetune": dict(self.finetune) if self.finetune else None,
         }
 
     @classmethod
@@ -45,4 +48,5 @@ class Evaluation:
             content["effort"],
             content["digest"],
             content["seconds"],
+            content["finetune"],
         )

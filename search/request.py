@@ -77,15 +77,19 @@ class Request:
             changes["model"] = _updated(changes.get("model", study.model), weights)
             changes["training"] = None  # what is given is taken as trained
         if self.data is not None:
-            changes["data"] = DataSection(source=absolute(data_source(self.data), here))
+            source = absolute(data_source(self.data), here)
+            # How images become input belongs to the network, so it stays where the network stays.
+            same = self.model is None
+            changes["data"] = _updated(study.data, {"source": source}) if same else DataSection(source=source)
         if "model" in changes or "data" in changes:
             changes["name"] = _name(changes.get("model", study.model), changes.get("data", study.data))
         return study.model_copy(update=changes)
 
 
-def _updated(
-    section: ExitsSection | ModelSection | TargetSection, values: dict[str, Any], clear: bool = False
-) -> ExitsSection | ModelSection | TargetSection:
+_Section = DataSection | ExitsSection | ModelSection | TargetSection
+
+
+def _updated(section: _Section, values: dict[str, Any], clear: bool = False) -> _Section:
     changes = {name: value for name, value in values.items() if clear or value is not None}
     try:
         return type(section).model_validate(section.model_dump() | changes)

@@ -3,10 +3,11 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import optuna
@@ -24,6 +25,7 @@ from spaces.errors import UserError
 DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "minimize"]
 """Accuracy, latency, FLOPs."""
 JOURNAL = "journal.log"
+_RECOVERED = "recovered."
 
 
 class StoreError(UserError):
@@ -195,6 +197,8 @@ class StoredSearch:
     study: Study
     baseline: Baseline
     trials: tuple[FrozenTrial, ...]
+    recovered: Mapping[int, Evaluation]
+    """What versions came to that were recovered in full after the search, by their trial."""
 
     @property
     def budget(self) -> Budget:
@@ -203,8 +207,8 @@ class StoredSearch:
 
     @property
     def versions(self) -> list[Version]:
-        """Every distinct candidate that was measured, in order of trials."""
-        return versions_of(self.trials)
+        """Every distinct candidate that was measured, in order of trials, with its best recovery."""
+        return versions_of(self.trials, self.recovered)
 
     @classmethod
     def read(cls, folder: SearchFolder) -> Self:
@@ -218,13 +222,34 @@ class StoredSearch:
         if "baseline" not in attributes:
             raise StoreError(f"search {folder.name!r} was stopped before its first trial; run its command again")
         study = Study.stored(attributes["study"])
-        return cls(folder, study, Baseline.from_dict(attributes["baseline"]), tuple(stored.trials))
+        baseline = Baseline.from_dict(attributes["baseline"])
+        return cls(folder, study, baseline, tuple(stored.trials), _recovered(stored))
 
 
-def versions_of(trials: tuple[FrozenTrial, ...] | list[FrozenTrial]) -> list[Version]:
-    """Returns what trials measured, each candidate once."""
+def versions_of(
+    trials: Sequence[FrozenTrial], recovered: Mapping[int, Evaluation] = MappingProxyType({})
+) -> list[Version]:
+    """Returns what trials measured, each candidate once; `recovered` takes the place of what its trial found."""
     return [
-        Version(trial.number, Evaluation.from_dict(trial.user_attrs["evaluation"]))
+        Version(trial.number, recovered.get(trial.number) or Evaluation.from_dict(trial.user_attrs["evaluation"]))
         for trial in trials
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and "evaluation" in trial.user_attrs
     ]
+
+
+def versions_of_study(stored: optuna.Study) -> list[Version]:
+    """Returns what the trials of a study measured, with what was recovered since."""
+    return versions_of(stored.get_trials(deepcopy=False), _recovered(stored))
+
+
+def keep_recovered(stored: optuna.Study, number: int, evaluation: Evaluation) -> None:
+    """Writes what the version of a finished trial came to when it was recovered in full."""
+    stored.set_user_attr(f"{_RECOVERED}{number}", evaluation.to_dict())
+
+
+def _recovered(stored: optuna.Study) -> dict[int, Evaluation]:
+    return {
+        int(name.removeprefix(_RECOVERED)): Evaluation.from_dict(content)
+        for name, content in stored.user_attrs.items()
+        if name.startswith(_RECOVERED)
+    }

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -68,15 +69,28 @@ class DataSection(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class TrainingSection(_Section):
-    """How the dense network is trained: SGD with Nesterov momentum and a one-cycle rate."""
+class FittingSection(_Section):
+    """How weights are trained: SGD with Nesterov momentum, for epochs, steps or minutes."""
 
-    epochs: Positive
+    epochs: Annotated[float, Field(gt=0)] = 1
+    steps: Positive | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    batch: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    schedule: Literal["onecycle", "cosine"] = "onecycle"
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    clip: Annotated[float, Field(ge=0)] = 5.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+
+
+class TrainingSection(FittingSection):
+    """How the dense network is trained."""
+
+    epochs: Annotated[float, Field(gt=0)]
     batch: Positive = 64
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: int = 0
 
 
 class ExitsSection(_Section):
@@ -97,6 +111,7 @@ class ExitsSection(_Section):
 class SpaceSection(_Section):
     """What may vary."""
 
+    criterion: Literal["l1", "l2", "fpgm", "bn_scale", "taylor", "hrank", "obd", "random"] = "l2"
     keep_at_least: Share = 0.25
     lowest_threshold: Share = 0.5
     threshold_step: Share = 0.05
@@ -114,11 +129,32 @@ class TargetSection(_Section):
     """Whether fp32 layers run in TF32, on a GPU that has it."""
 
 
-class RecoverySection(_Section):
-    """How accuracy is won back after pruning: not at all, or by recalibrating batch normalisation."""
+class FinetuneSection(FittingSection):
+    """How one candidate is fine-tuned: `distillation` is the dense network's share in the loss."""
 
-    level: Literal["none", "bn"] = "bn"
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.7
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    pruning: Literal["one-shot", "gradual"] = "one-shot"
+
+
+class ElasticSection(FittingSection):
+    """How the weights that all candidates share are trained."""
+
+    epochs: Annotated[float, Field(gt=0)] = 5
+    learning_rate: Annotated[float, Field(gt=0)] = 0.03
+    distillation: Annotated[float, Field(ge=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    random_candidates: Positive = 1
+
+
+class RecoverySection(_Section):
+    """How accuracy is won back after pruning: the same way for every candidate, then more for the front's."""
+
+    level: Literal["none", "bn", "finetune", "elastic"] = "bn"
     images: Positive = 256
+    finetune: FinetuneSection = FinetuneSection()
+    elastic: ElasticSection = ElasticSection()
+    final: FinetuneSection | None = None
 
 
 class SearchSection(_Section):
@@ -213,6 +249,25 @@ class Study(_Section):
         """Eight hexadecimal digits over all that an answer depends on, so not over the number of trials."""
         content = self.model_dump_json(exclude={"search", "question"})
         return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def finetuning(length: str, settings: FinetuneSection | None) -> FinetuneSection:
+    """Returns fine-tuning for so long: `10epochs`, `500steps` or `20min`.
+
+    Args:
+        length: a number and its unit.
+        settings: all else; the defaults where not given.
+
+    Raises:
+        StudyError: it is no such length.
+    """
+    units = {"epoch": "epochs", "epochs": "epochs", "step": "steps", "steps": "steps", "min": "minutes"}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", length)
+    if not found or found[2] not in units or float(found[1]) <= 0 or (units[found[2]] == "steps" and "." in found[1]):
+        raise StudyError(f"a fine-tuning lasts for 10epochs, 500steps or 20min, got {length!r}")
+    base = (settings or FinetuneSection()).model_dump() | {"steps": None, "minutes": None}
+    number = int(found[1]) if units[found[2]] == "steps" else float(found[1])
+    return FinetuneSection.model_validate(base | {units[found[2]]: number})
 
 
 def load_study(name: str) -> Study:

@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mlflow.entities import Experiment, Metric, Param, Run
 from search.evaluation import Evaluation
 from search.front import Version, feasible, hypervolume, pareto
 from search.plots import caption, front_html, group, save_front_png
-from search.store import StoredSearch, versions_of
+from search.store import StoredSearch
 from search.text import HEADINGS, broken_limits, front_row
 
 DATABASE = "mlflow.db"
@@ -127,12 +127,16 @@ class Mirror:
             shown["speedup"] = dense["latency"].value / measured["latency"].value
         return {name: round(value, 4) for name, value in shown.items()}
 
-    def finish(self, trials: Sequence[FrozenTrial]) -> str:
-        """Writes the summary and marks the front; returns the summary's run id."""
-        versions = versions_of(list(trials))
+    def finish(self, search: StoredSearch) -> str:
+        """Writes the summary, marks the front and what was recovered in full; returns the summary's run id.
+
+        Args:
+            search: read again at its end.
+        """
+        trials, versions = search.trials, search.versions
         good = feasible(versions, self._search.budget, self._dense.measured)
         front = pareto(good)
-        self._mark({version.number for version in front})
+        self._mark({version.number for version in front}, search.recovered)
         run_id = self._summary_run()
         for name, value in {
             "trials": float(sum(trial.state.is_finished() for trial in trials)),
@@ -178,13 +182,22 @@ class Mirror:
             f" Pictures are under Artifacts.\n\n{table}\n"
         )
 
-    def _mark(self, front: set[int]) -> None:
+    def _mark(self, front: set[int], recovered: Mapping[int, Evaluation]) -> None:
         for number, run in self._trial_runs().items():
+            if number in recovered and run.data.tags.get("effort") != recovered[number].effort:
+                self._write_recovered(run.info.run_id, recovered[number])
             on_front = str(number in front).lower()
             if run.data.tags.get("front") != on_front:
                 self._client.set_tag(run.info.run_id, "front", on_front)
                 name = f"trial {number} (front)" if number in front else f"trial {number}"
                 self._client.set_tag(run.info.run_id, "mlflow.runName", name)
+
+    def _write_recovered(self, run_id: str, evaluation: Evaluation) -> None:
+        """Writes what a version came to after the search as a second step of its trial's metrics."""
+        now = int(time.time() * 1000)
+        found = self._metrics(evaluation) | self._margins(evaluation)
+        self._client.log_batch(run_id, metrics=[Metric(name, value, now, 1) for name, value in found.items()])
+        self._client.set_tag(run_id, "effort", evaluation.effort)
 
     def _trial_runs(self) -> dict[int, Run]:
         return {int(run.data.tags[_TRIAL]): run for run in self._runs("trial")}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact import Artifact
 from evaluators.artifact.build import ArtifactBuilder
+from evaluators.artifact.qdq import Ranges
+from evaluators.data import Splits
 from evaluators.examiner import LIMIT_S, PlacementExaminer
 from evaluators.flops import FlopsEvaluator
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
@@ -23,12 +26,16 @@ from evaluators.subject import Evaluator, Subject
 from evaluators.target import Runtime, Spent, Target, runtime
 from search.cache import cache_folder, check_cache
 from search.evaluation import Evaluation
+from search.objects import load, source_of
 from search.progress import Progress, Say
-from search.recovery import recalibrate_batch_norm, recovery_images
+from search.recovery import Ground, Recovery, effort_of, recovery
+from search.recovery.batchnorm import recovery_images
+from search.recovery.finetune import finetune_kept
 from search.sources.prepared import prepare
-from search.study import Study, StudyError
-from search.training import exit_places, trained_network
+from search.study import FinetuneSection, Study, StudyError
+from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import Candidate
+from spaces.criteria import Evidence, criterion
 from spaces.gates import GateSpace
 from spaces.grouping import find_groups
 from spaces.groups import Groups
@@ -79,14 +86,39 @@ class Workbench:
         self.groups = find_groups(self.network, image, self.builder.disagreement)
         progress("Finding the channels that can be cut", 1, 1)
         self.exit_places = exit_places(self.network.trunk, study.exits, self.data)
-        self.space = _space(study, self.network, self.groups, self.builder.layers, self.runtime)
+        self.space = _space(study, self.network, self.groups, self.data, self.builder.layers, self.runtime)
         self._cheap: tuple[Evaluator, ...] = (
             ParamsEvaluator(),
             SizeEvaluator(),
             FlopsEvaluator(self.network, image),
         )
         self._accuracy = AccuracyEvaluator()
-        self._recovery_images = recovery_images(self.data.train, study.recovery.images)
+        self.ground = self._recovery_ground(progress)
+
+    def _recovery_ground(self, progress: Progress) -> Ground:
+        augment = self.study.data.augment
+        return Ground(
+            network=self.network,
+            sparsity=self.space.sparsity,
+            train=self.data.train,
+            augment=augmentation(augment) if augment else None,
+            settings=self.study.recovery,
+            folder=cache_folder(),
+            key="\0".join(
+                (
+                    self.fingerprint,
+                    repr(self.space.sparsity.description),
+                    source_of(load(augment)) if augment else "",
+                    torch.__version__,
+                )
+            ),
+            say=progress,
+        )
+
+    @cached_property
+    def recovery(self) -> Recovery:
+        """How pruned networks win accuracy back while the search runs: the same way for all of them."""
+        return recovery(self.ground)
 
     def structure(self) -> dict[str, Any]:
         """Returns, JSON-ready, where the exits are and which channels stay whole."""
@@ -156,38 +188,72 @@ class Workbench:
         )
         return examiner.examine(self._progress)
 
-    def compress(self, candidate: Candidate) -> ExitNetwork:
-        """Returns the candidate's network in torch, recovered as the study says."""
-        network = self.space.apply(self.network, candidate)
-        if self.study.recovery.level == "bn" and self.is_pruned(candidate):
-            recalibrate_batch_norm(network, self._recovery_images)
+    def compress(self, candidate: Candidate, more: FinetuneSection | None = None) -> ExitNetwork:
+        """Returns the candidate's network in torch, recovered as the study says.
+
+        A network with all of its channels is the one that was given, whatever the level.
+
+        Args:
+            candidate: the version.
+            more: fine-tuning that comes on top.
+
+        Raises:
+            DivergedError: the loss is not finite for the second time.
+        """
+        if not self.is_pruned(candidate):
+            return self.space.apply(self.network, candidate)
+        network = self.space.apply(self.recovery.source, candidate)
+        self.recovery.recover(network, candidate.channels)
+        if more is not None:
+            start = self.study.recovery.model_dump_json(exclude={"final"})
+            images = recovery_images(self.data.train, self.study.recovery.images)
+            finetune_kept(self.ground, network, candidate.channels, more, images, start)
         return network
+
+    def effort(self, candidate: Candidate, more: FinetuneSection | None = None) -> str:
+        """Returns what was done to win the candidate's accuracy back, for the record."""
+        if not self.is_pruned(candidate):
+            return "as given"
+        return self.recovery.effort + (f" + finetune {effort_of(more)}" if more else "")
+
+    def _ranges(self, candidate: Candidate) -> Ranges:
+        """Returns the ranges of the activations of the network that the candidate is a slice of."""
+        if not self.is_pruned(candidate) or self.recovery.source is self.network:
+            return self.builder.ranges
+        return self._source_ranges
+
+    @cached_property
+    def _source_ranges(self) -> Ranges:
+        return self.builder.read_ranges(self.recovery.source, self.data.calibration.images[:])
 
     def is_pruned(self, candidate: Candidate) -> bool:
         """Returns whether the candidate lacks any channel of the dense network."""
         return bool(self.space.sparsity.kept(candidate.channels))
 
-    def subject(self, candidate: Candidate) -> Subject:
-        """Returns the candidate, built and ready to be measured."""
-        network = self.compress(candidate)
-        return self._subject(candidate, network, self.builder.build(network, candidate))
+    def subject(self, candidate: Candidate, more: FinetuneSection | None = None) -> Subject:
+        """Returns the candidate, built and ready to be measured; `more` is fine-tuning that comes on top."""
+        network = self.compress(candidate, more)
+        return self._subject(candidate, network, self.builder.build(network, candidate, self._ranges(candidate)))
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
         return Subject(network, candidate, artifact, self.data.validation, self.runtime, self.target)
 
-    def evaluate(self, candidate: Candidate, latency: LatencyEvaluator, stop: StopEarly) -> Evaluation:
+    def evaluate(
+        self, candidate: Candidate, latency: LatencyEvaluator, stop: StopEarly, more: FinetuneSection | None = None
+    ) -> Evaluation:
         """Returns what was measured of a candidate, cheapest metrics first.
 
         Args:
             candidate: the version.
             latency: measures it beside the references.
             stop: told what is known after each metric; where it says so, the rest is not measured.
+            more: fine-tuning that comes on top of the study's recovery.
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "compress"):
-            network = self.compress(candidate)
+            network = self.compress(candidate, more)
         with _timed(seconds, "build"):
-            artifact = self.builder.build(network, candidate)
+            artifact = self.builder.build(network, candidate, self._ranges(candidate))
         subject = self._subject(candidate, network, artifact)
         with _timed(seconds, "load"):
             _ = subject.opened
@@ -197,7 +263,8 @@ class Workbench:
                 measured[evaluator.metric] = evaluator.measure(subject)
             if stop(measured):
                 break
-        return Evaluation(candidate, measured, self.study.recovery.level, artifact.digest, seconds)
+        added = more.model_dump(mode="json") if more and self.is_pruned(candidate) else None
+        return Evaluation(candidate, measured, self.effort(candidate, more), artifact.digest, seconds, added)
 
 
 @contextmanager
@@ -216,12 +283,16 @@ def _target(study: Study, library: Runtime) -> Target:
     return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.tf32)
 
 
-def _space(study: Study, network: ExitNetwork, groups: Groups, layers: tuple[str, ...], target: Runtime) -> JointSpace:
+def _space(
+    study: Study, network: ExitNetwork, groups: Groups, data: Splits, layers: tuple[str, ...], target: Runtime
+) -> JointSpace:
     able = target.capabilities()
     steps = [able.channel_steps[precision] for precision in able.precisions]
     exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
+    evidence = Evidence(torch.from_numpy(data.calibration.images[:]), torch.from_numpy(data.calibration.labels))
+    scores = criterion(study.space.criterion)(network, groups.free, evidence)
     return JointSpace(
-        SparsitySpace(network, groups.free, min(steps), study.space.keep_at_least, max(steps)),
+        SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions),
         GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
     )

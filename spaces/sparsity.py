@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
+from spaces.criteria import Scores
 from spaces.groups import ChannelGroup
 from spaces.network import ExitNetwork
 from spaces.slicing import sliced
@@ -19,36 +17,17 @@ CHOICES = 4
 """A group's step is narrowed until it has so many widths to choose from."""
 
 
-def l2_importance(network: nn.Module, group: ChannelGroup) -> NDArray[np.float64]:
-    """Returns one score per channel, `(channels,)`: its weights' L2 norm, over every layer that holds it.
-
-    Each layer's norms are divided by their mean, so that no layer outweighs the others, and then averaged.
-    Source: Li et al., Pruning Filters for Efficient ConvNets, 2017; reduced over groups as Fang et al., DepGraph, 2023.
-    """
-    modules = dict(network.named_modules())
-    scores = []
-    for member in group.members:
-        weight = modules[member.path].weight
-        if isinstance(modules[member.path], nn.BatchNorm2d) or not isinstance(weight, torch.Tensor):
-            continue
-        rows = weight.detach().double() if member.axis == "out" else weight.detach().double().transpose(0, 1)
-        energy = rows.flatten(1).square().sum(1).numpy()
-        norm = np.sqrt(energy[member.positions].sum(1))
-        scores.append(norm / max(norm.mean(), np.finfo(np.float64).tiny))
-    return np.asarray(np.mean(scores, axis=0))
-
-
 def _in_units(step: int, group: ChannelGroup) -> int:
     """Returns a step of layers' channels in the group's own, each of which may stand for several."""
     return step // math.gcd(step, group.width)
 
 
 class SparsitySpace:
-    """How many channels each group keeps; which ones follows from their importance, most important first.
+    """How many channels each group keeps; which ones follows from their scores, most important first.
 
     Args:
-        network: the dense network, whose weights rank the channels.
-        groups: its dependency groups.
+        groups: the dense network's dependency groups.
+        scores: of each group's channels, by a criterion.
         step: channels come in multiples of it, as the target's kernels want.
         minimum: the smallest share of its channels that a group may keep, rounded up to a step.
         widest: the multiple that the most demanding of the target's precisions wants; `step` where not given.
@@ -56,8 +35,8 @@ class SparsitySpace:
 
     def __init__(
         self,
-        network: ExitNetwork,
         groups: Sequence[ChannelGroup],
+        scores: Scores,
         step: int,
         minimum: float,
         widest: int | None = None,
@@ -66,10 +45,13 @@ class SparsitySpace:
         self.finest = step
         self.widest = widest or step
         self.minimum = minimum
-        self._order = {
-            group.name: np.argsort(-l2_importance(network, _with_matrices(network, group)), kind="stable")
-            for group in groups
-        }
+        self._order = {group.name: np.argsort(-scores[group.name], kind="stable") for group in groups}
+
+    @property
+    def description(self) -> dict[str, list[int]]:
+        """All that decides which slices there are: the order of each group's channels, its step and its minimum."""
+        orders = {name: [int(channel) for channel in order] for name, order in self._order.items()}
+        return orders | {"": [n for group in self.groups for n in (self.step(group), self.smallest(group))]}
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns one dimension per group that has a choice: its kept channels."""
@@ -138,10 +120,3 @@ class SparsitySpace:
             ValueError: a group keeps none of its channels, or more than it has.
         """
         return sliced(network, self.groups, self.kept(channels))
-
-
-def _with_matrices(network: nn.Module, group: ChannelGroup) -> ChannelGroup:
-    """Returns the group without the modules that have one value a channel, such as any batch norm."""
-    modules = dict(network.named_modules())
-    layers = tuple(member for member in group.members if isinstance(modules[member.path], nn.Conv2d | nn.Linear))
-    return replace(group, members=layers)

@@ -19,10 +19,10 @@ from spaces.grouping import find_groups
 from spaces.joint import JointSpace
 from spaces.network import ExitHead, ExitNetwork
 from spaces.precision import PrecisionSpace
-from spaces.sparsity import SparsitySpace
 from tests import tiny
 from tests.scripted_gpu import ScriptedGpu
 from tests.scripted_tensorrt import ScriptedTensorRT
+from tests.tiny import sparsity_space
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def builder(network: ExitNetwork, images: torch.Tensor) -> ArtifactBuilder:
 @pytest.fixture(scope="session")
 def space(network: ExitNetwork, image: torch.Tensor, builder: ArtifactBuilder) -> JointSpace:
     return JointSpace(
-        SparsitySpace(network, find_groups(network, image).free, step=4, minimum=0.25),
+        sparsity_space(network, find_groups(network, image).free, step=4, minimum=0.25),
         PrecisionSpace(builder.layers, ("fp32", "int8")),
         GateSpace(network.exit_names, 0.5, 0.05),
     )

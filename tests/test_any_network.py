@@ -19,8 +19,8 @@ from spaces.grouping import find_groups
 from spaces.groups import Groups
 from spaces.network import ExitHead, ExitNetwork, feature_channels
 from spaces.slicing import sliced
-from spaces.sparsity import SparsitySpace
 from tests import zoo
+from tests.tiny import sparsity_space
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 TRAINED = Path(__file__).parent.parent.parent / "shared" / "data" / "resnet20-cifar10jpeg.pt"
@@ -104,7 +104,7 @@ def test_grouped_convolutions_lose_whole_groups_in_steps_of_channels() -> None:
     network, _, groups = made("grouped")
     around = next(group for group in groups.free if group.name == "body.0.0")
     assert (around.channels, around.width) == (4, 8)
-    assert SparsitySpace(network, groups.free, step=8, minimum=0.25).dimensions()["channels.body.0.0"].step == 1
+    assert sparsity_space(network, groups.free, step=8, minimum=0.25).dimensions()["channels.body.0.0"].step == 1
     smaller = sliced(network, [around], {"body.0.0": np.array([1, 3])})
     grouped = smaller.get_submodule("trunk.body.1.0")
     assert (grouped.groups, grouped.in_channels, grouped.out_channels) == (2, 16, 16)

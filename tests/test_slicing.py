@@ -14,11 +14,12 @@ from torch import nn
 
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.runtimes.ort import load
+from spaces.criteria import Evidence, criterion
 from spaces.grouping import find_groups
 from spaces.joint import JointSpace
 from spaces.network import ExitHead, ExitNetwork, feature_channels
-from spaces.sparsity import SparsitySpace, l2_importance
 from studies.digits.model import resnet20
+from tests.tiny import sparsity_space
 
 
 def outputs(builder: ArtifactBuilder, network: ExitNetwork, space: JointSpace, channels: dict, images: torch.Tensor):
@@ -52,7 +53,7 @@ def test_our_pruning_equals_that_of_torch_pruning(make: str, network: ExitNetwor
     else:
         dense, image = network, torch.randn(1, 1, 8, 8)
     groups = find_groups(dense, image).free
-    sparsity = SparsitySpace(dense, groups, step=4, minimum=0.25)
+    sparsity = sparsity_space(dense, groups, step=4, minimum=0.25)
     kept = {group.name: group.channels // 2 // 4 * 4 for group in groups}
     ours = sparsity.apply(dense, kept)
 
@@ -106,14 +107,14 @@ def test_importance_ranks_channels_by_their_norm(network, space) -> None:
         module = dict(weakened.named_modules())[member.path]
         if isinstance(module, nn.Conv2d):
             (module.weight.data if member.axis == "out" else module.weight.data.transpose(0, 1))[7] *= 1e-3
-    assert np.argmin(l2_importance(weakened, group)) == 7
-    kept = SparsitySpace(weakened, [group], step=4, minimum=0.25).kept({"inner.0": 20})
+    assert np.argmin(criterion("l2")(weakened, [group], Evidence(torch.empty(0), torch.empty(0)))[group.name]) == 7
+    kept = sparsity_space(weakened, [group], step=4, minimum=0.25).kept({"inner.0": 20})
     assert 7 not in kept["inner.0"]
 
 
 def test_a_space_offers_steps_of_the_target_and_the_dense_width(network, image) -> None:
     for step in (4, 5, 8):
-        space = SparsitySpace(network, find_groups(network, image).free, step, minimum=0.3)
+        space = sparsity_space(network, find_groups(network, image).free, step, minimum=0.3)
         for group in space.groups:
             dimension = space.dimensions().get(f"channels.{group.name}")
             if dimension:

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from search.sampler import distributions
@@ -28,6 +29,11 @@ class TestGateSpace(SpaceContract):
         return space.gates
 
 
+def made(network, image, step: int, widest: int) -> SparsitySpace:
+    groups = find_groups(network, image).free
+    return SparsitySpace(groups, {group.name: np.arange(group.channels) for group in groups}, step, 0.25, widest)
+
+
 def stretched(group, channels: int):
     """Returns a group as it would be with other channels: what steps depend on."""
     return replace(group, channels=channels)
@@ -39,7 +45,7 @@ def stretched(group, channels: int):
 )
 def test_a_group_has_the_widest_step_that_leaves_it_a_choice(network, image, channels: int, step: int) -> None:
     group = stretched(find_groups(network, image).free[0], channels)
-    space = SparsitySpace(network, find_groups(network, image).free, 8, 0.25, 32)
+    space = made(network, image, 8, 32)
     assert space.step(group) == step
     widths = range(space.smallest(group), channels + 1, step)
     assert widths[-1] == channels
@@ -47,7 +53,7 @@ def test_a_group_has_the_widest_step_that_leaves_it_a_choice(network, image, cha
 
 
 def test_every_width_of_a_space_is_a_multiple_of_its_groups_step(network, image) -> None:
-    space = SparsitySpace(network, find_groups(network, image).free, 4, 0.25, 16)
+    space = made(network, image, 4, 16)
     for name, dimension in space.dimensions().items():
         (group,) = [group for group in space.groups if PREFIX + group.name == name]
         assert dimension.step == space.step(group)

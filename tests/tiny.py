@@ -5,6 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from evaluators.data import LabelledImages, Splits
+from spaces.criteria import Evidence, criterion
+from spaces.groups import ChannelGroup
+from spaces.network import ExitNetwork
+from spaces.sparsity import SparsitySpace
 
 
 class TinyNetwork(nn.Module):
@@ -48,6 +52,12 @@ def randomized(seed: int = 0) -> nn.Module:
             norm.weight.data = torch.rand(norm.num_features, generator=generator) + 0.5
             norm.bias.data = torch.randn(norm.num_features, generator=generator) * 0.1
     return made.eval()
+
+
+def sparsity_space(network: ExitNetwork, groups: list[ChannelGroup], step: int, minimum: float) -> SparsitySpace:
+    """Returns the space in which channels are ranked by their L2 norms."""
+    nothing = Evidence(torch.empty(0), torch.empty(0))
+    return SparsitySpace(groups, criterion("l2")(network, groups, nothing), step, minimum)
 
 
 def splits() -> Splits:

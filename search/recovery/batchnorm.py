@@ -1,12 +1,31 @@
-"""Winning accuracy back after pruning."""
+"""Batch statistics measured anew: the cheapest recovery, and a part of every other."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from evaluators.data import LabelledImages
+from search.recovery import Ground
+from spaces.network import ExitNetwork
 
 BATCH = 64
+
+
+class BatchNormRecovery:
+    """Measures the batch statistics of a pruned network on some training images."""
+
+    effort = "bn"
+
+    def __init__(self, ground: Ground) -> None:
+        self.source = ground.network
+        self._images = recovery_images(ground.train, ground.settings.images)
+
+    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:  # noqa: ARG002
+        """Replaces the running statistics."""
+        recalibrate_batch_norm(network, self._images)
 
 
 def recovery_images(data: LabelledImages, count: int, seed: int = 0) -> torch.Tensor:
@@ -21,7 +40,7 @@ def recalibrate_batch_norm(network: nn.Module, images: torch.Tensor) -> None:
     Dropped channels shift the mean and variance of what comes after them. Weights stay as they are.
     Source: Li et al., EagleEye, 2020.
     """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -1,0 +1,88 @@
+"""Winning accuracy back after pruning, at the level of effort that a study names: a file and a table line each."""
+
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from evaluators.data import LabelledImages
+from search.recovery.fitting import Augment
+from search.study import RecoverySection
+from spaces.network import ExitNetwork
+from spaces.sparsity import SparsitySpace
+
+RECOVERIES: Mapping[str, str] = {
+    "none": "search.recovery.nothing:Nothing",
+    "bn": "search.recovery.batchnorm:BatchNormRecovery",
+    "finetune": "search.recovery.finetune:FinetuneRecovery",
+    "elastic": "search.recovery.elastic:ElasticRecovery",
+}
+"""Every level of effort, by the name that a study gives it; loaded when asked for."""
+
+Say = Callable[[str, int, int], None]
+"""Is told which long step is how far: its name, parts done, parts in all."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a recovery works with.
+
+    Args:
+        network: the dense network with its exits, in evaluation mode.
+        sparsity: says which channels a candidate keeps.
+        train: what weights and batch statistics are learned from.
+        augment: changes a batch of training images at random.
+        settings: of the study.
+        folder: where trained weights are kept.
+        key: of the network, the data and all else that trained weights depend on.
+        say: told about the steps that take long.
+    """
+
+    network: ExitNetwork
+    sparsity: SparsitySpace
+    train: LabelledImages
+    augment: Augment | None
+    settings: RecoverySection
+    folder: Path
+    key: str
+    say: Say
+
+    def file(self, kind: str, *parts: str) -> Path:
+        """Returns the file for the weights that a training on this ground, with these settings, ends with."""
+        digest = hashlib.sha256("\0".join((self.key, *parts)).encode()).hexdigest()[:16]
+        return self.folder / "recovered" / f"{kind}-{digest}.pt"
+
+
+class Recovery(Protocol):
+    """One level of effort: where a pruned network's weights come from, and what is done with them."""
+
+    effort: str
+    """What is written into every record."""
+    source: ExitNetwork
+    """Pruned networks are slices of it, and its activations' ranges are theirs."""
+
+    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:
+        """Wins accuracy back in place.
+
+        Args:
+            network: a slice of `source`, in evaluation mode.
+            channels: which it has.
+        """
+        ...
+
+
+def recovery(ground: Ground) -> Recovery:
+    """Returns the recovery of the level that the study names; shared weights are trained now, or loaded."""
+    module, _, attribute = RECOVERIES[ground.settings.level].partition(":")
+    made: Recovery = getattr(importlib.import_module(module), attribute)(ground)
+    return made
+
+
+def effort_of(settings: object) -> str:
+    """Returns for how long a training goes: `2 epochs`, `200 steps`, `5 min`."""
+    steps, minutes, epochs = (getattr(settings, name) for name in ("steps", "minutes", "epochs"))
+    if minutes:
+        return f"{minutes:g} min"
+    return f"{steps} steps" if steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"

@@ -1,0 +1,186 @@
+"""One training for all candidates: their weights are slices of one shared network."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from search.recovery import Ground, effort_of
+from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
+from search.recovery.distillation import all_logits, total_loss
+from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.study import ElasticSection
+from spaces.network import ExitNetwork
+from spaces.space import Integer
+from spaces.sparsity import PREFIX, SparsitySpace
+
+
+class ElasticRecovery:
+    """Trains shared weights once; after that a candidate needs its slice and fresh batch statistics only."""
+
+    def __init__(self, ground: Ground) -> None:
+        settings = ground.settings.elastic
+        self.effort = f"elastic {effort_of(settings)}"
+        self.source = copy.deepcopy(ground.network)
+        self._images = recovery_images(ground.train, ground.settings.images)
+        file = ground.file("elastic", repr(ground.sparsity.description), settings.model_dump_json())
+        if not load_weights(self.source, file):
+            batches = TrainingBatches(ground.train, settings.batch, settings.seed, ground.augment)
+            train_elastic(
+                self.source,
+                ground.sparsity,
+                batches,
+                settings,
+                file.with_suffix(".partial.pt"),
+                lambda part, total: ground.say("Training shared weights, once", part, total),
+            )
+            recalibrate_batch_norm(self.source, self._images)
+            save(self.source.state_dict(), file)
+
+    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:  # noqa: ARG002
+        """Replaces the running statistics."""
+        recalibrate_batch_norm(network, self._images)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One candidate's network as a part of a shared one.
+
+    Args:
+        network: of the candidate's shape; its own values are not used.
+        positions: for each of its parameters, where each value lies in the shared parameter, flattened.
+    """
+
+    network: ExitNetwork
+    positions: Mapping[str, Tensor]
+
+
+class _WithDetachedExits(nn.Module):
+    """Returns all logits as a training needs them."""
+
+    def __init__(self, network: ExitNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return all_logits(self.network, images)
+
+
+class SharedWeights:
+    """The dense network's weights, of which every candidate is a slice.
+
+    Args:
+        network: the dense network with its exits.
+        sparsity: says which channels a candidate keeps.
+    """
+
+    def __init__(self, network: ExitNetwork, sparsity: SparsitySpace) -> None:
+        self.network = network
+        self._sparsity = sparsity
+        self._numbered = _numbered(network)
+        self._slices: dict[tuple[tuple[str, int], ...], Slice] = {}
+
+    def slice(self, channels: Mapping[str, int], keep: bool = False) -> Slice:
+        """Returns the part of the shared weights that has these channels.
+
+        Where each value lies is read from a network whose values are their own positions, cut as any other.
+
+        Args:
+            channels: kept per group.
+            keep: whether it will be asked for again.
+        """
+        key = tuple(sorted(channels.items()))
+        if key in self._slices:
+            return self._slices[key]
+        numbers = self._sparsity.apply(self._numbered, channels)
+        positions = {name: value.detach().long().flatten() for name, value in numbers.named_parameters()}
+        made = Slice(self._sparsity.apply(self.network, channels).train(), positions)
+        if keep:
+            self._slices[key] = made
+        return made
+
+    def logits(self, part: Slice, images: Tensor) -> list[Tensor]:
+        """Returns the logits of each exit and of the trunk; their gradients reach the shared weights."""
+        shapes = {name: value.shape for name, value in part.network.named_parameters()}
+        weights = {
+            f"network.{name}": parameter.flatten().index_select(0, part.positions[name]).view(shapes[name])
+            for name, parameter in self.network.named_parameters()
+        }
+        found: list[Tensor] = functional_call(_WithDetachedExits(part.network), weights, (images,))
+        return found
+
+
+def _numbered(network: ExitNetwork) -> ExitNetwork:
+    numbered = copy.deepcopy(network).double()  # exact up to 2**53 values
+    with torch.no_grad():
+        for parameter in numbered.parameters():
+            parameter.copy_(torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape))
+    return numbered
+
+
+def train_elastic(
+    network: ExitNetwork,
+    sparsity: SparsitySpace,
+    batches: TrainingBatches,
+    settings: ElasticSection,
+    checkpoint: Path | None = None,
+    report: Report = lambda _done, _total: None,
+) -> Fitted:
+    """Trains the dense network in place so that its slices answer well, too.
+
+    Every step trains the dense network on the labels, then the smallest candidate and random ones on the dense
+    network's answers. Afterwards a candidate needs its slice and fresh batch statistics only.
+    Source: Yu & Huang, Universally Slimmable Networks, 2019 (sandwich rule, in-place distillation); Cai et al.,
+    Once-for-All, 2020 (channels sorted by importance).
+
+    Args:
+        network: starts from trained weights.
+        sparsity: the space that candidates come from.
+        batches: the training set.
+        settings: for how long, and how many random candidates a step.
+        checkpoint: where each epoch is kept.
+        report: told how far it is.
+
+    Raises:
+        DivergedError: the loss is not finite for the second time.
+    """
+    shared = SharedWeights(network, sparsity)
+    smallest = {group.name: sparsity.smallest(group) for group in sparsity.groups}
+
+    def learn(part: Slice, images: Tensor, labels: Tensor, answers: Tensor) -> float:
+        with fast_arithmetic():
+            found = shared.logits(part, images)
+        loss = total_loss(found, answers, labels, settings.distillation, settings.temperature)
+        loss.backward()
+        return float(loss.detach())
+
+    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+        with fast_arithmetic():
+            found = all_logits(network, images)
+        loss = total_loss(found, found[-1], labels, 0.0, 1.0)
+        loss.backward()
+        answers = found[-1].detach()
+        parts = [shared.slice(smallest, keep=True)]
+        parts += [shared.slice(random_channels(sparsity, generator)) for _ in range(settings.random_candidates)]
+        return float(loss.detach()) + sum(learn(part, images, labels, answers) for part in parts)
+
+    return fit(network, step, batches, settings, checkpoint, report)
+
+
+def random_channels(sparsity: SparsitySpace, generator: torch.Generator) -> dict[str, int]:
+    """Returns random channels per group, around one share for the whole network that is random, too.
+
+    Independent draws alone would hardly ever make a network that is narrow, or wide, throughout.
+    """
+    middle = float(torch.rand((), generator=generator))
+    channels = {group.name: group.channels for group in sparsity.groups}
+    for name, dimension in sparsity.dimensions().items():
+        if isinstance(dimension, Integer):
+            place = middle + 0.5 * (float(torch.rand((), generator=generator)) - 0.5)
+            steps = (dimension.high - dimension.low) // dimension.step
+            channels[name.removeprefix(PREFIX)] = dimension.low + dimension.step * round(min(max(place, 0), 1) * steps)
+    return channels

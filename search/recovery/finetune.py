@@ -1,0 +1,101 @@
+"""Fine-tuning of one candidate, taught by the dense network."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from search.recovery import Ground, effort_of
+from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
+from search.recovery.distillation import all_logits, total_loss
+from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.study import FinetuneSection
+from spaces.network import ExitNetwork
+
+
+class FinetuneRecovery:
+    """Fine-tunes every candidate for itself, and keeps the weights by their channels."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.source = ground.network
+        self.effort = f"finetune {effort_of(ground.settings.finetune)}"
+        self._ground = ground
+        self._images = recovery_images(ground.train, ground.settings.images)
+
+    def recover(self, network: ExitNetwork, channels: Mapping[str, int]) -> None:
+        """Trains the network, unless these channels were trained before."""
+        finetune_kept(self._ground, network, channels, self._ground.settings.finetune, self._images, "")
+
+
+def finetune_kept(
+    ground: Ground,
+    network: ExitNetwork,
+    channels: Mapping[str, int],
+    settings: FinetuneSection,
+    images: Tensor,
+    start: str,
+) -> Fitted:
+    """Fine-tunes a network in place, or loads what an earlier call with the same arguments came to.
+
+    Args:
+        ground: what it is trained on.
+        network: pruned.
+        channels: which it has.
+        settings: for how long and how.
+        images: its batch statistics are measured on them at the end.
+        start: what was done to its weights before, as part of the content key.
+
+    Raises:
+        DivergedError: the loss is not finite for the second time.
+    """
+    file = ground.file("finetune", start, repr(sorted(channels.items())), settings.model_dump_json())
+    if load_weights(network, file):
+        return Fitted()
+    batches = TrainingBatches(ground.train, settings.batch, settings.seed, ground.augment)
+    done = finetune(
+        network,
+        ground.network,
+        batches,
+        settings,
+        file.with_suffix(".partial.pt"),
+        lambda part, total: ground.say("Fine-tuning a version", part, total),
+    )
+    recalibrate_batch_norm(network, images)
+    save(network.state_dict(), file)
+    return done
+
+
+def finetune(
+    network: ExitNetwork,
+    teacher: ExitNetwork,
+    batches: TrainingBatches,
+    settings: FinetuneSection,
+    checkpoint: Path | None = None,
+    report: Report = lambda _done, _total: None,
+) -> Fitted:
+    """Trains a pruned network with its exits in place, on labels and on the dense network's answers.
+
+    Args:
+        network: pruned; batch norm learns its statistics along.
+        teacher: the dense network, in evaluation mode.
+        batches: the training set.
+        settings: for how long, and how much the teacher counts.
+        checkpoint: where each epoch is kept.
+        report: told how far it is.
+
+    Raises:
+        DivergedError: the loss is not finite for the second time.
+    """
+    taught = settings.distillation > 0
+
+    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+        with fast_arithmetic():
+            with torch.no_grad():
+                answers = teacher.trunk(images).float() if taught else torch.empty(0)
+            found = all_logits(network, images)
+        loss = total_loss(found, answers, labels, settings.distillation, settings.temperature)
+        loss.backward()
+        return float(loss.detach())
+
+    return fit(network, step, batches, settings, checkpoint, report)

@@ -1,0 +1,274 @@
+"""Which criterion prunes best, and which recovery wins most accuracy back for the time it takes.
+
+    python -m studies.benchmarks.recovery criteria --data imagefolder:PATH --weights resnet20.pt
+    python -m studies.benchmarks.recovery effort --data imagefolder:PATH --weights resnet20.pt
+
+Both work on the CIFAR-10 study, print Markdown, and go on where they were stopped: what is measured is kept in --out.
+Accuracies are of the fp32 network in torch on the study's validation images.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from evaluators.data import LabelledImages
+from evaluators.flops import count_by_module
+from evaluators.runtimes.ort import cpu_name
+from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
+from search.recovery.elastic import random_channels, train_elastic
+from search.recovery.finetune import finetune
+from search.recovery.fitting import TrainingBatches, save
+from search.request import Request
+from search.study import ElasticSection, ExitsSection, FinetuneSection
+from search.workbench import Workbench
+from spaces.criteria import CRITERIA, Evidence, criterion
+from spaces.network import ExitNetwork
+from spaces.sparsity import SparsitySpace
+
+KEPT = (0.7, 0.5, 0.3)
+"""Shares of the dense network's FLOPs."""
+_BATCH = 250
+_FULL = "elastic, then in full"
+
+Channels = dict[str, int]
+
+
+@dataclass
+class Results:
+    """Figures that are measured once and kept in a file."""
+
+    file: Path
+
+    def get(self, name: str, measure: Callable[[], float]) -> float:
+        """Returns a figure, measured now or before."""
+        known: dict[str, float] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        if name not in known:
+            known[name] = measure()
+            self.file.write_text(json.dumps(known, indent=1))
+            print(f"  {name}: {known[name]:.4f}", flush=True)
+        return known[name]
+
+
+class Ground:
+    """The study's network, its images, and pruned networks by their channels."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.network = ExitNetwork(bench.network.trunk, [], []).eval()
+        calibration = bench.data.calibration
+        self.evidence = Evidence(torch.from_numpy(calibration.images[:]), torch.from_numpy(calibration.labels))
+        self.groups = bench.space.sparsity.groups
+        self.images = recovery_images(bench.data.train, bench.study.recovery.images)
+        self.image = self.evidence.images[:1]
+        self.dense_flops = self.flops(self.network)
+
+    def flops(self, network: ExitNetwork) -> float:
+        """Returns the FLOPs of one image."""
+        return sum(count_by_module(network, self.image).values())
+
+    def space(self, name: str, step: int) -> SparsitySpace:
+        """Returns the space in which a criterion ranks the channels."""
+        return SparsitySpace(self.groups, criterion(name)(self.network, self.groups, self.evidence), step, 0.1)
+
+    def batches(self, size: int, seed: int = 0) -> TrainingBatches:
+        """Returns the training set."""
+        return TrainingBatches(self.bench.data.train, size, seed, self.bench.ground.augment)
+
+    def accuracy(self, network: ExitNetwork, data: LabelledImages | None = None) -> float:
+        """Returns the top-1 accuracy on the validation images."""
+        data = data or self.bench.data.validation
+        right = 0
+        with torch.no_grad():
+            for start in range(0, len(data), _BATCH):
+                answers = network(torch.from_numpy(data.images[start : start + _BATCH]))[-1].argmax(1).numpy()
+                right += int((answers == data.labels[start : start + _BATCH]).sum())
+        return right / len(data)
+
+    def recalibrated(self, network: ExitNetwork) -> ExitNetwork:
+        """Returns the network with fresh batch statistics."""
+        recalibrate_batch_norm(network, self.images)
+        return network
+
+    def uniform(self, space: SparsitySpace, share: float) -> Channels:
+        """Returns one share of every group's channels, so that the network keeps about this share of its FLOPs."""
+
+        def channels(keep: float) -> Channels:
+            return {group.name: max(round(keep * group.channels), 1) for group in self.groups}
+
+        def miss(keep: float) -> float:
+            return abs(self.flops(space.apply(self.network, channels(keep))) / self.dense_flops - share)
+
+        return channels(min(np.linspace(0.1, 1.0, 46), key=miss))
+
+
+def criteria_table(ground: Ground, results: Results, epochs: float) -> None:
+    """Prints criterion by kept FLOPs by recovery."""
+    settings = FinetuneSection(epochs=epochs)
+    columns = [(share, how) for share in KEPT for how in ("none", "bn", "finetune")]
+    dense = results.get("dense", partial(ground.accuracy, ground.network))
+    rows = []
+    for name in CRITERIA:
+        begin = time.perf_counter()
+        space = ground.space(name, 1)
+        seconds = results.get(f"{name}/seconds", partial(_since, begin))
+        cells = []
+        for share, how in columns:
+            key = f"{name}/{share}/{how}" + (f"/{epochs:g}" if how == "finetune" else "")
+            cells.append(results.get(key, partial(_pruned, ground, space, share, how, settings)))
+        rows.append([name, f"{seconds:.1f}", *(f"{100 * cell:.1f}" for cell in cells)])
+    heads = [f"{share:.0%} {how if how != 'finetune' else f'bn + {epochs:g} epoch'}" for share, how in columns]
+    print(f"\nDense: {100 * dense:.2f}%.\n")
+    _print_table(["criterion", "seconds", *heads], rows)
+
+
+def _since(begin: float) -> float:
+    return time.perf_counter() - begin
+
+
+def _pruned(ground: Ground, space: SparsitySpace, share: float, how: str, settings: FinetuneSection) -> float:
+    network = space.apply(ground.network, ground.uniform(space, share))
+    if how != "none":
+        ground.recalibrated(network)
+    if how == "finetune":
+        network = _tuned(ground, network, settings)
+    return ground.accuracy(network)
+
+
+def effort_table(ground: Ground, results: Results, out: Path, minutes: float, candidates: int, final: float) -> None:
+    """Prints what each recovery brings at equal training time, and how well it ranks candidates."""
+    space = ground.space("l2", ground.bench.space.sparsity.finest)
+    shared = _shared_weights(ground, space, out, minutes)
+    chosen = _candidates(ground, space, candidates)
+    each, full = FinetuneSection(minutes=minutes / len(chosen)), FinetuneSection(epochs=final)
+    arms: dict[str, tuple[ExitNetwork, FinetuneSection | None]] = {
+        "bn": (ground.network, None),
+        "finetune": (ground.network, each),
+        "elastic": (shared, None),
+        "bn, then in full": (ground.network, full),
+        _FULL: (shared, full),
+    }
+    shares = [ground.flops(space.apply(ground.network, channels)) / ground.dense_flops for channels in chosen]
+    found: dict[str, list[float]] = {arm: [] for arm in arms}
+    for index, channels in enumerate(chosen):
+        for arm, (source, settings) in arms.items():
+            key = f"{arm}/{minutes:g} min/{candidates}/{final:g}/{index}"
+            found[arm].append(results.get(key, partial(_recovered, ground, space, source, channels, settings)))
+    _print_effort(found, shares)
+
+
+def _recovered(
+    ground: Ground, space: SparsitySpace, source: ExitNetwork, channels: Channels, settings: FinetuneSection | None
+) -> float:
+    network = ground.recalibrated(space.apply(source, channels))
+    return ground.accuracy(_tuned(ground, network, settings) if settings else network)
+
+
+def _tuned(ground: Ground, network: ExitNetwork, settings: FinetuneSection) -> ExitNetwork:
+    finetune(network, ground.network, ground.batches(settings.batch), settings)
+    return ground.recalibrated(network)
+
+
+def _shared_weights(ground: Ground, space: SparsitySpace, out: Path, minutes: float) -> ExitNetwork:
+    shared = space.apply(ground.network, {group.name: group.channels for group in ground.groups})
+    file = out / f"elastic-{minutes:g}min.pt"
+    if file.is_file():
+        shared.load_state_dict(torch.load(file, weights_only=True))
+        return shared.eval()
+    settings = ElasticSection(minutes=minutes)
+    done = train_elastic(shared, space, ground.batches(settings.batch), settings, file.with_suffix(".partial.pt"))
+    print(f"  elastic: {done.steps} steps, {done.epochs} epochs begun, {done.seconds:.0f} s", flush=True)
+    save(shared.state_dict(), file)
+    return shared
+
+
+def _candidates(ground: Ground, space: SparsitySpace, count: int) -> list[Channels]:
+    """Returns random candidates, half of them with close to half of the FLOPs, the rest wherever they fall."""
+    generator = torch.Generator().manual_seed(0)
+    near: list[Channels] = []
+    anywhere: list[Channels] = []
+    while len(near) < count - count // 2 or len(anywhere) < count // 2:
+        channels = random_channels(space, generator)
+        share = ground.flops(space.apply(ground.network, channels)) / ground.dense_flops
+        if abs(share - 0.5) < 0.03 and len(near) < count - count // 2 and channels not in near:
+            near.append(channels)
+        elif len(anywhere) < count // 2 and channels not in anywhere:
+            anywhere.append(channels)
+    return near + anywhere
+
+
+def _print_effort(found: Mapping[str, list[float]], shares: list[float]) -> None:
+    half = len(shares) - len(shares) // 2
+    rows = []
+    for arm, accuracies in found.items():
+        ranks = [
+            float(spearmanr(accuracies[part], found["elastic, then in full"][part])[0])
+            for part in (slice(half), slice(None))
+        ]
+        rows.append(
+            [
+                arm,
+                *(f"{100 * _best(accuracies, shares, limit):.1f}" for limit in (0.53, 0.3)),
+                f"{_hypervolume(accuracies, shares):.3f}",
+                *(f"{rank:.2f}" for rank in ranks),
+            ]
+        )
+    print()
+    heads = ["recovery", "best at 50% FLOPs", "best at 30%", "hypervolume", f"Spearman, {half} at 50%", "Spearman, all"]
+    _print_table(heads, rows)
+
+
+def _best(accuracies: list[float], shares: list[float], limit: float) -> float:
+    return max((a for a, share in zip(accuracies, shares, strict=True) if share <= limit), default=float("nan"))
+
+
+def _hypervolume(accuracies: list[float], shares: list[float]) -> float:
+    """Returns the area that the candidates dominate, of error and FLOPs share both from 0 to 1."""
+    from pymoo.indicators.hv import HV
+
+    return float(HV(ref_point=np.ones(2))(np.column_stack([1 - np.array(accuracies), shares])))
+
+
+def _print_table(heads: list[str], rows: list[list[str]]) -> None:
+    for cells in [heads, ["---"] * len(heads), *rows]:
+        print(f"| {' | '.join(cells)} |")
+
+
+def _bench(data: str, weights: str) -> Workbench:
+    study = Request(study="cifar10", weights=weights, data=data).to_study()
+    return Workbench(
+        study.model_copy(update={"exits": ExitsSection(after=())}), lambda *_: None, say=lambda text: print(text)
+    )
+
+
+def main() -> None:
+    """Measures one of the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=["criteria", "effort"])
+    parser.add_argument("--data", required=True, help="CIFAR-10, as for the search's --data")
+    parser.add_argument("--weights", required=True, help="a state dict of the study's ResNet-20")
+    parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="where figures are kept")
+    parser.add_argument("--epochs", type=float, default=1, help="of fine-tuning, in the criteria's table")
+    parser.add_argument("--minutes", type=float, default=10, help="of training for each recovery")
+    parser.add_argument("--candidates", type=int, default=20)
+    parser.add_argument("--final", type=float, default=3, help="epochs of a recovery in full")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    ground = Ground(_bench(given.data, given.weights))
+    results = Results(given.out / f"{given.table}.json")
+    if given.table == "criteria":
+        criteria_table(ground, results, given.epochs)
+    else:
+        effort_table(ground, results, given.out, given.minutes, given.candidates, given.final)
+    print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}, {cpu_name()}, seed 0.")
+
+
+if __name__ == "__main__":
+    main()
