@@ -51,6 +51,7 @@ class PlacementExaminer:
         self._builder, self._network, self._dense = builder, network, dense
         self._precisions = tuple(precisions)
         self._runtime, self._target, self._images, self._cache = runtime, target, images[: target.batch], cache
+        self._refused: dict[str, None] = {}
 
     def examine(self, progress: Step) -> Examined:
         """Returns what is slower in which precision, measured now or kept from the same network on this target.
@@ -65,15 +66,17 @@ class PlacementExaminer:
         if kept is not None:
             return Examined.from_dict(kept)
         found = self._measured(progress)
-        self._cache.keep(key, found.to_dict())
+        if not found.refused:  # a reason such as a full GPU may be gone the next time
+            self._cache.keep(key, found.to_dict())
         return found
 
     def _measured(self, progress: Step) -> Examined:
         begin = time.monotonic()
         found = Examined()
+        self._refused.clear()
         for index in range(1, len(self._precisions)):
             found = self._with(self._precisions[index], self._precisions[:index], found, progress)
-        return replace(found, seconds=time.monotonic() - begin)
+        return replace(found, seconds=time.monotonic() - begin, refused=tuple(self._refused))
 
     def _with(self, precision: str, higher: Sequence[str], found: Examined, progress: Step) -> Examined:
         """Returns what was found before, and what is slower in `precision` than in the best of the `higher` ones."""
@@ -113,8 +116,9 @@ class PlacementExaminer:
             )
             turns = opened.turns(self._images, [TimedBatch(0, batch)], reference, batch, PROTOCOL)
             timing = time_pair(turns, [1.0], PROTOCOL, time.perf_counter)
-        except (UserError, RuntimeError):
-            return UNKNOWN  # what cannot be built proves nothing; the trial that asks for it will say why
+        except (UserError, RuntimeError) as error:
+            self._refused[str(error)] = None
+            return UNKNOWN  # what cannot be built proves nothing
         return Interval(timing.ratio, timing.half_width)
 
     def _files(self, precisions: Mapping[str, str]) -> tuple[bytes, ...]:

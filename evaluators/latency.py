@@ -7,6 +7,7 @@ from typing import Self
 
 import numpy as np
 
+from evaluators.device_state import DeviceState, state_moved
 from evaluators.latency_cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
 from evaluators.subject import Deployed
@@ -83,6 +84,7 @@ class _Found:
         launches: median seconds of each way to launch a batch.
         remarks: on the precisions that layers run in.
         unproven: layers that do not tell theirs.
+        states: what the device told of itself before and after.
     """
 
     ratio: float
@@ -98,9 +100,18 @@ class _Found:
     launches: dict[str, float]
     remarks: list[str]
     unproven: list[str]
+    states: dict[str, dict[str, float | str]]
 
     @classmethod
-    def of(cls, timing: PairedTiming, dynamic: bool, launches: dict[str, float], proof: Proof) -> Self:
+    def of(
+        cls,
+        timing: PairedTiming,
+        dynamic: bool,
+        launches: dict[str, float],
+        proof: Proof,
+        before: DeviceState,
+        after: DeviceState,
+    ) -> Self:
         return cls(
             ratio=timing.ratio,
             half_width=timing.half_width,
@@ -113,8 +124,9 @@ class _Found:
             wall_cv=timing.wall_cv,
             tails={f"p{p}": timing.wall_percentile(p) / timing.typical_wall_s for p in (90, 95, 99)},
             launches=launches,
-            remarks=proof.remarks(),
+            remarks=[*proof.remarks(), *state_moved(before, after)],
             unproven=list(proof.unproven),
+            states={"before": before.told(), "after": after.told()} if before.told() else {},
         )
 
 
@@ -184,10 +196,13 @@ class LatencyEvaluator:
                 "wait_s": found.wait_s,
                 "wall_median": found.wall_median,
                 "wall_cv": found.wall_cv,
+                # How many times as long as when the search began the reference takes now.
+                **({} if known else {"drift": found.work_s / found.ratio / reference_s}),
                 **{f"seconds {way}": seconds for way, seconds in found.launches.items()},
             },
             remarks=(*found.remarks, *slower_launch(found.launches)),
             unproven=tuple(found.unproven),
+            states=found.states,
         )
 
     def _waited(self, ratio: float, wait_s: float, reference_s: float) -> float:
@@ -217,10 +232,13 @@ class LatencyEvaluator:
         return found, False
 
     def _fresh(self, subject: Deployed, precision: str) -> _Found:
+        before = self._runtime.state()
         timing = self._time(subject, precision)
+        after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        return _Found.of(timing, bool(subject.artifact.exits), subject.opened.launches(batch), proof)
+        dynamic, launches = bool(subject.artifact.exits), subject.opened.launches(batch)
+        return _Found.of(timing, dynamic, launches, proof, before, after)
 
     def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""

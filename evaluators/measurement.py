@@ -61,6 +61,7 @@ class Measurement:
         notes: further facts, such as the share of inputs that leaves at each exit.
         remarks: what makes the value doubtful, in words; none is best.
         unproven: nodes of the deployed graph whose precision the runtime does not tell.
+        states: what the device told of its clocks, power mode and temperature, `before` and `after`.
     """
 
     metric: str
@@ -74,6 +75,7 @@ class Measurement:
     notes: Mapping[str, float] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     unproven: tuple[str, ...] = ()
+    states: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
 
     def statistic_value(self, statistic: str) -> float:
         """Returns one statistic of the metric, its default one included.
@@ -96,6 +98,7 @@ class Measurement:
             "notes": dict(self.notes),
             "remarks": list(self.remarks),
             "unproven": list(self.unproven),
+            "states": {moment: dict(told) for moment, told in self.states.items()},
         }
 
     @classmethod

@@ -71,11 +71,13 @@ class Examined:
         slower: what is to be left out.
         timings: pairs that were timed.
         seconds: that it took.
+        refused: why networks that were to be timed could not be, each reason once; such layers stay as they are.
     """
 
     slower: tuple[Slower, ...] = ()
     timings: int = 0
     seconds: float = 0.0
+    refused: tuple[str, ...] = ()
 
     def allowed(self, layers: Sequence[str], precisions: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Returns the precisions that are left to each layer, in the order of `precisions`."""
@@ -90,7 +92,7 @@ class Examined:
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """Returns the examination that `to_dict` described."""
         found = (Slower(**{**each, "layers": tuple(each["layers"])}) for each in content["slower"])
-        return cls(tuple(found), content["timings"], content["seconds"])
+        return cls(tuple(found), content["timings"], content["seconds"], tuple(content.get("refused", ())))
 
 
 class Hunt:
@@ -99,8 +101,9 @@ class Hunt:
     All layers are flipped, then halves of them, down to `GROUPS` groups, and further where a group does not clearly
     gain from the lower precision. A flip that is kept is part of all later timings. A group that still loses without
     what was found in it is found as a whole: one layer's flip costs conversions that its group's does not. So in the
-    end the network as a whole does not lose either. What stays hidden is a loser in a group that gains more than it
-    loses, and losers across the middle of a group.
+    end the network as a whole does not lose either. Its halves are not tried once more after that: to bring one back is
+    to flip the other alone, which was timed on the way and did not pay. What stays hidden is a loser in a group that
+    gains more than it loses, and losers across the middle of a group.
 
     Args:
         times: a flip.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.device_state import DeviceState
 from evaluators.timing import Protocol as TimingProtocol
 from evaluators.timing import TakeTurn
 from spaces.errors import UserError
@@ -26,6 +27,17 @@ RUNTIMES: Mapping[str, str] = {
 """Every runtime, by the name a target gives it; loaded when asked for."""
 
 
+ALLOW_TF32: Mapping[str, str] = {"allow_tf32": "1"}
+"""Metadata of an ONNX file whose fp32 layers may run in TF32; a runtime without TF32 never sees it."""
+
+
+def allows_tf32(model: bytes) -> bool:
+    """Returns whether an ONNX file's metadata allows TF32; read from its bytes, because a board has no onnx package."""
+    (pair,) = ALLOW_TF32.items()
+    texts = b"".join(bytes([field << 3 | 2, len(text)]) + text.encode() for field, text in enumerate(pair, 1))
+    return bytes([14 << 3 | 2, len(texts)]) + texts in model  # metadata_props is field 14 of a ModelProto
+
+
 class TargetError(UserError):
     """A target that does not exist, or not on this machine."""
 
@@ -36,42 +48,46 @@ class Capabilities:
 
     Args:
         precisions: the reference precision first.
-        channel_step: channels come in multiples of it.
+        channel_steps: for each precision, the multiple that channels are padded to.
         weight_bits: of an int8 weight: 7 where 8 would overflow the accumulating instruction.
         dynamic_batch: whether one artifact takes batches of any size, which exits need at batch sizes above one.
         quantized_add: which inputs of an int8 residual addition carry Q/DQ: `both`, or the `residual` one only where
             the runtime fuses the addition into the convolution that feeds the other.
-        int8_channels: the fewest input and output channels with which a layer may be int8.
+        int8_channels: the fewest input and output channels with which a layer may be int8 or fp8.
         sparse_2_4: whether two zeros in each four weights along the input channels make a layer faster.
         compiles: whether loading compiles for the device, so that a known latency is worth keeping.
+        tf32: whether fp32 layers can run in TF32, which is a property of a whole engine.
         clock: what work is told by. `cpu`: the CPU time of the calling thread, or the wall clock where several threads
             share the work; that is all a caller waits for, other programs aside. `gpu`: the device's own events; a
             caller waits for the host's part of a call as well.
     """
 
     precisions: tuple[str, ...]
-    channel_step: int
+    channel_steps: Mapping[str, int]
     weight_bits: int
     dynamic_batch: bool
     quantized_add: Literal["both", "residual"] = "both"
     int8_channels: int = 1
     sparse_2_4: bool = False
     compiles: bool = False
+    tf32: bool = False
     clock: Literal["cpu", "gpu"] = "cpu"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime on a device, with the batch size and threads of the deployment."""
+    """A runtime on a device, with the batch size and threads of the deployment, and whether fp32 means TF32."""
 
     runtime: str
     device: str
     batch: int
     threads: int
+    tf32: bool = False
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.runtime} on {self.device}, batch {self.batch}, {threads}"
+        tf32 = ", fp32 in TF32" if self.tf32 else ""
+        return f"{self.runtime} on {self.device}, batch {self.batch}, {threads}{tf32}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -180,6 +196,10 @@ class Runtime(Protocol):
 
     def capabilities(self) -> Capabilities:
         """Returns what runs well on this device."""
+        ...
+
+    def state(self) -> DeviceState:
+        """Returns how fast the device may run just now; in less than a millisecond, because it is asked in a trial."""
         ...
 
     def deployable(self, model: bytes) -> bytes:

@@ -217,4 +217,4 @@ def measure_baseline(bench: Workbench) -> Baseline:
     same = latency.same_twice(precision, bench.data.validation.images[: bench.target.batch])
     walls = {name: taken.wall for name, taken in spent.items()}
     examined = bench.examine() if bench.examines else None
-    return Baseline(dense, seconds, same, environment(bench.runtime.device()), walls, examined)
+    return Baseline(dense, seconds, same, environment(bench.runtime.device(), bench.runtime.state()), walls, examined)

@@ -212,7 +212,7 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "dense": search.baseline.evaluation.to_dict(),
             "dense_test_accuracy": confirmed.dense_test.to_dict(),
         },
-        "environment.json": environment(bench.runtime.device()),
+        "environment.json": environment(bench.runtime.device(), bench.runtime.state()),
     }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """Which targets exist on this machine, what each can do, and why one is missing."""
 
 import importlib.util
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +50,19 @@ def _row(name: str, missing: dict[str, str]) -> tuple[str, str, str, str, str]:
     if able.sparse_2_4:
         notes.append("2:4 sparsity")
     if able.int8_channels > 1:
-        notes.append(f"int8 from {able.int8_channels} channels on")
+        notes.append(f"8 bits from {able.int8_channels} channels on")
+    if able.tf32:
+        notes.append("tf32 for whole engines only, so it is not searched: target.tf32 = true in the study")
     if able.weight_bits < 8:
         notes.append(f"int8 weights in {able.weight_bits} bits, because this CPU has no VNNI")
-    return "yes", found.device(), ", ".join(able.precisions), f"steps of {able.channel_step}", "; ".join(notes)
+    return "yes", found.device(), ", ".join(able.precisions), _steps(able.channel_steps), "; ".join(notes)
+
+
+def _steps(channel_steps: Mapping[str, int]) -> str:
+    """Returns the multiples that channels come in: `steps of 8`, or `8 (fp32, fp16), 32 (int8)`."""
+    names: dict[int, list[str]] = {}
+    for precision, step in channel_steps.items():
+        names.setdefault(step, []).append(precision)
+    if len(names) == 1:
+        return f"steps of {next(iter(names))}"
+    return ", ".join(f"{step} ({', '.join(names[step])})" for step in sorted(names))

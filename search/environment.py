@@ -4,18 +4,22 @@ import os
 import platform
 from importlib import metadata
 
+from evaluators.device_state import DeviceState
+
 _PACKAGES = ("torch", "onnxruntime", "onnx", "optuna", "fvcore", "torch-pruning", "mlflow", "numpy", "deployfront")
 
 
-def environment(device: str) -> dict[str, str]:
+def environment(device: str, state: DeviceState | None = None) -> dict[str, str]:
     """Returns what another machine would need to know to repeat a measurement.
 
     Args:
         device: what the runtime runs on.
+        state: of that device; it may be a board's.
     """
     versions = {name: _version(name) for name in _PACKAGES}
     return {
         "device": device,
+        **{f"device's {name}": str(told) for name, told in (state.told() if state else {}).items()},
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "system": platform.platform(),
         "python": platform.python_version(),

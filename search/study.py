@@ -127,6 +127,8 @@ class TargetSection(_Section):
     runtime: str = "onnxruntime"
     batch: Positive = 1
     threads: Positive = 1
+    tf32: bool = False
+    """Whether fp32 layers run in TF32, on a GPU that has it."""
 
 
 class FinetuneSection(FittingSection):

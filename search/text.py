@@ -37,6 +37,9 @@ def points(difference: float) -> str:
 def examined_layers(examined: Examined) -> str:
     """Returns, in a line, which layers run in fewer precisions because these were slower, and by how much."""
     cost = f"{examined.timings} timings, {examined.seconds:.1f} s"
+    if examined.refused:
+        more = f", and for {len(examined.refused) - 1} more reasons" if len(examined.refused) > 1 else ""
+        cost += f"; some could not be taken: {examined.refused[0]}{more}"
     if not examined.slower:
         return f"No layer is measurably slower in a lower precision ({cost})."
     found = [

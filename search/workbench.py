@@ -32,7 +32,7 @@ from search.recovery import Ground, Recovery, effort_of, recovery
 from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
 from search.sources.prepared import prepare
-from search.study import FinetuneSection, Study
+from search.study import FinetuneSection, Study, StudyError
 from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import Candidate
 from spaces.criteria import Evidence, criterion
@@ -76,13 +76,13 @@ class Workbench:
         self.study = study
         self._progress = progress
         self.runtime: Runtime = library or runtime(study.target.runtime)
-        self.target = Target(study.target.runtime, self.runtime.device(), study.target.batch, study.target.threads)
+        self.target = _target(study, self.runtime)
         self.loaded, built = prepare(study, download, progress, say)
         self.data = self.loaded.splits
         self.network: ExitNetwork = trained_network(study, built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
-        self.builder = ArtifactBuilder(self.network, calibration, self.runtime)
+        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.tf32)
         progress("Finding the channels that can be cut", 0, 1)
         self.groups = find_groups(self.network, image, self.builder.disagreement)
         progress("Finding the channels that can be cut", 1, 1)
@@ -293,15 +293,25 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = time.perf_counter() - begin
 
 
+def _target(study: Study, library: Runtime) -> Target:
+    wanted, device = study.target, library.device()
+    if wanted.tf32 and not library.capabilities().tf32:
+        raise StudyError(
+            f"target.tf32 wants TensorRT on a GPU from Ampere on, got {wanted.runtime} on {device}; leave it out"
+        )
+    return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.tf32)
+
+
 def _space(
     study: Study, network: ExitNetwork, groups: Groups, data: Splits, layers: tuple[str, ...], target: Runtime
 ) -> JointSpace:
     able = target.capabilities()
+    steps = [able.channel_steps[precision] for precision in able.precisions]
     exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
     evidence = Evidence(torch.from_numpy(data.calibration.images[:]), torch.from_numpy(data.calibration.labels))
     scores = criterion(study.space.criterion)(network, groups.free, evidence)
     return JointSpace(
-        SparsitySpace(groups.free, scores, able.channel_step, study.space.keep_at_least),
+        SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions),
         GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
         PatternSpace(offered_patterns(network, groups.free, able.channel_step, _patterns(study, target))),

@@ -13,6 +13,13 @@ from spaces.slicing import sliced
 from spaces.space import Dimension, Integer, Value
 
 PREFIX = "channels."
+CHOICES = 4
+"""A group's step is narrowed until it has so many widths to choose from."""
+
+
+def _in_units(step: int, group: ChannelGroup) -> int:
+    """Returns a step of layers' channels in the group's own, each of which may stand for several."""
+    return step // math.gcd(step, group.width)
 
 
 class SparsitySpace:
@@ -23,42 +30,65 @@ class SparsitySpace:
         scores: of each group's channels, by a criterion.
         step: channels come in multiples of it, as the target's kernels want.
         minimum: the smallest share of its channels that a group may keep, rounded up to a step.
+        widest: the multiple that the most demanding of the target's precisions wants; `step` where not given.
     """
 
-    def __init__(self, groups: Sequence[ChannelGroup], scores: Scores, step: int, minimum: float) -> None:
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        scores: Scores,
+        step: int,
+        minimum: float,
+        widest: int | None = None,
+    ) -> None:
         self.groups = tuple(groups)
-        self.step = step
+        self.finest = step
+        self.widest = widest or step
         self.minimum = minimum
         self._order = {group.name: np.argsort(-scores[group.name], kind="stable") for group in groups}
 
     @property
     def description(self) -> dict[str, list[int]]:
-        """All that decides which slices there are: the order of each group's channels, the step and the minimum."""
+        """All that decides which slices there are: the order of each group's channels, its step and its minimum."""
         orders = {name: [int(channel) for channel in order] for name, order in self._order.items()}
-        return orders | {"": [self.step, *(self.smallest(group) for group in self.groups)]}
+        return orders | {"": [n for group in self.groups for n in (self.step(group), self.smallest(group))]}
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns one dimension per group that has a choice: its kept channels."""
-        sizes = [(group, self.smallest(group), group.channels, self._step_of(group)) for group in self.groups]
+        sizes = [(group, self.smallest(group), group.channels, self.step(group)) for group in self.groups]
         return {
             PREFIX + group.name: Integer(low, low + (high - low) // step * step, step)
             for group, low, high, step in sizes
             if high - low >= step
         }
 
+    def step(self, group: ChannelGroup) -> int:
+        """Returns the multiple in which the channels of `group` come.
+
+        Precision is chosen per layer and channels per group, so the step cannot follow the precision: it is the widest,
+        so that no layer is padded in any precision, and halved as long as it does not divide the group's channels or
+        leaves it fewer than `CHOICES` widths. What is padded then is measured, padding included.
+        Source: TensorRT documentation, Optimizing performance: channels are padded to 4 in TF32, 8 in FP16, 32 in INT8.
+        """
+        wanted = self.widest
+        while wanted > self.finest and not self._is_fitting(group, _in_units(wanted, group)):
+            wanted = max(wanted // 2, self.finest)
+        return _in_units(wanted, group)
+
+    def _is_fitting(self, group: ChannelGroup, step: int) -> bool:
+        widths = (group.channels - self._lowest(group, step)) // step + 1
+        return group.channels % step == 0 and widths >= CHOICES
+
     def smallest(self, group: ChannelGroup) -> int:
         """Returns the fewest channels that `group` may keep.
 
         What remains above it up to the full width divides by the step, so that the dense width is always on offer.
         """
-        step = self._step_of(group)
-        steps = int(np.ceil(max(group.channels * self.minimum, 1) / step - 1e-9))
-        lowest = steps * step + group.channels % step
-        return min(lowest, group.channels)
+        return self._lowest(group, self.step(group))
 
-    def _step_of(self, group: ChannelGroup) -> int:
-        """Returns the step for a group, whose channels may stand for several of a layer's."""
-        return self.step // math.gcd(self.step, group.width)
+    def _lowest(self, group: ChannelGroup, step: int) -> int:
+        steps = int(np.ceil(max(group.channels * self.minimum, 1) / step - 1e-9))
+        return min(steps * step + group.channels % step, group.channels)
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Returns the kept channels of every group."""

@@ -59,7 +59,8 @@ class RuntimeContract:
         assert runtime.device()
         able = runtime.capabilities()
         assert able.precisions[0] == "fp32"
-        assert able.channel_step >= 1
+        assert set(able.precisions) <= set(able.channel_steps)
+        assert min(able.channel_steps.values()) >= 1
 
     def test_runs_what_it_deploys(self, runtime: Runtime, builder, network, space, images) -> None:
         for precision in runtime.capabilities().precisions:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 
 from evaluators.runtimes import board as board_module
 from evaluators.runtimes.board import Board, _needed
@@ -22,7 +24,10 @@ from evaluators.runtimes.worker import Worker, choose_runtime
 from evaluators.target import TargetError, TimedBatch, runtime
 from evaluators.timing import Protocol
 from search.cli import run
+from search.coordinator import Coordinator
 from search.store import SearchFolder, StoredSearch
+from search.study import Study
+from search.workbench import Workbench
 from tests import loopback, tiny
 from tests.contracts import RuntimeContract
 
@@ -134,6 +139,29 @@ def test_a_board_that_is_always_too_late_fails_the_trial_with_that_reason(server
     with pytest.raises(TargetError, match="did not answer in time, 2 times in a row"):
         late.open([b"x"], [], 1).seconds(np.zeros((1, 1, 8, 8), np.float32), 1)
     late.close()
+
+
+def test_a_board_tells_its_devices_state(board) -> None:
+    assert board.state().kind == "CPU"
+
+
+def test_a_trial_whose_board_is_always_late_is_kept_with_its_reason(server, folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(board_module, "RETRY_AFTER_S", (0.0,))
+    mine, search = Board(server.url()), SearchFolder(tmp_path / "late")
+    study = Study.parse(tiny.STUDY, "the tests' study")
+    study = study.model_copy(update={"target": study.target.model_copy(update={"runtime": server.url()})})
+    bench = Workbench(study, lambda *_: None, mine)
+    baseline = StoredSearch.read(SearchFolder(folder / "one")).baseline
+    patient, late = mine._address, replace(mine._address, timeout_s=1e-6)
+    with search.lock():
+        coordinator = Coordinator(bench, search.create(), baseline, "random", 0, [])
+        for done, address in enumerate((patient, late, patient), 1):
+            mine._address = mine._line._address = address
+            assert coordinator.run(done, None).code == 0
+    mine.close()
+    trials = [trial for trial in search.open().trials if trial.state.is_finished()]
+    assert [trial.state == TrialState.FAIL for trial in trials] == [False, True, False]
+    assert trials[1].user_attrs["reason"] == "TargetError: board did not answer in time, 1 times in a row"
 
 
 def test_what_was_uploaded_is_not_sent_again(server, board, builder, network, space) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.data import LabelledImages
+from evaluators.device_state import DeviceState
 from evaluators.flops import FlopsEvaluator, count_by_module
 from evaluators.latency import LatencyEvaluator, Reference
 from evaluators.latency_cache import LatencyCache, is_two_in_four
@@ -190,6 +191,31 @@ def test_a_latency_is_measured_once_per_shape(builder, network, space, images, t
     for file in tmp_path.iterdir():
         file.write_text("torn")
     assert measure(0.5, 1.0, 0.0, make())[1] == 2, "what cannot be read is measured again"
+
+
+class Warming(OnnxRuntime):
+    """A GPU's state that is told anew each time."""
+
+    def __init__(self, *told: DeviceState) -> None:
+        self._told = iter(told)
+
+    def state(self) -> DeviceState:
+        return next(self._told)
+
+
+def test_a_latency_has_the_state_before_and_after_and_says_when_it_moved(builder, network, space, images) -> None:
+    cool, hot = DeviceState("GPU", 1.5e9, None, 50.0), DeviceState("GPU", 1.0e9, None, 70.0)
+    library, target = Warming(cool, hot, DeviceState("GPU"), DeviceState("GPU")), Target("onnxruntime", "test", 4, 1)
+    artifact = builder.build(network, space.dense())
+    evaluator = LatencyEvaluator(
+        {"fp32": Reference(artifact.deployed[0], 1.0)}, library, target, Protocol(limit_s=0.05)
+    )
+    data = LabelledImages(images.numpy(), np.zeros(len(images), np.int64))
+    first, second = (evaluator.measure(Deployed(space.dense(), artifact, data, library, target)) for _ in range(2))
+    assert first.states == {"before": cool.told(), "after": hot.told()}
+    assert [word for line, word in zip(first.remarks, ("1000 MHz", "70 degrees"), strict=True) if word in line]
+    assert first.notes["drift"] == pytest.approx(first.notes["work_s"] / first.notes["ratio"])
+    assert (second.states, second.remarks) == ({}, ())
 
 
 def test_a_pattern_of_two_in_four_is_seen_along_the_input_channels() -> None:

@@ -19,7 +19,7 @@ from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.network import ExitNetwork
 
 OFF = {"exit1": NEVER_EXIT, "exit2": NEVER_EXIT}
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "fp8", "int8")
 
 
 class MobileNetwork(nn.Module):
@@ -80,7 +80,7 @@ def test_any_mix_of_precisions_is_valid_and_answers(data, builder, network, imag
     with torch.no_grad():
         exact = network(images)[-1].numpy()
     error = error_of(staged(images.numpy())[0], exact)
-    assert error < (0.15 if "int8" in precision.values() else 5e-3)
+    assert error < (0.15 if {"int8", "fp8"} & set(precision.values()) else 5e-3)
 
 
 def test_a_network_in_half_has_one_cast_in_and_one_out(builder, network, images) -> None:

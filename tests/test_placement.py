@@ -115,6 +115,35 @@ class Smooth(nn.Module):
         return self.head(self.wide(silu(self.depthwise(silu(self.stem(x))))).mean((2, 3)))
 
 
+class Refusing(OnnxRuntime):
+    """Loads no file with int8 in it, until it is told otherwise."""
+
+    refuses = True
+
+    def open(self, stages, thresholds, threads):
+        if self.refuses and any(b"QuantizeLinear" in stage for stage in stages):
+            raise RuntimeError("no int8 here")
+        return super().open(stages, thresholds, threads)
+
+
+def test_networks_that_cannot_be_built_are_told_and_tried_again_the_next_time(tmp_path) -> None:
+    torch.manual_seed(0)
+    network, library = ExitNetwork(Smooth().eval(), [], []).eval(), Refusing()
+    images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
+    builder = ArtifactBuilder(network, images, library)
+    dense = Candidate({}, dict.fromkeys(builder.layers, "fp32"), {})
+    target = Target("onnxruntime", "test CPU", 4, 1)
+    examiner = PlacementExaminer(
+        builder, network, dense, ("fp32", "int8"), library, target, images, LatencyCache(tmp_path)
+    )
+    found = examiner.examine(lambda *_: None)
+    assert (found.refused, found.slower) == (("no int8 here",), ())
+    assert "some could not be taken: no int8 here)" in examined_layers(found)
+    assert Examined.from_dict(found.to_dict()) == found
+    library.refuses = False
+    assert examiner.examine(lambda *_: None).refused == ()
+
+
 def test_a_real_examination_is_consistent_and_done_once(tmp_path) -> None:
     torch.manual_seed(0)
     network, library = ExitNetwork(Smooth().eval(), [], []).eval(), OnnxRuntime()

@@ -1,8 +1,13 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from search.sampler import distributions
+from spaces.grouping import find_groups
 from spaces.joint import JointSpace
 from spaces.precision import PrecisionSpace
+from spaces.sparsity import PREFIX, SparsitySpace
 from tests.contracts import SpaceContract
 
 
@@ -22,6 +27,38 @@ class TestGateSpace(SpaceContract):
     @pytest.fixture
     def part(self, space: JointSpace):
         return space.gates
+
+
+def made(network, image, step: int, widest: int) -> SparsitySpace:
+    groups = find_groups(network, image).free
+    return SparsitySpace(groups, {group.name: np.arange(group.channels) for group in groups}, step, 0.25, widest)
+
+
+def stretched(group, channels: int):
+    """Returns a group as it would be with other channels: what steps depend on."""
+    return replace(group, channels=channels)
+
+
+@pytest.mark.parametrize(
+    ("channels", "step"),
+    [(16, 8), (20, 8), (24, 8), (32, 8), (64, 16), (96, 16), (100, 8), (128, 32), (144, 16), (512, 32)],
+)
+def test_a_group_has_the_widest_step_that_leaves_it_a_choice(network, image, channels: int, step: int) -> None:
+    group = stretched(find_groups(network, image).free[0], channels)
+    space = made(network, image, 8, 32)
+    assert space.step(group) == step
+    widths = range(space.smallest(group), channels + 1, step)
+    assert widths[-1] == channels
+    assert channels % step or all(width % step == 0 for width in widths)
+
+
+def test_every_width_of_a_space_is_a_multiple_of_its_groups_step(network, image) -> None:
+    space = made(network, image, 4, 16)
+    for name, dimension in space.dimensions().items():
+        (group,) = [group for group in space.groups if PREFIX + group.name == name]
+        assert dimension.step == space.step(group)
+        assert dimension.low % dimension.step == 0
+        assert dimension.high == group.channels
 
 
 def test_one_precision_is_no_choice() -> None:

@@ -174,9 +174,12 @@ MIXES: Mapping[str, tuple[str, ...]] = {
     "fp32": ("fp32",),
     "fp16": ("fp16",),
     "int8": ("int8",),
+    "fp8": ("fp8",),
     "float-half": ("fp32", "fp16"),
     "half-int8": ("fp16", "int8"),
-    "all": ("int8", "fp16", "fp32", "int8"),
+    "half-fp8": ("fp16", "fp8"),
+    "fp8-int8": ("fp8", "int8"),
+    "all": ("int8", "fp16", "fp32", "int8", "fp8"),
 }
 
 
@@ -194,7 +197,7 @@ def test_each_kind_of_file_builds(mix, threshold, fewest, build_engines, network
     assert_builds(build_engines, builder, network, candidate, images.numpy()[:4])
 
 
-@pytest.mark.parametrize("mix", ["int8", "half-int8", "all"])
+@pytest.mark.parametrize("mix", ["int8", "half-int8", "fp8", "half-fp8", "all"])
 def test_residual_blocks_with_downsampling_build(mix, build_engines) -> None:
     torch.manual_seed(0)
     network, images = ExitNetwork(resnet20().eval(), [], []).eval(), torch.randn(2, 1, 32, 32).numpy()
@@ -202,12 +205,17 @@ def test_residual_blocks_with_downsampling_build(mix, build_engines) -> None:
     assert_builds(build_engines, builder, network, candidate_of(builder.layers, mix, {}), images)
 
 
-@pytest.mark.parametrize("mix", ["fp16", "float-half", "all"])
+@pytest.mark.parametrize("mix", ["fp16", "float-half", "fp8", "all"])
 def test_activations_with_constants_build(mix, build_engines) -> None:
     torch.manual_seed(0)
     network, images = ExitNetwork(MobileNetwork().eval(), [], []).eval(), torch.randn(2, 3, 8, 8).numpy()
     builder = ArtifactBuilder(network, images, Accelerator())
     assert_builds(build_engines, builder, network, candidate_of(builder.layers, mix, {}), images)
+
+
+def test_a_file_that_allows_tf32_builds(build_engines, network, images) -> None:
+    builder = ArtifactBuilder(network, images.numpy(), Accelerator(), tf32=True)
+    assert_builds(build_engines, builder, network, candidate_of(builder.layers, "fp32", {}), images.numpy()[:4])
 
 
 def test_a_sliced_network_builds(build_engines, network, space, images) -> None:

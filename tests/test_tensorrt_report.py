@@ -1,7 +1,6 @@
 """What TensorRT's inspector and the system's tools tell, read in every form that they have."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,47 +82,3 @@ def test_an_engine_without_detailed_profiling_is_refused() -> None:
 )
 def test_datatypes_whose_names_contain_others(text: str, precision: str | None) -> None:
     assert trt_report.precision_of(text) == precision
-
-
-def tool(folder: Path, name: str, output: str, code: int = 0) -> None:
-    (folder / name).write_text(f"#!/bin/sh\necho '{output}'\nexit {code}\n")
-    (folder / name).chmod(0o755)
-
-
-def test_the_state_of_a_discrete_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool(tmp_path, "nvidia-smi", "1980, 2619, 41, 120.50, P0")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert trt_report.state(tmp_path) == trt_report.DeviceState(1.98e9, 2.619e9, 41.0, 120.5, "P0")
-
-
-def test_the_state_of_a_jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool(tmp_path, "nvidia-smi", "[N/A], [N/A], [N/A], [N/A], [N/A]")
-    tool(tmp_path, "nvpmodel", "NV Power Mode: MAXN")
-    clock, zone = tmp_path / "class/devfreq/17000000.gpu", tmp_path / "class/thermal/thermal_zone1"
-    for folder in (clock, zone):
-        folder.mkdir(parents=True)
-    (clock / "cur_freq").write_text("624750000\n")
-    (zone / "type").write_text("gpu-thermal\n")
-    (zone / "temp").write_text("48500\n")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert trt_report.state(tmp_path) == trt_report.DeviceState(624.75e6, None, 48.5, None, "MAXN")
-
-
-def test_no_tools_or_broken_ones_leave_the_state_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert trt_report.state(tmp_path) == trt_report.DeviceState()
-    tool(tmp_path, "nvidia-smi", "no devices were found", code=9)
-    tool(tmp_path, "nvpmodel", "", code=1)
-    assert trt_report.state(tmp_path) == trt_report.DeviceState()
-
-
-def test_a_state_that_moved_is_told_and_one_that_did_not_is_not() -> None:
-    before = trt_report.DeviceState(1.5e9, 2e9, 50.0, 30.0, "MAXN")
-    assert trt_report.state_moved(before, trt_report.DeviceState(1.49e9, 2e9, 55.0, 31.0, "MAXN")) == []
-    moved = trt_report.state_moved(before, trt_report.DeviceState(1.0e9, 2e9, 65.0, 31.0, "15W"))
-    assert [word for line in moved for word in ("1000 MHz", "65 degrees", "'15W'") if word in line] == [
-        "1000 MHz",
-        "65 degrees",
-        "'15W'",
-    ]
-    assert trt_report.state_moved(trt_report.DeviceState(), before)[0].startswith("the power mode")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from evaluators.runtimes import trt
@@ -15,7 +16,8 @@ from evaluators.runtimes.cuda import (
 )
 from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.runtimes.trt import TensorRT
-from evaluators.target import Proof
+from evaluators.runtimes.trt_devices import capabilities
+from evaluators.target import ALLOW_TF32, Proof, allows_tf32
 from tests.scripted_gpu import first_half, one_line, second_half
 from tests.scripted_tensorrt import layer, v11
 
@@ -44,11 +46,32 @@ def test_the_runtime_builds_loads_and_chains_its_stages(scripted: Any, pictures:
     wanted, left = StagedNetwork([first_half, second_half], [0.8])(pictures)
     np.testing.assert_array_equal(exits, left)
     np.testing.assert_allclose(logits, wanted, rtol=1e-6)
-    assert all(config.cleared == ["TF32"] for config in scripted.configs)
+    assert all(config.cleared == ["TF32"] and "TF32" not in config.set for config in scripted.configs)
     assert all(config.profiling_verbosity == "DETAILED" for config in scripted.configs)
     assert [vars(config.profiles[0])["in"] for config in scripted.configs] == [((1, 1, 2, 2),) * 3] * 2
     (file,) = (tmp_path / "tensorrt").iterdir()
     assert file.read_bytes() == b"tt"
+
+
+def test_tf32_is_on_where_the_file_allows_it(scripted: Any, pictures: Any) -> None:
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "stage", [], []))
+    onnx.helper.set_model_props(model, {"author": "nobody", **ALLOW_TF32})
+    assert allows_tf32(model.SerializeToString())
+    assert not allows_tf32(b"allow_tf32")
+    TensorRT().open([model.SerializeToString()], [], 1).answer(pictures, 1)
+    (config,) = scripted.configs
+    assert "TF32" in config.set
+    assert not config.cleared
+
+
+def test_capabilities_follow_the_generation() -> None:
+    turing, orin, ada = (capabilities(generation) for generation in ((7, 5), (8, 7), (8, 9)))
+    assert turing.precisions == orin.precisions == ("fp32", "fp16", "int8")
+    assert ada.precisions == ("fp32", "fp16", "fp8", "int8")
+    assert [able.tf32 for able in (turing, orin, ada)] == [False, True, True]
+    assert turing.channel_steps == {"fp32": 8, "fp16": 8, "int8": 32}
+    assert orin.channel_steps == turing.channel_steps | {"tf32": 4, "fp16 2:4": 16}
+    assert ada.channel_steps == orin.channel_steps | {"fp8": 16}
 
 
 def test_the_same_stage_is_built_once_for_each_batch_size(scripted: Any, pictures: Any) -> None:

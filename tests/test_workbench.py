@@ -1,9 +1,14 @@
 """Training, recovery, and what a search's trials share."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from search.study import Study
+from evaluators.runtimes.ort import OnnxRuntime
+from evaluators.target import Target, allows_tf32
+from search.study import Study, StudyError
+from search.workbench import Workbench
 from tests import tiny
 
 
@@ -21,6 +26,25 @@ def test_compression_recovers_and_the_dense_network_is_left_alone(bench) -> None
     assert bench.compress(candidate).state_dict().keys() == recovered.state_dict().keys()
     for name, tensor in bench.compress(candidate).state_dict().items():
         assert (tensor == recovered.state_dict()[name]).all(), "recovery repeats bit for bit"
+
+
+def test_tf32_is_refused_where_the_device_has_none() -> None:
+    study = Study.parse(tiny.STUDY.replace("batch = 4", "batch = 4, tf32 = true"), "test")
+    with pytest.raises(StudyError, match=r"Ampere on, got onnxruntime on .*; leave it out"):
+        Workbench(study, lambda *_: None)
+
+
+def test_tf32_is_part_of_every_record(cache) -> None:
+    class Ampere(OnnxRuntime):
+        def capabilities(self):
+            return replace(super().capabilities(), tf32=True)
+
+    study = Study.parse(tiny.STUDY.replace("batch = 4", "batch = 4, tf32 = true"), "test")
+    bench = Workbench(study, lambda *_: None, Ampere())
+    assert str(bench.target).endswith(", fp32 in TF32")
+    assert Target(**bench.target.to_dict()) == bench.target
+    for artifact in bench.references().values():
+        assert all(allows_tf32(stage) for stage in artifact.stages)
 
 
 def test_the_trained_network_is_cached_and_training_goes_on_after_a_crash(cache, tmp_path, monkeypatch) -> None:

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluators.artifact import Artifact
-from evaluators.artifact.exporter import OUTPUT, ExportError, logits_name
+from evaluators.artifact import Artifact, fp8
+from evaluators.artifact.exporter import OPSET, OUTPUT, ExportError, logits_name
 from evaluators.artifact.half import HalfWriter
 from evaluators.artifact.qdq import Placement, Quantizer, Ranges
 from evaluators.artifact.template import Stage, Template, output_channels
 from evaluators.runtimes.ort import activation_ranges, load
-from evaluators.target import Runtime
+from evaluators.target import ALLOW_TF32, Runtime
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
 
@@ -30,14 +30,18 @@ class ArtifactBuilder:
         network: the dense network with its exits, in evaluation mode.
         calibration: images that the ranges are read from, `(n, c, h, w)`.
         runtime: what will run the artifact.
+        tf32: whether its fp32 layers may run in TF32.
 
     Raises:
         ExportError: torch cannot export the network.
         StructureError: an exit sits where the graph cannot be cut in two.
     """
 
-    def __init__(self, network: ExitNetwork, calibration: NDArray[np.float32], runtime: Runtime) -> None:
+    def __init__(
+        self, network: ExitNetwork, calibration: NDArray[np.float32], runtime: Runtime, tf32: bool = False
+    ) -> None:
         self._runtime = runtime
+        self._properties = ALLOW_TF32 if tf32 else {}
         self._template = Template(network, torch.from_numpy(calibration[:1]))
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
         able = self._able = runtime.capabilities()
@@ -45,6 +49,7 @@ class ArtifactBuilder:
             self._template.nodes, self._template.layers, outputs, able.weight_bits, able.quantized_add
         )
         self._half = HalfWriter(self._template.nodes, self._template.layers)
+        self._float8 = fp8.Float8Writer(self._template.layers)
         self._everything = Stage(self._template.nodes, self._template.stages(())[0].input, tuple(outputs))
         self._probe = calibration[:2]
         refusal = self.disagreement(network)
@@ -85,7 +90,7 @@ class ArtifactBuilder:
     def written_precisions(self, network: ExitNetwork, candidate: Candidate) -> dict[str, str]:
         """Returns the precision that each layer gets in the artifact.
 
-        It is the candidate's, but for int8 layers that the target would run no faster in int8: those with too few
+        It is the candidate's, but for layers that the target would run no faster in its 8 bits: those with too few
         channels left, and, where it asks for any number of them, grouped ones. They are fp16 if the target has it, else
         fp32.
         """
@@ -93,11 +98,11 @@ class ArtifactBuilder:
         instead = "fp16" if "fp16" in self._able.precisions else "fp32"
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         for layer, weight in self._template.layer_weights.items():
-            if precisions[layer] == "int8" and not self._takes_int8(weight, shapes[weight]):
+            if precisions[layer] in ("int8", "fp8") and not self._takes_8_bits(weight, shapes[weight]):
                 precisions[layer] = instead
         return precisions
 
-    def _takes_int8(self, weight: str, shape: tuple[int, ...]) -> bool:
+    def _takes_8_bits(self, weight: str, shape: tuple[int, ...]) -> bool:
         fewest = self._able.int8_channels
         return fewest <= 1 or (weight not in self._template.grouped and min(shape[:2]) >= fewest)
 
@@ -107,7 +112,9 @@ class ArtifactBuilder:
         Each costs a conversion.
         """
         placement, halves = self._place(candidate.precision)
-        return self._quantizer.boundaries(dict.fromkeys(placement.nodes, "int8") | dict.fromkeys(halves, "fp16"))
+        eights = self._float8.place(_at("fp8", candidate.precision))
+        others = dict.fromkeys(halves, "fp16") | dict.fromkeys(eights, "fp8")
+        return self._quantizer.boundaries(dict.fromkeys(placement.nodes, "int8") | others)
 
     def _place(self, precisions: Mapping[str, str]) -> tuple[Placement, frozenset[str]]:
         """Returns where Q/DQ goes and which nodes are fp16, for the precision of each layer."""
@@ -128,13 +135,17 @@ class ArtifactBuilder:
         weights = self._template.weights(network.state_dict())
         precisions = self.written_precisions(network, candidate)
         placement, halves = self._place(precisions)
+        eights, ranges = self._float8.place(_at("fp8", precisions)), ranges or self.ranges
         files: list[bytes] = []
         for stage in self._template.stages(candidate.active_exits):
-            nodes, values = self._quantizer.write(stage, placement, weights, ranges or self.ranges)
+            nodes, values = self._quantizer.write(stage, placement, weights, ranges)
+            opset = fp8.OPSET if any(node.name in eights for node in nodes) else OPSET
+            nodes, values = self._float8.write(nodes, eights, values, ranges)
             nodes, values = self._half.write(nodes, halves, values, stage.outputs)
             # What is built for one shape has to know the channels of its input.
             channels = output_channels(files[-1]) if files and not self._able.dynamic_batch else {}
-            files.append(self._template.file(stage, nodes, values, channels))
+            nodes = nodes if opset == OPSET else fp8.in_opset(nodes, values)
+            files.append(self._template.file(stage, nodes, values, channels, opset, self._properties))
         return Artifact(
             stages=tuple(files),
             deployed=tuple(self._runtime.deployable(file) for file in files),

@@ -221,7 +221,7 @@ class Quantizer:
 
     def _quantize_weight(self, node: NodeProto, values: Arrays) -> NodeProto:
         name = node.input[1]
-        axis = 1 if node.op_type == "MatMul" or (node.op_type == "Gemm" and not _flag(node, "transB")) else 0
+        axis = output_axis(node)
         quantized, scale = quantize_weight(values[name], axis, self._weight_limit)
         values[f"{name}/q"], values[f"{name}/scale"] = quantized, scale
         values[f"{name}/zero_point"] = np.zeros(len(scale), dtype=np.int8)
@@ -230,8 +230,10 @@ class Quantizer:
         return helper.make_node("DequantizeLinear", inputs, [name + DEQUANTIZED], f"{name}/DequantizeLinear", axis=axis)
 
 
-def _flag(node: NodeProto, name: str) -> bool:
-    return any(attribute.name == name and attribute.i for attribute in node.attribute)
+def output_axis(node: NodeProto) -> int:
+    """Returns the axis of the output channels in the weight of a convolution or linear layer."""
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return 1 if node.op_type == "MatMul" or (node.op_type == "Gemm" and not transposed) else 0
 
 
 def quantize_weight(weight: NDArray[np.generic], axis: int, limit: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

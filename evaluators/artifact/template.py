@@ -18,7 +18,6 @@ from spaces.network import ExitNetwork, layer_name
 
 Arrays = dict[str, NDArray[np.generic]]
 
-_IR_VERSION = 8
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
 """What a convolution or a linear layer becomes."""
 
@@ -130,7 +129,13 @@ class Template:
         return tuple(node for node in self.nodes if node.name in wanted)
 
     def file(
-        self, stage: Stage, nodes: Sequence[NodeProto], arrays: Arrays, channels: Mapping[str, int] | None = None
+        self,
+        stage: Stage,
+        nodes: Sequence[NodeProto],
+        arrays: Arrays,
+        channels: Mapping[str, int] | None = None,
+        opset: int = OPSET,
+        properties: Mapping[str, str] | None = None,
     ) -> bytes:
         """Returns one stage as an ONNX file.
 
@@ -139,6 +144,8 @@ class Template:
             nodes: its nodes, as they are written.
             arrays: the value of every initializer.
             channels: of the features between stages; left open where not given.
+            opset: that the nodes are written in.
+            properties: metadata for the runtime.
         """
         names = {name for node in nodes for name in node.input}
         graph = helper.make_graph(
@@ -147,7 +154,8 @@ class Template:
             [self._info(stage.input, channels or {})],
             [self._info(name, channels or {}) for name in stage.outputs],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_ir_version(opset))
+        helper.set_model_props(model, dict(properties or {}))
         for name, array in arrays.items():
             if name in names:
                 model.graph.initializer.append(numpy_helper.from_array(array, name))
@@ -173,6 +181,11 @@ class Template:
             if attribute.name == "group":
                 attribute.i = len(arrays[weight]) * attribute.i // self._shapes[weight][0]
         return fitted
+
+
+def _ir_version(opset: int) -> int:
+    """Returns the file format that came with an opset: 9 with the float8 types of opset 19."""
+    return 9 if opset >= 19 else 8
 
 
 def output_channels(file: bytes) -> dict[str, int]:

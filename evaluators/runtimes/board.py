@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.data import SMALL_BYTES, ImageStore, bytes_of
+from evaluators.device_state import DeviceState
 from evaluators.runtimes.ssh import Address, ConnectionLostError, JobError, Line
 from evaluators.target import Capabilities, Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.timing import Protocol, TakeTurn, Turn
@@ -62,6 +63,10 @@ class Board:
         """Returns what runs well on the board."""
         found = dict(self._line.board["capabilities"])
         return Capabilities(**found | {"precisions": tuple(found["precisions"])})
+
+    def state(self) -> DeviceState:
+        """Returns how fast the board's device may run just now."""
+        return DeviceState(**self.doing(lambda line: line.ask("state")))
 
     def deployable(self, model: bytes) -> bytes:
         """Returns the file that the board's runtime wants."""

@@ -244,6 +244,15 @@ class Cuda:
         # The code is not looked at: a GPU that is lost has lost its handles as well.
         getattr(self._library, destroy)(ctypes.c_void_p(value))
 
+    def bus_id(self) -> str:
+        """Returns the place of the device on the PCI bus; "" where it has none."""
+        text = ctypes.create_string_buffer(32)
+        try:
+            self.call("cudaDeviceGetPCIBusId", text, ctypes.c_int(len(text)), ctypes.c_int(0))
+        except CudaError:
+            return ""
+        return text.value.decode()
+
     def _attribute(self, attribute: int) -> int:
         found = ctypes.c_int()
         self.call("cudaDeviceGetAttribute", ctypes.byref(found), ctypes.c_int(attribute), ctypes.c_int(0))

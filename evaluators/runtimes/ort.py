@@ -10,7 +10,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
+from evaluators.runtimes.run_bundle import harmful_optimizers
 from evaluators.target import Capabilities, Images
 
 if TYPE_CHECKING:
@@ -56,7 +58,12 @@ class OnnxRuntime:
         Source: ONNX Runtime documentation, Quantize ONNX models, "When to use reduce-range".
         """
         overflows = platform.machine().lower() in ("x86_64", "amd64") and not has_vnni()
-        return Capabilities(("fp32", "int8"), channel_step=8, weight_bits=7 if overflows else 8, dynamic_batch=True)
+        steps = {"fp32": 8, "int8": 8}
+        return Capabilities(("fp32", "int8"), steps, weight_bits=7 if overflows else 8, dynamic_batch=True)
+
+    def state(self) -> DeviceState:
+        """Returns the CPU's frequency, governor and temperature, where the system tells."""
+        return cpu_state()
 
     def deployable(self, model: bytes) -> bytes:
         """Returns the model with u8 activations, the only form that this runtime fuses on a CPU.
@@ -98,7 +105,9 @@ def open_session(model: bytes, threads: int, optimize: bool = True) -> onnxrunti
     options.log_severity_level = 3
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_ENABLE_BASIC
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=harmful_optimizers(model)
+    )
 
 
 def activation_ranges(
@@ -134,7 +143,7 @@ def _with_zero(low: float, high: float) -> tuple[float, float]:
 
 
 def unsigned_activations(model: bytes) -> bytes:
-    """Returns the model with every s8 activation made u8; a model without any is returned as it is."""
+    """Returns the model with every s8 activation made u8; fp8 ones, and a model without any, stay as they are."""
     import onnx
     from onnx import numpy_helper
 
@@ -142,6 +151,7 @@ def unsigned_activations(model: bytes) -> bytes:
     initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
     producers = {output: node for node in proto.graph.node for output in node.output}
     quantizers = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    quantizers = [node for node in quantizers if initializers[node.input[2]].data_type == onnx.TensorProto.INT8]
     for node in quantizers:
         zero_point = initializers[node.input[2]]
         offset = 0 if _is_non_negative(node.input[0], producers) else 128

@@ -33,6 +33,7 @@ _SHIPPED = (
     "spaces/__init__.py",
     "spaces/errors.py",
     "evaluators/__init__.py",
+    "evaluators/device_state.py",
     "evaluators/target.py",
     "evaluators/timing.py",
     "evaluators/runtimes/__init__.py",
@@ -42,6 +43,7 @@ _SHIPPED = (
     "evaluators/runtimes/ort.py",
     "evaluators/runtimes/cuda.py",
     "evaluators/runtimes/engines.py",
+    "evaluators/runtimes/trt_devices.py",
     "evaluators/runtimes/trt_report.py",
     "evaluators/runtimes/trt.py",
 )

@@ -1,6 +1,7 @@
 """TensorRT 10.3 to 11: the main accelerator target, one engine per stage and batch size.
 
-Precision lives in the ONNX file: engines are strongly typed, on 10 as on 11, and TF32 is off. This is the only module
+Precision lives in the ONNX file: engines are strongly typed, on 10 as on 11, and TF32 is off unless the file's metadata
+allows it. This is the only module
 that imports tensorrt, and only when it is needed, so that it can be asked what is missing anywhere.
 """
 
@@ -15,10 +16,12 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from evaluators.device_state import DeviceState, gpu_state, state_moved
 from evaluators.runtimes.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
 from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
-from evaluators.runtimes.trt_report import DeviceState, LayerRow, layer_rows, state, state_moved
-from evaluators.target import Capabilities, Images, TargetError
+from evaluators.runtimes.trt_devices import capabilities
+from evaluators.runtimes.trt_report import LayerRow, layer_rows
+from evaluators.target import Capabilities, Images, TargetError, allows_tf32
 
 # tensorrt has no types. These are its classes' names, which a test compares with the real bindings: every attribute
 # that is used of something annotated with one of them has to exist, in every version that is accepted.
@@ -41,8 +44,6 @@ _NO_MEMORY = re.compile(r"out of memory|OutOfMemory", re.IGNORECASE)
 _FREE_MEMORY = "use a smaller batch, or free the GPU"
 _TIMINGS_PER_TACTIC = 8
 _PLANS_KEPT = 8
-_FIRST_CAPABILITY = {"fp32": (0, 0), "fp16": (7, 0), "int8": (6, 1)}
-"""The compute capability from which each precision has fast instructions. Source: TensorRT support matrix."""
 
 
 def library() -> Any:
@@ -59,10 +60,6 @@ def library() -> Any:
     if not _OLDEST <= version < _TOO_NEW:
         raise TargetError(f"TensorRT is 10.3 to 11.x, got {trt.__version__}; {_INSTALL}")
     return trt
-
-
-_FIRST_SPARSE = (8, 0)
-"""Ampere: the first with sparse tensor cores."""
 
 
 class TensorRT:
@@ -94,24 +91,12 @@ class TensorRT:
         return self._cuda.device().name
 
     def capabilities(self) -> Capabilities:
-        """Returns the precisions of the GPU's generation, channels in eights, 8-bit weights, and 2:4 from Ampere on.
+        """Returns what the GPU's generation runs well."""
+        return capabilities(self._cuda.device().capability)
 
-        An int8 residual addition carries Q/DQ on its residual input only, so that it fuses into the convolution; int8
-        is left out below 16 channels, where it is slower. Source: TensorRT documentation, Working with quantized types.
-        """
-        capability = self._cuda.device().capability
-        precisions = tuple(name for name, first in _FIRST_CAPABILITY.items() if capability >= first)
-        return Capabilities(
-            precisions,
-            channel_step=8,
-            weight_bits=8,
-            dynamic_batch=False,
-            quantized_add="residual",
-            int8_channels=16,
-            sparse_2_4=capability >= _FIRST_SPARSE,
-            compiles=True,
-            clock="gpu",
-        )
+    def state(self) -> DeviceState:
+        """Returns the GPU's clocks, power mode and temperature."""
+        return gpu_state(self._cuda.bus_id())
 
     def deployable(self, model: bytes) -> bytes:
         """Returns the model as it is: symmetric s8 is the form that TensorRT reads."""
@@ -161,13 +146,13 @@ class TensorRT:
 
     def remarks(self) -> list[str]:
         """Returns why engines ran without a CUDA graph, what a synchronisation costs, and how the GPU's state moved."""
-        moved = state_moved(self._state, state()) if self._state else []
+        moved = state_moved(self._state, self.state()) if self._state else []
         waits = [f"one synchronisation with the GPU takes {self._wait_s * 1e6:.0f} us"] if self._wait_s else []
         return [*self._refusals, *waits, *moved]
 
     def _stream(self, stages: int) -> TimedStream:
         stream = TimedStream(self._cuda)
-        self._state = self._state or state()
+        self._state = self._state or self.state()
         if stages > 1 and not self._wait_s:
             self._wait_s = stream.wait_s()
         return stream
@@ -243,7 +228,7 @@ class EngineBuilder:
         typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network: INetworkDefinition = builder.create_network(typed)
         self._parse(stage, network)
-        config = self._config(builder, network, shape)
+        config = self._config(builder, network, shape, allows_tf32(stage))
         self._read_timings(config)
         engine = builder.build_serialized_network(network, config)
         if engine is None:
@@ -259,10 +244,13 @@ class EngineBuilder:
             _log().errors.clear()  # the log says the same without the node's name
             raise _refusal("TensorRT reads every node of a stage", "replace the layer that it names", errors)
 
-    def _config(self, builder: Builder, network: INetworkDefinition, shape: Shape) -> IBuilderConfig:
+    def _config(self, builder: Builder, network: INetworkDefinition, shape: Shape, tf32: bool) -> IBuilderConfig:
         trt = self._trt
         config: IBuilderConfig = builder.create_builder_config()
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and no fp32
+        if tf32:
+            config.set_flag(trt.BuilderFlag.TF32)
+        else:
+            config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and no fp32
         if self._sparse:
             config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, precisions cannot be proved

@@ -1,12 +1,9 @@
-"""What an engine became and what state the GPU is in: read from TensorRT's inspector and the system's own tools."""
+"""What an engine became, read from TensorRT's inspector."""
 
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evaluators.target import Proof
@@ -25,8 +22,6 @@ _PRECISIONS = (
 """In this order: the name of one may contain another's."""
 
 _FUSED_REGION = ("ForeignNode", "__myl_")
-_SMI_FIELDS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,pstate"
-_NO_TOOL_AFTER_S = 10
 
 
 class InspectionError(UserError):
@@ -52,25 +47,6 @@ class LayerRow:
     outputs: tuple[str, ...]
     weights: str | None
     origin: str = ""
-
-
-@dataclass(frozen=True)
-class DeviceState:
-    """How fast the GPU may run just now; None or "" where nothing tells.
-
-    Args:
-        clock_hz: of the multiprocessors.
-        memory_clock_hz: of the memory.
-        temperature_c: of the GPU, in degrees Celsius.
-        power_w: drawn just now.
-        power_mode: a Jetson's power mode, or a discrete GPU's performance state.
-    """
-
-    clock_hz: float | None = None
-    memory_clock_hz: float | None = None
-    temperature_c: float | None = None
-    power_w: float | None = None
-    power_mode: str = ""
 
 
 def layer_rows(information: str) -> list[LayerRow]:
@@ -154,84 +130,3 @@ def _computes(row: LayerRow, layer: str) -> bool:
         return False
     name = re.compile(rf"(?<![\w./]){re.escape(layer)}(?![\w./])")
     return bool(name.search(row.name) or name.search(row.origin))
-
-
-def state(system: Path = Path("/sys")) -> DeviceState:
-    """Returns the GPU's state from nvidia-smi, or on a Jetson from nvpmodel and the kernel's files.
-
-    Args:
-        system: where the kernel's files are.
-    """
-    smi = _said("nvidia-smi", f"--query-gpu={_SMI_FIELDS}", "--format=csv,noheader,nounits", "--id=0")
-    fields = [field.strip() for field in smi.splitlines()[0].split(",")] if smi.strip() else []
-    fields += [""] * (5 - len(fields))
-    clock, memory_clock, temperature, power = (_number(field) for field in fields[:4])
-    return DeviceState(
-        clock_hz=clock * 1e6 if clock is not None else _kernel_clock(system),
-        memory_clock_hz=None if memory_clock is None else memory_clock * 1e6,
-        temperature_c=temperature if temperature is not None else _kernel_temperature(system),
-        power_w=power,
-        power_mode=_power_mode() or (fields[4] if re.fullmatch(r"P\d+", fields[4]) else ""),
-    )
-
-
-def state_moved(before: DeviceState, after: DeviceState) -> list[str]:
-    """Returns, in words, what changed enough to change a latency: 5% of a clock, 10 degrees, the power mode."""
-    lines = []
-    for name, old, new in (
-        ("clock", before.clock_hz, after.clock_hz),
-        ("memory clock", before.memory_clock_hz, after.memory_clock_hz),
-    ):
-        if old and new and abs(new / old - 1) > 0.05:
-            lines.append(f"the GPU's {name} moved from {old / 1e6:.0f} to {new / 1e6:.0f} MHz")
-    if before.temperature_c and after.temperature_c and abs(after.temperature_c - before.temperature_c) > 10:
-        lines.append(f"the GPU went from {before.temperature_c:.0f} to {after.temperature_c:.0f} degrees Celsius")
-    if before.power_mode != after.power_mode:
-        lines.append(f"the power mode went from {before.power_mode!r} to {after.power_mode!r}")
-    return lines
-
-
-def _power_mode() -> str:
-    found = re.search(r"Power Mode:\s*(\S.*)", _said("nvpmodel", "-q"))
-    return found.group(1).strip() if found else ""
-
-
-def _kernel_clock(system: Path) -> float | None:
-    for folder in sorted(system.glob("class/devfreq/*")):
-        if re.search(r"gpu|gv11b|ga10b|gp10b|gb10b", folder.name):
-            return _number(_text(folder / "cur_freq"))
-    return None
-
-
-def _kernel_temperature(system: Path) -> float | None:
-    for kind in sorted(system.glob("class/thermal/thermal_zone*/type")):
-        if "gpu" in _text(kind).lower():
-            found = _number(_text(kind.with_name("temp")))
-            return None if found is None else found / 1e3
-    return None
-
-
-def _said(tool: str, *arguments: str) -> str:
-    """Returns what a tool prints; nothing where it is missing, fails or does not come back."""
-    path = shutil.which(tool)
-    if path is None:
-        return ""
-    try:
-        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=_NO_TOOL_AFTER_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -57,6 +57,7 @@ class Worker:
             "launches": self._launches,
             "proof": self._proof,
             "extras": self._extras,
+            "state": lambda _: asdict(self._runtime.state()),
             "remarks": lambda _: {"remarks": self._runtime.remarks()},
         }
 

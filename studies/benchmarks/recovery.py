@@ -144,7 +144,7 @@ def _pruned(ground: Ground, space: SparsitySpace, share: float, how: str, settin
 
 def effort_table(ground: Ground, results: Results, out: Path, minutes: float, candidates: int, final: float) -> None:
     """Prints what each recovery brings at equal training time, and how well it ranks candidates."""
-    space = ground.space("l2", ground.bench.space.sparsity.step)
+    space = ground.space("l2", ground.bench.space.sparsity.finest)
     shared = _shared_weights(ground, space, out, minutes)
     chosen = _candidates(ground, space, candidates)
     each, full = FinetuneSection(minutes=minutes / len(chosen)), FinetuneSection(epochs=final)

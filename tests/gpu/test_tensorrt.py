@@ -104,6 +104,7 @@ def test_what_cannot_be_parsed_is_one_clear_line(runtime, images) -> None:
 
 
 def test_the_state_of_this_gpu_is_told() -> None:
-    state = trt_report.state()
+    state = TensorRT().state()
+    assert state.kind == "GPU"
     assert state.temperature_c is None or 0 < state.temperature_c < 120
     assert state.clock_hz is None or state.clock_hz > 1e6
