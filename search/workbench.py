@@ -314,7 +314,7 @@ def _space(
         SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions),
         GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
-        PatternSpace(offered_patterns(network, groups.free, able.channel_step, _patterns(study, target))),
+        PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
     )
 
 

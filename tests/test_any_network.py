@@ -9,16 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from evaluators.artifact.build import ArtifactBuilder
-from evaluators.artifact.exporter import ExportError
+from evaluators.artifact.exporter import ExportError, export_structure
 from evaluators.runtimes.ort import OnnxRuntime, load
 from spaces.candidate import Candidate
 from spaces.grouping import find_groups
 from spaces.groups import Groups
 from spaces.network import ExitHead, ExitNetwork, feature_channels
 from spaces.slicing import sliced
+from studies.cifar10.model import resnet20
 from tests import zoo
 from tests.tiny import sparsity_space
 
@@ -200,3 +201,27 @@ def test_the_trained_cifar_resnet_keeps_its_shortcuts_and_frees_its_blocks() -> 
     blocks = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)]
     assert [group.name for group in groups.free] == blocks
     assert groups.whole
+
+
+def test_a_refused_export_writes_nothing_but_its_reason(capfd) -> None:
+    class Bessel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.special.i0e(self.first(x)).mean((2, 3)))
+
+    with pytest.raises(ExportError, match="special_i0e") as raised:
+        export_structure(ExitNetwork(Bessel(), [], []).eval(), torch.randn(1, 3, 8, 8))
+    assert "trunk" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_exits_behind_a_padded_shortcut_are_exported() -> None:
+    trunk = resnet20().eval()
+    heads = [ExitHead(16, 10, 4), ExitHead(32, 10, 4)]
+    network = ExitNetwork(trunk, ["layer1", "layer2"], heads).eval()
+    model = export_structure(network, torch.randn(1, 3, 32, 32))
+    assert "exit2_logits" in {output.name for output in model.graph.output}

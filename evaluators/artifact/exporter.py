@@ -70,7 +70,8 @@ def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
         model = _export(_WithCuts(scrambled), (image,), names)
     except Exception as error:
         path, reason = _offender(scrambled, image) or ("", error)
-        place = f" at {layer_name(path)!r} ({type(network.get_submodule(path)).__name__})" if path else ""
+        inner = path not in ("", "trunk")  # the network as a whole is no place
+        place = f" at {layer_name(path)!r} ({type(network.get_submodule(path)).__name__})" if inner else ""
         raise ExportError(f"the network cannot be exported to ONNX{place}: {_first_line(reason)}") from error
     _strip_prefix(model, "network.")
     return model
@@ -97,15 +98,21 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], outputs: Sequence[str] =
 
 @contextmanager
 def _any_pooling() -> Iterator[None]:
-    """Lets adaptive pooling be exported at any size: where bins are uneven, as a product with constant matrices."""
+    """Lets adaptive pooling be exported at any size.
+
+    The exporter loses sight of sizes behind a padding or a slice. So even bins are written as plain pooling, uneven
+    ones as a product with constant matrices.
+    """
     given = F.adaptive_avg_pool2d
 
     def pool(features: Tensor, output_size: Any) -> Tensor:
         height, width = (
             int(wanted or size) for wanted, size in zip(_pair(output_size), features.shape[-2:], strict=True)
         )
-        if features.shape[-2] % height == 0 and features.shape[-1] % width == 0:
+        if (height, width) == (1, 1):
             return given(features, output_size)
+        if features.shape[-2] % height == 0 and features.shape[-1] % width == 0:
+            return F.avg_pool2d(features, (int(features.shape[-2]) // height, int(features.shape[-1]) // width))
         rows, columns = _bins(int(features.shape[-2]), height), _bins(int(features.shape[-1]), width)
         return torch.matmul(torch.matmul(rows, features), columns.T)
 
@@ -123,12 +130,13 @@ def _bins(size: int, bins: int) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter from printing the whole graph when it fails."""
-    torch._C._jit_set_onnx_log_enabled(False)
+    """Keeps the exporter from printing the whole graph when it fails; its own switch is switched on by itself."""
+    given = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None
     try:
         yield
     finally:
-        torch._C._jit_set_onnx_log_enabled(True)
+        torch._C._jit_onnx_log = given
 
 
 def _offender(network: nn.Module, image: Tensor) -> tuple[str, Exception] | None:

@@ -109,8 +109,8 @@ class Narrowing:
         for group in self._sparsity.groups:
             final = self._channels.get(group.name, group.channels)
             due = group.channels * (1 - ramp(place, 1 - final / group.channels))
-            steps = round((due - final) / self._sparsity.step)
-            found[group.name] = min(final + steps * self._sparsity.step, group.channels)
+            step = self._sparsity.step(group)
+            found[group.name] = min(final + round((due - final) / step) * step, group.channels)
         return found
 
     def _masked(self, weight: Tensor, pattern: str, place: float) -> Tensor:
