@@ -161,7 +161,7 @@ def test_a_trial_whose_board_is_always_late_is_kept_with_its_reason(server, fold
     mine.close()
     trials = [trial for trial in search.open().trials if trial.state.is_finished()]
     assert [trial.state == TrialState.FAIL for trial in trials] == [False, True, False]
-    assert trials[1].user_attrs["reason"] == "TargetError: board did not answer in time, 1 times in a row"
+    assert trials[1].user_attrs["reason"] == "TargetError: board did not answer in time, once"
 
 
 def test_what_was_uploaded_is_not_sent_again(server, board, builder, network, space) -> None:

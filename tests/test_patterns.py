@@ -33,7 +33,7 @@ PATTERNS = {"inner.0": "2:4", "outer.0": "75%", "hidden": "50%"}
 
 @pytest.fixture
 def patterned(space: JointSpace, network) -> JointSpace:
-    offered = offered_patterns(network, space.sparsity.groups, space.sparsity.step, ("2:4", "75%"))
+    offered = offered_patterns(network, space.sparsity.groups, space.sparsity.finest, ("2:4", "75%"))
     return JointSpace(space.sparsity, space.precision, space.gates, PatternSpace(offered))
 
 
@@ -163,7 +163,7 @@ def test_channels_narrow_step_by_step_to_the_candidates(space, network) -> None:
     for before, after in itertools.pairwise(places):
         for group in space.sparsity.groups:
             assert after[group.name] <= before[group.name]
-            assert (group.channels - after[group.name]) % space.sparsity.step == 0
+            assert (group.channels - after[group.name]) % space.sparsity.step(group) == 0
     halfway = narrowing.channels_at(0.5)["inner.0"]
     assert halfway == pytest.approx(24 * (1 - ramp(0.5, 1 - final["inner.0"] / 24)), abs=2)
 

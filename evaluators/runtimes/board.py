@@ -116,7 +116,8 @@ class Board:
                 raise RuntimeError(f"on {self._address.destination}: {error}") from None
             except ConnectionLostError as error:
                 if pause is None:
-                    raise TargetError(f"{error}, {len(RETRY_AFTER_S)} times in a row") from None
+                    times = "once" if len(RETRY_AFTER_S) == 1 else f"{len(RETRY_AFTER_S)} times in a row"
+                    raise TargetError(f"{error}, {times}") from None
                 self._reconnect(pause)
         raise AssertionError("unreachable")
 

@@ -222,7 +222,8 @@ class Line:
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
-                if not selector.select(max(deadline - time.monotonic(), 0)):
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
                     raise ConnectionLostError(f"{self._address.destination} did not answer in time")
                 found = os.read(stdout.fileno(), 1 << 16)
                 if not found:

@@ -124,6 +124,7 @@ class _Run:
         self.average = copy.deepcopy(network.state_dict()) if settings.ema else None
         self.rate = 1.0
         self.fitted = Fitted()
+        self._reported = -1
 
     @property
     def total_steps(self) -> int:
@@ -145,7 +146,9 @@ class _Run:
         for images, labels in self.batches.epoch(number):
             if self.done >= 1:
                 break
-            report(round(100 * self.done), 100)
+            if self._reported != (reached := round(100 * self.done)):
+                self._reported = reached
+                report(reached, 100)
             begin = time.perf_counter()
             self._step(step, images, labels, generator)
             self.fitted.steps += 1
