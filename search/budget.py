@@ -106,6 +106,10 @@ class Constraint:
             return dense.value - measured.value
         return measured.statistic_value(self.statistic)
 
+    def floor(self, dense: Measurement) -> float:
+        """Returns the lowest accuracy, 0 to 1, that a limit on accuracy or accuracy_drop lets through."""
+        return dense.value - self.limit if self.metric is ACCURACY_DROP else self.limit
+
     @property
     def measured_as(self) -> str:
         """The metric that has to be measured for it."""

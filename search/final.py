@@ -1,49 +1,65 @@
-"""The front's versions, recovered in full and measured again, once the search has ended."""
+"""The most promising versions, recovered in full and measured again, once the search has ended."""
 
 from collections.abc import Callable
 
 import optuna
 
-from search.front import Version, feasible, pareto
+from search.budget import Budget
+from search.front import Version, pareto
 from search.interrupts import Interrupts
 from search.store import Baseline, keep_recovered, versions_of_study
+from search.study import FinetuneSection
 from search.workbench import Workbench
+
+REACH = 0.05
+"""So much accuracy below the budget's limit may be won back: a version that lacks more is not tried."""
 
 Say = Callable[[str], None]
 
 
 def recover_front(bench: Workbench, stored: optuna.Study, baseline: Baseline, say: Say) -> int:
-    """Fine-tunes every pruned version of the front as `[recovery.final]` says; returns how many were.
+    """Fine-tunes pruned versions as `[recovery.final]` says and measures them again; returns how many were.
 
-    A version that gains may push others off the front and let none in, but its own gain is only known afterwards: so
-    this goes on until the front has nothing left to recover. What is done is kept; the same call goes on from there.
+    These are the ones on the front of all that keep the budget in everything but accuracy, and in that almost: the
+    search measured them at an effort that leaves some to be won. The most accurate come first. What a version gains may
+    push others off the front, so the front is drawn anew after each. What is done is kept; the same call goes on.
 
     Raises:
         DivergedError: a fine-tuning's loss is not finite for the second time.
         KeyboardInterrupt: the user has had enough; each version that was done is kept.
     """
-    settings = bench.study.recovery.final
-    if settings is None:
+    final = bench.study.recovery.final
+    if final is None:
         return 0
+    settings = FinetuneSection.model_validate(final.model_dump(exclude={"versions"}))
     latency = bench.latency_evaluator(baseline.reference_seconds)
     done = 0
     with Interrupts() as interrupts:
-        while waiting := _waiting(bench, stored, baseline):
-            version = waiting[0]
-            say(f"Recovering trial {version.number} in full; {len(waiting)} of the front wait.")
+        while waiting := _waiting(bench, stored, baseline, final.versions):
+            say(f"Recovering trial {waiting[0].number} in full; {len(waiting)} versions wait.")
+            candidate = waiting[0].evaluation.candidate
             with interrupts.allowed():
-                evaluation = bench.evaluate(version.evaluation.candidate, latency, lambda _measured: False, settings)
-            keep_recovered(stored, version.number, evaluation)
+                evaluation = bench.evaluate(candidate, latency, lambda _measured: False, settings)
+            keep_recovered(stored, waiting[0].number, evaluation)
             done += 1
     return done
 
 
-def _waiting(bench: Workbench, stored: optuna.Study, baseline: Baseline) -> list[Version]:
-    """Returns the pruned versions of the front that have not been recovered yet."""
-    dense = baseline.evaluation.measurements
-    front = pareto(feasible(versions_of_study(stored), bench.study.limits, dense))
-    return [
+def _waiting(bench: Workbench, stored: optuna.Study, baseline: Baseline, most: int) -> list[Version]:
+    """Returns the versions that are to be recovered and have not been, of `most` in all."""
+    versions = versions_of_study(stored)
+    already = sum(version.evaluation.finetune is not None for version in versions)
+    front = pareto([version for version in versions if _is_within_reach(version, bench.study.limits, baseline)])
+    waiting = [
         version
         for version in front
         if version.evaluation.finetune is None and bench.is_pruned(version.evaluation.candidate)
     ]
+    return waiting[: max(most - already, 0)]
+
+
+def _is_within_reach(version: Version, budget: Budget, baseline: Baseline) -> bool:
+    dense, measured = baseline.evaluation.measurements, version.measured
+    costs = Budget(tuple(constraint for constraint in budget.constraints if constraint.measured_as != "accuracy"))
+    floor = max((c.floor(dense["accuracy"]) for c in budget.constraints if c.measured_as == "accuracy"), default=0.0)
+    return version.is_complete and costs.is_met(measured, dense) and measured["accuracy"].value >= floor - REACH

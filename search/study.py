@@ -139,6 +139,12 @@ class FinetuneSection(FittingSection):
     pruning: Literal["one-shot", "gradual"] = "one-shot"
 
 
+class FinalSection(FinetuneSection):
+    """How the most promising versions are fine-tuned after the search, and how many at most."""
+
+    versions: Positive = 8
+
+
 class ElasticSection(FittingSection):
     """How the weights that all candidates share are trained."""
 
@@ -156,7 +162,7 @@ class RecoverySection(_Section):
     images: Positive = 256
     finetune: FinetuneSection = FinetuneSection()
     elastic: ElasticSection = ElasticSection()
-    final: FinetuneSection | None = None
+    final: FinalSection | None = None
 
 
 class SearchSection(_Section):
@@ -274,7 +280,8 @@ def finetuning(length: str, settings: FinetuneSection | None) -> FinetuneSection
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", length)
     if not found or found[2] not in units or float(found[1]) <= 0 or (units[found[2]] == "steps" and "." in found[1]):
         raise StudyError(f"a fine-tuning lasts for 10epochs, 500steps or 20min, got {length!r}")
-    base = (settings or FinetuneSection()).model_dump() | {"steps": None, "minutes": None}
+    known = set(FinetuneSection.model_fields)
+    base = (settings or FinetuneSection()).model_dump(include=known) | {"steps": None, "minutes": None}
     number = int(found[1]) if units[found[2]] == "steps" else float(found[1])
     return FinetuneSection.model_validate(base | {units[found[2]]: number})
 

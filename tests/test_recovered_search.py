@@ -19,7 +19,7 @@ STUDY = (
     .replace(
         'recovery = {level = "bn", images = 64}',
         'recovery = {level = "elastic", images = 64, elastic = {epochs = 1, batch = 50},'
-        " final = {epochs = 1, batch = 50}}",
+        " final = {epochs = 1, batch = 50, versions = 50}}",
     )
     .replace('name = "tiny"', 'name = "elastic"')
 )
