@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluators.device_state import DeviceState, state_moved
 from evaluators.latency_cache import LatencyCache, structure_key
@@ -43,18 +44,31 @@ def reference_batch(batch: int) -> int:
     return -(-batch // 4)
 
 
-def median_seconds(opened: Mapping[str, Opened], images: Images, bursts: int = 60, burst: int = 5) -> dict[str, Spent]:
-    """Returns what each artifact takes for `images`, medians in seconds; bursts of all of them alternate."""
-    samples: dict[str, list[Spent]] = {name: [] for name in opened}
+def median_seconds(
+    opened: Mapping[str, Opened], images: Images, bursts: int = 60, burst: int = 5, at_least_s: float = 2.0
+) -> dict[str, Spent]:
+    """Returns what each artifact takes for `images`, medians in seconds, in turn with each other.
+
+    The first one's is the median over its bursts; the others' are that times the median of their ratios to it, burst by
+    burst. So a machine that changes its speed meanwhile changes that of all, and not how they compare.
+
+    Args:
+        opened: artifacts by name.
+        images: one batch.
+        bursts: of each artifact, at least.
+        burst: calls in a row, of which the first does not count.
+        at_least_s: seconds that all of it takes: a speed may last for one.
+    """
     for item in opened.values():
         item.seconds(images, 2 * burst)
-    for _ in range(bursts):
-        for name, item in opened.items():
-            samples[name] += item.seconds(images, burst)[1:]
-    return {
-        name: Spent(*(float(np.median(of)) for of in zip(*((each.work, each.wall) for each in taken), strict=True)))
-        for name, taken in samples.items()
-    }
+    rounds: list[NDArray[np.float64]] = []
+    begin = time.perf_counter()
+    while len(rounds) < bursts or time.perf_counter() - begin < at_least_s:
+        taken = [item.seconds(images, burst)[1:] for item in opened.values()]
+        rounds.append(np.array([np.median([(each.work, each.wall) for each in some], axis=0) for some in taken]))
+    found = np.stack(rounds)  # (rounds, artifacts, work and wall)
+    medians = np.median(found[:, 0], axis=0) * np.median(found / found[:, :1], axis=0)
+    return {name: Spent(float(work), float(wall)) for name, (work, wall) in zip(opened, medians, strict=True)}
 
 
 def slower_launch(launches: Mapping[str, float]) -> list[str]:
