@@ -111,8 +111,9 @@ class Ground:
 
 def criteria_table(ground: Ground, results: Results, epochs: float) -> None:
     """Prints criterion by kept FLOPs by recovery."""
-    settings = FinetuneSection(epochs=epochs)
-    columns = [(share, how) for share in KEPT for how in ("none", "bn", "finetune")]
+    settings = FinetuneSection(epochs=epochs or 1)
+    ways = ("none", "bn", "finetune") if epochs else ("none", "bn")
+    columns = [(share, how) for share in KEPT for how in ways]
     dense = results.get("dense", partial(ground.accuracy, ground.network))
     rows = []
     for name in CRITERIA:
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CIFAR-10, as for the search's --data")
     parser.add_argument("--weights", required=True, help="a state dict of the study's ResNet-20")
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="where figures are kept")
-    parser.add_argument("--epochs", type=float, default=1, help="of fine-tuning, in the criteria's table")
+    parser.add_argument("--epochs", type=float, default=1, help="of fine-tuning, in the criteria's table; 0 for none")
     parser.add_argument("--minutes", type=float, default=10, help="of training for each recovery")
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--final", type=float, default=3, help="epochs of a recovery in full")
