@@ -2,17 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
-
-from spaces.network import layer_name
 from spaces.space import Choice, Dimension, Value
 
 PREFIX = "precision."
-
-
-def quantizable_layers(network: nn.Module) -> list[str]:
-    """Returns the names of the convolutions and linear layers, in the order in which they are registered."""
-    return [layer_name(path) for path, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
 class PrecisionSpace:

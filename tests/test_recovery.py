@@ -93,7 +93,7 @@ class TestFit:
         found = fit(student, learn(student), TrainingBatches(data.train, 50, 0), SHORT, file)
         assert found.steps == 16
 
-    def test_a_loss_that_is_not_finite_is_tried_again_at_a_tenth_of_the_rate(self, student, data) -> None:
+    def test_a_loss_that_is_not_finite_is_tried_again_at_a_tenth_of_the_rate(self, student, data, caplog) -> None:
         plain = learn(student)
         broken = iter([False] * 2 + [True] + [False] * 100)
 
@@ -105,6 +105,7 @@ class TestFit:
         assert len(found.remarks) == 1
         assert "nan in epoch 1" in found.remarks[0]
         assert "a tenth" in found.remarks[0]
+        assert found.remarks[0] in caplog.text, "and the user is told"
         assert all(torch.isfinite(value).all() for value in student.state_dict().values())
         assert found.steps == 16
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from search.recovery import NO_PATTERNS, Ground, effort_of
-from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
+from search.recovery import Ground, effort_of
+from search.recovery.batchnorm import BatchNormRecovery, recalibrate_batch_norm
 from search.recovery.distillation import all_logits, total_loss
 from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.study import ElasticSection
@@ -19,15 +19,15 @@ from spaces.space import Integer
 from spaces.sparsity import PREFIX, SparsitySpace
 
 
-class ElasticRecovery:
+class ElasticRecovery(BatchNormRecovery):
     """Trains shared weights once; after that a candidate needs its slice and fresh batch statistics only."""
 
     def __init__(self, ground: Ground) -> None:
+        super().__init__(ground)
         settings = ground.settings.elastic
         self.effort = f"elastic {effort_of(settings)}"
         self.source = copy.deepcopy(ground.network)
-        self._images = recovery_images(ground.train, ground.settings.images)
-        file = ground.file("elastic", repr(ground.sparsity.description), settings.model_dump_json())
+        file = ground.file("elastic", settings.model_dump_json())
         if not load_weights(self.source, file):
             batches = TrainingBatches(ground.train, settings.batch, settings.seed, ground.augment)
             train_elastic(
@@ -40,15 +40,6 @@ class ElasticRecovery:
             )
             recalibrate_batch_norm(self.source, self._images)
             save(self.source.state_dict(), file)
-
-    def recover(
-        self,
-        network: ExitNetwork,
-        channels: Mapping[str, int],  # noqa: ARG002
-        patterns: Mapping[str, str] = NO_PATTERNS,  # noqa: ARG002
-    ) -> None:
-        """Replaces the running statistics."""
-        recalibrate_batch_norm(network, self._images)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import math
 import os
 import time
@@ -19,6 +20,8 @@ from evaluators.data import LabelledImages
 from evaluators.runtimes.ort import cpu_flags
 from search.study import FittingSection
 from spaces.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Report = Callable[[int, int], None]
@@ -251,7 +254,9 @@ def _try_again(run: _Run, before: dict[str, Any], what: str) -> None:
             " lower it"
         )
     run.rate = _SECOND_RATE
-    run.fitted.remarks.append(f"the loss was {what}; that epoch was done again at a tenth of the learning rate")
+    remark = f"the loss was {what}; that epoch is done again at a tenth of the learning rate"
+    run.fitted.remarks.append(remark)
+    logger.warning("Careful: %s", remark)  # whoever trains, the user has to see it
 
 
 def rate_at(schedule: str, done: float) -> float:
