@@ -121,6 +121,18 @@ class SpaceSection(_Section):
     """Whether a layer loses the precisions in which it measures slower."""
 
 
+class QuantizationSection(_Section):
+    """How int8 is made: see `evaluators.artifact.scheme.Scheme`, which has the same keys."""
+
+    calibrator: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    weights: Literal["per-channel", "per-tensor"] = "per-channel"
+    ranges: Literal["data", "batchnorm"] = "data"
+    equalize: bool = False
+    bias_correction: Literal["none", "batchnorm", "data"] = "none"
+    rounding: Literal["nearest", "adaround"] = "nearest"
+
+
 class TargetSection(_Section):
     """Where the network will run."""
 
@@ -183,6 +195,7 @@ class Study(_Section):
     training: TrainingSection | None = None
     exits: ExitsSection = ExitsSection()
     space: SpaceSection = SpaceSection()
+    quantization: QuantizationSection = QuantizationSection()
     target: TargetSection = TargetSection()
     recovery: RecoverySection = RecoverySection()
     search: SearchSection = SearchSection()

@@ -14,6 +14,7 @@ from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact import Artifact
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.qdq import Ranges
+from evaluators.artifact.scheme import Scheme
 from evaluators.data import Splits
 from evaluators.examiner import LIMIT_S, PlacementExaminer
 from evaluators.flops import FlopsEvaluator
@@ -82,7 +83,8 @@ class Workbench:
         self.network: ExitNetwork = trained_network(study, built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
-        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.tf32)
+        scheme = Scheme(**study.quantization.model_dump())
+        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.tf32, scheme)
         progress("Finding the channels that can be cut", 0, 1)
         self.groups = find_groups(self.network, image, self.builder.disagreement)
         progress("Finding the channels that can be cut", 1, 1)

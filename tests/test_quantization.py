@@ -28,7 +28,8 @@ from studies.digits.model import resnet20
     st.sampled_from([127, 63]),
 )
 def test_a_weight_is_within_half_a_step_of_its_quantized_form(weight: np.ndarray, axis: int, limit: int) -> None:
-    quantized, scale = quantize_weight(weight, axis, limit)
+    grid = quantize_weight(weight, axis, limit)
+    quantized, scale = grid.values, grid.scale
     assert quantized.dtype == np.int8
     assert np.abs(quantized.astype(int)).max() <= limit
     shape = [-1 if index == axis else 1 for index in range(3)]

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from evaluators.artifact import Artifact, fp8
 from evaluators.artifact.exporter import OPSET, OUTPUT, ExportError, logits_name
 from evaluators.artifact.half import HalfWriter
-from evaluators.artifact.qdq import Placement, Quantizer, Ranges
+from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Ranges
+from evaluators.artifact.scheme import MINMAX, Scheme
 from evaluators.artifact.template import Stage, Template, output_channels
 from evaluators.runtimes.ort import activation_ranges, load
 from evaluators.target import ALLOW_TF32, Runtime
@@ -31,6 +32,7 @@ class ArtifactBuilder:
         calibration: images that the ranges are read from, `(n, c, h, w)`.
         runtime: what will run the artifact.
         tf32: whether its fp32 layers may run in TF32.
+        scheme: how int8 is made.
 
     Raises:
         ExportError: torch cannot export the network.
@@ -38,7 +40,12 @@ class ArtifactBuilder:
     """
 
     def __init__(
-        self, network: ExitNetwork, calibration: NDArray[np.float32], runtime: Runtime, tf32: bool = False
+        self,
+        network: ExitNetwork,
+        calibration: NDArray[np.float32],
+        runtime: Runtime,
+        tf32: bool = False,
+        scheme: Scheme = MINMAX,
     ) -> None:
         self._runtime = runtime
         self._properties = ALLOW_TF32 if tf32 else {}
@@ -46,7 +53,12 @@ class ArtifactBuilder:
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
         able = self._able = runtime.capabilities()
         self._quantizer = Quantizer(
-            self._template.nodes, self._template.layers, outputs, able.weight_bits, able.quantized_add
+            self._template.nodes,
+            self._template.layers,
+            outputs,
+            able.weight_bits,
+            able.quantized_add,
+            per_channel=scheme.weights == "per-channel",
         )
         self._half = HalfWriter(self._template.nodes, self._template.layers)
         self._float8 = fp8.Float8Writer(self._template.layers)
@@ -121,13 +133,16 @@ class ArtifactBuilder:
         placement = self._quantizer.place(_at("int8", precisions))
         return placement, self._half.place(_at("fp16", precisions), placement.tensors)
 
-    def build(self, network: ExitNetwork, candidate: Candidate, ranges: Ranges | None = None) -> Artifact:
+    def build(
+        self, network: ExitNetwork, candidate: Candidate, ranges: Ranges | None = None, grids: Grids = NO_GRIDS
+    ) -> Artifact:
         """Returns the artifact of a network that has been compressed as `candidate` says.
 
         Args:
             network: compressed and recovered, in evaluation mode.
             candidate: its precisions and thresholds.
             ranges: of the activations; the dense network's where not given.
+            grids: weights that something learned has put on their grids.
 
         Raises:
             HalfPrecisionError: a weight of an fp16 layer is beyond fp16's range.
@@ -138,7 +153,7 @@ class ArtifactBuilder:
         eights, ranges = self._float8.place(_at("fp8", precisions)), ranges or self.ranges
         files: list[bytes] = []
         for stage in self._template.stages(candidate.active_exits):
-            nodes, values = self._quantizer.write(stage, placement, weights, ranges)
+            nodes, values = self._quantizer.write(stage, placement, weights, ranges, grids)
             opset = fp8.OPSET if any(node.name in eights for node in nodes) else OPSET
             nodes, values = self._float8.write(nodes, eights, values, ranges)
             nodes, values = self._half.write(nodes, halves, values, stage.outputs)

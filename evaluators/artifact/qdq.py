@@ -9,6 +9,7 @@ convolution's output without Q/DQ.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -34,6 +35,25 @@ _TINY = 1e-8
 
 
 @dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight on its grid.
+
+    Args:
+        values: s8, in the weight's shape.
+        scale: of each output channel, `(channels,)`, positive.
+    """
+
+    values: NDArray[np.int8]
+    scale: NDArray[np.float32]
+
+
+Grids = Mapping[str, QuantizedWeight]
+"""Weights that something learned has put on their grids, by the name of the initializer."""
+NO_GRIDS: Grids = MappingProxyType({})
+"""Every weight is rounded to the nearest step."""
+
+
+@dataclass(frozen=True)
 class Placement:
     """Which nodes run in int8 and which tensors carry Q/DQ for it."""
 
@@ -49,6 +69,7 @@ class Quantizer:
         layers: the node of each layer that may be int8.
         outputs: the graph's outputs, which stay float.
         weight_bits: 8, or 7 where the target's accumulating instruction would overflow.
+        per_channel: whether each output channel of a weight has a scale of its own.
         quantized_add: which inputs of an addition carry Q/DQ: `both`, or the `residual` one only where the other comes
             straight from an int8 convolution.
     """
@@ -60,11 +81,13 @@ class Quantizer:
         outputs: Iterable[str],
         weight_bits: int,
         quantized_add: Literal["both", "residual"] = "both",
+        per_channel: bool = True,
     ) -> None:
         self._nodes = tuple(nodes)
         self._layers = dict(layers)
         self._outputs = frozenset(outputs)
         self._weight_limit = 2 ** (weight_bits - 1) - 1
+        self._per_channel = per_channel
         self._producers = {output: node for node in nodes for output in node.output}
         self._consumers: dict[str, list[NodeProto]] = {}
         for node in nodes:
@@ -183,9 +206,17 @@ class Quantizer:
         return np.array(max(-low, high, _TINY * 127) / 127, dtype=np.float32)
 
     def write(
-        self, stage: Stage, placement: Placement, arrays: Arrays, ranges: Ranges
+        self, stage: Stage, placement: Placement, arrays: Arrays, ranges: Ranges, grids: Grids = NO_GRIDS
     ) -> tuple[list[NodeProto], Arrays]:
-        """Returns a stage's nodes with Q/DQ in place, and its initializers."""
+        """Returns a stage's nodes with Q/DQ in place, and its initializers.
+
+        Args:
+            stage: which part of the graph.
+            placement: where Q/DQ goes.
+            arrays: the value of every initializer.
+            ranges: of the activations.
+            grids: weights that are on their grids already; any other is rounded to the nearest step.
+        """
         nodes: list[NodeProto] = []
         values: Arrays = dict(arrays)
         renamed: dict[str, str] = {}
@@ -199,7 +230,7 @@ class Quantizer:
             for index, name in enumerate(node.input):
                 node.input[index] = renamed.get(name, name)
             if node.name in placement.nodes and node.op_type in LAYER_OPS:
-                nodes.append(self._quantize_weight(node, values))
+                nodes.append(self._quantize_weight(node, values, grids))
             pairs = []
             for index, name in enumerate(node.output):
                 if name in placement.tensors:
@@ -219,15 +250,19 @@ class Quantizer:
             ),
         ]
 
-    def _quantize_weight(self, node: NodeProto, values: Arrays) -> NodeProto:
+    def _quantize_weight(self, node: NodeProto, values: Arrays, grids: Grids) -> NodeProto:
         name = node.input[1]
         axis = output_axis(node)
-        quantized, scale = quantize_weight(values[name], axis, self._weight_limit)
-        values[f"{name}/q"], values[f"{name}/scale"] = quantized, scale
-        values[f"{name}/zero_point"] = np.zeros(len(scale), dtype=np.int8)
+        grid = grids.get(name) or self.nearest(values[name], axis)
+        values[f"{name}/q"], values[f"{name}/scale"] = grid.values, grid.scale
+        values[f"{name}/zero_point"] = np.zeros(len(grid.scale), dtype=np.int8)
         node.input[1] = name + DEQUANTIZED
         inputs = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
         return helper.make_node("DequantizeLinear", inputs, [name + DEQUANTIZED], f"{name}/DequantizeLinear", axis=axis)
+
+    def nearest(self, weight: NDArray[np.generic], axis: int) -> QuantizedWeight:
+        """Returns a weight rounded to the nearest steps of its grid, whose output channels lie along `axis`."""
+        return quantize_weight(weight, axis, self._weight_limit, self._per_channel)
 
 
 def output_axis(node: NodeProto) -> int:
@@ -236,11 +271,16 @@ def output_axis(node: NodeProto) -> int:
     return 1 if node.op_type == "MatMul" or (node.op_type == "Gemm" and not transposed) else 0
 
 
-def quantize_weight(weight: NDArray[np.generic], axis: int, limit: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Returns a weight in s8 and its scale per channel along `axis`: symmetric, `|q| <= limit`."""
+def quantize_weight(weight: NDArray[np.generic], axis: int, limit: int, per_channel: bool = True) -> QuantizedWeight:
+    """Returns a weight in s8 and its scale per channel along `axis`: symmetric, `|q| <= limit`.
+
+    Where channels share a scale it is that of the largest, written once for each of them.
+    """
     values = weight.astype(np.float32)
     others = tuple(index for index in range(values.ndim) if index != axis)
-    scale = np.maximum(np.abs(values).max(axis=others) / limit, _TINY).astype(np.float32)
+    largest = np.abs(values).max(axis=others)
+    if not per_channel:
+        largest = np.full_like(largest, largest.max(initial=0))
+    scale = np.maximum(largest / limit, _TINY).astype(np.float32)
     shape = [-1 if index == axis else 1 for index in range(values.ndim)]
-    quantized = np.clip(np.rint(values / scale.reshape(shape)), -limit, limit).astype(np.int8)
-    return quantized, scale
+    return QuantizedWeight(np.clip(np.rint(values / scale.reshape(shape)), -limit, limit).astype(np.int8), scale)
