@@ -1,0 +1,88 @@
+"""A training whose process is killed outright goes on from its last whole epoch, in a new process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TRAINING = """
+import dataclasses, sys, time
+from pathlib import Path
+import torch
+from search.recovery.elastic import train_elastic
+from search.recovery.finetune import finetune
+from search.recovery.fitting import TrainingBatches
+from search.study import ElasticSection, FinetuneSection
+from spaces.grouping import find_groups
+from spaces.network import ExitHead, ExitNetwork
+from tests import tiny
+
+kind, folder, stops = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "stops"
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted(TrainingBatches):
+    def epoch(self, index):
+        with (folder / "epochs").open("a") as epochs:
+            epochs.write(f"{index}\\n")
+        for number, batch in enumerate(super().epoch(index)):
+            if stops and index == 1 and number == 2:
+                (folder / "waits").touch()
+                time.sleep(600)
+            yield batch
+
+
+torch.set_num_threads(1)
+torch.manual_seed(5)
+network = ExitNetwork(tiny.randomized(), ["pool"], [ExitHead(16, 4, 2)]).eval()
+data = tiny.splits()
+space = tiny.sparsity_space(network, find_groups(network, torch.zeros(1, 1, 8, 8)).free, step=4, minimum=0.25)
+batches, file = Noted(data.train, 50, 0), folder / "checkpoint.pt"
+if kind == "elastic":
+    done = train_elastic(network, space, batches, ElasticSection(epochs=3, batch=50), file)
+else:
+    teacher, half = network, {group.name: max(group.channels // 2, 1) for group in space.groups}
+    network = space.apply(teacher, half)
+    done = finetune(network, teacher, batches, FinetuneSection(epochs=3, batch=50), file)
+torch.save({"network": network.state_dict(), "epochs": done.epochs, "steps": done.steps}, folder / "result.pt")
+"""
+
+
+def start(kind: str, folder: Path, stops: bool) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", TRAINING, kind, str(folder), "stops" if stops else "runs"]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def epochs(folder: Path) -> list[str]:
+    return (folder / "epochs").read_text().split()
+
+
+@pytest.mark.parametrize("kind", ["finetune", "elastic"])
+def test_no_epoch_is_repeated_and_the_weights_are_the_same(kind: str, tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir()
+    killed.mkdir()
+    assert start(kind, straight, stops=False).wait(timeout=300) == 0
+
+    process = start(kind, killed, stops=True)
+    deadline = time.monotonic() + 300
+    while not (killed / "waits").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert epochs(killed) == ["0", "1"], "it was killed in its second epoch"
+    assert start(kind, killed, stops=False).wait(timeout=300) == 0
+
+    assert epochs(killed) == ["0", "1", "1", "2"], "only the epoch that was cut short is done again"
+    found, expected = (torch.load(folder / "result.pt", weights_only=True) for folder in (killed, straight))
+    assert found["epochs"] == expected["epochs"] == 3
+    assert found["steps"] == expected["steps"]
+    assert all(torch.equal(found["network"][name], value) for name, value in expected["network"].items())
