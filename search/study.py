@@ -71,11 +71,15 @@ class DataSection(_Section):
 
 
 class FittingSection(_Section):
-    """How weights are trained: SGD with Nesterov momentum, for epochs, steps or minutes."""
+    """How weights are trained: SGD with Nesterov momentum, for epochs, steps or minutes.
+
+    `at_most_minutes` ends a training of epochs or steps that would take longer; the learning rate falls in time for it.
+    """
 
     epochs: Annotated[float, Field(gt=0)] = 1
     steps: Positive | None = None
     minutes: Annotated[float, Field(gt=0)] | None = None
+    at_most_minutes: Annotated[float, Field(gt=0)] | None = None
     batch: Positive = 128
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
     schedule: Literal["onecycle", "cosine"] = "onecycle"
@@ -160,7 +164,8 @@ class FinalSection(FinetuneSection):
 class ElasticSection(FittingSection):
     """How the weights that all candidates share are trained."""
 
-    epochs: Annotated[float, Field(gt=0)] = 5
+    epochs: Annotated[float, Field(gt=0)] = 20
+    at_most_minutes: Annotated[float, Field(gt=0)] | None = 30
     learning_rate: Annotated[float, Field(gt=0)] = 0.03
     distillation: Annotated[float, Field(ge=0, le=1)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 2.0
@@ -170,7 +175,7 @@ class ElasticSection(FittingSection):
 class RecoverySection(_Section):
     """How accuracy is won back after pruning: the same way for every candidate, then more for the front's."""
 
-    level: Literal["none", "bn", "finetune", "elastic"] = "bn"
+    level: Literal["none", "bn", "finetune", "elastic"] = "elastic"
     images: Positive = 256
     finetune: FinetuneSection = FinetuneSection()
     elastic: ElasticSection = ElasticSection()
@@ -294,7 +299,7 @@ def finetuning(length: str, settings: FinetuneSection | None) -> FinetuneSection
     if not found or found[2] not in units or float(found[1]) <= 0 or (units[found[2]] == "steps" and "." in found[1]):
         raise StudyError(f"a fine-tuning lasts for 10epochs, 500steps or 20min, got {length!r}")
     known = set(FinetuneSection.model_fields)
-    base = (settings or FinetuneSection()).model_dump(include=known) | {"steps": None, "minutes": None}
+    base = (settings or FinetuneSection()).model_dump(include=known) | {"steps": None, "minutes": None, "at_most_minutes": None}
     number = int(found[1]) if units[found[2]] == "steps" else float(found[1])
     return FinetuneSection.model_validate(base | {units[found[2]]: number})
 

@@ -85,7 +85,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(arguments, words, tmp_path, ca
         (("learning_rate = 0.05", "learning_rate = inf"), ["training.learning_rate is a finite number"]),
         (
             ('level = "bn"', 'level = "full"'),
-            ["recovery.level is 'none', 'bn', 'finetune' or 'elastic'", "leave it out for 'bn'"],
+            ["recovery.level is 'none', 'bn', 'finetune' or 'elastic'", "leave it out for 'elastic'"],
         ),
         (('after = ["pool"]', 'after = "pool"'), ["exits.after is a list in brackets", "'pool'"]),
         (("target = {batch = 4}", "target = 4"), ["target is a section with keys"]),

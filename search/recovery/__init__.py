@@ -10,7 +10,7 @@ from typing import Protocol
 
 from evaluators.data import LabelledImages
 from search.recovery.fitting import Augment
-from search.study import RecoverySection
+from search.study import FittingSection, RecoverySection
 from spaces.network import ExitNetwork
 from spaces.sparsity import SparsitySpace
 
@@ -87,9 +87,10 @@ def recovery(ground: Ground) -> Recovery:
     return made
 
 
-def effort_of(settings: object) -> str:
-    """Returns for how long a training goes: `2 epochs`, `200 steps`, `5 min`."""
-    steps, minutes, epochs = (getattr(settings, name) for name in ("steps", "minutes", "epochs"))
-    if minutes:
-        return f"{minutes:g} min"
-    return f"{steps} steps" if steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
+def effort_of(settings: FittingSection) -> str:
+    """Returns for how long a training goes: `2 epochs`, `200 steps`, `5 min`, `20 epochs or 30 min`."""
+    if settings.minutes:
+        return f"{settings.minutes:g} min"
+    steps, epochs, limit = settings.steps, settings.epochs, settings.at_most_minutes
+    length = f"{steps} steps" if steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
+    return f"{length} or {limit:g} min" if limit else length

@@ -139,9 +139,10 @@ class _Run:
     @property
     def done(self) -> float:
         """The share of the training that is behind."""
-        if self.settings.minutes:
-            return min(self.fitted.seconds / (60 * self.settings.minutes), 1.0)
-        return min(self.fitted.steps / self.total_steps, 1.0)
+        minutes, spent = self.settings.minutes or self.settings.at_most_minutes, self.fitted.seconds / 60
+        by_time = spent / minutes if minutes else 0.0
+        by_steps = 0.0 if self.settings.minutes else self.fitted.steps / self.total_steps
+        return min(max(by_time, by_steps), 1.0)
 
     def epoch(self, step: Step, report: Report) -> None:
         """Trains until the epoch's or the training's end."""
