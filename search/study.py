@@ -299,7 +299,8 @@ def finetuning(length: str, settings: FinetuneSection | None) -> FinetuneSection
     if not found or found[2] not in units or float(found[1]) <= 0 or (units[found[2]] == "steps" and "." in found[1]):
         raise StudyError(f"a fine-tuning lasts for 10epochs, 500steps or 20min, got {length!r}")
     known = set(FinetuneSection.model_fields)
-    base = (settings or FinetuneSection()).model_dump(include=known) | {"steps": None, "minutes": None, "at_most_minutes": None}
+    no_length = {"steps": None, "minutes": None, "at_most_minutes": None}
+    base = (settings or FinetuneSection()).model_dump(include=known) | no_length
     number = int(found[1]) if units[found[2]] == "steps" else float(found[1])
     return FinetuneSection.model_validate(base | {units[found[2]]: number})
 
