@@ -44,7 +44,7 @@ class Histogram:
         """
         low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
         if not math.isfinite(high - low):
-            raise ValueError(f"a histogram is of finite values, got {low} to {high}")
+            raise ValueError(f"values are finite, got {low} to {high}")
         exponent = _exponent(max(-low, high))
         return cls(_counts(values.reshape(-1), exponent), exponent, low, high)
 

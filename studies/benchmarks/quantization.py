@@ -71,8 +71,8 @@ class Ground:
     def close(self) -> None:
         """Prints what the figures were measured on."""
         print(
-            f"\n{len(self.calibration)} training images to calibrate on, {self.images} scored; "
-            f"{self.bench.runtime.version()}, {self.bench.target.threads} thread, torch {torch.__version__}, {cpu_name()}."
+            f"\n{len(self.calibration)} training images to calibrate on, {self.images} scored; {cpu_name()}, "
+            f"{self.bench.target.threads} thread, {self.bench.runtime.version()}, torch {torch.__version__}."
         )
 
 
