@@ -12,7 +12,8 @@ from evaluators.artifact.half import HalfWriter
 from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Ranges
 from evaluators.artifact.scheme import MINMAX, Scheme
 from evaluators.artifact.template import Stage, Template, output_channels
-from evaluators.runtimes.ort import activation_ranges, load
+from evaluators.calibration.ranges import calibrated_ranges
+from evaluators.runtimes.ort import load
 from evaluators.target import ALLOW_TF32, Runtime
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
@@ -37,6 +38,8 @@ class ArtifactBuilder:
     Raises:
         ExportError: torch cannot export the network.
         StructureError: an exit sits where the graph cannot be cut in two.
+        CalibratorError: the scheme names a calibrator that does not exist.
+        ActivationError: the scheme's calibrator needs a histogram of an activation that is not finite.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class ArtifactBuilder:
         tf32: bool = False,
         scheme: Scheme = MINMAX,
     ) -> None:
-        self._runtime = runtime
+        self._runtime, self._scheme = runtime, scheme
         self._properties = ALLOW_TF32 if tf32 else {}
         self._template = Template(network, torch.from_numpy(calibration[:1]))
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
@@ -75,10 +78,10 @@ class ArtifactBuilder:
         return tuple(self._template.layers)
 
     def read_ranges(self, network: ExitNetwork, images: NDArray[np.float32]) -> Ranges:
-        """Returns the range of every activation of a network of this structure, over `images`."""
+        """Returns the calibrated range of every activation of a network of this structure, over `images`."""
         weights = self._template.weights(network.state_dict())
         model = self._template.file(self._everything, self._template.nodes, weights)
-        return activation_ranges(model, self._quantizer.activations(), images)
+        return calibrated_ranges(model, self._quantizer.activations(), images, self._scheme)
 
     def disagreement(self, network: ExitNetwork) -> tuple[str, str] | None:
         """Returns why a network of this structure cannot be written by slicing; None where its file answers as it does.

@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU: the embedded default target."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from evaluators.runtimes.run_bundle import harmful_optimizers
 from evaluators.target import Capabilities, Images
 
 if TYPE_CHECKING:
-    from onnx import NodeProto
+    from onnx import ModelProto, NodeProto
 
 _NON_NEGATIVE = {"Relu"}
 _SIGN_KEEPING = {
@@ -130,12 +130,37 @@ def activation_ranges(
             output = f"range/{operator}/{index}"
             graph.node.append(helper.make_node(operator, [tensor], [output], keepdims=0))
             graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-    session = open_session(proto.SerializeToString(), threads=0, optimize=False)
-    batches = range(0, len(images), _CALIBRATION_BATCH)
-    found = np.array([session.run(None, {source: images[at : at + _CALIBRATION_BATCH]}) for at in batches])
+    found = np.array([outputs for _, outputs in _calibration_runs(proto, images)])
     lows, highs = found[:, 0::2].min(axis=0), found[:, 1::2].max(axis=0)
     ranges = {name: _with_zero(lows[index], highs[index]) for index, name in enumerate(names)}
     return ranges | {source: _with_zero(images.min(), images.max())}
+
+
+def activations(
+    model: bytes, tensors: Sequence[str], images: NDArray[np.float32]
+) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """Yields the value of each of a float model's tensors and of its input, a few of the `images` at a time."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    proto = onnx.load_from_string(model)
+    source = proto.graph.input[0].name
+    names = [tensor for tensor in tensors if tensor != source]
+    del proto.graph.output[:]
+    proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    for batch, outputs in _calibration_runs(proto, images):
+        yield dict(zip(names, outputs, strict=True)) | {source: batch}
+
+
+def _calibration_runs(
+    proto: "ModelProto", images: NDArray[np.float32]
+) -> Iterator[tuple[NDArray[np.float32], Sequence[NDArray[np.float32]]]]:
+    """Yields some images and a model's outputs for them, from a session that keeps every tensor as it is."""
+    session = open_session(proto.SerializeToString(), threads=0, optimize=False)
+    source = proto.graph.input[0].name
+    for start in range(0, len(images), _CALIBRATION_BATCH):
+        batch = images[start : start + _CALIBRATION_BATCH]
+        yield batch, session.run(None, {source: batch})
 
 
 def _with_zero(low: float, high: float) -> tuple[float, float]:
