@@ -117,14 +117,14 @@ def confirm(
 
 
 def recover_more(bench: Workbench, search: StoredSearch, version: Version, more: FinetuneSection) -> Version:
-    """Returns a version with further fine-tuning, measured again; one that is not pruned stays as it is.
+    """Returns a version with further fine-tuning, measured again; see `Workbench.may_recover`.
 
     Raises:
         BundleError: the version has all of its channels and weights, so there is nothing to win back.
         DivergedError: the loss is not finite for the second time.
     """
     candidate = version.evaluation.candidate
-    if not bench.is_pruned(candidate):
+    if not bench.may_recover(candidate):
         raise BundleError(f"--finetune recovers a pruned version, got trial {version.number}, which lacks nothing")
     latency = bench.latency_evaluator(search.baseline.reference_seconds)
     return Version(version.number, bench.evaluate(candidate, latency, lambda _measured: False, more))

@@ -18,7 +18,7 @@ Say = Callable[[str], None]
 
 
 def recover_front(bench: Workbench, stored: optuna.Study, baseline: Baseline, say: Say) -> int:
-    """Fine-tunes pruned versions as `[recovery.final]` says and measures them again; returns how many were.
+    """Fine-tunes versions as `[recovery.final]` says and measures them again; returns how many were.
 
     These are the ones on the front of all that keep the budget in everything but accuracy, and in that almost: the
     search measured them at an effort that leaves some to be won. The most accurate come first. What a version gains may
@@ -53,7 +53,7 @@ def _waiting(bench: Workbench, stored: optuna.Study, baseline: Baseline, most: i
     waiting = [
         version
         for version in front
-        if version.evaluation.finetune is None and bench.is_pruned(version.evaluation.candidate)
+        if version.evaluation.finetune is None and bench.may_recover(version.evaluation.candidate)
     ]
     return waiting[: max(most - already, 0)]
 

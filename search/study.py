@@ -172,6 +172,18 @@ class ElasticSection(FittingSection):
     random_candidates: Positive = 1
 
 
+class QatSection(FittingSection):
+    """How trainings feel int8: how long a version is trained so once its channels are recovered, and by which method.
+
+    `distillation` is the dense network's share in the loss. Shared weights feel it for as long as they are trained.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] = 0.002
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.7
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    quantizer: Literal["lsq", "pact", "dorefa"] = "lsq"
+
+
 class RecoverySection(_Section):
     """How accuracy is won back after pruning: the same way for every candidate, then more for the front's."""
 
@@ -180,6 +192,8 @@ class RecoverySection(_Section):
     finetune: FinetuneSection = FinetuneSection()
     elastic: ElasticSection = ElasticSection()
     final: FinalSection | None = None
+    qat: QatSection | None = None
+    """Whether trainings feel int8; those of versions without int8 layers never do."""
 
 
 class SearchSection(_Section):

@@ -29,9 +29,10 @@ from search.cache import cache_folder, check_cache
 from search.evaluation import Evaluation
 from search.objects import load, source_of
 from search.progress import Progress, Say
-from search.recovery import Ground, Recovery, effort_of, recovery
+from search.recovery import Ground, Int8Ground, Recovery, effort_of, recovery
 from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
+from search.recovery.qat import NOTHING, Learned, train_int8_kept
 from search.sources.prepared import prepare
 from search.study import FinetuneSection, Study, StudyError
 from search.training import augmentation, exit_places, trained_network
@@ -116,7 +117,15 @@ class Workbench:
                 )
             ),
             say=progress,
+            int8=self._int8_ground(),
         )
+
+    def _int8_ground(self) -> Int8Ground | None:
+        able = self.runtime.capabilities()
+        if self.study.recovery.qat is None or "int8" not in able.precisions:
+            return None
+        key = repr((self.study.quantization, able.weight_bits, able.quantized_add, able.int8_channels))
+        return Int8Ground(self.builder, self.builder.trainable(), self.data.calibration.images[:], key)
 
     @cached_property
     def recovery(self) -> Recovery:
@@ -203,7 +212,8 @@ class Workbench:
     def compress(self, candidate: Candidate, more: FinetuneSection | None = None) -> ExitNetwork:
         """Returns the candidate's network in torch, recovered as the study says.
 
-        A network with all of its channels and weights is the one that was given, whatever the level.
+        A network with all of its channels and weights is the one that was given, whatever the level, unless the study
+        asks for trainings that feel int8 and it has int8 layers.
 
         Args:
             candidate: the version.
@@ -212,40 +222,63 @@ class Workbench:
         Raises:
             DivergedError: the loss is not finite for the second time.
         """
-        if not self.is_pruned(candidate):
-            return self.space.apply(self.network, candidate)
-        network = self.space.apply(self.recovery.source, candidate)
-        self.recovery.recover(network, candidate.channels, candidate.patterns)
-        if more is not None:
-            start = self.study.recovery.model_dump_json(exclude={"final"})
+        return self._compress(candidate, more)[0]
+
+    def _compress(self, candidate: Candidate, more: FinetuneSection | None) -> tuple[ExitNetwork, Learned]:
+        """Returns the candidate's network and what its file takes over from a training that felt int8."""
+        start = self.study.recovery.model_dump_json(exclude={"final"})
+        network = self.space.apply(self.recovery.source if self._is_slice(candidate) else self.network, candidate)
+        if self._is_slice(candidate):
+            self.recovery.recover(network, candidate.channels, candidate.patterns)
+        if more is not None and self.is_pruned(candidate):
             images = recovery_images(self.data.train, self.study.recovery.images)
-            finetune_kept(
-                self.ground,
-                network,
-                candidate.channels,
-                more,
-                images,
-                start,
-                candidate.patterns,
-                self.recovery.source,
-            )
-        return network
+            source = self.recovery.source
+            finetune_kept(self.ground, network, candidate.channels, more, images, start, candidate.patterns, source)
+            start += more.model_dump_json()
+        int8, qat = self.ground.int8, self.study.recovery.qat
+        if int8 is None or qat is None or not self._trains_int8(candidate, more):
+            return network, NOTHING
+        return network, train_int8_kept(self.ground, int8, network, candidate, qat, start)
 
     def effort(self, candidate: Candidate, more: FinetuneSection | None = None) -> str:
         """Returns what was done to win the candidate's accuracy back, for the record."""
-        if not self.is_pruned(candidate):
-            return "as given"
-        return self.recovery.effort + (f" + finetune {effort_of(more)}" if more else "")
+        parts = [self.recovery.effort if self._is_slice(candidate) else "as given"]
+        if more and self.is_pruned(candidate):
+            parts.append(f"finetune {effort_of(more)}")
+        if (qat := self.study.recovery.qat) and self._trains_int8(candidate, more):
+            parts.append(f"qat {effort_of(qat)} ({qat.quantizer})")
+        return " + ".join(parts)
+
+    def _build(self, network: ExitNetwork, candidate: Candidate, learned: Learned) -> Artifact:
+        return self.builder.build(network, candidate, {**self._ranges(candidate), **learned.ranges}, learned.grids)
 
     def _ranges(self, candidate: Candidate) -> Ranges:
         """Returns the ranges of the activations of the network that the candidate is a slice of."""
-        if not self.is_pruned(candidate) or self.recovery.source is self.network:
+        if not self._is_slice(candidate) or self.recovery.source is self.network:
             return self.builder.ranges
         return self._source_ranges
 
     @cached_property
     def _source_ranges(self) -> Ranges:
-        return self.builder.read_ranges(self.recovery.source, self.data.calibration.images[:])
+        measured = self.builder.read_ranges(self.recovery.source, self.data.calibration.images[:])
+        return {**measured, **self.recovery.ranges}
+
+    def _is_slice(self, candidate: Candidate) -> bool:
+        """Returns whether the candidate's weights come from the recovery's source, not from the network as given."""
+        shares_int8 = self._feels_int8(candidate) and self.study.recovery.level == "elastic"
+        return self.is_pruned(candidate) or shares_int8
+
+    def _feels_int8(self, candidate: Candidate) -> bool:
+        """Returns whether it has int8 layers and the study asks for trainings that feel them."""
+        return self.ground.int8 is not None and "int8" in candidate.precision.values()
+
+    def _trains_int8(self, candidate: Candidate, more: FinetuneSection | None) -> bool:
+        """Returns whether the candidate is trained for itself in its own precisions."""
+        return self._feels_int8(candidate) and (more is not None or self.study.recovery.level == "finetune")
+
+    def may_recover(self, candidate: Candidate) -> bool:
+        """Returns whether training may win accuracy back: it is pruned, or has int8 layers that a training can feel."""
+        return self.is_pruned(candidate) or self._feels_int8(candidate)
 
     def is_pruned(self, candidate: Candidate) -> bool:
         """Returns whether the candidate lacks any channel or weight of the dense network."""
@@ -253,8 +286,8 @@ class Workbench:
 
     def subject(self, candidate: Candidate, more: FinetuneSection | None = None) -> Subject:
         """Returns the candidate, built and ready to be measured; `more` is fine-tuning that comes on top."""
-        network = self.compress(candidate, more)
-        return self._subject(candidate, network, self.builder.build(network, candidate, self._ranges(candidate)))
+        network, learned = self._compress(candidate, more)
+        return self._subject(candidate, network, self._build(network, candidate, learned))
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
         return Subject(network, candidate, artifact, self.data.validation, self.runtime, self.target)
@@ -272,9 +305,9 @@ class Workbench:
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "compress"):
-            network = self.compress(candidate, more)
+            network, learned = self._compress(candidate, more)
         with _timed(seconds, "build"):
-            artifact = self.builder.build(network, candidate, self._ranges(candidate))
+            artifact = self._build(network, candidate, learned)
         subject = self._subject(candidate, network, artifact)
         with _timed(seconds, "load"):
             _ = subject.opened
@@ -284,7 +317,7 @@ class Workbench:
                 measured[evaluator.metric] = evaluator.measure(subject)
             if stop(measured):
                 break
-        added = more.model_dump(mode="json") if more and self.is_pruned(candidate) else None
+        added = more.model_dump(mode="json") if more and self.may_recover(candidate) else None
         return Evaluation(candidate, measured, self.effort(candidate, more), artifact.digest, seconds, added)
 
 

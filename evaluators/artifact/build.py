@@ -12,6 +12,7 @@ from evaluators.artifact.half import HalfWriter
 from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Ranges
 from evaluators.artifact.scheme import MINMAX, Scheme
 from evaluators.artifact.template import Stage, Template, output_channels
+from evaluators.artifact.trainable import TrainableGraph
 from evaluators.calibration.ranges import calibrated_ranges
 from evaluators.runtimes.ort import load
 from evaluators.target import ALLOW_TF32, Runtime
@@ -135,6 +136,18 @@ class ArtifactBuilder:
         """Returns where Q/DQ goes and which nodes are fp16, for the precision of each layer."""
         placement = self._quantizer.place(_at("int8", precisions))
         return placement, self._half.place(_at("fp16", precisions), placement.tensors)
+
+    def trainable(self) -> TrainableGraph:
+        """Returns the graph as something that trains in torch.
+
+        Raises:
+            OperatorError: it has an operator that cannot be trained through.
+        """
+        return TrainableGraph(self._template, self._quantizer)
+
+    def int8_placement(self, network: ExitNetwork, candidate: Candidate) -> Placement:
+        """Returns where Q/DQ goes in the artifact of a network that has been compressed as `candidate` says."""
+        return self._place(self.written_precisions(network, candidate))[0]
 
     def build(
         self, network: ExitNetwork, candidate: Candidate, ranges: Ranges | None = None, grids: Grids = NO_GRIDS

@@ -86,8 +86,8 @@ class Quantizer:
         self._nodes = tuple(nodes)
         self._layers = dict(layers)
         self._outputs = frozenset(outputs)
-        self._weight_limit = 2 ** (weight_bits - 1) - 1
-        self._per_channel = per_channel
+        self.weight_limit = 2 ** (weight_bits - 1) - 1
+        self.per_channel = per_channel
         self._producers = {output: node for node in nodes for output in node.output}
         self._consumers: dict[str, list[NodeProto]] = {}
         for node in nodes:
@@ -197,12 +197,16 @@ class Quantizer:
                 spread.add(node.output[0])
         return spread
 
-    def _scale(self, tensor: str, ranges: Ranges) -> NDArray[np.float32]:
+    def origin(self, tensor: str) -> str:
+        """Returns the tensor whose scale an activation has: values that only move share one."""
         node = self._producers.get(tensor)
         while node is not None and node.op_type in VALUE_PRESERVING:
             tensor = node.input[0]
             node = self._producers.get(tensor)
-        low, high = ranges[tensor]
+        return tensor
+
+    def _scale(self, tensor: str, ranges: Ranges) -> NDArray[np.float32]:
+        low, high = ranges[self.origin(tensor)]
         return np.array(max(-low, high, _TINY * 127) / 127, dtype=np.float32)
 
     def write(
@@ -262,7 +266,7 @@ class Quantizer:
 
     def nearest(self, weight: NDArray[np.generic], axis: int) -> QuantizedWeight:
         """Returns a weight rounded to the nearest steps of its grid, whose output channels lie along `axis`."""
-        return quantize_weight(weight, axis, self._weight_limit, self._per_channel)
+        return quantize_weight(weight, axis, self.weight_limit, self.per_channel)
 
 
 def output_axis(node: NodeProto) -> int:

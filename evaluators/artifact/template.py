@@ -67,7 +67,7 @@ class Template:
         model = export_structure(network, image)
         self._shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         parameters = set(network.state_dict())
-        self._constants = {
+        self.constants = {
             tensor.name: numpy_helper.to_array(tensor)
             for tensor in model.graph.initializer
             if tensor.name not in parameters
@@ -76,7 +76,7 @@ class Template:
             info.name: info for info in [*model.graph.input, *model.graph.output]
         }
         nodes, self._transposed = _transpose_weights(model.graph.node, parameters)
-        self.nodes, self._folds = _fold_batch_norms(nodes, {info.name for info in model.graph.output}, parameters)
+        self.nodes, self.folds = _fold_batch_norms(nodes, {info.name for info in model.graph.output}, parameters)
         found = _layers(self.nodes, parameters)
         self.layers = {layer: node.name for layer, node in found.items()}
         self.layer_weights = {layer: _weight(node) for layer, node in found.items()}
@@ -88,10 +88,10 @@ class Template:
     def weights(self, state: Mapping[str, Tensor]) -> Arrays:
         """Returns the value of every initializer for a network's state dict, with batch normalisation folded in."""
         arrays: Arrays = {name: tensor.detach().numpy() for name, tensor in state.items() if name in self._shapes}
-        for fold in self._folds:
+        for fold in self.folds:
             arrays |= _folded(fold, arrays)
         arrays |= {name + TRANSPOSED: np.ascontiguousarray(arrays[name].T) for name in self._transposed}
-        return self._constants | arrays
+        return self.constants | arrays
 
     def stages(self, exits: Sequence[str]) -> tuple[Stage, ...]:
         """Returns the parts that the graph falls into when only these exits can fire; one part without any."""

@@ -68,7 +68,7 @@ class OnnxRuntime:
     def deployable(self, model: bytes) -> bytes:
         """Returns the model with u8 activations, the only form that this runtime fuses on a CPU.
 
-        The grid stays the same: scale unchanged, zero point 0 behind a ReLU and 128 elsewhere.
+        The range stays the same: behind a ReLU zero point 0 and half the scale, elsewhere 128 and the scale itself.
         """
         return unsigned_activations(model)
 
@@ -168,7 +168,10 @@ def _with_zero(low: float, high: float) -> tuple[float, float]:
 
 
 def unsigned_activations(model: bytes) -> bytes:
-    """Returns the model with every s8 activation made u8; fp8 ones, and a model without any, stay as they are."""
+    """Returns the model with every s8 activation made u8; fp8 ones, and a model without any, stay as they are.
+
+    Behind a ReLU all 255 steps are positive, where s8 has 127: they are half as large, so that both forms clip alike.
+    """
     import onnx
     from onnx import numpy_helper
 
@@ -180,6 +183,9 @@ def unsigned_activations(model: bytes) -> bytes:
     for node in quantizers:
         zero_point = initializers[node.input[2]]
         offset = 0 if _is_non_negative(node.input[0], producers) else 128
+        if offset == 0:
+            scale = initializers[node.input[1]]
+            scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / np.float32(2), scale.name))
         zero_point.CopyFrom(numpy_helper.from_array(np.array(offset, dtype=np.uint8), zero_point.name))
     return bytes(proto.SerializeToString(deterministic=True)) if quantizers else model
 

@@ -8,6 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.artifact.build import ArtifactBuilder
+from evaluators.artifact.qdq import Ranges
+from evaluators.artifact.trainable import TrainableGraph
 from evaluators.data import LabelledImages
 from search.recovery.fitting import Augment
 from search.study import FittingSection, RecoverySection
@@ -25,8 +31,28 @@ RECOVERIES: Mapping[str, str] = {
 NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 """Every layer is dense."""
 
+NO_RANGES: Ranges = MappingProxyType({})
+"""Nothing was learned about activations."""
+
 Say = Callable[[str, int, int], None]
 """Is told which long step is how far: its name, parts done, parts in all."""
+
+
+@dataclass(frozen=True)
+class Int8Ground:
+    """What training needs to feel int8 as the target will run it.
+
+    Args:
+        builder: writes the files.
+        graph: the same graph, in torch.
+        calibration: images that activations' ranges are read from, `(n, c, h, w)`.
+        key: of how int8 is made, and for which target.
+    """
+
+    builder: ArtifactBuilder
+    graph: TrainableGraph
+    calibration: NDArray[np.float32]
+    key: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,7 @@ class Ground:
         folder: where trained weights are kept.
         key: of the network, the data and all else that trained weights depend on.
         say: told about the steps that take long.
+        int8: what trainings feel int8 with; None where the study does not ask for it.
     """
 
     network: ExitNetwork
@@ -52,6 +79,7 @@ class Ground:
     folder: Path
     key: str
     say: Say
+    int8: Int8Ground | None = None
 
     def file(self, kind: str, *parts: str) -> Path:
         """Returns the file for the weights that a training on this ground, with these settings, ends with."""
@@ -66,6 +94,8 @@ class Recovery(Protocol):
     """What is written into every record."""
     source: ExitNetwork
     """Pruned networks are slices of it, and its activations' ranges are theirs."""
+    ranges: Ranges
+    """Of activations, as they were learned for int8 together with the source; empty where they were not."""
 
     def recover(
         self, network: ExitNetwork, channels: Mapping[str, int], patterns: Mapping[str, str] = NO_PATTERNS

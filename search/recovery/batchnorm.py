@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from evaluators.artifact.qdq import Ranges
 from evaluators.data import LabelledImages
-from search.recovery import NO_PATTERNS, Ground
+from search.recovery import NO_PATTERNS, NO_RANGES, Ground
 from spaces.network import ExitNetwork
 
 BATCH = 64
@@ -18,6 +19,7 @@ class BatchNormRecovery:
     """Measures the batch statistics of a pruned network on some training images."""
 
     effort = "bn"
+    ranges: Ranges = NO_RANGES
 
     def __init__(self, ground: Ground) -> None:
         self.source = ground.network

@@ -1,7 +1,7 @@
 """One training for all candidates: their weights are slices of one shared network."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from search.recovery import Ground, effort_of
 from search.recovery.batchnorm import BatchNormRecovery, recalibrate_batch_norm
 from search.recovery.distillation import all_logits, total_loss
 from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.recovery.mixed import MixedPrecision
 from search.study import ElasticSection
 from spaces.network import ExitNetwork
 from spaces.space import Integer
@@ -24,11 +25,17 @@ class ElasticRecovery(BatchNormRecovery):
 
     def __init__(self, ground: Ground) -> None:
         super().__init__(ground)
-        settings = ground.settings.elastic
+        settings, qat = ground.settings.elastic, ground.settings.qat
         self.effort = f"elastic {effort_of(settings)}"
         self.source = copy.deepcopy(ground.network)
-        file = ground.file("elastic", settings.model_dump_json())
-        if not load_weights(self.source, file):
+        learner: nn.Module = self.source
+        parts, mixed = [settings.model_dump_json()], None
+        if qat is not None and ground.int8 is not None:
+            self.effort += f" with qat ({qat.quantizer})"
+            learner = mixed = MixedPrecision(self.source, ground.int8, qat.quantizer)
+            parts += [ground.int8.key, qat.quantizer]
+        file = ground.file("elastic", *parts)
+        if not load_weights(learner, file):
             batches = TrainingBatches(ground.train, settings.batch, settings.seed, ground.augment)
             train_elastic(
                 self.source,
@@ -37,9 +44,12 @@ class ElasticRecovery(BatchNormRecovery):
                 settings,
                 file.with_suffix(".partial.pt"),
                 lambda part, total: ground.say("Training shared weights, once", part, total),
+                mixed,
             )
             recalibrate_batch_norm(self.source, self._images)
-            save(self.source.state_dict(), file)
+            save(learner.state_dict(), file)
+        if mixed is not None:
+            self.ranges = mixed.ranges()
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ def train_elastic(
     settings: ElasticSection,
     checkpoint: Path | None = None,
     report: Report = lambda _done, _total: None,
+    mixed: MixedPrecision | None = None,
 ) -> Fitted:
     """Trains the dense network in place so that its slices answer well, too.
 
@@ -149,6 +160,8 @@ def train_elastic(
         settings: for how long, and how many random candidates a step.
         checkpoint: where each epoch is kept.
         report: told how far it is.
+        mixed: gives the smallest candidate int8 throughout and the random ones random precisions; all are fp32 where
+            not given.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -156,9 +169,12 @@ def train_elastic(
     shared = SharedWeights(network, sparsity)
     smallest = {group.name: sparsity.smallest(group) for group in sparsity.groups}
 
-    def learn(part: Slice, images: Tensor, labels: Tensor, answers: Tensor) -> float:
+    def learn(part: Slice, int8: Collection[str], images: Tensor, labels: Tensor, answers: Tensor) -> float:
         with fast_arithmetic():
-            found = shared.logits(part, images)
+            if mixed is None:
+                found = shared.logits(part, images)
+            else:
+                found = mixed.logits(part.network, shared.weights(part), int8, images)
         loss = total_loss(found, answers, labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
@@ -171,9 +187,11 @@ def train_elastic(
         answers = found[-1].detach()
         parts = [shared.slice(smallest, keep=True)]
         parts += [shared.slice(random_channels(sparsity, generator)) for _ in range(settings.random_candidates)]
-        return float(loss.detach()) + sum(learn(part, images, labels, answers) for part in parts)
+        layers = mixed.choices(len(parts), generator) if mixed else [()] * len(parts)
+        each = zip(parts, layers, strict=True)
+        return float(loss.detach()) + sum(learn(part, int8, images, labels, answers) for part, int8 in each)
 
-    return fit(network, step, batches, settings, checkpoint, report)
+    return fit(network if mixed is None else mixed, step, batches, settings, checkpoint, report)
 
 
 def random_channels(sparsity: SparsitySpace, generator: torch.Generator) -> dict[str, int]:

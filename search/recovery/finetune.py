@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from search.recovery import NO_PATTERNS, Ground, effort_of
+from evaluators.artifact.qdq import Ranges
+from search.recovery import NO_PATTERNS, NO_RANGES, Ground, effort_of
 from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.distillation import all_logits, total_loss
 from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
@@ -17,6 +18,8 @@ from spaces.network import ExitNetwork
 
 class FinetuneRecovery:
     """Fine-tunes every candidate for itself, and keeps the weights by their channels."""
+
+    ranges: Ranges = NO_RANGES
 
     def __init__(self, ground: Ground) -> None:
         self.source = ground.network

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from search.recovery import NO_PATTERNS, Ground
+from evaluators.artifact.qdq import Ranges
+from search.recovery import NO_PATTERNS, NO_RANGES, Ground
 from spaces.network import ExitNetwork
 
 
@@ -10,6 +11,7 @@ class Nothing:
     """Leaves weights and statistics as the dense network had them."""
 
     effort = "none"
+    ranges: Ranges = NO_RANGES
 
     def __init__(self, ground: Ground) -> None:
         self.source = ground.network
