@@ -86,7 +86,7 @@ class Quantizer:
         self._nodes = tuple(nodes)
         self._layers = dict(layers)
         self._outputs = frozenset(outputs)
-        self._weight_limit = 2 ** (weight_bits - 1) - 1
+        self.weight_limit = 2 ** (weight_bits - 1) - 1
         self._per_channel = per_channel
         self._producers = {output: node for node in nodes for output in node.output}
         self._consumers: dict[str, list[NodeProto]] = {}
@@ -262,7 +262,7 @@ class Quantizer:
 
     def nearest(self, weight: NDArray[np.generic], axis: int) -> QuantizedWeight:
         """Returns a weight rounded to the nearest steps of its grid, whose output channels lie along `axis`."""
-        return quantize_weight(weight, axis, self._weight_limit, self._per_channel)
+        return quantize_weight(weight, axis, self.weight_limit, self._per_channel)
 
 
 def output_axis(node: NodeProto) -> int:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -76,7 +77,7 @@ class Template:
             info.name: info for info in [*model.graph.input, *model.graph.output]
         }
         nodes, self._transposed = _transpose_weights(model.graph.node, parameters)
-        self.nodes, self._folds = _fold_batch_norms(nodes, {info.name for info in model.graph.output}, parameters)
+        self.nodes, self.folds = _fold_batch_norms(nodes, {info.name for info in model.graph.output}, parameters)
         found = _layers(self.nodes, parameters)
         self.layers = {layer: node.name for layer, node in found.items()}
         self.layer_weights = {layer: _weight(node) for layer, node in found.items()}
@@ -85,10 +86,21 @@ class Template:
         self._stages: dict[tuple[str, ...], tuple[Stage, ...]] = {}
         self.stages(self.exit_names)
 
+    @cached_property
+    def constants(self) -> Arrays:
+        """What the graph holds that is no parameter, by the name of its tensor."""
+        values = {
+            node.output[0]: numpy_helper.to_array(attribute.t)
+            for node in self.nodes
+            for attribute in node.attribute
+            if node.op_type == "Constant" and attribute.name == "value"
+        }
+        return self._constants | values
+
     def weights(self, state: Mapping[str, Tensor]) -> Arrays:
         """Returns the value of every initializer for a network's state dict, with batch normalisation folded in."""
         arrays: Arrays = {name: tensor.detach().numpy() for name, tensor in state.items() if name in self._shapes}
-        for fold in self._folds:
+        for fold in self.folds:
             arrays |= _folded(fold, arrays)
         arrays |= {name + TRANSPOSED: np.ascontiguousarray(arrays[name].T) for name in self._transposed}
         return self._constants | arrays
@@ -193,6 +205,13 @@ def output_channels(file: bytes) -> dict[str, int]:
     inferred = onnx.shape_inference.infer_shapes(onnx.load_from_string(file))
     shapes = {info.name: info.type.tensor_type.shape.dim for info in inferred.graph.output}
     return {name: dims[1].dim_value for name, dims in shapes.items() if len(dims) > 1 and dims[1].dim_value}
+
+
+def bounds_of(node: NodeProto, constants: Arrays) -> tuple[float, float]:
+    """Returns the least and the largest value that a `Relu` or `Clip` lets through, infinite where it has no bound."""
+    low, high = (None, None) if node.op_type == "Relu" else (*node.input[1:], "", "")[:2]
+    least = 0.0 if low is None else -np.inf
+    return float(constants[low]) if low else least, float(constants[high]) if high else np.inf
 
 
 def _groups(node: NodeProto) -> int:
