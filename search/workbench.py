@@ -13,6 +13,7 @@ import torch
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact import Artifact
 from evaluators.artifact.build import ArtifactBuilder
+from evaluators.artifact.equalize import equalized
 from evaluators.artifact.qdq import Ranges
 from evaluators.artifact.scheme import Scheme
 from evaluators.data import Splits
@@ -32,6 +33,7 @@ from search.progress import Progress, Say
 from search.recovery import Ground, Recovery, effort_of, recovery
 from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
+from search.rounding import LearnedRounding
 from search.sources.prepared import prepare
 from search.study import FinetuneSection, Study, StudyError
 from search.training import augmentation, exit_places, trained_network
@@ -83,6 +85,8 @@ class Workbench:
         self.network: ExitNetwork = trained_network(study, built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
+        if study.quantization.equalize:
+            self.network = equalized(self.network, image)
         scheme = Scheme(**study.quantization.model_dump())
         self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.tf32, scheme)
         progress("Finding the channels that can be cut", 0, 1)
@@ -97,6 +101,7 @@ class Workbench:
         )
         self._accuracy = AccuracyEvaluator()
         self.ground = self._recovery_ground(progress)
+        self._rounding = LearnedRounding(self.ground, self.builder, study.quantization, calibration)
 
     def _recovery_ground(self, progress: Progress) -> Ground:
         augment = self.study.data.augment
@@ -233,9 +238,11 @@ class Workbench:
 
     def effort(self, candidate: Candidate, more: FinetuneSection | None = None) -> str:
         """Returns what was done to win the candidate's accuracy back, for the record."""
-        if not self.is_pruned(candidate):
-            return "as given"
-        return self.recovery.effort + (f" + finetune {effort_of(more)}" if more else "")
+        pruned = self.is_pruned(candidate)
+        rounding = self._rounding.effort(candidate, pruned, more is not None)
+        if not pruned:
+            return "as given" + rounding
+        return self.recovery.effort + (f" + finetune {effort_of(more)}" if more else "") + rounding
 
     def _ranges(self, candidate: Candidate) -> Ranges:
         """Returns the ranges of the activations of the network that the candidate is a slice of."""
@@ -247,6 +254,11 @@ class Workbench:
     def _source_ranges(self) -> Ranges:
         return self.builder.read_ranges(self.recovery.source, self.data.calibration.images[:])
 
+    def _artifact(self, network: ExitNetwork, candidate: Candidate, more: FinetuneSection | None) -> Artifact:
+        ranges, pruned = self._ranges(candidate), self.is_pruned(candidate)
+        grids = self._rounding.grids(network, candidate, ranges, pruned, more is not None)
+        return self.builder.build(network, candidate, ranges, grids)
+
     def is_pruned(self, candidate: Candidate) -> bool:
         """Returns whether the candidate lacks any channel or weight of the dense network."""
         return bool(candidate.patterns) or bool(self.space.sparsity.kept(candidate.channels))
@@ -254,7 +266,7 @@ class Workbench:
     def subject(self, candidate: Candidate, more: FinetuneSection | None = None) -> Subject:
         """Returns the candidate, built and ready to be measured; `more` is fine-tuning that comes on top."""
         network = self.compress(candidate, more)
-        return self._subject(candidate, network, self.builder.build(network, candidate, self._ranges(candidate)))
+        return self._subject(candidate, network, self._artifact(network, candidate, more))
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
         return Subject(network, candidate, artifact, self.data.validation, self.runtime, self.target)
@@ -274,7 +286,7 @@ class Workbench:
         with _timed(seconds, "compress"):
             network = self.compress(candidate, more)
         with _timed(seconds, "build"):
-            artifact = self.builder.build(network, candidate, self._ranges(candidate))
+            artifact = self._artifact(network, candidate, more)
         subject = self._subject(candidate, network, artifact)
         with _timed(seconds, "load"):
             _ = subject.opened

@@ -39,14 +39,15 @@ class Learning:
 
     Args:
         steps: for each layer.
-        rate: of Adam. The paper's 1e-3 is for ten thousand steps and more.
+        rate: of Adam. The paper's 1e-3 is for ten thousand steps and more; hundreds get nowhere with it.
         weight: of the regulariser that drives weights onto the grid, relative to the error of rounding to nearest.
+            A small one leaves weights between two steps, whose final choice is then no better than the nearest.
         seed: of the patches and their order.
     """
 
-    steps: int = 1000
-    rate: float = 1e-2
-    weight: float = 1.0
+    steps: int = 500
+    rate: float = 0.1
+    weight: float = 10.0
     seed: int = 0
 
 

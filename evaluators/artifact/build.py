@@ -82,6 +82,11 @@ class ArtifactBuilder:
         """The layers that have a precision, in the order in which they run."""
         return tuple(self._template.layers)
 
+    @property
+    def grid(self) -> tuple[int, str]:
+        """What weights are rounded to: the largest step, and whether each output channel has a scale of its own."""
+        return self._quantizer.weight_limit, self._scheme.weights
+
     def read_ranges(self, network: ExitNetwork, images: NDArray[np.float32]) -> Ranges:
         """Returns the range of every activation of a network of this structure.
 

@@ -30,12 +30,13 @@ SPAN = 6.0
 
 _MOVING = {
     *("Identity", "Dropout", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather"),
-    *("Pad", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "MatMul"),
+    *("Pad", "MaxPool", "MatMul"),
 }
-"""Move values, or take the mean or the largest of neighbours, which are taken to be alike: moments go as values do.
+"""Move values, or take the largest of neighbours, which are taken to be alike: moments go as values do.
 
 A product is one of them where it is no layer: uneven pooling is written so.
 """
+_AVERAGING = {"AveragePool", "GlobalAveragePool", "ReduceMean"}
 
 
 class MomentsError(UserError):
@@ -86,12 +87,13 @@ def clipped(given: Moments, low: float, high: float) -> Moments:
     deviation = np.sqrt(np.maximum(given.variance.astype(np.float64), 1e-24))
     a, b = (low - mean) / deviation, (high - mean) / deviation
     below, above, inside = ndtr(a), ndtr(-b), ndtr(b) - ndtr(a)
-    first = mean * inside + deviation * (_density(a) - _density(b)) + _finite(low) * below + _finite(high) * above
+    at_low, at_high = _density(a), _density(b)
+    first = mean * inside + deviation * (at_low - at_high) + _finite(low) * below + _finite(high) * above
     # About the new mean, not about 0: squares of a large mean would leave nothing of a small variance.
     off = mean - first
     second = (off**2 + deviation**2) * inside
-    second += 2 * off * deviation * (_density(a) - _density(b))
-    second += deviation**2 * (_finite(a) * _density(a) - _finite(b) * _density(b))
+    second += 2 * off * deviation * (at_low - at_high)
+    second += deviation**2 * (_finite(a) * at_low - _finite(b) * at_high)
     second += _finite(low - first) ** 2 * below + _finite(high - first) ** 2 * above
     bounds = (np.clip(bound, low, high) for bound in (given.low, given.high))
     return Moments(first.astype(np.float32), np.maximum(second, 0).astype(np.float32), *bounds)
@@ -112,6 +114,17 @@ def summed(first: Moments, second: Moments) -> Moments:
     down = np.sqrt((first.mean - first.low) ** 2 + (second.mean - second.low) ** 2)
     up = np.sqrt((first.high - first.mean) ** 2 + (second.high - second.mean) ** 2)
     return Moments(mean, first.variance + second.variance, mean - down, mean + up)
+
+
+def averaged(given: Moments, count: float) -> Moments:
+    """Returns the moments of means over `count` positions, for their mean moments.
+
+    Neighbours are neither alike nor independent. What is between is taken: as many independent values as the root of
+    their number, so that the reach of a mean over 8x8 positions is a third of theirs and not an eighth.
+    """
+    reach = np.float32(count**-0.25)
+    low, high = (given.mean + reach * (bound - given.mean) for bound in (given.low, given.high))
+    return Moments(given.mean, given.variance * reach**2, low, high)
 
 
 def constant(value: NDArray[np.generic]) -> Moments:
@@ -164,7 +177,7 @@ class _Walk:
         """Returns the moments of every tensor that depends on the input, for those of the input."""
         names = [name for node in self._nodes for name in node.output if name]
         # Shapes, and what is computed from shapes, do not depend on the image.
-        run = load(observing(self._file, names), 0)
+        run = load(observing(self._file, names), 1)
         self._values |= dict(zip(names, run(np.zeros_like(given.mean)), strict=True))
         found = {INPUT: given}
         for node in self._nodes:
@@ -186,8 +199,11 @@ class _Walk:
         first = found.get(node.input[0])
         if first is not None and node.op_type in ("Relu", "Clip"):
             return [clipped(first, *bounds_of(node, self._values))]
-        if first is not None and node.name in self._layers:
+        if first is not None and (node.op_type in ("Conv", "Gemm") or node.name in self._layers):
             return [self._layer(node, first)]
+        if first is not None and node.op_type in _AVERAGING:
+            (moved,) = self._moved(node, found)
+            return [averaged(moved, first.mean.size / moved.mean.size)]
         if node.op_type in _MOVING and sum(name in found for name in node.input) == 1:
             return self._moved(node, found)
         raise MomentsError(
@@ -229,4 +245,4 @@ class _Walk:
         constants = [numpy_helper.from_array(value, name) for name, value in zip(names, others, strict=True)]
         graph = helper.make_graph([node], "node", [source], outputs, constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
-        return load(model.SerializeToString(), 0)
+        return load(model.SerializeToString(), 1)

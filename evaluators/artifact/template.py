@@ -89,13 +89,15 @@ class Template:
     @cached_property
     def constants(self) -> Arrays:
         """What the graph holds that is no parameter, by the name of its tensor."""
-        values = {
-            node.output[0]: numpy_helper.to_array(attribute.t)
-            for node in self.nodes
-            for attribute in node.attribute
-            if node.op_type == "Constant" and attribute.name == "value"
-        }
-        return self._constants | values
+        values: Arrays = dict(self._constants)
+        for node in self.nodes:
+            if node.op_type == "Constant":
+                values |= {
+                    node.output[0]: numpy_helper.to_array(part.t) for part in node.attribute if part.HasField("t")
+                }
+            elif node.op_type == "Cast" and node.input[0] in values:
+                values[node.output[0]] = values[node.input[0]]
+        return values
 
     def weights(self, state: Mapping[str, Tensor]) -> Arrays:
         """Returns the value of every initializer for a network's state dict, with batch normalisation folded in."""
@@ -209,9 +211,10 @@ def output_channels(file: bytes) -> dict[str, int]:
 
 def bounds_of(node: NodeProto, constants: Arrays) -> tuple[float, float]:
     """Returns the least and the largest value that a `Relu` or `Clip` lets through, infinite where it has no bound."""
-    low, high = (None, None) if node.op_type == "Relu" else (*node.input[1:], "", "")[:2]
-    least = 0.0 if low is None else -np.inf
-    return float(constants[low]) if low else least, float(constants[high]) if high else np.inf
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    low, high = (*node.input[1:], "", "")[:2]
+    return float(constants.get(low, np.float32(-np.inf))), float(constants.get(high, np.float32(np.inf)))
 
 
 def _groups(node: NodeProto) -> int:
