@@ -135,6 +135,7 @@ class QuantizationSection(_Section):
     equalize: bool = False
     bias_correction: Literal["none", "batchnorm", "data"] = "none"
     rounding: Literal["nearest", "adaround"] = "nearest"
+    rounding_steps: Positive = 500
 
 
 class TargetSection(_Section):

@@ -13,6 +13,7 @@ import torch
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact import Artifact
 from evaluators.artifact.build import ArtifactBuilder
+from evaluators.artifact.equalize import equalized
 from evaluators.artifact.qdq import Ranges
 from evaluators.artifact.scheme import Scheme
 from evaluators.data import Splits
@@ -33,6 +34,7 @@ from search.recovery import Ground, Int8Ground, Recovery, effort_of, recovery
 from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import NOTHING, Learned, train_int8_kept
+from search.rounding import LearnedRounding
 from search.sources.prepared import prepare
 from search.study import FinetuneSection, Study, StudyError
 from search.training import augmentation, exit_places, trained_network
@@ -84,6 +86,8 @@ class Workbench:
         self.network: ExitNetwork = trained_network(study, built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
+        if study.quantization.equalize:
+            self.network = equalized(self.network, image)
         scheme = Scheme(**study.quantization.model_dump())
         self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.tf32, scheme)
         progress("Finding the channels that can be cut", 0, 1)
@@ -98,6 +102,7 @@ class Workbench:
         )
         self._accuracy = AccuracyEvaluator()
         self.ground = self._recovery_ground(progress)
+        self._rounding = LearnedRounding(self.ground, self.builder, study.quantization, calibration)
 
     def _recovery_ground(self, progress: Progress) -> Ground:
         augment = self.study.data.augment
@@ -245,12 +250,19 @@ class Workbench:
         parts = [self.recovery.effort if self._is_slice(candidate) else "as given"]
         if more and self.is_pruned(candidate):
             parts.append(f"finetune {effort_of(more)}")
-        if (qat := self.study.recovery.qat) and self._trains_int8(candidate, more):
+        if self._trains_int8(candidate, more) and (qat := self.study.recovery.qat):
             parts.append(f"qat {effort_of(qat)} ({qat.quantizer})")
+        elif self._rounding.is_due(candidate, self.is_pruned(candidate), more is not None):
+            parts.append("adaround")
         return " + ".join(parts)
 
-    def _build(self, network: ExitNetwork, candidate: Candidate, learned: Learned) -> Artifact:
-        return self.builder.build(network, candidate, {**self._ranges(candidate), **learned.ranges}, learned.grids)
+    def _artifact(
+        self, network: ExitNetwork, candidate: Candidate, learned: Learned, more: FinetuneSection | None
+    ) -> Artifact:
+        ranges, grids = {**self._ranges(candidate), **learned.ranges}, learned.grids
+        if not grids:  # what a training has put on its grid stays there
+            grids = self._rounding.grids(network, candidate, ranges, self.is_pruned(candidate), more is not None)
+        return self.builder.build(network, candidate, ranges, grids)
 
     def _ranges(self, candidate: Candidate) -> Ranges:
         """Returns the ranges of the activations of the network that the candidate is a slice of."""
@@ -287,7 +299,7 @@ class Workbench:
     def subject(self, candidate: Candidate, more: FinetuneSection | None = None) -> Subject:
         """Returns the candidate, built and ready to be measured; `more` is fine-tuning that comes on top."""
         network, learned = self._compress(candidate, more)
-        return self._subject(candidate, network, self._build(network, candidate, learned))
+        return self._subject(candidate, network, self._artifact(network, candidate, learned, more))
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
         return Subject(network, candidate, artifact, self.data.validation, self.runtime, self.target)
@@ -307,7 +319,7 @@ class Workbench:
         with _timed(seconds, "compress"):
             network, learned = self._compress(candidate, more)
         with _timed(seconds, "build"):
-            artifact = self._build(network, candidate, learned)
+            artifact = self._artifact(network, candidate, learned, more)
         subject = self._subject(candidate, network, artifact)
         with _timed(seconds, "load"):
             _ = subject.opened

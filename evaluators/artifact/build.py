@@ -7,11 +7,15 @@ import torch
 from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact, fp8
+from evaluators.artifact.adaround import Learning, Report, RoundingTask
+from evaluators.artifact.correction import corrected
 from evaluators.artifact.exporter import OPSET, OUTPUT, ExportError, logits_name
 from evaluators.artifact.half import HalfWriter
+from evaluators.artifact.moments import Moments, activation_moments
+from evaluators.artifact.observe import Means, input_means
 from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Ranges
 from evaluators.artifact.scheme import MINMAX, Scheme
-from evaluators.artifact.template import Stage, Template, output_channels
+from evaluators.artifact.template import Arrays, Stage, Template, output_channels
 from evaluators.artifact.trainable import TrainableGraph
 from evaluators.calibration.ranges import calibrated_ranges
 from evaluators.runtimes.ort import load
@@ -19,6 +23,8 @@ from evaluators.target import ALLOW_TF32, Runtime
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
 
+_MEAN_IMAGES = 64
+"""So many calibration images tell the mean of a layer's input."""
 _CLOSE = 1e-3
 """A file and torch may differ by this share of the largest logit: deep networks amplify what rounding does."""
 
@@ -51,7 +57,9 @@ class ArtifactBuilder:
         tf32: bool = False,
         scheme: Scheme = MINMAX,
     ) -> None:
-        self._runtime, self._scheme = runtime, scheme
+        self._runtime = runtime
+        self._scheme = scheme
+        self._calibration = calibration[:_MEAN_IMAGES]
         self._properties = ALLOW_TF32 if tf32 else {}
         self._template = Template(network, torch.from_numpy(calibration[:1]))
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
@@ -78,11 +86,65 @@ class ArtifactBuilder:
         """The layers that have a precision, in the order in which they run."""
         return tuple(self._template.layers)
 
+    @property
+    def grid(self) -> tuple[int, str]:
+        """What weights are rounded to: the largest step, and whether each output channel has a scale of its own."""
+        return self._quantizer.weight_limit, self._scheme.weights
+
     def read_ranges(self, network: ExitNetwork, images: NDArray[np.float32]) -> Ranges:
-        """Returns the calibrated range of every activation of a network of this structure, over `images`."""
+        """Returns the range of every activation of a network of this structure, as the scheme says.
+
+        Calibrated over `images`, or from batch normalisation, which only takes from them what the input is like.
+
+        Raises:
+            MomentsError: an operator stands in the way of distributions.
+        """
+        if self._scheme.ranges == "batchnorm":
+            found = self._moments(network, images)
+            return {tensor: found[tensor].range for tensor in self._quantizer.activations()}
         weights = self._template.weights(network.state_dict())
         model = self._template.file(self._everything, self._template.nodes, weights)
         return calibrated_ranges(model, self._quantizer.activations(), images, self._scheme)
+
+    def _moments(self, network: ExitNetwork, images: NDArray[np.float32]) -> dict[str, Moments]:
+        return activation_moments(self._template, self._everything, network.state_dict(), images)
+
+    def _input_means(self, network: ExitNetwork, weights: Arrays) -> Means:
+        """Returns the mean input of each layer that the scheme corrects biases by; of none where it does not."""
+        if self._scheme.bias_correction == "none":
+            return {}
+        if self._scheme.bias_correction == "batchnorm":
+            found = self._moments(network, self._calibration)
+            layers = [node for node in self._everything.nodes if node.op_type in ("Conv", "Gemm")]
+            return {node.input[1]: found[node.input[0]].channel_means for node in layers}
+        model = self._template.file(self._everything, self._template.nodes, weights)
+        return input_means(model, self._everything.nodes, self._calibration)
+
+    def learn_rounding(
+        self,
+        network: ExitNetwork,
+        candidate: Candidate,
+        images: NDArray[np.float32],
+        ranges: Ranges | None = None,
+        learning: Learning = Learning(),  # noqa: B008
+        report: Report = lambda _done, _total: None,
+    ) -> Grids:
+        """Returns the weights of the candidate's int8 layers, rounded so that they answer as in float.
+
+        Args:
+            network: compressed and recovered, in evaluation mode.
+            candidate: its precisions.
+            images: for calibration.
+            ranges: of the activations; the dense network's where not given.
+            learning: for how long and how.
+            report: told how many layers are done.
+        """
+        placement, _ = self._place(self.written_precisions(network, candidate))
+        weights = self._template.weights(network.state_dict())
+        task = RoundingTask(
+            self._template, self._everything, self._quantizer, placement, weights, ranges or self.ranges
+        )
+        return task.learn(images, learning, report)
 
     def disagreement(self, network: ExitNetwork) -> tuple[str, str] | None:
         """Returns why a network of this structure cannot be written by slicing; None where its file answers as it does.
@@ -167,9 +229,11 @@ class ArtifactBuilder:
         precisions = self.written_precisions(network, candidate)
         placement, halves = self._place(precisions)
         eights, ranges = self._float8.place(_at("fp8", precisions)), ranges or self.ranges
+        means = self._input_means(network, weights) if placement.nodes else {}
         files: list[bytes] = []
         for stage in self._template.stages(candidate.active_exits):
             nodes, values = self._quantizer.write(stage, placement, weights, ranges, grids)
+            nodes, values = corrected(nodes, values, means)
             opset = fp8.OPSET if any(node.name in eights for node in nodes) else OPSET
             nodes, values = self._float8.write(nodes, eights, values, ranges)
             nodes, values = self._half.write(nodes, halves, values, stage.outputs)

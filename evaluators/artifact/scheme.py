@@ -16,6 +16,7 @@ class Scheme:
         equalize: whether the ranges of channels are evened out between layers, which leaves the function as it is.
         bias_correction: where the mean input of a layer comes from, whose rounding error its bias makes up for.
         rounding: of weights, to the nearest step or to the one that keeps a layer's answers on calibration images.
+        rounding_steps: of learning for each layer.
     """
 
     calibrator: str = "minmax"
@@ -25,6 +26,7 @@ class Scheme:
     equalize: bool = False
     bias_correction: Literal["none", "batchnorm", "data"] = "none"
     rounding: Literal["nearest", "adaround"] = "nearest"
+    rounding_steps: int = 500
 
 
 MINMAX = Scheme()

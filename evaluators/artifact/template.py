@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -67,7 +68,7 @@ class Template:
         model = export_structure(network, image)
         self._shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         parameters = set(network.state_dict())
-        self.constants = {
+        self._constants = {
             tensor.name: numpy_helper.to_array(tensor)
             for tensor in model.graph.initializer
             if tensor.name not in parameters
@@ -85,13 +86,25 @@ class Template:
         self._stages: dict[tuple[str, ...], tuple[Stage, ...]] = {}
         self.stages(self.exit_names)
 
+    @cached_property
+    def constants(self) -> Arrays:
+        """What the graph holds that is no parameter, by the name of its tensor."""
+        values: Arrays = dict(self._constants)
+        for node in self.nodes:
+            if node.op_type == "Constant":
+                held = [numpy_helper.to_array(part.t) for part in node.attribute if part.HasField("t")]
+                values |= dict(zip(node.output, held, strict=False))
+            elif node.op_type == "Cast" and node.input[0] in values:
+                values[node.output[0]] = values[node.input[0]]
+        return values
+
     def weights(self, state: Mapping[str, Tensor]) -> Arrays:
         """Returns the value of every initializer for a network's state dict, with batch normalisation folded in."""
         arrays: Arrays = {name: tensor.detach().numpy() for name, tensor in state.items() if name in self._shapes}
         for fold in self.folds:
             arrays |= _folded(fold, arrays)
         arrays |= {name + TRANSPOSED: np.ascontiguousarray(arrays[name].T) for name in self._transposed}
-        return self.constants | arrays
+        return self._constants | arrays
 
     def stages(self, exits: Sequence[str]) -> tuple[Stage, ...]:
         """Returns the parts that the graph falls into when only these exits can fire; one part without any."""
@@ -193,6 +206,14 @@ def output_channels(file: bytes) -> dict[str, int]:
     inferred = onnx.shape_inference.infer_shapes(onnx.load_from_string(file))
     shapes = {info.name: info.type.tensor_type.shape.dim for info in inferred.graph.output}
     return {name: dims[1].dim_value for name, dims in shapes.items() if len(dims) > 1 and dims[1].dim_value}
+
+
+def bounds_of(node: NodeProto, constants: Arrays) -> tuple[float, float]:
+    """Returns the least and the largest value that a `Relu` or `Clip` lets through, infinite where it has no bound."""
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    low, high = (*node.input[1:], "", "")[:2]
+    return float(constants.get(low, np.float32(-np.inf))), float(constants.get(high, np.float32(np.inf)))
 
 
 def _groups(node: NodeProto) -> int:
