@@ -84,7 +84,7 @@ class Workbench:
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
         scheme = Scheme(**study.quantization.model_dump())
-        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.tf32, scheme)
+        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.fp32_in, scheme)
         progress("Finding the channels that can be cut", 0, 1)
         self.groups = find_groups(self.network, image, self.builder.disagreement)
         progress("Finding the channels that can be cut", 1, 1)
@@ -297,11 +297,12 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 def _target(study: Study, library: Runtime) -> Target:
     wanted, device = study.target, library.device()
-    if wanted.tf32 and not library.capabilities().tf32:
+    if wanted.fp32_in not in ("fp32", *library.capabilities().fp32_in):
+        able = {"tf32": "TensorRT on a GPU from Ampere on", "bf16": "OpenVINO on a CPU that multiplies bf16"}
         raise StudyError(
-            f"target.tf32 wants TensorRT on a GPU from Ampere on, got {wanted.runtime} on {device}; leave it out"
+            f"target.{wanted.fp32_in} wants {able[wanted.fp32_in]}, got {wanted.runtime} on {device}; leave it out"
         )
-    return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.tf32)
+    return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.fp32_in)
 
 
 def _space(

@@ -13,7 +13,7 @@ from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Range
 from evaluators.artifact.scheme import MINMAX, Scheme
 from evaluators.artifact.template import Stage, Template, output_channels
 from evaluators.runtimes.ort import activation_ranges, load
-from evaluators.target import ALLOW_TF32, Runtime
+from evaluators.target import ALLOWANCES, Fp32In, Runtime
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
 
@@ -31,7 +31,7 @@ class ArtifactBuilder:
         network: the dense network with its exits, in evaluation mode.
         calibration: images that the ranges are read from, `(n, c, h, w)`.
         runtime: what will run the artifact.
-        tf32: whether its fp32 layers may run in TF32.
+        fp32_in: what its fp32 layers may run in.
         scheme: how int8 is made.
 
     Raises:
@@ -44,11 +44,11 @@ class ArtifactBuilder:
         network: ExitNetwork,
         calibration: NDArray[np.float32],
         runtime: Runtime,
-        tf32: bool = False,
+        fp32_in: Fp32In = "fp32",
         scheme: Scheme = MINMAX,
     ) -> None:
         self._runtime = runtime
-        self._properties = ALLOW_TF32 if tf32 else {}
+        self._properties = ALLOWANCES[fp32_in]
         self._template = Template(network, torch.from_numpy(calibration[:1]))
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
         able = self._able = runtime.capabilities()
