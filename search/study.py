@@ -117,6 +117,8 @@ class SpaceSection(_Section):
     lowest_threshold: Share = 0.5
     threshold_step: Share = 0.05
     patterns: tuple[Annotated[str, Field(pattern=r"^(2:4|[1-9][0-9]?%)$")], ...] = ()
+    storage: tuple[Literal["int4"], ...] = ()
+    """Precisions of weights alone, for smaller files."""
     drop_slower: bool = True
     """Whether a layer loses the precisions in which it measures slower."""
 

@@ -1,12 +1,13 @@
 """From a compressed network in torch to its artifact, without an export."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluators.artifact import Artifact, fp8
+from evaluators.artifact import Artifact, fp8, int4
 from evaluators.artifact.exporter import OPSET, OUTPUT, ExportError, logits_name
 from evaluators.artifact.half import HalfWriter
 from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Ranges
@@ -62,6 +63,7 @@ class ArtifactBuilder:
         )
         self._half = HalfWriter(self._template.nodes, self._template.layers)
         self._float8 = fp8.Float8Writer(self._template.layers)
+        self._int4 = int4.Int4Writer(self._template.layers)
         self._everything = Stage(self._template.nodes, self._template.stages(())[0].input, tuple(outputs))
         self._probe = calibration[:2]
         refusal = self.disagreement(network)
@@ -119,14 +121,15 @@ class ArtifactBuilder:
         return fewest <= 1 or (weight not in self._template.grouped and min(shape[:2]) >= fewest)
 
     def boundaries(self, candidate: Candidate) -> int:
-        """Returns how many layers read from a layer of another precision, as the candidate asks for them.
+        """Returns how many layers read from a layer that runs in another precision, as the candidate asks for them.
 
-        Each costs a conversion.
+        Each costs a conversion. Layers that are only stored in 4 bits run in fp32; heads that never answer do not run.
         """
         placement, halves = self._place(candidate.precision)
         eights = self._float8.place(_at("fp8", candidate.precision))
         others = dict.fromkeys(halves, "fp16") | dict.fromkeys(eights, "fp8")
-        return self._quantizer.boundaries(dict.fromkeys(placement.nodes, "int8") | others)
+        precisions = dict.fromkeys(placement.nodes, "int8") | others
+        return self._quantizer.boundaries(precisions, self._deployed_nodes(candidate.active_exits))
 
     def _place(self, precisions: Mapping[str, str]) -> tuple[Placement, frozenset[str]]:
         """Returns where Q/DQ goes and which nodes are fp16, for the precision of each layer."""
@@ -151,11 +154,14 @@ class ArtifactBuilder:
         precisions = self.written_precisions(network, candidate)
         placement, halves = self._place(precisions)
         eights, ranges = self._float8.place(_at("fp8", precisions)), ranges or self.ranges
+        fours = self._int4.place(_at("int4", precisions))
         files: list[bytes] = []
         for stage in self._template.stages(candidate.active_exits):
             nodes, values = self._quantizer.write(stage, placement, weights, ranges, grids)
-            opset = fp8.OPSET if any(node.name in eights for node in nodes) else OPSET
+            wanted = ((fp8.OPSET, eights), (int4.OPSET, fours))
+            opset = max([OPSET, *(least for least, placed in wanted if any(node.name in placed for node in nodes))])
             nodes, values = self._float8.write(nodes, eights, values, ranges)
+            nodes, values = self._int4.write(nodes, fours, values)
             nodes, values = self._half.write(nodes, halves, values, stage.outputs)
             # What is built for one shape has to know the channels of its input.
             channels = output_channels(files[-1]) if files and not self._able.dynamic_batch else {}
@@ -167,13 +173,17 @@ class ArtifactBuilder:
             exits=candidate.active_exits,
             thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
             precisions=self._deployed_precisions(precisions, candidate.active_exits),
+            boundaries=self.boundaries(replace(candidate, precision=precisions)),
         )
 
     def _deployed_precisions(self, precisions: Mapping[str, str], exits: tuple[str, ...]) -> dict[str, str]:
         """Returns the precision of each layer that is deployed, by its ONNX node: heads that never answer are not."""
-        deployed = {node.name for stage in self._template.stages(exits) for node in stage.nodes}
+        deployed = self._deployed_nodes(exits)
         named = {self._template.layers[layer]: given for layer, given in precisions.items()}
         return {node: given for node, given in named.items() if node in deployed}
+
+    def _deployed_nodes(self, exits: tuple[str, ...]) -> frozenset[str]:
+        return frozenset(node.name for stage in self._template.stages(exits) for node in stage.nodes)
 
 
 def _difference(answer: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
