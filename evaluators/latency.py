@@ -210,6 +210,7 @@ class LatencyEvaluator:
                 "wait_s": found.wait_s,
                 "wall_median": found.wall_median,
                 "wall_cv": found.wall_cv,
+                "boundaries": subject.artifact.boundaries,
                 # How many times as long as when the search began the reference takes now.
                 **({} if known else {"drift": found.work_s / found.ratio / reference_s}),
                 **{f"seconds {way}": seconds for way, seconds in found.launches.items()},

@@ -55,6 +55,7 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         "exits": subject.artifact.exits,
         "thresholds": subject.artifact.thresholds,
         "precisions": dict(subject.artifact.precisions),
+        "boundaries": subject.artifact.boundaries,
         "target": subject.target.to_dict(),
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
@@ -100,7 +101,9 @@ def _measure(folder: Path) -> dict[str, Any]:
         name: Reference((folder / f"reference-{name}.onnx").read_bytes(), seconds)
         for name, seconds in job["references"].items()
     }
-    artifact = Artifact(stages, stages, tuple(job["exits"]), tuple(job["thresholds"]), job["precisions"])
+    artifact = Artifact(
+        stages, stages, tuple(job["exits"]), tuple(job["thresholds"]), job["precisions"], job["boundaries"]
+    )
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)
     some = images[: reference_batch(target.batch)]

@@ -20,20 +20,29 @@ if TYPE_CHECKING:
 
 Images = NDArray[np.float32]
 
+Fp32In = Literal["fp32", "tf32", "bf16"]
+"""What all fp32 layers of a file together run in."""
+
 RUNTIMES: Mapping[str, str] = {
     "onnxruntime": "evaluators.runtimes.ort:OnnxRuntime",
     "tensorrt": "evaluators.runtimes.trt:TensorRT",
+    "openvino": "evaluators.runtimes.ov:OpenVino",
 }
 """Every runtime, by the name a target gives it; loaded when asked for."""
 
 
-ALLOW_TF32: Mapping[str, str] = {"allow_tf32": "1"}
-"""Metadata of an ONNX file whose fp32 layers may run in TF32; a runtime without TF32 never sees it."""
+ALLOWANCES: Mapping[str, Mapping[str, str]] = {"fp32": {}, "tf32": {"allow_tf32": "1"}, "bf16": {"allow_bf16": "1"}}
+"""Metadata of an ONNX file, by what its fp32 layers may run in; a runtime that has no such type never sees it."""
 
 
-def allows_tf32(model: bytes) -> bool:
-    """Returns whether an ONNX file's metadata allows TF32; read from its bytes, because a board has no onnx package."""
-    (pair,) = ALLOW_TF32.items()
+def allows(model: bytes, kind: Literal["tf32", "bf16"]) -> bool:
+    """Returns whether an ONNX file's metadata allows a type; read from its bytes, because a board has no onnx package.
+
+    Args:
+        model: the file.
+        kind: what its fp32 layers may run in.
+    """
+    (pair,) = ALLOWANCES[kind].items()
     texts = b"".join(bytes([field << 3 | 2, len(text)]) + text.encode() for field, text in enumerate(pair, 1))
     return bytes([14 << 3 | 2, len(texts)]) + texts in model  # metadata_props is field 14 of a ModelProto
 
@@ -56,7 +65,8 @@ class Capabilities:
         int8_channels: the fewest input and output channels with which a layer may be int8 or fp8.
         sparse_2_4: whether two zeros in each four weights along the input channels make a layer faster.
         compiles: whether loading compiles for the device, so that a known latency is worth keeping.
-        tf32: whether fp32 layers can run in TF32, which is a property of a whole engine.
+        fp32_in: the faster types in which fp32 layers can run, all of them together: a property of a whole engine.
+        storage: precisions that weights can be stored in, at no promise of speed.
         clock: what work is told by. `cpu`: the CPU time of the calling thread, or the wall clock where several threads
             share the work; that is all a caller waits for, other programs aside. `gpu`: the device's own events; a
             caller waits for the host's part of a call as well.
@@ -70,24 +80,25 @@ class Capabilities:
     int8_channels: int = 1
     sparse_2_4: bool = False
     compiles: bool = False
-    tf32: bool = False
+    fp32_in: tuple[str, ...] = ()
+    storage: tuple[str, ...] = ()
     clock: Literal["cpu", "gpu"] = "cpu"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime on a device, with the batch size and threads of the deployment, and whether fp32 means TF32."""
+    """A runtime on a device, with the batch size and threads of the deployment, and what fp32 layers run in."""
 
     runtime: str
     device: str
     batch: int
     threads: int
-    tf32: bool = False
+    fp32_in: Fp32In = "fp32"
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        tf32 = ", fp32 in TF32" if self.tf32 else ""
-        return f"{self.runtime} on {self.device}, batch {self.batch}, {threads}{tf32}"
+        faster = "" if self.fp32_in == "fp32" else f", fp32 in {self.fp32_in.upper()}"
+        return f"{self.runtime} on {self.device}, batch {self.batch}, {threads}{faster}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -133,7 +144,7 @@ class Proof:
         """Returns the differences, and one line for all that is unproven."""
         count = len(self.unproven)
         layers = "1 layer runs" if count == 1 else f"{count} layers run"
-        hidden = f"{layers} inside a fused region whose precision TensorRT does not tell"
+        hidden = f"{layers} inside a fused region whose precision the runtime does not tell"
         return [*self.differences, *([hidden] if count else [])]
 
 

@@ -187,7 +187,7 @@ def narrowed(space: JointSpace, examined: Examined | None) -> JointSpace:
     """Returns the space without the precisions in which a layer was slower."""
     if examined is None:
         return space
-    return space.narrowed(examined.allowed(space.precision.layers, space.precision.precisions))
+    return space.narrowed(examined.allowed(space.precision.layers, space.precision.computed))
 
 
 def put_right_running(stored: optuna.Study) -> None:

@@ -191,6 +191,7 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "search": search.folder.name,
             "trial": confirmed.version.number,
             "target": bench.target.to_dict(),
+            "library": bench.runtime.version(),
             "deployed": names,
             "extras": sorted(extras),
             "exits": artifact.exits,

@@ -1,6 +1,5 @@
 """Which targets exist on this machine, what each can do, and why one is missing."""
 
-import importlib.util
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -9,9 +8,6 @@ from rich.table import Table
 from evaluators.target import RUNTIMES, TargetError, runtime
 from search.cache import cache_folder
 from search.environment import environment
-
-_LATER = {"openvino": "Intel CPUs and GPUs"}
-"""Runtimes that this version does not measure on yet."""
 
 
 def examine(console: Console, target: str | None) -> None:
@@ -22,9 +18,6 @@ def examine(console: Console, target: str | None) -> None:
     missing: dict[str, str] = {}
     for name in [target] if target else RUNTIMES:
         table.add_row(name, *_row(name, missing))
-    for name, device in ({} if target else _LATER).items():
-        installed = "its package is installed" if importlib.util.find_spec(name) else "its package is not installed"
-        table.add_row(name, "no", device, "", "", f"this version does not measure on it yet; {installed}")
     console.print(table)
     for name, reason in missing.items():  # below the table, where a command can be copied whole
         console.print(f"{name} is not here: {reason}", highlight=False, soft_wrap=True)
@@ -51,8 +44,10 @@ def _row(name: str, missing: dict[str, str]) -> tuple[str, str, str, str, str]:
         notes.append("2:4 sparsity")
     if able.int8_channels > 1:
         notes.append(f"8 bits from {able.int8_channels} channels on")
-    if able.tf32:
-        notes.append("tf32 for whole engines only, so it is not searched: target.tf32 = true in the study")
+    for kind in able.fp32_in:
+        notes.append(f"{kind} for all fp32 layers only, so it is not searched: target.{kind} = true in the study")
+    for kind in able.storage:
+        notes.append(f'{kind} weights for size: space.storage = ["{kind}"] in the study')
     if able.weight_bits < 8:
         notes.append(f"int8 weights in {able.weight_bits} bits, because this CPU has no VNNI")
     return "yes", found.device(), ", ".join(able.precisions), _steps(able.channel_steps), "; ".join(notes)

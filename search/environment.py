@@ -6,7 +6,18 @@ from importlib import metadata
 
 from evaluators.device_state import DeviceState
 
-_PACKAGES = ("torch", "onnxruntime", "onnx", "optuna", "fvcore", "torch-pruning", "mlflow", "numpy", "deployfront")
+_PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "openvino",
+    "onnx",
+    "optuna",
+    "fvcore",
+    "torch-pruning",
+    "mlflow",
+    "numpy",
+    "deployfront",
+)
 
 
 def environment(device: str, state: DeviceState | None = None) -> dict[str, str]:

@@ -36,7 +36,7 @@ def greedy_seeds(bench: Workbench, progress: Progress, say: Callable[[str], None
             f" measure it once with: python -m search profile --study {bench.study.name}"
         )
         return []
-    precision = bench.space.precision.precisions[-1]
+    precision = bench.space.precision.computed[-1]
     found = greedy_versions(bench, profiler.run(progress))
     thresholds = (NEVER_EXIT, _THRESHOLD) if bench.space.gates.exits else (NEVER_EXIT,)
     return [

@@ -97,5 +97,5 @@ def first_guesses(space: JointSpace) -> list[dict[str, Value]]:
                 if guess not in guesses:
                     guesses.append(guess)
     for pattern in sorted({pattern for offered in space.patterns.patterns.values() for pattern in offered}):
-        guesses.append(space.uniform(1.0, space.precision.precisions[-1], NEVER_EXIT, pattern))
+        guesses.append(space.uniform(1.0, space.precision.computed[-1], NEVER_EXIT, pattern))
     return guesses

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from search.budget import Budget
 from search.sources.names import absolute, absolute_path, data_source, factory_source, model_source
@@ -121,6 +121,8 @@ class SpaceSection(_Section):
     lowest_threshold: Share = 0.5
     threshold_step: Share = 0.05
     patterns: tuple[Annotated[str, Field(pattern=r"^(2:4|[1-9][0-9]?%)$")], ...] = ()
+    storage: tuple[Literal["int4"], ...] = ()
+    """Precisions of weights alone, for smaller files."""
     drop_slower: bool = True
     """Whether a layer loses the precisions in which it measures slower."""
 
@@ -146,6 +148,20 @@ class TargetSection(_Section):
     threads: Positive = 1
     tf32: bool = False
     """Whether fp32 layers run in TF32, on a GPU that has it."""
+    bf16: bool = False
+    """Whether fp32 layers run in bfloat16, on a CPU that multiplies it."""
+
+    @field_validator("bf16")
+    @classmethod
+    def _one_type(cls, bf16: bool, info: ValidationInfo) -> bool:
+        if bf16 and info.data.get("tf32"):
+            raise ValueError("false where tf32 is true, because fp32 layers run in one type")
+        return bf16
+
+    @property
+    def fp32_in(self) -> Literal["fp32", "tf32", "bf16"]:
+        """What all fp32 layers run in."""
+        return "tf32" if self.tf32 else "bf16" if self.bf16 else "fp32"
 
 
 class FinetuneSection(FittingSection):

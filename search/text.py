@@ -70,9 +70,10 @@ def kept_channels(candidate: Candidate, dense: Candidate) -> str:
 
 
 def int8_layers(candidate: Candidate) -> str:
-    """Returns how many layers are int8, of how many."""
+    """Returns how many layers are int8, of how many: `20/24`; `16+4/24` where four more are stored in int4."""
     chosen = list(candidate.precision.values())
-    return f"{chosen.count('int8')}/{len(chosen)}"
+    stored = f"+{chosen.count('int4')}" if "int4" in chosen else ""
+    return f"{chosen.count('int8')}{stored}/{len(chosen)}"
 
 
 def exit_shares(accuracy: Measurement) -> str:
@@ -135,7 +136,8 @@ def front_row(version: Version, dense: Version) -> list[str]:
 def _caption(front: Sequence[Version], dense: Version) -> str:
     accuracy = dense.measured["accuracy"]
     error = max((version.measured["accuracy"].spread for version in front), default=accuracy.spread)
+    stored = any("int4" in version.evaluation.candidate.precision.values() for version in front)
     return (
         f"latency per batch on {dense.measured['latency'].target}; accuracy on {accuracy.n} validation images,"
-        f" standard error up to {error * 100:.1f} points"
+        f" standard error up to {error * 100:.1f} points{'; layers in int8 + stored in int4' if stored else ''}"
     )

@@ -89,7 +89,7 @@ class Workbench:
         if study.quantization.equalize:
             self.network = equalized(self.network, image)
         scheme = Scheme(**study.quantization.model_dump())
-        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.tf32, scheme)
+        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.fp32_in, scheme)
         progress("Finding the channels that can be cut", 0, 1)
         self.groups = find_groups(self.network, image, self.builder.disagreement)
         progress("Finding the channels that can be cut", 1, 1)
@@ -168,11 +168,15 @@ class Workbench:
     @property
     def remarks(self) -> list[str]:
         """What of the study's wishes does not come true on this target, in words."""
-        if _patterns(self.study, self.runtime) == self.study.space.patterns:
-            return []
-        return [
-            f"pattern {TWO_OF_FOUR} is left out: {self.target.device} has no sparse kernels in {self.target.runtime}"
+        where = f"{self.target.device} has no {{}} in {self.target.runtime}"
+        storage = [
+            f"{kind} storage is left out: {where.format('kernels that read it')}"
+            for kind in self.study.space.storage
+            if kind not in self.space.precision.storage
         ]
+        if _patterns(self.study, self.runtime) == self.study.space.patterns:
+            return storage
+        return [f"pattern {TWO_OF_FOUR} is left out: {where.format('sparse kernels')}", *storage]
 
     def time_references(self) -> dict[str, Spent]:
         """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
@@ -193,7 +197,7 @@ class Workbench:
     @property
     def examines(self) -> bool:
         """Whether a search begins with a look for layers that are slower in a lower precision."""
-        return self.study.space.drop_slower and len(self.space.precision.precisions) > 1
+        return self.study.space.drop_slower and len(self.space.precision.computed) > 1
 
     @property
     def examination_limit(self) -> str:
@@ -206,7 +210,7 @@ class Workbench:
             self.builder,
             self.network,
             self.space.dense(),
-            self.space.precision.precisions,
+            self.space.precision.computed,  # what is stored smaller is not asked to be faster
             self.runtime,
             self.target,
             self.data.validation.images,
@@ -342,11 +346,12 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 def _target(study: Study, library: Runtime) -> Target:
     wanted, device = study.target, library.device()
-    if wanted.tf32 and not library.capabilities().tf32:
+    if wanted.fp32_in not in ("fp32", *library.capabilities().fp32_in):
+        able = {"tf32": "TensorRT on a GPU from Ampere on", "bf16": "OpenVINO on a CPU that multiplies bf16"}
         raise StudyError(
-            f"target.tf32 wants TensorRT on a GPU from Ampere on, got {wanted.runtime} on {device}; leave it out"
+            f"target.{wanted.fp32_in} wants {able[wanted.fp32_in]}, got {wanted.runtime} on {device}; leave it out"
         )
-    return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.tf32)
+    return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.fp32_in)
 
 
 def _space(
@@ -359,7 +364,7 @@ def _space(
     scores = criterion(study.space.criterion)(network, groups.free, evidence)
     return JointSpace(
         SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
-        PrecisionSpace(layers, able.precisions),
+        PrecisionSpace(layers, able.precisions, storage=[each for each in study.space.storage if each in able.storage]),
         GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
         PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
     )

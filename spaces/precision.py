@@ -14,13 +14,20 @@ class PrecisionSpace:
         layers: their names.
         precisions: what the target can run, the reference first.
         allowed: what is left of them for some layers, in the same order; all of them for every other layer.
+        storage: further precisions of weights alone, which make a file smaller and nothing faster.
     """
 
     def __init__(
-        self, layers: Sequence[str], precisions: Sequence[str], allowed: Mapping[str, Sequence[str]] | None = None
+        self,
+        layers: Sequence[str],
+        precisions: Sequence[str],
+        allowed: Mapping[str, Sequence[str]] | None = None,
+        storage: Sequence[str] = (),
     ) -> None:
         self.layers = tuple(layers)
-        self.precisions = tuple(precisions)
+        self.computed = tuple(precisions)
+        self.storage = tuple(storage)
+        self.precisions = (*self.computed, *self.storage)
         self.allowed = {layer: tuple((allowed or {}).get(layer, self.precisions)) for layer in self.layers}
 
     def dimensions(self) -> dict[str, Dimension]:
@@ -37,5 +44,8 @@ class PrecisionSpace:
         return next((each for each in reversed(above) if each in self.allowed[layer]), self.allowed[layer][0])
 
     def without(self, allowed: Mapping[str, Sequence[str]]) -> "PrecisionSpace":
-        """Returns the same layers with only these precisions left to them."""
-        return PrecisionSpace(self.layers, self.precisions, allowed)
+        """Returns the same layers with only these precisions left to them; what is storage stays."""
+        left = {
+            layer: (*names, *(each for each in self.storage if each not in names)) for layer, names in allowed.items()
+        }
+        return PrecisionSpace(self.layers, self.computed, left, self.storage)

@@ -11,6 +11,7 @@ FENCES = {
     "optuna": ("search/",),
     "mlflow": ("search/",),
     "tensorrt": ("evaluators/runtimes/trt.py",),
+    "openvino": ("evaluators/runtimes/ov.py", "evaluators/runtimes/run_bundle.py"),
     "onnxruntime": ("evaluators/runtimes/ort.py", "evaluators/runtimes/run_bundle.py"),
     "torch_pruning": ("spaces/",),
 }

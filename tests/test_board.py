@@ -271,6 +271,20 @@ def test_the_worker_is_one_file_that_runs_on_older_pythons() -> None:
                 assert top in {*sys.stdlib_module_names, "numpy", "onnxruntime", "evaluators", "spaces"}, (name, top)
 
 
+def test_openvino_runs_on_a_board(server, builder, network, space, images) -> None:
+    pytest.importorskip("openvino")
+    board = Board(server.url(runtime="openvino"))
+    try:
+        here = runtime("openvino")
+        assert (board.version(), board.capabilities()) == (here.version(), here.capabilities())
+        (stage,) = builder.build(network, space.candidate(space.uniform(1.0, "int8", 1.0))).stages
+        assert board.deployable(stage) == here.deployable(stage) != stage
+        found, wanted = (each.open([here.deployable(stage)], [], 1).answer(images.numpy(), 4) for each in (board, here))
+        np.testing.assert_array_equal(found[0], wanted[0])
+    finally:
+        board.close()
+
+
 def test_auto_takes_what_works_here() -> None:
     assert choose_runtime("auto").name == "onnxruntime"
 

@@ -234,15 +234,15 @@ class TestOnnxRuntime(RuntimeContract):
         return OnnxRuntime()
 
     def test_weights_are_seven_bits_where_sums_would_overflow(self, runtime, monkeypatch) -> None:
-        from evaluators.runtimes import ort
+        from evaluators.runtimes import cpu
 
-        monkeypatch.setattr(ort.platform, "machine", lambda: "x86_64")
-        monkeypatch.setattr(ort, "cpu_flags", lambda: frozenset({"avx2"}))
+        monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx2"}))
         assert runtime.capabilities().weight_bits == 7
-        monkeypatch.setattr(ort, "cpu_flags", lambda: frozenset({"avx2", "avx512_vnni"}))
+        monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx2", "avx512_vnni"}))
         assert runtime.capabilities().weight_bits == 8
-        monkeypatch.setattr(ort.platform, "machine", lambda: "aarch64")
-        monkeypatch.setattr(ort, "cpu_flags", lambda: frozenset())
+        monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
+        monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset())
         assert runtime.capabilities().weight_bits == 8
 
 

@@ -18,7 +18,7 @@ from evaluators.artifact.fp8 import LARGEST, fp8_weight
 from evaluators.latency_cache import structure_key
 from evaluators.runtimes import run_bundle
 from evaluators.runtimes.ort import OnnxRuntime, load, unsigned_activations
-from evaluators.target import allows_tf32
+from evaluators.target import allows
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.network import ExitNetwork
 from tests.test_half import MobileNetwork, assert_is_sound, error_of
@@ -183,11 +183,11 @@ def test_other_weights_are_the_same_structure(builder, network) -> None:
 
 
 def test_tf32_is_said_in_the_file(network, images, builder) -> None:
-    allowing = ArtifactBuilder(network, images.numpy(), OnnxRuntime(), tf32=True)
+    allowing = ArtifactBuilder(network, images.numpy(), OnnxRuntime(), fp32_in="tf32")
     candidate = candidate_of(builder, "fp32")
     (plain,), (tf32,) = builder.build(network, candidate).stages, allowing.build(network, candidate).stages
-    assert not allows_tf32(plain)
-    assert allows_tf32(tf32)
+    assert not allows(plain, "tf32")
+    assert allows(tf32, "tf32")
     assert structure_key([plain]) != structure_key([tf32])
     np.testing.assert_array_equal(load(plain, 1)(images.numpy())[0], load(tf32, 1)(images.numpy())[0])
 

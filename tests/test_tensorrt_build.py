@@ -214,7 +214,7 @@ def test_activations_with_constants_build(mix, build_engines) -> None:
 
 
 def test_a_file_that_allows_tf32_builds(build_engines, network, images) -> None:
-    builder = ArtifactBuilder(network, images.numpy(), Accelerator(), tf32=True)
+    builder = ArtifactBuilder(network, images.numpy(), Accelerator(), fp32_in="tf32")
     assert_builds(build_engines, builder, network, candidate_of(builder.layers, "fp32", {}), images.numpy()[:4])
 
 

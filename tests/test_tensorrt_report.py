@@ -67,7 +67,7 @@ def test_what_is_inside_a_fused_region_is_not_taken_for_a_proof() -> None:
     assert found.unproven == ("/a/Conv", "/b/Gemm")
     lost, line = found.remarks()
     assert "no layer of the engine names it" in lost
-    assert line == "2 layers run inside a fused region whose precision TensorRT does not tell"
+    assert line == "2 layers run inside a fused region whose precision the runtime does not tell"
 
 
 def test_an_engine_without_detailed_profiling_is_refused() -> None:

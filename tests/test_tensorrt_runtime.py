@@ -17,7 +17,7 @@ from evaluators.runtimes.cuda import (
 from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.runtimes.trt import TensorRT
 from evaluators.runtimes.trt_devices import capabilities
-from evaluators.target import ALLOW_TF32, Proof, allows_tf32
+from evaluators.target import ALLOWANCES, Proof, allows
 from tests.scripted_gpu import first_half, one_line, second_half
 from tests.scripted_tensorrt import layer, v11
 
@@ -55,9 +55,9 @@ def test_the_runtime_builds_loads_and_chains_its_stages(scripted: Any, pictures:
 
 def test_tf32_is_on_where_the_file_allows_it(scripted: Any, pictures: Any) -> None:
     model = onnx.helper.make_model(onnx.helper.make_graph([], "stage", [], []))
-    onnx.helper.set_model_props(model, {"author": "nobody", **ALLOW_TF32})
-    assert allows_tf32(model.SerializeToString())
-    assert not allows_tf32(b"allow_tf32")
+    onnx.helper.set_model_props(model, {"author": "nobody", **ALLOWANCES["tf32"]})
+    assert allows(model.SerializeToString(), "tf32")
+    assert not allows(b"allow_tf32", "tf32")
     TensorRT().open([model.SerializeToString()], [], 1).answer(pictures, 1)
     (config,) = scripted.configs
     assert "TF32" in config.set
@@ -68,7 +68,7 @@ def test_capabilities_follow_the_generation() -> None:
     turing, orin, ada = (capabilities(generation) for generation in ((7, 5), (8, 7), (8, 9)))
     assert turing.precisions == orin.precisions == ("fp32", "fp16", "int8")
     assert ada.precisions == ("fp32", "fp16", "fp8", "int8")
-    assert [able.tf32 for able in (turing, orin, ada)] == [False, True, True]
+    assert [able.fp32_in for able in (turing, orin, ada)] == [(), ("tf32",), ("tf32",)]
     assert turing.channel_steps == {"fp32": 8, "fp16": 8, "int8": 32}
     assert orin.channel_steps == turing.channel_steps | {"tf32": 4, "fp16 2:4": 16}
     assert ada.channel_steps == orin.channel_steps | {"fp8": 16}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluators.runtimes.ort import OnnxRuntime
-from evaluators.target import Target, allows_tf32
+from evaluators.target import Target, allows
 from search.study import Study, StudyError
 from search.workbench import Workbench
 from tests import tiny
@@ -37,14 +37,14 @@ def test_tf32_is_refused_where_the_device_has_none() -> None:
 def test_tf32_is_part_of_every_record(cache) -> None:
     class Ampere(OnnxRuntime):
         def capabilities(self):
-            return replace(super().capabilities(), tf32=True)
+            return replace(super().capabilities(), fp32_in=("tf32",))
 
     study = Study.parse(tiny.STUDY.replace("batch = 4", "batch = 4, tf32 = true"), "test")
     bench = Workbench(study, lambda *_: None, Ampere())
     assert str(bench.target).endswith(", fp32 in TF32")
     assert Target(**bench.target.to_dict()) == bench.target
     for artifact in bench.references().values():
-        assert all(allows_tf32(stage) for stage in artifact.stages)
+        assert all(allows(stage, "tf32") for stage in artifact.stages)
 
 
 def test_the_trained_network_is_cached_and_training_goes_on_after_a_crash(cache, tmp_path, monkeypatch) -> None:

@@ -17,6 +17,7 @@ class Artifact:
         exits: the exit at the end of each stage but the last.
         thresholds: the confidence at which each of them answers.
         precisions: what each layer was written in, by the name of its ONNX node.
+        boundaries: how many layers read from a layer that runs in another precision.
     """
 
     stages: tuple[bytes, ...]
@@ -24,6 +25,7 @@ class Artifact:
     exits: tuple[str, ...]
     thresholds: tuple[float, ...]
     precisions: Mapping[str, str] = field(default_factory=dict)
+    boundaries: int = 0
 
     @cached_property
     def digest(self) -> str:

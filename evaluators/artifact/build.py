@@ -1,12 +1,13 @@
 """From a compressed network in torch to its artifact, without an export."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluators.artifact import Artifact, fp8
+from evaluators.artifact import Artifact, fp8, int4
 from evaluators.artifact.adaround import Learning, Report, RoundingTask
 from evaluators.artifact.correction import corrected
 from evaluators.artifact.exporter import OPSET, OUTPUT, ExportError, logits_name
@@ -19,7 +20,7 @@ from evaluators.artifact.template import Arrays, Stage, Template, output_channel
 from evaluators.artifact.trainable import TrainableGraph
 from evaluators.calibration.ranges import calibrated_ranges
 from evaluators.runtimes.ort import load
-from evaluators.target import ALLOW_TF32, Runtime
+from evaluators.target import ALLOWANCES, Fp32In, Runtime
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
 
@@ -39,7 +40,7 @@ class ArtifactBuilder:
         network: the dense network with its exits, in evaluation mode.
         calibration: images that the ranges are read from, `(n, c, h, w)`.
         runtime: what will run the artifact.
-        tf32: whether its fp32 layers may run in TF32.
+        fp32_in: what its fp32 layers may run in.
         scheme: how int8 is made.
 
     Raises:
@@ -54,13 +55,13 @@ class ArtifactBuilder:
         network: ExitNetwork,
         calibration: NDArray[np.float32],
         runtime: Runtime,
-        tf32: bool = False,
+        fp32_in: Fp32In = "fp32",
         scheme: Scheme = MINMAX,
     ) -> None:
         self._runtime = runtime
         self._scheme = scheme
         self._calibration = calibration[:_MEAN_IMAGES]
-        self._properties = ALLOW_TF32 if tf32 else {}
+        self._properties = ALLOWANCES[fp32_in]
         self._template = Template(network, torch.from_numpy(calibration[:1]))
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
         able = self._able = runtime.capabilities()
@@ -74,6 +75,7 @@ class ArtifactBuilder:
         )
         self._half = HalfWriter(self._template.nodes, self._template.layers)
         self._float8 = fp8.Float8Writer(self._template.layers)
+        self._int4 = int4.Int4Writer(self._template.layers)
         self._everything = Stage(self._template.nodes, self._template.stages(())[0].input, tuple(outputs))
         self._probe = calibration[:2]
         refusal = self.disagreement(network)
@@ -185,14 +187,15 @@ class ArtifactBuilder:
         return fewest <= 1 or (weight not in self._template.grouped and min(shape[:2]) >= fewest)
 
     def boundaries(self, candidate: Candidate) -> int:
-        """Returns how many layers read from a layer of another precision, as the candidate asks for them.
+        """Returns how many layers read from a layer that runs in another precision, as the candidate asks for them.
 
-        Each costs a conversion.
+        Each costs a conversion. Layers that are only stored in 4 bits run in fp32; heads that never answer do not run.
         """
         placement, halves = self._place(candidate.precision)
         eights = self._float8.place(_at("fp8", candidate.precision))
         others = dict.fromkeys(halves, "fp16") | dict.fromkeys(eights, "fp8")
-        return self._quantizer.boundaries(dict.fromkeys(placement.nodes, "int8") | others)
+        precisions = dict.fromkeys(placement.nodes, "int8") | others
+        return self._quantizer.boundaries(precisions, self._deployed_nodes(candidate.active_exits))
 
     def _place(self, precisions: Mapping[str, str]) -> tuple[Placement, frozenset[str]]:
         """Returns where Q/DQ goes and which nodes are fp16, for the precision of each layer."""
@@ -230,12 +233,15 @@ class ArtifactBuilder:
         placement, halves = self._place(precisions)
         eights, ranges = self._float8.place(_at("fp8", precisions)), ranges or self.ranges
         means = self._input_means(network, weights) if placement.nodes else {}
+        fours = self._int4.place(_at("int4", precisions))
         files: list[bytes] = []
         for stage in self._template.stages(candidate.active_exits):
             nodes, values = self._quantizer.write(stage, placement, weights, ranges, grids)
             nodes, values = corrected(nodes, values, means)
-            opset = fp8.OPSET if any(node.name in eights for node in nodes) else OPSET
+            wanted = ((fp8.OPSET, eights), (int4.OPSET, fours))
+            opset = max([OPSET, *(least for least, placed in wanted if any(node.name in placed for node in nodes))])
             nodes, values = self._float8.write(nodes, eights, values, ranges)
+            nodes, values = self._int4.write(nodes, fours, values)
             nodes, values = self._half.write(nodes, halves, values, stage.outputs)
             # What is built for one shape has to know the channels of its input.
             channels = output_channels(files[-1]) if files and not self._able.dynamic_batch else {}
@@ -247,13 +253,17 @@ class ArtifactBuilder:
             exits=candidate.active_exits,
             thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
             precisions=self._deployed_precisions(precisions, candidate.active_exits),
+            boundaries=self.boundaries(replace(candidate, precision=precisions)),
         )
 
     def _deployed_precisions(self, precisions: Mapping[str, str], exits: tuple[str, ...]) -> dict[str, str]:
         """Returns the precision of each layer that is deployed, by its ONNX node: heads that never answer are not."""
-        deployed = {node.name for stage in self._template.stages(exits) for node in stage.nodes}
+        deployed = self._deployed_nodes(exits)
         named = {self._template.layers[layer]: given for layer, given in precisions.items()}
         return {node: given for node, given in named.items() if node in deployed}
+
+    def _deployed_nodes(self, exits: tuple[str, ...]) -> frozenset[str]:
+        return frozenset(node.name for stage in self._template.stages(exits) for node in stage.nodes)
 
 
 def _difference(answer: NDArray[np.float32], logits: NDArray[np.float32]) -> float:

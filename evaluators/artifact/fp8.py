@@ -96,7 +96,7 @@ def fp8_weight(weight: NDArray[np.generic], axis: int) -> tuple[NDArray[np.gener
 
 
 def in_opset(nodes: Sequence[NodeProto], values: Arrays) -> list[NodeProto]:
-    """Returns nodes of opset 17 as opset 19 wants them: the axes of a reduction are an input there, not an attribute.
+    """Returns nodes of opset 17 as opsets 19 and 21 want them: the axes of a reduction are an input, not an attribute.
 
     Args:
         nodes: a stage's.

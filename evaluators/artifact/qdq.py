@@ -7,6 +7,7 @@ convolution's output without Q/DQ.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -122,13 +123,14 @@ class Quantizer:
         following = {reader.op_type for reader in self._consumers.get(node.output[0], [])}
         return node.op_type != "Concat" or not following.isdisjoint(_ABLE)
 
-    def boundaries(self, precisions: Mapping[str, str]) -> int:
+    def boundaries(self, precisions: Mapping[str, str], among: AbstractSet[str]) -> int:
         """Returns how many layers read from a node of another precision.
 
         Args:
             precisions: of each node that is not fp32.
+            among: the nodes that are there.
         """
-        layers = set(self._layers.values())
+        layers = among & set(self._layers.values())
         return sum(self._is_boundary(node, precisions) for node in self._nodes if node.name in layers)
 
     def _source(self, tensor: str) -> NodeProto | None:

@@ -197,8 +197,8 @@ class Template:
 
 
 def _ir_version(opset: int) -> int:
-    """Returns the file format that came with an opset: 9 with the float8 types of opset 19."""
-    return 9 if opset >= 19 else 8
+    """Returns the file format that came with an opset: 9 with the float8 types of opset 19, 10 with INT4 of 21."""
+    return 10 if opset >= 21 else 9 if opset >= 19 else 8
 
 
 def output_channels(file: bytes) -> dict[str, int]:

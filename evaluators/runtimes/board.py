@@ -62,7 +62,7 @@ class Board:
     def capabilities(self) -> Capabilities:
         """Returns what runs well on the board."""
         found = dict(self._line.board["capabilities"])
-        return Capabilities(**found | {"precisions": tuple(found["precisions"])})
+        return Capabilities(**found | {name: tuple(found[name]) for name in ("precisions", "fp32_in", "storage")})
 
     def state(self) -> DeviceState:
         """Returns how fast the board's device may run just now."""
@@ -70,8 +70,8 @@ class Board:
 
     def deployable(self, model: bytes) -> bytes:
         """Returns the file that the board's runtime wants."""
-        if self._line.board["runtime"] == "onnxruntime":
-            from evaluators.runtimes.ort import unsigned_activations
+        if self._line.board["runtime"] in ("onnxruntime", "openvino"):
+            from evaluators.runtimes.cpu import unsigned_activations
 
             return unsigned_activations(model)
         return model

@@ -21,7 +21,7 @@ from evaluators.runtimes.cuda import Buffer, Cuda, OutOfDeviceMemoryError, Timed
 from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
 from evaluators.runtimes.trt_devices import capabilities
 from evaluators.runtimes.trt_report import LayerRow, layer_rows
-from evaluators.target import Capabilities, Images, TargetError, allows_tf32
+from evaluators.target import Capabilities, Images, TargetError, allows
 
 # tensorrt has no types. These are its classes' names, which a test compares with the real bindings: every attribute
 # that is used of something annotated with one of them has to exist, in every version that is accepted.
@@ -228,7 +228,7 @@ class EngineBuilder:
         typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network: INetworkDefinition = builder.create_network(typed)
         self._parse(stage, network)
-        config = self._config(builder, network, shape, allows_tf32(stage))
+        config = self._config(builder, network, shape, allows(stage, "tf32"))
         self._read_timings(config)
         engine = builder.build_serialized_network(network, config)
         if engine is None:

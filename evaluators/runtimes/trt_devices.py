@@ -34,6 +34,6 @@ def capabilities(capability: tuple[int, int]) -> Capabilities:
         int8_channels=16,
         sparse_2_4=ampere,
         compiles=True,
-        tf32=ampere,
+        fp32_in=("tf32",) if ampere else (),
         clock="gpu",
     )

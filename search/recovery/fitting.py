@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluators.data import LabelledImages
-from evaluators.runtimes.ort import cpu_flags
+from evaluators.runtimes.cpu import cpu_flags
 from search.study import FittingSection
 from spaces.errors import UserError
 

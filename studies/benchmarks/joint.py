@@ -18,7 +18,7 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from evaluators.accuracy import accuracy_of
-from evaluators.runtimes.ort import cpu_name
+from evaluators.runtimes.cpu import cpu_name
 from search.coordinator import measure_baseline
 from search.request import Request
 from search.sampler import distributions, tpe

@@ -20,7 +20,7 @@ from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.scheme import Scheme
 from evaluators.calibration import CALIBRATORS
 from evaluators.data import LabelledImages
-from evaluators.runtimes.ort import cpu_name
+from evaluators.runtimes.cpu import cpu_name
 from search.request import Request
 from search.study import ExitsSection
 from search.workbench import Workbench

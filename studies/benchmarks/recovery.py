@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 from evaluators.data import LabelledImages
 from evaluators.flops import count_by_module
-from evaluators.runtimes.ort import cpu_name
+from evaluators.runtimes.cpu import cpu_name
 from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.elastic import random_channels, train_elastic
 from search.recovery.finetune import finetune
