@@ -13,7 +13,8 @@ from onnx import NodeProto, numpy_helper
 
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.qdq import quantize_weight
-from evaluators.runtimes.ort import OnnxRuntime, load, open_session, unsigned_activations
+from evaluators.runtimes.cpu import unsigned_activations
+from evaluators.runtimes.ort import OnnxRuntime, load, open_session
 from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.target import Capabilities
 from spaces.candidate import Candidate

@@ -18,7 +18,7 @@ from torch import Tensor
 from evaluators.artifact.observe import observe
 from evaluators.artifact.qdq import ABSORBED, Grids, Placement, QuantizedWeight, Quantizer, Ranges, output_axis
 from evaluators.artifact.template import LAYER_OPS, Arrays, Stage, Template, bounds_of
-from evaluators.runtimes.ort import unsigned_activations
+from evaluators.runtimes.cpu import unsigned_activations
 
 _ROWS = 8192
 """So many patches of a layer's input are looked at; all of them if there are fewer."""

@@ -17,7 +17,8 @@ import torch
 
 from evaluators.artifact.qdq import NO_GRIDS
 from evaluators.data import LabelledImages
-from evaluators.runtimes.cpu import cpu_name, load
+from evaluators.runtimes.cpu import cpu_name
+from evaluators.runtimes.ort import load
 from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.finetune import finetune
 from search.recovery.fitting import TrainingBatches

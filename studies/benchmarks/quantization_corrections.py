@@ -23,7 +23,8 @@ from evaluators.artifact.qdq import NO_GRIDS
 from evaluators.artifact.scheme import Scheme
 from evaluators.artifact.template import Template
 from evaluators.data import Splits
-from evaluators.runtimes.ort import OnnxRuntime, cpu_name, load
+from evaluators.runtimes.cpu import cpu_name
+from evaluators.runtimes.ort import OnnxRuntime, load
 from search.request import Request
 from search.sources.prepared import prepare
 from spaces.candidate import Candidate
