@@ -20,7 +20,9 @@ from evaluators.calibration.histogram import BINS, Histogram
 from evaluators.calibration.ranges import ActivationError, calibrated_ranges, histograms
 from evaluators.runtimes.ort import OnnxRuntime, activation_ranges, load
 from evaluators.runtimes.run_bundle import StagedNetwork
-from search.study import QuantizationSection
+from search.study import QuantizationSection, Study
+from search.workbench import Workbench
+from tests import tiny
 
 EACH = pytest.mark.parametrize("name", CALIBRATORS)
 ACTIVATIONS = hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-(2.0**100), 2.0**100, width=32))
@@ -221,6 +223,15 @@ def test_a_study_may_name_every_calibrator() -> None:
     assert (
         calibrator(Scheme(**section.model_dump()).calibrator)(by_hand(np.ones(100, int)), Scheme(percentile=99)) == 99
     )
+
+
+def test_a_studys_calibrator_reaches_the_files(bench) -> None:
+    text = tiny.STUDY + 'quantization = {calibrator = "percentile", percentile = 90.0}'
+    clipped = Workbench(Study.parse(text, "the tests' study"), lambda *_: None).builder.ranges
+    pixels = np.abs(bench.data.calibration.images[:])
+    share = np.mean(pixels <= max(np.abs(clipped["images"])))
+    assert 0.9 <= share < 0.91
+    assert max(np.abs(bench.builder.ranges["images"])) == pixels.max()
 
 
 def test_activations_that_are_not_finite_are_named(model, images) -> None:
