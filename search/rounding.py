@@ -78,8 +78,8 @@ class LearnedRounding:
             network,
             candidate,
             self._images,
-            ranges,
             self._learning,
+            ranges,
             lambda done, total: self._ground.say("Learning how to round weights", done, total),
         )
         save({name: (torch.from_numpy(g.values), torch.from_numpy(g.scale)) for name, g in found.items()}, file)

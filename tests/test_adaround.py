@@ -80,7 +80,7 @@ def test_a_network_is_rounded_layer_by_layer_onto_the_grid_that_it_has() -> None
     candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), {"exit1": 1.0})
     told: list[tuple[int, int]] = []
     learning = Learning(steps=60)
-    grids = builder.learn_rounding(network, candidate, images, None, learning, lambda *done: told.append(done))
+    grids = builder.learn_rounding(network, candidate, images, learning, None, lambda *done: told.append(done))
     assert len(grids) == len(builder.layers)
     assert told[-1] == (len(grids), len(grids))
     weights = Template(network, torch.from_numpy(images[:1])).weights(network.state_dict())

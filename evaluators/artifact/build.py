@@ -127,8 +127,8 @@ class ArtifactBuilder:
         network: ExitNetwork,
         candidate: Candidate,
         images: NDArray[np.float32],
+        learning: Learning,
         ranges: Ranges | None = None,
-        learning: Learning = Learning(),  # noqa: B008
         report: Report = lambda _done, _total: None,
     ) -> Grids:
         """Returns the weights of the candidate's int8 layers, rounded so that they answer as in float.
@@ -137,8 +137,8 @@ class ArtifactBuilder:
             network: compressed and recovered, in evaluation mode.
             candidate: its precisions.
             images: for calibration.
-            ranges: of the activations; the dense network's where not given.
             learning: for how long and how.
+            ranges: of the activations; the dense network's where not given.
             report: told how many layers are done.
         """
         placement, _ = self._place(self.written_precisions(network, candidate))

@@ -91,9 +91,8 @@ class Template:
         """What the graph holds that is no parameter, by the name of its tensor."""
         values: Arrays = dict(self._constants)
         for node in self.nodes:
-            if node.op_type == "Constant":
-                held = [numpy_helper.to_array(part.t) for part in node.attribute if part.HasField("t")]
-                values |= dict(zip(node.output, held, strict=False))
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
             elif node.op_type == "Cast" and node.input[0] in values:
                 values[node.output[0]] = values[node.input[0]]
         return values

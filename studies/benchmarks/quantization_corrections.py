@@ -71,7 +71,7 @@ class Bench:
         builder = ArtifactBuilder(network, calibration, OnnxRuntime(), scheme=scheme)
         whole, grids = Candidate({}, dict.fromkeys(builder.layers, "int8"), {}), NO_GRIDS
         if scheme.rounding == "adaround":
-            grids = builder.learn_rounding(network, whole, calibration, learning=Learning(scheme.rounding_steps))
+            grids = builder.learn_rounding(network, whole, calibration, Learning(scheme.rounding_steps))
         exact = self._logits(builder.build(network, replace(whole, precision={})).deployed[0])
         found = self._logits(builder.build(network, whole, grids=grids).deployed[0])
         right = found.argmax(1) == self.data.validation.labels
@@ -87,12 +87,12 @@ class Bench:
         run, images = load(file, 1), self.data.validation.images
         return np.concatenate([run(images[at : at + _BATCH])[0] for at in range(0, len(images), _BATCH)])
 
-    def rescaled(self, seed: int = 0) -> "Bench":
-        """Returns the same function, whose paired channels are scaled by random factors from 1e-3 to 1e3."""
+    def rescaled(self, most: float, seed: int = 0) -> "Bench":
+        """Returns the same function, whose paired channels are scaled by random factors from `1 / most` to `most`."""
         template, generator = Template(self.network, self.image), torch.Generator().manual_seed(seed)
         state = self.network.state_dict()
         factors = {
-            pair: 10 ** (6 * torch.rand(len(state[pair.first.weight]), generator=generator, dtype=torch.float64) - 3)
+            pair: most ** (2 * torch.rand(len(state[pair.first.weight]), generator=generator, dtype=torch.float64) - 1)
             for pair in find_pairs(template)
         }
         made = copy.deepcopy(self.network)
@@ -151,7 +151,11 @@ def main() -> None:
     right = bench.float_accuracy()
     print(f"\nIn float: {100 * right:.2f}% of {len(bench.data.validation)} validation images.\n")
     _print_table(ranges_table(bench))
-    _print_table(equalization_table({"as trained": bench, "rescaled": bench.rescaled()}))
+    _print_table(
+        equalization_table(
+            {"as trained": bench} | {f"rescaled by up to {most}": bench.rescaled(most) for most in (10, 1000)}
+        )
+    )
     _print_table(corrections_table(bench, given.steps))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {cpu_name()}, seed 0.")
 
