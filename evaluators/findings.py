@@ -158,8 +158,8 @@ def _chance(case: Case) -> list[Finding]:
     answered = case.compared.answered
     if is_chance(answered.before, answered):
         text = (
-            f"{case.reference} itself answers {answered.before} of {answered.images} images right, which is chance among"
-            f" {answered.classes} classes"
+            f"{case.reference} itself answers {answered.before} of {answered.images} images right, which is chance"
+            f" among {answered.classes} classes"
         )
         remedy = "accuracies say nothing here; the layers' figures do. Is the network trained?"
         return [Finding("chance level", False, "", answered.before / answered.images, text, remedy)]
@@ -177,7 +177,7 @@ def _chance(case: Case) -> list[Finding]:
 def is_chance(right: int, answered: Answered) -> bool:
     """Returns whether guessing gets as many right, or up to two standard deviations fewer than that many."""
     guess = 1 / answered.classes
-    return right <= answered.images * guess + 2 * np.sqrt(answered.images * guess * (1 - guess))
+    return right <= answered.images * guess + 2 * float(np.sqrt(answered.images * guess * (1 - guess)))
 
 
 def _two_targets(case: Case) -> list[Finding]:
@@ -188,7 +188,7 @@ def _two_targets(case: Case) -> list[Finding]:
     layer = case.guilty()
     text = (
         f"the same file is {abs(apart):.2f} points {'better' if apart > 0 else 'worse'} on {case.version} than on"
-        f" {case.reference}; they part at {layer.name} ({ratio(layer.input_db)} before it, {ratio(layer.sqnr_db)} behind)"
+        f" {case.reference}; they part at {layer.name}, from {ratio(layer.input_db)} at its input to {ratio(layer.sqnr_db)}"
     )
     remedy = "believe neither before the layer is understood; try it in fp32, and newer versions of both"
     return [Finding("targets differ", True, layer.name, apart, text, remedy)]
@@ -242,8 +242,8 @@ def _folded(case: Case) -> list[Finding]:
     first = _norm(names[0])
     smallest = _smallest(case.variances[names[0]])
     text = (
-        f"{lost[names[0]]} running variances of {first} are below fp16's smallest number (the smallest is {smallest:.1e});"
-        f" it is folded into its layer in fp32, so none is lost{_more(names)}"
+        f"{lost[names[0]]} running variances of {first} are below fp16's smallest number, down to {smallest:.1e}; it is"
+        f" folded into its layer in fp32, so none is lost{_more(names)}"
     )
     remedy = "such channels hardly varied in training: prune them, or keep scales per channel, since their weights grow"
     return [Finding("vanishing variance", False, first, smallest, text, remedy)]
@@ -271,8 +271,8 @@ def _died(case: Case) -> list[Finding]:
         return []
     worst = max(layers, key=lambda layer: layer.died / layer.channels)
     text = (
-        f"{worst.died} of {worst.channels} channels of {worst.name} vary in {case.reference} and never in {case.version}:"
-        f" what they say is below one step of the tensor's scale; {len(layers)} tensors lose some"
+        f"{worst.died} of {worst.channels} channels of {worst.name} vary in {case.reference} and not in {case.version}:"
+        f" they stay below one step of the tensor's scale; {len(layers)} tensors lose some"
     )
     remedy = "equalize the channels' ranges ([quantization] equalize = true), or leave the layer in a higher precision"
     return [Finding("silenced channels", False, worst.name, worst.died, text, remedy)]
@@ -285,8 +285,8 @@ def _dead(case: Case) -> list[Finding]:
     worst = max(layers, key=lambda layer: layer.dead / layer.channels)
     total, channels = sum(layer.dead for layer in layers), sum(layer.channels for layer in case.layers)
     text = (
-        f"{total} of {channels} channels never vary over these images, already in {case.reference}: most in {worst.name},"
-        f" {worst.dead} of {worst.channels}"
+        f"{total} of {channels} channels never vary over these images, already in {case.reference}: most in"
+        f" {worst.name}, {worst.dead} of {worst.channels}"
     )
     remedy = "they cost time and say nothing; a search can prune them at no loss"
     return [Finding("dead channels", False, worst.name, worst.dead, text, remedy)]

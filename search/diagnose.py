@@ -126,7 +126,14 @@ def diagnose(bench: Workbench, wanted: Wanted, evaluation: Evaluation | None, pr
         norms={name.removeprefix("trunk."): values for name, values in norms.items()},
     )
     remarks = _remarks(bench, wanted, version, compared)
-    return Diagnosis(reference.name, examined.name, str(bench.target), remarks, compared, tuple(find(case)))
+    return Diagnosis(
+        reference.name,
+        examined.name,
+        f"{bench.runtime.version()} on {bench.target.device}",
+        remarks,
+        compared,
+        tuple(find(case)),
+    )
 
 
 def evaluation_of(wanted: Wanted, search: StoredSearch | None) -> Evaluation | None:
@@ -141,7 +148,7 @@ def evaluation_of(wanted: Wanted, search: StoredSearch | None) -> Evaluation | N
                 return version.evaluation
         known = ", ".join(str(version.number) for version in search.versions[-5:])
         raise UserError(
-            f"a trial is one that {search.folder.name} has measured, got {wanted.trial}; the latest are {known or 'none'}"
+            f"a trial is one that {search.folder.name} has measured, got {wanted.trial}; the latest: {known or 'none'}"
         )
     if wanted.bundle is not None:
         return Evaluation.from_dict(_described(wanted.bundle, "evaluation.json")["search"])
@@ -223,10 +230,8 @@ def _remarks(bench: Workbench, wanted: Wanted, version: _Version, compared: Comp
         for precision in foreign
     ]
     if compared.unmatched:
-        lacking = f"{len(compared.unmatched)} tensors are not in {version.name} under their names, or in another shape"
-        found.append(
-            f"{lacking}; compared were {', '.join(layer.name for layer in compared.layers[:3]) or 'none'}, ..."
-        )
+        count, total = len(compared.unmatched), len(compared.unmatched) + len(compared.layers)
+        found.append(f"{count} of {total} tensors are not in {version.name} under their names, or in another shape")
     if wanted.images > len(bench.data.validation):
         found.append(f"there are no more than {len(bench.data.validation)} validation images")
     return tuple(found)

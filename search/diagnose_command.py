@@ -1,6 +1,7 @@
 """A diagnosis as people read it: findings first, then the layers."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from search.study import Study
 from search.text import percent
 from search.wanted import Wanted
 from search.workbench import Workbench
+
+warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
 
 ROWS = 20
 """So many layers are shown; --json has all."""
@@ -52,7 +55,7 @@ def show(found: Diagnosis, console: Console) -> None:
     """Writes what was compared, what was found, and the figures of the layers."""
     for line in [*_head(found), *_findings(found.findings)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print(layer_table(found.compared.layers))
+    console.print(layer_table(found))
 
 
 def _head(found: Diagnosis) -> list[str]:
@@ -61,8 +64,8 @@ def _head(found: Diagnosis) -> list[str]:
     error = (right * (1 - right) / answered.images) ** 0.5
     return [
         f"{found.version} against {found.reference}, {answered.images} validation images; {found.target}",
-        f"  accuracy  {percent(before)} -> {percent(right)}, standard error {error * 100:.1f} points; the same answer to"
-        f" {answered.same} of {answered.images} images",
+        f"  accuracy  {percent(before)} -> {percent(right)}, standard error {error * 100:.1f} points; the same answer"
+        f" to {answered.same} of {answered.images} images",
         *(f"  Note: {remark}." for remark in found.remarks),
     ]
 
@@ -84,19 +87,28 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:] if first.isalpha() else text
 
 
-def layer_table(layers: Sequence[Figures]) -> Table:
+def layer_table(found: Diagnosis) -> Table:
     """Returns the noisiest layers in the order in which they run, for a terminal of 80 characters and more."""
+    layers = found.compared.layers
     worst = sorted(layers, key=lambda layer: layer.sqnr_db)[:ROWS]
     shown = [layer for layer in layers if layer in worst]
-    title = "signal to noise in front of each layer and behind it"
-    if len(shown) < len(layers):
-        title = f"the {len(shown)} noisiest of {len(layers)} layers, in order: {title}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    title = (
+        f"the {len(shown)} noisiest of {len(layers)} tensors, in order" if len(shown) < len(layers) else "all tensors"
+    )
+    table = Table(title=title, title_justify="left", caption=_caption(found), caption_justify="left")
+    table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=heading != "layer")
     for layer in shown:
         table.add_row(*_row(layer), style="bold" if layer.sqnr_db < LOW_DB else None)
     return table
+
+
+def _caption(found: Diagnosis) -> str:
+    return (
+        "input, output: signal to noise at a layer's input and behind it; largest: magnitude in the reference; dead:"
+        f" channels that never vary; silent: channels that do, but not in {found.version}"
+    )
 
 
 def _row(layer: Figures) -> list[str]:
