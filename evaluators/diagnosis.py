@@ -74,6 +74,12 @@ class Figures:
     died: int
     permutation: Permutation | None
 
+    @property
+    def own_db(self) -> float:
+        """The ratio that the tensor would have if what it is computed from were exact, noises being independent."""
+        added = _noise_share(self.sqnr_db) - _noise_share(self.input_db)
+        return decibels(1.0, added) if added > 0 else np.inf
+
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy, in which a ratio that is not finite is null."""
         finite = {name: value if np.isfinite(value) else None for name, value in self._ratios.items()}
@@ -81,7 +87,7 @@ class Figures:
 
     @property
     def _ratios(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in ("input_db", "sqnr_db", "largest")}
+        return {name: getattr(self, name) for name in ("input_db", "sqnr_db", "own_db", "largest")}
 
 
 class TensorComparison:
@@ -202,10 +208,14 @@ def _divisors(number: int) -> Sequence[int]:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Returns the ratio of two sums of squares in dB; infinite where there is no noise."""
+    """Returns the ratio of two sums of squares in dB: infinite without noise, minus infinity without signal."""
     if not noise:
         return np.inf
-    return float(10 * np.log10(signal / noise)) if signal else -np.inf
+    return float(10 * np.log10(signal / noise)) if signal and np.isfinite(noise) else -np.inf
+
+
+def _noise_share(ratio_db: float) -> float:
+    return float(10 ** (-ratio_db / 10))
 
 
 def _by_channel(tensor: NDArray[np.float32], axis: int) -> Floats:

@@ -1,20 +1,14 @@
-"""What the figures of a comparison mean: findings in words, each with its layer, its figure and a remedy.
+"""What the figures of a comparison mean, in words: one rule for each thing that goes wrong."""
 
-An alarm is what explains lost accuracy or will cost some; a note is worth knowing.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators.comparison import Answered, Compared
+from evaluators.case import LOW_DB, Case, Finding, ratio
+from evaluators.comparison import Answered
 from evaluators.diagnosis import Figures
 
-LOW_DB = 20.0
-"""Below this ratio of signal to noise a layer is worth a look: the error is a tenth of the signal."""
 EXPLAINS = 0.9
 """A permutation of channels that explains this share of the squared error is what went wrong."""
 LARGEST_HALF = float(np.finfo(np.float16).max)
@@ -23,70 +17,6 @@ SMALLEST_HALF = float(np.finfo(np.float16).smallest_subnormal)
 """6e-8, the smallest number above 0 in fp16."""
 SAME_POINTS = 0.3
 """One file on two targets gives the same accuracy within so many points."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was found.
-
-    Args:
-        kind: what it is, in a word or two.
-        alarm: whether it explains lost accuracy, or will cost some.
-        layer: where; empty where it is about the whole network.
-        figure: the number that tells.
-        text: what was found, in a sentence.
-        remedy: what to do about it.
-    """
-
-    kind: str
-    alarm: bool
-    layer: str
-    figure: float
-    text: str
-    remedy: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready copy, in which a figure that is not finite is null."""
-        return asdict(self) | {"figure": self.figure if np.isfinite(self.figure) else None}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What findings are drawn from.
-
-    Args:
-        reference: what the version is compared with, in a word.
-        version: what is examined, in a word.
-        compared: the figures.
-        halves: whether any of the version is in fp16.
-        eights: whether any of it is in int8 or fp8.
-        targets: whether one version is compared on two targets.
-        variances: running variances of the network's batch norms, by name.
-        norms: running variances of those that are still nodes in the version's files, as they are there.
-    """
-
-    reference: str
-    version: str
-    compared: Compared
-    halves: bool
-    eights: bool
-    targets: bool
-    variances: Mapping[str, NDArray[np.generic]]
-    norms: Mapping[str, NDArray[np.generic]]
-
-    @property
-    def layers(self) -> tuple[Figures, ...]:
-        """The figures of each tensor, in the order in which they are computed."""
-        return self.compared.layers
-
-    def first_low(self) -> Figures | None:
-        """Returns the first tensor below `LOW_DB`; None where there is none."""
-        return next((layer for layer in self.layers if layer.sqnr_db < LOW_DB), None)
-
-    def guilty(self) -> Figures:
-        """Returns the first tensor that is too noisy, or the one that loses most against what it is computed from."""
-        inexact = [layer for layer in self.layers if np.isfinite(layer.input_db)]
-        return self.first_low() or max(inexact or self.layers, key=lambda layer: layer.input_db - layer.sqnr_db)
 
 
 def find(case: Case) -> list[Finding]:
@@ -161,7 +91,7 @@ def _chance(case: Case) -> list[Finding]:
             f"{case.reference} itself answers {answered.before} of {answered.images} images right, which is chance"
             f" among {answered.classes} classes"
         )
-        remedy = "accuracies say nothing here; the layers' figures do. Is the network trained?"
+        remedy = "see whether the network is trained: accuracies say nothing here, the layers' figures do"
         return [Finding("chance level", False, "", answered.before / answered.images, text, remedy)]
     if not is_chance(answered.right, answered):
         return []
@@ -188,7 +118,8 @@ def _two_targets(case: Case) -> list[Finding]:
     layer = case.guilty()
     text = (
         f"the same file is {abs(apart):.2f} points {'better' if apart > 0 else 'worse'} on {case.version} than on"
-        f" {case.reference}; they part at {layer.name}, from {ratio(layer.input_db)} at its input to {ratio(layer.sqnr_db)}"
+        f" {case.reference}; they part at {layer.name}, from {ratio(layer.input_db)} at its input"
+        f" to {ratio(layer.sqnr_db)} behind it"
     )
     remedy = "believe neither before the layer is understood; try it in fp32, and newer versions of both"
     return [Finding("targets differ", True, layer.name, apart, text, remedy)]
@@ -198,11 +129,13 @@ def _noisy(case: Case) -> list[Finding]:
     layer = case.first_low()
     if layer is None:
         return []
-    low = sum(each.sqnr_db < LOW_DB for each in case.layers)
+    low, guilty = sum(each.sqnr_db < LOW_DB for each in case.layers), case.guilty()
     text = (
         f"{layer.name} is the first below {LOW_DB:.0f} dB: {ratio(layer.sqnr_db)}, cosine {layer.cosine:.4f}, from"
         f" {ratio(layer.input_db)} at its input; {low} of {len(case.layers)} tensors are below"
     )
+    if guilty is not layer:
+        text += f"; up to there {guilty.name} adds most noise of its own ({ratio(guilty.own_db)})"
     if case.eights:
         remedy = (
             'try [quantization] calibrator = "percentile" or equalize = true, or leave the layer in fp16 or fp32, and'
@@ -271,10 +204,13 @@ def _died(case: Case) -> list[Finding]:
         return []
     worst = max(layers, key=lambda layer: layer.died / layer.channels)
     text = (
-        f"{worst.died} of {worst.channels} channels of {worst.name} vary in {case.reference} and not in {case.version}:"
-        f" they stay below one step of the tensor's scale; {len(layers)} tensors lose some"
+        f"silent in {case.version} but not in {case.reference}: {worst.died} of {worst.channels} channels of"
+        f" {worst.name}, which stay below one step of the tensor's grid; {len(layers)} tensors lose some"
     )
-    remedy = "equalize the channels' ranges ([quantization] equalize = true), or leave the layer in a higher precision"
+    if case.eights:
+        remedy = "equalize the channels' ranges ([quantization] equalize = true), or give the layer a higher precision"
+    else:
+        remedy = "give the layer a higher precision"
     return [Finding("silenced channels", False, worst.name, worst.died, text, remedy)]
 
 
@@ -290,13 +226,6 @@ def _dead(case: Case) -> list[Finding]:
     )
     remedy = "they cost time and say nothing; a search can prune them at no loss"
     return [Finding("dead channels", False, worst.name, worst.dead, text, remedy)]
-
-
-def ratio(decibels: float) -> str:
-    """Returns a ratio of signal to noise as people read it: `12.3 dB`, `exact`, or `not finite`."""
-    if np.isfinite(decibels):
-        return f"{decibels:.1f} dB"
-    return "exact" if decibels > 0 else "not finite"
 
 
 _RULES: Sequence[Callable[[Case], list[Finding]]] = (

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact
 from evaluators.artifact.taps import has_halves, norm_variances
+from evaluators.case import Case, Finding
 from evaluators.comparison import Answered, Compared, Side, compare
 from evaluators.data import LabelledImages
-from evaluators.findings import Case, Finding, find
+from evaluators.findings import find
 from evaluators.target import Runtime, runtime
 from search.evaluation import Evaluation
 from search.progress import Progress

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from evaluators.case import LOW_DB, Finding, ratio
 from evaluators.diagnosis import Figures
-from evaluators.findings import LOW_DB, Finding, ratio
 from search.diagnose import Diagnosis, diagnose, evaluation_of
 from search.display import Display
 from search.request import Request
