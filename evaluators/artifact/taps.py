@@ -211,7 +211,7 @@ def watched(model: bytes, tensors: Iterable[str]) -> tuple[bytes, dict[str, str]
 
 def _returned(proto: ModelProto, name: str, maker: NodeProto, kinds: Mapping[str, tuple[int, int]]) -> str:
     """Returns the output that a tensor has been made, or already was."""
-    kind, _ = kinds.get(name, (TensorProto.FLOAT, 0))
+    kind, rank = kinds.get(name, (TensorProto.FLOAT, 0))
     if maker.op_type == "DequantizeLinear":
         own = NodeProto()
         own.CopyFrom(maker)
@@ -219,7 +219,7 @@ def _returned(proto: ModelProto, name: str, maker: NodeProto, kinds: Mapping[str
         name = own.output[0]
         proto.graph.node.append(own)
     if name not in {info.name for info in proto.graph.output}:
-        proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+        proto.graph.output.append(helper.make_tensor_value_info(name, kind, [None] * rank or None))
     return name
 
 
