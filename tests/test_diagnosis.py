@@ -1,4 +1,4 @@
-"""The figures of a comparison: formulas, the permutation that was applied, and files that return what is inside them."""
+"""The figures of a comparison: formulas, the permutation that was applied, and files that tell what is inside."""
 
 import json
 from collections import Counter

@@ -89,7 +89,9 @@ class OnnxRuntime:
         dtype = np.float16 if source.type == "tensor(float16)" else np.float32
 
         def watch(images: Images) -> dict[str, Images]:
-            found = session.run(names, {source.name: images.astype(dtype, copy=False)})
+            with np.errstate(over="ignore"):
+                given = images.astype(dtype, copy=False)
+            found = session.run(names, {source.name: given})
             return {name: tensor.astype(np.float32) for name, tensor in zip(names, found, strict=True)}
 
         return watch
