@@ -77,9 +77,12 @@ class Case:
 
     def guilty(self) -> Figures:
         """Returns the tensor that adds most noise of its own, up to the first that is too noisy."""
+        return min(self.until_low(), key=lambda layer: layer.own_db)
+
+    def until_low(self) -> tuple[Figures, ...]:
+        """Returns the tensors up to the first below `LOW_DB`: behind it little is a layer's own doing."""
         low = self.first_low()
-        layers = self.layers[: self.layers.index(low) + 1] if low else self.layers
-        return min(layers, key=lambda layer: layer.own_db)
+        return self.layers[: self.layers.index(low) + 1] if low else self.layers
 
 
 def ratio(decibels: float) -> str:

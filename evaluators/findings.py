@@ -199,7 +199,7 @@ def _more(names: Sequence[str]) -> str:
 
 
 def _died(case: Case) -> list[Finding]:
-    layers = [layer for layer in case.layers if layer.died and not layer.not_finite]
+    layers = [layer for layer in case.until_low() if layer.died and not layer.not_finite]
     if not layers:
         return []
     worst = max(layers, key=lambda layer: layer.died / layer.channels)

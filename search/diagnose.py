@@ -194,7 +194,7 @@ def _version(wanted: Wanted, artifact: Artifact) -> _Version:
         raise UserError(f"a file to compare can be read, got {error.filename}: {error.strerror}") from error
     found = {"fp16"} if any(has_halves(stage) for stage in stages) else set[str]()
     found |= {"int8"} if any(b"QuantizeLinear" in stage for stage in stages) else set()
-    return _Version(str(wanted.file), stages, wanted.bundle is not None, frozenset(found))
+    return _Version(wanted.file.name, stages, wanted.bundle is not None, frozenset(found))
 
 
 def _portable(bundle: Path, name: str) -> Path:

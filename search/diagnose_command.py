@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -11,24 +12,29 @@ from rich.table import Table
 
 from evaluators.case import LOW_DB, Finding, ratio
 from evaluators.diagnosis import Figures
-from search.diagnose import Diagnosis, diagnose, evaluation_of
 from search.display import Display
 from search.request import Request
 from search.store import StoredSearch, find_search
 from search.study import Study
 from search.text import percent
 from search.wanted import Wanted
-from search.workbench import Workbench
+
+if TYPE_CHECKING:
+    from search.diagnose import Diagnosis
 
 warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
 
 ROWS = 20
 """So many layers are shown; --json has all."""
+_CLEAN_DB = 60.0
 HEADINGS = ("layer", "input", "output", "cosine", "largest", "dead", "silent")
 
 
 def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path, as_json: bool, download: bool) -> int:
     """Compares a version with its float self and shows what was found; returns the exit code."""
+    from search.diagnose import diagnose, evaluation_of
+    from search.workbench import Workbench
+
     search = StoredSearch.read(find_search(runs, name)) if name is not None or wanted.trial is not None else None
     evaluation = evaluation_of(wanted, search)
     study = _study(request, search)
@@ -51,14 +57,14 @@ def _study(request: Request, search: StoredSearch | None) -> Study:
     return search.study.model_copy(update={"target": target})
 
 
-def show(found: Diagnosis, console: Console) -> None:
+def show(found: "Diagnosis", console: Console) -> None:
     """Writes what was compared, what was found, and the figures of the layers."""
     for line in [*_head(found), *_findings(found.findings)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print(layer_table(found))
 
 
-def _head(found: Diagnosis) -> list[str]:
+def _head(found: "Diagnosis") -> list[str]:
     answered = found.answered
     before, right = answered.before / answered.images, answered.right / answered.images
     error = (right * (1 - right) / answered.images) ** 0.5
@@ -87,14 +93,14 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:] if first.isalpha() else text
 
 
-def layer_table(found: Diagnosis) -> Table:
-    """Returns the noisiest layers in the order in which they run, for a terminal of 80 characters and more."""
+def layer_table(found: "Diagnosis") -> Table:
+    """Returns the layers that lose most in the order in which they run, for 80 characters and more."""
     layers = found.compared.layers
-    worst = sorted(layers, key=lambda layer: layer.sqnr_db)[:ROWS]
-    shown = [layer for layer in layers if layer in worst]
-    title = (
-        f"the {len(shown)} noisiest of {len(layers)} tensors, in order" if len(shown) < len(layers) else "all tensors"
-    )
+    falls = sorted(layers, key=_fall, reverse=True)[:ROWS]
+    shown = [layer for layer in layers if layer in falls]
+    title = "all tensors"
+    if len(shown) < len(layers):
+        title = f"the {len(shown)} of {len(layers)} tensors where most is lost, in order"
     table = Table(title=title, title_justify="left", caption=_caption(found), caption_justify="left")
     table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
     for heading in HEADINGS:
@@ -104,7 +110,13 @@ def layer_table(found: Diagnosis) -> Table:
     return table
 
 
-def _caption(found: Diagnosis) -> str:
+def _fall(layer: Figures) -> float:
+    """Returns by how many dB a layer's output is noisier than its input; what is exact counts as nearly so."""
+    before, behind = (min(max(ratio_db, -_CLEAN_DB), _CLEAN_DB) for ratio_db in (layer.input_db, layer.sqnr_db))
+    return before - behind
+
+
+def _caption(found: "Diagnosis") -> str:
     return (
         "input, output: signal to noise at a layer's input and behind it; largest: magnitude in the reference; dead:"
         f" channels that never vary; silent: channels that do, but not in {found.version}"
