@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.cpu import cpu_name, unsigned_activations, weight_bits
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.run_bundle import BatchSizes, PaddedStage, openvino_has_bf16, openvino_settings
-from evaluators.target import Capabilities, Images, Proof, TargetError, allows
+from evaluators.target import Capabilities, Images, Proof, TargetError, Watch, allows
 
 _INSTALL = "pip install 'openvino>=2025.0'"
 _KEPT_BYTES = 256_000_000
@@ -94,6 +96,17 @@ class OpenVino:
         settings, sizes = openvino_settings(threads, wanted and able), BatchSizes()
         loaded = [PaddedStage(partial(self._compiled, stage, settings), sizes) for stage in stages]
         return OpenedModels(loaded, thresholds, threads)
+
+    def tensors(self, model: bytes) -> Watch:
+        """Returns a function from a batch to all outputs of a file, as float32; half precision runs in f32."""
+        settings = openvino_settings(1, allows(model, "bf16") and openvino_has_bf16(self._core))
+
+        def watch(images: Images) -> dict[str, Images]:
+            compiled = self._compiled(model, settings, images.shape)
+            found = compiled(images)
+            return {output.get_any_name(): found[output].astype(np.float32) for output in compiled.outputs}
+
+        return watch
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:  # noqa: ARG002
         """Returns nothing: what was compiled for one CPU runs on no other, and compiling takes less than a second."""
