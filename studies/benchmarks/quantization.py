@@ -82,7 +82,7 @@ def all_layers(builder: ArtifactBuilder, precision: str) -> Candidate:
 
 
 def calibrators(given: argparse.Namespace) -> None:
-    """Prints calibrator by granularity of the weights: accuracy, points lost, and seconds of calibration."""
+    """Prints calibrator by granularity of the weights: accuracy, points lost, and CPU seconds of calibration."""
     ground = Ground(given.data, given.weights, given.calibration)
     exact = ground.float_accuracy()
     rows = [["fp32", f"{100 * exact:.2f}%", "", "", "", ""]]
@@ -92,19 +92,19 @@ def calibrators(given: argparse.Namespace) -> None:
         rows.append([f"`{name}`", *cells, f"{seconds:.1f}"])
     heads = ["calibrator", *(head for weights in _WEIGHTS for head in (f"int8, {weights}", "points"))]
     print()
-    print_table([*heads, "seconds to calibrate"], rows)
+    print_table([*heads, "CPU seconds to calibrate"], rows)
     ground.close()
 
 
 def _calibrated(ground: Ground, scheme: Scheme) -> tuple[float, list[float]]:
-    """Returns the seconds that calibration took and the accuracy for each granularity of the weights."""
+    """Returns the CPU seconds that calibration took and the accuracy for each granularity of the weights."""
     found, seconds = [], []
     for weights in _WEIGHTS:
         # It reads a few images when it is made, so that reading them all can be timed.
         builder = ground.builder(replace(scheme, weights=weights), ground.calibration[:4])
-        begin = time.perf_counter()
+        begin = time.process_time()
         ranges = builder.read_ranges(ground.network, ground.calibration)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
         found.append(ground.accuracy(builder.build(ground.network, all_layers(builder, "int8"), ranges).deployed))
     return min(seconds), found
 
