@@ -45,9 +45,9 @@ def _row(name: str, missing: dict[str, str]) -> tuple[str, str, str, str, str]:
     if able.int8_channels > 1:
         notes.append(f"8 bits from {able.int8_channels} channels on")
     for kind in able.fp32_in:
-        notes.append(f"{kind} for all fp32 layers only, so it is not searched: target.{kind} = true in the study")
+        notes.append(f"all fp32 layers in {kind} with target.{kind} = true in the study")
     for kind in able.storage:
-        notes.append(f'{kind} weights for size: space.storage = ["{kind}"] in the study')
+        notes.append(f"weights in {kind} with space.storage in the study")
     if able.weight_bits < 8:
         notes.append(f"int8 weights in {able.weight_bits} bits, because this CPU has no VNNI")
     return "yes", found.device(), ", ".join(able.precisions), _steps(able.channel_steps), "; ".join(notes)

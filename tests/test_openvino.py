@@ -179,7 +179,8 @@ def test_its_bundle_runs_on_it_and_elsewhere(searched, tmp_path, capsys) -> None
 def test_doctor_shows_it(capsys) -> None:
     assert run(["doctor", "--target", "openvino"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "openvino" in shown
+    assert LIBRARY.version() in shown
+    assert ("target.bf16" in shown) == ("bf16" in LIBRARY.capabilities().fp32_in)
 
 
 def test_bf16_is_refused_where_the_runtime_has_none() -> None:
