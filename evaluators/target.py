@@ -1,7 +1,7 @@
 """Where a network will run, and what can run there."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from evaluators.data import ImageStore
 
 Images = NDArray[np.float32]
+Watch = Callable[[Images], dict[str, Images]]
+"""A network that answers a batch with every output that its file has, by name."""
 
 RUNTIMES: Mapping[str, str] = {
     "onnxruntime": "evaluators.runtimes.ort:OnnxRuntime",
@@ -208,6 +210,10 @@ class Runtime(Protocol):
 
     def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> Opened:
         """Returns an artifact, loaded from the files that `deployable` gave."""
+        ...
+
+    def tensors(self, model: bytes) -> Watch:
+        """Returns one file, loaded to be looked into: a function from a batch to all of its outputs, as float32."""
         ...
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:

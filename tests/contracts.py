@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from evaluators.artifact.taps import find_taps, watched
 from evaluators.measurement import METRICS, Measurement
 from evaluators.subject import Evaluator, Subject
 from evaluators.target import Runtime, TimedBatch
@@ -92,6 +93,21 @@ class RuntimeContract:
             turn = take_turn(candidate_first)
             assert all(ratio > 0 for ratio in turn.ratios)
             assert [len(wall) for wall in turn.walls] == [1, 1, 1]
+
+    def test_what_is_inside_a_file_can_be_seen(self, runtime: Runtime, builder, network, space, images) -> None:
+        float_file = builder.build(network, space.candidate(space.uniform(1.0, "fp32", 1.0))).stages[0]
+        taps = find_taps(float_file)
+        for precision in runtime.capabilities().precisions:
+            candidate = space.candidate(space.uniform(1.0, precision, 1.0))
+            (stage,) = builder.build(network, candidate).stages
+            model, names = watched(runtime.deployable(stage), [tap.tensor for tap in taps])
+            tensors = runtime.tensors(model)(images.numpy())
+            assert set(names) == {tap.tensor for tap in taps}
+            for tap in taps:
+                assert tensors[names[tap.tensor]].dtype == np.float32
+                assert len(tensors[names[tap.tensor]]) == len(images)
+            logits, _ = runtime.open([runtime.deployable(stage)], [], 1).answer(images.numpy(), len(images))
+            np.testing.assert_allclose(tensors["logits"], logits, atol=1e-4)
 
     def test_deployable_leaves_a_float_model_alone(self, runtime: Runtime, builder, network, space) -> None:
         (stage,) = builder.build(network, space.dense()).stages

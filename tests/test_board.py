@@ -4,6 +4,7 @@ import ast
 import base64
 import errno
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -324,3 +325,18 @@ def test_turns_get_the_images_that_they_need(monkeypatch) -> None:
             some[after.start : after.start + after.count], images[before.start : before.start + before.count]
         )
         assert before.longest == after.longest
+
+
+def test_the_worker_tells_what_is_inside_a_file(builder, network, space, images, tmp_path) -> None:
+    (stage,) = builder.build(network, space.candidate(space.uniform(1.0, "int8", 1.0))).deployed
+    pictures = io.BytesIO()
+    np.save(pictures, images.numpy())
+    worker = Worker(OnnxRuntime(), tmp_path)
+    put = [
+        {"id": 1, "do": "put", "data": base64.b64encode(content).decode()} for content in (stage, pictures.getvalue())
+    ]
+    file, batch = (worker.handle(request)["ok"]["digest"] for request in put)
+    for _ in range(2):
+        answer = worker.handle({"id": 2, "do": "tensors", "stage": file, "images": batch})["ok"]
+        found = np.load(io.BytesIO(base64.b64decode(answer["npz"])))
+        np.testing.assert_array_equal(found["logits"], OnnxRuntime().tensors(stage)(images.numpy())["logits"])

@@ -53,6 +53,17 @@ def test_the_runtime_builds_loads_and_chains_its_stages(scripted: Any, pictures:
     assert file.read_bytes() == b"tt"
 
 
+def test_all_outputs_of_a_file_are_told_by_name(scripted: Any, pictures: Any) -> None:
+    watch = TensorRT().tensors(b"first")
+    for images in (pictures, pictures[:2], pictures):
+        features, logits = first_half(images)
+        found = watch(images)
+        assert set(found) == {"features", "logits"}
+        np.testing.assert_allclose(found["features"], features, rtol=1e-6)
+        np.testing.assert_allclose(found["logits"], logits, rtol=1e-6)
+    assert len(scripted.configs) == 2  # one engine for each size of a batch
+
+
 def test_tf32_is_on_where_the_file_allows_it(scripted: Any, pictures: Any) -> None:
     model = onnx.helper.make_model(onnx.helper.make_graph([], "stage", [], []))
     onnx.helper.set_model_props(model, {"author": "nobody", **ALLOW_TF32})

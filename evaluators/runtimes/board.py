@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evaluators.data import SMALL_BYTES, ImageStore, bytes_of
 from evaluators.device_state import DeviceState
 from evaluators.runtimes.ssh import Address, ConnectionLostError, JobError, Line
-from evaluators.target import Capabilities, Images, Proof, Spent, TargetError, TimedBatch
+from evaluators.target import Capabilities, Images, Proof, Spent, TargetError, TimedBatch, Watch
 from evaluators.timing import Protocol, TakeTurn, Turn
 
 ALIVE = 2
@@ -79,6 +79,24 @@ class Board:
     def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> "RemotelyOpened":
         """Returns an artifact that is loaded on the board when it is first asked."""
         return RemotelyOpened(self, (tuple(stages), tuple(thresholds), threads))
+
+    def tensors(self, model: bytes) -> Watch:
+        """Returns a function from a batch to all outputs of a file, computed on the board."""
+        if self._line.board["runtime"] == "onnxruntime":
+            from evaluators.runtimes.ort import rounded_halves
+
+            model = rounded_halves(model)
+
+        def watch(images: Images) -> dict[str, Images]:
+            stored = _npy(images)
+
+            def job(line: Line) -> str:
+                return str(line.ask("tensors", stage=line.upload([model])[0], images=line.upload([stored])[0])["npz"])
+
+            with np.load(io.BytesIO(base64.b64decode(self.doing(job)))) as found:
+                return dict(found)
+
+        return watch
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
         """Returns the files that the board's runtime adds to a bundle."""

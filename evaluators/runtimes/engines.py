@@ -120,6 +120,16 @@ class EngineStage:
         answers = logits.host[:count].astype(np.float32)
         return [*(Resident(feature, count, self._stream) for feature in features), answers]
 
+    def everything(self, batch: Images) -> list[Images]:
+        """Returns all outputs for as many inputs as the engine was built for."""
+        self._feed.host[:] = batch
+        self._feed.upload(self._stream.stream)
+        self._launch()
+        for result in self.results:
+            result.download(self._stream.stream)
+        self._stream.finish()
+        return [result.host.astype(np.float32) for result in self.results]
+
     def run_plainly(self) -> None:
         """Runs the engine on what its buffers hold, without a graph.
 

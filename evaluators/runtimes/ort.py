@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
 from evaluators.runtimes.run_bundle import harmful_optimizers
-from evaluators.target import Capabilities, Images
+from evaluators.target import Capabilities, Images, Watch
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -75,6 +76,25 @@ class OnnxRuntime:
     def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> LocallyOpened:
         """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
         return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads)
+
+    def tensors(self, model: bytes) -> Watch:
+        """Returns a function from a batch to all outputs of a file, as float32; its input may be in half precision.
+
+        Half precision is rounded, and overflows, as the file says: see `rounded_halves`.
+        """
+        with suppress(ImportError):  # a board has no onnx; what it is sent has been through this
+            model = rounded_halves(model)
+        session = open_session(model, threads=1)
+        source, names = session.get_inputs()[0], [output.name for output in session.get_outputs()]
+        dtype = np.float16 if source.type == "tensor(float16)" else np.float32
+
+        def watch(images: Images) -> dict[str, Images]:
+            with np.errstate(over="ignore"):
+                given = images.astype(dtype, copy=False)
+            found = session.run(names, {source.name: given})
+            return {name: tensor.astype(np.float32) for name, tensor in zip(names, found, strict=True)}
+
+        return watch
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:  # noqa: ARG002
         """Returns nothing: sessions load from the files themselves."""
@@ -157,6 +177,32 @@ def unsigned_activations(model: bytes) -> bytes:
         offset = 0 if _is_non_negative(node.input[0], producers) else 128
         zero_point.CopyFrom(numpy_helper.from_array(np.array(offset, dtype=np.uint8), zero_point.name))
     return bytes(proto.SerializeToString(deterministic=True)) if quantizers else model
+
+
+def rounded_halves(model: bytes) -> bytes:
+    """Returns the model with each fp16 tensor that is computed cast to float and back; one without any as it is.
+
+    A CPU computes fp16 nodes in float, and ONNX Runtime 1.32 then leaves out the casts between them, so that nothing is
+    rounded and nothing overflows. It keeps casts that the file itself has.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    proto = onnx.load_from_string(model)
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    infos = [*inferred.value_info, *inferred.output]
+    halves = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT16}
+    nodes: list[NodeProto] = []
+    for node in proto.graph.node:
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name in halves:
+                node.output[index] = f"{name}/computed"
+                nodes.append(helper.make_node("Cast", [f"{name}/computed"], [f"{name}/float"], to=TensorProto.FLOAT))
+                nodes.append(helper.make_node("Cast", [f"{name}/float"], [name], to=TensorProto.FLOAT16))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return bytes(proto.SerializeToString(deterministic=True)) if halves else model
 
 
 def _is_non_negative(tensor: str, producers: "dict[str, NodeProto]") -> bool:

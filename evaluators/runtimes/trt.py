@@ -21,7 +21,7 @@ from evaluators.runtimes.cuda import Buffer, Cuda, OutOfDeviceMemoryError, Timed
 from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
 from evaluators.runtimes.trt_devices import capabilities
 from evaluators.runtimes.trt_report import LayerRow, layer_rows
-from evaluators.target import Capabilities, Images, TargetError, allows_tf32
+from evaluators.target import Capabilities, Images, TargetError, Watch, allows_tf32
 
 # tensorrt has no types. These are its classes' names, which a test compares with the real bindings: every attribute
 # that is used of something annotated with one of them has to exist, in every version that is accepted.
@@ -120,6 +120,17 @@ class TensorRT:
         stream = self._stream(len(plans))
         ready: list[Callable[[Shape], Plan]] = [lambda _, plan=plan: plan for plan in plans]  # type: ignore[misc]
         return OpenedEngines(partial(self._load_plans, ready, stream), stream, thresholds, inspect)
+
+    def tensors(self, model: bytes) -> Watch:
+        """Returns a function from a batch to all outputs of a file, from an engine built for that batch."""
+        opened = self.open([model], [], 1)
+
+        def watch(images: Images) -> dict[str, Images]:
+            (stage,) = opened.stages(images.shape)
+            names = self._builder.plan(model, images.shape).results
+            return dict(zip(names, stage.everything(images), strict=True))
+
+        return watch
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
         """Returns the engines for this TensorRT, this kind of GPU and batches as large as `images`, and what they are.

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from evaluators.target import RUNTIMES, Opened, Runtime, TimedBatch
+from evaluators.target import RUNTIMES, Opened, Runtime, TimedBatch, Watch
 from evaluators.timing import Protocol, TakeTurn
 from spaces.errors import UserError
 
@@ -42,6 +42,7 @@ class Worker:
         self._runtime = runtime
         self._store = store
         self._opened: dict[int, Opened] = {}
+        self._watched: dict[str, Watch] = {}
         self._turns: TakeTurn | None = None
         self._images: dict[str, Any] = {}
         self._requests: dict[str, Callable[[Content], Content]] = {
@@ -56,6 +57,7 @@ class Worker:
             "turn": self._turn,
             "launches": self._launches,
             "proof": self._proof,
+            "tensors": self._tensors,
             "extras": self._extras,
             "state": lambda _: asdict(self._runtime.state()),
             "remarks": lambda _: {"remarks": self._runtime.remarks()},
@@ -149,6 +151,14 @@ class Worker:
     def _proof(self, request: Content) -> Content:
         opened, images = self._opened[request["handle"]], self._load_images(request["images"])
         return asdict(opened.proof(images, request["precisions"]))
+
+    def _tensors(self, request: Content) -> Content:
+        digest = request["stage"]
+        if digest not in self._watched:
+            self._watched[digest] = self._runtime.tensors(self._file(digest).read_bytes())
+        file = io.BytesIO()
+        np.savez(file, **self._watched[digest](self._load_images(request["images"])))  # type: ignore[arg-type]
+        return {"npz": base64.b64encode(file.getvalue()).decode()}
 
     def _extras(self, request: Content) -> Content:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]
