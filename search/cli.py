@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -199,6 +200,53 @@ def profile(
     from search.commands import run_profile
 
     return run_profile(request, name, runs, as_json, download)
+
+
+@app.command()
+def diagnose(
+    study: StudyName = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    download: Download = False,
+    target: Target = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of every layer: int8, fp16, fp8 or fp32; else int8.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(min=0, metavar="N", help="A trial of --search, else the latest.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An ONNX file that anyone made of this network, or the folder of a bundle."),
+    ] = None,
+    against_target: Annotated[
+        str | None,
+        typer.Option("--against-target", metavar="TARGET", help="Compare with the same files on another target."),
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, help="So many validation images at most.")] = 64,
+    name: Annotated[str | None, typer.Option("--search", metavar="NAME", help="The study of this search.")] = None,
+    runs: Runs = RUNS,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> int:
+    """Finds the layer where a version of a network goes wrong in a lower precision, and says why.
+
+    Compares every layer's output with that of the same network in fp32, both on the target's own runtime: the whole
+    network in one --precision, a --trial of a search, or a --file, whose tensors are found by their names, and else its
+    logits alone.
+    """
+    from search.wanted import Wanted
+
+    wanted = Wanted(precision, trial, file, against_target, images)
+    wanted.check()
+    anything = Budget.parse(["latency<100%"])  # a diagnosis depends on no budget
+    request = Request(study, anything, model, weights, data, target)
+    named = request != Request(budget=anything, target=target)
+    if named and (name is not None or trial is not None):
+        raise UserError(f"a search has a study, got {'--search' if name else '--trial'} and another; leave one out")
+    if not named and wanted.own_study is not None:
+        request = replace(request, study=wanted.own_study)
+    from search.diagnose_command import run_diagnose
+
+    return run_diagnose(request, wanted, name, runs, as_json, download)
 
 
 @app.command()
