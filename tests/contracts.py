@@ -107,7 +107,9 @@ class RuntimeContract:
                 assert tensors[names[tap.tensor]].dtype == np.float32
                 assert len(tensors[names[tap.tensor]]) == len(images)
             logits, _ = runtime.open([runtime.deployable(stage)], [], 1).answer(images.numpy(), len(images))
-            np.testing.assert_allclose(tensors["logits"], logits, atol=1e-4)
+            # Other outputs may move a rounding in int8: by a small part of what the logits span, never by more.
+            close = 1e-4 if precision == "fp32" else 0.01 * np.ptp(logits)
+            np.testing.assert_allclose(tensors["logits"], logits, atol=close)
 
     def test_deployable_leaves_a_float_model_alone(self, runtime: Runtime, builder, network, space) -> None:
         (stage,) = builder.build(network, space.dense()).stages
