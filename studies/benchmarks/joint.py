@@ -28,6 +28,7 @@ from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.precision import PREFIX as PRECISION
 from spaces.space import Value
 from spaces.sparsity import PREFIX as CHANNELS
+from studies.benchmarks.markdown import print_table
 
 Values = Mapping[str, Value]
 KEPT = (1.0, 0.75, 0.5, 0.25)
@@ -220,8 +221,7 @@ def main() -> None:
     ]
     dense = search.measured.baseline.evaluation.measurements
     print(f"\nDense: {dense['accuracy'].value:.2%} of the validation images, {dense['latency'].value * 1e3:.3f} ms.\n")
-    for cells in [heads, ["---"] * len(heads), *rows]:
-        print(f"| {' | '.join(cells)} |")
+    print_table(heads, rows)
     print(f"\n{given.evaluations} evaluations each, {bench.target}; torch {torch.__version__}, {cpu_name()}.")
 
 

@@ -26,6 +26,7 @@ from search.study import ExitsSection
 from search.workbench import Workbench
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
+from studies.benchmarks.markdown import print_table
 
 _BATCH = 250
 _WEIGHTS: tuple[Literal["per-channel", "per-tensor"], ...] = ("per-channel", "per-tensor")
@@ -107,12 +108,6 @@ def _calibrated(ground: Ground, scheme: Scheme) -> tuple[float, list[float]]:
         seconds.append(time.process_time() - begin)
         found.append(ground.accuracy(builder.build(ground.network, all_layers(builder, "int8"), ranges).deployed))
     return min(seconds), found
-
-
-def print_table(heads: list[str], rows: list[list[str]]) -> None:
-    """Prints a table in Markdown."""
-    for cells in [heads, ["---"] * len(heads), *rows]:
-        print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from search.request import Request
 from search.sources.prepared import prepare
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
+from studies.benchmarks.markdown import print_table
 
 _BATCH = 100
 Row = tuple[str, ...]
@@ -127,10 +128,8 @@ def equalization_table(benches: Mapping[str, Bench]) -> list[Row]:
     return rows
 
 
-def _print_table(rows: Sequence[Row]) -> None:
-    heads, *others = rows
-    for cells in [heads, ("---",) * len(heads), *others]:
-        print(f"| {' | '.join(cells)} |", flush=True)
+def _print(rows: Sequence[Row]) -> None:
+    print_table(rows[0], rows[1:])
     print()
 
 
@@ -150,13 +149,13 @@ def main() -> None:
     bench = _bench(given.data, given.weights)
     right = bench.float_accuracy()
     print(f"\nIn float: {100 * right:.2f}% of {len(bench.data.validation)} validation images.\n")
-    _print_table(ranges_table(bench))
-    _print_table(
+    _print(ranges_table(bench))
+    _print(
         equalization_table(
             {"as trained": bench} | {f"rescaled by up to {most}": bench.rescaled(most) for most in (10, 1000)}
         )
     )
-    _print_table(corrections_table(bench, given.steps))
+    _print(corrections_table(bench, given.steps))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {cpu_name()}, seed 0.")
 
 

@@ -33,6 +33,7 @@ from search.workbench import Workbench
 from spaces.criteria import CRITERIA, Evidence, criterion
 from spaces.network import ExitNetwork
 from spaces.sparsity import SparsitySpace
+from studies.benchmarks.markdown import print_table
 
 KEPT = (0.7, 0.5, 0.3)
 """Shares of the dense network's FLOPs."""
@@ -132,7 +133,7 @@ def criteria_table(ground: Ground, results: Results, epochs: float) -> None:
         rows.append([name, f"{seconds:.1f}", *(f"{100 * cell:.1f}" for cell in cells)])
     heads = [f"{share:.0%} {how if how != 'finetune' else f'bn + {epochs:g} epoch'}" for share, how in columns]
     print(f"\nDense: {100 * dense:.2f}%.\n")
-    _print_table(["criterion", "seconds", *heads], rows)
+    print_table(["criterion", "seconds", *heads], rows)
 
 
 def _since(begin: float) -> float:
@@ -227,7 +228,7 @@ def _print_effort(found: Mapping[str, list[float]], shares: list[float]) -> None
         )
     print()
     heads = ["recovery", "best at 50% FLOPs", "best at 30%", "hypervolume", f"Spearman, {half} at 50%", "Spearman, all"]
-    _print_table(heads, rows)
+    print_table(heads, rows)
 
 
 def _best(accuracies: list[float], shares: list[float], limit: float) -> float:
@@ -239,11 +240,6 @@ def _hypervolume(accuracies: list[float], shares: list[float]) -> float:
     from pymoo.indicators.hv import HV
 
     return float(HV(ref_point=np.ones(2))(np.column_stack([1 - np.array(accuracies), shares])))
-
-
-def _print_table(heads: list[str], rows: list[list[str]]) -> None:
-    for cells in [heads, ["---"] * len(heads), *rows]:
-        print(f"| {' | '.join(cells)} |")
 
 
 def _bench(data: str, weights: str) -> Workbench:
