@@ -39,6 +39,8 @@ KEPT = (0.7, 0.5, 0.3)
 """Shares of the dense network's FLOPs."""
 _BATCH = 250
 _FULL = "elastic, then in full"
+_EQUAL = 10
+"""So many random versions of about equal FLOPs are ranked."""
 
 Channels = dict[str, int]
 
@@ -150,24 +152,26 @@ def _pruned(ground: Ground, space: SparsitySpace, share: float, how: str, settin
 
 
 def effort_table(ground: Ground, results: Results, out: Path, minutes: float, candidates: int, final: float) -> None:
-    """Prints what each recovery brings at equal training time, and how well it ranks candidates."""
+    """Prints what each recovery brings at equal training time, and how well it ranks versions of equal FLOPs."""
     space = ground.space("l2", ground.bench.space.sparsity.finest)
     shared = _shared_weights(ground, space, out, minutes)
-    chosen = _candidates(ground, space, candidates)
-    each, full = FinetuneSection(minutes=minutes / len(chosen)), FinetuneSection(epochs=final)
+    each, full = FinetuneSection(minutes=minutes / candidates), FinetuneSection(epochs=final)
     arms: dict[str, tuple[ExitNetwork, FinetuneSection | None]] = {
         "bn": (ground.network, None),
         "finetune": (ground.network, each),
         "elastic": (shared, None),
         _FULL: (shared, full),
     }
-    shares = [ground.flops(space.apply(ground.network, channels)) / ground.dense_flops for channels in chosen]
-    found: dict[str, list[float]] = {arm: [] for arm in arms}
-    for index, channels in enumerate(chosen):
+    uniform = {f"uniform {share:.0%}": ground.uniform(space, share) for share in KEPT}
+    random = {f"random {index}": channels for index, channels in enumerate(_half_random(ground, space))}
+    chosen = uniform | random
+    found: dict[str, dict[str, float]] = {arm: {} for arm in arms}
+    for name, channels in chosen.items():
         for arm, (source, settings) in arms.items():
-            key = f"{arm}/{minutes:g} min/{candidates}/{final:g}/{index}"
-            found[arm].append(results.get(key, partial(_recovered, ground, space, source, channels, settings)))
-    _print_effort(found, shares)
+            key = f"{arm}/{minutes:g} min/{candidates}/{final:g}/{name}"
+            found[arm][name] = results.get(key, partial(_recovered, ground, space, source, channels, settings))
+    flops = {name: ground.flops(space.apply(ground.network, channels)) for name, channels in chosen.items()}
+    _print_effort(found, {name: count / ground.dense_flops for name, count in flops.items()})
 
 
 def _recovered(
@@ -195,51 +199,39 @@ def _shared_weights(ground: Ground, space: SparsitySpace, out: Path, minutes: fl
     return shared
 
 
-def _candidates(ground: Ground, space: SparsitySpace, count: int) -> list[Channels]:
-    """Returns random candidates, half of them with close to half of the FLOPs, the rest wherever they fall."""
+def _half_random(ground: Ground, space: SparsitySpace) -> list[Channels]:
+    """Returns ten random candidates with close to half of the FLOPs."""
     generator = torch.Generator().manual_seed(0)
     near: list[Channels] = []
-    anywhere: list[Channels] = []
-    while len(near) < count - count // 2 or len(anywhere) < count // 2:
+    while len(near) < _EQUAL:
         channels = random_channels(space, generator)
         share = ground.flops(space.apply(ground.network, channels)) / ground.dense_flops
-        if abs(share - 0.5) < 0.03 and len(near) < count - count // 2 and channels not in near:
+        if abs(share - 0.5) < 0.03 and channels not in near:
             near.append(channels)
-        elif len(anywhere) < count // 2 and channels not in anywhere:
-            anywhere.append(channels)
-    return near + anywhere
+    return near
 
 
-def _print_effort(found: Mapping[str, list[float]], shares: list[float]) -> None:
-    half = len(shares) - len(shares) // 2
+def _print_effort(found: Mapping[str, Mapping[str, float]], shares: Mapping[str, float]) -> None:
+    uniform = [name for name in shares if name.startswith("uniform")]
+    random = [name for name in shares if name not in uniform]
     rows = []
     for arm, accuracies in found.items():
-        ranks = [
-            float(spearmanr(accuracies[part], found["elastic, then in full"][part])[0])
-            for part in (slice(half), slice(None))
-        ]
-        rows.append(
-            [
-                arm,
-                *(f"{100 * _best(accuracies, shares, limit):.1f}" for limit in (0.53, 0.3)),
-                f"{_hypervolume(accuracies, shares):.3f}",
-                *(f"{rank:.2f}" for rank in ranks),
-            ]
-        )
+        rank = spearmanr([accuracies[name] for name in random], [found[_FULL][name] for name in random])[0]
+        some = [accuracies[name] for name in random]
+        cells = [f"{100 * accuracies[name]:.1f}" for name in uniform]
+        cells += [f"{100 * np.mean(some):.1f} ({100 * min(some):.1f} to {100 * max(some):.1f})"]
+        rows.append([arm, *cells, f"{_hypervolume(accuracies, shares):.3f}", f"{rank:.2f}"])
+    heads = [f"{name} ({shares[name]:.0%})" for name in uniform]
     print()
-    heads = ["recovery", "best at 50% FLOPs", "best at 30%", "hypervolume", f"Spearman, {half} at 50%", "Spearman, all"]
-    print_table(heads, rows)
+    print_table(["recovery", *heads, f"{_EQUAL} random at 50%", "hypervolume", "Spearman, those"], rows)
 
 
-def _best(accuracies: list[float], shares: list[float], limit: float) -> float:
-    return max((a for a, share in zip(accuracies, shares, strict=True) if share <= limit), default=float("nan"))
-
-
-def _hypervolume(accuracies: list[float], shares: list[float]) -> float:
+def _hypervolume(accuracies: Mapping[str, float], shares: Mapping[str, float]) -> float:
     """Returns the area that the candidates dominate, of error and FLOPs share both from 0 to 1."""
     from pymoo.indicators.hv import HV
 
-    return float(HV(ref_point=np.ones(2))(np.column_stack([1 - np.array(accuracies), shares])))
+    points = np.array([(1 - accuracies[name], share) for name, share in shares.items()])
+    return float(HV(ref_point=np.ones(2))(points))
 
 
 def _bench(data: str, weights: str) -> Workbench:
@@ -258,7 +250,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="where figures are kept")
     parser.add_argument("--epochs", type=float, default=1, help="of fine-tuning, in the criteria's table; 0 for none")
     parser.add_argument("--minutes", type=float, default=10, help="of training for each recovery")
-    parser.add_argument("--candidates", type=int, default=20)
+    parser.add_argument(
+        "--candidates", type=int, default=20, help="new widths that a search would fine-tune in that time"
+    )
     parser.add_argument("--final", type=float, default=2, help="epochs of fine-tuning in a recovery in full")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
