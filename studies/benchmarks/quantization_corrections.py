@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from evaluators.artifact.adaround import Learning
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.equalize import equalized, find_pairs, scaled
-from evaluators.artifact.qdq import NO_GRIDS
+from evaluators.artifact.qdq import NO_GRIDS, Grids
 from evaluators.artifact.scheme import Scheme
 from evaluators.artifact.template import Template
 from evaluators.data import Splits
@@ -65,14 +65,12 @@ class Bench:
         """One input, `(1, c, h, w)`."""
         return torch.from_numpy(self.data.calibration.images[:1])
 
-    def score(self, scheme: Scheme) -> Scored:
-        """Returns how the network does when all of it is made int8 by this scheme."""
+    def score(self, scheme: Scheme, grids: Grids = NO_GRIDS) -> Scored:
+        """Returns how the network does when all of it is made int8 by this scheme, or with weights on these grids."""
         network = equalized(self.network, self.image) if scheme.equalize else self.network
         calibration = self.data.calibration.images[:]
         builder = ArtifactBuilder(network, calibration, OnnxRuntime(), scheme=scheme)
-        whole, grids = Candidate({}, dict.fromkeys(builder.layers, "int8"), {}), NO_GRIDS
-        if scheme.rounding == "adaround":
-            grids = builder.learn_rounding(network, whole, calibration, Learning(scheme.rounding_steps))
+        whole = Candidate({}, dict.fromkeys(builder.layers, "int8"), {})
         exact = self._logits(builder.build(network, replace(whole, precision={})).deployed[0])
         found = self._logits(builder.build(network, whole, grids=grids).deployed[0])
         right = found.argmax(1) == self.data.validation.labels
@@ -87,6 +85,13 @@ class Bench:
     def _logits(self, file: bytes) -> NDArray[np.float32]:
         run, images = load(file, 1), self.data.validation.images
         return np.concatenate([run(images[at : at + _BATCH])[0] for at in range(0, len(images), _BATCH)])
+
+    def learned(self, steps: int) -> Grids:
+        """Returns the network's weights as AdaRound rounds them, in so many steps a layer."""
+        calibration = self.data.calibration.images[:]
+        builder = ArtifactBuilder(self.network, calibration, OnnxRuntime())
+        whole = Candidate({}, dict.fromkeys(builder.layers, "int8"), {})
+        return builder.learn_rounding(self.network, whole, calibration, Learning(steps))
 
     def rescaled(self, most: float, seed: int = 0) -> "Bench":
         """Returns the same function, whose paired channels are scaled by random factors from `1 / most` to `most`."""
@@ -103,11 +108,10 @@ class Bench:
 
 def corrections_table(bench: Bench, steps: int) -> list[Row]:
     """Returns how roundings and bias corrections do together."""
-    roundings: tuple[Scheme, ...] = (Scheme(), Scheme(rounding="adaround", rounding_steps=steps))
+    schemes = Scheme(), Scheme(bias_correction="batchnorm"), Scheme(bias_correction="data")
     rows: list[Row] = [("rounding", "bias correction", "accuracy", "error of logits")]
-    for base in roundings:
-        for scheme in (base, replace(base, bias_correction="batchnorm"), replace(base, bias_correction="data")):
-            rows.append((scheme.rounding, scheme.bias_correction, *bench.score(scheme).cells))
+    for name, grids in {"nearest": NO_GRIDS, f"adaround, {steps} steps": bench.learned(steps)}.items():
+        rows += [(name, scheme.bias_correction, *bench.score(scheme, grids).cells) for scheme in schemes]
     return rows
 
 
@@ -150,11 +154,8 @@ def main() -> None:
     right = bench.float_accuracy()
     print(f"\nIn float: {100 * right:.2f}% of {len(bench.data.validation)} validation images.\n")
     _print(ranges_table(bench))
-    _print(
-        equalization_table(
-            {"as trained": bench} | {f"rescaled by up to {most}": bench.rescaled(most) for most in (10, 1000)}
-        )
-    )
+    ill = {f"rescaled by up to {most}": bench.rescaled(most) for most in (10, 1000)}
+    _print(equalization_table({"as trained": bench} | ill))
     _print(corrections_table(bench, given.steps))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {cpu_name()}, seed 0.")
 
