@@ -99,9 +99,9 @@ def rows(ground: Ground, keep: float, finetuning: int, settings: QatSection, qua
         placement = int8.builder.int8_placement(trained, candidate)
         ranges = int8.builder.read_ranges(trained, int8.calibration)
         learner = Int8Network(trained, int8.graph, placement, name, ranges)
-        begin = time.perf_counter()
+        begin = time.process_time()
         done = train_int8(learner, ground.bench.network, ground.batches(settings.batch), settings)
-        step = (time.perf_counter() - begin) / done.steps
+        step = (time.process_time() - begin) / done.steps
         inside = ground.accuracy(lambda images, learner=learner: learner.logits(images)[-1])  # type: ignore[misc]
         deployed = ground.deployed(trained, candidate, learner.learned())
         _print_row("", f"int8, {name}", deployed, inside, step)
@@ -130,7 +130,7 @@ def main() -> None:
     recovery = study.recovery.model_copy(update={"qat": settings})
     study = study.model_copy(update={"exits": ExitsSection(after=()), "recovery": recovery})
     ground = Ground(Workbench(study, lambda *_: None, say=lambda text: print(text)))
-    print("\n| channels | | deployed | in training | seconds a step |\n|---|---|---|---|---|")
+    print("\n| channels | | deployed | in training | CPU seconds a step |\n|---|---|---|---|---|")
     for keep in given.keep:
         rows(ground, keep, given.finetune, settings, given.quantizers)
     print(f"\n{given.steps} steps of {settings.batch} images at {settings.learning_rate:g}; {cpu_name()}, ", end="")
