@@ -1,13 +1,15 @@
 """Whether one search over channels and precisions beats pruning first and quantizing then, or quantizing alone.
 
-    python -m studies.benchmarks.joint --data imagefolder:PATH --weights resnet20.pt
+    python -m studies.benchmarks.joint --data imagefolder:PATH --weights resnet20.pt [--shared elastic-15min.pt]
 
 On the CIFAR-10 study, without exits, every way gets the same number of evaluations, the same sampler and the same
 shared weights, and looks for the most accurate version that takes at most half of the dense network's time. Every
 candidate is measured once, whoever asks for it, and kept in --out: the same command goes on where it was stopped.
+With `--shared` the weights are those that the recovery benchmark trained; otherwise the study trains its own.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from search.coordinator import measure_baseline
 from search.request import Request
 from search.sampler import distributions, tpe
 from search.store import Baseline
+from search.study import ExitsSection
 from search.workbench import Workbench
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.precision import PREFIX as PRECISION
@@ -199,11 +202,24 @@ def _row(ways: Ways, search: Search, way: str, seed: int) -> list[str]:
     return [way, str(seed), *cells, f"{kept:.0%} of the channels, {inner.count('int8')}/{len(inner)} layers int8"]
 
 
+def _bench(data: str, weights: str, shared: Path | None) -> Workbench:
+    study = Request(study="cifar10", weights=weights, data=data).to_study()
+    recovery = study.recovery.model_copy(update={"level": "bn"} if shared else {})
+    study = study.model_copy(update={"exits": ExitsSection(after=()), "recovery": recovery})
+    bench = Workbench(study, lambda *_: None, say=lambda text: print(text))
+    if shared is not None:
+        network = copy.deepcopy(bench.network)
+        network.load_state_dict(torch.load(shared, weights_only=True))
+        bench.recovery.source = network.eval()
+    return bench
+
+
 def main() -> None:
     """Measures the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10, as for the search's --data")
     parser.add_argument("--weights", required=True, help="a state dict of the study's ResNet-20")
+    parser.add_argument("--shared", type=Path, help="a state dict of shared weights")
     parser.add_argument("--out", type=Path, default=Path("runs/joint.json"), help="where measurements are kept")
     parser.add_argument("--evaluations", type=int, default=60)
     parser.add_argument("--limit", type=float, default=0.5, help="of the latency, as a share of the dense network's")
@@ -211,8 +227,7 @@ def main() -> None:
     given = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    study = Request(study="cifar10", weights=given.weights, data=given.data).to_study()
-    bench = Workbench(study, lambda *_: None, say=lambda text: print(text))
+    bench = _bench(given.data, given.weights, given.shared)
     search = Search(Measured(bench, given.out), given.limit)
     ways = Ways(search, given.evaluations)
     heads = ["way", "seed", "validation %", "test %", "latency of dense", "what it is"]
