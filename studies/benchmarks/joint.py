@@ -135,9 +135,7 @@ class Ways:
         self._search, self._evaluations = search, evaluations
         every = distributions(space)
         self._channels = {name: each for name, each in every.items() if name.startswith(CHANNELS)}
-        # Heads are not deployed here, so their precision is nobody's choice.
-        inner = (name for name in every if name.startswith(PRECISION) and not name.startswith(f"{PRECISION}exits."))
-        self._precisions = {name: every[name] for name in inner}
+        self._precisions = {name: each for name, each in every.items() if name.startswith(PRECISION)}
         self._lowest = space.precision.precisions[-1]
 
     def _uniform(self, keep: float, precision: str) -> dict[str, Value]:
@@ -197,9 +195,9 @@ def _row(ways: Ways, search: Search, way: str, seed: int) -> list[str]:
     candidate = bench.space.candidate(values)
     test = accuracy_of(bench.subject(candidate).answers_to(bench.data.test), bench.target, "test").value
     kept = sum(candidate.channels.values()) / sum(bench.space.dense().channels.values())
-    inner = [given for layer, given in candidate.precision.items() if not layer.startswith("exits.")]
+    given = list(candidate.precision.values())
     cells = [f"{100 * point.accuracy:.2f}", f"{100 * test:.2f}", f"{point.latency:.3f}"]
-    return [way, str(seed), *cells, f"{kept:.0%} of the channels, {inner.count('int8')}/{len(inner)} layers int8"]
+    return [way, str(seed), *cells, f"{kept:.0%} of the channels, {given.count('int8')}/{len(given)} layers int8"]
 
 
 def _bench(data: str, weights: str, shared: Path | None) -> Workbench:
