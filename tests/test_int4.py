@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from evaluators.artifact.qdq import quantize_weight
 from evaluators.latency_cache import structure_key
 from evaluators.placement import Examined, Slower
 from evaluators.runtimes.ort import OnnxRuntime
+from evaluators.runtimes.run_bundle import session_entries
 from evaluators.runtimes.trt_devices import capabilities as gpu_capabilities
 from evaluators.target import TargetError, runtime
 from search.coordinator import narrowed
@@ -91,6 +93,23 @@ def test_weights_take_half_a_byte_and_activations_stay_float(builder, network) -
     assert len(weights) == len([node for node in model.graph.node if node.op_type in ("Conv", "Gemm")])
     for tensor in weights:
         assert len(tensor.raw_data) == -(-numpy_helper.to_array(tensor).size // 2)
+
+
+def test_weights_that_are_only_stored_become_float_when_a_file_is_loaded(builder, network, tmp_path) -> None:
+    def loaded(candidate: Candidate) -> set[str]:
+        (stage,) = builder.build(network, candidate).deployed
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        for key, value in session_entries(stage).items():
+            options.add_session_config_entry(key, value)
+        onnxruntime.InferenceSession(stage, options, providers=["CPUExecutionProvider"])
+        return {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+
+    assert "DequantizeLinear" not in loaded(candidate_of(builder, "int4"))
+    for precision in ("fp32", "int8", "fp8"):
+        assert session_entries(builder.build(network, candidate_of(builder, precision)).deployed[0]) == {}
+    assert "QLinearConv" in loaded(candidate_of(builder, "int8", **{"inner.0": "int4"}))
 
 
 @pytest.mark.parametrize("library", runtimes(), ids=lambda library: library.name)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.cpu import cpu_name, unsigned_activations, weight_bits
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
-from evaluators.runtimes.run_bundle import harmful_optimizers
+from evaluators.runtimes.run_bundle import harmful_optimizers, session_entries
 from evaluators.target import Capabilities, Images, Watch
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def open_session(model: bytes, threads: int, optimize: bool = True) -> onnxrunti
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    for key, value in session_entries(model).items():
+        options.add_session_config_entry(key, value)
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_ENABLE_BASIC
     return onnxruntime.InferenceSession(
