@@ -55,6 +55,7 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         "exits": subject.artifact.exits,
         "thresholds": subject.artifact.thresholds,
         "precisions": dict(subject.artifact.precisions),
+        "confidence": subject.artifact.confidence,
         "target": subject.target.to_dict(),
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
@@ -100,7 +101,8 @@ def _measure(folder: Path) -> dict[str, Any]:
         name: Reference((folder / f"reference-{name}.onnx").read_bytes(), seconds)
         for name, seconds in job["references"].items()
     }
-    artifact = Artifact(stages, stages, tuple(job["exits"]), tuple(job["thresholds"]), job["precisions"])
+    gates = tuple(job["exits"]), tuple(job["thresholds"])
+    artifact = Artifact(stages, stages, *gates, job["precisions"], job["confidence"])
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)
     some = images[: reference_batch(target.batch)]

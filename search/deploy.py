@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from search.budget import Budget
 from search.environment import environment
 from search.evaluation import Evaluation
 from search.front import Version
+from search.gating import GateSolver
 from search.store import StoredSearch
 from search.study import FinetuneSection
 from search.text import milliseconds
@@ -127,7 +128,9 @@ def recover_more(bench: Workbench, search: StoredSearch, version: Version, more:
     if not bench.is_pruned(candidate):
         raise BundleError(f"--finetune recovers a pruned version, got trial {version.number}, which lacks nothing")
     latency = bench.latency_evaluator(search.baseline.reference_seconds)
-    return Version(version.number, bench.evaluate(candidate, latency, lambda _measured: False, more))
+    settled = GateSolver(bench, latency, search.baseline.evaluation.measurements).resettle(candidate, more)
+    evaluation = bench.evaluate(settled.candidate, latency, lambda _measured: False, more)
+    return Version(version.number, settled.stamped(evaluation))
 
 
 def _finetuned(evaluation: Evaluation) -> FinetuneSection | None:
@@ -184,6 +187,7 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
         (folder / name).write_bytes(content)
     if extras:
         (folder / "runtime.pyz").write_bytes(worker_file())
+    preprocessing = bench.loaded.preprocessing
     contents: dict[str, Any] = {
         _MARKER: {
             "format": 1,
@@ -195,6 +199,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "extras": sorted(extras),
             "exits": artifact.exits,
             "thresholds": artifact.thresholds,
+            "confidence": artifact.confidence,
+            "preprocessing": asdict(preprocessing) if preprocessing else None,
             "image_shape": bench.data.image_shape,
             "classes": bench.data.classes,
             "check": {"images": len(images), "correct": int(confirmed.answers.correct[: len(images)].sum())},

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -84,16 +84,23 @@ class Workbench:
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
         scheme = Scheme(**study.quantization.model_dump())
-        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.tf32, scheme)
+        self.builder = ArtifactBuilder(
+            self.network, calibration, self.runtime, self.target.tf32, scheme, study.exits.confidence
+        )
         progress("Finding the channels that can be cut", 0, 1)
         self.groups = find_groups(self.network, image, self.builder.disagreement)
         progress("Finding the channels that can be cut", 1, 1)
         self.exit_places = exit_places(self.network.trunk, study.exits, self.data)
         self.space = _space(study, self.network, self.groups, self.data, self.builder.layers, self.runtime)
+        self.has_gates = bool(self.space.gates.solved and self.space.gates.exits)
+        halves = self.data.validation.halves() if self.has_gates else (self.data.validation, self.data.validation)
+        self.gate_images, self.scored = halves
+        self._last: tuple[tuple[Candidate, FinetuneSection | None], ExitNetwork] | None = None  # compressed
+        self.flops = FlopsEvaluator(self.network, image)
         self._cheap: tuple[Evaluator, ...] = (
             ParamsEvaluator(),
             SizeEvaluator(),
-            FlopsEvaluator(self.network, image),
+            self.flops,
         )
         self._accuracy = AccuracyEvaluator()
         self.ground = self._recovery_ground(progress)
@@ -153,12 +160,17 @@ class Workbench:
 
     @property
     def remarks(self) -> list[str]:
-        """What of the study's wishes does not come true on this target, in words."""
-        if _patterns(self.study, self.runtime) == self.study.space.patterns:
-            return []
-        return [
-            f"pattern {TWO_OF_FOUR} is left out: {self.target.device} has no sparse kernels in {self.target.runtime}"
-        ]
+        """What of the study's wishes does not come true on this target, and what the validation images are for."""
+        found = []
+        if _patterns(self.study, self.runtime) != self.study.space.patterns:
+            device, library = self.target.device, self.target.runtime
+            found.append(f"pattern {TWO_OF_FOUR} is left out: {device} has no sparse kernels in {library}")
+        if self.has_gates:
+            counts = f"{len(self.gate_images)} of the validation images"
+            found.append(
+                f"{counts} choose the exits' thresholds; every version is scored on the other {len(self.scored)}"
+            )
+        return found
 
     def time_references(self) -> dict[str, Spent]:
         """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
@@ -253,11 +265,21 @@ class Workbench:
 
     def subject(self, candidate: Candidate, more: FinetuneSection | None = None) -> Subject:
         """Returns the candidate, built and ready to be measured; `more` is fine-tuning that comes on top."""
-        network = self.compress(candidate, more)
-        return self._subject(candidate, network, self.builder.build(network, candidate, self._ranges(candidate)))
+        return self.built(candidate, self.compress(candidate, more))
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
-        return Subject(network, candidate, artifact, self.data.validation, self.runtime, self.target)
+        return Subject(network, candidate, artifact, self.scored, self.runtime, self.target)
+
+    def built(self, candidate: Candidate, network: ExitNetwork) -> Subject:
+        """Returns a candidate whose network has been compressed, ready to be measured."""
+        return self._subject(candidate, network, self.builder.build(network, candidate, self._ranges(candidate)))
+
+    def compressed(self, candidate: Candidate, more: FinetuneSection | None = None) -> ExitNetwork:
+        """Returns what `compress` does; the same network again where only thresholds are others."""
+        key = (replace(candidate, thresholds={}), more)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self.compress(candidate, more)
+        return self._last[1]
 
     def evaluate(
         self, candidate: Candidate, latency: LatencyEvaluator, stop: StopEarly, more: FinetuneSection | None = None
@@ -265,14 +287,14 @@ class Workbench:
         """Returns what was measured of a candidate, cheapest metrics first.
 
         Args:
-            candidate: the version.
+            candidate: the version, no threshold open.
             latency: measures it beside the references.
             stop: told what is known after each metric; where it says so, the rest is not measured.
             more: fine-tuning that comes on top of the study's recovery.
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "compress"):
-            network = self.compress(candidate, more)
+            network = self.compressed(candidate, more)
         with _timed(seconds, "build"):
             artifact = self.builder.build(network, candidate, self._ranges(candidate))
         subject = self._subject(candidate, network, artifact)
@@ -315,7 +337,7 @@ def _space(
     return JointSpace(
         SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions),
-        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
+        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step, study.exits.thresholds == "solved"),
         PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
     )
 

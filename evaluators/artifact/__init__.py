@@ -17,6 +17,7 @@ class Artifact:
         exits: the exit at the end of each stage but the last.
         thresholds: the confidence at which each of them answers.
         precisions: what each layer was written in, by the name of its ONNX node.
+        confidence: what tells how sure an exit is, a name in `run_bundle.CONFIDENCES`.
     """
 
     stages: tuple[bytes, ...]
@@ -24,11 +25,13 @@ class Artifact:
     exits: tuple[str, ...]
     thresholds: tuple[float, ...]
     precisions: Mapping[str, str] = field(default_factory=dict)
+    confidence: str = "softmax"
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the deployed stages and thresholds."""
-        content = hashlib.sha256(repr(self.thresholds).encode())
+        """SHA-256 over the deployed stages, the thresholds and, with exits, what they are held against."""
+        gates = repr(self.thresholds) + (self.confidence if self.exits else "")
+        content = hashlib.sha256(gates.encode())
         for stage in self.deployed:
             content.update(stage)
         return content.hexdigest()

@@ -33,6 +33,7 @@ class ArtifactBuilder:
         runtime: what will run the artifact.
         tf32: whether its fp32 layers may run in TF32.
         scheme: how int8 is made.
+        confidence: what tells how sure an exit is.
 
     Raises:
         ExportError: torch cannot export the network.
@@ -46,7 +47,9 @@ class ArtifactBuilder:
         runtime: Runtime,
         tf32: bool = False,
         scheme: Scheme = MINMAX,
+        confidence: str = "softmax",
     ) -> None:
+        self._confidence = confidence
         self._runtime = runtime
         self._properties = ALLOW_TF32 if tf32 else {}
         self._template = Template(network, torch.from_numpy(calibration[:1]))
@@ -167,6 +170,7 @@ class ArtifactBuilder:
             exits=candidate.active_exits,
             thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
             precisions=self._deployed_precisions(precisions, candidate.active_exits),
+            confidence=self._confidence,
         )
 
     def _deployed_precisions(self, precisions: Mapping[str, str], exits: tuple[str, ...]) -> dict[str, str]:

@@ -72,9 +72,11 @@ class OnnxRuntime:
         """
         return unsigned_activations(model)
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> LocallyOpened:
+    def open(
+        self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int, confidence: str = "softmax"
+    ) -> LocallyOpened:
         """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
-        return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads)
+        return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads, confidence)
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:  # noqa: ARG002
         """Returns nothing: sessions load from the files themselves."""

@@ -31,14 +31,21 @@ class StagedNetwork:
 
     Args:
         stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
-        thresholds: the confidence (largest softmax probability) from which each exit answers.
+        thresholds: the confidence from which each exit answers.
+        confidence: what tells it, a name in `CONFIDENCES`.
     """
 
-    def __init__(self, stages: Sequence[Callable[[Floats], Sequence[Floats]]], thresholds: Sequence[float]) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Callable[[Floats], Sequence[Floats]]],
+        thresholds: Sequence[float],
+        confidence: str = "softmax",
+    ) -> None:
         if len(stages) != len(thresholds) + 1:
             raise ValueError(f"there is one threshold per exit, got {len(thresholds)} for {len(stages)} stages")
         self.stages = tuple(stages)
         self.thresholds = tuple(thresholds)
+        self._confidence = CONFIDENCES[confidence]
 
     def __call__(self, images: Floats) -> tuple[Floats, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, 0 being the first.
@@ -55,7 +62,7 @@ class StagedNetwork:
         for index, threshold in enumerate(self.thresholds):
             features, logits = self.stages[index](features)
             answers = logits if answers is None else answers
-            leaves = confidence(logits) >= threshold
+            leaves = self._confidence(logits) >= threshold
             gone = waiting[leaves]
             answers[gone], exits[gone] = logits[leaves], index
             waiting, features = waiting[~leaves], features[~leaves]
@@ -65,12 +72,49 @@ class StagedNetwork:
         answers[waiting] = self.stages[-1](features)[0]
         return answers, exits
 
+    def all_logits(self, images: Floats) -> Floats:
+        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: nobody leaves."""
+        found, features = [], images
+        for stage in self.stages[:-1]:
+            features, logits = stage(features)
+            found.append(logits)
+        return np.stack([*found, self.stages[-1](features)[0]], axis=1)
 
-def confidence(logits: Floats) -> Floats:
+
+def largest_probability(logits: Floats) -> Floats:
     """Returns the largest softmax probability of each row, `(n,)`."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     largest: Floats = 1.0 / shifted.sum(axis=1)
     return largest
+
+
+def margin(logits: Floats) -> Floats:
+    """Returns by how much the largest softmax probability of each row exceeds the second, `(n,)`."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    second: Floats = np.partition(shifted, -2, axis=1)[:, -2]
+    apart: Floats = (1.0 - second) / shifted.sum(axis=1)
+    return apart
+
+
+def certainty(logits: Floats) -> Floats:
+    """Returns 1 less the entropy of each row's softmax as a share of the largest possible one, 0 to 1, `(n,)`.
+
+    Source: Teerapittayanon et al., BranchyNet, 2016, which holds the entropy itself against a threshold.
+    """
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    weights = np.exp(shifted)
+    total = weights.sum(axis=1)
+    entropy = np.log(total) - (weights * shifted).sum(axis=1) / total
+    certain: Floats = np.clip(1.0 - entropy / np.float32(np.log(logits.shape[1])), 0.0, 1.0)
+    return certain
+
+
+CONFIDENCES: dict[str, Callable[[Floats], Floats]] = {
+    "softmax": largest_probability,
+    "margin": margin,
+    "entropy": certainty,
+}
+"""What tells how sure an exit is, from logits `(n, classes)`: 0 to 1, by the name that a study and a bundle give it."""
 
 
 def harmful_optimizers(model: bytes) -> list[str]:
@@ -101,7 +145,8 @@ def _load_engines(bundle: Path, description: dict[str, Any]) -> Network | None:
 
         reason = TensorRT.missing()
         if reason is None:
-            opened = TensorRT().open_engines((bundle / ENGINES).read_bytes(), bundle, description["thresholds"])
+            gates = description["thresholds"], description.get("confidence", "softmax")
+            opened = TensorRT().open_engines((bundle / ENGINES).read_bytes(), bundle, *gates)
             return lambda images: opened.answer(images, description["target"]["batch"])
     except Exception as error:  # engines run on the kind of machine that they were built on, and on no other
         reason = " ".join(str(error).split())
@@ -130,7 +175,7 @@ def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
     stages = [
         lambda batch, session=session: session.run(None, {session.get_inputs()[0].name: batch}) for session in sessions
     ]
-    return StagedNetwork(stages, description["thresholds"])
+    return StagedNetwork(stages, description["thresholds"], description.get("confidence", "softmax"))
 
 
 def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, NDArray[np.int64], float]:

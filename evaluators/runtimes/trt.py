@@ -102,24 +102,37 @@ class TensorRT:
         """Returns the model as it is: symmetric s8 is the form that TensorRT reads."""
         return model
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> OpenedEngines:  # noqa: ARG002
+    def open(
+        self,
+        stages: Sequence[bytes],
+        thresholds: Sequence[float],
+        threads: int,  # noqa: ARG002
+        confidence: str = "softmax",
+    ) -> OpenedEngines:
         """Returns engines that are built for a batch size when it is first asked for; `threads` is not used."""
         stream = self._stream(len(stages))
-        return OpenedEngines(partial(self._load, tuple(stages), stream), stream, thresholds, inspect)
+        return OpenedEngines(
+            partial(self._load, tuple(stages), stream), stream, thresholds, inspect, confidence=confidence
+        )
 
-    def open_engines(self, description: bytes, folder: Path, thresholds: Sequence[float]) -> OpenedEngines:
+    def open_engines(
+        self, description: bytes, folder: Path, thresholds: Sequence[float], confidence: str = "softmax"
+    ) -> OpenedEngines:
         """Returns engines that `extras` made, loaded without being built again.
 
         Args:
             description: the content of `engines.json`.
             folder: where the engines lie.
             thresholds: the confidence from which each exit answers.
+            confidence: what tells it.
         """
         told = json.loads(description)
         plans = [Plan((folder / e["file"]).read_bytes(), e["source"], tuple(e["results"])) for e in told["engines"]]
         stream = self._stream(len(plans))
         ready: list[Callable[[Shape], Plan]] = [lambda _, plan=plan: plan for plan in plans]  # type: ignore[misc]
-        return OpenedEngines(partial(self._load_plans, ready, stream), stream, thresholds, inspect)
+        return OpenedEngines(
+            partial(self._load_plans, ready, stream), stream, thresholds, inspect, confidence=confidence
+        )
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
         """Returns the engines for this TensorRT, this kind of GPU and batches as large as `images`, and what they are.
