@@ -66,8 +66,8 @@ class Thresholds:
     """Finds thresholds for what exits said to `n` images.
 
     With a limit on a cost the most accurate thresholds are looked for, and with a floor of accuracy alone the cheapest.
-    With neither, a share `price` of the accuracy is worth the whole first cost. Where no thresholds keep all limits, the
-    ones that overstep them the least are taken. Of equal ones the cheapest are, then the highest.
+    With neither, so much accuracy as `price` is worth the whole first cost. Where no thresholds keep all limits, those
+    are taken that overstep them the least. Of equal ones the cheapest are, then the highest.
 
     Args:
         confidences: of each exit, 0 to 1, `(n, exits)`.
@@ -154,7 +154,7 @@ class Thresholds:
         return [float(level[at]) for level, at in zip(levels, best, strict=True)]
 
     def _descend(self, chosen: list[float]) -> list[float]:
-        """Returns thresholds that no change of a single one betters, nor one of two at once as far as they are tried."""
+        """Returns thresholds that no change of a single one betters, nor any of the tried changes of two at once."""
         exits, at, since = range(len(chosen)), 0, 0
         pairs = list(combinations(exits, 2))
         moves = [*combinations(exits, 1), *pairs]
@@ -188,7 +188,8 @@ class Thresholds:
     def _exits(self, thresholds: Sequence[float]) -> NDArray[np.int64]:
         """Returns where each image leaves, `(n,)`."""
         leaves = self._confidences >= np.asarray(thresholds)
-        return np.where(leaves.any(axis=1), leaves.argmax(axis=1), leaves.shape[1])
+        first: NDArray[np.int64] = np.where(leaves.any(axis=1), leaves.argmax(axis=1), leaves.shape[1])
+        return first
 
     def _told(self, thresholds: list[float]) -> Solved:
         exits = self._exits(thresholds)

@@ -143,8 +143,14 @@ class Board:
         stages, thresholds, threads, confidence = recipe
         self._next_handle += 1
         digests = line.upload(stages)
-        gates = {"thresholds": list(thresholds), "confidence": confidence}
-        line.ask("open", handle=self._next_handle, stages=digests, threads=threads, **gates)
+        line.ask(
+            "open",
+            handle=self._next_handle,
+            stages=digests,
+            thresholds=list(thresholds),
+            threads=threads,
+            confidence=confidence,
+        )
         self._handles[recipe] = self._next_handle
         return self._next_handle
 
