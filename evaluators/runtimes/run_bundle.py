@@ -1,8 +1,10 @@
-"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy].
+"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy|PICTURE|FOLDER] [--show], python run.py --stats FOLDER.
 
 Without a file it answers the bundle's own check images and compares with what was measured when the bundle was made.
-A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,).
-It needs onnxruntime and numpy, nothing else; a bundle with engines uses them where tensorrt runs. From Python:
+A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,). Pictures
+are preprocessed here, as bundle.json says. `--show` tells which exit answered each input, `--stats` how many answer at
+each. It needs onnxruntime and numpy, and pillow for pictures; a bundle with engines uses them where tensorrt runs. From
+Python:
 
     network = load("path/to/bundle")
     logits, exits = network(images)
@@ -14,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 ENGINES = "engines.json"
+ARRAYS, PICTURES = (".npy", ".npz"), (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+"""The files that are read of a folder, by the end of their name."""
+FEW = 20
+"""The exits of so many inputs are shown one by one without being asked for."""
 
 
 class StagedNetwork:
@@ -203,6 +209,64 @@ def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
     return np.asarray(content["images"], dtype=np.float32), labels
 
 
+def read_all(path: Path, description: dict[str, Any]) -> Iterator[tuple[str, Floats, NDArray[np.int64] | None]]:
+    """Yields name, images `(n, c, h, w)` and perhaps labels of a file, or of every file below a folder, by name."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (*ARRAYS, *PICTURES))
+        if not files:
+            raise ValueError(
+                f"a folder of inputs has {', '.join((*ARRAYS, *PICTURES))} files, got none in {str(path)!r}"
+            )
+    wanted = tuple(description["image_shape"])
+    for file in files:
+        if file.suffix.lower() in PICTURES:
+            images, labels = picture(file, description.get("preprocessing")), None
+        else:
+            images, labels = read(file)
+        images = images[None] if images.shape == wanted else images
+        if images.shape[1:] != wanted or not len(images):
+            shapes = f"(n, {', '.join(map(str, wanted))}) with n above 0"
+            raise ValueError(f"images are {shapes}, got {images.shape} in {str(file)!r}")
+        yield (str(file.relative_to(path)) if file != path else file.name), images, labels
+
+
+def picture(file: Path, preprocessing: dict[str, Any] | None) -> Floats:
+    """Returns a picture as the network was trained on them, `(1, c, h, w)`."""
+    if preprocessing is None:
+        raise ValueError(
+            f"this bundle's data came preprocessed, got the picture {str(file)!r}; give .npy or .npz files"
+        )
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError(f"a picture needs pillow, got {error}; pip install pillow, or give .npy files") from error
+    mean, std = (np.array(preprocessing[name], np.float32) for name in ("mean", "std"))
+    size, shorter = preprocessing["size"], preprocessing["resize"]
+    with Image.open(file) as opened:
+        image = upright(opened, "L" if len(mean) == 1 else "RGB")
+    if min(image.size) != shorter:
+        sides = (shorter * image.width // min(image.size), shorter * image.height // min(image.size))
+        image = image.resize(sides, Image.Resampling[preprocessing["interpolation"]])
+    left, top = (round((side - size) / 2.0) for side in image.size)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32).reshape(1, size, size, -1)
+    normalised: Floats = (pixels * (np.float32(1 / 255) / std) - mean / std).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(normalised)
+
+
+def upright(image: Any, mode: str) -> Any:
+    """Returns a picture in `mode`, turned as its EXIF data says, 16 bits made 8, transparency laid on white."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
 def main() -> int:
     """Returns the exit code: 0, 1 when the check images are not answered as measured, 2 when something is missing."""
     try:
@@ -226,22 +290,32 @@ def _reason(error: Exception) -> str:
 
 def _run() -> int:
     parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
-    parser.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, or .npy")
+    parser.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, .npy, picture")
     parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
+    parser.add_argument("--show", action="store_true", help="tell which exit answered each input")
+    parser.add_argument("--stats", type=Path, metavar="FOLDER|FILE", help="tell how many inputs each exit answers")
     arguments = parser.parse_args()
     bundle = Path(__file__).resolve().parent
     description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    images, labels = read(arguments.images or bundle / "check.npz")
-    wanted = tuple(description["image_shape"])
-    if images.shape[1:] != wanted or not len(images):
-        raise ValueError(f"images are (n, {', '.join(map(str, wanted))}) with n above 0, got {images.shape}")
-    logits, exits, seconds = answer(load(bundle), images, description["target"]["batch"])
+    batch = description["target"]["batch"]
+    if arguments.stats:
+        return _stats(load(bundle), description, arguments.stats)
+    named = [*read_all(arguments.images or bundle / "check.npz", description)]
+    images = np.concatenate([part for _, part, _ in named])
+    logits, exits, seconds = answer(load(bundle), images, batch)
     classes = logits.argmax(axis=1)
     if arguments.predictions:
         np.save(arguments.predictions, classes)
-    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {description['target']['batch']} (median here)")
-    for index, name in enumerate([*description["exits"], "end"]):
+    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here)")
+    names = [*description["exits"], "end"]
+    for index, name in enumerate(names):
         print(f"  answered at {name}: {int((exits == index).sum())}")
+    if arguments.show or (arguments.images and len(images) <= FEW):
+        inputs = [f"{name}[{row}]" if len(part) > 1 else name for name, part, _ in named for row in range(len(part))]
+        for name, label, index in zip(inputs, classes, exits, strict=True):
+            print(f"  {name}: class {label}, at {names[index]}")
+    every = [part for _, _, part in named if part is not None]
+    labels = np.concatenate(every) if len(every) == len(named) else None
     correct = None if labels is None else int((classes == labels).sum())
     if correct is not None:
         print(f"  accuracy: {correct / len(images):.4%} ({correct}/{len(images)})")
@@ -250,6 +324,35 @@ def _run() -> int:
         print(f"  measured when the bundle was made: {measured / len(images):.4%} ({measured}/{len(images)})")
         return 0 if correct == measured else 1
     return 0
+
+
+def _stats(network: Network, description: dict[str, Any], path: Path) -> int:
+    """Writes how many inputs each exit answers, and what they take: file by file, so that a folder may be large."""
+    names, batch = [*description["exits"], "end"], description["target"]["batch"]
+    counts, seconds, files = np.zeros(len(names), np.int64), 0.0, 0
+    waiting = np.empty((0, *description["image_shape"]), np.float32)
+    for files, (_, images, _) in enumerate(read_all(path, description), 1):
+        waiting = np.concatenate([waiting, images])
+        whole = len(waiting) // batch * batch
+        seconds += _count(network, waiting[:whole], batch, counts)
+        waiting = waiting[whole:]
+    seconds += _count(network, waiting, batch, counts)
+    mean = seconds / counts.sum() * 1e3
+    print(f"{counts.sum()} images of {files} files, {mean:.3f} ms an image in batches of {batch} (mean here)")
+    for name, count in zip(names, counts, strict=True):
+        print(f"  {name}: {count / counts.sum():.1%} ({count})")
+    return 0
+
+
+def _count(network: Network, images: Floats, batch: int, counts: NDArray[np.int64]) -> float:
+    """Adds where the images leave to `counts`; returns the seconds that they took."""
+    taken = 0.0
+    for start in range(0, len(images), batch):
+        begin = time.perf_counter()
+        _, exits = network(images[start : start + batch])
+        taken += time.perf_counter() - begin
+        counts += np.bincount(exits, minlength=len(counts))
+    return taken
 
 
 if __name__ == "__main__":
