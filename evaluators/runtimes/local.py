@@ -24,6 +24,7 @@ class LocallyOpened:
         thresholds: the confidence from which each exit answers.
         threads: that the stages use; it decides which clock tells their work.
         confidence: what the gates ask for.
+        clock: to read; where not given, the one that goes with the threads.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class LocallyOpened:
         thresholds: Sequence[float],
         threads: int,
         confidence: str = "softmax",
+        clock: Clock | None = None,
     ) -> None:
         self._network = StagedNetwork(stages, thresholds, confidence)
         self._kind = confidence
-        self._clock = Clock.for_threads(threads)
+        self._clock = clock or Clock.for_threads(threads)
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""

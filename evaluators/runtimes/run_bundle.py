@@ -331,7 +331,8 @@ def _stats(network: Network, description: dict[str, Any], path: Path) -> int:
     names, batch = [*description["exits"], "end"], description["target"]["batch"]
     counts, seconds, files = np.zeros(len(names), np.int64), 0.0, 0
     waiting = np.empty((0, *description["image_shape"]), np.float32)
-    for files, (_, images, _) in enumerate(read_all(path, description), 1):
+    for _, images, _ in read_all(path, description):
+        files += 1
         waiting = np.concatenate([waiting, images])
         whole = len(waiting) // batch * batch
         seconds += _count(network, waiting[:whole], batch, counts)
