@@ -25,7 +25,7 @@ def train_exits(
     exits: ExitsSection,
     augment: Augment | None,
     seed: int,
-    checkpoint: Path,
+    checkpoint: Path | None,
     progress: Progress,
 ) -> None:
     """Trains the heads as the study says, in place, and calibrates them; in joint training the trunk learns, too.

@@ -70,6 +70,7 @@ def main() -> None:
         "training": arguments.training,
         "weights": [0.3] * len(arguments.after) + [1.0] if arguments.training == "joint" else [],
         "joint": {"epochs": arguments.epochs},
+        "epochs": 3 if arguments.training == "joint" else 25,  # of the heads alone, before
     }
     for share in arguments.shares:
         study = _study(arguments.weights, arguments.data, exits, share)
