@@ -40,6 +40,34 @@ def bytes_of(images: ImageStore) -> int:
     return int(np.prod(images.shape, dtype=np.int64)) * images.dtype.itemsize
 
 
+class Chosen:
+    """Some images of a store.
+
+    Args:
+        images: all of them.
+        indices: which, `(n,)`.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, images: ImageStore, indices: NDArray[np.int64]) -> None:
+        self._images, self._indices = images, indices
+        self.shape = (len(indices), *images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any, /) -> NDArray[np.float32]:
+        """Returns the images of a slice or of an array of indices, `(m, c, h, w)`."""
+        return self._images[self._indices[index]]
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal digits over the images and which of them these are."""
+        whole = LabelledImages(self._images, np.zeros(len(self._images), np.int64)).digest
+        return hashlib.sha256(whole.encode() + self._indices.tobytes()).hexdigest()
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     """Images `(n, c, h, w)`, float32, preprocessed as the network wants them, and class labels `(n,)`.
@@ -58,6 +86,17 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def some(self, indices: NDArray[np.int64]) -> "LabelledImages":
+        """Returns the images at these places, read when they are asked for."""
+        known = isinstance(self.images, np.ndarray)
+        images = self.images[indices] if known else Chosen(self.images, indices)
+        return LabelledImages(images, self.labels[indices])
+
+    def halves(self) -> "tuple[LabelledImages, LabelledImages]":
+        """Returns two halves that share no image, each class evenly in both; always the same ones."""
+        by_class = np.argsort(self.labels, kind="stable")
+        return self.some(np.sort(by_class[0::2])), self.some(np.sort(by_class[1::2]))
 
     def head(self, count: int) -> "LabelledImages":
         """Returns the first `count` images, as an array."""

@@ -31,19 +31,32 @@ class FlopsEvaluator:
 
     def measure(self, subject: Subject) -> Measurement:
         """Returns the FLOPs of each stage times the share of images that reaches it, and the longest path's beside."""
-        counts = self._by_module(subject)
-        active = subject.candidate.active_exits
-        stages = [0.0] * (len(active) + 1)
-        for path, count in counts.items():
-            owner = path.split(".")[1] if path.startswith("exits.") else ""
-            if not owner or owner in active:
-                stages[self._stage(path, active, subject.network.exit_names)] += count
+        counts, active = self._by_module(subject), subject.candidate.active_exits
+        stages = self.stages(subject)
         reached = subject.answers.reached if active else (1.0,)
         expected = sum(share * flops for share, flops in zip(reached, stages, strict=True))
         n = len(subject.validation) if active else 1
         others = {"worst": sum(stages)}
         notes = {"nonzero": self._nonzero(subject, counts)} if subject.candidate.patterns else {}
         return Measurement("flops", expected, "expected", n, 0.0, "any", _PROTOCOL, others, notes)
+
+    def stages(self, subject: Subject) -> list[float]:
+        """Returns the FLOPs of each stage of the deployed version, heads included."""
+        active = subject.candidate.active_exits
+        stages = [0.0] * (len(active) + 1)
+        for path, count in self._by_module(subject).items():
+            owner = path.split(".")[1] if path.startswith("exits.") else ""
+            if not owner or owner in active:
+                stages[self._stage(path, active, subject.network.exit_names)] += count
+        return stages
+
+    def heads(self, subject: Subject) -> list[float]:
+        """Returns the FLOPs of the head of each active exit."""
+        counts = self._by_module(subject)
+        return [
+            sum(count for path, count in counts.items() if path.startswith(f"exits.{name}."))
+            for name in subject.candidate.active_exits
+        ]
 
     def _nonzero(self, subject: Subject, counts: Mapping[str, float]) -> float:
         """Returns the share of the trunk's FLOPs that multiply by a weight other than zero."""

@@ -1,7 +1,7 @@
 """Latency of the deployed artifact on the target, paired with a reference of the same kind."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Self
 
@@ -98,6 +98,8 @@ class _Found:
         launches: median seconds of each way to launch a batch.
         remarks: on the precisions that layers run in.
         unproven: layers that do not tell theirs.
+        formula_ratio: with exits, the share that leaves at each times the ratio of a whole batch that does; else 0.
+        formula_wait_s: the same of what a caller waits beyond the work.
         states: what the device told of itself before and after.
     """
 
@@ -114,18 +116,21 @@ class _Found:
     launches: dict[str, float]
     remarks: list[str]
     unproven: list[str]
+    formula_ratio: float
+    formula_wait_s: float
     states: dict[str, dict[str, float | str]]
 
     @classmethod
     def of(
         cls,
         timing: PairedTiming,
-        dynamic: bool,
+        shares: Sequence[float],
         launches: dict[str, float],
         proof: Proof,
         before: DeviceState,
         after: DeviceState,
     ) -> Self:
+        dynamic = len(shares) > 1
         return cls(
             ratio=timing.ratio,
             half_width=timing.half_width,
@@ -140,6 +145,8 @@ class _Found:
             launches=launches,
             remarks=[*proof.remarks(), *state_moved(before, after)],
             unproven=list(proof.unproven),
+            formula_ratio=float(np.dot(shares, timing.per_input[-len(shares) :])) if dynamic else 0.0,
+            formula_wait_s=float(np.dot(shares, timing.waits_s[-len(shares) :])) if dynamic else 0.0,
             states={"before": before.told(), "after": after.told()} if before.told() else {},
         )
 
@@ -190,6 +197,7 @@ class LatencyEvaluator:
         found, known = self._known(subject, precision)
         reference_s = self.references[precision].seconds
         value = self._waited(found.ratio, found.wait_s, reference_s)
+        formula = self._waited(found.formula_ratio, found.formula_wait_s, reference_s)
         return Measurement(
             metric="latency",
             value=value,
@@ -211,6 +219,8 @@ class LatencyEvaluator:
                 "wall_median": found.wall_median,
                 "wall_cv": found.wall_cv,
                 "boundaries": subject.artifact.boundaries,
+                # What images one at a time, or batches that leave as one, would take: shares times paths.
+                **({"formula_s": formula} if dynamic else {}),
                 # How many times as long as when the search began the reference takes now.
                 **({} if known else {"drift": found.work_s / found.ratio / reference_s}),
                 **{f"seconds {way}": seconds for way, seconds in found.launches.items()},
@@ -252,8 +262,17 @@ class LatencyEvaluator:
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        dynamic, launches = bool(subject.artifact.exits), subject.opened.launches(batch)
-        return _Found.of(timing, dynamic, launches, proof, before, after)
+        shares = subject.answers.leaving if subject.artifact.exits else (1.0,)
+        return _Found.of(timing, shares, subject.opened.launches(batch), proof, before, after)
+
+    def paths(self, subject: Deployed) -> tuple[float, ...]:
+        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end."""
+        batch, precision = subject.target.batch, self._majority(subject)
+        batches = [TimedBatch(0, batch, exit=place) for place in range(len(subject.artifact.deployed))]
+        timing = self._pair(subject, precision, batches, [1.0] * len(batches))
+        reference_s = self.references[precision].seconds
+        waits = zip(timing.per_input, timing.waits_s, strict=True)
+        return tuple(self._waited(ratio, wait, reference_s) for ratio, wait in waits)
 
     def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""
@@ -267,11 +286,17 @@ class LatencyEvaluator:
         batches, weights = [TimedBatch(0, batch)], [1.0]
         if subject.artifact.exits:
             batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
-            batches.append(TimedBatch(0, batch, longest=True))
-            weights = [*(float(count) for _, count in subject.answers.profiles), 0.0]
+            weights = [float(count) for _, count in subject.answers.profiles]
+            for place in range(len(subject.artifact.deployed)):  # the last one is the longest path
+                batches, weights = [*batches, TimedBatch(0, batch, exit=place)], [*weights, 0.0]
+        return self._pair(subject, precision, batches, weights)
+
+    def _pair(
+        self, subject: Deployed, precision: str, batches: Sequence[TimedBatch], weights: Sequence[float]
+    ) -> PairedTiming:
         protocol = self._protocol(bool(subject.artifact.exits))
         images, reference = subject.validation.images, self._load(precision)
-        turns = subject.opened.turns(images, batches, reference, reference_batch(batch), protocol)
+        turns = subject.opened.turns(images, batches, reference, reference_batch(subject.target.batch), protocol)
         return time_pair(turns, weights, protocol, time.perf_counter)
 
     def _protocol(self, dynamic: bool) -> Protocol:

@@ -56,6 +56,7 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         "thresholds": subject.artifact.thresholds,
         "precisions": dict(subject.artifact.precisions),
         "boundaries": subject.artifact.boundaries,
+        "confidence": subject.artifact.confidence,
         "target": subject.target.to_dict(),
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
@@ -102,7 +103,13 @@ def _measure(folder: Path) -> dict[str, Any]:
         for name, seconds in job["references"].items()
     }
     artifact = Artifact(
-        stages, stages, tuple(job["exits"]), tuple(job["thresholds"]), job["precisions"], job["boundaries"]
+        stages,
+        stages,
+        tuple(job["exits"]),
+        tuple(job["thresholds"]),
+        job["precisions"],
+        boundaries=job["boundaries"],
+        confidence=job["confidence"],
     )
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)

@@ -39,6 +39,11 @@ class Answers:
         """The share of images that reaches each stage, 1 for the first."""
         return tuple(float(np.mean(self.exits >= stage)) for stage in range(self.stages))
 
+    @property
+    def leaving(self) -> tuple[float, ...]:
+        """The share of images that leaves at each exit and, last, goes to the end."""
+        return tuple(float(np.mean(self.exits == stage)) for stage in range(self.stages))
+
 
 def ask(opened: Opened, stages: int, data: LabelledImages, batch: int) -> Answers:
     """Returns what an artifact of `stages` stages answers, in batches of the size that is deployed."""
@@ -86,7 +91,8 @@ class Deployed:
     @cached_property
     def opened(self) -> Opened:
         """The artifact, loaded into the runtime."""
-        return self._runtime.open(self.artifact.deployed, self.artifact.thresholds, self.target.threads)
+        made = self.artifact
+        return self._runtime.open(made.deployed, made.thresholds, self.target.threads, made.confidence)
 
     def answers_to(self, data: LabelledImages) -> Answers:
         """Returns what the artifact says to some images."""

@@ -49,6 +49,10 @@ def allows(model: bytes, kind: Literal["tf32", "bf16"]) -> bool:
     return bytes([14 << 3 | 2, len(texts)]) + texts in model  # metadata_props is field 14 of a ModelProto
 
 
+NEVER, ALWAYS = 2.0, -1.0
+"""Thresholds that no confidence and every confidence reaches, for timing a path."""
+
+
 class TargetError(UserError):
     """A target that does not exist, or not on this machine."""
 
@@ -115,11 +119,20 @@ class TimedBatch:
         start: the first of them.
         count: how many.
         longest: whether no exit may answer.
+        exit: where all leave, whatever they are like; None where the gates decide.
     """
 
     start: int
     count: int
     longest: bool = False
+    exit: int | None = None
+
+    def gates(self, thresholds: Sequence[float]) -> list[float]:
+        """Returns the thresholds that make its images go the way that it asks for."""
+        if self.exit is None and not self.longest:
+            return list(thresholds)
+        never = len(thresholds) if self.exit is None else self.exit
+        return [NEVER] * never + [ALWAYS] * (len(thresholds) - never)
 
 
 @dataclass(frozen=True)
@@ -155,6 +168,10 @@ class Opened(Protocol):
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+        ...
+
+    def all_logits(self, images: "ImageStore", batch: int) -> Images:
+        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
         ...
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
@@ -219,8 +236,10 @@ class Runtime(Protocol):
         """Returns the file that is shipped for this runtime, made from a portable ONNX file."""
         ...
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> Opened:
-        """Returns an artifact, loaded from the files that `deployable` gave."""
+    def open(
+        self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int, confidence: str = "softmax"
+    ) -> Opened:
+        """Returns an artifact, loaded from the files that `deployable` gave; `confidence` is what its gates ask for."""
         ...
 
     def tensors(self, model: bytes) -> Watch:

@@ -2,9 +2,10 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,6 +38,8 @@ Target = Annotated[
 ]
 
 RUNS = Path("runs")
+GATES: Mapping[str, Literal["solved", "searched"]] = {"inner": "solved", "outer": "searched"}
+"""What a study calls each choice of `--gates`."""
 
 
 def run(arguments: list[str]) -> int:
@@ -116,6 +119,9 @@ def search(
     sampler: Annotated[str, typer.Option(help="tpe, nsga2, gp or random.")] = "tpe",
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
     target: Target = None,
+    gates: Annotated[
+        str | None, typer.Option(help="inner: thresholds are solved for each version; outer: they are searched.")
+    ] = None,
     name: Search = None,
     runs: Runs = RUNS,
 ) -> int:
@@ -126,7 +132,10 @@ def search(
     if context.invoked_subcommand is not None:
         _check_nothing_given(context)
         return 0
-    request = Request(study, _limits(budget), model, weights, data, target, batch, threads)
+    if gates is not None and gates not in GATES:
+        raise UserError(f"gates are {' or '.join(GATES)}, got {gates!r}; leave --gates out for what the study says")
+    thresholds = GATES[gates] if gates else None
+    request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds)
     request.to_study()  # a mistake in it answers before anything heavy is loaded
     from search.commands import run_search
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from search.budget import Budget
 from search.environment import environment
 from search.evaluation import Evaluation
 from search.front import OBJECTIVES, Version
+from search.gating import GateSolver, Settled
 from search.interrupts import Interrupts
 from search.sampler import distributions, first_guesses, sampler
 from search.store import Baseline, versions_of
@@ -85,12 +86,14 @@ class Coordinator:
         self._budget: Budget = bench.study.limits
         self._observers = observers
         self._latency: LatencyEvaluator = bench.latency_evaluator(baseline.reference_seconds)
+        self._gates = GateSolver(bench, self._latency, self._dense)
         # From the journal, so that a search that goes on has the space that it began with.
         self._space = narrowed(bench.space, baseline.examined)
         self._distributions = distributions(self._space)
         self._known: dict[str, Version] = {
             version.evaluation.candidate.key: version for version in versions_of(stored.get_trials(deepcopy=False))
         }
+        self._settled = settled_choices(stored.get_trials(deepcopy=False), self._known.values())
         finished = len(stored.get_trials(deepcopy=False))
         stored.sampler = sampler(sampler_name, seed + finished)
         self._overhead = {"ask": 0.0, "tell": 0.0}
@@ -128,21 +131,29 @@ class Coordinator:
         trial = self._stored.ask(self._distributions)
         self._overhead["ask"] += time.monotonic() - begin
         try:
-            candidate = self._space.candidate(trial.params)
-            known = self._known.get(candidate.key)
+            choices = self._space.candidate(trial.params)
             with self._interrupts.allowed():
-                evaluation = known.evaluation if known else self._measure(candidate)
+                settled = self._settle(choices)
+                known = self._known.get(settled.candidate.key)
+                evaluation = known.evaluation if known else settled.stamped(self._measure(settled.candidate))
         except Exception as error:
             logger.debug("trial %d failed", trial.number, exc_info=True)
             trial.set_user_attr("reason", f"{type(error).__name__}: {error}".strip()[:2000])
             self._stored.tell(trial, state=TrialState.FAIL)
         else:
             telling = time.monotonic()
+            if choices.is_open:
+                trial.set_user_attr("choices", choices.key)
+                self._settled[choices.key] = settled.candidate
             self._tell(trial, evaluation, known)
             self._overhead["tell"] += time.monotonic() - telling
         finished = self._stored.get_trials(deepcopy=False)[trial.number]
         for observer in self._observers:
             observer.trial_done(finished, time.monotonic() - begin)
+
+    def _settle(self, choices: Candidate) -> Settled:
+        known = self._settled.get(choices.key)
+        return Settled(known) if known else self._gates.settle(choices)
 
     def _measure(self, candidate: Candidate) -> Evaluation:
         return self._bench.evaluate(candidate, self._latency, self._is_broken)
@@ -176,6 +187,20 @@ class Coordinator:
             reason = f"the last {REPEATED_DUPLICATES} proposals were known already"
             return Outcome(reason, 0, self._overhead)
         return None
+
+
+def settled_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version]) -> dict[str, Candidate]:
+    """Returns what the choices of earlier trials came to once thresholds were solved, by the key of the choices.
+
+    Timings decide with, so the same choices may come to other thresholds a second time: they are solved once.
+    """
+    candidates = {version.number: version.evaluation.candidate for version in versions}
+    numbers = {
+        trial.user_attrs["choices"]: trial.user_attrs.get("duplicate_of", trial.number)
+        for trial in trials
+        if "choices" in trial.user_attrs
+    }
+    return {key: candidates[number] for key, number in numbers.items() if number in candidates}
 
 
 def is_counted(trial: FrozenTrial) -> bool:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from evaluators.accuracy import accuracy_of
 from evaluators.data import bytes_of
 from evaluators.measurement import Measurement
 from evaluators.remeasure import remeasure, write_job
-from evaluators.runtimes import run_bundle
+from evaluators.runtimes import inputs, run_bundle, staged
 from evaluators.runtimes.ssh import worker_file
 from evaluators.subject import Answers, Subject
 from search.budget import Budget
 from search.environment import environment
 from search.evaluation import Evaluation
 from search.front import Version
+from search.gating import GateSolver
 from search.store import StoredSearch
 from search.study import FinetuneSection
 from search.text import milliseconds
@@ -34,6 +35,8 @@ ATTEMPTS = 3
 _CHECK_BYTES = 20_000_000
 """The bundle brings as many test images as fit in this."""
 _MARKER = "bundle.json"
+_SHIPPED = {run_bundle: "run.py", staged: "staged.py", inputs: "inputs.py"}
+"""The program that runs a bundle, by the name that each of its files has there."""
 
 Say = Callable[[str], None]
 
@@ -127,7 +130,9 @@ def recover_more(bench: Workbench, search: StoredSearch, version: Version, more:
     if not bench.may_recover(candidate):
         raise BundleError(f"--finetune recovers a pruned version, got trial {version.number}, which lacks nothing")
     latency = bench.latency_evaluator(search.baseline.reference_seconds)
-    return Version(version.number, bench.evaluate(candidate, latency, lambda _measured: False, more))
+    settled = GateSolver(bench, latency, search.baseline.evaluation.measurements).resettle(candidate, more)
+    evaluation = bench.evaluate(settled.candidate, latency, lambda _measured: False, more)
+    return Version(version.number, settled.stamped(evaluation))
 
 
 def _finetuned(evaluation: Evaluation) -> FinetuneSection | None:
@@ -184,6 +189,7 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
         (folder / name).write_bytes(content)
     if extras:
         (folder / "runtime.pyz").write_bytes(worker_file())
+    preprocessing = bench.loaded.preprocessing
     contents: dict[str, Any] = {
         _MARKER: {
             "format": 1,
@@ -196,6 +202,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "extras": sorted(extras),
             "exits": artifact.exits,
             "thresholds": artifact.thresholds,
+            "confidence": artifact.confidence,
+            "preprocessing": asdict(preprocessing) if preprocessing else None,
             "image_shape": bench.data.image_shape,
             "classes": bench.data.classes,
             "check": {"images": len(images), "correct": int(confirmed.answers.correct[: len(images)].sum())},
@@ -218,7 +226,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(search.folder.path / "study.toml", folder / "study.toml")
-    shutil.copyfile(Path(run_bundle.__file__), folder / "run.py")
+    for module, name in _SHIPPED.items():
+        shutil.copyfile(str(module.__file__), folder / name)
 
 
 def _run_once(folder: Path) -> None:

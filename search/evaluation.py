@@ -19,6 +19,7 @@ class Evaluation:
         digest: of the deployed artifact; empty where none was built.
         seconds: what each step took.
         finetune: the fine-tuning that came on top of the search's own recovery, in the study's terms; None without.
+        gates: what the thresholds came to on the images that they were chosen on; None where nobody chose.
     """
 
     candidate: Candidate
@@ -27,6 +28,7 @@ class Evaluation:
     digest: str
     seconds: Mapping[str, float] = field(default_factory=dict)
     finetune: Mapping[str, Any] | None = None
+    gates: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -37,6 +39,7 @@ class Evaluation:
             "digest": self.digest,
             "seconds": dict(self.seconds),
             "finetune": dict(self.finetune) if self.finetune else None,
+            "gates": dict(self.gates) if self.gates else None,
         }
 
     @classmethod
@@ -49,4 +52,5 @@ class Evaluation:
             content["digest"],
             content["seconds"],
             content["finetune"],
+            content.get("gates"),
         )

@@ -6,6 +6,7 @@ import optuna
 
 from search.budget import Budget
 from search.front import Version, pareto
+from search.gating import GateSolver
 from search.interrupts import Interrupts
 from search.store import Baseline, keep_recovered, versions_of_study
 from search.study import FinetuneSection
@@ -33,14 +34,16 @@ def recover_front(bench: Workbench, stored: optuna.Study, baseline: Baseline, sa
         return 0
     settings = FinetuneSection.model_validate(final.model_dump(exclude={"versions"}))
     latency = bench.latency_evaluator(baseline.reference_seconds)
+    gates = GateSolver(bench, latency, baseline.evaluation.measurements)
     done = 0
     with Interrupts() as interrupts:
         while waiting := _waiting(bench, stored, baseline, final.versions):
             say(f"Recovering trial {waiting[0].number} in full; {len(waiting)} versions wait.")
             candidate = waiting[0].evaluation.candidate
             with interrupts.allowed():
-                evaluation = bench.evaluate(candidate, latency, lambda _measured: False, settings)
-            keep_recovered(stored, waiting[0].number, evaluation)
+                settled = gates.resettle(candidate, settings)
+                evaluation = bench.evaluate(settled.candidate, latency, lambda _measured: False, settings)
+            keep_recovered(stored, waiting[0].number, settled.stamped(evaluation))
             done += 1
     return done
 

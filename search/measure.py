@@ -61,7 +61,7 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
     batch, threads = description["target"]["batch"], description["target"]["threads"]
     library = runtime(target or description["target"]["runtime"])
     stages = [library.deployable(_portable(folder, name)) for name in description["deployed"]]
-    opened = library.open(stages, description["thresholds"], threads)
+    opened = library.open(stages, description["thresholds"], threads, description.get("confidence", "softmax"))
     with np.load(folder / "check.npz") as stored:
         check = LabelledImages(stored["images"], stored["labels"])
     answers = ask(opened, len(stages), check, batch)

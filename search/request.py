@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -27,6 +27,7 @@ class Request:
         target: a runtime.
         batch: that will be deployed.
         threads: that will be deployed.
+        thresholds: of exits: solved for each version, or searched.
     """
 
     study: str | None = None
@@ -37,6 +38,7 @@ class Request:
     target: str | None = None
     batch: int | None = None
     threads: int | None = None
+    thresholds: Literal["solved", "searched"] | None = None
 
     def to_study(self) -> Study:
         """Returns the study.
@@ -48,7 +50,8 @@ class Request:
         given = self.model is not None or self.data is not None
         study = self._own() if self.study is None and given else self._changed(load_study(self.study or DEFAULT))
         target = {"runtime": self.target, "batch": self.batch, "threads": self.threads}
-        study = study.model_copy(update={"target": _updated(study.target, target)})
+        exits = _updated(study.exits, {"thresholds": self.thresholds})
+        study = study.model_copy(update={"target": _updated(study.target, target), "exits": exits})
         study = study.with_budget(self.budget or study.limits)
         return study.model_copy(update={"question": _question(study)}) if given else study
 

@@ -98,11 +98,23 @@ class TrainingSection(FittingSection):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+class JointSection(FittingSection):
+    """How trunk and heads are trained together, from a trained trunk on: `distillation` is the end's share in what
+    each exit learns.
+    """
+
+    epochs: Annotated[float, Field(gt=0)] = 5
+    learning_rate: Annotated[float, Field(gt=0)] = 0.03
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+
+
 class ExitsSection(_Section):
-    """After which modules an exit sits, and how its head is trained on the frozen trunk.
+    """After which modules an exit sits, how its head is trained, and how sure it has to be.
 
     Where `after` is not given, exits are placed near `shares` of the network's FLOPs; `after = []` is none. Heads are
-    trained on at most `images` of the training images.
+    trained on at most `images` of the training images, the trunk being frozen. `weights` are of the losses in joint
+    training, one for each exit and the last for the network's end.
     """
 
     after: tuple[str, ...] | None = None
@@ -111,6 +123,12 @@ class ExitsSection(_Section):
     epochs: Positive = 25
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     images: Positive = 10_000
+    head: Literal["linear", "conv"] = "linear"
+    confidence: Literal["softmax", "margin", "entropy"] = "softmax"
+    thresholds: Literal["solved", "searched"] = "solved"
+    training: Literal["frozen", "joint"] = "frozen"
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    joint: JointSection = JointSection()
 
 
 class SpaceSection(_Section):

@@ -1,24 +1,24 @@
-"""Training the dense network and the heads of its exits, once, with the result kept by content key."""
+"""Training the dense network and its exits, once, with the result kept by content key."""
 
 import hashlib
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluators.data import LabelledImages, Splits
 from search.cache import cache_folder
+from search.exits import train_exits
 from search.objects import call, load, source_of
 from search.progress import Progress
 from search.recovery.fitting import Augment, Fitted, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.sources.models import Built
-from search.study import ExitsSection, Study, TrainingSection
+from search.study import ExitsSection, Study, StudyError, TrainingSection
 from spaces.cutpoints import CutPoints, check_cut_points, find_cut_points
-from spaces.network import ExitHead, ExitNetwork, feature_channels
+from spaces.network import HEADS, ExitNetwork, feature_channels
 
 
 def trained_network(study: Study, built: Built, data: Splits, progress: Progress) -> ExitNetwork:
@@ -44,12 +44,15 @@ def trained_network(study: Study, built: Built, data: Splits, progress: Progress
     if training and not load_weights(trunk, trunk_file):
         train(trunk, data.train, training, augment, trunk_file.with_suffix(".partial.pt"), progress)
         save(trunk.state_dict(), trunk_file)
-    network = with_exits(trunk, places.after, study.exits.grid, data)
-    exits_key = _digest(key, study.exits.model_dump_json(), *network.cut_points)
+    network = with_exits(trunk, places.after, study.exits, data)
+    settings = study.exits.model_dump_json(exclude={"thresholds", "confidence"})
+    exits_key = _digest(key, settings, data.calibration.digest, *network.cut_points)
     exits_file = folder / f"{study.name}-exits-{exits_key}.pt"
-    if network.cut_points and not load_weights(network.exits, exits_file):
-        train_exits(network, data.train, study.exits, augment, training.seed if training else 0, progress)
-        save(network.exits.state_dict(), exits_file)
+    part: nn.Module = network if study.exits.training == "joint" else network.exits
+    if network.cut_points and not load_weights(part, exits_file):
+        seed, checkpoint = training.seed if training else 0, exits_file.with_suffix(".partial.pt")
+        train_exits(network, data, study.exits, augment, seed, checkpoint, progress)
+        save(part.state_dict(), exits_file)
     return network.eval()
 
 
@@ -76,10 +79,20 @@ def exit_places(trunk: nn.Module, exits: ExitsSection, data: Splits) -> CutPoint
     return check_cut_points(trunk, image, exits.after)
 
 
-def with_exits(trunk: nn.Module, after: Sequence[str], grid: int, data: Splits) -> ExitNetwork:
-    """Returns the trunk with an untrained head behind each of some of its modules."""
+def with_exits(trunk: nn.Module, after: Sequence[str], exits: ExitsSection, data: Splits) -> ExitNetwork:
+    """Returns the trunk with an untrained head behind each of some of its modules.
+
+    Raises:
+        StudyError: the number of weights in `exits` is another than that of the losses.
+    """
     channels = feature_channels(trunk, after, torch.zeros(1, *data.image_shape))
-    return ExitNetwork(trunk, after, [ExitHead(count, data.classes, grid) for count in channels]).eval()
+    if exits.weights and len(exits.weights) != len(channels) + 1:
+        raise StudyError(
+            f"[exits] weights has one for each exit and one for the end, got {len(exits.weights)} for {len(channels)}"
+            " exits; leave it out for 1 each"
+        )
+    head = HEADS[exits.head]
+    return ExitNetwork(trunk, after, [head(count, data.classes, exits.grid) for count in channels]).eval()
 
 
 def train(
@@ -112,53 +125,6 @@ def train(
         checkpoint,
         lambda done, total: progress("Training the dense network, once", done, total),
     )
-
-
-def train_exits(
-    network: ExitNetwork,
-    data: LabelledImages,
-    exits: ExitsSection,
-    augment: Augment | None,
-    seed: int,
-    progress: Progress,
-) -> None:
-    """Trains the heads on the frozen trunk, whose features are computed once per augmentation.
-
-    At most `exits.images` random images take part: the features of all are in memory together.
-    Source: Kaya et al., Shallow-Deep Networks, 2019, IC-only training.
-    """
-    views = 4 if augment else 1
-    some = np.random.default_rng(seed).permutation(len(data))[: exits.images]
-    torch.manual_seed(seed)
-    features: list[list[Tensor]] = [[] for _ in network.exit_names]
-    labels: list[Tensor] = []
-    with torch.no_grad():
-        for view in range(views):
-            progress("Training the exits, once", view, views + 1)
-            batches = TrainingBatches(data, 125, seed, augment if view else None, some)
-            for images, classes in batches.epoch(view):
-                for collected, feature in zip(features, network.run_trunk(images)[0], strict=True):
-                    # A head begins by pooling, so what it sees of a feature map is small.
-                    collected.append(F.adaptive_avg_pool2d(feature, exits.grid))
-                labels.append(classes)
-    targets = torch.cat(labels)
-    for head, collected in zip(network.exits.values(), features, strict=True):
-        _fit_head(head, torch.cat(collected), targets, exits, seed)
-    progress("Training the exits, once", views + 1, views + 1)
-
-
-def _fit_head(head: nn.Module, features: Tensor, labels: Tensor, exits: ExitsSection, seed: int) -> None:
-    optimizer = torch.optim.AdamW(head.parameters(), exits.learning_rate, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(seed)
-    steps = exits.epochs * len(labels) // 250
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    for _ in range(steps):
-        chosen = torch.randint(len(labels), (250,), generator=generator)
-        loss = F.cross_entropy(head(features[chosen]), labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
 
 
 def _digest(*parts: str) -> str:

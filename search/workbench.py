@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,6 @@ from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.equalize import equalized
 from evaluators.artifact.qdq import Ranges
 from evaluators.artifact.scheme import Scheme
-from evaluators.data import Splits
 from evaluators.examiner import LIMIT_S, PlacementExaminer
 from evaluators.flops import FlopsEvaluator
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
@@ -25,7 +24,7 @@ from evaluators.measurement import Measurement
 from evaluators.placement import TIMINGS, Examined
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Evaluator, Subject
-from evaluators.target import Runtime, Spent, Target, runtime
+from evaluators.target import Runtime, Spent, runtime
 from search.cache import cache_folder, check_cache
 from search.evaluation import Evaluation
 from search.objects import load, source_of
@@ -36,20 +35,27 @@ from search.recovery.finetune import finetune_kept
 from search.recovery.qat import NOTHING, Learned, train_int8_kept
 from search.rounding import LearnedRounding
 from search.sources.prepared import prepare
-from search.study import FinetuneSection, Study, StudyError
+from search.spaces_of import left_out, space_of, target_of
+from search.study import FinetuneSection, Study
 from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import Candidate
-from spaces.criteria import Evidence, criterion
-from spaces.gates import GateSpace
 from spaces.grouping import find_groups
-from spaces.groups import Groups
-from spaces.joint import JointSpace
 from spaces.network import ExitNetwork
-from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
-from spaces.precision import PrecisionSpace
-from spaces.sparsity import SparsitySpace
 
 StopEarly = Callable[[Mapping[str, Measurement]], bool]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A candidate's network in torch.
+
+    Args:
+        network: recovered as the study says.
+        learned: what its file takes over from a training that felt int8.
+    """
+
+    network: ExitNetwork
+    learned: Learned = NOTHING
 
 
 class Workbench:
@@ -80,7 +86,7 @@ class Workbench:
         self.study = study
         self._progress = progress
         self.runtime: Runtime = library or runtime(study.target.runtime)
-        self.target = _target(study, self.runtime)
+        self.target = target_of(study, self.runtime)
         self.loaded, built = prepare(study, download, progress, say)
         self.data = self.loaded.splits
         self.network: ExitNetwork = trained_network(study, built, self.data, progress)
@@ -89,16 +95,23 @@ class Workbench:
         if study.quantization.equalize:
             self.network = equalized(self.network, image)
         scheme = Scheme(**study.quantization.model_dump())
-        self.builder = ArtifactBuilder(self.network, calibration, self.runtime, self.target.fp32_in, scheme)
+        self.builder = ArtifactBuilder(
+            self.network, calibration, self.runtime, self.target.fp32_in, scheme, study.exits.confidence
+        )
         progress("Finding the channels that can be cut", 0, 1)
         self.groups = find_groups(self.network, image, self.builder.disagreement)
         progress("Finding the channels that can be cut", 1, 1)
         self.exit_places = exit_places(self.network.trunk, study.exits, self.data)
-        self.space = _space(study, self.network, self.groups, self.data, self.builder.layers, self.runtime)
+        self.space = space_of(study, self.network, self.groups, self.data, self.builder.layers, self.runtime)
+        self.has_gates = bool(self.space.gates.solved and self.space.gates.exits)
+        halves = self.data.validation.halves() if self.has_gates else (self.data.validation, self.data.validation)
+        self.gate_images, self.scored = halves
+        self._last: tuple[tuple[Candidate, FinetuneSection | None], Compressed] | None = None
+        self.flops = FlopsEvaluator(self.network, image)
         self._cheap: tuple[Evaluator, ...] = (
             ParamsEvaluator(),
             SizeEvaluator(),
-            FlopsEvaluator(self.network, image),
+            self.flops,
         )
         self._accuracy = AccuracyEvaluator()
         self.ground = self._recovery_ground(progress)
@@ -167,16 +180,14 @@ class Workbench:
 
     @property
     def remarks(self) -> list[str]:
-        """What of the study's wishes does not come true on this target, in words."""
-        where = f"{self.target.device} has no {{}} in {self.target.runtime}"
-        storage = [
-            f"{kind} storage is left out: {where.format('kernels that read it')}"
-            for kind in self.study.space.storage
-            if kind not in self.space.precision.storage
-        ]
-        if _patterns(self.study, self.runtime) == self.study.space.patterns:
-            return storage
-        return [f"pattern {TWO_OF_FOUR} is left out: {where.format('sparse kernels')}", *storage]
+        """What of the study's wishes does not come true on this target, and what the validation images are for."""
+        found = left_out(self.study, self.runtime, self.target, self.space)
+        if self.has_gates:
+            counts = f"{len(self.gate_images)} of the validation images"
+            found.append(
+                f"{counts} choose the exits' thresholds; every version is scored on the other {len(self.scored)}"
+            )
+        return found
 
     def time_references(self) -> dict[str, Spent]:
         """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
@@ -231,10 +242,9 @@ class Workbench:
         Raises:
             DivergedError: the loss is not finite for the second time.
         """
-        return self._compress(candidate, more)[0]
+        return self._compress(candidate, more).network
 
-    def _compress(self, candidate: Candidate, more: FinetuneSection | None) -> tuple[ExitNetwork, Learned]:
-        """Returns the candidate's network and what its file takes over from a training that felt int8."""
+    def _compress(self, candidate: Candidate, more: FinetuneSection | None) -> Compressed:
         start = self.study.recovery.model_dump_json(exclude={"final"})
         network = self.space.apply(self.recovery.source if self._is_slice(candidate) else self.network, candidate)
         if self._is_slice(candidate):
@@ -246,8 +256,9 @@ class Workbench:
             start += more.model_dump_json()
         int8, qat = self.ground.int8, self.study.recovery.qat
         if int8 is None or qat is None or not self._trains_int8(candidate, more):
-            return network, NOTHING
-        return network, train_int8_kept(self.ground, int8, network, candidate, qat, start)
+            return Compressed(network)
+        learned = train_int8_kept(self.ground, int8, network, candidate, qat, start)
+        return Compressed(network, learned)
 
     def effort(self, candidate: Candidate, more: FinetuneSection | None = None) -> str:
         """Returns what was done to win the candidate's accuracy back, for the record."""
@@ -260,9 +271,8 @@ class Workbench:
             parts.append("adaround")
         return " + ".join(parts)
 
-    def _artifact(
-        self, network: ExitNetwork, candidate: Candidate, learned: Learned, more: FinetuneSection | None
-    ) -> Artifact:
+    def _artifact(self, candidate: Candidate, compressed: Compressed, more: FinetuneSection | None) -> Artifact:
+        network, learned = compressed.network, compressed.learned
         ranges, grids = {**self._ranges(candidate), **learned.ranges}, learned.grids
         if not grids:  # what a training has put on its grid stays there
             grids = self._rounding.grids(network, candidate, ranges, self.is_pruned(candidate), more is not None)
@@ -302,11 +312,21 @@ class Workbench:
 
     def subject(self, candidate: Candidate, more: FinetuneSection | None = None) -> Subject:
         """Returns the candidate, built and ready to be measured; `more` is fine-tuning that comes on top."""
-        network, learned = self._compress(candidate, more)
-        return self._subject(candidate, network, self._artifact(network, candidate, learned, more))
+        return self.built(candidate, self.compressed(candidate, more), more)
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
-        return Subject(network, candidate, artifact, self.data.validation, self.runtime, self.target)
+        return Subject(network, candidate, artifact, self.scored, self.runtime, self.target)
+
+    def built(self, candidate: Candidate, compressed: Compressed, more: FinetuneSection | None = None) -> Subject:
+        """Returns a candidate that has been compressed, with `more` fine-tuning on top, ready to be measured."""
+        return self._subject(candidate, compressed.network, self._artifact(candidate, compressed, more))
+
+    def compressed(self, candidate: Candidate, more: FinetuneSection | None = None) -> Compressed:
+        """Returns the candidate's network, recovered; the same again where only thresholds are others."""
+        key = (replace(candidate, thresholds={}), more)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._compress(candidate, more)
+        return self._last[1]
 
     def evaluate(
         self, candidate: Candidate, latency: LatencyEvaluator, stop: StopEarly, more: FinetuneSection | None = None
@@ -314,17 +334,16 @@ class Workbench:
         """Returns what was measured of a candidate, cheapest metrics first.
 
         Args:
-            candidate: the version.
+            candidate: the version, no threshold open.
             latency: measures it beside the references.
             stop: told what is known after each metric; where it says so, the rest is not measured.
             more: fine-tuning that comes on top of the study's recovery.
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "compress"):
-            network, learned = self._compress(candidate, more)
+            compressed = self.compressed(candidate, more)
         with _timed(seconds, "build"):
-            artifact = self._artifact(network, candidate, learned, more)
-        subject = self._subject(candidate, network, artifact)
+            subject = self.built(candidate, compressed, more)
         with _timed(seconds, "load"):
             _ = subject.opened
         measured: dict[str, Measurement] = {}
@@ -334,7 +353,7 @@ class Workbench:
             if stop(measured):
                 break
         added = more.model_dump(mode="json") if more and self.may_recover(candidate) else None
-        return Evaluation(candidate, measured, self.effort(candidate, more), artifact.digest, seconds, added)
+        return Evaluation(candidate, measured, self.effort(candidate, more), subject.artifact.digest, seconds, added)
 
 
 @contextmanager
@@ -342,35 +361,3 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     seconds[step] = time.perf_counter() - begin
-
-
-def _target(study: Study, library: Runtime) -> Target:
-    wanted, device = study.target, library.device()
-    if wanted.fp32_in not in ("fp32", *library.capabilities().fp32_in):
-        able = {"tf32": "TensorRT on a GPU from Ampere on", "bf16": "OpenVINO on a CPU that multiplies bf16"}
-        raise StudyError(
-            f"target.{wanted.fp32_in} wants {able[wanted.fp32_in]}, got {wanted.runtime} on {device}; leave it out"
-        )
-    return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.fp32_in)
-
-
-def _space(
-    study: Study, network: ExitNetwork, groups: Groups, data: Splits, layers: tuple[str, ...], target: Runtime
-) -> JointSpace:
-    able = target.capabilities()
-    steps = [able.channel_steps[precision] for precision in able.precisions]
-    exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
-    evidence = Evidence(torch.from_numpy(data.calibration.images[:]), torch.from_numpy(data.calibration.labels))
-    scores = criterion(study.space.criterion)(network, groups.free, evidence)
-    return JointSpace(
-        SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
-        PrecisionSpace(layers, able.precisions, storage=[each for each in study.space.storage if each in able.storage]),
-        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
-        PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
-    )
-
-
-def _patterns(study: Study, target: Runtime) -> tuple[str, ...]:
-    """Returns the study's patterns of zeros but for 2:4 where the target has no kernels for it."""
-    able = target.capabilities().sparse_2_4
-    return tuple(pattern for pattern in study.space.patterns if able or pattern != TWO_OF_FOUR)

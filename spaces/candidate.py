@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Self
 
 NEVER_EXIT = 1.0
 """The threshold that turns an exit off: its head is not even part of the artifact."""
+OPEN_EXIT = -1.0
+"""The threshold of an exit that takes part, while how confident it has to be is still to be found."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class Candidate:
         """The exits that can fire, in order of depth."""
         names = sorted(self.thresholds, key=lambda name: (len(name), name))  # exit2 before exit10
         return tuple(name for name in names if self.thresholds[name] < NEVER_EXIT)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a threshold is still to be found, so that this is a choice of all else, and no version yet."""
+        return OPEN_EXIT in self.thresholds.values()
+
+    def reopened(self) -> Self:
+        """Returns the same choices with the threshold of each active exit still to be found."""
+        thresholds = dict(self.thresholds) | dict.fromkeys(self.active_exits, OPEN_EXIT)
+        return replace(self, thresholds=thresholds)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""

@@ -41,22 +41,25 @@ class JointSpace:
     def candidate(self, values: Mapping[str, Value]) -> Candidate:
         """Returns the candidate that `values`, one for each dimension, describe.
 
-        The head of an exit that never fires is not deployed, so its precision is that of the reference: candidates
-        that deploy the same thing are the same candidate.
-
         Raises:
             KeyError: a dimension has no value.
         """
         thresholds = {name: float(value) for name, value in self.gates.read(values).items()}
         precision = {name: str(value) for name, value in self.precision.read(values).items()}
-        for name, threshold in thresholds.items():
-            if threshold >= NEVER_EXIT:
-                precision |= {
-                    layer: self.precision.precisions[0] for layer in precision if layer.startswith(f"exits.{name}.")
-                }
         channels = {name: int(value) for name, value in self.sparsity.read(values).items()}
         patterns = {name: str(value) for name, value in self.patterns.read(values).items() if value != DENSE}
-        return Candidate(channels, precision, thresholds, patterns)
+        return self.settled(Candidate(channels, precision, thresholds, patterns), thresholds)
+
+    def settled(self, candidate: Candidate, thresholds: Mapping[str, float]) -> Candidate:
+        """Returns a candidate with these thresholds.
+
+        The head of an exit that never fires is not deployed, so its precision is that of the reference: candidates
+        that deploy the same thing are the same candidate.
+        """
+        never = tuple(f"exits.{name}." for name, threshold in thresholds.items() if threshold >= NEVER_EXIT)
+        heads = [layer for layer in candidate.precision if layer.startswith(never)]
+        precision = dict(candidate.precision) | dict.fromkeys(heads, self.precision.precisions[0])
+        return Candidate(candidate.channels, precision, thresholds, candidate.patterns)
 
     def dense(self) -> Candidate:
         """Returns the network as it was given: every channel, the reference precision, no exit."""

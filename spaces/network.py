@@ -1,6 +1,6 @@
 """A network and its early exits, as one torch module."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class ExitHead(nn.Module):
 
     def __init__(self, channels: int, classes: int, grid: int) -> None:
         super().__init__()
+        self.grid = grid
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.flatten = nn.Flatten()
         self.classifier = nn.Linear(channels * grid * grid, classes)
@@ -36,6 +37,38 @@ class ExitHead(nn.Module):
         """Returns logits `(n, classes)` for features `(n, channels, h, w)`."""
         logits: Tensor = self.classifier(self.flatten(self.pool(features)))
         return logits
+
+
+class ConvolutionalExitHead(nn.Module):
+    """Average pooling to twice the grid, one convolution, pooling to the grid and one linear layer.
+
+    A shallow layer's features say more about a class once they have been combined.
+    """
+
+    def __init__(self, channels: int, classes: int, grid: int) -> None:
+        super().__init__()
+        width = max(2 * channels, 64)
+        self.grid = 2 * grid
+        self.pool = nn.AdaptiveAvgPool2d(self.grid)
+        self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.shrink = nn.AdaptiveAvgPool2d(grid)
+        self.flatten = nn.Flatten()
+        self.classifier = nn.Linear(width * grid * grid, classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns logits `(n, classes)` for features `(n, channels, h, w)`."""
+        hidden = self.relu(self.bn(self.conv(self.pool(features))))
+        logits: Tensor = self.classifier(self.flatten(self.shrink(hidden)))
+        return logits
+
+
+HEADS: Mapping[str, type[ExitHead] | type[ConvolutionalExitHead]] = {
+    "linear": ExitHead,
+    "conv": ConvolutionalExitHead,
+}
+"""Every kind of head, by the name that a study gives it; each begins by what its `pool` does."""
 
 
 class ExitNetwork(nn.Module):

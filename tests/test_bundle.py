@@ -4,10 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
+import pytest
+from PIL import Image
 
+from evaluators.runtimes import inputs
 from search.cli import run
+from search.sources.images import Preprocessing
 
 
 def test_the_bundle_answers_as_measured_in_a_bare_interpreter(folder, tmp_path, capsys, bench) -> None:
@@ -118,3 +123,51 @@ def test_a_bundle_that_was_damaged_says_so(folder, tmp_path) -> None:
     (out / "bundle.json").write_text(json.dumps(description))
     done = subprocess.run([sys.executable, str(out / "run.py")], capture_output=True, text=True, check=False)
     assert done.returncode == 1
+
+
+def test_a_bundle_shows_who_leaves_where(folder, tmp_path, bench) -> None:
+    out = tmp_path / "deploy"
+    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
+    assert run(["pick", *arguments]) == 0
+    images = bench.data.test.images[:]
+    few = tmp_path / "few"
+    few.mkdir()
+    np.save(few / "a.npy", images[0])
+    np.savez(few / "b.npz", images=images[1:4], labels=bench.data.test.labels[1:4])
+
+    def told(*given: str) -> list[str]:
+        done = subprocess.run([sys.executable, str(out / "run.py"), *given], capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    names = [*json.loads((out / "bundle.json").read_text())["exits"], "end"]
+    shown = [line.split() for line in told(str(few)) if " class " in line]
+    assert [line[0] for line in shown] == ["a.npy:", "b.npz[0]:", "b.npz[1]:", "b.npz[2]:"]
+    assert {line[-1] for line in shown} <= set(names)
+    assert not [line for line in told() if " class " in line], "many are not shown one by one"
+    assert len([line for line in told("--show") if " class " in line]) == len(images)
+    first, *rest = told("--stats", str(few))
+    assert first.startswith("4 images of 2 files")
+    counts = {line.split(":")[0].strip(): int(line.split("(")[1].rstrip(")")) for line in rest}
+    assert counts == {name: sum(line[-1] == name for line in shown) for name in names}
+    (tmp_path / "empty").mkdir()
+    refused = subprocess.run(
+        [sys.executable, str(out / "run.py"), "--stats", str(tmp_path / "empty")], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert ".npz" in refused.stderr
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "I;16", "CMYK"])
+@pytest.mark.parametrize(("size", "resize", "channels"), [(8, 8, 1), (8, 11, 3), (8, 20, 3)])
+def test_a_bundle_prepares_pictures_as_the_search_did(mode, size, resize, channels, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    how = Preprocessing(size, resize, (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.25)[:channels], "BICUBIC")
+    grey = rng.integers(0, 65536, (13, 17)).astype(np.uint16)
+    image = Image.fromarray(grey if mode == "I;16" else rng.integers(0, 256, (13, 17, 3)).astype(np.uint8))
+    file = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (image if mode == "I;16" else image.convert(mode)).save(file, exif=turned)
+    with Image.open(file) as opened:
+        wanted = how.normalised(how.pixels(opened)[None])
+    np.testing.assert_allclose(inputs.picture(file, asdict(how)), wanted, atol=1e-6)

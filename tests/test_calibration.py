@@ -19,7 +19,7 @@ from evaluators.calibration.grid import cuts, first_bins
 from evaluators.calibration.histogram import BINS, Histogram
 from evaluators.calibration.ranges import ActivationError, calibrated_ranges, histograms
 from evaluators.runtimes.ort import OnnxRuntime, activation_ranges, load
-from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.runtimes.staged import StagedNetwork
 from search.study import QuantizationSection, Study
 from search.workbench import Workbench
 from tests import tiny

@@ -39,6 +39,7 @@ def study(tmp_path: Path) -> Path:
         (["--target", "abacus"], ["onnxruntime", "tensorrt", "doctor"]),
         (["--target", "ssh://"], ["ssh://[user@]host"]),
         (["--trials", "0"], ["--trials"]),
+        (["--gates", "middle"], ["inner or outer", "'middle'"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["no-such-command"], ["no-such-command"]),
         (["front"], ["no search in"]),

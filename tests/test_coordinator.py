@@ -1,12 +1,14 @@
 """The way of trials through a search: failures, limits, samplers, known candidates."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from optuna.trial import TrialState
 
 from search.coordinator import Coordinator, narrowed
 from search.store import SearchFolder
+from spaces.candidate import NEVER_EXIT
 from tests.searches import finished, stored
 
 
@@ -14,15 +16,16 @@ class Wrecked:
     """A workbench whose evaluations fail as told, and otherwise those of a real one."""
 
     def __init__(self, bench, reasons) -> None:
-        self.study, self.space = bench.study, bench.space
-        self.latency_evaluator = bench.latency_evaluator
-        self._evaluate, self._reasons = bench.evaluate, reasons
+        self._bench, self._reasons = bench, reasons
+
+    def __getattr__(self, name):
+        return getattr(self._bench, name)
 
     def evaluate(self, candidate, latency, stop):
         reason = next(self._reasons)
         if reason:
             raise RuntimeError(reason)
-        return self._evaluate(candidate, latency, stop)
+        return self._bench.evaluate(candidate, latency, stop)
 
 
 @pytest.fixture
@@ -92,3 +95,35 @@ def test_a_known_candidate_is_told_from_memory(bench, tmp_path, folder) -> None:
     assert second.user_attrs["duplicate_of"] == first.number
     assert second.values == first.values
     assert second.constraints == first.constraints
+
+
+def test_the_same_choices_are_solved_once_and_come_to_the_same_version_in_a_later_run(bench, tmp_path, folder) -> None:
+    search = SearchFolder(tmp_path / "choices")
+    baseline = stored(folder).baseline
+    guess = narrowed(bench.space, baseline.examined).uniform(0.75, "int8", 1.0)
+    for _ in range(2):  # the second time what the first one found out comes from the journal
+        with search.lock():
+            study = search.create()
+            study.enqueue_trial(guess)
+            Coordinator(bench, study, baseline, "random", 0, []).run(len(finished(study.trials)) + 1, None)
+    trials = [trial for trial in search.open().trials if trial.params == guess and trial.state.is_finished()]
+    first, second = trials[0], trials[-1]
+    assert first.number != second.number
+    assert second.user_attrs["duplicate_of"] == first.number
+    assert second.user_attrs["choices"] == first.user_attrs["choices"]
+    evaluation = first.user_attrs["evaluation"]
+    assert evaluation["gates"]["images"] == len(bench.gate_images)
+    assert "thresholds" in evaluation["seconds"]
+
+
+def test_other_choices_that_come_to_a_known_version_are_not_measured_again(bench, tmp_path, folder) -> None:
+    baseline = stored(folder).baseline
+    space = narrowed(bench.space, baseline.examined)
+    with (search := SearchFolder(tmp_path / "twins")).lock():
+        coordinator = Coordinator(bench, search.create(), baseline, "random", 0, [])
+        one = space.candidate(space.uniform(1.0, "fp32", 1.0))
+        two = replace(one, precision={**one.precision, "exits.exit1.classifier": "int8"})
+        assert one.key != two.key
+        never = dict.fromkeys(one.thresholds, NEVER_EXIT)
+        assert space.settled(one, never) == space.settled(two, never) == space.dense()
+    assert coordinator._settled == {}

@@ -161,9 +161,9 @@ class Compiling(OnnxRuntime):
     def capabilities(self):
         return replace(super().capabilities(), compiles=True)
 
-    def open(self, stages, thresholds, threads):
+    def open(self, stages, thresholds, threads, confidence="softmax"):
         self.opened += 1
-        return super().open(stages, thresholds, threads)
+        return super().open(stages, thresholds, threads, confidence)
 
 
 def test_a_latency_is_measured_once_per_shape(builder, network, space, images, tmp_path) -> None:

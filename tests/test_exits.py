@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.data import LabelledImages
 from evaluators.runtimes.ort import OnnxRuntime, load
-from evaluators.runtimes.run_bundle import StagedNetwork, confidence
+from evaluators.runtimes.staged import StagedNetwork, largest_probability
 from evaluators.subject import ask
 from spaces.errors import StructureError
 from spaces.network import ExitHead, ExitNetwork, feature_channels
@@ -88,7 +88,7 @@ def test_survivors_go_on_and_every_input_is_answered_once(features: np.ndarray, 
         expected = features[row] + count if exit_index == count else features[row] * (exit_index + 1)
         np.testing.assert_allclose(logits[row], expected, rtol=1e-6)
         for earlier in range(exit_index):
-            assert confidence(features[row : row + 1] * (earlier + 1))[0] < thresholds[earlier]
+            assert largest_probability(features[row : row + 1] * (earlier + 1))[0] < thresholds[earlier]
 
 
 def test_thresholds_and_stages_have_to_fit() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.half import HalfPrecisionError
 from evaluators.runtimes.ort import OnnxRuntime, load
-from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.runtimes.staged import StagedNetwork
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.network import ExitNetwork
 

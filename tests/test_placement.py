@@ -120,10 +120,10 @@ class Refusing(OnnxRuntime):
 
     refuses = True
 
-    def open(self, stages, thresholds, threads):
+    def open(self, stages, thresholds, threads, confidence="softmax"):
         if self.refuses and any(b"QuantizeLinear" in stage for stage in stages):
             raise RuntimeError("no int8 here")
-        return super().open(stages, thresholds, threads)
+        return super().open(stages, thresholds, threads, confidence)
 
 
 def test_networks_that_cannot_be_built_are_told_and_tried_again_the_next_time(tmp_path) -> None:

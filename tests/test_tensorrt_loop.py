@@ -20,7 +20,7 @@ from evaluators.runtimes.cuda import (
     TimedStream,
 )
 from evaluators.runtimes.engines import WITH_GRAPH, WITHOUT_GRAPH, EngineStage
-from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.runtimes.staged import StagedNetwork
 from evaluators.target import TargetError, TimedBatch
 from evaluators.timing import Protocol, time_pair
 from tests.scripted_gpu import (

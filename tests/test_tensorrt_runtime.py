@@ -14,7 +14,7 @@ from evaluators.runtimes import trt
 from evaluators.runtimes.cuda import (
     OutOfDeviceMemoryError,
 )
-from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.runtimes.staged import StagedNetwork
 from evaluators.runtimes.trt import TensorRT
 from evaluators.runtimes.trt_devices import capabilities
 from evaluators.target import ALLOWANCES, Proof, allows

@@ -18,6 +18,7 @@ class Artifact:
         thresholds: the confidence at which each of them answers.
         precisions: what each layer was written in, by the name of its ONNX node.
         boundaries: how many layers read from a layer that runs in another precision.
+        confidence: what tells how sure an exit is, a name in `staged.CONFIDENCES`.
     """
 
     stages: tuple[bytes, ...]
@@ -26,11 +27,13 @@ class Artifact:
     thresholds: tuple[float, ...]
     precisions: Mapping[str, str] = field(default_factory=dict)
     boundaries: int = 0
+    confidence: str = "softmax"
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the deployed stages and thresholds."""
-        content = hashlib.sha256(repr(self.thresholds).encode())
+        """SHA-256 over the deployed stages, the thresholds and, with exits, what they are held against."""
+        gates = repr(self.thresholds) + (self.confidence if self.exits else "")
+        content = hashlib.sha256(gates.encode())
         for stage in self.deployed:
             content.update(stage)
         return content.hexdigest()

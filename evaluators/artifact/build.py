@@ -42,6 +42,7 @@ class ArtifactBuilder:
         runtime: what will run the artifact.
         fp32_in: what its fp32 layers may run in.
         scheme: how int8 is made.
+        confidence: what tells how sure an exit is.
 
     Raises:
         ExportError: torch cannot export the network.
@@ -57,7 +58,9 @@ class ArtifactBuilder:
         runtime: Runtime,
         fp32_in: Fp32In = "fp32",
         scheme: Scheme = MINMAX,
+        confidence: str = "softmax",
     ) -> None:
+        self._confidence = confidence
         self._runtime = runtime
         self._scheme = scheme
         self._calibration = calibration[:_MEAN_IMAGES]
@@ -254,6 +257,7 @@ class ArtifactBuilder:
             thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
             precisions=self._deployed_precisions(precisions, candidate.active_exits),
             boundaries=self.boundaries(replace(candidate, precision=precisions)),
+            confidence=self._confidence,
         )
 
     def _deployed_precisions(self, precisions: Mapping[str, str], exits: tuple[str, ...]) -> dict[str, str]:

@@ -4,8 +4,8 @@ import base64
 import io
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ RETRY_AFTER_S = (0.5, 2.0, 5.0, 15.0)
 """How long to wait before each attempt to reach a board again."""
 
 Result = TypeVar("Result")
-_Recipe = tuple[tuple[bytes, ...], tuple[float, ...], int]
+_Recipe = tuple[tuple[bytes, ...], tuple[float, ...], int, str]
 
 
 class Board:
@@ -76,9 +76,11 @@ class Board:
             return unsigned_activations(model)
         return model
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> "RemotelyOpened":
+    def open(
+        self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int, confidence: str = "softmax"
+    ) -> "RemotelyOpened":
         """Returns an artifact that is loaded on the board when it is first asked."""
-        return RemotelyOpened(self, (tuple(stages), tuple(thresholds), threads))
+        return RemotelyOpened(self, (tuple(stages), tuple(thresholds), threads, confidence))
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, computed on the board."""
@@ -156,10 +158,17 @@ class Board:
             return self._handles[recipe]
         while len(self._handles) >= ALIVE:
             line.ask("close", handle=self._handles.popitem(last=False)[1])
-        stages, thresholds, threads = recipe
+        stages, thresholds, threads, confidence = recipe
         self._next_handle += 1
         digests = line.upload(stages)
-        line.ask("open", handle=self._next_handle, stages=digests, thresholds=list(thresholds), threads=threads)
+        line.ask(
+            "open",
+            handle=self._next_handle,
+            stages=digests,
+            thresholds=list(thresholds),
+            threads=threads,
+            confidence=confidence,
+        )
         self._handles[recipe] = self._next_handle
         return self._next_handle
 
@@ -169,7 +178,7 @@ class RemotelyOpened:
 
     Args:
         board: where it is.
-        recipe: its stages, thresholds and threads.
+        recipe: its stages, thresholds, threads, and what the gates ask for.
     """
 
     def __init__(self, board: Board, recipe: _Recipe) -> None:
@@ -178,9 +187,13 @@ class RemotelyOpened:
 
     def answer(self, images: ImageStore, batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
-        at_once = max(SMALL_BYTES * len(images) // bytes_of(images) // batch, 1) * batch
-        parts = [self._answer(images[start : start + at_once], batch) for start in range(0, len(images), at_once)]
+        parts = [self._answer(part, batch) for part in _parts(images, batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+
+    def all_logits(self, images: ImageStore, batch: int) -> Images:
+        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
+        answers = [self._ask("all_logits", part, batch=batch)["logits"] for part in _parts(images, batch)]
+        return np.concatenate([np.load(io.BytesIO(base64.b64decode(answer))) for answer in answers])
 
     def _answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
         found = self._ask("answer", images, batch=batch)
@@ -214,7 +227,7 @@ class RemotelyOpened:
                 handle=self._board.handle(line, self._recipe),
                 reference=self._board.handle(line, reference._recipe),
                 images=line.upload([stored])[0],
-                batches=[[batch.start, batch.count, batch.longest] for batch in batches],
+                batches=[[batch.start, batch.count, batch.longest, batch.exit] for batch in batches],
                 reference_batch=reference_batch,
                 protocol=asdict(protocol),
             )
@@ -259,9 +272,16 @@ def _needed(
     parts, moved, end = [images[:reference_batch]], [], min(reference_batch, len(images))
     for batch in batches:
         parts.append(images[batch.start : batch.start + batch.count])
-        moved.append(TimedBatch(end, batch.count, batch.longest))
+        moved.append(replace(batch, start=end))
         end += len(parts[-1])
     return np.concatenate(parts), moved
+
+
+def _parts(images: ImageStore, batch: int) -> Iterator[Images]:
+    """Yields the images, as many at a time as may cross the network together, in whole batches."""
+    at_once = max(SMALL_BYTES * len(images) // bytes_of(images) // batch, 1) * batch
+    for start in range(0, len(images), at_once):
+        yield images[start : start + at_once]
 
 
 def _npy(images: Images) -> bytes:

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.runtimes.cuda import Buffer, CaptureError, CudaError, Handle, TimedStream
-from evaluators.runtimes.local import NEVER
-from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.runtimes.staged import StagedNetwork
 from evaluators.runtimes.trt_report import LayerRow, precision_proof
-from evaluators.target import Images, Proof, Spent, TargetError, TimedBatch
+from evaluators.target import NEVER, Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 if TYPE_CHECKING:
@@ -170,6 +169,7 @@ class OpenedEngines:
         thresholds: the confidence from which each exit answers.
         inspect: returns the layers of an engine.
         wall: a clock, in seconds.
+        confidence: what the gates ask for.
     """
 
     def __init__(
@@ -179,11 +179,12 @@ class OpenedEngines:
         thresholds: Sequence[float],
         inspect: Callable[[ICudaEngine], Sequence[LayerRow]],
         wall: Callable[[], float] = time.perf_counter,
+        confidence: str = "softmax",
     ) -> None:
         self.gpu_s = 0.0  # of all calls so far, copies included
         self._load, self._stream, self._wall = load, stream, wall
         self._inspect = inspect
-        self._thresholds = tuple(thresholds)
+        self._thresholds, self._kind = tuple(thresholds), confidence
         self._loaded: dict[Shape, Sequence[EngineStage]] = {}
 
     @property
@@ -201,6 +202,11 @@ class OpenedEngines:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
         parts = [self._run(images[start : start + batch], batch) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+
+    def all_logits(self, images: "ImageStore", batch: int) -> Images:
+        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
+        starts = range(0, len(images), batch)
+        return np.concatenate([self._staged(images.shape, batch).all_logits(images[at : at + batch]) for at in starts])
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
         """Returns what each of `calls` runs on one batch took, by the GPU's clock and by the one on the wall."""
@@ -251,16 +257,22 @@ class OpenedEngines:
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
         chosen = images[batch.start : batch.start + batch.count]
         self.stages((batch.count, *images.shape[1:]))  # built before the clock runs
-        return lambda: self._run(chosen, batch.count, batch.longest)
+        gates = batch.gates(self._thresholds)
+        return lambda: self._run(chosen, batch.count, gates)
 
     def _spent(self, images: Images, longest: bool = False) -> Spent:
         gpu, wall = self.gpu_s, self._wall()
-        self._run(images, len(images), longest)
+        self._run(images, len(images), [NEVER] * len(self._thresholds) if longest else None)
         return Spent(self.gpu_s - gpu, self._wall() - wall)
 
-    def _run(self, images: Images, batch: int, longest: bool = False) -> tuple[Images, NDArray[np.int64]]:
-        stages: Sequence[Any] = self.stages((batch, *images.shape[1:]))
-        network = StagedNetwork(stages, [NEVER] * len(self._thresholds) if longest else self._thresholds)
+    def _staged(self, shape: Shape, batch: int, gates: Sequence[float] | None = None) -> StagedNetwork:
+        stages: Sequence[Any] = self.stages((batch, *shape[1:]))
+        return StagedNetwork(stages, self._thresholds if gates is None else gates, self._kind)
+
+    def _run(
+        self, images: Images, batch: int, gates: Sequence[float] | None = None
+    ) -> tuple[Images, NDArray[np.int64]]:
+        network = self._staged(images.shape, batch, gates)
         self._stream.restart()
         answer = network(images)
         self.gpu_s += self._stream.elapsed_s()

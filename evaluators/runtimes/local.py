@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.runtimes.staged import StagedNetwork
 from evaluators.target import Images, Proof, Spent, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 if TYPE_CHECKING:
     from evaluators.data import ImageStore
-
-NEVER = 2.0
-"""A threshold that no confidence reaches, for timing the longest path."""
 
 LoadedStage = Callable[[Images], Sequence[Images]]
 
@@ -26,17 +23,31 @@ class LocallyOpened:
         stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
         thresholds: the confidence from which each exit answers.
         threads: that the stages use; it decides which clock tells their work.
+        confidence: what the gates ask for.
+        clock: to read; where not given, the one that goes with the threads.
     """
 
-    def __init__(self, stages: Sequence[LoadedStage], thresholds: Sequence[float], threads: int) -> None:
-        self._network = StagedNetwork(stages, thresholds)
-        self._longest = StagedNetwork(stages, [NEVER] * len(thresholds))
-        self._clock = Clock.for_threads(threads)
+    def __init__(
+        self,
+        stages: Sequence[LoadedStage],
+        thresholds: Sequence[float],
+        threads: int,
+        confidence: str = "softmax",
+        clock: Clock | None = None,
+    ) -> None:
+        self._network = StagedNetwork(stages, thresholds, confidence)
+        self._kind = confidence
+        self._clock = clock or Clock.for_threads(threads)
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
         parts = [self._network(images[start : start + batch]) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+
+    def all_logits(self, images: "ImageStore", batch: int) -> Images:
+        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
+        starts = range(0, len(images), batch)
+        return np.concatenate([self._network.all_logits(images[start : start + batch]) for start in starts])
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
         """Returns what each of `calls` runs on one batch took."""
@@ -69,6 +80,6 @@ class LocallyOpened:
         return Proof()
 
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
-        network = self._longest if batch.longest else self._network
+        network = StagedNetwork(self._network.stages, batch.gates(self._network.thresholds), self._kind)
         chosen = images[batch.start : batch.start + batch.count]
         return lambda: network(chosen)

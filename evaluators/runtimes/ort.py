@@ -55,9 +55,11 @@ class OnnxRuntime:
         """
         return unsigned_activations(model)
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> LocallyOpened:
+    def open(
+        self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int, confidence: str = "softmax"
+    ) -> LocallyOpened:
         """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
-        return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads)
+        return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads, confidence)
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, as float32; its input may be in half precision.

@@ -1,9 +1,10 @@
-"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy].
+"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy|PICTURE|FOLDER] [--show], python run.py --stats FOLDER.
 
 Without a file it answers the bundle's own check images and compares with what was measured when the bundle was made.
-A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,).
-It needs onnxruntime and numpy, nothing else; a bundle with engines uses them where tensorrt runs, and one that was made
-for OpenVINO uses that where it is installed. From Python:
+A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,). Pictures
+are preprocessed here, as bundle.json says. `--show` tells which exit answered each input, `--stats` how many answer at
+each. It needs onnxruntime and numpy, and pillow for pictures; a bundle with engines uses them where tensorrt runs, and
+one that was made for OpenVINO uses that where it is installed. From Python:
 
     network = load("path/to/bundle")
     logits, exits = network(images)
@@ -15,64 +16,25 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+if TYPE_CHECKING or __package__:
+    from evaluators.runtimes.inputs import read_all
+    from evaluators.runtimes.staged import Floats, Network, StagedNetwork
+else:  # a bundle has these files beside its run.py, which anybody may call from anywhere
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from inputs import read_all
+    from staged import Floats, Network, StagedNetwork
 
 ENGINES = "engines.json"
-
-
-class StagedNetwork:
-    """A network whose early exits let easy inputs leave.
-
-    Args:
-        stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
-        thresholds: the confidence (largest softmax probability) from which each exit answers.
-    """
-
-    def __init__(self, stages: Sequence[Callable[[Floats], Sequence[Floats]]], thresholds: Sequence[float]) -> None:
-        if len(stages) != len(thresholds) + 1:
-            raise ValueError(f"there is one threshold per exit, got {len(thresholds)} for {len(stages)} stages")
-        self.stages = tuple(stages)
-        self.thresholds = tuple(thresholds)
-
-    def __call__(self, images: Floats) -> tuple[Floats, NDArray[np.int64]]:
-        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, 0 being the first.
-
-        Inputs that stay go on together, in a smaller batch.
-        """
-        if len(self.stages) == 1:
-            logits = self.stages[0](images)[0]
-            return logits, np.zeros(len(images), dtype=np.int64)
-        answers: Floats | None = None
-        exits = np.full(len(images), len(self.thresholds), dtype=np.int64)
-        waiting = np.arange(len(images))
-        features = images
-        for index, threshold in enumerate(self.thresholds):
-            features, logits = self.stages[index](features)
-            answers = logits if answers is None else answers
-            leaves = confidence(logits) >= threshold
-            gone = waiting[leaves]
-            answers[gone], exits[gone] = logits[leaves], index
-            waiting, features = waiting[~leaves], features[~leaves]
-            if not len(waiting):
-                return answers, exits
-        assert answers is not None
-        answers[waiting] = self.stages[-1](features)[0]
-        return answers, exits
-
-
-def confidence(logits: Floats) -> Floats:
-    """Returns the largest softmax probability of each row, `(n,)`."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    largest: Floats = 1.0 / shifted.sum(axis=1)
-    return largest
+FEW = 20
+"""The exits of so many inputs are shown one by one without being asked for."""
 
 
 class BatchSizes:
@@ -152,9 +114,6 @@ def session_entries(model: bytes) -> dict[str, str]:
     return {"session.disable_quant_qdq": "1"} if stored_only else {}
 
 
-Network = Callable[[Floats], tuple[Floats, NDArray[np.int64]]]
-
-
 def load(folder: str | Path) -> Network:
     """Returns the bundle's network: on TensorRT or OpenVINO where made for them and they run, else ONNX Runtime."""
     return load_by(folder)[1]
@@ -186,7 +145,8 @@ def _load_engines(bundle: Path, description: dict[str, Any]) -> Network | None:
 
         reason = TensorRT.missing()
         if reason is None:
-            opened = TensorRT().open_engines((bundle / ENGINES).read_bytes(), bundle, description["thresholds"])
+            gates = description["thresholds"], description.get("confidence", "softmax")
+            opened = TensorRT().open_engines((bundle / ENGINES).read_bytes(), bundle, *gates)
             return lambda images: opened.answer(images, description["target"]["batch"])
     except Exception as error:  # engines run on the kind of machine that they were built on, and on no other
         reason = " ".join(str(error).split())
@@ -210,7 +170,7 @@ def _load_compiled(bundle: Path, description: dict[str, Any]) -> StagedNetwork |
         return core.compile_model(model, "CPU", settings)
 
     stages = [PaddedStage(partial(compiled, file), sizes) for file in _files(bundle, description)]
-    return StagedNetwork(stages, description["thresholds"])
+    return StagedNetwork(stages, description["thresholds"], description.get("confidence", "softmax"))
 
 
 def _files(bundle: Path, description: dict[str, Any]) -> list[bytes]:
@@ -240,7 +200,7 @@ def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
     stages = [
         lambda batch, session=session: session.run(None, {session.get_inputs()[0].name: batch}) for session in sessions
     ]
-    return StagedNetwork(stages, description["thresholds"])
+    return StagedNetwork(stages, description["thresholds"], description.get("confidence", "softmax"))
 
 
 def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, NDArray[np.int64], float]:
@@ -254,18 +214,6 @@ def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, NDArra
         exits.append(left)
     full = seconds[: max(len(images) // batch, 1)]
     return np.concatenate(logits), np.concatenate(exits), float(np.median(full))
-
-
-def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
-    """Returns images and, where the file has them, labels."""
-    try:
-        content: Any = np.load(path)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"images come as .npz or .npy, got {str(path)!r}, which is neither") from error
-    if path.suffix == ".npy":
-        return np.asarray(content, dtype=np.float32), None
-    labels = content["labels"] if "labels" in content.files else None
-    return np.asarray(content["images"], dtype=np.float32), labels
 
 
 def main() -> int:
@@ -291,24 +239,33 @@ def _reason(error: Exception) -> str:
 
 def _run() -> int:
     parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
-    parser.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, or .npy")
+    parser.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, .npy, picture")
     parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
+    parser.add_argument("--show", action="store_true", help="tell which exit answered each input")
+    parser.add_argument("--stats", type=Path, metavar="FOLDER|FILE", help="tell how many inputs each exit answers")
     arguments = parser.parse_args()
     bundle = Path(__file__).resolve().parent
     description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    images, labels = read(arguments.images or bundle / "check.npz")
-    wanted = tuple(description["image_shape"])
-    if images.shape[1:] != wanted or not len(images):
-        raise ValueError(f"images are (n, {', '.join(map(str, wanted))}) with n above 0, got {images.shape}")
+    batch = description["target"]["batch"]
+    if arguments.stats:
+        return _stats(load(bundle), description, arguments.stats)
+    named = [*read_all(arguments.images or bundle / "check.npz", description)]
+    images = np.concatenate([part for _, part, _ in named])
     library, network = load_by(bundle)
-    logits, exits, seconds = answer(network, images, description["target"]["batch"])
+    logits, exits, seconds = answer(network, images, batch)
     classes = logits.argmax(axis=1)
     if arguments.predictions:
         np.save(arguments.predictions, classes)
-    batch = f"{seconds * 1e3:.2f} ms per batch of {description['target']['batch']}"
-    print(f"{len(images)} images, {batch} (median here, {library})")
-    for index, name in enumerate([*description["exits"], "end"]):
+    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here, {library})")
+    names = [*description["exits"], "end"]
+    for index, name in enumerate(names):
         print(f"  answered at {name}: {int((exits == index).sum())}")
+    if arguments.show or (arguments.images and len(images) <= FEW):
+        inputs = [f"{name}[{row}]" if len(part) > 1 else name for name, part, _ in named for row in range(len(part))]
+        for name, label, index in zip(inputs, classes, exits, strict=True):
+            print(f"  {name}: class {label}, at {names[index]}")
+    every = [part for _, _, part in named if part is not None]
+    labels = np.concatenate(every) if len(every) == len(named) else None
     correct = None if labels is None else int((classes == labels).sum())
     if correct is not None:
         print(f"  accuracy: {correct / len(images):.4%} ({correct}/{len(images)})")
@@ -322,6 +279,36 @@ def _run() -> int:
 def _tolerance(library: str, description: dict[str, Any], images: int) -> int:
     """Returns how many right answers more or fewer are no failure: another library rounds otherwise."""
     return 0 if _made_with(description) in ("", library) else -(-images // 100)
+
+
+def _stats(network: Network, description: dict[str, Any], path: Path) -> int:
+    """Writes how many inputs each exit answers, and what they take: file by file, so that a folder may be large."""
+    names, batch = [*description["exits"], "end"], description["target"]["batch"]
+    counts, seconds, files = np.zeros(len(names), np.int64), 0.0, 0
+    waiting = np.empty((0, *description["image_shape"]), np.float32)
+    for _, images, _ in read_all(path, description):
+        files += 1
+        waiting = np.concatenate([waiting, images])
+        whole = len(waiting) // batch * batch
+        seconds += _count(network, waiting[:whole], batch, counts)
+        waiting = waiting[whole:]
+    seconds += _count(network, waiting, batch, counts)
+    mean = seconds / counts.sum() * 1e3
+    print(f"{counts.sum()} images of {files} files, {mean:.3f} ms an image in batches of {batch} (mean here)")
+    for name, count in zip(names, counts, strict=True):
+        print(f"  {name}: {count / counts.sum():.1%} ({count})")
+    return 0
+
+
+def _count(network: Network, images: Floats, batch: int, counts: NDArray[np.int64]) -> float:
+    """Adds where the images leave to `counts`; returns the seconds that they took."""
+    taken = 0.0
+    for start in range(0, len(images), batch):
+        begin = time.perf_counter()
+        _, exits = network(images[start : start + batch])
+        taken += time.perf_counter() - begin
+        counts += np.bincount(exits, minlength=len(counts))
+    return taken
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """TensorRT 10.3 to 11: the main accelerator target, one engine per stage and batch size.
 
 Precision lives in the ONNX file: engines are strongly typed, on 10 as on 11, and TF32 is off unless the file's metadata
-allows it. This is the only module
-that imports tensorrt, and only when it is needed, so that it can be asked what is missing anywhere.
+allows it. This is the only module that imports tensorrt, and only when it is needed, so that it can be asked what is
+missing anywhere.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from evaluators.device_state import DeviceState, gpu_state, state_moved
 from evaluators.runtimes.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
 from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
-from evaluators.runtimes.trt_devices import capabilities
+from evaluators.runtimes.trt_devices import capabilities, timing_cache_file
 from evaluators.runtimes.trt_report import LayerRow, layer_rows
 from evaluators.target import Capabilities, Images, TargetError, Watch, allows
 
@@ -102,24 +102,37 @@ class TensorRT:
         """Returns the model as it is: symmetric s8 is the form that TensorRT reads."""
         return model
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> OpenedEngines:  # noqa: ARG002
+    def open(
+        self,
+        stages: Sequence[bytes],
+        thresholds: Sequence[float],
+        threads: int,  # noqa: ARG002
+        confidence: str = "softmax",
+    ) -> OpenedEngines:
         """Returns engines that are built for a batch size when it is first asked for; `threads` is not used."""
         stream = self._stream(len(stages))
-        return OpenedEngines(partial(self._load, tuple(stages), stream), stream, thresholds, inspect)
+        return OpenedEngines(
+            partial(self._load, tuple(stages), stream), stream, thresholds, inspect, confidence=confidence
+        )
 
-    def open_engines(self, description: bytes, folder: Path, thresholds: Sequence[float]) -> OpenedEngines:
+    def open_engines(
+        self, description: bytes, folder: Path, thresholds: Sequence[float], confidence: str = "softmax"
+    ) -> OpenedEngines:
         """Returns engines that `extras` made, loaded without being built again.
 
         Args:
             description: the content of `engines.json`.
             folder: where the engines lie.
             thresholds: the confidence from which each exit answers.
+            confidence: what tells it.
         """
         told = json.loads(description)
         plans = [Plan((folder / e["file"]).read_bytes(), e["source"], tuple(e["results"])) for e in told["engines"]]
         stream = self._stream(len(plans))
         ready: list[Callable[[Shape], Plan]] = [lambda _, plan=plan: plan for plan in plans]  # type: ignore[misc]
-        return OpenedEngines(partial(self._load_plans, ready, stream), stream, thresholds, inspect)
+        return OpenedEngines(
+            partial(self._load_plans, ready, stream), stream, thresholds, inspect, confidence=confidence
+        )
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, from an engine built for that batch."""
@@ -152,7 +165,7 @@ class TensorRT:
             }
             for file, plan, stage in zip(files, plans, loaded, strict=True)
         ]
-        told = {"timing_cache": timing_cache_file(self._cuda).stem, "engines": described}
+        told = {"timing_cache": timing_cache_file(library().__version__, self._cuda).stem, "engines": described}
         return files | {"engines.json": json.dumps(told, indent=1).encode()}
 
     def remarks(self) -> list[str]:
@@ -189,19 +202,7 @@ class TensorRT:
 
     @cached_property
     def _builder(self) -> "EngineBuilder":
-        return EngineBuilder(timing_cache_file(self._cuda), self.capabilities().sparse_2_4)
-
-
-def timing_cache_file(cuda: Cuda) -> Path:
-    """Returns the file with the tactics' timings, which hold for one TensorRT, CUDA, driver and GPU."""
-    device = cuda.device()
-    key = (library().__version__, cuda.runtime_version(), cuda.driver_version(), device.name, device.capability)
-    folder = os.environ.get("DEPLOYFRONT_CACHE")
-    if not folder:
-        import platformdirs  # a board, which may lack it, has been told the folder
-
-        folder = platformdirs.user_cache_dir("deployfront")
-    return Path(folder) / "tensorrt" / f"timing-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.cache"
+        return EngineBuilder(timing_cache_file(library().__version__, self._cuda), self.capabilities().sparse_2_4)
 
 
 class EngineBuilder:

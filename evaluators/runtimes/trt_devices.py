@@ -1,5 +1,10 @@
-"""What a GPU runs well with TensorRT, by its compute capability."""
+"""What a GPU runs well with TensorRT, by its compute capability, and where what was timed on it is kept."""
 
+import hashlib
+import os
+from pathlib import Path
+
+from evaluators.runtimes.cuda import Cuda
 from evaluators.target import Capabilities
 
 _FIRST = {"fp32": (0, 0), "fp16": (7, 0), "fp8": (8, 9), "int8": (6, 1)}
@@ -37,3 +42,15 @@ def capabilities(capability: tuple[int, int]) -> Capabilities:
         fp32_in=("tf32",) if ampere else (),
         clock="gpu",
     )
+
+
+def timing_cache_file(version: str, cuda: Cuda) -> Path:
+    """Returns the file with the tactics' timings, which hold for one TensorRT, CUDA, driver and GPU."""
+    device = cuda.device()
+    key = (version, cuda.runtime_version(), cuda.driver_version(), device.name, device.capability)
+    folder = os.environ.get("DEPLOYFRONT_CACHE")
+    if not folder:
+        import platformdirs  # a board, which may lack it, has been told the folder
+
+        folder = platformdirs.user_cache_dir("deployfront")
+    return Path(folder) / "tensorrt" / f"timing-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.cache"

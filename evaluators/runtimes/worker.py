@@ -52,6 +52,7 @@ class Worker:
             "open": self._open,
             "close": self._close,
             "answer": self._answer,
+            "all_logits": self._all_logits,
             "seconds": self._seconds,
             "turns": self._begin_turns,
             "turn": self._turn,
@@ -106,7 +107,9 @@ class Worker:
     def _open(self, request: Content) -> Content:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]
         handle = int(request["handle"])
-        self._opened[handle] = self._runtime.open(stages, request["thresholds"], request["threads"])
+        self._opened[handle] = self._runtime.open(
+            stages, request["thresholds"], request["threads"], request.get("confidence", "softmax")
+        )
         return {}
 
     def _close(self, request: Content) -> Content:
@@ -120,9 +123,11 @@ class Worker:
 
     def _answer(self, request: Content) -> Content:
         logits, exits = self._opened[request["handle"]].answer(self._load_images(request["images"]), request["batch"])
-        file = io.BytesIO()
-        np.save(file, logits)
-        return {"logits": base64.b64encode(file.getvalue()).decode(), "exits": exits.tolist()}
+        return {"logits": _encoded(logits), "exits": exits.tolist()}
+
+    def _all_logits(self, request: Content) -> Content:
+        images = self._load_images(request["images"])
+        return {"logits": _encoded(self._opened[request["handle"]].all_logits(images, request["batch"]))}
 
     def _seconds(self, request: Content) -> Content:
         images = self._load_images(request["images"])
@@ -164,6 +169,12 @@ class Worker:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]
         found = self._runtime.extras(stages, self._load_images(request["images"]))
         return {"files": {name: base64.b64encode(content).decode() for name, content in found.items()}}
+
+
+def _encoded(array: Any) -> str:
+    file = io.BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def choose_runtime(name: str) -> Runtime:

@@ -1,0 +1,102 @@
+"""Runs networks whose inputs may leave early, on any runtime; a bundle brings this file, which needs numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Network = Callable[[Floats], tuple[Floats, NDArray[np.int64]]]
+
+
+class StagedNetwork:
+    """A network whose early exits let easy inputs leave.
+
+    Args:
+        stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
+        thresholds: the confidence from which each exit answers.
+        confidence: what tells it, a name in `CONFIDENCES`.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Callable[[Floats], Sequence[Floats]]],
+        thresholds: Sequence[float],
+        confidence: str = "softmax",
+    ) -> None:
+        if len(stages) != len(thresholds) + 1:
+            raise ValueError(f"there is one threshold per exit, got {len(thresholds)} for {len(stages)} stages")
+        self.stages = tuple(stages)
+        self.thresholds = tuple(thresholds)
+        self._confidence = CONFIDENCES[confidence]
+
+    def __call__(self, images: Floats) -> tuple[Floats, NDArray[np.int64]]:
+        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, 0 being the first.
+
+        Inputs that stay go on together, in a smaller batch.
+        """
+        if len(self.stages) == 1:
+            logits = self.stages[0](images)[0]
+            return logits, np.zeros(len(images), dtype=np.int64)
+        answers: Floats | None = None
+        exits = np.full(len(images), len(self.thresholds), dtype=np.int64)
+        waiting = np.arange(len(images))
+        features = images
+        for index, threshold in enumerate(self.thresholds):
+            features, logits = self.stages[index](features)
+            answers = logits if answers is None else answers
+            leaves = self._confidence(logits) >= threshold
+            gone = waiting[leaves]
+            answers[gone], exits[gone] = logits[leaves], index
+            waiting, features = waiting[~leaves], features[~leaves]
+            if not len(waiting):
+                return answers, exits
+        assert answers is not None
+        answers[waiting] = self.stages[-1](features)[0]
+        return answers, exits
+
+    def all_logits(self, images: Floats) -> Floats:
+        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: nobody leaves."""
+        found, features = [], images
+        for stage in self.stages[:-1]:
+            features, logits = stage(features)
+            found.append(logits)
+        return np.stack([*found, self.stages[-1](features)[0]], axis=1)
+
+
+def largest_probability(logits: Floats) -> Floats:
+    """Returns the largest softmax probability of each row, `(n,)`."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    largest: Floats = 1.0 / shifted.sum(axis=1)
+    return largest
+
+
+def margin(logits: Floats) -> Floats:
+    """Returns by how much the largest softmax probability of each row exceeds the second, `(n,)`."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    second: Floats = np.partition(shifted, -2, axis=1)[:, -2]
+    apart: Floats = (1.0 - second) / shifted.sum(axis=1)
+    return apart
+
+
+def certainty(logits: Floats) -> Floats:
+    """Returns 1 less the entropy of each row's softmax as a share of the largest possible one, 0 to 1, `(n,)`.
+
+    Source: Teerapittayanon et al., BranchyNet, 2016, which holds the entropy itself against a threshold.
+    """
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    weights = np.exp(shifted)
+    total = weights.sum(axis=1)
+    entropy = np.log(total) - (weights * shifted).sum(axis=1) / total
+    certain: Floats = np.clip(1.0 - entropy / np.float32(np.log(logits.shape[1])), 0.0, 1.0)
+    return certain
+
+
+CONFIDENCES: dict[str, Callable[[Floats], Floats]] = {
+    "softmax": largest_probability,
+    "margin": margin,
+    "entropy": certainty,
+}
+"""What tells how sure an exit is, from logits `(n, classes)`: 0 to 1, by the name that a study and a bundle give it."""

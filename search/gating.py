@@ -1,0 +1,134 @@
+"""Thresholds of a candidate's exits for the study's budget: from what each exit says, and what each way out costs.
+
+They are chosen on images that no version is scored on: of many thresholds the best looks better than it is.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from evaluators.accuracy import accuracy_of
+from evaluators.latency import LatencyEvaluator
+from evaluators.measurement import Measurement
+from evaluators.runtimes.staged import CONFIDENCES
+from evaluators.subject import Subject
+from evaluators.thresholds import Cost, Thresholds
+from search.evaluation import Evaluation
+from search.study import FinetuneSection
+from search.workbench import Workbench
+from spaces.candidate import NEVER_EXIT, Candidate
+
+AIM = 0.97
+"""Thresholds aim at this share of a limit: the timing that decides is another one, of other images."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A candidate whose thresholds are known.
+
+    Args:
+        candidate: the version.
+        gates: what its thresholds came to on the images that they were chosen on; None where nobody chose.
+        seconds: that choosing took.
+    """
+
+    candidate: Candidate
+    gates: Mapping[str, Any] | None = None
+    seconds: float = 0.0
+
+    def stamped(self, evaluation: Evaluation) -> Evaluation:
+        """Returns what was measured of the version with how its thresholds came about."""
+        if self.gates is None:
+            return evaluation
+        return replace(evaluation, gates=self.gates, seconds={"thresholds": self.seconds, **evaluation.seconds})
+
+
+class GateSolver:
+    """Finds the best thresholds of each candidate of a search.
+
+    With a limit on the mean latency or FLOPs they are the most accurate ones within it, with a limit on accuracy alone
+    the cheapest.
+
+    Args:
+        bench: builds candidates.
+        latency: times the ways out.
+        dense: the dense network's measurements.
+    """
+
+    def __init__(self, bench: Workbench, latency: LatencyEvaluator, dense: Mapping[str, Measurement]) -> None:
+        self._bench = bench
+        self._latency = latency
+        self._dense = dense
+
+    def settle(self, choices: Candidate, more: FinetuneSection | None = None) -> Settled:
+        """Returns the version that the choices come to: thresholds where they are open, else as it is.
+
+        All exits are built, asked once about the images that serve for this, and timed.
+
+        Args:
+            choices: of all else.
+            more: fine-tuning that comes on top of the study's recovery.
+        """
+        if not choices.is_open:
+            return Settled(choices)
+        begin = time.perf_counter()
+        compressed = self._bench.compressed(choices, more)
+        never = self._bench.space.settled(choices, dict.fromkeys(choices.thresholds, NEVER_EXIT))
+        # Where loading compiles, one more artifact would take longer than all else.
+        compiles = self._bench.runtime.capabilities().compiles
+        whole = None if compiles else self._bench.built(never, compressed, more)
+        solved = self._thresholds(self._bench.built(choices, compressed, more), whole).solve()
+        found = dict(zip(choices.active_exits, solved.thresholds, strict=True))
+        version = self._bench.space.settled(choices, {**never.thresholds, **found})
+        told = asdict(solved) | {"images": len(self._bench.gate_images)}
+        return Settled(version, told, time.perf_counter() - begin)
+
+    def resettle(self, candidate: Candidate, more: FinetuneSection) -> Settled:
+        """Returns a version with new thresholds, where they are solved: training changes what its exits say."""
+        return self.settle(candidate.reopened() if self._bench.has_gates else candidate, more)
+
+    def _thresholds(self, subject: Subject, whole: Subject | None) -> Thresholds:
+        images = self._bench.gate_images
+        logits = subject.opened.all_logits(images.images, subject.target.batch)
+        confidence = CONFIDENCES[subject.artifact.confidence]
+        confidences = [confidence(logits[:, place]) for place in range(logits.shape[1] - 1)]
+        correct = logits.argmax(axis=2) == images.labels[:, None]
+        return Thresholds(np.stack(confidences, axis=1), correct, self._costs(subject, whole), self._floor)
+
+    def _costs(self, subject: Subject, whole: Subject | None) -> list[Cost]:
+        """Returns what leaving costs in seconds and in FLOPs, first what is limited.
+
+        Args:
+            subject: with all of its exits.
+            whole: the same without any, to tell what exits cost that nobody takes; where not given, the heads' share
+                of the FLOPs tells.
+        """
+        stages, heads = self._bench.flops.stages(subject), self._bench.flops.heads(subject)
+        paths = self._latency.paths(subject)
+        added = paths[-1] * sum(heads) / sum(stages) if whole is None else paths[-1] - self._latency.paths(whole)[0]
+        # Most of what an exit adds is the call of one more file, whatever its head: so each adds alike.
+        each = [max(added, 0.0) / len(heads)] * len(heads)
+        seconds = Cost(paths, each, self._limit("latency"))
+        flops = Cost(tuple(np.cumsum(stages)), heads, self._limit("flops"))
+        return [flops, seconds] if seconds.limit is None and flops.limit is not None else [seconds, flops]
+
+    def _limit(self, metric: str) -> float | None:
+        """Returns what is aimed at, in SI units; None where the budget does not limit the mean of this metric."""
+        for constraint in self._bench.study.limits.constraints:
+            if constraint.name == metric:
+                return AIM * constraint.limit * (self._dense[metric].value if constraint.relative else 1.0)
+        return None
+
+    @cached_property
+    def _floor(self) -> float | None:
+        """The lowest accuracy that the budget lets through, by the dense network's on the same images."""
+        limits = [limit for limit in self._bench.study.limits.constraints if limit.measured_as == "accuracy"]
+        if not limits:
+            return None
+        answers = self._bench.subject(self._bench.space.dense()).answers_to(self._bench.gate_images)
+        dense = accuracy_of(answers, self._bench.target, "threshold")
+        return max(limit.floor(dense) for limit in limits)

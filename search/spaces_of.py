@@ -1,0 +1,75 @@
+"""What a study's target can run, and the space that it leaves."""
+
+import torch
+
+from evaluators.data import Splits
+from evaluators.target import Runtime, Target
+from search.study import Study, StudyError
+from spaces.criteria import Evidence, criterion
+from spaces.gates import GateSpace
+from spaces.groups import Groups
+from spaces.joint import JointSpace
+from spaces.network import ExitNetwork
+from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
+from spaces.precision import PrecisionSpace
+from spaces.sparsity import SparsitySpace
+
+
+def target_of(study: Study, library: Runtime) -> Target:
+    """Returns the target that the study asks for, here.
+
+    Raises:
+        StudyError: its fp32 layers are wanted in what the device cannot run.
+    """
+    wanted, device = study.target, library.device()
+    if wanted.fp32_in not in ("fp32", *library.capabilities().fp32_in):
+        able = {"tf32": "TensorRT on a GPU from Ampere on", "bf16": "OpenVINO on a CPU that multiplies bf16"}
+        raise StudyError(
+            f"target.{wanted.fp32_in} wants {able[wanted.fp32_in]}, got {wanted.runtime} on {device}; leave it out"
+        )
+    return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.fp32_in)
+
+
+def space_of(
+    study: Study, network: ExitNetwork, groups: Groups, data: Splits, layers: tuple[str, ...], target: Runtime
+) -> JointSpace:
+    """Returns what may vary: what the study asks for and the target can run.
+
+    Args:
+        study: the question.
+        network: the dense network with its exits.
+        groups: its channels.
+        data: whose calibration images some criteria look at.
+        layers: those with a precision.
+        target: what runs them.
+    """
+    able = target.capabilities()
+    steps = [able.channel_steps[precision] for precision in able.precisions]
+    exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
+    evidence = Evidence(torch.from_numpy(data.calibration.images[:]), torch.from_numpy(data.calibration.labels))
+    scores = criterion(study.space.criterion)(network, groups.free, evidence)
+    return JointSpace(
+        SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
+        PrecisionSpace(layers, able.precisions, storage=[each for each in study.space.storage if each in able.storage]),
+        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step, study.exits.thresholds == "solved"),
+        PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
+    )
+
+
+def _patterns(study: Study, target: Runtime) -> tuple[str, ...]:
+    """Returns the study's patterns of zeros but for 2:4 where the target has no kernels for it."""
+    able = target.capabilities().sparse_2_4
+    return tuple(pattern for pattern in study.space.patterns if able or pattern != TWO_OF_FOUR)
+
+
+def left_out(study: Study, library: Runtime, target: Target, space: JointSpace) -> list[str]:
+    """Returns, in words, what of the study's space the target has no kernels for."""
+    where = f"{target.device} has no {{}} in {target.runtime}"
+    storage = [
+        f"{kind} storage is left out: {where.format('kernels that read it')}"
+        for kind in study.space.storage
+        if kind not in space.precision.storage
+    ]
+    if _patterns(study, library) == study.space.patterns:
+        return storage
+    return [f"pattern {TWO_OF_FOUR} is left out: {where.format('sparse kernels')}", *storage]

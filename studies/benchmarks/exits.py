@@ -1,0 +1,189 @@
+"""What early exits save of a trained network's time, told by a formula and measured by running bundles.
+
+python -m studies.benchmarks.exits --weights resnet20.pt --data imagefolder:PATH [--out FOLDER]
+
+For each precision two bundles are written, with exits and without, whose thresholds were solved for a share of the
+latency on one half of the validation images. Both then answer all test images, in turn, through their own `run.py`.
+The table is Markdown.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.accuracy import accuracy_of, wilson
+from evaluators.data import LabelledImages
+from evaluators.latency import LatencyEvaluator
+from evaluators.runtimes import run_bundle
+from evaluators.runtimes.staged import Network
+from evaluators.subject import Subject
+from search.coordinator import measure_baseline
+from search.deploy import Confirmed, write_bundle
+from search.evaluation import Evaluation
+from search.front import Version
+from search.gating import GateSolver
+from search.request import Request
+from search.store import Baseline, SearchFolder, StoredSearch
+from search.study import Study
+from search.workbench import Workbench
+from spaces.candidate import OPEN_EXIT, Candidate
+
+_AFTER = ("layer1", "layer2.0", "layer2.1", "layer2")
+_CHUNK = 50
+"""So many images are answered by one bundle before the other has its turn."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a bundle did with the test images.
+
+    Args:
+        correct: whether each answer is right.
+        exits: where each image left.
+        seconds: CPU time of all images.
+    """
+
+    correct: NDArray[np.bool_]
+    exits: NDArray[np.int64]
+    seconds: float
+
+
+def main() -> None:
+    """Trains, solves, writes bundles, runs them and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/exits"))
+    parser.add_argument("--after", nargs="+", default=_AFTER)
+    parser.add_argument("--head", default="conv")
+    parser.add_argument("--training", default="joint")
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--shares", nargs="+", default=["60%", "70%"], help="of the full latency")
+    arguments = parser.parse_args()
+    exits = {
+        "after": arguments.after,
+        "head": arguments.head,
+        "training": arguments.training,
+        "weights": [0.3] * len(arguments.after) + [1.0] if arguments.training == "joint" else [],
+        "joint": {"epochs": arguments.epochs},
+        "epochs": 3 if arguments.training == "joint" else 25,  # of the heads alone, before
+    }
+    for share in arguments.shares:
+        study = _study(arguments.weights, arguments.data, exits, share)
+        _measure(Workbench(study, _say), arguments.out / share.rstrip("%"))
+
+
+def _study(weights: str, data: str, exits: dict[str, object], share: str) -> Study:
+    study = Request("cifar10", weights=weights, data=data).to_study()
+    made = type(study.exits).model_validate(study.exits.model_dump() | exits)
+    return study.model_copy(update={"exits": made, "budget": (f"latency<{share}",)})
+
+
+def _say(step: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"{step}: done", flush=True)
+
+
+def _measure(bench: Workbench, out: Path) -> None:
+    baseline = measure_baseline(bench)
+    latency = bench.latency_evaluator(baseline.reference_seconds)
+    print(f"\nThresholds for {bench.study.limits}, {bench.study.exits.confidence}, on {bench.target}\n")
+    for precision in bench.space.precision.precisions:
+        dense = bench.space.dense()
+        full = Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds)
+        whole = bench.evaluate(full, latency, lambda _measured: False)
+        open_ = Candidate(full.channels, full.precision, dict.fromkeys(full.thresholds, OPEN_EXIT))
+        settled = GateSolver(bench, latency, whole.measurements).settle(open_)
+        version = settled.stamped(bench.evaluate(settled.candidate, latency, lambda _measured: False))
+        bundles = [
+            _write(bench, baseline, each, out / f"{precision}-{name}")
+            for name, each in (("full", whole), ("exits", version))
+        ]
+        ran = run_in_turn(run_bundle.load(bundles[0]), run_bundle.load(bundles[1]), bench.data.test)
+        _print(precision, bench, latency, whole, version, ran)
+
+
+def _write(bench: Workbench, baseline: Baseline, evaluation: Evaluation, out: Path) -> Path:
+    """Returns the folder of a bundle of a version that was measured."""
+    folder = SearchFolder(out.parent)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    (folder.path / "study.toml").write_text(bench.study.to_toml(), encoding="utf-8")
+    subject = bench.subject(evaluation.candidate)
+    answers = subject.answers_to(bench.data.test)
+    test = accuracy_of(answers, bench.target, "test")
+    confirmed = Confirmed(Version(0, evaluation), subject, evaluation.measurements["latency"], 1.0, test, test, answers)
+    write_bundle(out, bench, StoredSearch(folder, bench.study, baseline, (), {}), bench.study.limits, confirmed)
+    return out
+
+
+def run_in_turn(full: Network, gated: Network, data: LabelledImages) -> tuple[Ran, Ran]:
+    """Returns what two bundles did with the same images, one at a time, chunk after chunk in turn.
+
+    Times are of the calling thread on its CPU, so that other programs do not count.
+    """
+    networks, rounds = (full, gated), range(0, len(data), _CHUNK)
+    for network in networks:
+        run_bundle.answer(network, data.images[:_CHUNK], 1)
+    found: tuple[list[NDArray[np.int64]], ...] = ([], [])
+    seconds = [0.0, 0.0]
+    for index, start in enumerate(rounds):
+        images, labels = data.images[start : start + _CHUNK], data.labels[start : start + _CHUNK]
+        for place in (0, 1) if index % 2 == 0 else (1, 0):
+            begin = time.thread_time()
+            logits, exits, _ = run_bundle.answer(networks[place], images, 1)
+            seconds[place] += time.thread_time() - begin
+            found[place].append(np.stack([logits.argmax(axis=1) == labels, exits]))
+    told = [np.concatenate(parts, axis=1) for parts in found]
+    first, second = (Ran(each[0].astype(bool), each[1], taken) for each, taken in zip(told, seconds, strict=True))
+    return first, second
+
+
+def _print(
+    precision: str,
+    bench: Workbench,
+    latency: LatencyEvaluator,
+    whole: Evaluation,
+    version: Evaluation,
+    ran: tuple[Ran, Ran],
+) -> None:
+    full, gated = ran
+    subject = bench.subject(version.candidate)
+    paths, dense = latency.paths(subject), whole.measurements["latency"].value
+    shares = [float((gated.exits == place).mean()) for place in range(len(paths))]
+    formula = sum(share * path for share, path in zip(shares, paths, strict=True)) / dense
+    measured = gated.seconds / full.seconds
+    print(f"| {precision}: exit | right, alone | right, of those that leave | leave | path, of the full latency |")
+    print("|---|---|---|---|---|")
+    alone = _alone(subject, bench.data.test)
+    for place, name in enumerate([*version.candidate.active_exits, "end"]):
+        here = gated.exits == place
+        right = f"{gated.correct[here].mean():.2%}" if here.any() else "-"
+        print(f"| {name} | {alone[place]:.2%} | {right} | {shares[place]:.1%} | {paths[place] / dense:.1%} |")
+    low, high = wilson(float(gated.correct.mean()), len(gated.correct))
+    drop = full.correct.astype(float) - gated.correct
+    error = drop.std() / len(drop) ** 0.5
+    gates = version.gates or {}
+    print(
+        f"\n{precision}: accuracy {full.correct.mean():.2%} in full, {gated.correct.mean():.2%} with exits (95%"
+        f" interval {low:.2%} to {high:.2%}; drop {drop.mean() * 100:.2f} ± {error * 100:.2f} points) on"
+        f" {len(drop)} test images; {gates['accuracy']:.2%} on the {gates['images']} that thresholds were chosen on,"
+        f" {version.measurements['accuracy'].value:.2%} on the {version.measurements['accuracy'].n} that score."
+        f"\nLatency: {formula:.1%} of the full one by formula, {measured:.1%} measured end to end"
+        f" ({formula / measured - 1:+.1%}); the search measured {version.measurements['latency'].value / dense:.1%}.\n",
+        flush=True,
+    )
+
+
+def _alone(subject: Subject, data: LabelledImages) -> NDArray[np.float64]:
+    """Returns how accurate each exit that is there, and last the end, would be for all images."""
+    right = subject.opened.all_logits(data.images, 1).argmax(axis=2) == data.labels[:, None]
+    accuracy: NDArray[np.float64] = right.mean(axis=0)
+    return accuracy
+
+
+if __name__ == "__main__":
+    main()

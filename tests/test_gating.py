@@ -1,0 +1,227 @@
+"""Gates: how sure an exit is, what each way out costs, and thresholds for a study's budget."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.stats import binomtest
+
+from evaluators.accuracy import wilson
+from evaluators.data import Chosen, LabelledImages
+from evaluators.latency import LatencyEvaluator, Reference
+from evaluators.runtimes.local import LocallyOpened
+from evaluators.runtimes.ort import OnnxRuntime, load
+from evaluators.runtimes.staged import CONFIDENCES, StagedNetwork
+from evaluators.subject import Deployed
+from evaluators.target import Target, TimedBatch
+from evaluators.timing import Clock, Protocol
+from search.gating import GateSolver
+from search.study import Study
+from search.workbench import Workbench
+from spaces.candidate import NEVER_EXIT, OPEN_EXIT, Candidate
+from spaces.gates import GateSpace
+from tests import tiny
+
+LOGITS = hnp.arrays(np.float32, (7, 5), elements=st.floats(-30, 30, width=32))
+
+
+@settings(deadline=None)
+@given(LOGITS)
+def test_confidences_are_what_their_formulas_say(logits) -> None:
+    chances = torch.from_numpy(logits).double().softmax(1)
+    first, second = chances.topk(2).values.T
+    entropy = torch.special.entr(chances).sum(1) / np.log(5)
+    for name, wanted in (("softmax", first), ("margin", first - second), ("entropy", 1 - entropy)):
+        found = CONFIDENCES[name](logits)
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+        assert found.dtype == np.float32
+        assert found.min() >= 0
+        assert found.max() <= 1
+
+
+@pytest.mark.parametrize("name", list(CONFIDENCES))
+def test_stages_ask_for_the_confidence_that_they_are_told(name, builder, network, space, images) -> None:
+    artifact = builder.build(network, space.candidate(space.uniform(1.0, "fp32", 0.6)))
+    opened = OnnxRuntime().open(artifact.deployed, (0.4, 0.4), 1, name)
+    every = opened.all_logits(images.numpy(), 5)
+    with torch.no_grad():
+        np.testing.assert_allclose(every, np.stack([found.numpy() for found in network(images)], axis=1), atol=1e-5)
+    _, exits = opened.answer(images.numpy(), 5)
+    sure = np.stack([CONFIDENCES[name](every[:, place]) for place in (0, 1)], axis=1) >= 0.4
+    np.testing.assert_array_equal(exits, np.where(sure.any(axis=1), sure.argmax(axis=1), 2))
+
+
+def test_a_batch_may_be_told_where_to_leave() -> None:
+    stages = [lambda batch: [batch, batch]] * 2 + [lambda batch: [batch]]
+    batch = np.eye(3, dtype=np.float32)
+    for place in (0, 1, 2):
+        gates = TimedBatch(0, 3, exit=place).gates([0.5, 0.5])
+        assert set(StagedNetwork(stages, gates)(batch)[1]) == {place}
+    assert TimedBatch(0, 3, longest=True).gates([0.5, 0.5]) == TimedBatch(0, 3, exit=2).gates([0.5, 0.5])
+    assert TimedBatch(0, 3).gates([0.5, 0.6]) == [0.5, 0.6]
+
+
+class Metered(OnnxRuntime):
+    """ONNX Runtime on a clock of its own: each stage takes its units for every image that reaches it."""
+
+    def __init__(self, units: tuple[float, ...]) -> None:
+        self.now, self._units = 0.0, units
+
+    def open(self, stages, thresholds, threads, confidence="softmax"):
+        def metered(stage, units):
+            run = load(stage, threads)
+
+            def call(batch):
+                self.now += units * len(batch)
+                return run(batch)
+
+            return call
+
+        read = lambda: self.now  # noqa: E731
+        made = [metered(stage, units) for stage, units in zip(stages, self._units, strict=False)]
+        return LocallyOpened(made, thresholds, threads, confidence, Clock(read, read))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_formula_and_the_measurement_agree_on_a_clock_without_noise(batch, builder, network, space, images) -> None:
+    library, target = Metered((2.0, 3.0, 5.0)), Target("onnxruntime", "meter", batch, 1)
+    with torch.no_grad():
+        sure = [found.softmax(1).max(1).values.numpy() for found in network(images)[:-1]]
+    middles = {name: float(np.median(each)) for name, each in zip(network.exit_names, sure, strict=True)}
+    candidate = replace(space.dense(), thresholds=middles)
+    artifact, data = builder.build(network, candidate), LabelledImages(images.numpy(), np.zeros(12, np.int64))
+    subject = Deployed(candidate, artifact, data, library, target)
+    reference = Reference(builder.build(network, space.dense()).deployed[0], 2.0 * -(-batch // 4))
+    latency = LatencyEvaluator({"fp32": reference}, library, target, Protocol(limit_s=1e9, calls=40))
+    found, shares = latency.measure(subject), subject.answers.leaving
+    assert len(set(subject.answers.exits)) == 3, "some images leave at each exit"
+    assert latency.paths(subject) == pytest.approx(tuple(batch * units for units in (2.0, 5.0, 10.0)))
+    assert found.value == pytest.approx(batch * np.dot(shares, (2.0, 5.0, 10.0)))
+    assert found.notes["formula_s"] == pytest.approx(found.value)
+    assert found.others["worst"] == pytest.approx(batch * 10.0)
+    stages = np.dot(subject.answers.reached, (2.0, 3.0, 5.0))
+    assert found.notes["formula_s"] == pytest.approx(batch * stages), "shares times paths is reached times stages"
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60))
+def test_halves_share_no_image_and_each_class_is_in_both_alike(labels) -> None:
+    images = np.arange(len(labels), dtype=np.float32).reshape(-1, 1, 1, 1)
+    one, two = LabelledImages(images, np.array(labels)).halves()
+    together = np.concatenate([one.images[:], two.images[:]]).ravel()
+    assert sorted(together) == list(range(len(labels)))
+    for label in set(labels):
+        assert abs(int((one.labels == label).sum()) - int((two.labels == label).sum())) <= 1
+    assert [labels[int(place)] for place in one.images[:].ravel()] == list(one.labels)
+
+
+def test_halves_of_a_store_read_when_they_are_asked() -> None:
+    asked: list[object] = []
+
+    class Store:
+        shape, dtype, digest = (6, 1, 1, 1), np.dtype(np.float32), "abc"
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index):
+            asked.append(index)
+            return np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1)[index]
+
+    one, two = LabelledImages(Store(), np.array([0, 1, 0, 1, 0, 1])).halves()
+    assert isinstance(one.images, Chosen)
+    assert one.digest != two.digest
+    assert asked == []
+    np.testing.assert_array_equal(one.images[1:3].ravel(), one.images[:].ravel()[1:3])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_is_wilsons(counts) -> None:
+    right, n = counts
+    wanted = binomtest(right, n).proportion_ci(0.95, "wilson")
+    assert wilson(right / n, n) == pytest.approx((wanted.low, wanted.high), abs=1e-4)
+
+
+def test_solved_gates_are_no_choice_of_the_sampler(space) -> None:
+    gates = GateSpace(["exit1", "exit2"], 0.5, 0.05, solved=True)
+    assert gates.dimensions() == {}
+    assert gates.read({}) == {"exit1": OPEN_EXIT, "exit2": OPEN_EXIT}
+    choices = Candidate({}, {"exits.exit1.classifier": "int8"}, gates.read({}))
+    assert choices.is_open
+    assert choices.active_exits == ("exit1", "exit2")
+    settled = space.settled(choices, {"exit1": NEVER_EXIT, "exit2": 0.7})
+    assert not settled.is_open
+    assert settled.precision == {"exits.exit1.classifier": "fp32"}, "a head that is not there has no precision"
+    assert settled.reopened().thresholds == {"exit1": NEVER_EXIT, "exit2": OPEN_EXIT}
+    assert Candidate.from_dict(choices.to_dict()) == choices
+
+
+@pytest.fixture(scope="module")
+def dense(bench):
+    latency = bench.latency_evaluator({name: taken.work for name, taken in bench.time_references().items()})
+    return latency, bench.evaluate(bench.space.dense(), latency, lambda _: False).measurements
+
+
+def under(bench, *limits: str):
+    """Returns the workbench's parts for a study with another budget."""
+    study = bench.study.model_copy(update={"budget": limits})
+    parts = {name: getattr(bench, name) for name in dir(bench) if name in _USED}
+    return SimpleNamespace(**parts, study=study)
+
+
+_USED = ("compressed", "built", "subject", "space", "runtime", "gate_images", "flops", "target", "has_gates")
+
+
+@pytest.mark.parametrize("limits", [("flops<70%",), ("accuracy_drop<5%",), ("latency<1000%", "accuracy_drop<50%")])
+def test_what_is_solved_is_what_the_deployed_files_do(limits, bench, dense) -> None:
+    latency, measured = dense
+    solver = GateSolver(under(bench, *limits), latency, measured)
+    choices = bench.space.candidate(bench.space.uniform(0.75, "int8", 1.0))
+    settled = solver.settle(choices)
+    assert not settled.candidate.is_open
+    subject = bench.subject(settled.candidate)
+    answers = subject.answers_to(bench.gate_images)
+    assert answers.correct.mean() == pytest.approx(settled.gates["accuracy"])
+    present = [share for share in settled.gates["shares"] if share] or [1.0]
+    assert [share for share in answers.leaving if share] == pytest.approx(present)
+    if limits == ("flops<70%",):
+        reached = np.dot(answers.reached, bench.flops.stages(subject))
+        assert settled.gates["costs"][0] == pytest.approx(reached)
+        assert reached <= 0.7 * measured["flops"].value
+    evaluation = settled.stamped(bench.evaluate(settled.candidate, latency, lambda _: False))
+    assert evaluation.gates["images"] == len(bench.gate_images)
+    assert evaluation.digest == bench.subject(evaluation.candidate).artifact.digest, "rebuilt byte for byte"
+    assert evaluation.measurements["accuracy"].n == len(bench.scored) == 40
+    assert evaluation.measurements["accuracy"].others["low"] < evaluation.measurements["accuracy"].value
+
+
+def test_what_is_not_open_stays_as_it_is(bench, dense) -> None:
+    solver = GateSolver(bench, *dense)
+    assert solver.settle(bench.space.dense()).candidate == bench.space.dense()
+    again = solver.resettle(bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0)), None)
+    assert not again.candidate.is_open
+
+
+def test_every_version_is_scored_on_the_other_half(bench) -> None:
+    assert len(bench.gate_images) + len(bench.scored) == len(bench.data.validation)
+    assert any("choose the exits' thresholds" in remark for remark in bench.remarks)
+    searched = Study.parse(tiny.STUDY.replace("grid = 2", 'grid = 2, thresholds = "searched"'), "test")
+    other = Workbench(searched, lambda *_: None)
+    assert len(other.scored) == len(bench.data.validation)
+    assert "threshold.exit1" in other.space.dimensions()
+    assert "threshold.exit1" not in bench.space.dimensions()
+    # The network is the same one: how thresholds are chosen is no matter of training.
+    assert other.fingerprint == bench.fingerprint
+
+
+def test_a_network_is_compressed_once_for_its_thresholds_and_its_measurement(bench) -> None:
+    choices = bench.space.candidate(bench.space.uniform(0.5, "fp32", 1.0))
+    settled = bench.space.settled(choices, dict.fromkeys(choices.thresholds, 0.8))
+    assert bench.compressed(settled) is bench.compressed(choices)
+    assert bench.compressed(replace(choices, patterns={"hidden": "50%"})) is not bench.compressed(choices)
