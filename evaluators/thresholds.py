@@ -111,12 +111,6 @@ class Thresholds:
         """Returns what any thresholds come to."""
         return self._told([float(threshold) for threshold in thresholds])
 
-    def rank(self, solved: Solved) -> tuple[float, ...]:
-        """Returns what solutions are compared by, less being better: limits overstepped, then the goal, then costs."""
-        right = np.array([solved.accuracy * len(self._correct)])
-        sums = [np.array([c * s * len(self._correct)]) for c, s in zip(solved.costs, self._scales, strict=True)]
-        return tuple(float(key[0]) for key in self._keys(right, sums))
-
     def _levels(self, index: int, most: int, near: tuple[float, float] | None = None) -> Floats:
         """Returns at most so many thresholds of one exit: every value, or quantiles of the images' values.
 

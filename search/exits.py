@@ -152,10 +152,13 @@ def calibrate_heads(network: ExitNetwork, data: LabelledImages) -> dict[str, flo
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """Returns what logits `(n, classes)` are best divided by: the likelihood of the labels `(n,)` is highest then."""
-    exact = logits.double()
+    """Returns what logits `(n, classes)` are best divided by: the likelihood of the labels `(n,)` is highest then.
+
+    One more image is taken to be of any class, or images that are all answered right would make a head certain.
+    """
+    exact, unsure = logits.double(), 1 / (len(labels) + 1)
 
     def loss(logarithm: float) -> float:
-        return float(F.cross_entropy(exact / np.exp(logarithm), labels))
+        return float(F.cross_entropy(exact / np.exp(logarithm), labels, label_smoothing=unsure))
 
     return float(np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded").x))

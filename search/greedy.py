@@ -24,7 +24,8 @@ AFFORDABLE_S = 600.0
 def greedy_seeds(bench: Workbench, progress: Progress, say: Callable[[str], None]) -> list[dict[str, Value]]:
     """Returns values of the space for the greedy widths: the target's last precision, without exits and with them.
 
-    None where there is one group only, or where the profile would take too long: `say` tells the user then.
+    Where thresholds are solved, exits are no choice. Nothing where there is one group only, or where the profile would
+    take too long: `say` tells the user then.
     """
     profiler = Profiler(bench)
     if len(profiler.groups) < 2:
@@ -38,7 +39,7 @@ def greedy_seeds(bench: Workbench, progress: Progress, say: Callable[[str], None
         return []
     precision = bench.space.precision.computed[-1]
     found = greedy_versions(bench, profiler.run(progress))
-    thresholds = (NEVER_EXIT, _THRESHOLD) if bench.space.gates.exits else (NEVER_EXIT,)
+    thresholds = (NEVER_EXIT, _THRESHOLD) if bench.space.gates.dimensions() else (NEVER_EXIT,)
     return [
         bench.space.uniform(1.0, precision, threshold) | {PREFIX + name: count for name, count in kept.items()}
         for _, kept in found

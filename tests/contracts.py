@@ -85,14 +85,19 @@ class RuntimeContract:
         deployed = [runtime.deployable(stage) for stage in artifact.stages]
         opened = runtime.open(deployed, artifact.thresholds, 1)
         reference = runtime.open([runtime.deployable(builder.build(network, space.dense()).stages[0])], [], 1)
-        _, exits = opened.answer(images.numpy(), batch=4)
+        logits, exits = opened.answer(images.numpy(), batch=4)
         assert set(exits) <= {0, 1, 2}
-        batches = [TimedBatch(0, 4), TimedBatch(4, 4), TimedBatch(0, 4, longest=True)]
+        every = opened.all_logits(images.numpy(), batch=4)
+        assert every.shape == (len(images), 3, 4)
+        np.testing.assert_allclose(every[np.arange(len(images)), exits], logits, atol=1e-4)
+        strict = runtime.open(deployed, [0.999] * 2, 1, "margin")
+        assert set(strict.answer(images.numpy(), batch=4)[1]) == {2}
+        batches = [TimedBatch(0, 4), TimedBatch(4, 4), TimedBatch(0, 4, longest=True), TimedBatch(0, 4, exit=0)]
         take_turn = opened.turns(images.numpy(), batches, reference, 2, Protocol())
         for candidate_first in (True, False):
             turn = take_turn(candidate_first)
             assert all(ratio > 0 for ratio in turn.ratios)
-            assert [len(wall) for wall in turn.walls] == [1, 1, 1]
+            assert [len(wall) for wall in turn.walls] == [1, 1, 1, 1]
 
     def test_what_is_inside_a_file_can_be_seen(self, runtime: Runtime, builder, network, space, images) -> None:
         float_file = builder.build(network, space.candidate(space.uniform(1.0, "fp32", 1.0))).stages[0]

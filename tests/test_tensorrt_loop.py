@@ -55,6 +55,17 @@ def test_exits_answer_as_the_staged_network_does(gpu: ScriptedGpu, pictures: Any
     np.testing.assert_allclose(logits, wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_every_exit_is_asked_and_a_batch_leaves_where_it_is_told(gpu: ScriptedGpu, pictures: Any, batch: int) -> None:
+    network = opened(gpu, seconds=1e-3, thresholds=(0.8,))
+    found = network.all_logits(pictures, batch)
+    np.testing.assert_allclose(found, StagedNetwork([first_half, second_half], [0.8]).all_logits(pictures), rtol=1e-6)
+    assert found.shape[:2] == (len(pictures), 2)
+    batches = [TimedBatch(0, batch, exit=place) for place in (0, 1)]
+    turn = network.turns(pictures, batches, opened(gpu, name="r"), 1, Protocol())(True)
+    assert turn.works[1] > 1.5 * turn.works[0], "one engine, then both"
+
+
 def test_features_stay_on_the_device_at_batch_one(gpu: ScriptedGpu, pictures: Any) -> None:
     network = opened(gpu, thresholds=(2.0,))
     network.answer(pictures[:1], 1)

@@ -28,10 +28,11 @@ from search.store import SearchFolder, StoredSearch
 from search.study import load_study
 from search.tracking import Mirror
 from search.workbench import Workbench
-from spaces.candidate import Candidate
+from spaces.candidate import NEVER_EXIT, Candidate
 
 NAIVE_CANDIDATES = 5
 _STEPS = {
+    "thresholds": "thresholds: every exit built, asked and timed, and solved for",
     "compress": "slice in torch, recalibrate batch norm",
     "build": "artifact: weights into the graph, Q/DQ, stages",
     "load": "load the sessions",
@@ -133,7 +134,8 @@ def _print_building(bench: Workbench, watch: Stopwatch) -> None:
 
 def _random_candidate(bench: Workbench, rng: np.random.Generator) -> Candidate:
     values = bench.space.uniform(float(rng.uniform(0.4, 0.9)), "int8", 1.0)
-    return bench.space.candidate(values)
+    candidate = bench.space.candidate(values)
+    return bench.space.settled(candidate, dict.fromkeys(candidate.thresholds, NEVER_EXIT))
 
 
 def _build_naively(bench: Workbench, candidate: Candidate) -> bytes:
