@@ -8,7 +8,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.artifact import Artifact
 from evaluators.device_state import DeviceState, state_moved
+from evaluators.frames import timed_frames
 from evaluators.latency_cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
 from evaluators.subject import Deployed
@@ -144,6 +146,24 @@ class _Found:
         )
 
 
+def _timed_batches(subject: Deployed) -> tuple[list[TimedBatch], list[float]]:
+    """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last."""
+    batch, reuse = subject.target.batch, subject.artifact.reuse
+    if reuse is not None and subject.answers.answering is not None:
+        return timed_frames(subject.answers.answering, subject.answers.profiles, reuse)
+    if not subject.artifact.exits:
+        return [TimedBatch(0, batch)], [1.0]
+    batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
+    weights = [float(count) for _, count in subject.answers.profiles]
+    return [*batches, TimedBatch(0, batch, longest=True)], [*weights, 0.0]
+
+
+def _statistic(artifact: Artifact) -> str:
+    if artifact.reuse is not None:
+        return "expected over the frames of the validation stream"
+    return "expected over the validation images" if artifact.is_dynamic else "median"
+
+
 class LatencyEvaluator:
     """Seconds per batch that a caller waits.
 
@@ -186,14 +206,14 @@ class LatencyEvaluator:
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
         precision = self._majority(subject)
-        dynamic = bool(subject.artifact.exits)
+        dynamic = subject.artifact.is_dynamic
         found, known = self._known(subject, precision)
         reference_s = self.references[precision].seconds
         value = self._waited(found.ratio, found.wait_s, reference_s)
         return Measurement(
             metric="latency",
             value=value,
-            statistic="expected over the validation images" if dynamic else "median",
+            statistic=_statistic(subject.artifact),
             n=found.calls,
             spread=found.half_width / 1.96 * found.ratio * reference_s,
             target=str(subject.target),
@@ -232,7 +252,7 @@ class LatencyEvaluator:
 
     def _known(self, subject: Deployed, precision: str) -> tuple[_Found, bool]:
         """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
-        if self._cache is None or subject.artifact.exits:
+        if self._cache is None or subject.artifact.is_dynamic:
             return self._fresh(subject, precision), False
         reference = self.references[precision].model
         form = " ".join(field.name for field in fields(_Found))  # what another form kept cannot be read
@@ -251,7 +271,7 @@ class LatencyEvaluator:
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        dynamic, launches = bool(subject.artifact.exits), subject.opened.launches(batch)
+        dynamic, launches = subject.artifact.is_dynamic, subject.opened.launches(batch)
         return _Found.of(timing, dynamic, launches, proof, before, after)
 
     def same_twice(self, precision: str, images: Images) -> float:
@@ -262,15 +282,10 @@ class LatencyEvaluator:
         return time_pair(turns, [1.0], self.protocol, time.perf_counter).ratio
 
     def _time(self, subject: Deployed, precision: str) -> PairedTiming:
-        batch = subject.target.batch
-        batches, weights = [TimedBatch(0, batch)], [1.0]
-        if subject.artifact.exits:
-            batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
-            batches.append(TimedBatch(0, batch, longest=True))
-            weights = [*(float(count) for _, count in subject.answers.profiles), 0.0]
-        protocol = self._protocol(bool(subject.artifact.exits))
+        batches, weights = _timed_batches(subject)
+        protocol = self._protocol(subject.artifact.is_dynamic)
         images, reference = subject.validation.images, self._load(precision)
-        turns = subject.opened.turns(images, batches, reference, reference_batch(batch), protocol)
+        turns = subject.opened.turns(images, batches, reference, reference_batch(subject.target.batch), protocol)
         return time_pair(turns, weights, protocol, time.perf_counter)
 
     def _protocol(self, dynamic: bool) -> Protocol:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,7 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "thresholds": artifact.thresholds,
             "image_shape": bench.data.image_shape,
             "classes": bench.data.classes,
+            **({"frames": asdict(artifact.reuse)} if artifact.reuse else {}),
             "check": {"images": len(images), "correct": int(confirmed.answers.correct[: len(images)].sum())},
         },
         "candidate.json": evaluation.candidate.to_dict(),

@@ -133,6 +133,21 @@ class QuantizationSection(_Section):
     rounding: Literal["nearest", "adaround"] = "nearest"
 
 
+class FramesSection(_Section):
+    """That inputs are the frames of a stream; one that hardly differs from the last key frame may get its answer.
+
+    `source` is a function that takes `validation` or `test` and returns frames, labels, and the first frame of each
+    clip. Where it is not given, crops move over the images of the split, until there are so many `frames`.
+    """
+
+    source: Annotated[str, AfterValidator(_function)] | None = None
+    frames: Positive = 4_000
+    seed: Annotated[int, Field(ge=0)] = 0
+    highest_threshold: Annotated[float, Field(gt=0)] = 0.5
+    threshold_step: Annotated[float, Field(gt=0)] = 0.05
+    max_age: Annotated[int, Field(ge=2)] = 30
+
+
 class TargetSection(_Section):
     """Where the network will run."""
 
@@ -196,6 +211,7 @@ class Study(_Section):
     exits: ExitsSection = ExitsSection()
     space: SpaceSection = SpaceSection()
     quantization: QuantizationSection = QuantizationSection()
+    frames: FramesSection | None = None
     target: TargetSection = TargetSection()
     recovery: RecoverySection = RecoverySection()
     search: SearchSection = SearchSection()
@@ -246,7 +262,11 @@ class Study(_Section):
         if self.data.augment is not None:
             data["augment"] = absolute(factory_source(self.data.augment), folder)
         sections = {"model": self.model.model_copy(update=model), "data": self.data.model_copy(update=data)}
-        return self.model_copy(update=sections)
+        frames = self.frames
+        if frames is not None and frames.source is not None:
+            source = absolute(factory_source(frames.source), folder)
+            frames = frames.model_copy(update={"source": source})
+        return self.model_copy(update=sections | {"frames": frames})
 
     def to_toml(self) -> str:
         """Returns the study as the text of a study file: every key, with the defaults written out."""

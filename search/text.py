@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
+from evaluators.frames import KEY_FRAMES
 from evaluators.measurement import Measurement
 from evaluators.placement import Examined
 from search.budget import Budget, Constraint
@@ -77,7 +78,7 @@ def int8_layers(candidate: Candidate) -> str:
 
 def exit_shares(accuracy: Measurement) -> str:
     """Returns the share of the inputs that leaves at each exit: `86% 9%`; a dash without exits."""
-    return " ".join(f"{share:.0%}" for share in accuracy.notes.values()) or "-"
+    return " ".join(f"{share:.0%}" for name, share in accuracy.notes.items() if name != KEY_FRAMES) or "-"
 
 
 def violation_line(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:

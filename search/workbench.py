@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from evaluators.artifact.scheme import Scheme
 from evaluators.data import Splits
 from evaluators.examiner import LIMIT_S, PlacementExaminer
 from evaluators.flops import FlopsEvaluator
+from evaluators.frames import Reuse
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.latency_cache import LatencyCache
 from evaluators.measurement import Measurement
@@ -33,9 +34,10 @@ from search.recovery import Ground, Recovery, effort_of, recovery
 from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
 from search.sources.prepared import prepare
+from search.sources.streams import with_streams
 from search.study import FinetuneSection, Study, StudyError
 from search.training import augmentation, exit_places, trained_network
-from spaces.candidate import Candidate
+from spaces.candidate import FRAMES, Candidate
 from spaces.criteria import Evidence, criterion
 from spaces.gates import GateSpace
 from spaces.grouping import find_groups
@@ -44,6 +46,7 @@ from spaces.joint import JointSpace
 from spaces.network import ExitNetwork
 from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
 from spaces.precision import PrecisionSpace
+from spaces.space import Real
 from spaces.sparsity import SparsitySpace
 
 StopEarly = Callable[[Mapping[str, Measurement]], bool]
@@ -79,7 +82,7 @@ class Workbench:
         self.runtime: Runtime = library or runtime(study.target.runtime)
         self.target = _target(study, self.runtime)
         self.loaded, built = prepare(study, download, progress, say)
-        self.data = self.loaded.splits
+        self.data = with_streams(study.frames, self.loaded.splits)
         self.network: ExitNetwork = trained_network(study, built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
@@ -257,6 +260,8 @@ class Workbench:
         return self._subject(candidate, network, self.builder.build(network, candidate, self._ranges(candidate)))
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
+        if self.study.frames and candidate.thresholds[FRAMES] > 0:
+            artifact = replace(artifact, reuse=Reuse(candidate.thresholds[FRAMES], self.study.frames.max_age))
         return Subject(network, candidate, artifact, self.data.validation, self.runtime, self.target)
 
     def evaluate(
@@ -285,7 +290,7 @@ class Workbench:
             if stop(measured):
                 break
         added = more.model_dump(mode="json") if more and self.is_pruned(candidate) else None
-        return Evaluation(candidate, measured, self.effort(candidate, more), artifact.digest, seconds, added)
+        return Evaluation(candidate, measured, self.effort(candidate, more), subject.artifact.digest, seconds, added)
 
 
 @contextmanager
@@ -301,6 +306,11 @@ def _target(study: Study, library: Runtime) -> Target:
         raise StudyError(
             f"target.tf32 wants TensorRT on a GPU from Ampere on, got {wanted.runtime} on {device}; leave it out"
         )
+    if study.frames and wanted.batch != 1:
+        raise StudyError(
+            f"frames of a stream come one at a time, got target.batch = {wanted.batch};"
+            " set it to 1, or leave [frames] out"
+        )
     return Target(wanted.runtime, device, wanted.batch, wanted.threads, wanted.tf32)
 
 
@@ -315,9 +325,17 @@ def _space(
     return JointSpace(
         SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions),
-        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
+        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step, _frame_thresholds(study)),
         PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
     )
+
+
+def _frame_thresholds(study: Study) -> Real | None:
+    frames = study.frames
+    if frames is None:
+        return None
+    steps = max(round(frames.highest_threshold / frames.threshold_step), 1)
+    return Real(0.0, round(steps * frames.threshold_step, 6), frames.threshold_step)
 
 
 def _patterns(study: Study, target: Runtime) -> tuple[str, ...]:

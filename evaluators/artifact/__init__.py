@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from evaluators.frames import Reuse
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -17,6 +19,7 @@ class Artifact:
         exits: the exit at the end of each stage but the last.
         thresholds: the confidence at which each of them answers.
         precisions: what each layer was written in, by the name of its ONNX node.
+        reuse: when a frame of a stream is answered as the last key frame was; None where each input is computed.
     """
 
     stages: tuple[bytes, ...]
@@ -24,11 +27,19 @@ class Artifact:
     exits: tuple[str, ...]
     thresholds: tuple[float, ...]
     precisions: Mapping[str, str] = field(default_factory=dict)
+    reuse: Reuse | None = None
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether what an input costs depends on the input."""
+        return bool(self.exits) or self.reuse is not None
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the deployed stages and thresholds."""
         content = hashlib.sha256(repr(self.thresholds).encode())
+        if self.reuse is not None:
+            content.update(repr(self.reuse).encode())
         for stage in self.deployed:
             content.update(stage)
         return content.hexdigest()

@@ -5,7 +5,7 @@ import io
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -196,7 +196,7 @@ class RemotelyOpened:
                 handle=self._board.handle(line, self._recipe),
                 reference=self._board.handle(line, reference._recipe),
                 images=line.upload([stored])[0],
-                batches=[[batch.start, batch.count, batch.longest] for batch in batches],
+                batches=[asdict(batch) for batch in batches],
                 reference_batch=reference_batch,
                 protocol=asdict(protocol),
             )
@@ -241,8 +241,11 @@ def _needed(
     parts, moved, end = [images[:reference_batch]], [], min(reference_batch, len(images))
     for batch in batches:
         parts.append(images[batch.start : batch.start + batch.count])
-        moved.append(TimedBatch(end, batch.count, batch.longest))
-        end += len(parts[-1])
+        behind = end + len(parts[-1])
+        follows = replace(batch.follows, key=behind) if batch.follows else None
+        moved.append(replace(batch, start=end, follows=follows))
+        parts += [images[batch.follows.key : batch.follows.key + 1]] if batch.follows else []
+        end = behind + (1 if batch.follows else 0)
     return np.concatenate(parts), moved
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.runtimes.cuda import Buffer, CaptureError, CudaError, Handle, TimedStream
-from evaluators.runtimes.local import NEVER
+from evaluators.runtimes.local import NEVER, following
 from evaluators.runtimes.run_bundle import StagedNetwork
 from evaluators.runtimes.trt_report import LayerRow, precision_proof
 from evaluators.target import Images, Proof, Spent, TargetError, TimedBatch
@@ -241,6 +241,9 @@ class OpenedEngines:
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
         chosen = images[batch.start : batch.start + batch.count]
         self.stages((batch.count, *images.shape[1:]))  # built before the clock runs
+        if batch.follows is not None:
+            key = images[batch.follows.key : batch.follows.key + 1]
+            return following(lambda frame: self._run(frame, 1, batch.longest), key, chosen, batch.follows)
         return lambda: self._run(chosen, batch.count, batch.longest)
 
     def _spent(self, images: Images, longest: bool = False) -> Spent:

@@ -1,11 +1,13 @@
-"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy].
+"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy] [--stream FRAMES.npz].
 
 Without a file it answers the bundle's own check images and compares with what was measured when the bundle was made.
 A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,).
+With --stream they are frames in their order, and those that hardly differ from the last key frame get its answer.
 It needs onnxruntime and numpy, nothing else; a bundle with engines uses them where tensorrt runs. From Python:
 
     network = load("path/to/bundle")
     logits, exits = network(images)
+    logits, exits, keys = follow("path/to/bundle")(frames)
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Network = Callable[[Floats], "tuple[Floats, NDArray[np.int64]]"]
 
+CELLS = 8
+"""A thumbnail has so many cells each way, or one a pixel where there are fewer."""
 ENGINES = "engines.json"
 
 
@@ -82,7 +88,82 @@ def harmful_optimizers(model: bytes) -> list[str]:
     return ["ReluQuantRewrite"] if b"/fp8/zero_point" in model else []
 
 
-Network = Callable[[Floats], tuple[Floats, NDArray[np.int64]]]
+class KeyFrame(NamedTuple):
+    """A frame that was computed: its thumbnail, and what the network said."""
+
+    thumbnail: Floats
+    logits: Floats
+    exits: NDArray[np.int64]
+
+
+class FrameReuse:
+    """A network for streams: a frame that hardly differs from the last key frame is answered as that was.
+
+    Args:
+        network: maps a batch of one to logits and exits.
+        threshold: the `difference` from which a frame is a key frame; at 0 all are.
+        max_age: so many frames after a key frame the next one is, whatever it looks like.
+    """
+
+    def __init__(self, network: Network, threshold: float, max_age: int) -> None:
+        self.network = network
+        self.threshold = threshold
+        self.max_age = max_age
+        self.last: KeyFrame | None = None
+        self.age = 0
+
+    def __call__(self, frames: Floats) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
+        """Returns the logits `(n, classes)`, the exits `(n,)`, and which are key frames `(n,)`, one after another.
+
+        The last key frame is remembered from call to call.
+        """
+        found = [self.frame(frames[index : index + 1]) for index in range(len(frames))]
+        logits = np.concatenate([key.logits for key, _ in found])
+        exits = np.concatenate([key.exits for key, _ in found])
+        return logits, exits, np.array([is_new for _, is_new in found])
+
+    def frame(self, frame: Floats) -> tuple[KeyFrame, bool]:
+        """Returns the key frame that answers a frame `(1, c, h, w)`, and whether it is that frame itself."""
+        self.age += 1
+        small = thumbnail(frame[0])
+        if self.last is None or is_key(small, self.last.thumbnail, self.age, self.threshold, self.max_age):
+            self.last, self.age = KeyFrame(small, *self.network(frame)), 0
+        return self.last, self.age == 0
+
+
+def is_key(frame: Floats, last: Floats, age: int, threshold: float, max_age: int) -> bool:
+    """Returns whether a frame is a key frame.
+
+    Args:
+        frame: its thumbnail.
+        last: that of the last key frame.
+        age: how many frames ago that was.
+        threshold: the difference from which it is.
+        max_age: the age at which it is anyway.
+    """
+    return age >= max_age or threshold <= 0 or difference(frame, last) >= threshold
+
+
+def thumbnail(frame: Floats) -> Floats:
+    """Returns a frame `(c, h, w)` in grey, as the means of at most 8x8 cells."""
+    channels, height, width = frame.shape
+    rows, columns, pixels = _cells(height, width)
+    grey = np.add.reduce(frame, axis=0)
+    small: Floats = np.add.reduceat(np.add.reduceat(grey, rows, axis=0), columns, axis=1) / (pixels * channels)
+    return small
+
+
+@cache
+def _cells(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+    """Returns where the cells' rows and columns begin, and how many pixels each cell has."""
+    ends = [np.linspace(0, size, min(CELLS, size) + 1).astype(np.int64) for size in (height, width)]
+    rows, columns = (np.diff(end) for end in ends)
+    return ends[0][:-1], ends[1][:-1], np.outer(rows, columns).astype(np.float32)
+
+
+def difference(first: Floats, second: Floats) -> float:
+    """Returns the mean absolute difference of two thumbnails, in units of the network's input."""
+    return float(np.abs(first - second).mean())
 
 
 def load(folder: str | Path) -> Network:
@@ -91,6 +172,13 @@ def load(folder: str | Path) -> Network:
     description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     engines = _load_engines(bundle, description) if (bundle / ENGINES).is_file() else None
     return engines or _load_sessions(bundle, description)
+
+
+def follow(folder: str | Path) -> FrameReuse:
+    """Returns the bundle's network for a stream; one that was picked without frames computes each of them."""
+    description = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
+    frames = description.get("frames", {"threshold": 0.0, "max_age": 1})
+    return FrameReuse(load(folder), frames["threshold"], frames["max_age"])
 
 
 def _load_engines(bundle: Path, description: dict[str, Any]) -> Network | None:
@@ -180,31 +268,62 @@ def _reason(error: Exception) -> str:
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
-    parser.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, or .npy")
-    parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
-    arguments = parser.parse_args()
+    arguments = _arguments()
     bundle = Path(__file__).resolve().parent
     description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    images, labels = read(arguments.images or bundle / "check.npz")
+    own = arguments.images is None and arguments.stream is None
+    images, labels = read(arguments.stream or arguments.images or bundle / "check.npz")
     wanted = tuple(description["image_shape"])
     if images.shape[1:] != wanted or not len(images):
         raise ValueError(f"images are (n, {', '.join(map(str, wanted))}) with n above 0, got {images.shape}")
-    logits, exits, seconds = answer(load(bundle), images, description["target"]["batch"])
+    if arguments.stream or (own and "frames" in description):
+        logits, exits = _answer_stream(follow(bundle), images)
+    else:
+        logits, exits = _answer_images(load(bundle), images, description["target"]["batch"])
     classes = logits.argmax(axis=1)
     if arguments.predictions:
         np.save(arguments.predictions, classes)
-    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {description['target']['batch']} (median here)")
     for index, name in enumerate([*description["exits"], "end"]):
         print(f"  answered at {name}: {int((exits == index).sum())}")
     correct = None if labels is None else int((classes == labels).sum())
     if correct is not None:
         print(f"  accuracy: {correct / len(images):.4%} ({correct}/{len(images)})")
-    if arguments.images is None:
+    if own:
         measured = description["check"]["correct"]
         print(f"  measured when the bundle was made: {measured / len(images):.4%} ({measured}/{len(images)})")
         return 0 if correct == measured else 1
     return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, or .npy")
+    source.add_argument("--stream", type=Path, help="the same, but frames in their order, answered one by one")
+    parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
+    return parser.parse_args()
+
+
+def _answer_images(network: Network, images: Floats, batch: int) -> tuple[Floats, NDArray[np.int64]]:
+    """Returns logits and exits of images that have nothing to do with each other, and says what a batch takes."""
+    logits, exits, seconds = answer(network, images, batch)
+    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here)")
+    return logits, exits
+
+
+def _answer_stream(network: FrameReuse, frames: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """Returns logits and exits of frames, and says how many are key frames and what a frame takes."""
+    answers, computed, seconds = [], 0, []
+    for index in range(len(frames)):
+        begin = time.perf_counter()
+        key, is_new = network.frame(frames[index : index + 1])
+        seconds.append(time.perf_counter() - begin)
+        answers.append(key)
+        computed += is_new
+    mean, median, worst = (1e3 * float(taken(seconds)) for taken in (np.mean, np.median, np.max))
+    print(f"{len(frames)} frames, {computed / len(frames):.1%} of them key frames")
+    print(f"  {mean:.2f} ms per frame, median {median:.2f} ms, worst {worst:.2f} ms (here)")
+    return np.concatenate([key.logits for key in answers]), np.concatenate([key.exits for key in answers])
 
 
 if __name__ == "__main__":

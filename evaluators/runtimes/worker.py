@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from evaluators.target import RUNTIMES, Opened, Runtime, TimedBatch
+from evaluators.target import RUNTIMES, Follows, Opened, Runtime, TimedBatch
 from evaluators.timing import Protocol, TakeTurn
 from spaces.errors import UserError
 
@@ -133,7 +133,7 @@ class Worker:
     def _begin_turns(self, request: Content) -> Content:
         self._turns = self._opened[request["handle"]].turns(
             self._load_images(request["images"]),
-            [TimedBatch(*batch) for batch in request["batches"]],
+            [_timed_batch(batch) for batch in request["batches"]],
             self._opened[request["reference"]],
             request["reference_batch"],
             Protocol(**request["protocol"]),
@@ -154,6 +154,11 @@ class Worker:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]
         found = self._runtime.extras(stages, self._load_images(request["images"]))
         return {"files": {name: base64.b64encode(content).decode() for name, content in found.items()}}
+
+
+def _timed_batch(content: Content) -> TimedBatch:
+    follows = content["follows"]
+    return TimedBatch(content["start"], content["count"], content["longest"], Follows(**follows) if follows else None)
 
 
 def choose_runtime(name: str) -> Runtime:
