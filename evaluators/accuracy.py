@@ -22,7 +22,7 @@ def accuracy_of(answers: Answers, target: Target, images: str) -> Measurement:
         target: what ran the network.
         images: which images they were, for the record.
     """
-    n = len(answers.correct)
+    n, clips = len(answers.correct), answers.clips
     share = float(answers.correct.mean())
     shares = {f"exit{stage + 1}": float((answers.exits == stage).mean()) for stage in range(answers.stages - 1)}
     if answers.answering is not None:
@@ -32,19 +32,20 @@ def accuracy_of(answers: Answers, target: Target, images: str) -> Measurement:
         value=share,
         statistic="mean",
         n=n,
-        spread=math.sqrt(share * (1 - share) / n) if answers.clips is None else _over_clips(answers, answers.clips),
+        spread=math.sqrt(share * (1 - share) / n) if clips is None else _over_clips(answers.correct, clips),
         target=str(target),
-        protocol=f"top-1 of the deployed artifact on {n} {images} images, batch {target.batch}",
+        protocol=f"top-1 of the deployed artifact on {n} {images} {'images' if clips is None else 'frames'}, batch"
+        f" {target.batch}",
         notes=shares,
     )
 
 
-def _over_clips(answers: Answers, clips: NDArray[np.int64]) -> float:
+def _over_clips(correct: NDArray[np.bool_], clips: NDArray[np.int64]) -> float:
     """Returns the standard error of a share whose samples come in clips.
 
     Source: Cochran, Sampling Techniques, 1977, section 9.2 (a ratio over clusters of unequal size).
     """
-    deviations = np.bincount(clips, answers.correct - answers.correct.mean())
+    deviations = np.bincount(clips, correct - correct.mean())
     return float(np.sqrt((deviations**2).sum()) / len(clips))
 
 

@@ -21,7 +21,7 @@ from evaluators.runtimes.board import Board, _needed
 from evaluators.runtimes.ort import OnnxRuntime
 from evaluators.runtimes.ssh import _SHIPPED, SSH_COMMAND, Address, ConnectionLostError, Line, worker_file
 from evaluators.runtimes.worker import Worker, choose_runtime
-from evaluators.target import TargetError, TimedBatch, runtime
+from evaluators.target import Follows, TargetError, TimedBatch, runtime
 from evaluators.timing import Protocol
 from search.cli import run
 from search.coordinator import Coordinator
@@ -324,3 +324,26 @@ def test_turns_get_the_images_that_they_need(monkeypatch) -> None:
             some[after.start : after.start + after.count], images[before.start : before.start + before.count]
         )
         assert before.longest == after.longest
+        assert after.follows is None
+
+
+def test_a_frame_crosses_the_network_with_its_key_frame(monkeypatch) -> None:
+    images = np.arange(40, dtype=np.float32).reshape(10, 1, 2, 2)
+    batches = [TimedBatch(4, 1, False, Follows(2, 2, 0.5, 30)), TimedBatch(9, 1, True, Follows(8, 1, 0.5, 30))]
+    monkeypatch.setattr("evaluators.runtimes.board.SMALL_BYTES", 0)
+    some, moved = _needed(images, batches, 1)
+    assert len(some) == 5
+    for before, after in zip(batches, moved, strict=True):
+        np.testing.assert_array_equal(some[after.start], images[before.start])
+        np.testing.assert_array_equal(some[after.follows.key], images[before.follows.key])
+        assert replace(after.follows, key=before.follows.key) == before.follows
+        assert after.longest == before.longest
+
+
+def test_frames_take_turns_on_a_board(board, builder, network, space, images) -> None:
+    opened = opened_dense(board, builder, network, space)
+    reused, computed = Follows(2, 1, 1e9, 30), Follows(2, 1, 0.0, 30)
+    batches = [TimedBatch(3, 1, follows=reused), TimedBatch(3, 1, follows=computed)]
+    take_turn = opened.turns(images.numpy(), batches, opened, 1, Protocol())
+    again, fresh = np.median([take_turn(index % 2 == 0).ratios for index in range(15)], axis=0)
+    assert 0 < again < fresh
