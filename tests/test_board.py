@@ -4,12 +4,14 @@ import ast
 import base64
 import errno
 import hashlib
+import io
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +250,26 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch) -> None:
     answer = Worker(OnnxRuntime(), tmp_path).handle({"id": 7, "do": "put", "data": base64.b64encode(b"x").decode()})
     assert answer["id"] == 7
     assert "disk is full" in answer["error"]
+
+
+def test_a_worker_answers_a_frame_again_or_computes_it(tmp_path, builder, network, space, images) -> None:
+    worker = Worker(OnnxRuntime(), tmp_path)
+
+    def ask(do: str, **content: object) -> dict:
+        line = json.dumps({"id": 1, "do": do, **content})  # as it crosses the network
+        return json.loads(json.dumps(worker.handle(json.loads(line))["ok"]))
+
+    file = io.BytesIO()
+    np.save(file, images.numpy())
+    (stage,) = builder.build(network, space.dense()).deployed
+    model, pictures = (ask("put", data=base64.b64encode(data).decode())["digest"] for data in (stage, file.getvalue()))
+    ask("open", handle=1, stages=[model], thresholds=[], threads=1)
+    batches = [TimedBatch(3, 1, follows=Follows(2, age, 1e9, 30)) for age in (1, 30)]
+    settings = {"images": pictures, "batches": [asdict(batch) for batch in batches], "protocol": asdict(Protocol())}
+    ask("turns", handle=1, reference=1, reference_batch=1, **settings)
+    turns = [ask("turn", candidate_first=index % 2 == 0)["ratios"] for index in range(15)]
+    again, fresh = np.median(turns, axis=0)
+    assert 0 < again < fresh
 
 
 def test_a_digest_is_never_a_path(tmp_path) -> None:
