@@ -260,8 +260,9 @@ class Workbench:
         return self._subject(candidate, network, self.builder.build(network, candidate, self._ranges(candidate)))
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
-        if self.study.frames and candidate.thresholds[FRAMES] > 0:
-            artifact = replace(artifact, reuse=Reuse(candidate.thresholds[FRAMES], self.study.frames.max_age))
+        threshold = candidate.thresholds.get(FRAMES, 0.0)
+        if self.study.frames and threshold > 0:
+            artifact = replace(artifact, reuse=Reuse(threshold, self.study.frames.max_age))
         return Subject(network, candidate, artifact, self.data.validation, self.runtime, self.target)
 
     def evaluate(
