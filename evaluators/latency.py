@@ -80,6 +80,16 @@ def slower_launch(launches: Mapping[str, float]) -> list[str]:
     return [slower] if seconds > 1.02 * others else []
 
 
+def _told_ways(subject: Deployed) -> str:
+    """Returns, in words, which ways through the blocks were timed; nothing where no block may be skipped."""
+    if not subject.artifact.blocks:
+        return ""
+    timed, ways = len(subject.answers.profiles), subject.answers.ways
+    if timed == ways:
+        return f"; each of {ways} ways through the blocks timed"
+    return f"; {timed} batches timed for {ways} ways through the blocks, each for an equal share, by what they leave out"
+
+
 @dataclass(frozen=True)
 class _Found:
     """What is kept of a timing: ratios to the reference, and the candidate's seconds by the clocks.
@@ -186,7 +196,7 @@ class LatencyEvaluator:
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
         precision = self._majority(subject)
-        dynamic = bool(subject.artifact.exits)
+        dynamic = subject.artifact.is_dynamic
         found, known = self._known(subject, precision)
         reference_s = self.references[precision].seconds
         value = self._waited(found.ratio, found.wait_s, reference_s)
@@ -197,7 +207,7 @@ class LatencyEvaluator:
             n=found.calls,
             spread=found.half_width / 1.96 * found.ratio * reference_s,
             target=str(subject.target),
-            protocol=self._told(precision, dynamic, known, found),
+            protocol=self._told(precision, dynamic, known, found) + _told_ways(subject),
             others={
                 **{name: tail * value for name, tail in found.tails.items()},
                 "worst": self._waited(found.worst_ratio, found.worst_wait_s, reference_s),
@@ -232,7 +242,7 @@ class LatencyEvaluator:
 
     def _known(self, subject: Deployed, precision: str) -> tuple[_Found, bool]:
         """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
-        if self._cache is None or subject.artifact.exits:
+        if self._cache is None or subject.artifact.is_dynamic:
             return self._fresh(subject, precision), False
         reference = self.references[precision].model
         form = " ".join(field.name for field in fields(_Found))  # what another form kept cannot be read
@@ -251,7 +261,7 @@ class LatencyEvaluator:
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        dynamic, launches = bool(subject.artifact.exits), subject.opened.launches(batch)
+        dynamic, launches = subject.artifact.is_dynamic, subject.opened.launches(batch)
         return _Found.of(timing, dynamic, launches, proof, before, after)
 
     def same_twice(self, precision: str, images: Images) -> float:
@@ -264,11 +274,11 @@ class LatencyEvaluator:
     def _time(self, subject: Deployed, precision: str) -> PairedTiming:
         batch = subject.target.batch
         batches, weights = [TimedBatch(0, batch)], [1.0]
-        if subject.artifact.exits:
+        if subject.artifact.is_dynamic:
             batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
             batches.append(TimedBatch(0, batch, longest=True))
             weights = [*(float(count) for _, count in subject.answers.profiles), 0.0]
-        protocol = self._protocol(bool(subject.artifact.exits))
+        protocol = self._protocol(subject.artifact.is_dynamic)
         images, reference = subject.validation.images, self._load(precision)
         turns = subject.opened.turns(images, batches, reference, reference_batch(batch), protocol)
         return time_pair(turns, weights, protocol, time.perf_counter)

@@ -19,6 +19,7 @@ from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
+from evaluators.runtimes.run_bundle import from_json, to_json
 from evaluators.subject import Deployed
 from evaluators.target import Target, runtime
 from spaces.candidate import Candidate
@@ -55,6 +56,8 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         "exits": subject.artifact.exits,
         "thresholds": subject.artifact.thresholds,
         "precisions": dict(subject.artifact.precisions),
+        "blocks": subject.artifact.blocks,
+        "plan": to_json(subject.artifact.plan),
         "target": subject.target.to_dict(),
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
@@ -62,9 +65,9 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
 
 
 def _write_images(folder: Path, subject: Deployed) -> None:
-    """Writes the validation images, a few at a time; without exits the first batch is all that is needed."""
+    """Writes the validation images, a few at a time; where inputs decide nothing the first batch is all that is needed."""
     images, labels = subject.validation.images, subject.validation.labels
-    count = len(labels) if subject.artifact.exits else min(subject.target.batch, len(labels))
+    count = len(labels) if subject.artifact.is_dynamic else min(subject.target.batch, len(labels))
     shape = (count, *images.shape[1:])
     file = np.lib.format.open_memmap(folder / _IMAGES, mode="w+", dtype=np.float32, shape=shape)
     for start in range(0, count, _AT_ONCE):
@@ -100,7 +103,8 @@ def _measure(folder: Path) -> dict[str, Any]:
         name: Reference((folder / f"reference-{name}.onnx").read_bytes(), seconds)
         for name, seconds in job["references"].items()
     }
-    artifact = Artifact(stages, stages, tuple(job["exits"]), tuple(job["thresholds"]), job["precisions"])
+    exits, blocks, plan = tuple(job["exits"]), tuple(job["blocks"]), from_json(job["plan"])
+    artifact = Artifact(stages, stages, exits, tuple(job["thresholds"]), job["precisions"], blocks, plan)
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)
     some = images[: reference_batch(target.batch)]

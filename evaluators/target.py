@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.device_state import DeviceState
+from evaluators.runtimes.run_bundle import Routes, Steps
 from evaluators.timing import Protocol as TimingProtocol
 from evaluators.timing import TakeTurn
 from spaces.errors import UserError
@@ -57,6 +58,7 @@ class Capabilities:
         sparse_2_4: whether two zeros in each four weights along the input channels make a layer faster.
         compiles: whether loading compiles for the device, so that a known latency is worth keeping.
         tf32: whether fp32 layers can run in TF32, which is a property of a whole engine.
+        skips: whether a block that an input passes by is a part of the artifact that is not run.
         clock: what work is told by. `cpu`: the CPU time of the calling thread, or the wall clock where several threads
             share the work; that is all a caller waits for, other programs aside. `gpu`: the device's own events; a
             caller waits for the host's part of a call as well.
@@ -71,6 +73,7 @@ class Capabilities:
     sparse_2_4: bool = False
     compiles: bool = False
     tf32: bool = False
+    skips: bool = False
     clock: Literal["cpu", "gpu"] = "cpu"
 
 
@@ -140,8 +143,11 @@ class Proof:
 class Opened(Protocol):
     """An artifact, loaded where it will run: here, or on a board."""
 
-    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
-        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
+        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, computed `batch` images at a time.
+
+        A route is the exit that answered and the blocks that were passed by: see `run_bundle`.
+        """
         ...
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
@@ -206,8 +212,14 @@ class Runtime(Protocol):
         """Returns the file that is shipped for this runtime, made from a portable ONNX file."""
         ...
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> Opened:
-        """Returns an artifact, loaded from the files that `deployable` gave."""
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int) -> Opened:
+        """Returns an artifact, loaded from the files that `deployable` gave.
+
+        Args:
+            stages: the files.
+            plan: the confidence from which each exit answers; or steps, where the runtime can skip blocks.
+            threads: that run them.
+        """
         ...
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:

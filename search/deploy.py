@@ -195,6 +195,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "extras": sorted(extras),
             "exits": artifact.exits,
             "thresholds": artifact.thresholds,
+            "blocks": artifact.blocks,
+            "plan": run_bundle.to_json(artifact.plan),
             "image_shape": bench.data.image_shape,
             "classes": bench.data.classes,
             "check": {"images": len(images), "correct": int(confirmed.answers.correct[: len(images)].sum())},

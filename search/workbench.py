@@ -32,8 +32,9 @@ from search.progress import Progress, Say
 from search.recovery import Ground, Recovery, effort_of, recovery
 from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
+from search.skipping import skip_blocks
 from search.sources.prepared import prepare
-from search.study import FinetuneSection, Study, StudyError
+from search.study import FinetuneSection, SkipsSection, Study, StudyError
 from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import Candidate
 from spaces.criteria import Evidence, criterion
@@ -80,7 +81,7 @@ class Workbench:
         self.target = _target(study, self.runtime)
         self.loaded, built = prepare(study, download, progress, say)
         self.data = self.loaded.splits
-        self.network: ExitNetwork = trained_network(study, built, self.data, progress)
+        self.network: ExitNetwork = trained_network(_skipping(study, self.runtime), built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
         scheme = Scheme(**study.quantization.model_dump())
@@ -124,9 +125,10 @@ class Workbench:
         return recovery(self.ground)
 
     def structure(self) -> dict[str, Any]:
-        """Returns, JSON-ready, where the exits are and which channels stay whole."""
+        """Returns, JSON-ready, where the exits and gates are and which channels stay whole."""
         return {
             "exits": asdict(self.exit_places),
+            "skips": list(self.network.skip_blocks),
             "groups": [group.name for group in self.groups.free],
             "whole": [asdict(group) for group in self.groups.whole],
         }
@@ -154,11 +156,16 @@ class Workbench:
     @property
     def remarks(self) -> list[str]:
         """What of the study's wishes does not come true on this target, in words."""
-        if _patterns(self.study, self.runtime) == self.study.space.patterns:
-            return []
-        return [
-            f"pattern {TWO_OF_FOUR} is left out: {self.target.device} has no sparse kernels in {self.target.runtime}"
-        ]
+        found = []
+        if _patterns(self.study, self.runtime) != self.study.space.patterns:
+            why = f"{self.target.device} has no sparse kernels in {self.target.runtime}"
+            found.append(f"pattern {TWO_OF_FOUR} is left out: {why}")
+        if _skipping(self.study, self.runtime).skips != self.study.skips:
+            found.append(f"[skips] is left out: {self.target.runtime} does not skip blocks at batch {self.target.batch}")
+        elif self.study.skips.blocks:
+            image = torch.zeros(1, *self.data.image_shape)
+            found.append(str(skip_blocks(self.network.trunk, self.study.skips, image)))
+        return found
 
     def time_references(self) -> dict[str, Spent]:
         """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
@@ -315,9 +322,16 @@ def _space(
     return JointSpace(
         SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions),
-        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step),
+        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step, network.skip_blocks),
         PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
     )
+
+
+def _skipping(study: Study, target: Runtime) -> Study:
+    """Returns the study without gates where the target does not skip what they say."""
+    able = target.capabilities()
+    able_to = able.skips and (study.target.batch == 1 or able.dynamic_batch)
+    return study if able_to else study.model_copy(update={"skips": SkipsSection()})
 
 
 def _patterns(study: Study, target: Runtime) -> tuple[str, ...]:

@@ -10,11 +10,15 @@ from typing import Any, Self
 
 NEVER_EXIT = 1.0
 """The threshold that turns an exit off: its head is not even part of the artifact."""
+ALWAYS_RUN = -4.0
+"""The threshold that turns a gate off: its block is always run, and the gate is not even part of the artifact."""
+SKIP = "skip."
+"""What a gate's threshold is called, followed by its block's path."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer, threshold per exit, and the pattern of zeros of some layers.
+    """Channels kept per group, precision per layer, threshold per exit and gate, and the pattern of zeros of some layers.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, {"exit1": 0.9})
 
@@ -42,8 +46,15 @@ class Candidate:
     @property
     def active_exits(self) -> tuple[str, ...]:
         """The exits that can fire, in order of depth."""
-        names = sorted(self.thresholds, key=lambda name: (len(name), name))  # exit2 before exit10
+        exits = [name for name in self.thresholds if not name.startswith(SKIP)]
+        names = sorted(exits, key=lambda name: (len(name), name))  # exit2 before exit10
         return tuple(name for name in names if self.thresholds[name] < NEVER_EXIT)
+
+    @property
+    def active_skips(self) -> dict[str, float]:
+        """The blocks that may be skipped, by their paths, each with the logit from which its gate runs it."""
+        gates = {name.removeprefix(SKIP): value for name, value in self.thresholds.items() if name.startswith(SKIP)}
+        return {block: threshold for block, threshold in gates.items() if threshold > ALWAYS_RUN}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from spaces.candidate import NEVER_EXIT, Candidate
-from spaces.gates import GateSpace
+from spaces.candidate import ALWAYS_RUN, NEVER_EXIT, SKIP, Candidate
+from spaces.gates import PREFIX as THRESHOLD
+from spaces.gates import TRAINED, GateSpace
 from spaces.network import ExitNetwork
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PREFIX, PrecisionSpace
@@ -41,8 +42,8 @@ class JointSpace:
     def candidate(self, values: Mapping[str, Value]) -> Candidate:
         """Returns the candidate that `values`, one for each dimension, describe.
 
-        The head of an exit that never fires is not deployed, so its precision is that of the reference: candidates
-        that deploy the same thing are the same candidate.
+        The head of an exit that never fires, and the gate of a block that is always run, are not deployed, so their
+        precision is that of the reference: candidates that deploy the same thing are the same candidate.
 
         Raises:
             KeyError: a dimension has no value.
@@ -50,30 +51,32 @@ class JointSpace:
         thresholds = {name: float(value) for name, value in self.gates.read(values).items()}
         precision = {name: str(value) for name, value in self.precision.read(values).items()}
         for name, threshold in thresholds.items():
-            if threshold >= NEVER_EXIT:
-                precision |= {
-                    layer: self.precision.precisions[0] for layer in precision if layer.startswith(f"exits.{name}.")
-                }
+            idle = self.gates.owner(name, threshold)
+            if idle is not None:
+                precision |= {layer: self.precision.precisions[0] for layer in precision if layer.startswith(idle)}
         channels = {name: int(value) for name, value in self.sparsity.read(values).items()}
         patterns = {name: str(value) for name, value in self.patterns.read(values).items() if value != DENSE}
         return Candidate(channels, precision, thresholds, patterns)
 
     def dense(self) -> Candidate:
-        """Returns the network as it was given: every channel, the reference precision, no exit."""
+        """Returns the network as it was given: every channel, the reference precision, no exit, no block skipped."""
         return Candidate(
             {group.name: group.channels for group in self.sparsity.groups},
             dict.fromkeys(self.precision.layers, self.precision.precisions[0]),
-            dict.fromkeys(self.gates.exits, NEVER_EXIT),
+            self.gates.off(),
         )
 
     def uniform(self, keep: float, precision: str, threshold: float, pattern: str = DENSE) -> dict[str, Value]:
         """Returns values that treat every layer alike: a share of the channels, one precision, threshold and pattern.
 
-        Shares are rounded to the nearest step of each group; the threshold to the nearest on offer.
+        Shares are rounded to the nearest step of each group; the threshold to the nearest on offer. Where exits may
+        answer, gates decide as they were trained to; else every block is run.
         """
         values: dict[str, Value] = {}
         for name, dimension in self.dimensions().items():
-            if not isinstance(dimension, Choice):
+            if name.startswith(THRESHOLD + SKIP):
+                values[name] = ALWAYS_RUN if threshold >= NEVER_EXIT else TRAINED
+            elif not isinstance(dimension, Choice):
                 values[name] = _nearest(dimension, keep, threshold)
             elif name.startswith(PREFIX):
                 values[name] = self.precision.nearest(name.removeprefix(PREFIX), precision)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from evaluators.runtimes.run_bundle import Steps
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -12,11 +14,14 @@ class Artifact:
 
     Args:
         stages: portable ONNX files: int8 as symmetric s8 Q/DQ, bias in float. A stage that ends in an exit returns the
-            features for the next stage and the exit's logits; the last one returns the logits.
+            features for the next stage and the exit's logits; the last one returns the logits. What they return where
+            blocks may be skipped is in `Step`.
         deployed: the same stages as the target's runtime wants them; what is measured.
         exits: the exit at the end of each stage but the last.
         thresholds: the confidence at which each of them answers.
         precisions: what each layer was written in, by the name of its ONNX node.
+        blocks: those that may be skipped, in the order in which they run.
+        plan: how the stages are run: a confidence for each exit, or steps where blocks may be skipped.
     """
 
     stages: tuple[bytes, ...]
@@ -24,11 +29,18 @@ class Artifact:
     exits: tuple[str, ...]
     thresholds: tuple[float, ...]
     precisions: Mapping[str, str] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    plan: Steps = ()
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether inputs decide how much of it is run."""
+        return bool(self.exits or self.blocks)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the deployed stages and thresholds."""
-        content = hashlib.sha256(repr(self.thresholds).encode())
+        content = hashlib.sha256(repr(self.plan if self.blocks else self.thresholds).encode())
         for stage in self.deployed:
             content.update(stage)
         return content.hexdigest()

@@ -7,11 +7,12 @@ import torch
 from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact, fp8
-from evaluators.artifact.exporter import OPSET, OUTPUT, ExportError, logits_name
+from evaluators.artifact.exporter import INPUT, OPSET, OUTPUT, ExportError, gate_logits_name, logits_name
 from evaluators.artifact.half import HalfWriter
 from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Ranges
 from evaluators.artifact.scheme import MINMAX, Scheme
-from evaluators.artifact.template import Stage, Template, output_channels
+from evaluators.artifact.layout import Layout, Stage
+from evaluators.artifact.template import Template, output_channels
 from evaluators.runtimes.ort import activation_ranges, load
 from evaluators.target import ALLOW_TF32, Runtime
 from spaces.candidate import Candidate
@@ -51,6 +52,7 @@ class ArtifactBuilder:
         self._properties = ALLOW_TF32 if tf32 else {}
         self._template = Template(network, torch.from_numpy(calibration[:1]))
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
+        outputs += [gate_logits_name(block) for block in network.skip_blocks]
         able = self._able = runtime.capabilities()
         self._quantizer = Quantizer(
             self._template.nodes,
@@ -62,7 +64,7 @@ class ArtifactBuilder:
         )
         self._half = HalfWriter(self._template.nodes, self._template.layers)
         self._float8 = fp8.Float8Writer(self._template.layers)
-        self._everything = Stage(self._template.nodes, self._template.stages(())[0].input, tuple(outputs))
+        self._everything = Stage(self._template.nodes, INPUT, tuple(outputs))
         self._probe = calibration[:2]
         refusal = self.disagreement(network)
         if refusal is not None:
@@ -75,10 +77,16 @@ class ArtifactBuilder:
         return tuple(self._template.layers)
 
     def read_ranges(self, network: ExitNetwork, images: NDArray[np.float32]) -> Ranges:
-        """Returns the range of every activation of a network of this structure, over `images`."""
+        """Returns the range of every activation of a network of this structure, over `images`.
+
+        Where blocks can be skipped, it spans what they give and what passes them by, as the gates were trained.
+        """
         weights = self._template.weights(network.state_dict())
-        model = self._template.file(self._everything, self._template.nodes, weights)
-        return activation_ranges(model, self._quantizer.activations(), images)
+        found = []
+        for nodes in self._template.flows:
+            model = self._template.file(self._everything, nodes, weights)
+            found.append(activation_ranges(model, self._quantizer.activations(), images))
+        return {name: (min(r[name][0] for r in found), max(r[name][1] for r in found)) for name in found[0]}
 
     def disagreement(self, network: ExitNetwork) -> tuple[str, str] | None:
         """Returns why a network of this structure cannot be written by slicing; None where its file answers as it does.
@@ -152,7 +160,8 @@ class ArtifactBuilder:
         placement, halves = self._place(precisions)
         eights, ranges = self._float8.place(_at("fp8", precisions)), ranges or self.ranges
         files: list[bytes] = []
-        for stage in self._template.stages(candidate.active_exits):
+        layout = self._template.layout(candidate.active_exits, tuple(candidate.active_skips))
+        for stage in layout.stages:
             nodes, values = self._quantizer.write(stage, placement, weights, ranges, grids)
             opset = fp8.OPSET if any(node.name in eights for node in nodes) else OPSET
             nodes, values = self._float8.write(nodes, eights, values, ranges)
@@ -166,12 +175,14 @@ class ArtifactBuilder:
             deployed=tuple(self._runtime.deployable(file) for file in files),
             exits=candidate.active_exits,
             thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
-            precisions=self._deployed_precisions(precisions, candidate.active_exits),
+            precisions=self._deployed_precisions(precisions, layout),
+            blocks=layout.blocks,
+            plan=layout.plan(candidate),
         )
 
-    def _deployed_precisions(self, precisions: Mapping[str, str], exits: tuple[str, ...]) -> dict[str, str]:
+    def _deployed_precisions(self, precisions: Mapping[str, str], layout: Layout) -> dict[str, str]:
         """Returns the precision of each layer that is deployed, by its ONNX node: heads that never answer are not."""
-        deployed = {node.name for stage in self._template.stages(exits) for node in stage.nodes}
+        deployed = {node.name for stage in layout.stages for node in stage.nodes}
         named = {self._template.layers[layer]: given for layer, given in precisions.items()}
         return {node: given for node, given in named.items() if node in deployed}
 

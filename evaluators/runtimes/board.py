@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evaluators.data import SMALL_BYTES, ImageStore, bytes_of
 from evaluators.device_state import DeviceState
+from evaluators.runtimes.run_bundle import Routes, Step, Steps, to_json
 from evaluators.runtimes.ssh import Address, ConnectionLostError, JobError, Line
 from evaluators.target import Capabilities, Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.timing import Protocol, TakeTurn, Turn
@@ -23,7 +23,7 @@ RETRY_AFTER_S = (0.5, 2.0, 5.0, 15.0)
 """How long to wait before each attempt to reach a board again."""
 
 Result = TypeVar("Result")
-_Recipe = tuple[tuple[bytes, ...], tuple[float, ...], int]
+_Recipe = tuple[tuple[bytes, ...], tuple[float | Step, ...], int]
 
 
 class Board:
@@ -76,9 +76,9 @@ class Board:
             return unsigned_activations(model)
         return model
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> "RemotelyOpened":
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int) -> "RemotelyOpened":
         """Returns an artifact that is loaded on the board when it is first asked."""
-        return RemotelyOpened(self, (tuple(stages), tuple(thresholds), threads))
+        return RemotelyOpened(self, (tuple(stages), tuple(plan), threads))
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
         """Returns the files that the board's runtime adds to a bundle."""
@@ -138,10 +138,10 @@ class Board:
             return self._handles[recipe]
         while len(self._handles) >= ALIVE:
             line.ask("close", handle=self._handles.popitem(last=False)[1])
-        stages, thresholds, threads = recipe
+        stages, plan, threads = recipe
         self._next_handle += 1
         digests = line.upload(stages)
-        line.ask("open", handle=self._next_handle, stages=digests, thresholds=list(thresholds), threads=threads)
+        line.ask("open", handle=self._next_handle, stages=digests, thresholds=to_json(plan), threads=threads)
         self._handles[recipe] = self._next_handle
         return self._next_handle
 
@@ -151,23 +151,23 @@ class RemotelyOpened:
 
     Args:
         board: where it is.
-        recipe: its stages, thresholds and threads.
+        recipe: its stages, how they are run, and threads.
     """
 
     def __init__(self, board: Board, recipe: _Recipe) -> None:
         self._board = board
         self._recipe = recipe
 
-    def answer(self, images: ImageStore, batch: int) -> tuple[Images, NDArray[np.int64]]:
-        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+    def answer(self, images: ImageStore, batch: int) -> tuple[Images, Routes]:
+        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, computed `batch` images at a time."""
         at_once = max(SMALL_BYTES * len(images) // bytes_of(images) // batch, 1) * batch
         parts = [self._answer(images[start : start + at_once], batch) for start in range(0, len(images), at_once)]
-        return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+        return np.concatenate([logits for logits, _ in parts]), np.concatenate([routes for _, routes in parts])
 
-    def _answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+    def _answer(self, images: Images, batch: int) -> tuple[Images, Routes]:
         found = self._ask("answer", images, batch=batch)
         logits: Images = np.load(io.BytesIO(base64.b64decode(found["logits"])))
-        return logits, np.array(found["exits"], dtype=np.int64)
+        return logits, np.array(found["routes"], dtype=np.int64)
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
         """Returns what each of `calls` runs on one batch took on the board."""

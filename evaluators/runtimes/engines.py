@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.runtimes.cuda import Buffer, CaptureError, CudaError, Handle, TimedStream
-from evaluators.runtimes.local import NEVER
-from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.runtimes.run_bundle import NEVER, StagedNetwork
 from evaluators.runtimes.trt_report import LayerRow, precision_proof
 from evaluators.target import Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of

@@ -4,17 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from evaluators.runtimes.run_bundle import StagedNetwork
+from evaluators.runtimes.run_bundle import Routes, StagedNetwork, Steps, longest
 from evaluators.target import Images, Proof, Spent, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 if TYPE_CHECKING:
     from evaluators.data import ImageStore
-
-NEVER = 2.0
-"""A threshold that no confidence reaches, for timing the longest path."""
 
 LoadedStage = Callable[[Images], Sequence[Images]]
 
@@ -23,20 +19,20 @@ class LocallyOpened:
     """An artifact whose stages are functions of this process.
 
     Args:
-        stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
-        thresholds: the confidence from which each exit answers.
+        stages: each maps a batch to what its step wants.
+        plan: the confidence from which each exit answers, or the steps.
         threads: that the stages use; it decides which clock tells their work.
     """
 
-    def __init__(self, stages: Sequence[LoadedStage], thresholds: Sequence[float], threads: int) -> None:
-        self._network = StagedNetwork(stages, thresholds)
-        self._longest = StagedNetwork(stages, [NEVER] * len(thresholds))
+    def __init__(self, stages: Sequence[LoadedStage], plan: Steps, threads: int) -> None:
+        self._network = StagedNetwork(stages, plan)
+        self._longest = StagedNetwork(stages, longest(plan))
         self._clock = Clock.for_threads(threads)
 
-    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
-        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
+        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, computed `batch` images at a time."""
         parts = [self._network(images[start : start + batch]) for start in range(0, len(images), batch)]
-        return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+        return np.concatenate([logits for logits, _ in parts]), np.concatenate([routes for _, routes in parts])
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
         """Returns what each of `calls` runs on one batch took."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
-from evaluators.runtimes.run_bundle import harmful_optimizers
+from evaluators.runtimes.run_bundle import Steps, harmful_optimizers
 from evaluators.target import Capabilities, Images
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class OnnxRuntime:
         """
         overflows = platform.machine().lower() in ("x86_64", "amd64") and not has_vnni()
         steps = {"fp32": 8, "int8": 8}
-        return Capabilities(("fp32", "int8"), steps, weight_bits=7 if overflows else 8, dynamic_batch=True)
+        bits = 7 if overflows else 8
+        return Capabilities(("fp32", "int8"), steps, weight_bits=bits, dynamic_batch=True, skips=True)
 
     def state(self) -> DeviceState:
         """Returns the CPU's frequency, governor and temperature, where the system tells."""
@@ -72,9 +73,9 @@ class OnnxRuntime:
         """
         return unsigned_activations(model)
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> LocallyOpened:
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int) -> LocallyOpened:
         """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
-        return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads)
+        return LocallyOpened([load(stage, threads) for stage in stages], plan, threads)
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:  # noqa: ARG002
         """Returns nothing: sessions load from the files themselves."""

@@ -5,7 +5,8 @@ A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, t
 It needs onnxruntime and numpy, nothing else; a bundle with engines uses them where tensorrt runs. From Python:
 
     network = load("path/to/bundle")
-    logits, exits = network(images)
+    logits, routes = network(images)
+    exits_of(routes), skipped_of(routes, blocks)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +24,163 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Routes = NDArray[np.int64]
+"""Of each input, the exit that answered it and the blocks that it passed by, in one number."""
 
 ENGINES = "engines.json"
 
 
-class StagedNetwork:
-    """A network whose early exits let easy inputs leave.
+NEVER = 2.0
+"""A confidence that no exit reaches."""
+EXIT_BITS = 8
+"""A route's low bits are the exit that answered; each one above them is a block that was skipped."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step through a network whose inputs may leave early or pass a block by.
+
+    Its file returns the features for the next step, the logits of the exit at its end, and the logit of the next step's
+    gate, as far as there are such. The last one returns the network's logits.
 
     Args:
-        stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
-        thresholds: the confidence (largest softmax probability) from which each exit answers.
+        stage: the file that it runs.
+        exit: the confidence from which the exit at its end answers; None where there is none.
+        skip: the logit from which inputs run it and do not pass it by; None where all of them run it.
+        gate: the file of its gate alone, for inputs whose gate the step before did not tell; None where it always does.
+        keeps: whether its file returns no features, because the next step reads what this one read.
     """
 
-    def __init__(self, stages: Sequence[Callable[[Floats], Sequence[Floats]]], thresholds: Sequence[float]) -> None:
-        if len(stages) != len(thresholds) + 1:
-            raise ValueError(f"there is one threshold per exit, got {len(thresholds)} for {len(stages)} stages")
+    stage: int
+    exit: float | None = None
+    skip: float | None = None
+    gate: int | None = None
+    keeps: bool = False
+
+
+Steps = Sequence["float | Step"]
+"""How stages are run: one after the other, told by a confidence for each exit; or step by step."""
+
+
+def steps_of(plan: Steps, stages: int) -> tuple[Step, ...]:
+    """Returns the steps in full.
+
+    Raises:
+        ValueError: confidences, and not one for each stage but the last.
+    """
+    steps = tuple(step for step in plan if isinstance(step, Step))
+    if steps:
+        return steps
+    if stages != len(plan) + 1:
+        raise ValueError(f"there is one threshold per exit, got {len(plan)} for {stages} stages")
+    exits = [float(threshold) for threshold in plan if not isinstance(threshold, Step)]
+    return (*(Step(index, threshold) for index, threshold in enumerate(exits)), Step(len(exits)))
+
+
+def longest(plan: Steps) -> Steps:
+    """Returns the steps with which no exit answers and every block is run, gates and heads computed all the same."""
+    return [
+        replace(step, exit=None if step.exit is None else NEVER, skip=None if step.skip is None else -np.inf)
+        if isinstance(step, Step)
+        else NEVER
+        for step in plan
+    ]
+
+
+def to_json(plan: Steps) -> list[Any]:
+    """Returns the steps as JSON holds them."""
+    return [asdict(step) if isinstance(step, Step) else step for step in plan]
+
+
+def from_json(content: Sequence[Any]) -> Steps:
+    """Returns the steps that `to_json` wrote."""
+    return tuple(Step(**step) if isinstance(step, dict) else float(step) for step in content)
+
+
+def exits_of(routes: Routes) -> Routes:
+    """Returns the exit that answered each input, 0 being the first and the last index the end, `(n,)`."""
+    return routes & (1 << EXIT_BITS) - 1
+
+
+def skipped_of(routes: Routes, blocks: int) -> NDArray[np.bool_]:
+    """Returns which blocks each input passed by, `(n, blocks)`; those behind its exit are not among them."""
+    return (routes[:, None] >> EXIT_BITS + np.arange(blocks) & 1).astype(bool)
+
+
+class StagedNetwork:
+    """A network whose early exits let easy inputs leave, and whose gates let inputs pass blocks by.
+
+    Args:
+        stages: its files, each a function of a batch; without gates each gives `[features, logits]`, the last `[logits]`.
+        plan: the confidence (largest softmax probability) from which each exit answers; or steps.
+    """
+
+    def __init__(self, stages: Sequence[Callable[[Floats], Sequence[Floats]]], plan: Steps) -> None:
         self.stages = tuple(stages)
-        self.thresholds = tuple(thresholds)
+        self.steps = steps_of(plan, len(self.stages))
+        self._exits = sum(step.exit is not None for step in self.steps)
+        gated = [step for step in self.steps if step.skip is not None]
+        self._bits = {step.stage: 1 << EXIT_BITS + index for index, step in enumerate(gated)}
 
-    def __call__(self, images: Floats) -> tuple[Floats, NDArray[np.int64]]:
-        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, 0 being the first.
+    def __call__(self, images: Floats) -> tuple[Floats, Routes]:
+        """Returns the logits `(n, classes)` and the routes `(n,)`; without gates a route is the exit, 0 being the first.
 
-        Inputs that stay go on together, in a smaller batch.
+        Inputs that stay go on together, in a smaller batch; so do, through a block, those that run it.
         """
         if len(self.stages) == 1:
-            logits = self.stages[0](images)[0]
-            return logits, np.zeros(len(images), dtype=np.int64)
+            return self.stages[0](images)[0], np.zeros(len(images), dtype=np.int64)
         answers: Floats | None = None
-        exits = np.full(len(images), len(self.thresholds), dtype=np.int64)
-        waiting = np.arange(len(images))
-        features = images
-        for index, threshold in enumerate(self.thresholds):
-            features, logits = self.stages[index](features)
+        routes = np.full(len(images), self._exits, dtype=np.int64)
+        waiting, features, gate, passed = np.arange(len(images)), images, None, 0
+        for step in self.steps:
+            if step.skip is not None:
+                runs = self._gate(step, features, gate) >= step.skip
+                routes[waiting[~runs]] |= self._bits[step.stage]
+                features, gate = self._run_some(step, features, runs)
+                continue
+            given = list(self.stages[step.stage](features))
+            features = features if step.keeps else given.pop(0)
+            if step.exit is None:
+                gate = given[0][:, 0] if given else None
+                continue
+            logits = given[0]
+            gate = given[1][:, 0] if len(given) > 1 else None
             answers = logits if answers is None else answers
-            leaves = confidence(logits) >= threshold
+            leaves = confidence(logits) >= step.exit
             gone = waiting[leaves]
-            answers[gone], exits[gone] = logits[leaves], index
+            answers[gone] = logits[leaves]
+            routes[gone] += passed - self._exits
+            passed += 1
             waiting, features = waiting[~leaves], features[~leaves]
+            gate = None if gate is None else gate[~leaves]
             if not len(waiting):
-                return answers, exits
-        assert answers is not None
-        answers[waiting] = self.stages[-1](features)[0]
-        return answers, exits
+                return answers, routes
+        if answers is None:
+            return features, routes
+        answers[waiting] = features
+        return answers, routes
+
+    def _gate(self, step: Step, features: Floats, known: Floats | None) -> Floats:
+        """Returns the gate's logit of each input, `(n,)`: as the step before told it, or from the gate alone."""
+        known = np.full(len(features), np.nan, dtype=np.float32) if known is None else known
+        unknown = np.isnan(known)
+        if step.gate is not None and unknown.any():
+            known[unknown] = self.stages[step.gate](features[unknown])[0][:, 0]
+        return known
+
+    def _run_some(self, step: Step, features: Floats, runs: NDArray[np.bool_]) -> tuple[Floats, Floats | None]:
+        """Returns what a block makes of the inputs that run it, the others as they are, and what is known of gates."""
+        if not runs.any():
+            return features, None
+        if runs.all():
+            made, *gate = self.stages[step.stage](features)
+            return made, gate[0][:, 0] if gate else None
+        made, *gate = self.stages[step.stage](features[runs])
+        mixed, known = features.copy(), np.full(len(features), np.nan, dtype=np.float32)
+        mixed[runs] = made
+        if gate:
+            known[runs] = gate[0][:, 0]
+        return mixed, known
 
 
 def confidence(logits: Floats) -> Floats:
@@ -82,7 +199,7 @@ def harmful_optimizers(model: bytes) -> list[str]:
     return ["ReluQuantRewrite"] if b"/fp8/zero_point" in model else []
 
 
-Network = Callable[[Floats], tuple[Floats, NDArray[np.int64]]]
+Network = Callable[[Floats], tuple[Floats, Routes]]
 
 
 def load(folder: str | Path) -> Network:
@@ -130,20 +247,20 @@ def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
     stages = [
         lambda batch, session=session: session.run(None, {session.get_inputs()[0].name: batch}) for session in sessions
     ]
-    return StagedNetwork(stages, description["thresholds"])
+    return StagedNetwork(stages, from_json(description.get("plan", description["thresholds"])))
 
 
-def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, NDArray[np.int64], float]:
-    """Returns logits, exits and the median seconds per full batch."""
-    logits, exits, seconds = [], [], []
+def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, Routes, float]:
+    """Returns logits, routes and the median seconds per full batch."""
+    logits, routes, seconds = [], [], []
     for start in range(0, len(images), batch):
         begin = time.perf_counter()
         found, left = network(images[start : start + batch])
         seconds.append(time.perf_counter() - begin)
         logits.append(found)
-        exits.append(left)
+        routes.append(left)
     full = seconds[: max(len(images) // batch, 1)]
-    return np.concatenate(logits), np.concatenate(exits), float(np.median(full))
+    return np.concatenate(logits), np.concatenate(routes), float(np.median(full))
 
 
 def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
@@ -190,13 +307,16 @@ def _run() -> int:
     wanted = tuple(description["image_shape"])
     if images.shape[1:] != wanted or not len(images):
         raise ValueError(f"images are (n, {', '.join(map(str, wanted))}) with n above 0, got {images.shape}")
-    logits, exits, seconds = answer(load(bundle), images, description["target"]["batch"])
+    logits, routes, seconds = answer(load(bundle), images, description["target"]["batch"])
     classes = logits.argmax(axis=1)
     if arguments.predictions:
         np.save(arguments.predictions, classes)
     print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {description['target']['batch']} (median here)")
     for index, name in enumerate([*description["exits"], "end"]):
-        print(f"  answered at {name}: {int((exits == index).sum())}")
+        print(f"  answered at {name}: {int((exits_of(routes) == index).sum())}")
+    blocks = description.get("blocks", [])
+    for block, passed in zip(blocks, skipped_of(routes, len(blocks)).T, strict=True):
+        print(f"  passed {block} by: {int(passed.sum())}")
     correct = None if labels is None else int((classes == labels).sum())
     if correct is not None:
         print(f"  accuracy: {correct / len(images):.4%} ({correct}/{len(images)})")

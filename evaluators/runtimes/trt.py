@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 from evaluators.device_state import DeviceState, gpu_state, state_moved
 from evaluators.runtimes.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
 from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
+from evaluators.runtimes.run_bundle import Step, Steps
 from evaluators.runtimes.trt_devices import capabilities
 from evaluators.runtimes.trt_report import LayerRow, layer_rows
 from evaluators.target import Capabilities, Images, TargetError, allows_tf32
@@ -102,8 +103,15 @@ class TensorRT:
         """Returns the model as it is: symmetric s8 is the form that TensorRT reads."""
         return model
 
-    def open(self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int) -> OpenedEngines:  # noqa: ARG002
-        """Returns engines that are built for a batch size when it is first asked for; `threads` is not used."""
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int) -> OpenedEngines:  # noqa: ARG002
+        """Returns engines that are built for a batch size when it is first asked for; `threads` is not used.
+
+        Raises:
+            TargetError: blocks may be skipped, which engines cannot: each reads the buffer of the one before it.
+        """
+        thresholds = [threshold for threshold in plan if not isinstance(threshold, Step)]
+        if len(thresholds) < len(plan):
+            raise TargetError("blocks are skipped on onnxruntime, got tensorrt; take a version that runs them all")
         stream = self._stream(len(stages))
         return OpenedEngines(partial(self._load, tuple(stages), stream), stream, thresholds, inspect)
 

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from evaluators.runtimes.run_bundle import from_json
 from evaluators.target import RUNTIMES, Opened, Runtime, TimedBatch
 from evaluators.timing import Protocol, TakeTurn
 from spaces.errors import UserError
@@ -104,7 +105,7 @@ class Worker:
     def _open(self, request: Content) -> Content:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]
         handle = int(request["handle"])
-        self._opened[handle] = self._runtime.open(stages, request["thresholds"], request["threads"])
+        self._opened[handle] = self._runtime.open(stages, from_json(request["thresholds"]), request["threads"])
         return {}
 
     def _close(self, request: Content) -> Content:
@@ -117,10 +118,10 @@ class Worker:
         return self._images[digest]
 
     def _answer(self, request: Content) -> Content:
-        logits, exits = self._opened[request["handle"]].answer(self._load_images(request["images"]), request["batch"])
+        logits, routes = self._opened[request["handle"]].answer(self._load_images(request["images"]), request["batch"])
         file = io.BytesIO()
         np.save(file, logits)
-        return {"logits": base64.b64encode(file.getvalue()).decode(), "exits": exits.tolist()}
+        return {"logits": base64.b64encode(file.getvalue()).decode(), "routes": routes.tolist()}
 
     def _seconds(self, request: Content) -> Content:
         images = self._load_images(request["images"])
