@@ -87,7 +87,9 @@ def _told_ways(subject: Deployed) -> str:
     timed, ways = len(subject.answers.profiles), subject.answers.ways
     if timed == ways:
         return f"; each of {ways} ways through the blocks timed"
-    return f"; {timed} batches timed for {ways} ways through the blocks, each for an equal share, by what they leave out"
+    return (
+        f"; {timed} batches timed for {ways} ways through the blocks, each for an equal share, by what they leave out"
+    )
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
 
 
 def _write_images(folder: Path, subject: Deployed) -> None:
-    """Writes the validation images, a few at a time; where inputs decide nothing the first batch is all that is needed."""
+    """Writes the validation images, a few at a time; the first batch is enough where inputs decide nothing."""
     images, labels = subject.validation.images, subject.validation.labels
     count = len(labels) if subject.artifact.is_dynamic else min(subject.target.batch, len(labels))
     shape = (count, *images.shape[1:])

@@ -26,9 +26,7 @@ class ParamsEvaluator:
         inactive = [f"exits.{name}." for name in subject.network.exit_names if name not in subject.artifact.exits]
         inactive += [f"skips.{block}." for block in subject.network.skip_blocks if block not in subject.artifact.blocks]
         deployed = [
-            parameter
-            for name, parameter in subject.network.named_parameters()
-            if not name.startswith(tuple(inactive))
+            parameter for name, parameter in subject.network.named_parameters() if not name.startswith(tuple(inactive))
         ]
         count = sum(parameter.numel() for parameter in deployed)
         protocol = "trainable values of the compressed network, zeros included"

@@ -17,7 +17,6 @@ from evaluators.target import Opened, Runtime, Target
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
 
-
 MOST_WAYS = 24
 """So many ways through blocks are timed each; where there are more, so many batches stand for all."""
 
@@ -67,9 +66,7 @@ def ask(opened: Opened, stages: int, data: LabelledImages, batch: int, blocks: i
     return Answers(classes, classes == data.labels, exits, stages, profiles, passed, len(set(ways)))
 
 
-def _ways(
-    exits: NDArray[np.int64], passed: NDArray[np.bool_], batch: int, stages: int
-) -> list[tuple[int, ...]]:
+def _ways(exits: NDArray[np.int64], passed: NDArray[np.bool_], batch: int, stages: int) -> list[tuple[int, ...]]:
     """Returns, for each full batch, how many images reach each stage and how many pass each block by.
 
     On a dense runtime, only these counts decide what a batch costs.

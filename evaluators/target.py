@@ -144,7 +144,7 @@ class Opened(Protocol):
     """An artifact, loaded where it will run: here, or on a board."""
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
-        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, computed `batch` images at a time.
+        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, from `batch` images at a time.
 
         A route is the exit that answered and the blocks that were passed by: see `run_bundle`.
         """

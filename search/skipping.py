@@ -110,7 +110,7 @@ class SampledGates:
         self._temperature = temperature
         self._generator = generator
 
-    def __call__(self, block: str, logits: Tensor) -> Tensor:
+    def __call__(self, block: str, logits: Tensor) -> Tensor:  # noqa: ARG002
         """Returns 1 where the block is run and 0 where it is skipped, `(n, 1)`."""
         chance = torch.rand(logits.shape, generator=self._generator).clamp(1e-6, 1 - 1e-6)
         noisy = logits.float() + torch.logit(chance)

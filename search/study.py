@@ -112,8 +112,8 @@ class ExitsSection(_Section):
 class SkipsSection(FittingSection):
     """Which blocks an input may pass by, and how the network is trained once more, with their gates.
 
-    `blocks` is "all" that have an identity shortcut, or their paths. A gate is trained towards running its block for the
-    share `rate` of the images: `weight` is how much that counts. `temperature` is that of the gates' noise;
+    `blocks` is "all" that have an identity shortcut, or their paths. A gate is trained towards running its block for
+    the share `rate` of the images: `weight` is how much that counts. `temperature` is that of the gates' noise;
     `distillation` is the share of the network as it was in the loss.
     """
 

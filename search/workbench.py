@@ -161,7 +161,9 @@ class Workbench:
             why = f"{self.target.device} has no sparse kernels in {self.target.runtime}"
             found.append(f"pattern {TWO_OF_FOUR} is left out: {why}")
         if _skipping(self.study, self.runtime).skips != self.study.skips:
-            found.append(f"[skips] is left out: {self.target.runtime} does not skip blocks at batch {self.target.batch}")
+            found.append(
+                f"[skips] is left out: {self.target.runtime} does not skip blocks at batch {self.target.batch}"
+            )
         elif self.study.skips.blocks:
             image = torch.zeros(1, *self.data.image_shape)
             found.append(str(skip_blocks(self.network.trunk, self.study.skips, image)))

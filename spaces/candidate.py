@@ -18,7 +18,7 @@ SKIP = "skip."
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer, threshold per exit and gate, and the pattern of zeros of some layers.
+    """Channels kept per group, precision per layer, threshold per exit and gate, and some layers' pattern of zeros.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, {"exit1": 0.9})
 

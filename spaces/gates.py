@@ -31,8 +31,10 @@ class GateSpace:
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns one threshold per exit and per gate."""
-        exits = {PREFIX + name: Real(self.lowest, NEVER_EXIT, self.step) for name in self.exits}
-        return exits | {PREFIX + SKIP + block: Real(ALWAYS_RUN, _HIGHEST, _STEP) for block in self.skips}
+        return {
+            **{PREFIX + name: Real(self.lowest, NEVER_EXIT, self.step) for name in self.exits},
+            **{PREFIX + SKIP + block: Real(ALWAYS_RUN, _HIGHEST, _STEP) for block in self.skips},
+        }
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Returns the threshold of every exit and gate, rounded to where a sum of steps belongs."""

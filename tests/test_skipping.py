@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from evaluators.artifact.build import ArtifactBuilder
+from evaluators.data import LabelledImages
 from evaluators.runtimes.ort import OnnxRuntime, load
 from evaluators.runtimes.run_bundle import (
     StagedNetwork,
@@ -20,7 +21,6 @@ from evaluators.runtimes.run_bundle import (
     to_json,
 )
 from evaluators.subject import ask
-from evaluators.data import LabelledImages
 from spaces.candidate import ALWAYS_RUN, Candidate
 from spaces.errors import StructureError
 from spaces.gates import GateSpace
@@ -137,7 +137,7 @@ def test_open_gates_are_the_plain_network_and_closed_ones_are_it_without_the_blo
 
 
 THRESHOLDS = [
-    *({block: 0.0 for block in some} for count in (1, 2, 3) for some in itertools.combinations(BLOCKS, count)),
+    *(dict.fromkeys(some, 0.0) for count in (1, 2, 3) for some in itertools.combinations(BLOCKS, count)),
     dict.fromkeys(BLOCKS, 9.0),
     {"first": 9.0, "second": -0.5, "last": 0.5},
 ]

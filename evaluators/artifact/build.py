@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from evaluators.artifact import Artifact, fp8
 from evaluators.artifact.exporter import INPUT, OPSET, OUTPUT, ExportError, gate_logits_name, logits_name
 from evaluators.artifact.half import HalfWriter
+from evaluators.artifact.layout import Layout, Stage
 from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Ranges
 from evaluators.artifact.scheme import MINMAX, Scheme
-from evaluators.artifact.layout import Layout, Stage
 from evaluators.artifact.template import Template, output_channels
 from evaluators.runtimes.ort import activation_ranges, load
 from evaluators.target import ALLOW_TF32, Runtime

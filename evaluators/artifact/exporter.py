@@ -26,7 +26,7 @@ class ExportError(UserError):
 
 
 class _WithCuts(nn.Module):
-    """Returns the features at each cut point beside the logits of its exit, and the ends of blocks beside their gates'."""
+    """Returns the features at each cut point and the ends of each block beside the logits of its exit or gate."""
 
     def __init__(self, network: ExitNetwork) -> None:
         super().__init__()

@@ -75,7 +75,9 @@ class Template:
         self._infos: dict[str, onnx.ValueInfoProto] = {
             info.name: info for info in [*model.graph.input, *model.graph.output]
         }
-        named, self._blocks = _without_twins(model.graph.node, {block: block_ends(block) for block in network.skip_blocks})
+        named, self._blocks = _without_twins(
+            model.graph.node, {block: block_ends(block) for block in network.skip_blocks}
+        )
         nodes, self._transposed = _transpose_weights(named, parameters)
         self.nodes, self._folds = _fold_batch_norms(nodes, {info.name for info in model.graph.output}, parameters)
         found = _layers(self.nodes, parameters)
@@ -208,7 +210,7 @@ def _without_twins(
 
 
 def _choice(logits: str, source: str, last: NodeProto) -> list[NodeProto]:
-    """Returns the last node of a block and those that take its result, or its source where the gate's logit is below 0."""
+    """Returns the last node of a block, and those that take its source where the gate's logit is below 0."""
     ran = NodeProto()
     ran.CopyFrom(last)
     result = ran.output[0]

@@ -159,7 +159,7 @@ class RemotelyOpened:
         self._recipe = recipe
 
     def answer(self, images: ImageStore, batch: int) -> tuple[Images, Routes]:
-        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, computed `batch` images at a time."""
+        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, from `batch` images at a time."""
         at_once = max(SMALL_BYTES * len(images) // bytes_of(images) // batch, 1) * batch
         parts = [self._answer(images[start : start + at_once], batch) for start in range(0, len(images), at_once)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([routes for _, routes in parts])

@@ -30,7 +30,7 @@ class LocallyOpened:
         self._clock = Clock.for_threads(threads)
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
-        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, computed `batch` images at a time."""
+        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, from `batch` images at a time."""
         parts = [self._network(images[start : start + batch]) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([routes for _, routes in parts])
 

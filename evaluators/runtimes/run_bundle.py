@@ -111,7 +111,8 @@ class StagedNetwork:
     """A network whose early exits let easy inputs leave, and whose gates let inputs pass blocks by.
 
     Args:
-        stages: its files, each a function of a batch; without gates each gives `[features, logits]`, the last `[logits]`.
+        stages: its files, each a function of a batch. Without gates each gives `[features, logits]`, the last one
+            `[logits]`; with gates, what their steps say.
         plan: the confidence (largest softmax probability) from which each exit answers; or steps.
     """
 
@@ -123,7 +124,7 @@ class StagedNetwork:
         self._bits = {step.stage: 1 << EXIT_BITS + index for index, step in enumerate(gated)}
 
     def __call__(self, images: Floats) -> tuple[Floats, Routes]:
-        """Returns the logits `(n, classes)` and the routes `(n,)`; without gates a route is the exit, 0 being the first.
+        """Returns the logits `(n, classes)` and the routes `(n,)`: without gates the exits, 0 being the first.
 
         Inputs that stay go on together, in a smaller batch; so do, through a block, those that run it.
         """
