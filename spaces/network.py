@@ -117,6 +117,11 @@ class ExitNetwork(nn.Module):
         gates = [self.gate(block)(source) for block, (source, _) in zip(self.skip_blocks, blocks, strict=True)]
         return (*exits, *gates, logits)
 
+    def answers(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns the logits of each exit and, last, of the trunk, each `(n, classes)`; every block is run."""
+        found = self(images)
+        return (*found[: len(self.exit_names)], found[-1])
+
     @staticmethod
     def _passing(block: str, pass_by: Callable[[str, Tensor, Tensor], Tensor]) -> "_Hook":
         return lambda _module, args, out: pass_by(block, args[0], out)
