@@ -1,7 +1,10 @@
 """Blocks that an input may pass by: found, gated, cut into files, and run."""
 
+import base64
 import copy
+import io
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -20,7 +23,10 @@ from evaluators.runtimes.run_bundle import (
     skipped_of,
     to_json,
 )
+from evaluators.runtimes.trt import TensorRT
+from evaluators.runtimes.worker import Worker
 from evaluators.subject import ask
+from evaluators.target import TargetError
 from spaces.candidate import ALWAYS_RUN, Candidate
 from spaces.errors import StructureError
 from spaces.gates import GateSpace
@@ -250,6 +256,31 @@ def test_slices_of_gated_networks_are_what_nothing_reads_the_dropped_channels_of
     expected, runs = in_torch(smaller, pictures, skips)
     np.testing.assert_array_equal(~skipped_of(routes, 3), np.column_stack([runs[block] for block in BLOCKS]))
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_a_board_is_told_the_steps(pictures, tmp_path) -> None:
+    network = skippable.gated()
+    builder = ArtifactBuilder(network, pictures.numpy(), OnnxRuntime())
+    artifact = builder.build(network, candidate(network, builder, dict.fromkeys(BLOCKS, 0.0)))
+    worker, images = Worker(OnnxRuntime(), tmp_path), io.BytesIO()
+    np.save(images, pictures.numpy())
+
+    def ask_worker(do: str, **content):
+        return json.loads(json.dumps(worker.handle(json.loads(json.dumps({"id": 1, "do": do} | content)))))["ok"]
+
+    def put(content: bytes) -> str:
+        return ask_worker("put", data=base64.b64encode(content).decode())["digest"]
+
+    stages = [put(stage) for stage in artifact.deployed]
+    ask_worker("open", handle=1, stages=stages, thresholds=to_json(artifact.plan), threads=1)
+    found = ask_worker("answer", handle=1, images=put(images.getvalue()), batch=7)
+    _, routes = OnnxRuntime().open(artifact.deployed, artifact.plan, 1).answer(pictures.numpy(), 7)
+    assert found["routes"] == routes.tolist()
+
+
+def test_engines_refuse_steps() -> None:
+    with pytest.raises(TargetError, match="blocks are skipped on onnxruntime"):
+        TensorRT().open([b"", b""], (Step(0), Step(1, skip=0.0)), 1)
 
 
 def test_steps_come_back_from_json() -> None:

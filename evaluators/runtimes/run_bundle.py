@@ -107,6 +107,41 @@ def skipped_of(routes: Routes, blocks: int) -> NDArray[np.bool_]:
     return (routes[:, None] >> EXIT_BITS + np.arange(blocks) & 1).astype(bool)
 
 
+class _Batch:
+    """Inputs on their way through the steps.
+
+    Args:
+        images: the inputs.
+        exits: how many exits there are.
+    """
+
+    def __init__(self, images: Floats, exits: int) -> None:
+        self.features = images
+        self.gate: Floats | None = None  # the next gate's logits, as far as they are known; others are nan
+        self.waiting = np.arange(len(images))
+        self.routes = np.full(len(images), exits, dtype=np.int64)
+        self._answers: Floats | None = None
+        self._left = exits
+
+    def leave(self, logits: Floats, leaves: NDArray[np.bool_]) -> None:
+        """Lets some of those that are waiting leave at the next exit, with its logits."""
+        self._answers = logits if self._answers is None else self._answers
+        gone, stay = self.waiting[leaves], ~leaves
+        self._answers[gone] = logits[leaves]
+        self.routes[gone] -= self._left  # they held the number of the end
+        self._left -= 1
+        self.waiting, self.features = self.waiting[stay], self.features[stay]
+        self.gate = None if self.gate is None else self.gate[stay]
+
+    def answered(self) -> tuple[Floats, Routes]:
+        """Returns the logits, for those that are waiting the last features, and the routes."""
+        if self._answers is None:
+            return self.features, self.routes
+        if len(self.waiting):
+            self._answers[self.waiting] = self.features
+        return self._answers, self.routes
+
+
 class StagedNetwork:
     """A network whose early exits let easy inputs leave, and whose gates let inputs pass blocks by.
 
@@ -130,58 +165,53 @@ class StagedNetwork:
         """
         if len(self.stages) == 1:
             return self.stages[0](images)[0], np.zeros(len(images), dtype=np.int64)
-        answers: Floats | None = None
-        routes = np.full(len(images), self._exits, dtype=np.int64)
-        waiting, features, gate, passed = np.arange(len(images)), images, None, 0
+        batch = _Batch(images, self._exits)
         for step in self.steps:
-            if step.skip is not None:
-                runs = self._gate(step, features, gate) >= step.skip
-                routes[waiting[~runs]] |= self._bits[step.stage]
-                features, gate = self._run_some(step, features, runs)
-                continue
-            given = list(self.stages[step.stage](features))
-            features = features if step.keeps else given.pop(0)
-            if step.exit is None:
-                gate = given[0][:, 0] if given else None
-                continue
-            logits = given[0]
-            gate = given[1][:, 0] if len(given) > 1 else None
-            answers = logits if answers is None else answers
-            leaves = confidence(logits) >= step.exit
-            gone = waiting[leaves]
-            answers[gone] = logits[leaves]
-            routes[gone] += passed - self._exits
-            passed += 1
-            waiting, features = waiting[~leaves], features[~leaves]
-            gate = None if gate is None else gate[~leaves]
-            if not len(waiting):
-                return answers, routes
-        if answers is None:
-            return features, routes
-        answers[waiting] = features
-        return answers, routes
+            if step.skip is None:
+                self._run_all(step, batch)
+            else:
+                self._run_some(step, batch, step.skip)
+            if not len(batch.waiting):
+                break
+        return batch.answered()
 
-    def _gate(self, step: Step, features: Floats, known: Floats | None) -> Floats:
+    def _run_all(self, step: Step, batch: _Batch) -> None:
+        """Takes every input through a step, and lets those leave that the exit at its end is sure of."""
+        given = list(self.stages[step.stage](batch.features))
+        if not step.keeps:
+            batch.features = given.pop(0)
+        if step.exit is None:
+            batch.gate = given[0][:, 0] if given else None
+            return
+        logits, *gate = given
+        batch.gate = gate[0][:, 0] if gate else None
+        batch.leave(logits, confidence(logits) >= step.exit)
+
+    def _run_some(self, step: Step, batch: _Batch, threshold: float) -> None:
+        """Takes the inputs through a block whose gate says so; the others stay as they are."""
+        runs = self._gate(step, batch) >= threshold
+        batch.routes[batch.waiting[~runs]] |= self._bits[step.stage]
+        batch.gate = None
+        if runs.all():
+            batch.features, *gate = self.stages[step.stage](batch.features)
+            batch.gate = gate[0][:, 0] if gate else None
+        elif runs.any():
+            made, *gate = self.stages[step.stage](batch.features[runs])
+            batch.features = batch.features.copy()
+            batch.features[runs] = made
+            if gate:
+                batch.gate = np.full(len(runs), np.nan, dtype=np.float32)
+                batch.gate[runs] = gate[0][:, 0]
+
+    def _gate(self, step: Step, batch: _Batch) -> Floats:
         """Returns the gate's logit of each input, `(n,)`: as the step before told it, or from the gate alone."""
-        known = np.full(len(features), np.nan, dtype=np.float32) if known is None else known
+        if step.gate is None and batch.gate is not None:
+            return batch.gate
+        known = np.full(len(batch.features), np.nan, dtype=np.float32) if batch.gate is None else batch.gate
         unknown = np.isnan(known)
         if step.gate is not None and unknown.any():
-            known[unknown] = self.stages[step.gate](features[unknown])[0][:, 0]
+            known[unknown] = self.stages[step.gate](batch.features[unknown])[0][:, 0]
         return known
-
-    def _run_some(self, step: Step, features: Floats, runs: NDArray[np.bool_]) -> tuple[Floats, Floats | None]:
-        """Returns what a block makes of the inputs that run it, the others as they are, and what is known of gates."""
-        if not runs.any():
-            return features, None
-        if runs.all():
-            made, *gate = self.stages[step.stage](features)
-            return made, gate[0][:, 0] if gate else None
-        made, *gate = self.stages[step.stage](features[runs])
-        mixed, known = features.copy(), np.full(len(features), np.nan, dtype=np.float32)
-        mixed[runs] = made
-        if gate:
-            known[runs] = gate[0][:, 0]
-        return mixed, known
 
 
 def confidence(logits: Floats) -> Floats:
