@@ -36,27 +36,28 @@ class FlopsEvaluator:
     def measure(self, subject: Subject) -> Measurement:
         """Returns the mean FLOPs of what each image runs, and the longest path's beside.
 
-        Notes tell the share of blocks that images run, of those that they could have skipped, and its standard
-        deviation over images.
+        Notes tell the share of the blocks which may be skipped that images run, and its standard deviation over images.
         """
         counts = self._by_module(subject)
-        artifact = subject.artifact
         always, blocks = self._parts(subject, counts)
-        if not artifact.is_dynamic:
-            expected, n, spread = always.sum(), 1, 0.0
-        else:
-            answers = subject.answers
-            reached = answers.exits[:, None] >= np.arange(answers.stages)
-            ran = reached[:, self._stages_of_blocks(subject)] & ~answers.passed
-            per_image = reached @ always + ran @ blocks
-            expected, n = per_image.mean(), len(per_image)
-            spread = float(per_image.std() / np.sqrt(n)) if artifact.blocks else 0.0
-        others = {"worst": float(always.sum() + blocks.sum())}
+        worst = float(always.sum() + blocks.sum())
         notes = {"nonzero": self._nonzero(subject, counts)} if subject.candidate.patterns else {}
-        if artifact.blocks:
-            notes |= {"blocks_run": float(ran.mean()), "blocks_run_std": float(ran.mean(axis=1).std())}
-            notes |= {f"ran {block}": float(ran[:, index].mean()) for index, block in enumerate(artifact.blocks)}
-        return Measurement("flops", float(expected), "expected", n, spread, "any", _PROTOCOL, others, notes)
+        if not subject.artifact.is_dynamic:
+            return Measurement("flops", worst, "expected", 1, 0.0, "any", _PROTOCOL, {"worst": worst}, notes)
+        reached, ran = self._run_by(subject)
+        found = reached @ always + ran @ blocks  # of each image
+        n, spread = len(found), float(found.std() / np.sqrt(len(found)))
+        notes |= _shares(ran, subject.artifact.blocks)
+        return Measurement(
+            "flops", float(found.mean()), "expected", n, spread, "any", _PROTOCOL, {"worst": worst}, notes
+        )
+
+    def _run_by(self, subject: Subject) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Returns which stages and which blocks each validation image runs, `(n, stages)` and `(n, blocks)`."""
+        answers, active, names = subject.answers, subject.artifact.exits, subject.network.exit_names
+        reached = answers.exits[:, None] >= np.arange(answers.stages)
+        stages = [sum(names.index(name) < self._begins[block] for name in active) for block in subject.artifact.blocks]
+        return reached, reached[:, stages] & ~answers.passed
 
     def _parts(self, subject: Subject, counts: Mapping[str, float]) -> tuple[Floats, Floats]:
         """Returns the FLOPs of each stage without the blocks that may be skipped, and those of these blocks."""
@@ -69,10 +70,6 @@ class FlopsEvaluator:
             elif _is_deployed(path, active, gated):
                 always[self._stage(path, active, subject.network.exit_names)] += count
         return always, blocks
-
-    def _stages_of_blocks(self, subject: Subject) -> list[int]:
-        active, names = subject.artifact.exits, subject.network.exit_names
-        return [sum(names.index(name) < self._begins[block] for name in active) for block in subject.artifact.blocks]
 
     def _nonzero(self, subject: Subject, counts: Mapping[str, float]) -> float:
         """Returns the share of the trunk's FLOPs that multiply by a weight other than zero."""
@@ -107,6 +104,13 @@ def count_by_module(network: torch.nn.Module, image: torch.Tensor) -> dict[str, 
         children = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
         own[path] = float(totals[path] - sum(totals[child] for child in children))
     return {path: count for path, count in own.items() if count}
+
+
+def _shares(ran: NDArray[np.bool_], blocks: Sequence[str]) -> dict[str, float]:
+    if not blocks:
+        return {}
+    each = {f"ran {block}": float(share) for block, share in zip(blocks, ran.mean(axis=0), strict=True)}
+    return {"blocks_run": float(ran.mean()), "blocks_run_std": float(ran.mean(axis=1).std())} | each
 
 
 def _is_deployed(path: str, exits: Sequence[str], blocks: Sequence[str]) -> bool:

@@ -166,7 +166,7 @@ class Workbench:
             )
         elif self.study.skips.blocks:
             image = torch.zeros(1, *self.data.image_shape)
-            found.append(str(skip_blocks(self.network.trunk, self.study.skips, image)))
+            found.append(str(skip_blocks(self.network.trunk, self.study.skips, image)).rstrip("."))
         return found
 
     def time_references(self) -> dict[str, Spent]:

@@ -67,7 +67,7 @@ class Bench:
         plain = {name: self.builder.build(network, self.candidate(name, {})) for name in PRECISIONS}
         # A reference of one second: what is told as seconds is a ratio.
         references = {name: Reference(artifact.deployed[0], 1.0) for name, artifact in plain.items()}
-        protocol = Protocol(turns=40, calls=20_000, limit_s=10.0, half_width=0.01)
+        protocol = Protocol(turns=20, calls=5_000, limit_s=6.0, half_width=0.01)
         self._latency = LatencyEvaluator(references, self.runtime, self.target, protocol)
 
     def candidate(self, precision: str, thresholds: dict[str, float]) -> Candidate:
