@@ -1,24 +1,29 @@
 """What skipping blocks costs in accuracy and saves in time, on the CIFAR-10 study's ResNet-20, one image at a time.
 
     python -m studies.benchmarks.skipping --data imagefolder:PATH --weights resnet20.pt
+    python -m studies.benchmarks.skipping --sizes mobilenet_v2 resnet18 resnet50
 
-It trains the network once more with gates around two blocks, and around all that have an identity shortcut, and prints
-Markdown. Each gate's threshold is set so that a share of the calibration images runs its block, given what the gates
-before it decided. Accuracy, decisions and latency are of the files in ONNX Runtime, on the validation images; latency
-is the ratio to the network without gates in the same precision.
+The first trains the network once more with gates around two blocks, and around all that have an identity shortcut, and
+prints Markdown. Each gate's threshold is set so that a share of the calibration images runs its block, given what the
+gates before it decided. Accuracy, decisions and latency are of the files in ONNX Runtime, on the validation images;
+latency is the ratio to the network without gates in the same precision.
+
+The second tells from which size of network on skipping can pay: larger networks with untrained gates, on noise.
 """
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+import torchvision
 from torch import Tensor
 
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact.build import ArtifactBuilder
-from evaluators.data import Splits
+from evaluators.data import LabelledImages, Splits
 from evaluators.flops import FlopsEvaluator
 from evaluators.latency import LatencyEvaluator, Reference
 from evaluators.measurement import Measurement
@@ -27,16 +32,19 @@ from evaluators.subject import Subject
 from evaluators.target import Target
 from evaluators.timing import Protocol
 from search.request import Request
+from search.skipping import with_gates
 from search.sources.models import Built
 from search.sources.prepared import prepare
 from search.study import ExitsSection, SkipsSection, Study
 from search.training import trained_network
 from spaces.candidate import SKIP, Candidate
 from spaces.network import ExitNetwork
+from spaces.skips.blocks import find_blocks
 
 TWO = ("layer2.1", "layer3.1")
 SHARES = (0.8, 0.6, 0.4, 0.2)
 PRECISIONS = ("fp32", "int8")
+HEADS = ["blocks", "precision", "wanted to run", "accuracy", "blocks run", "FLOPs", "latency", "all blocks run"]
 
 
 @dataclass(frozen=True)
@@ -96,11 +104,11 @@ class Bench:
         return Measured(*measured)
 
 
-def rows(name: str, bench: Bench) -> Iterator[list[str]]:
-    """Yields the table's rows for one network with gates; all its blocks run, without the gates, in the first."""
+def rows(name: str, bench: Bench, shares: Sequence[float | None] = (None, *SHARES)) -> Iterator[list[str]]:
+    """Yields the table's rows for one network with gates; without them where there is no share that is to run."""
     dense = bench.measure("fp32", {}).flops.value
     for precision in PRECISIONS:
-        for share in (None, *SHARES):
+        for share in shares:
             found = bench.measure(precision, bench.thresholds(share) if share else {})
             notes = found.flops.notes
             yield [
@@ -115,6 +123,30 @@ def rows(name: str, bench: Bench) -> Iterator[list[str]]:
             ]
 
 
+def sizes(names: Sequence[str]) -> None:
+    """Prints what larger networks save when their untrained gates skip two in five blocks, on noise."""
+    table = [HEADS]
+    rng = np.random.default_rng(0)
+    noise = LabelledImages(rng.normal(size=(40, 3, 224, 224)).astype(np.float32), np.zeros(40, dtype=np.int64))
+    image = torch.from_numpy(noise.images[:1])
+    for name in names:
+        trunk = torchvision.models.get_model(name).eval()
+        blocks = find_blocks(trunk, image)
+        network = with_gates(trunk, blocks, SkipsSection(blocks="all"), image)
+        bench = Bench(network, Splits(noise, noise.head(20), noise, noise, classes=1000))
+        table += rows(f"{name} ({len(blocks.gated)})", bench, [0.6])
+    _print(table)
+
+
+def _print(table: list[list[str]]) -> None:
+    for cells in [table[0], ["---"] * len(table[0]), *table[1:]]:
+        print(f"| {' | '.join(cells)} |")
+    print(
+        f"\nOne thread, batch 1, torch {torch.__version__}, {OnnxRuntime().version()}, {cpu_name()}, seed 0.",
+        flush=True,
+    )
+
+
 def _given(study: Study, built: Built, data: Splits) -> ExitNetwork:
     """Returns a network of the study, trained now or before, from its own copy of the weights."""
     own = replace(built, network=copy.deepcopy(built.network))
@@ -124,17 +156,22 @@ def _given(study: Study, built: Built, data: Splits) -> ExitNetwork:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="CIFAR-10, as for the search's --data")
-    parser.add_argument("--weights", required=True, help="a state dict of the study's ResNet-20")
+    parser.add_argument("--data", help="CIFAR-10, as for the search's --data")
+    parser.add_argument("--weights", help="a state dict of the study's ResNet-20")
+    parser.add_argument("--sizes", nargs="+", help="torchvision's networks, for the table of larger ones")
     parser.add_argument("--epochs", type=float, default=1, help="of the training with gates")
     parser.add_argument("--blocks", choices=["two", "all"], action="append", help="which networks; both if not given")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.sizes:
+        sizes(given.sizes)
+        return
+    if not (given.data and given.weights):
+        parser.error("--data and --weights are needed")
     study = Request(study="cifar10", weights=given.weights, data=given.data).to_study()
     study = study.model_copy(update={"exits": ExitsSection(after=())})
     loaded, built = prepare(study, False, lambda *_: None, lambda text: print(text))
-    table = [["blocks", "precision", "wanted to run", "accuracy", "blocks run", "FLOPs", "latency", "all blocks run"]]
-    table.append(["---"] * len(table[0]))
+    table = [HEADS]
     plain = Bench(_given(study, built, loaded.splits), loaded.splits)
     for precision in PRECISIONS:
         accuracy = plain.measure(precision, {}).accuracy
@@ -145,8 +182,7 @@ def main() -> None:
         network = _given(study.model_copy(update={"skips": skips}), built, loaded.splits)
         label = f"{name} ({len(network.skip_blocks)})"
         table += rows(label, Bench(network, loaded.splits))
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in table), flush=True)
-    print(f"\nOne thread, batch 1, torch {torch.__version__}, {OnnxRuntime().version()}, {cpu_name()}, seed 0.")
+    _print(table)
 
 
 if __name__ == "__main__":
