@@ -166,7 +166,7 @@ def test_a_study_asks_for_it_and_it_comes_after_the_target_s_own(cache) -> None:
     assert plain.space.precision.precisions == ("fp32", "int8")
     assert asking.space.precision.precisions == ("fp32", "int8", "int4")
     assert asking.space.precision.computed == ("fp32", "int8")
-    assert not asking.remarks
+    assert not any("int4" in line for line in asking.remarks)
     references = asking.references()
     assert references["int4"].size < 0.9 * references["int8"].size < references["fp32"].size
     assert {guess["precision.inner.0"] for guess in first_guesses(asking.space)} == {"fp32", "int8", "int4"}
@@ -183,7 +183,7 @@ def test_it_is_left_out_where_the_target_does_not_read_it(cache) -> None:
 
     bench = Workbench(Study.parse(STUDY, "test"), lambda *_: None, Unable())
     assert bench.space.precision.precisions == ("fp32", "int8")
-    assert [line.startswith("int4 storage is left out") for line in bench.remarks] == [True]
+    assert [line for line in bench.remarks if line.startswith("int4 storage is left out")]
     assert gpu_capabilities((8, 9)).storage == ()
 
 
