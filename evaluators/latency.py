@@ -150,7 +150,8 @@ def _timed_batches(subject: Deployed) -> tuple[list[TimedBatch], list[float]]:
     """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last."""
     batch, reuse = subject.target.batch, subject.artifact.reuse
     if reuse is not None and subject.answers.answering is not None:
-        return timed_frames(subject.answers.answering, subject.answers.profiles, reuse)
+        exits = bool(subject.artifact.exits)
+        return timed_frames(subject.answers.answering, subject.answers.profiles, reuse, exits)
     if not subject.artifact.exits:
         return [TimedBatch(0, batch)], [1.0]
     batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
@@ -283,7 +284,7 @@ class LatencyEvaluator:
 
     def _time(self, subject: Deployed, precision: str) -> PairedTiming:
         batches, weights = _timed_batches(subject)
-        protocol = self._protocol(subject.artifact.is_dynamic)
+        protocol = self._protocol(bool(subject.artifact.exits))
         images, reference = subject.validation.images, self._load(precision)
         turns = subject.opened.turns(images, batches, reference, reference_batch(subject.target.batch), protocol)
         return time_pair(turns, weights, protocol, time.perf_counter)

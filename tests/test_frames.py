@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from evaluators.accuracy import accuracy_of
 from evaluators.data import LabelledImages
 from evaluators.flops import FlopsEvaluator
-from evaluators.frames import KEY_FRAMES, Reuse, Stream
+from evaluators.frames import KEY_FRAMES, Reuse, Stream, timed_frames
 from evaluators.latency import LatencyEvaluator, Reference
 from evaluators.remeasure import remeasure, write_job
 from evaluators.runtimes.ort import OnnxRuntime, load
@@ -260,3 +260,20 @@ def test_the_head_of_a_stream_is_answered_as_in_the_whole(count) -> None:
     reuse = Reuse(0.5, 7)
     np.testing.assert_array_equal(stream.head(count).key_frames(reuse), stream.key_frames(reuse)[:count])
     assert tiny.splits().classes == 4
+
+
+def test_every_kind_of_frame_is_timed_as_often_as_it_occurs_and_the_longest_path_last(subject) -> None:
+    answers, reuse = subject.answers, subject.artifact.reuse
+    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, exits=answers.stages > 1)
+    assert sum(counts) == len(subject.validation)
+    keys = [batch for batch in batches if answers.computed[batch.start]]
+    assert len(batches) - len(keys) == 1, "one frame that is answered again"
+    assert batches[-1].longest == (answers.stages > 1)
+    for batch in batches:
+        met = batch.follows
+        again = (
+            met.age < reuse.max_age
+            and difference(*(thumbnail(subject.validation.images[index]) for index in (batch.start, met.key)))
+            < met.threshold
+        )
+        assert again != answers.computed[batch.start]
