@@ -247,7 +247,7 @@ class Sparse(OnnxRuntime):
 def test_two_of_four_is_offered_where_the_target_runs_it(cache) -> None:
     study = Study.parse(tiny.STUDY + 'space = {patterns = ["2:4", "75%"]}', "test")
     able = Workbench(study, lambda *_: None, Sparse())
-    assert able.remarks == []
+    assert not [remark for remark in able.remarks if "left out" in remark]
     assert able.space.patterns.patterns["pointwise.0"] == ("2:4", "75%")
     unable = Workbench(study, lambda *_: None)
     assert unable.space.patterns.patterns["pointwise.0"] == ("75%",)

@@ -139,8 +139,11 @@ def test_greedy_takes_what_costs_least_and_ends_where_nothing_is_left(found, ben
 
 def test_seeds_are_on_offer_and_int8(bench) -> None:
     seeds = greedy_seeds(bench, lambda *_: None, lambda _: None)
-    assert len(seeds) % 2 == 0
-    assert [bench.space.candidate(seed).active_exits for seed in seeds[:2]] == [(), ("exit1",)]
+    assert seeds
+    assert all(bench.space.candidate(seed).is_open for seed in seeds), "thresholds are solved for each"
+    searched = Study.parse(tiny.STUDY.replace("grid = 2", 'grid = 2, thresholds = "searched"'), "test")
+    pairs = greedy_seeds(other := Workbench(searched, lambda *_: None), lambda *_: None, lambda _: None)
+    assert [other.space.candidate(seed).active_exits for seed in pairs[:2]] == [(), ("exit1",)]
     for seed in seeds:
         candidate = bench.space.candidate(seed)
         trunk = [value for layer, value in candidate.precision.items() if not layer.startswith("exits.")]

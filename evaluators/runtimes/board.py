@@ -136,6 +136,7 @@ class Board:
                 raise RuntimeError(f"on {self._address.destination}: {error}") from None
             except ConnectionLostError as error:
                 if pause is None:
+                    self._line.close()  # an answer that comes after all would be taken for the next question's
                     times = "once" if len(RETRY_AFTER_S) == 1 else f"{len(RETRY_AFTER_S)} times in a row"
                     raise TargetError(f"{error}, {times}") from None
                 self._reconnect(pause)
