@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Network = Callable[[Floats], tuple[Floats, NDArray[np.int64]]]
+
+_FEW_CLASSES = 64
+"""Of so many logits Python's own floats tell the confidence sooner than arrays do."""
 
 
 class StagedNetwork:
@@ -31,6 +35,7 @@ class StagedNetwork:
         self.stages = tuple(stages)
         self.thresholds = tuple(thresholds)
         self._confidence = CONFIDENCES[confidence]
+        self._confidence_of_one = CONFIDENCES_OF_ONE[confidence]
 
     def __call__(self, images: Floats) -> tuple[Floats, NDArray[np.int64]]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, 0 being the first.
@@ -40,6 +45,8 @@ class StagedNetwork:
         if len(self.stages) == 1:
             logits = self.stages[0](images)[0]
             return logits, np.zeros(len(images), dtype=np.int64)
+        if len(images) == 1:
+            return self._answer_one(images)
         answers: Floats | None = None
         exits = np.full(len(images), len(self.thresholds), dtype=np.int64)
         waiting = np.arange(len(images))
@@ -56,6 +63,20 @@ class StagedNetwork:
         assert answers is not None
         answers[waiting] = self.stages[-1](features)[0]
         return answers, exits
+
+    def _answer_one(self, image: Floats) -> tuple[Floats, NDArray[np.int64]]:
+        """Returns what `__call__` does for a single input, without taking anything out of arrays or putting it back.
+
+        That took as long as a tenth of a ResNet-20 for each exit.
+        """
+        features = image
+        for index, threshold in enumerate(self.thresholds):
+            features, logits = self.stages[index](features)
+            few = logits.shape[1] <= _FEW_CLASSES
+            sure = self._confidence_of_one(logits[0].tolist()) if few else self._confidence(logits)[0]
+            if sure >= threshold:
+                return logits, np.array([index])
+        return self.stages[-1](features)[0], np.array([len(self.thresholds)])
 
     def all_logits(self, images: Floats) -> Floats:
         """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: nobody leaves."""
@@ -100,3 +121,30 @@ CONFIDENCES: dict[str, Callable[[Floats], Floats]] = {
     "entropy": certainty,
 }
 """What tells how sure an exit is, from logits `(n, classes)`: 0 to 1, by the name that a study and a bundle give it."""
+
+
+def _largest_probability_of_one(logits: Sequence[float]) -> float:
+    highest = max(logits)
+    return 1.0 / sum([math.exp(logit - highest) for logit in logits])
+
+
+def _margin_of_one(logits: Sequence[float]) -> float:
+    *_, second, highest = sorted(logits)
+    return (1.0 - math.exp(second - highest)) * _largest_probability_of_one(logits)
+
+
+def _certainty_of_one(logits: Sequence[float]) -> float:
+    highest = max(logits)
+    shifted = [logit - highest for logit in logits]
+    weights = [math.exp(logit) for logit in shifted]
+    total = sum(weights)
+    entropy = math.log(total) - sum([weight * logit for weight, logit in zip(weights, shifted, strict=True)]) / total
+    return min(max(1.0 - entropy / math.log(len(logits)), 0.0), 1.0)
+
+
+CONFIDENCES_OF_ONE: dict[str, Callable[[Sequence[float]], float]] = {
+    "softmax": _largest_probability_of_one,
+    "margin": _margin_of_one,
+    "entropy": _certainty_of_one,
+}
+"""The same for the logits of a single input; the two differ by rounding, which thresholds leave room for."""
