@@ -3,12 +3,15 @@
 Without a file it answers the bundle's own check images and compares with what was measured when the bundle was made.
 A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,). Pictures
 are preprocessed here, as bundle.json says. `--show` tells which exit answered each input, `--stats` how many answer at
-each. With --stream they are frames in their order, and those that hardly differ from the last key frame get its answer.
+each. With `--stream` inputs are frames in their order; those that hardly differ from the last key frame get its answer.
 It needs onnxruntime and numpy, and pillow for pictures; a bundle with engines uses them where tensorrt runs, and
 one that was made for OpenVINO uses that where it is installed. From Python:
 
     network = load("path/to/bundle")
     logits, exits = network(images)
+
+    stream = follow("path/to/bundle")
+    key_frame, is_new = stream.frame(image)  # (1, c, h, w); key_frame.logits, key_frame.exits
 """
 
 from __future__ import annotations
