@@ -15,7 +15,7 @@ _PROTOCOL = "fvcore, one fused multiply-add is one flop, per image"
 
 
 class FlopsEvaluator:
-    """FLOPs per image, as expected over the validation images where some leave early.
+    """FLOPs per image, as expected over the validation images where some leave early, or are not computed at all.
 
     Args:
         network: the dense network with its exits.
@@ -31,12 +31,12 @@ class FlopsEvaluator:
 
     def measure(self, subject: Subject) -> Measurement:
         """Returns the FLOPs of each stage times the share of images that reaches it, and the longest path's beside."""
-        counts, active = self._by_module(subject), subject.candidate.active_exits
-        stages = self.stages(subject)
-        reached = subject.answers.reached if active else (1.0,)
-        expected = sum(share * flops for share, flops in zip(reached, stages, strict=True))
-        n = len(subject.validation) if active else 1
-        others = {"worst": sum(stages)}
+        counts, stages = self._by_module(subject), self.stages(subject)
+        dynamic, compared = subject.artifact.is_dynamic, self._compared(subject)
+        reached = subject.answers.reached if dynamic else (1.0,)
+        expected = compared + sum(share * flops for share, flops in zip(reached, stages, strict=True))
+        n = len(subject.validation) if dynamic else 1
+        others = {"worst": compared + sum(stages)}
         notes = {"nonzero": self._nonzero(subject, counts)} if subject.candidate.patterns else {}
         return Measurement("flops", expected, "expected", n, 0.0, "any", _PROTOCOL, others, notes)
 
@@ -57,6 +57,10 @@ class FlopsEvaluator:
             sum(count for path, count in counts.items() if path.startswith(f"exits.{name}."))
             for name in subject.candidate.active_exits
         ]
+
+    def _compared(self, subject: Subject) -> float:
+        """Returns what comparing a frame with the last key frame costs: as fvcore counts pooling, one per value."""
+        return float(self._image.numel()) if subject.artifact.reuse else 0.0
 
     def _nonzero(self, subject: Subject, counts: Mapping[str, float]) -> float:
         """Returns the share of the trunk's FLOPs that multiply by a weight other than zero."""

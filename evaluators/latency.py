@@ -8,7 +8,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.artifact import Artifact
 from evaluators.device_state import DeviceState, state_moved
+from evaluators.frames import timed_frames
 from evaluators.latency_cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
 from evaluators.subject import Deployed
@@ -124,13 +126,13 @@ class _Found:
     def of(
         cls,
         timing: PairedTiming,
+        dynamic: bool,
         shares: Sequence[float],
         launches: dict[str, float],
         proof: Proof,
         before: DeviceState,
         after: DeviceState,
     ) -> Self:
-        dynamic = len(shares) > 1
         return cls(
             ratio=timing.ratio,
             half_width=timing.half_width,
@@ -145,10 +147,30 @@ class _Found:
             launches=launches,
             remarks=[*proof.remarks(), *state_moved(before, after)],
             unproven=list(proof.unproven),
-            formula_ratio=float(np.dot(shares, timing.per_input[-len(shares) :])) if dynamic else 0.0,
-            formula_wait_s=float(np.dot(shares, timing.waits_s[-len(shares) :])) if dynamic else 0.0,
+            formula_ratio=float(np.dot(shares, timing.per_input[-len(shares) :])) if shares else 0.0,
+            formula_wait_s=float(np.dot(shares, timing.waits_s[-len(shares) :])) if shares else 0.0,
             states={"before": before.told(), "after": after.told()} if before.told() else {},
         )
+
+
+def _timed_batches(subject: Deployed) -> tuple[list[TimedBatch], list[float]]:
+    """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last."""
+    batch, reuse = subject.target.batch, subject.artifact.reuse
+    if reuse is not None and subject.answers.answering is not None:
+        exits = bool(subject.artifact.exits)
+        return timed_frames(subject.answers.answering, subject.answers.profiles, reuse, exits)
+    if not subject.artifact.exits:
+        return [TimedBatch(0, batch)], [1.0]
+    batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
+    weights = [float(count) for _, count in subject.answers.profiles]
+    ways = [TimedBatch(0, batch, exit=place) for place in range(len(subject.artifact.deployed))]
+    return [*batches, *ways], [*weights, *[0.0] * len(ways)]
+
+
+def _statistic(artifact: Artifact) -> str:
+    if artifact.reuse is not None:
+        return "expected over the frames of the validation stream"
+    return "expected over the validation images" if artifact.is_dynamic else "median"
 
 
 class LatencyEvaluator:
@@ -193,7 +215,6 @@ class LatencyEvaluator:
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
         precision = self._majority(subject)
-        dynamic = bool(subject.artifact.exits)
         found, known = self._known(subject, precision)
         reference_s = self.references[precision].seconds
         value = self._waited(found.ratio, found.wait_s, reference_s)
@@ -201,11 +222,11 @@ class LatencyEvaluator:
         return Measurement(
             metric="latency",
             value=value,
-            statistic="expected over the validation images" if dynamic else "median",
+            statistic=_statistic(subject.artifact),
             n=found.calls,
             spread=found.half_width / 1.96 * found.ratio * reference_s,
             target=str(subject.target),
-            protocol=self._told(precision, dynamic, known, found),
+            protocol=self._told(subject, precision, known, found),
             others={
                 **{name: tail * value for name, tail in found.tails.items()},
                 "worst": self._waited(found.worst_ratio, found.worst_wait_s, reference_s),
@@ -220,7 +241,7 @@ class LatencyEvaluator:
                 "wall_cv": found.wall_cv,
                 "boundaries": subject.artifact.boundaries,
                 # What images one at a time, or batches that leave as one, would take: shares times paths.
-                **({"formula_s": formula} if dynamic else {}),
+                **({"formula_s": formula} if found.formula_ratio else {}),
                 # How many times as long as when the search began the reference takes now.
                 **({} if known else {"drift": found.work_s / found.ratio / reference_s}),
                 **{f"seconds {way}": seconds for way, seconds in found.launches.items()},
@@ -233,17 +254,17 @@ class LatencyEvaluator:
     def _waited(self, ratio: float, wait_s: float, reference_s: float) -> float:
         return ratio * reference_s + (wait_s if self._clock == "gpu" else 0.0)
 
-    def _told(self, precision: str, dynamic: bool, known: bool, found: _Found) -> str:
+    def _told(self, subject: Deployed, precision: str, known: bool, found: _Found) -> str:
         clock = CLOCKS[self._clock]
         reference = f"dense {precision}, {self.references[precision].seconds * 1e3:.3f} ms of {clock}"
-        told = [str(self._protocol(dynamic)), f"reference: {reference}"]
+        told = [str(self._protocol(subject)), f"reference: {reference}"]
         told.append("percentiles: the wall clock's, over its own median, times the latency")
         told += [f"launched {way}, as it is deployed" for way in list(found.launches)[:1]]
         return "; ".join([*told, *(["kept from an earlier measurement of the same shapes"] if known else [])])
 
     def _known(self, subject: Deployed, precision: str) -> tuple[_Found, bool]:
         """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
-        if self._cache is None or subject.artifact.exits:
+        if self._cache is None or subject.artifact.is_dynamic:
             return self._fresh(subject, precision), False
         reference = self.references[precision].model
         form = " ".join(field.name for field in fields(_Found))  # what another form kept cannot be read
@@ -262,8 +283,9 @@ class LatencyEvaluator:
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        shares = subject.answers.leaving if subject.artifact.exits else (1.0,)
-        return _Found.of(timing, shares, subject.opened.launches(batch), proof, before, after)
+        shares = subject.answers.leaving if subject.artifact.exits and subject.artifact.reuse is None else ()
+        launches = subject.opened.launches(batch)
+        return _Found.of(timing, subject.artifact.is_dynamic, shares, launches, proof, before, after)
 
     def paths(self, subject: Deployed) -> tuple[float, ...]:
         """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end."""
@@ -282,25 +304,18 @@ class LatencyEvaluator:
         return time_pair(turns, [1.0], self.protocol, time.perf_counter).ratio
 
     def _time(self, subject: Deployed, precision: str) -> PairedTiming:
-        batch = subject.target.batch
-        batches, weights = [TimedBatch(0, batch)], [1.0]
-        if subject.artifact.exits:
-            batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
-            weights = [float(count) for _, count in subject.answers.profiles]
-            for place in range(len(subject.artifact.deployed)):  # the last one is the longest path
-                batches, weights = [*batches, TimedBatch(0, batch, exit=place)], [*weights, 0.0]
-        return self._pair(subject, precision, batches, weights)
+        return self._pair(subject, precision, *_timed_batches(subject))
 
     def _pair(
         self, subject: Deployed, precision: str, batches: Sequence[TimedBatch], weights: Sequence[float]
     ) -> PairedTiming:
-        protocol = self._protocol(bool(subject.artifact.exits))
+        protocol = self._protocol(subject)
         images, reference = subject.validation.images, self._load(precision)
         turns = subject.opened.turns(images, batches, reference, reference_batch(subject.target.batch), protocol)
         return time_pair(turns, weights, protocol, time.perf_counter)
 
-    def _protocol(self, dynamic: bool) -> Protocol:
-        return replace(self.protocol, turns=_TURNS_WITH_EXITS) if dynamic else self.protocol
+    def _protocol(self, subject: Deployed) -> Protocol:
+        return replace(self.protocol, turns=_TURNS_WITH_EXITS) if subject.artifact.exits else self.protocol
 
     def _load(self, precision: str) -> Opened:
         # Loaded for each timing: idle sessions beside the two that alternate would change what the caches hold.

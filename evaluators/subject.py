@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
+from evaluators.frames import Reuse, Stream
 from evaluators.measurement import Measurement
 from evaluators.target import Opened, Runtime, Target
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
+
+_AT_ONCE = 64
+"""So many key frames are gathered at a time."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,10 @@ class Answers:
         correct: whether it is right.
         exits: the exit that answered, 0 being the first and the last index the end.
         stages: how many stages the artifact has.
-        profiles: for each way in which a batch shrinks on its way, one batch that does, as `(first image, batches)`.
+        profiles: for each way in which a batch shrinks on its way, one batch that does, as `(first image, batches)`;
+            of a stream, the key frames' only.
+        answering: of a stream, the key frame whose answer each frame was given, `(n,)`; a key frame its own.
+        clips: of a stream, the clip that each frame belongs to, `(n,)`.
     """
 
     classes: NDArray[np.int64]
@@ -33,11 +40,21 @@ class Answers:
     exits: NDArray[np.int64]
     stages: int
     profiles: tuple[tuple[int, int], ...]
+    answering: NDArray[np.int64] | None = None
+    clips: NDArray[np.int64] | None = None
 
     @property
     def reached(self) -> tuple[float, ...]:
-        """The share of images that reaches each stage, 1 for the first."""
-        return tuple(float(np.mean(self.exits >= stage)) for stage in range(self.stages))
+        """The share of images that reaches each stage: 1 for the first, or the share of key frames."""
+        computed = self.computed
+        return tuple(float(np.mean((self.exits >= stage) & computed)) for stage in range(self.stages))
+
+    @property
+    def computed(self) -> NDArray[np.bool_]:
+        """Whether the network looked at an image, `(n,)`; at a frame that is no key frame it did not."""
+        own = np.arange(len(self.exits))
+        computed: NDArray[np.bool_] = own == (own if self.answering is None else self.answering)
+        return computed
 
     @property
     def leaving(self) -> tuple[float, ...]:
@@ -45,12 +62,36 @@ class Answers:
         return tuple(float(np.mean(self.exits == stage)) for stage in range(self.stages))
 
 
-def ask(opened: Opened, stages: int, data: LabelledImages, batch: int) -> Answers:
-    """Returns what an artifact of `stages` stages answers, in batches of the size that is deployed."""
+def ask(opened: Opened, stages: int, data: LabelledImages, batch: int, reuse: Reuse | None = None) -> Answers:
+    """Returns what an artifact of `stages` stages answers, in batches of the size that is deployed.
+
+    Args:
+        opened: the artifact.
+        stages: how many it has.
+        data: images, or a stream.
+        batch: how many are computed at once; of a stream, one.
+        reuse: which frames of a stream are computed; all of them where not given.
+    """
+    if isinstance(data, Stream):
+        return _ask_stream(opened, stages, data, reuse)
     logits, exits = opened.answer(data.images, batch)
     classes = logits.argmax(axis=1)
     batches = [exits[start : start + batch] for start in range(0, len(exits), batch)]
     return Answers(classes, classes == data.labels, exits, stages, _profiles(batches, batch, stages))
+
+
+def _ask_stream(opened: Opened, stages: int, stream: Stream, reuse: Reuse | None) -> Answers:
+    """Returns what is answered to each frame; only key frames are computed, one at a time."""
+    answering = stream.key_frames(reuse)
+    keys, given = np.unique(answering, return_inverse=True)
+    parts = [opened.answer(stream.images[keys[at : at + _AT_ONCE]], 1) for at in range(0, len(keys), _AT_ONCE)]
+    logits = np.concatenate([part for part, _ in parts])
+    exits = np.concatenate([part for _, part in parts])
+    classes = logits.argmax(axis=1)[given]
+    # The last of each kind, because the first frame of all has no key frame before it.
+    kinds = [(int(keys[exits == left][-1]), int((exits == left).sum())) for left in np.unique(exits)]
+    correct = classes == stream.labels
+    return Answers(classes, correct, exits[given], stages, tuple(kinds), answering, stream.clips)
 
 
 def _profiles(exits: list[NDArray[np.int64]], batch: int, stages: int) -> tuple[tuple[int, int], ...]:
@@ -96,7 +137,7 @@ class Deployed:
 
     def answers_to(self, data: LabelledImages) -> Answers:
         """Returns what the artifact says to some images."""
-        return ask(self.opened, len(self.artifact.deployed), data, self.target.batch)
+        return ask(self.opened, len(self.artifact.deployed), data, self.target.batch, self.artifact.reuse)
 
     @cached_property
     def answers(self) -> Answers:

@@ -112,6 +112,23 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Follows:
+    """What a frame of a stream finds when it comes.
+
+    Args:
+        key: the last key frame.
+        age: how many frames ago that was.
+        threshold: the difference from it from which a frame is a key frame.
+        max_age: the age at which a frame is one anyway.
+    """
+
+    key: int
+    age: int
+    threshold: float
+    max_age: int
+
+
+@dataclass(frozen=True)
 class TimedBatch:
     """Some consecutive images whose way through an artifact is timed.
 
@@ -119,12 +136,14 @@ class TimedBatch:
         start: the first of them.
         count: how many.
         longest: whether no exit may answer.
+        follows: of one frame of a stream, what decides whether it is computed; None where images come alone.
         exit: where all leave, whatever they are like; None where the gates decide.
     """
 
     start: int
     count: int
     longest: bool = False
+    follows: Follows | None = None
     exit: int | None = None
 
     def gates(self, thresholds: Sequence[float]) -> list[float]:

@@ -206,6 +206,7 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "preprocessing": asdict(preprocessing) if preprocessing else None,
             "image_shape": bench.data.image_shape,
             "classes": bench.data.classes,
+            **({"frames": asdict(artifact.reuse)} if artifact.reuse else {}),
             "check": {"images": len(images), "correct": int(confirmed.answers.correct[: len(images)].sum())},
         },
         "candidate.json": evaluation.candidate.to_dict(),

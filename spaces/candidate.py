@@ -12,11 +12,13 @@ NEVER_EXIT = 1.0
 """The threshold that turns an exit off: its head is not even part of the artifact."""
 OPEN_EXIT = -1.0
 """The threshold of an exit that takes part, while how confident it has to be is still to be found."""
+FRAMES = "frames"
+"""The gate that lets a frame of a stream be answered as the last key frame was; it is no exit, and 0 turns it off."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer, threshold per exit, and the pattern of zeros of some layers.
+    """Channels kept per group, precision per layer, threshold per gate, and the pattern of zeros of some layers.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, {"exit1": 0.9})
 
@@ -45,7 +47,7 @@ class Candidate:
     def active_exits(self) -> tuple[str, ...]:
         """The exits that can fire, in order of depth."""
         names = sorted(self.thresholds, key=lambda name: (len(name), name))  # exit2 before exit10
-        return tuple(name for name in names if self.thresholds[name] < NEVER_EXIT)
+        return tuple(name for name in names if name != FRAMES and self.thresholds[name] < NEVER_EXIT)
 
     @property
     def is_open(self) -> bool:

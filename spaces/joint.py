@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from spaces.candidate import NEVER_EXIT, Candidate
-from spaces.gates import GateSpace
+from spaces.gates import FRAMES_THRESHOLD, GateSpace
 from spaces.network import ExitNetwork
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PREFIX, PrecisionSpace
@@ -62,22 +62,24 @@ class JointSpace:
         return Candidate(candidate.channels, precision, thresholds, candidate.patterns)
 
     def dense(self) -> Candidate:
-        """Returns the network as it was given: every channel, the reference precision, no exit."""
+        """Returns the network as it was given: every channel, the reference precision, every gate closed."""
         return Candidate(
             {group.name: group.channels for group in self.sparsity.groups},
             dict.fromkeys(self.precision.layers, self.precision.precisions[0]),
-            dict.fromkeys(self.gates.exits, NEVER_EXIT),
+            self.gates.closed(),
         )
 
     def uniform(self, keep: float, precision: str, threshold: float, pattern: str = DENSE) -> dict[str, Value]:
         """Returns values that treat every layer alike: a share of the channels, one precision, threshold and pattern.
 
-        Shares are rounded to the nearest step of each group; the threshold to the nearest on offer.
+        Shares are rounded to the nearest step of each group; the threshold to the nearest on offer. It is the exits';
+        frames of a stream get one that is as open.
         """
         values: dict[str, Value] = {}
         for name, dimension in self.dimensions().items():
             if not isinstance(dimension, Choice):
-                values[name] = _nearest(dimension, keep, threshold)
+                opened = self.gates.as_open(threshold) if name == FRAMES_THRESHOLD else threshold
+                values[name] = _nearest(dimension, keep, opened)
             elif name.startswith(PREFIX):
                 values[name] = self.precision.nearest(name.removeprefix(PREFIX), precision)
             else:

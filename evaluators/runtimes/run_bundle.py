@@ -1,13 +1,17 @@
-"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy|PICTURE|FOLDER] [--show], python run.py --stats FOLDER.
+"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy|PICTURE|FOLDER] [--show|--stream FRAMES|--stats FOLDER].
 
 Without a file it answers the bundle's own check images and compares with what was measured when the bundle was made.
 A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,). Pictures
 are preprocessed here, as bundle.json says. `--show` tells which exit answered each input, `--stats` how many answer at
-each. It needs onnxruntime and numpy, and pillow for pictures; a bundle with engines uses them where tensorrt runs, and
+each. With `--stream` inputs are frames in their order; those that hardly differ from the last key frame get its answer.
+It needs onnxruntime and numpy, and pillow for pictures; a bundle with engines uses them where tensorrt runs, and
 one that was made for OpenVINO uses that where it is installed. From Python:
 
     network = load("path/to/bundle")
     logits, exits = network(images)
+
+    stream = follow("path/to/bundle")
+    key_frame, is_new = stream.frame(image)  # (1, c, h, w); key_frame.logits, key_frame.exits
 """
 
 from __future__ import annotations
@@ -26,11 +30,11 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING or __package__:
     from evaluators.runtimes.inputs import read_all
-    from evaluators.runtimes.staged import Floats, Network, StagedNetwork
+    from evaluators.runtimes.staged import Floats, FrameReuse, Network, StagedNetwork
 else:  # a bundle has these files beside its run.py, which anybody may call from anywhere
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from inputs import read_all
-    from staged import Floats, Network, StagedNetwork
+    from staged import Floats, FrameReuse, Network, StagedNetwork
 
 ENGINES = "engines.json"
 FEW = 20
@@ -137,6 +141,17 @@ def _made_with(description: dict[str, Any]) -> str:
     return str(description.get("library", "")).partition(" ")[0]
 
 
+def follow(folder: str | Path) -> FrameReuse:
+    """Returns the bundle's network for a stream; one that was picked without frames computes each of them."""
+    description = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
+    return _following(load(folder), description)
+
+
+def _following(network: Network, description: dict[str, Any]) -> FrameReuse:
+    frames = description.get("frames", {"threshold": 0.0, "max_age": 1})
+    return FrameReuse(network, frames["threshold"], frames["max_age"])
+
+
 def _load_engines(bundle: Path, description: dict[str, Any]) -> Network | None:
     """Returns the network on the GPU; None, and a line on why, where it cannot run there."""
     sys.path.insert(0, str(bundle / "runtime.pyz"))
@@ -237,29 +252,26 @@ def _reason(error: Exception) -> str:
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
-    parser.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, .npy, picture")
-    parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
-    parser.add_argument("--show", action="store_true", help="tell which exit answered each input")
-    parser.add_argument("--stats", type=Path, metavar="FOLDER|FILE", help="tell how many inputs each exit answers")
-    arguments = parser.parse_args()
+    arguments = _arguments()
     bundle = Path(__file__).resolve().parent
     description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    batch = description["target"]["batch"]
     if arguments.stats:
         return _stats(load(bundle), description, arguments.stats)
-    named = [*read_all(arguments.images or bundle / "check.npz", description)]
+    given = arguments.stream or arguments.images
+    named = [*read_all(given or bundle / "check.npz", description)]
     images = np.concatenate([part for _, part, _ in named])
     library, network = load_by(bundle)
-    logits, exits, seconds = answer(network, images, batch)
+    if arguments.stream or (given is None and "frames" in description):
+        logits, exits = _answer_stream(_following(network, description), images, library)
+    else:
+        logits, exits = _answer_images(network, images, description["target"]["batch"], library)
     classes = logits.argmax(axis=1)
     if arguments.predictions:
         np.save(arguments.predictions, classes)
-    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here, {library})")
     names = [*description["exits"], "end"]
     for index, name in enumerate(names):
         print(f"  answered at {name}: {int((exits == index).sum())}")
-    if arguments.show or (arguments.images and len(images) <= FEW):
+    if arguments.show or (given and len(images) <= FEW):
         inputs = [f"{name}[{row}]" if len(part) > 1 else name for name, part, _ in named for row in range(len(part))]
         for name, label, index in zip(inputs, classes, exits, strict=True):
             print(f"  {name}: class {label}, at {names[index]}")
@@ -268,7 +280,7 @@ def _run() -> int:
     correct = None if labels is None else int((classes == labels).sum())
     if correct is not None:
         print(f"  accuracy: {correct / len(images):.4%} ({correct}/{len(images)})")
-    if arguments.images is None:
+    if given is None:
         measured = description["check"]["correct"]
         print(f"  measured when the bundle was made: {measured / len(images):.4%} ({measured}/{len(images)})")
         return 0 if abs((correct or 0) - measured) <= _tolerance(library, description, len(images)) else 1
@@ -278,6 +290,39 @@ def _run() -> int:
 def _tolerance(library: str, description: dict[str, Any], images: int) -> int:
     """Returns how many right answers more or fewer are no failure: another library rounds otherwise."""
     return 0 if _made_with(description) in ("", library) else -(-images // 100)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, .npy, picture")
+    source.add_argument("--stream", type=Path, help="the same, but frames in their order, answered one by one")
+    source.add_argument("--stats", type=Path, metavar="FOLDER|FILE", help="tell how many inputs each exit answers")
+    parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
+    parser.add_argument("--show", action="store_true", help="tell which exit answered each input")
+    return parser.parse_args()
+
+
+def _answer_images(network: Network, images: Floats, batch: int, library: str) -> tuple[Floats, NDArray[np.int64]]:
+    """Returns logits and exits of images that have nothing to do with each other, and says what a batch takes."""
+    logits, exits, seconds = answer(network, images, batch)
+    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here, {library})")
+    return logits, exits
+
+
+def _answer_stream(network: FrameReuse, frames: Floats, library: str) -> tuple[Floats, NDArray[np.int64]]:
+    """Returns logits and exits of frames, and says how many are key frames and what a frame takes."""
+    answers, computed, seconds = [], 0, []
+    for index in range(len(frames)):
+        begin = time.perf_counter()
+        key, is_new = network.frame(frames[index : index + 1])
+        seconds.append(time.perf_counter() - begin)
+        answers.append(key)
+        computed += is_new
+    mean, median, worst = (1e3 * float(taken(seconds)) for taken in (np.mean, np.median, np.max))
+    print(f"{len(frames)} frames, {computed / len(frames):.1%} of them key frames")
+    print(f"  {mean:.2f} ms per frame, median {median:.2f} ms, worst {worst:.2f} ms (here, {library})")
+    return np.concatenate([key.logits for key in answers]), np.concatenate([key.exits for key in answers])
 
 
 def _stats(network: Network, description: dict[str, Any], path: Path) -> int:
