@@ -71,7 +71,9 @@ def main() -> None:
 
 def _accuracy_as_it_came(study: Study) -> float:
     """Returns the accuracy on the test images before network and exits learned together, fp32."""
-    bench = Workbench(study.model_copy(update={"exits": study.exits.model_copy(update={"after": ()})}), _say)
+    bench = Workbench(
+        study.model_copy(update={"exits": study.exits.model_copy(update={"after": (), "weights": ()})}), _say
+    )
     answers = bench.subject(bench.space.dense()).answers_to(bench.data.test)
     return accuracy_of(answers, bench.target, "test").value
 
