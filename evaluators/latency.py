@@ -19,6 +19,10 @@ _TURNS_WITH_EXITS = 3
 """With exits, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
 
 
+Profiles = Sequence[tuple[int, int]]
+"""Batches that stand for all: their first images, and for how many each."""
+FIRST: Profiles = ((0, 1),)
+"""The first batch stands for all."""
 CLOCKS = {
     "cpu": "CPU time, or of wall-clock time with several threads",
     "gpu": "CUDA events, copies included, to which the host's part of a call is added as the wall clock shows it",
@@ -80,6 +84,18 @@ def slower_launch(launches: Mapping[str, float]) -> list[str]:
     return [slower] if seconds > 1.02 * others else []
 
 
+def _told_ways(subject: Deployed) -> str:
+    """Returns, in words, which ways through the blocks were timed; nothing where no block may be skipped."""
+    if not subject.artifact.blocks:
+        return ""
+    timed, ways = len(subject.answers.profiles), subject.answers.ways
+    if timed == ways:
+        return f"; each of {ways} ways through the blocks timed"
+    return (
+        f"; {timed} batches timed for {ways} ways through the blocks, each for an equal share, by what they leave out"
+    )
+
+
 @dataclass(frozen=True)
 class _Found:
     """What is kept of a timing: ratios to the reference, and the candidate's seconds by the clocks.
@@ -98,7 +114,7 @@ class _Found:
         launches: median seconds of each way to launch a batch.
         remarks: on the precisions that layers run in.
         unproven: layers that do not tell theirs.
-        formula_ratio: with exits, the share that leaves at each times the ratio of a whole batch that does; else 0.
+        formula_ratio: with exits alone, the share that leaves at each times the ratio of a whole batch that does; else 0.
         formula_wait_s: the same of what a caller waits beyond the work.
         states: what the device told of itself before and after.
     """
@@ -130,23 +146,23 @@ class _Found:
         before: DeviceState,
         after: DeviceState,
     ) -> Self:
-        dynamic = len(shares) > 1
+        several = len(timing.per_input) > 1  # the last one is the longest path
         return cls(
             ratio=timing.ratio,
             half_width=timing.half_width,
-            worst_ratio=timing.per_input[-1] if dynamic else timing.ratio,
+            worst_ratio=timing.per_input[-1] if several else timing.ratio,
             calls=len(timing.wall_s),
             work_s=timing.work_s,
             wait_s=timing.wait_s,
-            worst_wait_s=timing.waits_s[-1] if dynamic else timing.wait_s,
+            worst_wait_s=timing.waits_s[-1] if several else timing.wait_s,
             wall_median=timing.wall_percentile(50),
             wall_cv=timing.wall_cv,
             tails={f"p{p}": timing.wall_percentile(p) / timing.typical_wall_s for p in (90, 95, 99)},
             launches=launches,
             remarks=[*proof.remarks(), *state_moved(before, after)],
             unproven=list(proof.unproven),
-            formula_ratio=float(np.dot(shares, timing.per_input[-len(shares) :])) if dynamic else 0.0,
-            formula_wait_s=float(np.dot(shares, timing.waits_s[-len(shares) :])) if dynamic else 0.0,
+            formula_ratio=float(np.dot(shares, timing.per_input[-len(shares) :])) if shares else 0.0,
+            formula_wait_s=float(np.dot(shares, timing.waits_s[-len(shares) :])) if shares else 0.0,
             states={"before": before.told(), "after": after.told()} if before.told() else {},
         )
 
@@ -193,7 +209,7 @@ class LatencyEvaluator:
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
         precision = self._majority(subject)
-        dynamic = bool(subject.artifact.exits)
+        dynamic = subject.artifact.is_dynamic
         found, known = self._known(subject, precision)
         reference_s = self.references[precision].seconds
         value = self._waited(found.ratio, found.wait_s, reference_s)
@@ -205,7 +221,7 @@ class LatencyEvaluator:
             n=found.calls,
             spread=found.half_width / 1.96 * found.ratio * reference_s,
             target=str(subject.target),
-            protocol=self._told(precision, dynamic, known, found),
+            protocol=self._told(precision, dynamic, known, found) + _told_ways(subject),
             others={
                 **{name: tail * value for name, tail in found.tails.items()},
                 "worst": self._waited(found.worst_ratio, found.worst_wait_s, reference_s),
@@ -220,7 +236,7 @@ class LatencyEvaluator:
                 "wall_cv": found.wall_cv,
                 "boundaries": subject.artifact.boundaries,
                 # What images one at a time, or batches that leave as one, would take: shares times paths.
-                **({"formula_s": formula} if dynamic else {}),
+                **({"formula_s": formula} if found.formula_ratio else {}),
                 # How many times as long as when the search began the reference takes now.
                 **({} if known else {"drift": found.work_s / found.ratio / reference_s}),
                 **{f"seconds {way}": seconds for way, seconds in found.launches.items()},
@@ -243,7 +259,7 @@ class LatencyEvaluator:
 
     def _known(self, subject: Deployed, precision: str) -> tuple[_Found, bool]:
         """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
-        if self._cache is None or subject.artifact.exits:
+        if self._cache is None or subject.artifact.is_dynamic:
             return self._fresh(subject, precision), False
         reference = self.references[precision].model
         form = " ".join(field.name for field in fields(_Found))  # what another form kept cannot be read
@@ -262,17 +278,25 @@ class LatencyEvaluator:
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        shares = subject.answers.leaving if subject.artifact.exits else (1.0,)
+        shares = subject.answers.leaving if subject.artifact.exits and not subject.artifact.blocks else ()
         return _Found.of(timing, shares, subject.opened.launches(batch), proof, before, after)
 
-    def paths(self, subject: Deployed) -> tuple[float, ...]:
-        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end."""
+    def paths(self, subject: Deployed, profiles: Profiles = FIRST) -> tuple[float, ...]:
+        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end.
+
+        Args:
+            subject: with its exits.
+            profiles: what is timed: more than the first batch where images decide which blocks they pass by.
+        """
         batch, precision = subject.target.batch, self._majority(subject)
-        batches = [TimedBatch(0, batch, exit=place) for place in range(len(subject.artifact.deployed))]
+        starts, counts = zip(*profiles, strict=True)
+        places = range(len(subject.artifact.exits) + 1)
+        batches = [TimedBatch(start, batch, exit=place) for place in places for start in starts]
         timing = self._pair(subject, precision, batches, [1.0] * len(batches))
         reference_s = self.references[precision].seconds
         waits = zip(timing.per_input, timing.waits_s, strict=True)
-        return tuple(self._waited(ratio, wait, reference_s) for ratio, wait in waits)
+        each = np.array([self._waited(ratio, wait, reference_s) for ratio, wait in waits])
+        return tuple(np.average(each.reshape(len(places), len(starts)), axis=1, weights=counts).tolist())
 
     def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""
@@ -284,17 +308,18 @@ class LatencyEvaluator:
     def _time(self, subject: Deployed, precision: str) -> PairedTiming:
         batch = subject.target.batch
         batches, weights = [TimedBatch(0, batch)], [1.0]
-        if subject.artifact.exits:
+        if subject.artifact.is_dynamic:
             batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
             weights = [float(count) for _, count in subject.answers.profiles]
-            for place in range(len(subject.artifact.deployed)):  # the last one is the longest path
-                batches, weights = [*batches, TimedBatch(0, batch, exit=place)], [*weights, 0.0]
+            leaving = range(0 if subject.artifact.blocks else len(subject.artifact.exits))
+            paths = [*(TimedBatch(0, batch, exit=place) for place in leaving), TimedBatch(0, batch, longest=True)]
+            batches, weights = [*batches, *paths], [*weights, *[0.0] * len(paths)]
         return self._pair(subject, precision, batches, weights)
 
     def _pair(
         self, subject: Deployed, precision: str, batches: Sequence[TimedBatch], weights: Sequence[float]
     ) -> PairedTiming:
-        protocol = self._protocol(bool(subject.artifact.exits))
+        protocol = self._protocol(subject.artifact.is_dynamic)
         images, reference = subject.validation.images, self._load(precision)
         turns = subject.opened.turns(images, batches, reference, reference_batch(subject.target.batch), protocol)
         return time_pair(turns, weights, protocol, time.perf_counter)

@@ -19,6 +19,7 @@ from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
+from evaluators.runtimes.staged import Step, to_json
 from evaluators.subject import Deployed
 from evaluators.target import Target, runtime
 from spaces.candidate import Candidate
@@ -57,6 +58,8 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         "precisions": dict(subject.artifact.precisions),
         "boundaries": subject.artifact.boundaries,
         "confidence": subject.artifact.confidence,
+        "blocks": subject.artifact.blocks,
+        "steps": to_json(subject.artifact.steps),
         "target": subject.target.to_dict(),
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
@@ -64,9 +67,9 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
 
 
 def _write_images(folder: Path, subject: Deployed) -> None:
-    """Writes the validation images, a few at a time; without exits the first batch is all that is needed."""
+    """Writes the validation images, a few at a time; the first batch is enough where inputs decide nothing."""
     images, labels = subject.validation.images, subject.validation.labels
-    count = len(labels) if subject.artifact.exits else min(subject.target.batch, len(labels))
+    count = len(labels) if subject.artifact.is_dynamic else min(subject.target.batch, len(labels))
     shape = (count, *images.shape[1:])
     file = np.lib.format.open_memmap(folder / _IMAGES, mode="w+", dtype=np.float32, shape=shape)
     for start in range(0, count, _AT_ONCE):
@@ -110,6 +113,8 @@ def _measure(folder: Path) -> dict[str, Any]:
         job["precisions"],
         boundaries=job["boundaries"],
         confidence=job["confidence"],
+        blocks=tuple(job["blocks"]),
+        steps=tuple(Step(**step) for step in job["steps"]),
     )
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)

@@ -204,6 +204,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "thresholds": artifact.thresholds,
             "confidence": artifact.confidence,
             "preprocessing": asdict(preprocessing) if preprocessing else None,
+            "blocks": artifact.blocks,
+            "steps": staged.to_json(artifact.steps),
             "image_shape": bench.data.image_shape,
             "classes": bench.data.classes,
             "check": {"images": len(images), "correct": int(confirmed.answers.correct[: len(images)].sum())},

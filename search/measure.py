@@ -9,6 +9,7 @@ import numpy as np
 
 from evaluators.data import LabelledImages
 from evaluators.latency import slower_launch
+from evaluators.runtimes.staged import from_json
 from evaluators.subject import Answers, ask
 from evaluators.target import Opened, Runtime, runtime
 from evaluators.timing import Floats, weighted_percentile
@@ -61,10 +62,13 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
     batch, threads = description["target"]["batch"], description["target"]["threads"]
     library = runtime(target or description["target"]["runtime"])
     stages = [library.deployable(_portable(folder, name)) for name in description["deployed"]]
-    opened = library.open(stages, description["thresholds"], threads, description.get("confidence", "softmax"))
+    blocks, plan = len(description.get("blocks", [])), description.get("steps") or description["thresholds"]
+    if blocks and not library.capabilities().skips:
+        raise UserError(f"a bundle that skips blocks is measured where blocks can be skipped, got {library.name}")
+    opened = library.open(stages, from_json(plan), threads, description.get("confidence", "softmax"))
     with np.load(folder / "check.npz") as stored:
         check = LabelledImages(stored["images"], stored["labels"])
-    answers = ask(opened, len(stages), check, batch)
+    answers = ask(opened, len(description["exits"]) + 1, check, batch, blocks)
     seconds, weights = _time(opened, answers, check, batch)
     launches = opened.launches(check.images[:batch])
     return Found(

@@ -4,7 +4,7 @@ import torch
 
 from evaluators.data import Splits
 from evaluators.target import Runtime, Target
-from search.study import Study, StudyError
+from search.study import SkipsSection, Study, StudyError
 from spaces.criteria import Evidence, criterion
 from spaces.gates import GateSpace
 from spaces.groups import Groups
@@ -37,7 +37,7 @@ def space_of(
 
     Args:
         study: the question.
-        network: the dense network with its exits.
+        network: the dense network with its exits and gates.
         groups: its channels.
         data: whose calibration images some criteria look at.
         layers: those with a precision.
@@ -51,9 +51,22 @@ def space_of(
     return JointSpace(
         SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions, storage=[each for each in study.space.storage if each in able.storage]),
-        GateSpace(exits, study.space.lowest_threshold, study.space.threshold_step, study.exits.thresholds == "solved"),
+        GateSpace(
+            exits,
+            study.space.lowest_threshold,
+            study.space.threshold_step,
+            study.exits.thresholds == "solved",
+            network.skip_blocks,
+        ),
         PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
     )
+
+
+def runnable(study: Study, target: Runtime) -> Study:
+    """Returns the study without gates where the target does not skip what they say."""
+    able = target.capabilities()
+    able_to = able.skips and (study.target.batch == 1 or able.dynamic_batch)
+    return study if able_to else study.model_copy(update={"skips": SkipsSection()})
 
 
 def _patterns(study: Study, target: Runtime) -> tuple[str, ...]:
@@ -70,6 +83,8 @@ def left_out(study: Study, library: Runtime, target: Target, space: JointSpace) 
         for kind in study.space.storage
         if kind not in space.precision.storage
     ]
+    gates = [f"[skips] is left out: {target.runtime} does not skip blocks at batch {target.batch}"]
+    rest = storage + gates * (runnable(study, library).skips != study.skips)
     if _patterns(study, library) == study.space.patterns:
-        return storage
-    return [f"pattern {TWO_OF_FOUR} is left out: {where.format('sparse kernels')}", *storage]
+        return rest
+    return [f"pattern {TWO_OF_FOUR} is left out: {where.format('sparse kernels')}", *rest]

@@ -12,11 +12,15 @@ NEVER_EXIT = 1.0
 """The threshold that turns an exit off: its head is not even part of the artifact."""
 OPEN_EXIT = -1.0
 """The threshold of an exit that takes part, while how confident it has to be is still to be found."""
+ALWAYS_RUN = -4.0
+"""The threshold that turns a gate off: its block is always run, and the gate is not even part of the artifact."""
+SKIP = "skip."
+"""What a gate's threshold is called, followed by its block's path."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer, threshold per exit, and the pattern of zeros of some layers.
+    """Channels kept per group, precision per layer, threshold per exit and gate, and some layers' pattern of zeros.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, {"exit1": 0.9})
 
@@ -44,13 +48,20 @@ class Candidate:
     @property
     def active_exits(self) -> tuple[str, ...]:
         """The exits that can fire, in order of depth."""
-        names = sorted(self.thresholds, key=lambda name: (len(name), name))  # exit2 before exit10
+        exits = [name for name in self.thresholds if not name.startswith(SKIP)]
+        names = sorted(exits, key=lambda name: (len(name), name))  # exit2 before exit10
         return tuple(name for name in names if self.thresholds[name] < NEVER_EXIT)
+
+    @property
+    def active_skips(self) -> dict[str, float]:
+        """The blocks that may be skipped, by their paths, each with the logit from which its gate runs it."""
+        gates = {name.removeprefix(SKIP): value for name, value in self.thresholds.items() if name.startswith(SKIP)}
+        return {block: threshold for block, threshold in gates.items() if threshold > ALWAYS_RUN}
 
     @property
     def is_open(self) -> bool:
         """Whether a threshold is still to be found, so that this is a choice of all else, and no version yet."""
-        return OPEN_EXIT in self.thresholds.values()
+        return any(self.thresholds[name] == OPEN_EXIT for name in self.active_exits)
 
     def reopened(self) -> Self:
         """Returns the same choices with the threshold of each active exit still to be found."""

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from evaluators.runtimes.staged import StagedNetwork
+from evaluators.runtimes.staged import Routes, StagedNetwork, Steps
 from evaluators.target import Images, Proof, Spent, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
 
@@ -20,8 +19,8 @@ class LocallyOpened:
     """An artifact whose stages are functions of this process.
 
     Args:
-        stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
-        thresholds: the confidence from which each exit answers.
+        stages: each maps a batch to what its step wants.
+        plan: the confidence from which each exit answers, or the steps.
         threads: that the stages use; it decides which clock tells their work.
         confidence: what the gates ask for.
         clock: to read; where not given, the one that goes with the threads.
@@ -30,19 +29,19 @@ class LocallyOpened:
     def __init__(
         self,
         stages: Sequence[LoadedStage],
-        thresholds: Sequence[float],
+        plan: Steps,
         threads: int,
         confidence: str = "softmax",
         clock: Clock | None = None,
     ) -> None:
-        self._network = StagedNetwork(stages, thresholds, confidence)
+        self._network = StagedNetwork(stages, plan, confidence)
         self._kind = confidence
         self._clock = clock or Clock.for_threads(threads)
 
-    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
-        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
+        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, from `batch` images at a time."""
         parts = [self._network(images[start : start + batch]) for start in range(0, len(images), batch)]
-        return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+        return np.concatenate([logits for logits, _ in parts]), np.concatenate([routes for _, routes in parts])
 
     def all_logits(self, images: "ImageStore", batch: int) -> Images:
         """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
@@ -80,6 +79,6 @@ class LocallyOpened:
         return Proof()
 
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
-        network = StagedNetwork(self._network.stages, batch.gates(self._network.thresholds), self._kind)
+        network = StagedNetwork(self._network.stages, batch.way(self._network.plan), self._kind)
         chosen = images[batch.start : batch.start + batch.count]
         return lambda: network(chosen)

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 from evaluators.device_state import DeviceState, gpu_state, state_moved
 from evaluators.runtimes.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
 from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
+from evaluators.runtimes.staged import Step, Steps
 from evaluators.runtimes.trt_devices import capabilities, timing_cache_file
 from evaluators.runtimes.trt_report import LayerRow, layer_rows
 from evaluators.target import Capabilities, Images, TargetError, Watch, allows
@@ -105,11 +106,18 @@ class TensorRT:
     def open(
         self,
         stages: Sequence[bytes],
-        thresholds: Sequence[float],
+        plan: Steps,
         threads: int,  # noqa: ARG002
         confidence: str = "softmax",
     ) -> OpenedEngines:
-        """Returns engines that are built for a batch size when it is first asked for; `threads` is not used."""
+        """Returns engines that are built for a batch size when it is first asked for; `threads` is not used.
+
+        Raises:
+            TargetError: blocks may be skipped, which engines cannot: each reads the buffer of the one before it.
+        """
+        thresholds = [threshold for threshold in plan if not isinstance(threshold, Step)]
+        if len(thresholds) < len(plan):
+            raise TargetError("blocks are skipped on onnxruntime, got tensorrt; take a version that runs them all")
         stream = self._stream(len(stages))
         return OpenedEngines(
             partial(self._load, tuple(stages), stream), stream, thresholds, inspect, confidence=confidence
