@@ -85,7 +85,7 @@ class FlopsEvaluator:
         stages, blocks = self._parts(subject, self._by_module(subject))
         ran = np.ones(len(blocks)) if ways is None else 1 - ways.passed.mean(axis=0)
         np.add.at(stages, self._block_stages(subject), ran * blocks)
-        return stages.tolist()
+        return [float(flops) for flops in stages]
 
     def heads(self, subject: Subject) -> list[float]:
         """Returns the FLOPs of the head of each active exit."""

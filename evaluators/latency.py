@@ -114,7 +114,7 @@ class _Found:
         launches: median seconds of each way to launch a batch.
         remarks: on the precisions that layers run in.
         unproven: layers that do not tell theirs.
-        formula_ratio: with exits alone, the share that leaves at each times the ratio of a whole batch that does; else 0.
+        formula_ratio: with exits alone, the share that leaves at each times the ratio of a whole batch that does.
         formula_wait_s: the same of what a caller waits beyond the work.
         states: what the device told of itself before and after.
     """

@@ -45,7 +45,7 @@ class GateSpace:
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Returns the threshold of every exit and gate, rounded to where a sum of steps belongs; open where solved."""
         chosen = {name.removeprefix(PREFIX): round(float(values[name]), 6) for name in self.dimensions()}
-        return dict.fromkeys(self.exits, OPEN_EXIT) | chosen
+        return {**dict.fromkeys(self.exits, OPEN_EXIT), **chosen}
 
     def off(self) -> dict[str, float]:
         """Returns the thresholds with which no exit answers and every block is run."""

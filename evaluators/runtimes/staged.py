@@ -194,10 +194,10 @@ class StagedNetwork:
         given = list(self.stages[step.stage](batch.features))
         if not step.keeps:
             batch.features = given.pop(0)
-        logits = None if step.exit is None else given.pop(0)
-        batch.gate = given[0][:, 0] if given else None
-        if logits is not None:
-            batch.leave(logits, self._confidence(logits) >= step.exit)
+        gate = given[0 if step.exit is None else 1 :]
+        batch.gate = gate[0][:, 0] if gate else None
+        if step.exit is not None:
+            batch.leave(given[0], self._confidence(given[0]) >= step.exit)
 
     def _run_some(self, step: Step, batch: _Batch, threshold: float) -> None:
         """Takes the inputs through a block whose gate says so; the others stay as they are."""

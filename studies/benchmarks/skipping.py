@@ -27,7 +27,8 @@ from evaluators.data import LabelledImages, Splits
 from evaluators.flops import FlopsEvaluator
 from evaluators.latency import LatencyEvaluator, Reference
 from evaluators.measurement import Measurement
-from evaluators.runtimes.ort import OnnxRuntime, cpu_name
+from evaluators.runtimes.cpu import cpu_name
+from evaluators.runtimes.ort import OnnxRuntime
 from evaluators.subject import Subject
 from evaluators.target import Target
 from evaluators.timing import Protocol
