@@ -91,10 +91,10 @@ class OnnxRuntime:
 def load(model: bytes, threads: int) -> LoadedStage:
     """Returns a file as a function from its input to its outputs."""
     session = open_session(model, threads)
-    name = session.get_inputs()[0].name
+    name, names = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
 
     def run(inputs: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
-        outputs: Sequence[NDArray[np.float32]] = session.run(None, {name: inputs})
+        outputs: Sequence[NDArray[np.float32]] = session.run(names, {name: inputs})
         return outputs
 
     return run

@@ -200,7 +200,7 @@ def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
     """Returns the network on ONNX Runtime's CPU provider, with the threads it was measured with."""
     import onnxruntime
 
-    def session(file: bytes) -> Any:
+    def stage(file: bytes) -> Callable[[Floats], list[Floats]]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = description["target"]["threads"]
         options.inter_op_num_threads = 1
@@ -208,14 +208,13 @@ def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
         for key, value in session_entries(file).items():
             options.add_session_config_entry(key, value)
         disabled = harmful_optimizers(file)
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             file, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
+        name, names = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
+        return lambda batch: session.run(names, {name: batch})  # told once: asking costs time in every call
 
-    sessions = [session(file) for file in _files(bundle, description)]
-    stages = [
-        lambda batch, session=session: session.run(None, {session.get_inputs()[0].name: batch}) for session in sessions
-    ]
+    stages = [stage(file) for file in _files(bundle, description)]
     return StagedNetwork(stages, _plan(description), description.get("confidence", "softmax"))
 
 

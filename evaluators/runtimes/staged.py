@@ -4,6 +4,7 @@ numpy only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -140,6 +141,10 @@ class _Batch:
         return self._answers, self.routes
 
 
+_FEW_CLASSES = 64
+"""Of so many logits Python's own floats tell the confidence sooner than arrays do."""
+
+
 class StagedNetwork:
     """A network whose early exits let easy inputs leave, and whose gates let inputs pass blocks by.
 
@@ -157,6 +162,7 @@ class StagedNetwork:
         self.plan = tuple(plan)
         self.steps = steps_of(plan, len(self.stages))
         self._confidence = CONFIDENCES[confidence]
+        self._confidence_of_one = CONFIDENCES_OF_ONE[confidence]
         self._exits = sum(step.exit is not None for step in self.steps)
         gated = [step for step in self.steps if step.skip is not None]
         self._bits = {step.stage: 1 << EXIT_BITS + index for index, step in enumerate(gated)}
@@ -168,7 +174,40 @@ class StagedNetwork:
         """
         if len(self.stages) == 1:
             return self.stages[0](images)[0], np.zeros(len(images), dtype=np.int64)
+        if len(images) == 1:
+            return self._answer_one(images)
         return self._through(_Batch(images, self._exits)).answered()
+
+    def _answer_one(self, image: Floats) -> tuple[Floats, Routes]:
+        """Returns what `__call__` does for a single input, without taking anything out of arrays or putting it back.
+
+        That took as long as a tenth of a ResNet-20 for each exit.
+        """
+        features, route = image, 0
+        gate: Floats | None = None
+        for step in self.steps:
+            if step.skip is not None:
+                if gate is None:
+                    assert step.gate is not None
+                    gate = self.stages[step.gate](features)[0]
+                runs, gate = gate[0, 0] >= step.skip, None
+                if not runs:
+                    route |= self._bits[step.stage]
+                    continue
+            given = self.stages[step.stage](features)
+            at = 0 if step.keeps else 1
+            features = features if step.keeps else given[0]
+            if step.exit is not None:
+                if self._certainty(given[at]) >= step.exit:
+                    return given[at], np.array([route])
+                at, route = at + 1, route + 1
+            gate = given[at] if len(given) > at else None
+        return features, np.array([route])
+
+    def _certainty(self, logits: Floats) -> float:
+        """Returns how sure an exit is of a single input."""
+        few = logits.shape[1] <= _FEW_CLASSES
+        return self._confidence_of_one(logits[0].tolist()) if few else float(self._confidence(logits)[0])
 
     def all_logits(self, images: Floats) -> Floats:
         """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: nobody leaves.
@@ -260,3 +299,30 @@ CONFIDENCES: dict[str, Callable[[Floats], Floats]] = {
     "entropy": certainty,
 }
 """What tells how sure an exit is, from logits `(n, classes)`: 0 to 1, by the name that a study and a bundle give it."""
+
+
+def _largest_probability_of_one(logits: Sequence[float]) -> float:
+    highest = max(logits)
+    return 1.0 / sum([math.exp(logit - highest) for logit in logits])
+
+
+def _margin_of_one(logits: Sequence[float]) -> float:
+    *_, second, highest = sorted(logits)
+    return (1.0 - math.exp(second - highest)) * _largest_probability_of_one(logits)
+
+
+def _certainty_of_one(logits: Sequence[float]) -> float:
+    highest = max(logits)
+    shifted = [logit - highest for logit in logits]
+    weights = [math.exp(logit) for logit in shifted]
+    total = sum(weights)
+    entropy = math.log(total) - sum([weight * logit for weight, logit in zip(weights, shifted, strict=True)]) / total
+    return min(max(1.0 - entropy / math.log(len(logits)), 0.0), 1.0)
+
+
+CONFIDENCES_OF_ONE: dict[str, Callable[[Sequence[float]], float]] = {
+    "softmax": _largest_probability_of_one,
+    "margin": _margin_of_one,
+    "entropy": _certainty_of_one,
+}
+"""The same for the logits of a single input; the two differ by rounding, which thresholds leave room for."""
