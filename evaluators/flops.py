@@ -19,7 +19,7 @@ _PROTOCOL = "fvcore, one fused multiply-add is one flop, per image"
 
 
 class FlopsEvaluator:
-    """FLOPs per image, as expected over the validation images where some leave early or pass blocks by.
+    """FLOPs per image, as expected over the validation images where inputs decide what is run.
 
     Args:
         network: the dense network with its exits and gates.
@@ -40,14 +40,15 @@ class FlopsEvaluator:
         """
         counts = self._by_module(subject)
         always, blocks = self._parts(subject, counts)
-        worst = float(always.sum() + blocks.sum())
+        compared = self._compared(subject)
+        worst = compared + float(always.sum() + blocks.sum())
         notes = {"nonzero": self._nonzero(subject, counts)} if subject.candidate.patterns else {}
         if not subject.artifact.is_dynamic:
             return Measurement("flops", worst, "expected", 1, 0.0, "any", _PROTOCOL, {"worst": worst}, notes)
         reached, ran = self._run_by(subject)
-        found = reached @ always + ran @ blocks  # of each image
+        found = compared + reached @ always + ran @ blocks  # of each image
         n, spread = len(found), float(found.std() / np.sqrt(len(found)))
-        notes |= _shares(ran, subject.artifact.blocks)
+        notes |= _shares(ran[subject.answers.computed], subject.artifact.blocks)
         return Measurement(
             "flops", float(found.mean()), "expected", n, spread, "any", _PROTOCOL, {"worst": worst}, notes
         )
@@ -55,7 +56,7 @@ class FlopsEvaluator:
     def _run_by(self, subject: Subject) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Returns which stages and which blocks each validation image runs, `(n, stages)` and `(n, blocks)`."""
         answers = subject.answers
-        reached = answers.exits[:, None] >= np.arange(answers.stages)
+        reached = (answers.exits[:, None] >= np.arange(answers.stages)) & answers.computed[:, None]
         return reached, reached[:, self._block_stages(subject)] & ~answers.passed
 
     def _block_stages(self, subject: Subject) -> list[int]:
@@ -94,6 +95,10 @@ class FlopsEvaluator:
             sum(count for path, count in counts.items() if path.startswith(f"exits.{name}."))
             for name in subject.artifact.exits
         ]
+
+    def _compared(self, subject: Subject) -> float:
+        """Returns what comparing a frame with the last key frame costs: as fvcore counts pooling, one per value."""
+        return float(self._image.numel()) if subject.artifact.reuse else 0.0
 
     def _nonzero(self, subject: Subject, counts: Mapping[str, float]) -> float:
         """Returns the share of the trunk's FLOPs that multiply by a weight other than zero."""

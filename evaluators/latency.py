@@ -8,7 +8,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.artifact import Artifact
 from evaluators.device_state import DeviceState, state_moved
+from evaluators.frames import timed_frames
 from evaluators.latency_cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
 from evaluators.subject import Deployed
@@ -16,7 +18,7 @@ from evaluators.target import Images, Opened, Proof, Runtime, Spent, Target, Tim
 from evaluators.timing import PairedTiming, Protocol, time_pair
 
 _TURNS_WITH_EXITS = 3
-"""With exits, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
+"""With exits or blocks, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
 
 
 Profiles = Sequence[tuple[int, int]]
@@ -140,21 +142,21 @@ class _Found:
     def of(
         cls,
         timing: PairedTiming,
+        dynamic: bool,
         shares: Sequence[float],
         launches: dict[str, float],
         proof: Proof,
         before: DeviceState,
         after: DeviceState,
     ) -> Self:
-        several = len(timing.per_input) > 1  # the last one is the longest path
         return cls(
             ratio=timing.ratio,
             half_width=timing.half_width,
-            worst_ratio=timing.per_input[-1] if several else timing.ratio,
+            worst_ratio=timing.per_input[-1] if dynamic else timing.ratio,
             calls=len(timing.wall_s),
             work_s=timing.work_s,
             wait_s=timing.wait_s,
-            worst_wait_s=timing.waits_s[-1] if several else timing.wait_s,
+            worst_wait_s=timing.waits_s[-1] if dynamic else timing.wait_s,
             wall_median=timing.wall_percentile(50),
             wall_cv=timing.wall_cv,
             tails={f"p{p}": timing.wall_percentile(p) / timing.typical_wall_s for p in (90, 95, 99)},
@@ -165,6 +167,32 @@ class _Found:
             formula_wait_s=float(np.dot(shares, timing.waits_s[-len(shares) :])) if shares else 0.0,
             states={"before": before.told(), "after": after.told()} if before.told() else {},
         )
+
+
+def _timed_batches(subject: Deployed) -> tuple[list[TimedBatch], list[float]]:
+    """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last."""
+    batch, reuse = subject.target.batch, subject.artifact.reuse
+    if reuse is not None and subject.answers.answering is not None:
+        differ = bool(subject.artifact.exits or subject.artifact.blocks)
+        return timed_frames(subject.answers.answering, subject.answers.profiles, reuse, differ)
+    if not subject.artifact.is_dynamic:
+        return [TimedBatch(0, batch)], [1.0]
+    batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
+    weights = [float(count) for _, count in subject.answers.profiles]
+    alone = len(subject.artifact.exits) if _leaves_alone(subject.artifact) else 0
+    paths = [*(TimedBatch(0, batch, exit=place) for place in range(alone)), TimedBatch(0, batch, longest=True)]
+    return [*batches, *paths], [*weights, *[0.0] * len(paths)]
+
+
+def _leaves_alone(artifact: Artifact) -> bool:
+    """Returns whether the exit where an input leaves is all that decides what it costs."""
+    return bool(artifact.exits) and not artifact.blocks and artifact.reuse is None
+
+
+def _statistic(artifact: Artifact) -> str:
+    if artifact.reuse is not None:
+        return "expected over the frames of the validation stream"
+    return "expected over the validation images" if artifact.is_dynamic else "median"
 
 
 class LatencyEvaluator:
@@ -209,7 +237,6 @@ class LatencyEvaluator:
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
         precision = self._majority(subject)
-        dynamic = subject.artifact.is_dynamic
         found, known = self._known(subject, precision)
         reference_s = self.references[precision].seconds
         value = self._waited(found.ratio, found.wait_s, reference_s)
@@ -217,11 +244,11 @@ class LatencyEvaluator:
         return Measurement(
             metric="latency",
             value=value,
-            statistic="expected over the validation images" if dynamic else "median",
+            statistic=_statistic(subject.artifact),
             n=found.calls,
             spread=found.half_width / 1.96 * found.ratio * reference_s,
             target=str(subject.target),
-            protocol=self._told(precision, dynamic, known, found) + _told_ways(subject),
+            protocol=self._told(subject, precision, known, found) + _told_ways(subject),
             others={
                 **{name: tail * value for name, tail in found.tails.items()},
                 "worst": self._waited(found.worst_ratio, found.worst_wait_s, reference_s),
@@ -249,10 +276,10 @@ class LatencyEvaluator:
     def _waited(self, ratio: float, wait_s: float, reference_s: float) -> float:
         return ratio * reference_s + (wait_s if self._clock == "gpu" else 0.0)
 
-    def _told(self, precision: str, dynamic: bool, known: bool, found: _Found) -> str:
+    def _told(self, subject: Deployed, precision: str, known: bool, found: _Found) -> str:
         clock = CLOCKS[self._clock]
         reference = f"dense {precision}, {self.references[precision].seconds * 1e3:.3f} ms of {clock}"
-        told = [str(self._protocol(dynamic)), f"reference: {reference}"]
+        told = [str(self._protocol(subject)), f"reference: {reference}"]
         told.append("percentiles: the wall clock's, over its own median, times the latency")
         told += [f"launched {way}, as it is deployed" for way in list(found.launches)[:1]]
         return "; ".join([*told, *(["kept from an earlier measurement of the same shapes"] if known else [])])
@@ -278,8 +305,9 @@ class LatencyEvaluator:
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        shares = subject.answers.leaving if subject.artifact.exits and not subject.artifact.blocks else ()
-        return _Found.of(timing, shares, subject.opened.launches(batch), proof, before, after)
+        shares = subject.answers.leaving if _leaves_alone(subject.artifact) else ()
+        launches = subject.opened.launches(batch)
+        return _Found.of(timing, subject.artifact.is_dynamic, shares, launches, proof, before, after)
 
     def paths(self, subject: Deployed, profiles: Profiles = FIRST) -> tuple[float, ...]:
         """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end.
@@ -306,26 +334,19 @@ class LatencyEvaluator:
         return time_pair(turns, [1.0], self.protocol, time.perf_counter).ratio
 
     def _time(self, subject: Deployed, precision: str) -> PairedTiming:
-        batch = subject.target.batch
-        batches, weights = [TimedBatch(0, batch)], [1.0]
-        if subject.artifact.is_dynamic:
-            batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
-            weights = [float(count) for _, count in subject.answers.profiles]
-            leaving = range(0 if subject.artifact.blocks else len(subject.artifact.exits))
-            paths = [*(TimedBatch(0, batch, exit=place) for place in leaving), TimedBatch(0, batch, longest=True)]
-            batches, weights = [*batches, *paths], [*weights, *[0.0] * len(paths)]
-        return self._pair(subject, precision, batches, weights)
+        return self._pair(subject, precision, *_timed_batches(subject))
 
     def _pair(
         self, subject: Deployed, precision: str, batches: Sequence[TimedBatch], weights: Sequence[float]
     ) -> PairedTiming:
-        protocol = self._protocol(subject.artifact.is_dynamic)
+        protocol = self._protocol(subject)
         images, reference = subject.validation.images, self._load(precision)
         turns = subject.opened.turns(images, batches, reference, reference_batch(subject.target.batch), protocol)
         return time_pair(turns, weights, protocol, time.perf_counter)
 
-    def _protocol(self, dynamic: bool) -> Protocol:
-        return replace(self.protocol, turns=_TURNS_WITH_EXITS) if dynamic else self.protocol
+    def _protocol(self, subject: Deployed) -> Protocol:
+        several = subject.artifact.exits or subject.artifact.blocks
+        return replace(self.protocol, turns=_TURNS_WITH_EXITS) if several else self.protocol
 
     def _load(self, precision: str) -> Opened:
         # Loaded for each timing: idle sessions beside the two that alternate would change what the caches hold.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.device_state import DeviceState
-from evaluators.runtimes.staged import Routes, Steps, leaving_at, longest
+from evaluators.runtimes.staged import Routes, Step, Steps, leaving_at, longest
 from evaluators.timing import Protocol as TimingProtocol
 from evaluators.timing import TakeTurn
 from spaces.errors import UserError
@@ -111,6 +111,23 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Follows:
+    """What a frame of a stream finds when it comes.
+
+    Args:
+        key: the last key frame.
+        age: how many frames ago that was.
+        threshold: the difference from it from which a frame is a key frame.
+        max_age: the age at which a frame is one anyway.
+    """
+
+    key: int
+    age: int
+    threshold: float
+    max_age: int
+
+
+@dataclass(frozen=True)
 class TimedBatch:
     """Some consecutive images whose way through an artifact is timed.
 
@@ -118,12 +135,14 @@ class TimedBatch:
         start: the first of them.
         count: how many.
         longest: whether no exit may answer and no block be passed by.
+        follows: of one frame of a stream, what decides whether it is computed; None where images come alone.
         exit: where all leave, whatever they are like; None where their confidences decide.
     """
 
     start: int
     count: int
     longest: bool = False
+    follows: Follows | None = None
     exit: int | None = None
 
     def way(self, plan: Steps) -> Steps:
@@ -131,6 +150,18 @@ class TimedBatch:
         if self.longest:
             return longest(plan)
         return plan if self.exit is None else leaving_at(plan, self.exit)
+
+
+def thresholds_of(plan: Steps) -> list[float]:
+    """Returns the confidence from which each exit answers.
+
+    Raises:
+        TargetError: blocks may be skipped, which engines cannot: each reads the buffer of the one before it.
+    """
+    thresholds = [threshold for threshold in plan if not isinstance(threshold, Step)]
+    if len(thresholds) < len(plan):
+        raise TargetError("blocks are skipped on a CPU, got tensorrt; take a version that runs them all")
+    return thresholds
 
 
 @dataclass(frozen=True)

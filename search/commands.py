@@ -21,12 +21,12 @@ from search.sampler import check_sampler
 from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
 from search.study import Study, finetuning
 from search.text import (
-    HEADINGS,
     ZEROS,
     broken_limits,
     examined_layers,
     front_row,
     front_table,
+    headings,
     milliseconds,
     percent,
     points,
@@ -209,7 +209,7 @@ def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -
         sys.stdout.write(json.dumps(found | {"dense": dense.evaluation.to_dict()}, indent=2) + "\n")
     elif form == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(HEADINGS)
+        writer.writerow(headings(dense))
         writer.writerows(front_row(version, dense) for version in [*front, dense])
     else:
         _print_front(search, limits, Console())

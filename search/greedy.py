@@ -39,7 +39,7 @@ def greedy_seeds(bench: Workbench, progress: Progress, say: Callable[[str], None
         return []
     precision = bench.space.precision.computed[-1]
     found = greedy_versions(bench, profiler.run(progress))
-    thresholds = (NEVER_EXIT, _THRESHOLD) if bench.space.gates.off() else (NEVER_EXIT,)
+    thresholds = (NEVER_EXIT, _THRESHOLD) if bench.space.gates.dimensions() else (NEVER_EXIT,)
     return [
         bench.space.uniform(1.0, precision, threshold) | {PREFIX + name: count for name, count in kept.items()}
         for _, kept in found

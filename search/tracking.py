@@ -20,7 +20,7 @@ from search.evaluation import Evaluation
 from search.front import Version, feasible, hypervolume, pareto
 from search.plots import caption, front_html, group, save_front_png
 from search.store import StoredSearch
-from search.text import HEADINGS, broken_limits, front_row
+from search.text import broken_limits, front_row, headings
 
 DATABASE = "mlflow.db"
 _SEARCH, _ROLE, _TRIAL = "search", "role", "trial"
@@ -165,14 +165,14 @@ class Mirror:
 
     def _table(self, front: list[Version]) -> dict[str, list[str]]:
         rows = [front_row(version, self._dense) for version in [*front, self._dense]]
-        return {heading: [row[index] for row in rows] for index, heading in enumerate(HEADINGS)}
+        return {heading: [row[index] for row in rows] for index, heading in enumerate(headings(self._dense))}
 
     def _note(self, front: list[Version]) -> str:
         """Returns the front as Markdown: the first thing that the summary's page shows."""
         budget, baseline = self._search.budget, self._search.baseline
         rows = [
-            HEADINGS,
-            ["---"] * len(HEADINGS),
+            headings(self._dense),
+            ["---"] * len(headings(self._dense)),
             *(front_row(version, self._dense) for version in [*front, self._dense]),
         ]
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)

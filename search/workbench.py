@@ -18,6 +18,7 @@ from evaluators.artifact.qdq import Ranges
 from evaluators.artifact.scheme import Scheme
 from evaluators.examiner import LIMIT_S, PlacementExaminer
 from evaluators.flops import FlopsEvaluator
+from evaluators.frames import Reuse
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.latency_cache import LatencyCache
 from evaluators.measurement import Measurement
@@ -36,10 +37,11 @@ from search.recovery.qat import NOTHING, Learned, train_int8_kept
 from search.rounding import LearnedRounding
 from search.skipping import skip_blocks
 from search.sources.prepared import prepare
+from search.sources.streams import with_streams
 from search.spaces_of import left_out, runnable, space_of, target_of
 from search.study import FinetuneSection, Study
 from search.training import augmentation, exit_places, trained_network
-from spaces.candidate import Candidate
+from spaces.candidate import FRAMES, Candidate
 from spaces.grouping import find_groups
 from spaces.network import ExitNetwork
 
@@ -89,7 +91,7 @@ class Workbench:
         self.runtime: Runtime = library or runtime(study.target.runtime)
         self.target = target_of(study, self.runtime)
         self.loaded, built = prepare(study, download, progress, say)
-        self.data = self.loaded.splits
+        self.data = with_streams(study.frames, self.loaded.splits)
         self.network: ExitNetwork = trained_network(runnable(study, self.runtime), built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
@@ -322,6 +324,9 @@ class Workbench:
         return self.built(candidate, self.compressed(candidate, more), more)
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
+        threshold = candidate.thresholds.get(FRAMES, 0.0)
+        if self.study.frames and threshold > 0:
+            artifact = replace(artifact, reuse=Reuse(threshold, self.study.frames.max_age))
         return Subject(network, candidate, artifact, self.scored, self.runtime, self.target)
 
     def built(self, candidate: Candidate, compressed: Compressed, more: FinetuneSection | None = None) -> Subject:

@@ -16,11 +16,13 @@ ALWAYS_RUN = -4.0
 """The threshold that turns a gate off: its block is always run, and the gate is not even part of the artifact."""
 SKIP = "skip."
 """What a gate's threshold is called, followed by its block's path."""
+FRAMES = "frames"
+"""The gate that lets a frame of a stream be answered as the last key frame was; it is no exit, and 0 turns it off."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer, threshold per exit and gate, and some layers' pattern of zeros.
+    """Channels kept per group, precision per layer, threshold per gate, and the pattern of zeros of some layers.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, {"exit1": 0.9})
 
@@ -48,7 +50,7 @@ class Candidate:
     @property
     def active_exits(self) -> tuple[str, ...]:
         """The exits that can fire, in order of depth."""
-        exits = [name for name in self.thresholds if not name.startswith(SKIP)]
+        exits = [name for name in self.thresholds if name != FRAMES and not name.startswith(SKIP)]
         names = sorted(exits, key=lambda name: (len(name), name))  # exit2 before exit10
         return tuple(name for name in names if self.thresholds[name] < NEVER_EXIT)
 

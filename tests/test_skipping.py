@@ -279,7 +279,7 @@ def test_a_board_is_told_the_steps(pictures, tmp_path) -> None:
 
 
 def test_engines_refuse_steps() -> None:
-    with pytest.raises(TargetError, match="blocks are skipped on onnxruntime"):
+    with pytest.raises(TargetError, match="blocks are skipped on a CPU"):
         TensorRT().open([b"", b""], (Step(0), Step(1, skip=0.0)), 1)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from evaluators.frames import Reuse
 from evaluators.runtimes.staged import Step, Steps
 
 
@@ -22,6 +23,7 @@ class Artifact:
         precisions: what each layer was written in, by the name of its ONNX node.
         boundaries: how many layers read from a layer that runs in another precision.
         confidence: what tells how sure an exit is, a name in `staged.CONFIDENCES`.
+        reuse: when a frame of a stream is answered as the last key frame was; None where each input is computed.
         blocks: those that may be skipped, in the order in which they run.
         steps: how the stages are run where blocks may be skipped; where none may, they run one after the other.
     """
@@ -33,6 +35,7 @@ class Artifact:
     precisions: Mapping[str, str] = field(default_factory=dict)
     boundaries: int = 0
     confidence: str = "softmax"
+    reuse: Reuse | None = None
     blocks: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
 
@@ -43,14 +46,16 @@ class Artifact:
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether inputs decide how much of it is run."""
-        return bool(self.exits or self.blocks)
+        """Whether what an input costs depends on the input."""
+        return bool(self.exits or self.blocks) or self.reuse is not None
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the deployed stages, the thresholds and, with exits, what they are held against."""
         gates = repr(self.plan) + (self.confidence if self.exits else "")
         content = hashlib.sha256(gates.encode())
+        if self.reuse is not None:
+            content.update(repr(self.reuse).encode())
         for stage in self.deployed:
             content.update(stage)
         return content.hexdigest()

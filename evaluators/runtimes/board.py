@@ -226,7 +226,7 @@ class RemotelyOpened:
                 handle=self._board.handle(line, self._recipe),
                 reference=self._board.handle(line, reference._recipe),
                 images=line.upload([stored])[0],
-                batches=[[batch.start, batch.count, batch.longest, batch.exit] for batch in batches],
+                batches=[asdict(batch) for batch in batches],
                 reference_batch=reference_batch,
                 protocol=asdict(protocol),
             )
@@ -271,8 +271,11 @@ def _needed(
     parts, moved, end = [images[:reference_batch]], [], min(reference_batch, len(images))
     for batch in batches:
         parts.append(images[batch.start : batch.start + batch.count])
-        moved.append(replace(batch, start=end))
-        end += len(parts[-1])
+        behind = end + len(parts[-1])
+        follows = replace(batch.follows, key=behind) if batch.follows else None
+        moved.append(replace(batch, start=end, follows=follows))
+        parts += [images[batch.follows.key : batch.follows.key + 1]] if batch.follows else []
+        end = behind + (1 if batch.follows else 0)
     return np.concatenate(parts), moved
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.runtimes.cuda import Buffer, CaptureError, CudaError, Handle, TimedStream
+from evaluators.runtimes.local import following
 from evaluators.runtimes.staged import Routes, StagedNetwork, Steps, longest
 from evaluators.runtimes.trt_report import LayerRow, precision_proof
 from evaluators.target import Images, Proof, Spent, TargetError, TimedBatch
@@ -258,6 +259,9 @@ class OpenedEngines:
         chosen = images[batch.start : batch.start + batch.count]
         self.stages((batch.count, *images.shape[1:]))  # built before the clock runs
         plan = batch.way(self._thresholds)
+        if batch.follows is not None:
+            key = images[batch.follows.key : batch.follows.key + 1]
+            return following(lambda frame: self._run(frame, 1, plan), key, chosen, batch.follows)
         return lambda: self._run(chosen, batch.count, plan)
 
     def _spent(self, images: Images, plan: Steps | None = None) -> Spent:

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evaluators.runtimes.staged import Routes, StagedNetwork, Steps
-from evaluators.target import Images, Proof, Spent, TimedBatch
+from evaluators.runtimes.reuse import FrameReuse
+from evaluators.runtimes.staged import Network, Routes, StagedNetwork, Steps
+from evaluators.target import Follows, Images, Proof, Spent, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 if TYPE_CHECKING:
@@ -81,4 +82,25 @@ class LocallyOpened:
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
         network = StagedNetwork(self._network.stages, batch.way(self._network.plan), self._kind)
         chosen = images[batch.start : batch.start + batch.count]
+        if batch.follows is not None:
+            return following(network, images[batch.follows.key : batch.follows.key + 1], chosen, batch.follows)
         return lambda: network(chosen)
+
+
+def following(network: Network, key: Images, frame: Images, follows: Follows) -> Call:
+    """Returns a call that answers a frame as it is met in its stream, over and over.
+
+    Args:
+        network: that it is about.
+        key: the last key frame, `(1, c, h, w)`.
+        frame: the frame, `(1, c, h, w)`.
+        follows: how long ago the key frame was, and what decides.
+    """
+    reuse = FrameReuse(network, follows.threshold, follows.max_age)
+    last, _ = reuse.frame(key)
+
+    def call() -> object:
+        reuse.last, reuse.age = last, follows.age - 1  # the frame itself adds one
+        return reuse.frame(frame)
+
+    return call

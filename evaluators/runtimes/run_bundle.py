@@ -1,13 +1,17 @@
-"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy|PICTURE|FOLDER] [--show], python run.py --stats FOLDER.
+"""Runs this network: python run.py [IMAGES.npz|IMAGES.npy|PICTURE|FOLDER] [--show|--stream FRAMES|--stats FOLDER].
 
 Without a file it answers the bundle's own check images and compares with what was measured when the bundle was made.
 A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,). Pictures
 are preprocessed here, as bundle.json says. `--show` tells which exit answered each input and which blocks it passed by,
-`--stats` how many do so. It needs onnxruntime and numpy, and pillow for pictures; a bundle with engines uses them where
+`--stats` how many do so. With `--stream` inputs are frames in their order; those that hardly differ from the last key
+frame get its answer. It needs onnxruntime and numpy, and pillow for pictures; a bundle with engines uses them where
 tensorrt runs, and one that was made for OpenVINO uses that where it is installed. From Python:
 
     network = load("path/to/bundle")
     logits, routes = network(images)
+
+    stream = follow("path/to/bundle")
+    key_frame, is_new = stream.frame(image)  # (1, c, h, w); key_frame.logits, key_frame.routes
 
 A route is the exit that answered, 0 being the first; where blocks may be skipped, `exits_of(routes)` is, and
 `skipped_of(routes, blocks)` tells which of so many blocks were.
@@ -28,6 +32,7 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from evaluators.runtimes.inputs import read_all
+    from evaluators.runtimes.reuse import FrameReuse
     from evaluators.runtimes.staged import (
         Floats,
         Network,
@@ -41,6 +46,7 @@ if TYPE_CHECKING or __package__:
 else:  # a bundle has these files beside its run.py, which anybody may call from anywhere
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from inputs import read_all
+    from reuse import FrameReuse
     from staged import Floats, Network, Routes, StagedNetwork, Steps, exits_of, from_json, skipped_of
 
 ENGINES = "engines.json"
@@ -148,6 +154,17 @@ def _made_with(description: dict[str, Any]) -> str:
     return str(description.get("library", "")).partition(" ")[0]
 
 
+def follow(folder: str | Path) -> FrameReuse:
+    """Returns the bundle's network for a stream; one that was picked without frames computes each of them."""
+    description = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
+    return _following(load(folder), description)
+
+
+def _following(network: Network, description: dict[str, Any]) -> FrameReuse:
+    frames = description.get("frames", {"threshold": 0.0, "max_age": 1})
+    return FrameReuse(network, frames["threshold"], frames["max_age"])
+
+
 def _load_engines(bundle: Path, description: dict[str, Any]) -> Network | None:
     """Returns the network on the GPU; None, and a line on why, where it cannot run there."""
     sys.path.insert(0, str(bundle / "runtime.pyz"))
@@ -253,27 +270,24 @@ def _reason(error: Exception) -> str:
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
-    parser.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, .npy, picture")
-    parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
-    parser.add_argument("--show", action="store_true", help="tell which way each input took")
-    parser.add_argument("--stats", type=Path, metavar="FOLDER|FILE", help="tell how many inputs take which way")
-    arguments = parser.parse_args()
+    arguments = _arguments()
     bundle = Path(__file__).resolve().parent
     description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    batch = description["target"]["batch"]
     if arguments.stats:
         return _stats(load(bundle), description, arguments.stats)
-    named = [*read_all(arguments.images or bundle / "check.npz", description)]
+    given = arguments.stream or arguments.images
+    named = [*read_all(given or bundle / "check.npz", description)]
     images = np.concatenate([part for _, part, _ in named])
     library, network = load_by(bundle)
-    logits, routes, seconds = answer(network, images, batch)
+    if arguments.stream or (given is None and "frames" in description):
+        logits, routes = _answer_stream(_following(network, description), images, library)
+    else:
+        logits, routes = _answer_images(network, images, description["target"]["batch"], library)
     classes = logits.argmax(axis=1)
     if arguments.predictions:
         np.save(arguments.predictions, classes)
-    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here, {library})")
     _tell(description, routes, str, "answered at ")
-    if arguments.show or (arguments.images and len(images) <= FEW):
+    if arguments.show or (given and len(images) <= FEW):
         inputs = [f"{name}[{row}]" if len(part) > 1 else name for name, part, _ in named for row in range(len(part))]
         for name, label, way in zip(inputs, classes, _ways(description, routes), strict=True):
             print(f"  {name}: class {label}, at {way}")
@@ -282,7 +296,7 @@ def _run() -> int:
     correct = None if labels is None else int((classes == labels).sum())
     if correct is not None:
         print(f"  accuracy: {correct / len(images):.4%} ({correct}/{len(images)})")
-    if arguments.images is None:
+    if given is None:
         measured = description["check"]["correct"]
         print(f"  measured when the bundle was made: {measured / len(images):.4%} ({measured}/{len(images)})")
         return 0 if abs((correct or 0) - measured) <= _tolerance(library, description, len(images)) else 1
@@ -309,6 +323,39 @@ def _tell(description: dict[str, Any], routes: Routes, told: Callable[[int], str
     blocks = description.get("blocks", [])
     for block, passed in zip(blocks, skipped_of(routes, len(blocks)).T, strict=True):
         print(f"  passed {block} by: {told(int(passed.sum()))}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, .npy, picture")
+    source.add_argument("--stream", type=Path, help="the same, but frames in their order, answered one by one")
+    source.add_argument("--stats", type=Path, metavar="FOLDER|FILE", help="tell how many inputs take which way")
+    parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
+    parser.add_argument("--show", action="store_true", help="tell which way each input took")
+    return parser.parse_args()
+
+
+def _answer_images(network: Network, images: Floats, batch: int, library: str) -> tuple[Floats, Routes]:
+    """Returns logits and routes of images that have nothing to do with each other, and says what a batch takes."""
+    logits, routes, seconds = answer(network, images, batch)
+    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here, {library})")
+    return logits, routes
+
+
+def _answer_stream(network: FrameReuse, frames: Floats, library: str) -> tuple[Floats, Routes]:
+    """Returns logits and routes of frames, and says how many are key frames and what a frame takes."""
+    answers, computed, seconds = [], 0, []
+    for index in range(len(frames)):
+        begin = time.perf_counter()
+        key, is_new = network.frame(frames[index : index + 1])
+        seconds.append(time.perf_counter() - begin)
+        answers.append(key)
+        computed += is_new
+    mean, median, worst = (1e3 * float(taken(seconds)) for taken in (np.mean, np.median, np.max))
+    print(f"{len(frames)} frames, {computed / len(frames):.1%} of them key frames")
+    print(f"  {mean:.2f} ms per frame, median {median:.2f} ms, worst {worst:.2f} ms (here, {library})")
+    return np.concatenate([key.logits for key in answers]), np.concatenate([key.routes for key in answers])
 
 
 def _stats(network: Network, description: dict[str, Any], path: Path) -> int:

@@ -1,6 +1,4 @@
-"""Runs networks whose inputs may leave early or pass blocks by, on any runtime; a bundle brings this file, which needs
-numpy only.
-"""
+"""Runs networks whose inputs may leave early or pass blocks by; a bundle brings this file, which needs numpy only."""
 
 from __future__ import annotations
 

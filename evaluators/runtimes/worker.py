@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from evaluators.runtimes.staged import from_json
-from evaluators.target import RUNTIMES, Opened, Runtime, TimedBatch, Watch
+from evaluators.target import RUNTIMES, Follows, Opened, Runtime, TimedBatch, Watch
 from evaluators.timing import Protocol, TakeTurn
 from spaces.errors import UserError
 
@@ -141,7 +141,7 @@ class Worker:
     def _begin_turns(self, request: Content) -> Content:
         self._turns = self._opened[request["handle"]].turns(
             self._load_images(request["images"]),
-            [TimedBatch(*batch) for batch in request["batches"]],
+            [_timed_batch(batch) for batch in request["batches"]],
             self._opened[request["reference"]],
             request["reference_batch"],
             Protocol(**request["protocol"]),
@@ -176,6 +176,11 @@ def _encoded(array: Any) -> str:
     file = io.BytesIO()
     np.save(file, array)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def _timed_batch(content: Content) -> TimedBatch:
+    follows = content["follows"]
+    return TimedBatch(**content | {"follows": Follows(**follows) if follows else None})
 
 
 def choose_runtime(name: str) -> Runtime:
