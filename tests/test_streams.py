@@ -151,11 +151,12 @@ def test_a_search_over_frames_is_picked_and_deployed(cache, tmp_path, capsys, mo
     (tmp_path / "study.toml").write_text(STUDY)
     monkeypatch.chdir(tmp_path)
     assert run(["--study", "./study.toml", "--search", "one", "--runs", "runs", "--trials", "8"]) == 0
+    printed = capsys.readouterr()
+    assert "thresholds of exits are searched, not solved" in " ".join((printed.out + printed.err).split())
     search = stored(tmp_path / "runs")
     shares = {version.measured["accuracy"].notes[KEY_FRAMES] for version in search.versions if version.is_complete}
     assert search.baseline.evaluation.measurements["accuracy"].notes[KEY_FRAMES] == 1
     assert min(shares) < 1
-    capsys.readouterr()
     assert run(["front", "--runs", "runs", "--search", "one", "--csv"]) == 0
     assert ",speed,keys,FLOPs," in capsys.readouterr().out
     where = ["--runs", "runs", "--search", "one", "--budget", "latency<9000%"]
