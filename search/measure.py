@@ -121,7 +121,8 @@ def _check(folder: Path, reuse: Reuse | None) -> LabelledImages:
 def _time_frames(opened: Opened, answers: Answers, check: LabelledImages, reuse: Reuse) -> tuple[Floats, Floats]:
     """Returns wall-clock seconds and the weight of each: every kind of frame as often as it occurs."""
     assert answers.answering is not None
-    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, answers.stages > 1)
+    differ = answers.stages > 1 or answers.passed.shape[1] > 0
+    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, differ)
     each = max(CALLS // len(batches), 5)
     take_turn = opened.turns(check.images, batches, opened, 1, Protocol())
     walls = np.array([take_turn(index % 2 == 0).walls for index in range(each)])  # (turns, kinds, calls)

@@ -65,6 +65,12 @@ class Candidate:
         """Whether a threshold is still to be found, so that this is a choice of all else, and no version yet."""
         return any(self.thresholds[name] == OPEN_EXIT for name in self.active_exits)
 
+    def without_skips(self) -> Self:
+        """Returns the same choices with every block run."""
+        return replace(
+            self, thresholds={**self.thresholds, **{SKIP + block: ALWAYS_RUN for block in self.active_skips}}
+        )
+
     def reopened(self) -> Self:
         """Returns the same choices with the threshold of each active exit still to be found."""
         thresholds = dict(self.thresholds) | dict.fromkeys(self.active_exits, OPEN_EXIT)

@@ -5,8 +5,8 @@
 
 The first trains the network once more with gates around two blocks, and around all that have an identity shortcut, and
 prints Markdown. Each gate's threshold is set so that a share of the calibration images runs its block, given what the
-gates before it decided. Accuracy, decisions and latency are of the files in ONNX Runtime, on the validation images;
-latency is the ratio to the network without gates in the same precision.
+gates before it decided; "as trained" means at a logit of 0. Accuracy, decisions and latency are of the files in ONNX
+Runtime, on the test images; latency is the ratio to the network without gates in the same precision.
 
 The second tells from which size of network on skipping can pay: larger networks with untrained gates, on noise.
 """
@@ -43,7 +43,8 @@ from spaces.network import ExitNetwork
 from spaces.skips.blocks import find_blocks
 
 TWO = ("layer2.1", "layer3.1")
-SHARES = (0.8, 0.6, 0.4, 0.2)
+LEFT_OUT, TRAINED = "gates left out", "as trained"
+WANTED: tuple[str | float, ...] = (LEFT_OUT, TRAINED, 0.8, 0.6, 0.4)
 PRECISIONS = ("fp32", "int8")
 HEADS = ["blocks", "precision", "wanted to run", "accuracy", "blocks run", "FLOPs", "latency", "all blocks run"]
 
@@ -84,8 +85,11 @@ class Bench:
         skips = {SKIP + block: threshold for block, threshold in thresholds.items()}
         return Candidate({}, dict.fromkeys(self.builder.layers, precision), skips)
 
-    def thresholds(self, share: float) -> dict[str, float]:
+    def thresholds(self, wanted: str | float) -> dict[str, float]:
         """Returns the threshold with which each gate runs its block for a share of the calibration images."""
+        if isinstance(wanted, str):
+            return dict.fromkeys(self.network.skip_blocks, 0.0) if wanted == TRAINED else {}
+        share = wanted
         found: dict[str, float] = {}
 
         def decide(block: str, logits: Tensor) -> Tensor:
@@ -100,24 +104,25 @@ class Bench:
         """Returns what a version measures."""
         candidate = self.candidate(precision, thresholds)
         artifact = self.builder.build(self.network, candidate)
-        subject = Subject(self.network, candidate, artifact, self.data.validation, self.runtime, self.target)
+        subject = Subject(self.network, candidate, artifact, self.data.test, self.runtime, self.target)
         measured = AccuracyEvaluator().measure(subject), self._flops.measure(subject), self._latency.measure(subject)
         return Measured(*measured)
 
 
-def rows(name: str, bench: Bench, shares: Sequence[float | None] = (None, *SHARES)) -> Iterator[list[str]]:
-    """Yields the table's rows for one network with gates; without them where there is no share that is to run."""
+def rows(name: str, bench: Bench, settings: Sequence[str | float] = WANTED) -> Iterator[list[str]]:
+    """Yields the table's rows for one network with gates."""
     dense = bench.measure("fp32", {}).flops.value
     for precision in PRECISIONS:
-        for share in shares:
-            found = bench.measure(precision, bench.thresholds(share) if share else {})
+        for wanted in settings:
+            found = bench.measure(precision, bench.thresholds(wanted))
             notes = found.flops.notes
+            ran = f"{notes['blocks_run']:.0%} ± {notes['blocks_run_std']:.0%}" if "blocks_run" in notes else "100%"
             yield [
                 name,
                 precision,
-                f"{share:.0%}" if share else "gates left out",
+                wanted if isinstance(wanted, str) else f"{wanted:.0%}",
                 f"{found.accuracy.value:.2%} ± {found.accuracy.spread * 100:.1f}",
-                f"{notes['blocks_run']:.0%} ± {notes['blocks_run_std']:.0%}" if share else "100%",
+                ran,
                 f"{found.flops.value / dense:.0%}",
                 f"{found.latency.value:.3f} ± {found.latency.spread * 1.96:.3f}",
                 f"{found.latency.others['worst']:.3f}",
