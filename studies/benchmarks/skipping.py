@@ -89,11 +89,10 @@ class Bench:
         """Returns the threshold with which each gate runs its block for a share of the calibration images."""
         if isinstance(wanted, str):
             return dict.fromkeys(self.network.skip_blocks, 0.0) if wanted == TRAINED else {}
-        share = wanted
         found: dict[str, float] = {}
 
         def decide(block: str, logits: Tensor) -> Tensor:
-            found[block] = float(torch.quantile(logits, 1 - share))
+            found[block] = float(torch.quantile(logits, 1 - wanted))
             return (logits >= found[block]).float()
 
         with torch.no_grad():
