@@ -1,5 +1,6 @@
 """Gates of blocks beside exits with solved thresholds, streams, other runtimes, and int8 of every kind."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,9 +21,11 @@ from evaluators.runtimes.staged import StagedNetwork, exits_of, leaving_at, skip
 from evaluators.subject import Subject, ask
 from evaluators.target import Target, TimedBatch
 from evaluators.timing import Protocol
+from search.exits import train_exits
 from search.gating import GateSolver
 from search.recovery.qat import Int8Network
-from search.study import Study
+from search.request import Request
+from search.study import ExitsSection, Study
 from search.workbench import Workbench
 from spaces.candidate import ALWAYS_RUN, FRAMES, OPEN_EXIT, Candidate
 from spaces.gates import GateSpace
@@ -254,3 +257,18 @@ def test_latency_of_a_stream_with_gates_has_a_longest_path(streamed, network, bu
     assert found.statistic == "expected over the frames of the validation stream"
     assert "ways through the blocks" in found.protocol
     assert found.others["worst"] > found.value
+
+
+def test_exits_learn_beside_gates_and_leave_them_alone(bench) -> None:
+    network = copy.deepcopy(bench.network)
+    train_exits(network, bench.data, ExitsSection(training="joint", epochs=1), None, 0, None, lambda *_: None)
+    torch.testing.assert_close(network.skips.state_dict(), bench.network.skips.state_dict())
+    assert not torch.equal(network.trunk.last.conv1.weight, bench.network.trunk.last.conv1.weight)
+
+
+def test_another_network_has_gates_around_its_own_blocks(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.toml").write_text(skippable.STUDY.replace('"all"', '["first"]'))
+    study = Request(study="./study.toml", model="tests.tiny:network").to_study()
+    assert study.skips.blocks == "all"
+    assert Request(study="./study.toml").to_study().skips.blocks == ("first",)
