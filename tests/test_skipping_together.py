@@ -21,6 +21,8 @@ from evaluators.runtimes.staged import StagedNetwork, exits_of, leaving_at, skip
 from evaluators.subject import Subject, ask
 from evaluators.target import Target, TimedBatch
 from evaluators.timing import Protocol
+from search.diagnose import Wanted, diagnose
+from search.evaluation import Evaluation
 from search.exits import train_exits
 from search.gating import GateSolver
 from search.recovery.qat import Int8Network
@@ -272,3 +274,15 @@ def test_another_network_has_gates_around_its_own_blocks(tmp_path, monkeypatch) 
     study = Request(study="./study.toml", model="tests.tiny:network").to_study()
     assert study.skips.blocks == "all"
     assert Request(study="./study.toml").to_study().skips.blocks == ("first",)
+
+
+def test_a_version_that_skips_blocks_is_diagnosed_with_all_of_them_run(bench) -> None:
+    dense = bench.space.dense()
+    precision = dict.fromkeys(dense.precision, "int8")
+    version = Candidate(dense.channels, precision, {"exit1": 1.0, **OPEN})
+    evaluation = Evaluation(version, {}, "", {})
+    found = diagnose(bench, Wanted(trial=0, images=20), evaluation, lambda *_: None)
+    assert any("every block was run" in remark for remark in found.remarks)
+    assert {"first.conv1", "last.conv2"} <= {layer.name for layer in found.compared.layers}
+    uniform = diagnose(bench, Wanted(images=20), None, lambda *_: None)
+    assert [layer.name for layer in uniform.compared.layers] == [layer.name for layer in found.compared.layers]
