@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.data import LabelledImages
-from evaluators.runtimes.staged import is_key, thumbnail
+from evaluators.runtimes.reuse import is_key, thumbnail
 from evaluators.target import Follows, TimedBatch
 
 KEY_FRAMES = "key frames"
@@ -77,22 +77,22 @@ class Stream(LabelledImages):
 
 
 def timed_frames(
-    answering: NDArray[np.int64], kinds: Sequence[tuple[int, int]], reuse: Reuse, exits: bool
+    answering: NDArray[np.int64], kinds: Sequence[tuple[int, int]], reuse: Reuse, differ: bool
 ) -> tuple[list[TimedBatch], list[float]]:
     """Returns one frame of each kind, as it is met in the stream, and how many there are; the longest path comes last.
 
-    Without exits that is the path of every key frame, so it is not timed beside it.
+    Where all key frames take one, that is the path of every key frame, so it is not timed beside it.
 
     Args:
         answering: the key frame whose answer each frame gets, `(n,)`.
-        kinds: for each exit that a key frame leaves at, one that does, and how many do.
+        kinds: for each way that key frames take, one that does, and how many do.
         reuse: decides on the frames.
-        exits: whether key frames may leave early.
+        differ: whether key frames may leave early or pass blocks by.
     """
     reused = np.flatnonzero(answering != np.arange(len(answering)))
     frames = [(int(reused[0]), float(len(reused)), False)] if len(reused) else []
     frames += [(key, float(count), False) for key, count in kinds]
-    frames += [(kinds[0][0], 0.0, True)] if exits else []
+    frames += [(kinds[0][0], 0.0, True)] if differ else []
     batches = [TimedBatch(frame, 1, longest, _met(frame, answering, reuse)) for frame, _, longest in frames]
     return batches, [count for _, count, _ in frames]
 

@@ -18,9 +18,13 @@ from evaluators.target import Images, Opened, Proof, Runtime, Spent, Target, Tim
 from evaluators.timing import PairedTiming, Protocol, time_pair
 
 _TURNS_WITH_EXITS = 3
-"""With exits, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
+"""With exits or blocks, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
 
 
+Profiles = Sequence[tuple[int, int]]
+"""Batches that stand for all: their first images, and for how many each."""
+FIRST: Profiles = ((0, 1),)
+"""The first batch stands for all."""
 CLOCKS = {
     "cpu": "CPU time, or of wall-clock time with several threads",
     "gpu": "CUDA events, copies included, to which the host's part of a call is added as the wall clock shows it",
@@ -82,6 +86,18 @@ def slower_launch(launches: Mapping[str, float]) -> list[str]:
     return [slower] if seconds > 1.02 * others else []
 
 
+def _told_ways(subject: Deployed) -> str:
+    """Returns, in words, which ways through the blocks were timed; nothing where no block may be skipped."""
+    if not subject.artifact.blocks:
+        return ""
+    timed, ways = len(subject.answers.profiles), subject.answers.ways
+    if timed == ways:
+        return f"; each of {ways} ways through the blocks timed"
+    return (
+        f"; {timed} batches timed for {ways} ways through the blocks, each for an equal share, by what they leave out"
+    )
+
+
 @dataclass(frozen=True)
 class _Found:
     """What is kept of a timing: ratios to the reference, and the candidate's seconds by the clocks.
@@ -100,7 +116,7 @@ class _Found:
         launches: median seconds of each way to launch a batch.
         remarks: on the precisions that layers run in.
         unproven: layers that do not tell theirs.
-        formula_ratio: with exits, the share that leaves at each times the ratio of a whole batch that does; else 0.
+        formula_ratio: with exits alone, the share that leaves at each times the ratio of a whole batch that does.
         formula_wait_s: the same of what a caller waits beyond the work.
         states: what the device told of itself before and after.
     """
@@ -157,14 +173,20 @@ def _timed_batches(subject: Deployed) -> tuple[list[TimedBatch], list[float]]:
     """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last."""
     batch, reuse = subject.target.batch, subject.artifact.reuse
     if reuse is not None and subject.answers.answering is not None:
-        exits = bool(subject.artifact.exits)
-        return timed_frames(subject.answers.answering, subject.answers.profiles, reuse, exits)
-    if not subject.artifact.exits:
+        differ = bool(subject.artifact.exits or subject.artifact.blocks)
+        return timed_frames(subject.answers.answering, subject.answers.profiles, reuse, differ)
+    if not subject.artifact.is_dynamic:
         return [TimedBatch(0, batch)], [1.0]
     batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
     weights = [float(count) for _, count in subject.answers.profiles]
-    ways = [TimedBatch(0, batch, exit=place) for place in range(len(subject.artifact.deployed))]
-    return [*batches, *ways], [*weights, *[0.0] * len(ways)]
+    alone = len(subject.artifact.exits) if _leaves_alone(subject.artifact) else 0
+    paths = [*(TimedBatch(0, batch, exit=place) for place in range(alone)), TimedBatch(0, batch, longest=True)]
+    return [*batches, *paths], [*weights, *[0.0] * len(paths)]
+
+
+def _leaves_alone(artifact: Artifact) -> bool:
+    """Returns whether the exit where an input leaves is all that decides what it costs."""
+    return bool(artifact.exits) and not artifact.blocks and artifact.reuse is None
 
 
 def _statistic(artifact: Artifact) -> str:
@@ -226,7 +248,7 @@ class LatencyEvaluator:
             n=found.calls,
             spread=found.half_width / 1.96 * found.ratio * reference_s,
             target=str(subject.target),
-            protocol=self._told(subject, precision, known, found),
+            protocol=self._told(subject, precision, known, found) + _told_ways(subject),
             others={
                 **{name: tail * value for name, tail in found.tails.items()},
                 "worst": self._waited(found.worst_ratio, found.worst_wait_s, reference_s),
@@ -283,18 +305,26 @@ class LatencyEvaluator:
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        shares = subject.answers.leaving if subject.artifact.exits and subject.artifact.reuse is None else ()
+        shares = subject.answers.leaving if _leaves_alone(subject.artifact) else ()
         launches = subject.opened.launches(batch)
         return _Found.of(timing, subject.artifact.is_dynamic, shares, launches, proof, before, after)
 
-    def paths(self, subject: Deployed) -> tuple[float, ...]:
-        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end."""
+    def paths(self, subject: Deployed, profiles: Profiles = FIRST) -> tuple[float, ...]:
+        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end.
+
+        Args:
+            subject: with its exits.
+            profiles: what is timed: more than the first batch where images decide which blocks they pass by.
+        """
         batch, precision = subject.target.batch, self._majority(subject)
-        batches = [TimedBatch(0, batch, exit=place) for place in range(len(subject.artifact.deployed))]
+        starts, counts = zip(*profiles, strict=True)
+        places = range(len(subject.artifact.exits) + 1)
+        batches = [TimedBatch(start, batch, exit=place) for place in places for start in starts]
         timing = self._pair(subject, precision, batches, [1.0] * len(batches))
         reference_s = self.references[precision].seconds
         waits = zip(timing.per_input, timing.waits_s, strict=True)
-        return tuple(self._waited(ratio, wait, reference_s) for ratio, wait in waits)
+        each = np.array([self._waited(ratio, wait, reference_s) for ratio, wait in waits])
+        return tuple(np.average(each.reshape(len(places), len(starts)), axis=1, weights=counts).tolist())
 
     def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""
@@ -315,7 +345,8 @@ class LatencyEvaluator:
         return time_pair(turns, weights, protocol, time.perf_counter)
 
     def _protocol(self, subject: Deployed) -> Protocol:
-        return replace(self.protocol, turns=_TURNS_WITH_EXITS) if subject.artifact.exits else self.protocol
+        several = subject.artifact.exits or subject.artifact.blocks
+        return replace(self.protocol, turns=_TURNS_WITH_EXITS) if several else self.protocol
 
     def _load(self, precision: str) -> Opened:
         # Loaded for each timing: idle sessions beside the two that alternate would change what the caches hold.

@@ -20,6 +20,7 @@ from evaluators.data import LabelledImages
 from evaluators.frames import Reuse, Stream
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
+from evaluators.runtimes.staged import Step, to_json
 from evaluators.subject import Deployed
 from evaluators.target import Target, runtime
 from spaces.candidate import Candidate
@@ -59,6 +60,8 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         "boundaries": subject.artifact.boundaries,
         "confidence": subject.artifact.confidence,
         "frames": _frames(subject),
+        "blocks": subject.artifact.blocks,
+        "steps": to_json(subject.artifact.steps),
         "target": subject.target.to_dict(),
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
@@ -124,6 +127,8 @@ def _measure(folder: Path) -> dict[str, Any]:
         boundaries=job["boundaries"],
         confidence=job["confidence"],
         reuse=reuse,
+        blocks=tuple(job["blocks"]),
+        steps=tuple(Step(**step) for step in job["steps"]),
     )
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)

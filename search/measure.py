@@ -10,6 +10,7 @@ import numpy as np
 from evaluators.data import LabelledImages
 from evaluators.frames import Reuse, Stream, timed_frames
 from evaluators.latency import slower_launch
+from evaluators.runtimes.staged import from_json
 from evaluators.subject import Answers, ask
 from evaluators.target import Opened, Runtime, runtime
 from evaluators.timing import Floats, Protocol, weighted_percentile
@@ -62,10 +63,13 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
     batch, threads = description["target"]["batch"], description["target"]["threads"]
     library = runtime(target or description["target"]["runtime"])
     stages = [library.deployable(_portable(folder, name)) for name in description["deployed"]]
-    opened = library.open(stages, description["thresholds"], threads, description.get("confidence", "softmax"))
+    blocks, plan = len(description.get("blocks", [])), description.get("steps") or description["thresholds"]
+    if blocks and not library.capabilities().skips:
+        raise UserError(f"a bundle that skips blocks is measured where blocks can be skipped, got {library.name}")
+    opened = library.open(stages, from_json(plan), threads, description.get("confidence", "softmax"))
     reuse = Reuse(**description["frames"]) if "frames" in description else None
     check = _check(folder, reuse)
-    answers = ask(opened, len(stages), check, batch, reuse)
+    answers = ask(opened, len(description["exits"]) + 1, check, batch, reuse, blocks)
     if reuse is None:
         seconds, weights = _time(opened, answers, check, batch)
     else:
@@ -117,7 +121,8 @@ def _check(folder: Path, reuse: Reuse | None) -> LabelledImages:
 def _time_frames(opened: Opened, answers: Answers, check: LabelledImages, reuse: Reuse) -> tuple[Floats, Floats]:
     """Returns wall-clock seconds and the weight of each: every kind of frame as often as it occurs."""
     assert answers.answering is not None
-    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, answers.stages > 1)
+    differ = answers.stages > 1 or answers.passed.shape[1] > 0
+    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, differ)
     each = max(CALLS // len(batches), 5)
     take_turn = opened.turns(check.images, batches, opened, 1, Protocol())
     walls = np.array([take_turn(index % 2 == 0).walls for index in range(each)])  # (turns, kinds, calls)

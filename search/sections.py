@@ -73,6 +73,24 @@ class ExitsSection(Section):
     joint: JointSection = JointSection()
 
 
+class SkipsSection(FittingSection):
+    """Which blocks an input may pass by, and how the network is trained once more, with their gates.
+
+    `blocks` is "all" that have an identity shortcut, or their paths. A gate is trained towards running its block for
+    the share `rate` of the images: `weight` is how much that counts. `temperature` is that of the gates' noise;
+    `distillation` is the share of the network as it was in the loss.
+    """
+
+    blocks: Literal["all"] | tuple[str, ...] = ()
+    gate: Literal["aig", "skipnet"] = "aig"
+    rate: Share = 0.6
+    weight: Annotated[float, Field(ge=0)] = 10.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    epochs: Annotated[float, Field(gt=0)] = 5
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+
+
 class FramesSection(Section):
     """That inputs are the frames of a stream; one that hardly differs from the last key frame may get its answer.
 

@@ -6,7 +6,7 @@ import torch
 
 from evaluators.data import Splits
 from evaluators.target import Runtime, Target
-from search.study import Study, StudyError
+from search.study import SkipsSection, Study, StudyError
 from spaces.criteria import Evidence, criterion
 from spaces.gates import GateSpace
 from spaces.groups import Groups
@@ -45,7 +45,7 @@ def space_of(
 
     Args:
         study: the question.
-        network: the dense network with its exits.
+        network: the dense network with its exits and gates.
         groups: its channels.
         data: whose calibration images some criteria look at.
         layers: those with a precision.
@@ -59,20 +59,27 @@ def space_of(
     return JointSpace(
         SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions, storage=[each for each in study.space.storage if each in able.storage]),
-        _gates(study, exits),
+        _gates(study, exits, network.skip_blocks),
         PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
     )
 
 
-def _gates(study: Study, exits: Sequence[str]) -> GateSpace:
+def _gates(study: Study, exits: Sequence[str], skips: Sequence[str]) -> GateSpace:
     """Returns the gates; beside frames of a stream, which decide who reaches the exits, all thresholds are searched."""
     grid = study.space.lowest_threshold, study.space.threshold_step
     frames = study.frames
     if frames is None:
-        return GateSpace(exits, *grid, solved=study.exits.thresholds == "solved")
+        return GateSpace(exits, *grid, solved=study.exits.thresholds == "solved", skips=skips)
     steps = max(round(frames.highest_threshold / frames.threshold_step), 1)
     highest = round(steps * frames.threshold_step, 6)
-    return GateSpace(exits, *grid, frames=Real(0.0, highest, frames.threshold_step))
+    return GateSpace(exits, *grid, frames=Real(0.0, highest, frames.threshold_step), skips=skips)
+
+
+def runnable(study: Study, target: Runtime) -> Study:
+    """Returns the study without gates of blocks where the target does not skip what they say."""
+    able = target.capabilities()
+    able_to = able.skips and (study.target.batch == 1 or able.dynamic_batch)
+    return study if able_to else study.model_copy(update={"skips": SkipsSection()})
 
 
 def _patterns(study: Study, target: Runtime) -> tuple[str, ...]:
@@ -91,6 +98,8 @@ def left_out(study: Study, library: Runtime, target: Target, space: JointSpace) 
     ]
     if _patterns(study, library) != study.space.patterns:
         found = [f"pattern {TWO_OF_FOUR} is left out: {where.format('sparse kernels')}", *found]
+    if runnable(study, library).skips != study.skips:
+        found.append(f"[skips] is left out: {target.runtime} does not skip blocks at batch {target.batch}")
     if space.gates.exits and study.exits.thresholds == "solved" and not space.gates.solved:
         found.append("thresholds of exits are searched, not solved: frames of a stream decide who reaches them")
     return found

@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from search.budget import Budget
-from search.sections import ExitsSection, FittingSection, FramesSection, Positive, Section, Share, function
+from search.sections import (
+    ExitsSection,
+    FittingSection,
+    FramesSection,
+    Positive,
+    Section,
+    Share,
+    SkipsSection,
+    function,
+)
 from search.sources.names import absolute, absolute_path, data_source, factory_source, model_source
 from search.study_errors import StudyError, plain
 
@@ -22,6 +31,7 @@ __all__ = [
     "FittingSection",
     "FramesSection",
     "ModelSection",
+    "SkipsSection",
     "Study",
     "StudyError",
     "load_study",
@@ -196,6 +206,7 @@ class Study(Section):
     data: DataSection
     training: TrainingSection | None = None
     exits: ExitsSection = ExitsSection()
+    skips: SkipsSection = SkipsSection()
     space: SpaceSection = SpaceSection()
     quantization: QuantizationSection = QuantizationSection()
     frames: FramesSection | None = None

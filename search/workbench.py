@@ -35,9 +35,10 @@ from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import NOTHING, Learned, train_int8_kept
 from search.rounding import LearnedRounding
+from search.skipping import skip_blocks
 from search.sources.prepared import prepare
 from search.sources.streams import with_streams
-from search.spaces_of import left_out, space_of, target_of
+from search.spaces_of import left_out, runnable, space_of, target_of
 from search.study import FinetuneSection, Study
 from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import FRAMES, Candidate
@@ -91,7 +92,7 @@ class Workbench:
         self.target = target_of(study, self.runtime)
         self.loaded, built = prepare(study, download, progress, say)
         self.data = with_streams(study.frames, self.loaded.splits)
-        self.network: ExitNetwork = trained_network(study, built, self.data, progress)
+        self.network: ExitNetwork = trained_network(runnable(study, self.runtime), built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
         if study.quantization.equalize:
@@ -153,9 +154,10 @@ class Workbench:
         return recovery(self.ground)
 
     def structure(self) -> dict[str, Any]:
-        """Returns, JSON-ready, where the exits are and which channels stay whole."""
+        """Returns, JSON-ready, where the exits and gates are and which channels stay whole."""
         return {
             "exits": asdict(self.exit_places),
+            "skips": list(self.network.skip_blocks),
             "groups": [group.name for group in self.groups.free],
             "whole": [asdict(group) for group in self.groups.whole],
         }
@@ -182,8 +184,13 @@ class Workbench:
 
     @property
     def remarks(self) -> list[str]:
-        """What of the study's wishes does not come true on this target, and what the validation images are for."""
+        """What of the study's wishes does not come true on this target, where gates are, and what the validation images
+        are for.
+        """
         found = left_out(self.study, self.runtime, self.target, self.space)
+        if self.network.skip_blocks:
+            image = torch.zeros(1, *self.data.image_shape)
+            found.append(str(skip_blocks(self.network.trunk, self.study.skips, image)).rstrip("."))
         if self.has_gates:
             counts = f"{len(self.gate_images)} of the validation images"
             found.append(

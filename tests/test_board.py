@@ -263,7 +263,7 @@ def test_a_worker_answers_a_frame_again_or_computes_it(tmp_path, builder, networ
     np.save(file, images.numpy())
     (stage,) = builder.build(network, space.dense()).deployed
     model, pictures = (ask("put", data=base64.b64encode(data).decode())["digest"] for data in (stage, file.getvalue()))
-    ask("open", handle=1, stages=[model], thresholds=[], threads=1)
+    ask("open", handle=1, stages=[model], plan=[], threads=1)
     batches = [TimedBatch(3, 1, follows=Follows(2, age, 1e9, 30)) for age in (1, 30)]
     settings = {"images": pictures, "batches": [asdict(batch) for batch in batches], "protocol": asdict(Protocol())}
     ask("turns", handle=1, reference=1, reference_batch=1, **settings)
@@ -276,7 +276,7 @@ def test_a_digest_is_never_a_path(tmp_path) -> None:
     worker = Worker(OnnxRuntime(), tmp_path / "store")
     (tmp_path / "secret").write_text("x")
     answer = worker.handle(
-        {"id": 1, "do": "open", "handle": 1, "stages": ["../secret"], "thresholds": [], "threads": 1}
+        {"id": 1, "do": "open", "handle": 1, "stages": ["../secret"], "plan": [], "threads": 1}
     )
     assert "error" in answer
 

@@ -15,7 +15,8 @@ from evaluators.frames import KEY_FRAMES, Reuse, Stream, timed_frames
 from evaluators.latency import LatencyEvaluator, Reference
 from evaluators.remeasure import remeasure, write_job
 from evaluators.runtimes.ort import OnnxRuntime, load
-from evaluators.runtimes.staged import FrameReuse, StagedNetwork, difference, thumbnail
+from evaluators.runtimes.reuse import FrameReuse, difference, thumbnail
+from evaluators.runtimes.staged import StagedNetwork
 from evaluators.subject import Subject, ask
 from evaluators.target import Target
 from spaces.candidate import Candidate
@@ -264,7 +265,7 @@ def test_the_head_of_a_stream_is_answered_as_in_the_whole(count) -> None:
 
 def test_every_kind_of_frame_is_timed_as_often_as_it_occurs_and_the_longest_path_last(subject) -> None:
     answers, reuse = subject.answers, subject.artifact.reuse
-    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, exits=answers.stages > 1)
+    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, differ=answers.stages > 1)
     assert sum(counts) == len(subject.validation)
     keys = [batch for batch in batches if answers.computed[batch.start]]
     assert len(batches) - len(keys) == 1, "one frame that is answered again"

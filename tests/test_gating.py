@@ -74,10 +74,10 @@ def test_a_batch_may_be_told_where_to_leave() -> None:
     stages = [lambda batch: [batch, batch]] * 2 + [lambda batch: [batch]]
     batch = np.eye(3, dtype=np.float32)
     for place in (0, 1, 2):
-        gates = TimedBatch(0, 3, exit=place).gates([0.5, 0.5])
+        gates = TimedBatch(0, 3, exit=place).way([0.5, 0.5])
         assert set(StagedNetwork(stages, gates)(batch)[1]) == {place}
-    assert TimedBatch(0, 3, longest=True).gates([0.5, 0.5]) == TimedBatch(0, 3, exit=2).gates([0.5, 0.5])
-    assert TimedBatch(0, 3).gates([0.5, 0.6]) == [0.5, 0.6]
+    assert TimedBatch(0, 3, longest=True).way([0.5, 0.5]) == TimedBatch(0, 3, exit=2).way([0.5, 0.5])
+    assert TimedBatch(0, 3).way([0.5, 0.6]) == [0.5, 0.6]
 
 
 class Metered(OnnxRuntime):

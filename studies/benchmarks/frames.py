@@ -12,7 +12,8 @@ import numpy as np
 
 from evaluators.frames import Reuse, Stream
 from evaluators.runtimes.ort import load
-from evaluators.runtimes.staged import Floats, FrameReuse, Network, StagedNetwork
+from evaluators.runtimes.reuse import FrameReuse
+from evaluators.runtimes.staged import Floats, Network, StagedNetwork
 from evaluators.subject import Answers, Deployed, Subject
 from search.request import Request
 from search.study import ExitsSection, FramesSection, RecoverySection
