@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from evaluators.data import LabelledImages
+from evaluators.data import Splits
 from search.progress import Progress
 from search.recovery.distillation import distillation_loss
 from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
@@ -47,19 +47,19 @@ def with_gates(trunk: nn.Module, blocks: Blocks, skips: SkipsSection, image: Ten
 
 def train_gates_once(
     network: ExitNetwork,
-    data: LabelledImages,
+    data: Splits,
     skips: SkipsSection,
     augment: Augment | None,
     file: Path,
     progress: Progress,
 ) -> None:
-    """Trains a network with its gates in place, or loads what an earlier call came to.
+    """Trains a network with its gates in place, or loads what an earlier call came to; gates are then calibrated.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
     """
     if not load_weights(network, file):
-        batches = TrainingBatches(data, skips.batch, skips.seed, augment)
+        batches = TrainingBatches(data.train, skips.batch, skips.seed, augment)
         train_gates(
             network,
             batches,
@@ -68,6 +68,7 @@ def train_gates_once(
             lambda done, total: progress("Training the network with its gates, once", done, total),
         )
         save(network.state_dict(), file)
+    calibrate_gates(network.eval(), torch.from_numpy(data.calibration.images[:]), skips.rate)
 
 
 def train_gates(
@@ -99,6 +100,30 @@ def train_gates(
         return float(loss.detach())
 
     return fit(network, step, batches, skips, checkpoint, report)
+
+
+def calibrate_gates(network: ExitNetwork, images: Tensor, rate: float) -> None:
+    """Moves and stretches the logits of each gate, in place: from 0 on, a share `rate` of the images runs its block.
+
+    A gate that was sampled while it learned need not be sure of anything, so most of its logits may lie on one side of
+    0; what they tell is which images need the block more. Their unit becomes their standard deviation. Gates are taken
+    one after the other, each given what those before it decide.
+
+    Args:
+        network: trained, in evaluation mode.
+        images: `(n, c, h, w)`.
+        rate: the share.
+    """
+
+    def decide(block: str, logits: Tensor) -> Tensor:
+        last = [module for module in network.gate(block).modules() if isinstance(module, nn.Linear)][-1]
+        middle, spread = torch.quantile(logits, 1 - rate), logits.std().clamp(min=1e-6)
+        last.weight.div_(spread)
+        last.bias.sub_(middle).div_(spread)
+        return (logits >= middle).to(logits.dtype)
+
+    with torch.no_grad():
+        network.run_trunk(images, decide)
 
 
 class SampledGates:

@@ -51,7 +51,7 @@ def trained_network(study: Study, built: Built, data: Splits, progress: Progress
     if blocks.gated:
         key = _digest(key, study.skips.model_dump_json(), *blocks.gated)
         gated = with_gates(trunk, blocks, study.skips, image)
-        train_gates_once(gated, data.train, study.skips, augment, folder / f"{study.name}-skips-{key}.pt", progress)
+        train_gates_once(gated, data, study.skips, augment, folder / f"{study.name}-skips-{key}.pt", progress)
         gates = gated.gates
     network = with_exits(trunk, places.after, study.exits, data, gates)
     settings = study.exits.model_dump_json(exclude={"thresholds", "confidence"})

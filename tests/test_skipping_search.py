@@ -22,13 +22,13 @@ from search.recovery.batchnorm import recalibrate_batch_norm
 from search.recovery.elastic import train_elastic
 from search.recovery.finetune import finetune
 from search.recovery.fitting import TrainingBatches
-from search.skipping import SampledGates, rate_loss, skip_blocks, train_gates, with_gates
+from search.skipping import SampledGates, calibrate_gates, rate_loss, skip_blocks, train_gates, with_gates
 from search.study import ElasticSection, FinetuneSection, SkipsSection, Study
 from search.workbench import Workbench
 from spaces.candidate import ALWAYS_RUN, Candidate
 from spaces.criteria import Evidence
 from spaces.criteria.reduction import loss_gradients
-from spaces.network import ExitNetwork
+from spaces.network import ExitNetwork, decided
 from tests import skippable, tiny
 from tests.searches import stored
 from tests.skippable import BLOCKS
@@ -81,6 +81,37 @@ def test_gates_learn_the_rate_that_they_are_told() -> None:
         network.run_trunk(torch.from_numpy(tiny.splits().validation.images), gates)
     for runs in gates.taken:
         assert runs.mean().item() == pytest.approx(0.3, abs=0.15)
+
+
+def test_calibrated_gates_run_their_blocks_for_the_share_that_was_asked_for() -> None:
+    network, images = skippable.gated(seed=1), torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    for block in BLOCKS:
+        network.gate(block).decide.bias.data.add_(9.0)  # so that nobody would skip anything
+    order = {}
+    for after in (False, True):
+
+        def seen(block: str, logits: torch.Tensor, after: bool = after) -> torch.Tensor:
+            order[block, after] = logits.detach()
+            return decided(block, logits)
+
+        network.run_trunk(images, seen)
+        if not after:
+            calibrate_gates(network, images, 0.3)
+    for block in BLOCKS:
+        logits = order[block, True]
+        assert (logits >= 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+        assert logits.std().item() == pytest.approx(1.0, abs=0.01)
+    first = [order[BLOCKS[0], after].flatten().argsort() for after in (False, True)]
+    assert torch.equal(*first), "which images need a block more does not change"
+
+
+def test_gates_of_a_study_are_calibrated(bench: Workbench) -> None:
+    ran = {}
+    images = torch.from_numpy(bench.data.calibration.images[:])
+    with torch.no_grad():
+        bench.network.run_trunk(images, lambda block, logits: ran.setdefault(block, decided(block, logits)))
+    for runs in ran.values():
+        assert runs.mean().item() == pytest.approx(0.6, abs=1 / len(images) + 1e-6)
 
 
 def test_trainings_that_follow_leave_gates_as_they_are(bench: Workbench) -> None:

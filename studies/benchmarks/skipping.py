@@ -5,7 +5,7 @@
 
 The first trains the network once more with gates around two blocks, and around all that have an identity shortcut, and
 prints Markdown. Each gate's threshold is set so that a share of the calibration images runs its block, given what the
-gates before it decided; "as trained" means at a logit of 0. Accuracy, decisions and latency are of the files in ONNX
+gates before it decided. Accuracy, decisions and latency are of the files in ONNX
 Runtime, on the test images; latency is the ratio to the network without gates in the same precision.
 
 The second tells from which size of network on skipping can pay: larger networks with untrained gates, on noise.
@@ -43,8 +43,8 @@ from spaces.network import ExitNetwork
 from spaces.skips.blocks import find_blocks
 
 TWO = ("layer2.1", "layer3.1")
-LEFT_OUT, TRAINED = "gates left out", "as trained"
-WANTED: tuple[str | float, ...] = (LEFT_OUT, TRAINED, 0.8, 0.6, 0.4)
+SHARES = (None, 0.8, 0.6, 0.4)
+"""Of the images, that each gate runs its block for; None where gates are left out."""
 PRECISIONS = ("fp32", "int8")
 HEADS = ["blocks", "precision", "wanted to run", "accuracy", "blocks run", "FLOPs", "latency", "all blocks run"]
 
@@ -85,14 +85,12 @@ class Bench:
         skips = {SKIP + block: threshold for block, threshold in thresholds.items()}
         return Candidate({}, dict.fromkeys(self.builder.layers, precision), skips)
 
-    def thresholds(self, wanted: str | float) -> dict[str, float]:
+    def thresholds(self, share: float) -> dict[str, float]:
         """Returns the threshold with which each gate runs its block for a share of the calibration images."""
-        if isinstance(wanted, str):
-            return dict.fromkeys(self.network.skip_blocks, 0.0) if wanted == TRAINED else {}
         found: dict[str, float] = {}
 
         def decide(block: str, logits: Tensor) -> Tensor:
-            found[block] = float(torch.quantile(logits, 1 - wanted))
+            found[block] = float(torch.quantile(logits, 1 - share))
             return (logits >= found[block]).float()
 
         with torch.no_grad():
@@ -108,18 +106,18 @@ class Bench:
         return Measured(*measured)
 
 
-def rows(name: str, bench: Bench, settings: Sequence[str | float] = WANTED) -> Iterator[list[str]]:
+def rows(name: str, bench: Bench, shares: Sequence[float | None] = SHARES) -> Iterator[list[str]]:
     """Yields the table's rows for one network with gates."""
     dense = bench.measure("fp32", {}).flops.value
     for precision in PRECISIONS:
-        for wanted in settings:
-            found = bench.measure(precision, bench.thresholds(wanted))
+        for share in shares:
+            found = bench.measure(precision, bench.thresholds(share) if share else {})
             notes = found.flops.notes
             ran = f"{notes['blocks_run']:.0%} ± {notes['blocks_run_std']:.0%}" if "blocks_run" in notes else "100%"
             yield [
                 name,
                 precision,
-                wanted if isinstance(wanted, str) else f"{wanted:.0%}",
+                f"{share:.0%}" if share else "gates left out",
                 f"{found.accuracy.value:.2%} ± {found.accuracy.spread * 100:.1f}",
                 ran,
                 f"{found.flops.value / dense:.0%}",
