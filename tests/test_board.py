@@ -275,9 +275,7 @@ def test_a_worker_answers_a_frame_again_or_computes_it(tmp_path, builder, networ
 def test_a_digest_is_never_a_path(tmp_path) -> None:
     worker = Worker(OnnxRuntime(), tmp_path / "store")
     (tmp_path / "secret").write_text("x")
-    answer = worker.handle(
-        {"id": 1, "do": "open", "handle": 1, "stages": ["../secret"], "plan": [], "threads": 1}
-    )
+    answer = worker.handle({"id": 1, "do": "open", "handle": 1, "stages": ["../secret"], "plan": [], "threads": 1})
     assert "error" in answer
 
 
