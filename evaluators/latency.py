@@ -309,18 +309,20 @@ class LatencyEvaluator:
         launches = subject.opened.launches(batch)
         return _Found.of(timing, subject.artifact.is_dynamic, shares, launches, proof, before, after)
 
-    def paths(self, subject: Deployed, profiles: Profiles = FIRST) -> tuple[float, ...]:
+    def paths(self, subject: Deployed, profiles: Profiles = FIRST, shares: Sequence[float] = ()) -> tuple[float, ...]:
         """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end.
 
         Args:
             subject: with its exits.
             profiles: what is timed: more than the first batch where images decide which blocks they pass by.
+            shares: how often batches leave at each, which tells what the caches hold; equally often where not given.
         """
         batch, precision = subject.target.batch, self._majority(subject)
         starts, counts = zip(*profiles, strict=True)
         places = range(len(subject.artifact.exits) + 1)
         batches = [TimedBatch(start, batch, exit=place) for place in places for start in starts]
-        timing = self._pair(subject, precision, batches, [1.0] * len(batches))
+        often = np.outer(shares or [1.0] * len(places), counts).ravel()
+        timing = self._pair(subject, precision, batches, often.tolist())
         reference_s = self.references[precision].seconds
         waits = zip(timing.per_input, timing.waits_s, strict=True)
         each = np.array([self._waited(ratio, wait, reference_s) for ratio, wait in waits])
@@ -341,7 +343,8 @@ class LatencyEvaluator:
     ) -> PairedTiming:
         protocol = self._protocol(subject)
         images, reference = subject.validation.images, self._load(precision)
-        turns = subject.opened.turns(images, batches, reference, reference_batch(subject.target.batch), protocol)
+        timed = [replace(batch, share=weight) for batch, weight in zip(batches, weights, strict=True)]
+        turns = subject.opened.turns(images, timed, reference, reference_batch(subject.target.batch), protocol)
         return time_pair(turns, weights, protocol, time.perf_counter)
 
     def _protocol(self, subject: Deployed) -> Protocol:

@@ -137,6 +137,7 @@ class TimedBatch:
         longest: whether no exit may answer and no block be passed by.
         follows: of one frame of a stream, what decides whether it is computed; None where images come alone.
         exit: where all leave, whatever they are like; None where their confidences decide.
+        share: how often such images come, in any unit, and so before others that are timed.
     """
 
     start: int
@@ -144,6 +145,7 @@ class TimedBatch:
     longest: bool = False
     follows: Follows | None = None
     exit: int | None = None
+    share: float = 1.0
 
     def way(self, plan: Steps) -> Steps:
         """Returns the plan that makes its images go the way that it asks for."""

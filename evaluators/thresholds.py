@@ -51,7 +51,7 @@ class Solved:
 
     Args:
         thresholds: one for each exit; `NEVER_EXIT` where an exit is of no use.
-        accuracy: share of right answers among the images that they were chosen on.
+        accuracy: share of right answers, or the likely one, among the images that they were chosen on.
         costs: the mean of each cost on the same images.
         shares: of the images that leave at each exit and, last, go to the end.
     """
@@ -71,7 +71,7 @@ class Thresholds:
 
     Args:
         confidences: of each exit, 0 to 1, `(n, exits)`.
-        correct: whether each exit and, last, the end is right, `(n, exits + 1)`.
+        correct: whether each exit and, last, the end is right, or how likely, `(n, exits + 1)`.
         costs: the one that counts most first.
         floor: the lowest accuracy, 0 to 1; None where there is none.
         price: see above.
@@ -80,7 +80,7 @@ class Thresholds:
     def __init__(
         self,
         confidences: NDArray[np.floating],
-        correct: NDArray[np.bool_],
+        correct: NDArray[np.bool_] | NDArray[np.floating],
         costs: Sequence[Cost],
         floor: float | None = None,
         price: float = 0.1,

@@ -13,6 +13,7 @@ import numpy as np
 
 from evaluators.accuracy import accuracy_of
 from evaluators.latency import FIRST, LatencyEvaluator
+from evaluators.likelihoods import likelihoods
 from evaluators.measurement import Measurement
 from evaluators.runtimes.staged import CONFIDENCES
 from evaluators.subject import Subject
@@ -82,23 +83,26 @@ class GateSolver:
         # Where loading compiles, one more artifact would take longer than all else.
         compiles = self._bench.runtime.capabilities().compiles
         whole = None if compiles else self._bench.built(never, compressed, more)
-        solved = self._thresholds(self._bench.built(choices, compressed, more), whole).solve()
-        found = dict(zip(choices.active_exits, solved.thresholds, strict=True))
+        told = self._solved(self._bench.built(choices, compressed, more), whole)
+        found = dict(zip(choices.active_exits, told["thresholds"], strict=True))
         version = self._bench.space.settled(choices, {**never.thresholds, **found})
-        told = asdict(solved) | {"images": len(self._bench.gate_images)}
         return Settled(version, told, time.perf_counter() - begin)
 
     def resettle(self, candidate: Candidate, more: FinetuneSection) -> Settled:
         """Returns a version with new thresholds, where they are solved: training changes what its exits say."""
         return self.settle(candidate.reopened() if self._bench.has_gates else candidate, more)
 
-    def _thresholds(self, subject: Subject, whole: Subject | None) -> Thresholds:
+    def _solved(self, subject: Subject, whole: Subject | None) -> dict[str, Any]:
+        """Returns the best thresholds by how likely answers are right, and what they come to by counting."""
         images = self._bench.gate_images
         logits = subject.opened.all_logits(images.images, subject.target.batch)
         confidence = CONFIDENCES[subject.artifact.confidence]
-        confidences = [confidence(logits[:, place]) for place in range(logits.shape[1] - 1)]
+        confidences = np.stack([confidence(logits[:, place]) for place in range(logits.shape[1])], axis=1)
         correct = logits.argmax(axis=2) == images.labels[:, None]
-        return Thresholds(np.stack(confidences, axis=1), correct, self._costs(subject, whole), self._floor)
+        costs, floor = self._costs(subject, whole), self._floor
+        solved = Thresholds(confidences[:, :-1], likelihoods(confidences, correct), costs, floor).solve()
+        counted = Thresholds(confidences[:, :-1], correct, costs, floor).outcome(solved.thresholds)
+        return asdict(counted) | {"expected_accuracy": solved.accuracy, "images": len(images)}
 
     def _costs(self, subject: Subject, whole: Subject | None) -> list[Cost]:
         """Returns what leaving costs in seconds and in FLOPs, first what is limited.

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluators.likelihoods import likelihoods
 from evaluators.runtimes.staged import CONFIDENCES
 from evaluators.thresholds import Cost, Thresholds
 from spaces.candidate import NEVER_EXIT
@@ -164,3 +165,34 @@ def test_a_certain_softmax_is_no_exit_that_is_off() -> None:
 def test_answers_have_to_fit() -> None:
     with pytest.raises(ValueError, match="exits \\+ 1"):
         Thresholds(np.ones((4, 2)), np.ones((4, 2), bool), [Cost((1.0, 2.0), (0.0,))])
+
+
+def test_likelihoods_say_on_average_what_was_counted() -> None:
+    rng = np.random.default_rng(0)
+    confidences = rng.random((500, 3))
+    correct = rng.random((500, 3)) < confidences
+    correct[:, 2] = True
+    found = likelihoods(confidences, correct)
+    np.testing.assert_allclose(found.mean(axis=0), correct.mean(axis=0), atol=1e-5)
+    assert np.corrcoef(found[:, 0], confidences[:, 0])[0, 1] > 0.95
+    assert found[:, 2].min() == 1
+
+
+def test_thresholds_by_likelihood_hold_better_elsewhere_than_by_counting() -> None:
+    rng = np.random.default_rng(1)
+
+    def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
+        ease = rng.normal(1.0, 1.5, (count, 1)) + np.array([0.0, 0.6, 1.5])
+        sure = 1 / (1 + np.exp(-ease - rng.normal(0, 0.7, (count, 3))))
+        return sure, rng.random((count, 3)) < sure
+
+    cost = Cost((0.4, 0.7, 1.1), (0.05, 0.05), 0.75)
+    everywhere, right = drawn(50_000)
+    truth = Thresholds(everywhere[:, :2], right, [cost])
+    best, lost = truth.solve().accuracy, []
+    for _ in range(12):
+        sure, correct = drawn(400)
+        by = [Thresholds(sure[:, :2], told, [cost]).solve() for told in (likelihoods(sure, correct), correct)]
+        lost.append([best - truth.outcome(found.thresholds).accuracy for found in by])
+    smooth, counted = np.mean(lost, axis=0)
+    assert smooth < 0.75 * counted

@@ -248,7 +248,7 @@ class OpenedEngines:
         while self._wall() - begin < _WARMUP_S:  # until the GPU has left its idle clocks, as trtexec does
             calls[0](), beside()
         clock = Clock(lambda: self.gpu_s + reference.gpu_s, self._wall)
-        return turns_of(calls, beside, protocol, clock)
+        return turns_of(calls, beside, protocol, clock, [batch.share for batch in batches])
 
     def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
         """Returns which layers do not run in the precision that they were written in, or do not tell."""

@@ -73,7 +73,8 @@ class LocallyOpened:
         """Returns turns between some batches and the reference on the first `reference_batch` images, warmed up."""
         some = images[:reference_batch]
         calls = [self._call(images, batch) for batch in batches]
-        return turns_of(calls, lambda: reference._network(some), protocol, self._clock)
+        shares = [batch.share for batch in batches]
+        return turns_of(calls, lambda: reference._network(some), protocol, self._clock, shares)
 
     def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:  # noqa: ARG002
         """Returns an empty proof: a CPU runtime computes in the types that the file says."""

@@ -147,8 +147,8 @@ def _print(
 ) -> None:
     full, gated = ran
     subject = bench.subject(version.candidate)
-    paths, dense = latency.paths(subject), whole.measurements["latency"].value
-    shares = [float((gated.exits == place).mean()) for place in range(len(paths))]
+    shares = [float((gated.exits == place).mean()) for place in range(len(version.candidate.active_exits) + 1)]
+    paths, dense = latency.paths(subject, shares=shares), whole.measurements["latency"].value
     formula = sum(share * path for share, path in zip(shares, paths, strict=True)) / dense
     measured = gated.seconds / full.seconds
     print(f"| {precision}: exit | right, alone | right, of those that leave | leave | path, of the full latency |")
