@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
+from evaluators.accuracy import wilson
 from evaluators.measurement import Measurement
 from evaluators.placement import Examined
 from search.budget import Budget, Constraint
@@ -116,6 +117,11 @@ def front_table(front: Sequence[Version], dense: Version, title: str, width: int
     return table
 
 
+def headings(dense: Version) -> list[str]:  # noqa: ARG001  some searches have columns of their own
+    """Returns what stands above the columns of a front."""
+    return list(HEADINGS)
+
+
 def front_row(version: Version, dense: Version) -> list[str]:
     """Returns one version's cells, one for each of `HEADINGS`."""
     measured, baseline = version.measured, dense.measured
@@ -135,9 +141,15 @@ def front_row(version: Version, dense: Version) -> list[str]:
 
 def _caption(front: Sequence[Version], dense: Version) -> str:
     accuracy = dense.measured["accuracy"]
-    error = max((version.measured["accuracy"].spread for version in front), default=accuracy.spread)
+    doubt = max(accuracy_doubt(version.measured["accuracy"]) for version in [*front, dense])
     stored = any("int4" in version.evaluation.candidate.precision.values() for version in front)
     return (
         f"latency per batch on {dense.measured['latency'].target}; accuracy on {accuracy.n} validation images,"
-        f" standard error up to {error * 100:.1f} points{'; layers in int8 + stored in int4' if stored else ''}"
+        f" known to within {doubt * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''}"
     )
+
+
+def accuracy_doubt(accuracy: Measurement) -> float:
+    """Returns how far the true accuracy may lie from the measured one, at 95%: also where every image was right."""
+    low, high = wilson(accuracy.value, accuracy.n)
+    return max(accuracy.value - low, high - accuracy.value)

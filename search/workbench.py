@@ -151,10 +151,16 @@ class Workbench:
         return recovery(self.ground)
 
     def structure(self) -> dict[str, Any]:
-        """Returns, JSON-ready, where the exits are and which channels stay whole."""
+        """Returns, JSON-ready, where the exits are, which layers' outputs are cut together, and which stay whole."""
         return {
             "exits": asdict(self.exit_places),
             "groups": [group.name for group in self.groups.free],
+            "members": {
+                member.path: group.name
+                for group in self.groups.free
+                for member in group.members
+                if member.axis == "out"
+            },
             "whole": [asdict(group) for group in self.groups.whole],
         }
 
