@@ -1,8 +1,10 @@
 """The picked version in MLflow's model registry, where `mlflow models serve` finds it."""
 
+import io
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from search.logged import ROLE, SEARCH, TRIAL, figures
 from search.store import StoredSearch
-from search.tracking import Tracking, quiet
+from search.tracking import VARIABLE, Tracking, quiet
 
 if TYPE_CHECKING:
     from search.deploy import Confirmed
@@ -82,15 +84,16 @@ def register(tracking: Tracking, search: StoredSearch, confirmed: "Confirmed", b
 
 @contextmanager
 def _active(tracking: Tracking) -> Iterator[None]:
-    """Points MLflow's fluent functions, which alone log models, at the tracking store."""
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    """Points MLflow's fluent functions, which alone log models, at the tracking store; they speak up on stderr."""
+    before = os.environ.get(VARIABLE)
     mlflow.set_tracking_uri(tracking.uri)
-    mlflow.set_registry_uri(tracking.uri)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+        mlflow.set_tracking_uri(None)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def _describe(client: MlflowClient, search: StoredSearch, confirmed: "Confirmed", number: str) -> None:

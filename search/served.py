@@ -28,7 +28,8 @@ class BundleModel(PythonModel):
         self._batch = description["target"]["batch"]
         self._names = [*description["exits"], "end"]
 
-    def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> Any:  # noqa: ARG002
+    # MLflow would take type hints for a signature, which is given apart.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
         """Returns a class and an exit's name for each image."""
         images = np.asarray(model_input, dtype=np.float32)
         logits, exits, _ = self._run.answer(self._network, images, self._batch)

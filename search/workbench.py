@@ -40,6 +40,7 @@ from search.study import FinetuneSection, Study
 from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import Candidate
 from spaces.grouping import find_groups
+from spaces.groups import ChannelGroup
 from spaces.network import ExitNetwork
 
 StopEarly = Callable[[Mapping[str, Measurement]], bool]
@@ -155,14 +156,14 @@ class Workbench:
         return {
             "exits": asdict(self.exit_places),
             "groups": [group.name for group in self.groups.free],
-            "members": {
-                member.path: group.name
-                for group in self.groups.free
-                for member in group.members
-                if member.axis == "out"
-            },
+            "members": {name: group.name for group in self.groups.free for name in self._layers_of(group)},
             "whole": [asdict(group) for group in self.groups.whole],
         }
+
+    def _layers_of(self, group: ChannelGroup) -> list[str]:
+        """Returns the layers whose outputs are the group's channels, by the names that precisions go by."""
+        names = [member.path.removeprefix("trunk.") for member in group.members if member.axis == "out"]
+        return [name for name in names if name in self.builder.layers]
 
     @property
     def fingerprint(self) -> str:
