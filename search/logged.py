@@ -100,8 +100,8 @@ def figures(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:
         shown["flops_pct_of_dense"] = measured["flops"].value / dense["flops"].value * 100
     if "latency" in measured:
         others = dict(measured["latency"].others)
-        shown["latency_longest_path_ms"] = others.pop("worst") * 1e3
-        shown |= {f"latency_wall_{name}_ms": value * 1e3 for name, value in others.items()}
+        shown["longest_path_ms"] = others.pop("worst") * 1e3
+        shown |= {f"{name}_wall_ms": value * 1e3 for name, value in others.items()}
         shown["speedup"] = dense["latency"].value / measured["latency"].value
     return {name: round(value, 4) for name, value in shown.items()} | margins(evaluation, search)
 

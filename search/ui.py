@@ -65,7 +65,7 @@ def _links(tracking: Tracking, search: str, base: str) -> list[str]:
     runs = f"{base}/#/experiments/{summary.experiment_id}/runs"
     front = quote(f"tags.search = '{search}' and tags.front = 'true'")
     lines = [
-        f"Front of {search}, with links to its trials:  {runs}/{summary.run_id}",
+        f"Front of {search}, with links to its trials:  {runs}/{summary.run_id}?workflowType=machine_learning",
         f"Its report with all pictures:  {runs}/{summary.run_id}/artifacts/{PAGE}",
         f"Its front as charts:  {runs}?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={front}",
     ]

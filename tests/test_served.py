@@ -49,8 +49,8 @@ def answers(bundle: Path, images) -> list[dict]:
 def test_every_pick_is_a_version_and_the_alias_is_at_the_last(picked) -> None:
     client = Tracking.of(picked / "runs").client()
     versions = sorted(client.search_model_versions("name='tiny'"), key=lambda found: int(found.version))
-    assert [found.version for found in versions] == ["1", "2"]
-    assert client.get_model_version_by_alias("tiny", "deploy").version == "2"
+    assert [int(found.version) for found in versions] == [1, 2]
+    assert int(client.get_model_version_by_alias("tiny", "deploy").version) == 2
     for found, bundle in zip(versions, ("accuracy", "latency"), strict=True):
         description = json.loads((picked / bundle / "bundle.json").read_text())
         assert found.tags["trial"] == str(description["trial"])
