@@ -2,36 +2,47 @@
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.frames import KEY_FRAMES
 from evaluators.measurement import Measurement
 from evaluators.subject import Answers, Deployed
 from evaluators.target import Target
 
 
 def accuracy_of(answers: Answers, target: Target, images: str) -> Measurement:
-    """Returns the share of right answers, with the standard error of a share, and its 95% interval beside it.
+    """Returns the share of right answers, with its standard error, and its 95% interval beside it.
+
+    Frames of one clip are right or wrong together, so of a stream it is the error over clips, of which there may be any
+    number of frames, and the interval is as wide as so many independent images would leave it.
 
     Args:
         answers: to labelled images.
         target: what ran the network.
         images: which images they were, for the record.
     """
-    n = len(answers.correct)
+    n, clips = len(answers.correct), answers.clips
     share = float(answers.correct.mean())
     shares = {f"exit{stage + 1}": float((answers.exits == stage).mean()) for stage in range(answers.stages - 1)}
+    if answers.answering is not None:
+        shares[KEY_FRAMES] = float(answers.computed.mean())
+    spread = math.sqrt(share * (1 - share) / n) if clips is None else _over_clips(answers.correct, clips)
     return Measurement(
         metric="accuracy",
         value=share,
         statistic="mean",
         n=n,
-        spread=math.sqrt(share * (1 - share) / n),
+        spread=spread,
         target=str(target),
-        protocol=f"top-1 of the deployed artifact on {n} {images} images, batch {target.batch}",
-        others=dict(zip(("low", "high"), wilson(share, n), strict=True)),
+        protocol=f"top-1 of the deployed artifact on {n} {images} {'images' if clips is None else 'frames'}, batch"
+        f" {target.batch}",
+        others=dict(zip(("low", "high"), wilson(share, n if clips is None else _alone(share, spread, n)), strict=True)),
         notes=shares,
     )
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Returns the interval in which a share that was seen among `n` lies, at 95% where `z` is not given.
 
     Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
@@ -40,11 +51,31 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max((middle - width) / (1 + z * z / n), 0.0), min((middle + width) / (1 + z * z / n), 1.0)
 
 
+def _alone(share: float, spread: float, n: int) -> float:
+    """Returns how many images that come alone would leave the same error: no more than there are frames.
+
+    Source: Kish, Survey Sampling, 1965, section 8.2 (the design effect).
+    """
+    return min(share * (1 - share) / spread**2, n) if spread else n
+
+
+def _over_clips(correct: NDArray[np.bool_], clips: NDArray[np.int64]) -> float:
+    """Returns the standard error of a share whose samples come in clips.
+
+    Source: Cochran, Sampling Techniques, 1977, section 9.2 (a ratio over clusters of unequal size).
+    """
+    deviations = np.bincount(clips, correct - correct.mean())
+    return float(np.sqrt((deviations**2).sum()) / len(clips))
+
+
 class AccuracyEvaluator:
     """Top-1 accuracy on the validation images."""
 
     metric = "accuracy"
 
     def measure(self, subject: Deployed) -> Measurement:
-        """Returns the share of right answers, 0 to 1, its standard error, and the share that leaves at each exit."""
+        """Returns the share of right answers, 0 to 1, its standard error, and the share that leaves at each exit.
+
+        Of a stream it has the share of key frames as well.
+        """
         return accuracy_of(subject.answers, subject.target, "validation")

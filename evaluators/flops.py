@@ -2,23 +2,27 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from fvcore.nn import FlopCountAnalysis
+from numpy.typing import NDArray
 
 from evaluators.measurement import Measurement
-from evaluators.subject import Subject
+from evaluators.subject import Answers, Subject
 from spaces.network import ExitNetwork
+
+Floats = NDArray[np.float64]
 
 _PROTOCOL = "fvcore, one fused multiply-add is one flop, per image"
 
 
 class FlopsEvaluator:
-    """FLOPs per image, as expected over the validation images where some leave early.
+    """FLOPs per image, as expected over the validation images where inputs decide what is run.
 
     Args:
-        network: the dense network with its exits.
+        network: the dense network with its exits and gates.
         image: one input, `(1, c, h, w)`.
     """
 
@@ -26,42 +30,80 @@ class FlopsEvaluator:
 
     def __init__(self, network: ExitNetwork, image: torch.Tensor) -> None:
         self._image = image
-        self._stage_of = _stages(network, image)
+        self._begins, self._stage_of = _stages(network, image)
         self._counts: dict[tuple[tuple[str, int], ...], Mapping[str, float]] = {}
 
     def measure(self, subject: Subject) -> Measurement:
-        """Returns the FLOPs of each stage times the share of images that reaches it, and the longest path's beside."""
-        counts, active = self._by_module(subject), subject.candidate.active_exits
-        stages = self.stages(subject)
-        reached = subject.answers.reached if active else (1.0,)
-        expected = sum(share * flops for share, flops in zip(reached, stages, strict=True))
-        n = len(subject.validation) if active else 1
-        others = {"worst": sum(stages)}
-        notes = {"nonzero": self._nonzero(subject, counts)} if subject.candidate.patterns else {}
-        return Measurement("flops", expected, "expected", n, 0.0, "any", _PROTOCOL, others, notes)
+        """Returns the mean FLOPs of what each image runs, and the longest path's beside.
 
-    def stages(self, subject: Subject) -> list[float]:
-        """Returns the FLOPs of each stage of the deployed version, heads included."""
-        active = subject.candidate.active_exits
-        stages = [0.0] * (len(active) + 1)
-        for path, count in self._by_module(subject).items():
-            owner = path.split(".")[1] if path.startswith("exits.") else ""
-            if not owner or owner in active:
-                stages[self._stage(path, active, subject.network.exit_names)] += count
-        return stages
+        Notes tell the share of the blocks which may be skipped that images run, and its standard deviation over images.
+        """
+        counts = self._by_module(subject)
+        always, blocks = self._parts(subject, counts)
+        compared = self._compared(subject)
+        worst = compared + float(always.sum() + blocks.sum())
+        notes = {"nonzero": self._nonzero(subject, counts)} if subject.candidate.patterns else {}
+        if not subject.artifact.is_dynamic:
+            return Measurement("flops", worst, "expected", 1, 0.0, "any", _PROTOCOL, {"worst": worst}, notes)
+        reached, ran = self._run_by(subject)
+        found = compared + reached @ always + ran @ blocks  # of each image
+        n, spread = len(found), float(found.std() / np.sqrt(len(found)))
+        notes |= _shares(ran[subject.answers.computed], subject.artifact.blocks)
+        return Measurement(
+            "flops", float(found.mean()), "expected", n, spread, "any", _PROTOCOL, {"worst": worst}, notes
+        )
+
+    def _run_by(self, subject: Subject) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Returns which stages and which blocks each validation image runs, `(n, stages)` and `(n, blocks)`."""
+        answers = subject.answers
+        reached = (answers.exits[:, None] >= np.arange(answers.stages)) & answers.computed[:, None]
+        return reached, reached[:, self._block_stages(subject)] & ~answers.passed
+
+    def _block_stages(self, subject: Subject) -> list[int]:
+        """Returns the stage that each block which may be skipped lies in."""
+        names, active = subject.network.exit_names, subject.artifact.exits
+        return [sum(names.index(name) < self._begins[block] for name in active) for block in subject.artifact.blocks]
+
+    def _parts(self, subject: Subject, counts: Mapping[str, float]) -> tuple[Floats, Floats]:
+        """Returns the FLOPs of each stage without the blocks that may be skipped, and those of these blocks."""
+        active, gated = subject.artifact.exits, subject.artifact.blocks
+        always, blocks = np.zeros(len(active) + 1), np.zeros(len(gated))
+        for path, count in counts.items():
+            inside = [index for index, block in enumerate(gated) if f"{path}.".startswith(f"trunk.{block}.")]
+            if inside:
+                blocks[inside] += count
+            elif _is_deployed(path, active, gated):
+                always[self._stage(path, active, subject.network.exit_names)] += count
+        return always, blocks
+
+    def stages(self, subject: Subject, ways: Answers | None = None) -> list[float]:
+        """Returns the FLOPs of each stage of the deployed version, heads included.
+
+        Args:
+            subject: the version.
+            ways: which blocks images pass by when nobody leaves; where not given, every block is run.
+        """
+        stages, blocks = self._parts(subject, self._by_module(subject))
+        ran = np.ones(len(blocks)) if ways is None else 1 - ways.passed.mean(axis=0)
+        np.add.at(stages, self._block_stages(subject), ran * blocks)
+        return [float(flops) for flops in stages]
 
     def heads(self, subject: Subject) -> list[float]:
         """Returns the FLOPs of the head of each active exit."""
         counts = self._by_module(subject)
         return [
             sum(count for path, count in counts.items() if path.startswith(f"exits.{name}."))
-            for name in subject.candidate.active_exits
+            for name in subject.artifact.exits
         ]
+
+    def _compared(self, subject: Subject) -> float:
+        """Returns what comparing a frame with the last key frame costs: as fvcore counts pooling, one per value."""
+        return float(self._image.numel()) if subject.artifact.reuse else 0.0
 
     def _nonzero(self, subject: Subject, counts: Mapping[str, float]) -> float:
         """Returns the share of the trunk's FLOPs that multiply by a weight other than zero."""
         weights = dict(subject.network.named_parameters())
-        trunk = {path: count for path, count in counts.items() if not path.startswith("exits.")}
+        trunk = {path: count for path, count in counts.items() if path.startswith("trunk.")}
         left = sum(
             count * (float((weights[f"{path}.weight"] != 0).float().mean()) if f"{path}.weight" in weights else 1.0)
             for path, count in trunk.items()
@@ -93,8 +135,25 @@ def count_by_module(network: torch.nn.Module, image: torch.Tensor) -> dict[str, 
     return {path: count for path, count in own.items() if count}
 
 
-def _stages(network: ExitNetwork, image: torch.Tensor) -> dict[str, int]:
-    """Returns, for each module, how many cut points lie before it: the stage that it runs in when every exit is on."""
+def _shares(ran: NDArray[np.bool_], blocks: Sequence[str]) -> dict[str, float]:
+    if not blocks:
+        return {}
+    each = {f"ran {block}": float(share) for block, share in zip(blocks, ran.mean(axis=0), strict=True)}
+    return {"blocks_run": float(ran.mean()), "blocks_run_std": float(ran.mean(axis=1).std())} | each
+
+
+def _is_deployed(path: str, exits: Sequence[str], blocks: Sequence[str]) -> bool:
+    """Returns whether a module is in the files: not where it is the head of no exit or the gate of no block."""
+    if path.startswith("exits."):
+        return path.split(".")[1] in exits
+    return not path.startswith("skips.") or any(path.startswith(f"skips.{block}.") for block in blocks)
+
+
+def _stages(network: ExitNetwork, image: torch.Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns how many cut points lie before each gated block, and before each module: the stage that it runs in.
+
+    That is where it begins, and, of a module that spans several, where what it computes itself comes.
+    """
     order: dict[str, int] = {}
     passed = 0
 
@@ -117,7 +176,10 @@ def _stages(network: ExitNetwork, image: torch.Tensor) -> dict[str, int]:
         network(image)
     for hook in hooks:
         hook.remove()
+    begins = {block: order[f"trunk.{block}"] for block in network.skip_blocks}
     # Parents that span several stages start in the first; what they compute themselves comes after their children.
     order |= {path: passed for path, module in network.named_modules() if any(True for _ in module.children())}
-    heads = {name: index for index, name in enumerate(network.exit_names)}
-    return {path: heads[path.split(".")[1]] if path.startswith("exits.") else depth for path, depth in order.items()}
+    heads = {f"exits.{name}.": index for index, name in enumerate(network.exit_names)}
+    heads |= {f"skips.{block}.": stage for block, stage in begins.items()}
+    own = {path: next((stage for head, stage in heads.items() if path.startswith(head)), order[path]) for path in order}
+    return begins, own

@@ -8,7 +8,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.artifact import Artifact
 from evaluators.device_state import DeviceState, state_moved
+from evaluators.frames import timed_frames
 from evaluators.latency_cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
 from evaluators.subject import Deployed
@@ -16,9 +18,13 @@ from evaluators.target import Images, Opened, Proof, Runtime, Spent, Target, Tim
 from evaluators.timing import PairedTiming, Protocol, time_pair
 
 _TURNS_WITH_EXITS = 3
-"""With exits, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
+"""With exits or blocks, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
 
 
+Profiles = Sequence[tuple[int, int]]
+"""Batches that stand for all: their first images, and for how many each."""
+FIRST: Profiles = ((0, 1),)
+"""The first batch stands for all."""
 CLOCKS = {
     "cpu": "CPU time, or of wall-clock time with several threads",
     "gpu": "CUDA events, copies included, to which the host's part of a call is added as the wall clock shows it",
@@ -80,6 +86,18 @@ def slower_launch(launches: Mapping[str, float]) -> list[str]:
     return [slower] if seconds > 1.02 * others else []
 
 
+def _told_ways(subject: Deployed) -> str:
+    """Returns, in words, which ways through the blocks were timed; nothing where no block may be skipped."""
+    if not subject.artifact.blocks:
+        return ""
+    timed, ways = len(subject.answers.profiles), subject.answers.ways
+    if timed == ways:
+        return f"; each of {ways} ways through the blocks timed"
+    return (
+        f"; {timed} batches timed for {ways} ways through the blocks, each for an equal share, by what they leave out"
+    )
+
+
 @dataclass(frozen=True)
 class _Found:
     """What is kept of a timing: ratios to the reference, and the candidate's seconds by the clocks.
@@ -98,7 +116,7 @@ class _Found:
         launches: median seconds of each way to launch a batch.
         remarks: on the precisions that layers run in.
         unproven: layers that do not tell theirs.
-        formula_ratio: with exits, the share that leaves at each times the ratio of a whole batch that does; else 0.
+        formula_ratio: with exits alone, the share that leaves at each times the ratio of a whole batch that does.
         formula_wait_s: the same of what a caller waits beyond the work.
         states: what the device told of itself before and after.
     """
@@ -124,13 +142,13 @@ class _Found:
     def of(
         cls,
         timing: PairedTiming,
+        dynamic: bool,
         shares: Sequence[float],
         launches: dict[str, float],
         proof: Proof,
         before: DeviceState,
         after: DeviceState,
     ) -> Self:
-        dynamic = len(shares) > 1
         return cls(
             ratio=timing.ratio,
             half_width=timing.half_width,
@@ -145,10 +163,36 @@ class _Found:
             launches=launches,
             remarks=[*proof.remarks(), *state_moved(before, after)],
             unproven=list(proof.unproven),
-            formula_ratio=float(np.dot(shares, timing.per_input[-len(shares) :])) if dynamic else 0.0,
-            formula_wait_s=float(np.dot(shares, timing.waits_s[-len(shares) :])) if dynamic else 0.0,
+            formula_ratio=float(np.dot(shares, timing.per_input[-len(shares) :])) if shares else 0.0,
+            formula_wait_s=float(np.dot(shares, timing.waits_s[-len(shares) :])) if shares else 0.0,
             states={"before": before.told(), "after": after.told()} if before.told() else {},
         )
+
+
+def _timed_batches(subject: Deployed) -> tuple[list[TimedBatch], list[float]]:
+    """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last."""
+    batch, reuse = subject.target.batch, subject.artifact.reuse
+    if reuse is not None and subject.answers.answering is not None:
+        differ = bool(subject.artifact.exits or subject.artifact.blocks)
+        return timed_frames(subject.answers.answering, subject.answers.profiles, reuse, differ)
+    if not subject.artifact.is_dynamic:
+        return [TimedBatch(0, batch)], [1.0]
+    batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
+    weights = [float(count) for _, count in subject.answers.profiles]
+    alone = len(subject.artifact.exits) if _leaves_alone(subject.artifact) else 0
+    paths = [*(TimedBatch(0, batch, exit=place) for place in range(alone)), TimedBatch(0, batch, longest=True)]
+    return [*batches, *paths], [*weights, *[0.0] * len(paths)]
+
+
+def _leaves_alone(artifact: Artifact) -> bool:
+    """Returns whether the exit where an input leaves is all that decides what it costs."""
+    return bool(artifact.exits) and not artifact.blocks and artifact.reuse is None
+
+
+def _statistic(artifact: Artifact) -> str:
+    if artifact.reuse is not None:
+        return "expected over the frames of the validation stream"
+    return "expected over the validation images" if artifact.is_dynamic else "median"
 
 
 class LatencyEvaluator:
@@ -193,7 +237,6 @@ class LatencyEvaluator:
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
         precision = self._majority(subject)
-        dynamic = bool(subject.artifact.exits)
         found, known = self._known(subject, precision)
         reference_s = self.references[precision].seconds
         value = self._waited(found.ratio, found.wait_s, reference_s)
@@ -201,11 +244,11 @@ class LatencyEvaluator:
         return Measurement(
             metric="latency",
             value=value,
-            statistic="expected over the validation images" if dynamic else "median",
+            statistic=_statistic(subject.artifact),
             n=found.calls,
             spread=found.half_width / 1.96 * found.ratio * reference_s,
             target=str(subject.target),
-            protocol=self._told(precision, dynamic, known, found),
+            protocol=self._told(subject, precision, known, found) + _told_ways(subject),
             others={
                 **{name: tail * value for name, tail in found.tails.items()},
                 "worst": self._waited(found.worst_ratio, found.worst_wait_s, reference_s),
@@ -220,7 +263,7 @@ class LatencyEvaluator:
                 "wall_cv": found.wall_cv,
                 "boundaries": subject.artifact.boundaries,
                 # What images one at a time, or batches that leave as one, would take: shares times paths.
-                **({"formula_s": formula} if dynamic else {}),
+                **({"formula_s": formula} if found.formula_ratio else {}),
                 # How many times as long as when the search began the reference takes now.
                 **({} if known else {"drift": found.work_s / found.ratio / reference_s}),
                 **{f"seconds {way}": seconds for way, seconds in found.launches.items()},
@@ -233,17 +276,17 @@ class LatencyEvaluator:
     def _waited(self, ratio: float, wait_s: float, reference_s: float) -> float:
         return ratio * reference_s + (wait_s if self._clock == "gpu" else 0.0)
 
-    def _told(self, precision: str, dynamic: bool, known: bool, found: _Found) -> str:
+    def _told(self, subject: Deployed, precision: str, known: bool, found: _Found) -> str:
         clock = CLOCKS[self._clock]
         reference = f"dense {precision}, {self.references[precision].seconds * 1e3:.3f} ms of {clock}"
-        told = [str(self._protocol(dynamic)), f"reference: {reference}"]
+        told = [str(self._protocol(subject)), f"reference: {reference}"]
         told.append("percentiles: the wall clock's, over its own median, times the latency")
         told += [f"launched {way}, as it is deployed" for way in list(found.launches)[:1]]
         return "; ".join([*told, *(["kept from an earlier measurement of the same shapes"] if known else [])])
 
     def _known(self, subject: Deployed, precision: str) -> tuple[_Found, bool]:
         """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
-        if self._cache is None or subject.artifact.exits:
+        if self._cache is None or subject.artifact.is_dynamic:
             return self._fresh(subject, precision), False
         reference = self.references[precision].model
         form = " ".join(field.name for field in fields(_Found))  # what another form kept cannot be read
@@ -262,17 +305,28 @@ class LatencyEvaluator:
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        shares = subject.answers.leaving if subject.artifact.exits else (1.0,)
-        return _Found.of(timing, shares, subject.opened.launches(batch), proof, before, after)
+        shares = subject.answers.leaving if _leaves_alone(subject.artifact) else ()
+        launches = subject.opened.launches(batch)
+        return _Found.of(timing, subject.artifact.is_dynamic, shares, launches, proof, before, after)
 
-    def paths(self, subject: Deployed) -> tuple[float, ...]:
-        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end."""
+    def paths(self, subject: Deployed, profiles: Profiles = FIRST, shares: Sequence[float] = ()) -> tuple[float, ...]:
+        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end.
+
+        Args:
+            subject: with its exits.
+            profiles: what is timed: more than the first batch where images decide which blocks they pass by.
+            shares: how often batches leave at each, which tells what the caches hold; equally often where not given.
+        """
         batch, precision = subject.target.batch, self._majority(subject)
-        batches = [TimedBatch(0, batch, exit=place) for place in range(len(subject.artifact.deployed))]
-        timing = self._pair(subject, precision, batches, [1.0] * len(batches))
+        starts, counts = zip(*profiles, strict=True)
+        places = range(len(subject.artifact.exits) + 1)
+        batches = [TimedBatch(start, batch, exit=place) for place in places for start in starts]
+        often = np.outer(shares or [1.0] * len(places), counts).ravel()
+        timing = self._pair(subject, precision, batches, often.tolist())
         reference_s = self.references[precision].seconds
         waits = zip(timing.per_input, timing.waits_s, strict=True)
-        return tuple(self._waited(ratio, wait, reference_s) for ratio, wait in waits)
+        each = np.array([self._waited(ratio, wait, reference_s) for ratio, wait in waits])
+        return tuple(np.average(each.reshape(len(places), len(starts)), axis=1, weights=counts).tolist())
 
     def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""
@@ -282,25 +336,20 @@ class LatencyEvaluator:
         return time_pair(turns, [1.0], self.protocol, time.perf_counter).ratio
 
     def _time(self, subject: Deployed, precision: str) -> PairedTiming:
-        batch = subject.target.batch
-        batches, weights = [TimedBatch(0, batch)], [1.0]
-        if subject.artifact.exits:
-            batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
-            weights = [float(count) for _, count in subject.answers.profiles]
-            for place in range(len(subject.artifact.deployed)):  # the last one is the longest path
-                batches, weights = [*batches, TimedBatch(0, batch, exit=place)], [*weights, 0.0]
-        return self._pair(subject, precision, batches, weights)
+        return self._pair(subject, precision, *_timed_batches(subject))
 
     def _pair(
         self, subject: Deployed, precision: str, batches: Sequence[TimedBatch], weights: Sequence[float]
     ) -> PairedTiming:
-        protocol = self._protocol(bool(subject.artifact.exits))
+        protocol = self._protocol(subject)
         images, reference = subject.validation.images, self._load(precision)
-        turns = subject.opened.turns(images, batches, reference, reference_batch(subject.target.batch), protocol)
+        timed = [replace(batch, share=weight) for batch, weight in zip(batches, weights, strict=True)]
+        turns = subject.opened.turns(images, timed, reference, reference_batch(subject.target.batch), protocol)
         return time_pair(turns, weights, protocol, time.perf_counter)
 
-    def _protocol(self, dynamic: bool) -> Protocol:
-        return replace(self.protocol, turns=_TURNS_WITH_EXITS) if dynamic else self.protocol
+    def _protocol(self, subject: Deployed) -> Protocol:
+        several = subject.artifact.exits or subject.artifact.blocks
+        return replace(self.protocol, turns=_TURNS_WITH_EXITS) if several else self.protocol
 
     def _load(self, precision: str) -> Opened:
         # Loaded for each timing: idle sessions beside the two that alternate would change what the caches hold.

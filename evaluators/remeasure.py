@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import numpy as np
 
 from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
+from evaluators.frames import Reuse, Stream
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
+from evaluators.runtimes.staged import Step, to_json
 from evaluators.subject import Deployed
 from evaluators.target import Target, runtime
 from spaces.candidate import Candidate
@@ -57,16 +59,26 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
         "precisions": dict(subject.artifact.precisions),
         "boundaries": subject.artifact.boundaries,
         "confidence": subject.artifact.confidence,
+        "frames": _frames(subject),
+        "blocks": subject.artifact.blocks,
+        "steps": to_json(subject.artifact.steps),
         "target": subject.target.to_dict(),
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
 
 
+def _frames(subject: Deployed) -> dict[str, Any] | None:
+    """Returns, JSON-ready, which frames of a stream are computed, and where its clips start; None where all are."""
+    if subject.artifact.reuse is None or not isinstance(subject.validation, Stream):
+        return None
+    return {"reuse": asdict(subject.artifact.reuse), "starts": subject.validation.starts.tolist()}
+
+
 def _write_images(folder: Path, subject: Deployed) -> None:
-    """Writes the validation images, a few at a time; without exits the first batch is all that is needed."""
+    """Writes the validation images, a few at a time; where all of them cost the same, only the first batch."""
     images, labels = subject.validation.images, subject.validation.labels
-    count = len(labels) if subject.artifact.exits else min(subject.target.batch, len(labels))
+    count = len(labels) if subject.artifact.is_dynamic else min(subject.target.batch, len(labels))
     shape = (count, *images.shape[1:])
     file = np.lib.format.open_memmap(folder / _IMAGES, mode="w+", dtype=np.float32, shape=shape)
     for start in range(0, count, _AT_ONCE):
@@ -98,6 +110,10 @@ def _measure(folder: Path) -> dict[str, Any]:
     stages = tuple((folder / f"stage{index}.onnx").read_bytes() for index in range(job["stages"]))
     images = np.load(folder / _IMAGES, mmap_mode="r")
     validation = LabelledImages(images, np.load(folder / _LABELS))
+    reuse = None
+    if frames := job["frames"]:
+        validation = Stream(images, validation.labels, np.array(frames["starts"]))
+        reuse = Reuse(**frames["reuse"])
     references = {
         name: Reference((folder / f"reference-{name}.onnx").read_bytes(), seconds)
         for name, seconds in job["references"].items()
@@ -110,6 +126,9 @@ def _measure(folder: Path) -> dict[str, Any]:
         job["precisions"],
         boundaries=job["boundaries"],
         confidence=job["confidence"],
+        reuse=reuse,
+        blocks=tuple(job["blocks"]),
+        steps=tuple(Step(**step) for step in job["steps"]),
     )
     subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)

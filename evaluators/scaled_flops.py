@@ -17,7 +17,7 @@ class ScaledFlops:
     Pooling and other layers without weights, some thousandths of the whole, are left out.
 
     Args:
-        network: the dense network; its exits are left out.
+        network: the dense network; its exits and gates are left out.
         groups: its dependency groups.
         image: one input, `(1, c, h, w)`.
     """
@@ -26,7 +26,7 @@ class ScaledFlops:
         self._groups = tuple(groups)
         self._sizes = {path: axes for path, module in network.named_modules() if (axes := _axes(module))}
         counts = count_by_module(network, image)
-        self._dense = {path: counts[path] for path in self._sizes if path in counts and not path.startswith("exits.")}
+        self._dense = {path: counts[path] for path in self._sizes if path in counts and path.startswith("trunk.")}
 
     def count(self, channels: Mapping[str, int]) -> float:
         """Returns the FLOPs per image of the network that keeps these channels of each group, all where not given."""

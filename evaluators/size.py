@@ -17,17 +17,16 @@ class SizeEvaluator:
 
 
 class ParamsEvaluator:
-    """Weights of the network, heads of active exits included."""
+    """Weights of the network, heads of active exits and gates of blocks that may be skipped included."""
 
     metric = "params"
 
     def measure(self, subject: Subject) -> Measurement:
         """Returns the number of trainable values that the deployed version has."""
-        inactive = [name for name in subject.network.exit_names if name not in subject.candidate.active_exits]
+        inactive = [f"exits.{name}." for name in subject.network.exit_names if name not in subject.artifact.exits]
+        inactive += [f"skips.{block}." for block in subject.network.skip_blocks if block not in subject.artifact.blocks]
         deployed = [
-            parameter
-            for name, parameter in subject.network.named_parameters()
-            if not any(name.startswith(f"exits.{exit_name}.") for exit_name in inactive)
+            parameter for name, parameter in subject.network.named_parameters() if not name.startswith(tuple(inactive))
         ]
         count = sum(parameter.numel() for parameter in deployed)
         protocol = "trainable values of the compressed network, zeros included"

@@ -1,6 +1,7 @@
 """What evaluators look at: one compressed network, its artifact, and what it answers."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -10,10 +11,17 @@ from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
+from evaluators.frames import Reuse, Stream
 from evaluators.measurement import Measurement
+from evaluators.runtimes.staged import exits_of, skipped_of
 from evaluators.target import Opened, Runtime, Target
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
+
+MOST_WAYS = 24
+"""So many ways through blocks are timed each; where there are more, so many batches stand for all."""
+_AT_ONCE = 64
+"""So many key frames are gathered at a time."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +32,13 @@ class Answers:
         classes: the predicted class of each image.
         correct: whether it is right.
         exits: the exit that answered, 0 being the first and the last index the end.
-        stages: how many stages the artifact has.
-        profiles: for each way in which a batch shrinks on its way, one batch that does, as `(first image, batches)`.
+        stages: how many parts the exits divide the artifact into.
+        profiles: for each way in which a batch shrinks on its way, one batch that does, as `(first image, batches)`;
+            of a stream, the key frames' only.
+        passed: the blocks that each image passed by, `(n, blocks)`; none behind its exit.
+        ways: how many ways there are: more than profiles where there were too many to time each.
+        answering: of a stream, the key frame whose answer each frame was given, `(n,)`; a key frame its own.
+        clips: of a stream, the clip that each frame belongs to, `(n,)`.
     """
 
     classes: NDArray[np.int64]
@@ -33,11 +46,23 @@ class Answers:
     exits: NDArray[np.int64]
     stages: int
     profiles: tuple[tuple[int, int], ...]
+    passed: NDArray[np.bool_]
+    ways: int
+    answering: NDArray[np.int64] | None = None
+    clips: NDArray[np.int64] | None = None
 
     @property
     def reached(self) -> tuple[float, ...]:
-        """The share of images that reaches each stage, 1 for the first."""
-        return tuple(float(np.mean(self.exits >= stage)) for stage in range(self.stages))
+        """The share of images that reaches each stage: 1 for the first, or the share of key frames."""
+        computed = self.computed
+        return tuple(float(np.mean((self.exits >= stage) & computed)) for stage in range(self.stages))
+
+    @property
+    def computed(self) -> NDArray[np.bool_]:
+        """Whether the network looked at an image, `(n,)`; at a frame that is no key frame it did not."""
+        own = np.arange(len(self.exits))
+        computed: NDArray[np.bool_] = own == (own if self.answering is None else self.answering)
+        return computed
 
     @property
     def leaving(self) -> tuple[float, ...]:
@@ -45,20 +70,65 @@ class Answers:
         return tuple(float(np.mean(self.exits == stage)) for stage in range(self.stages))
 
 
-def ask(opened: Opened, stages: int, data: LabelledImages, batch: int) -> Answers:
-    """Returns what an artifact of `stages` stages answers, in batches of the size that is deployed."""
-    logits, exits = opened.answer(data.images, batch)
-    classes = logits.argmax(axis=1)
-    batches = [exits[start : start + batch] for start in range(0, len(exits), batch)]
-    return Answers(classes, classes == data.labels, exits, stages, _profiles(batches, batch, stages))
+def ask(
+    opened: Opened, stages: int, data: LabelledImages, batch: int, reuse: Reuse | None = None, blocks: int = 0
+) -> Answers:
+    """Returns what an artifact answers, in batches of the size that is deployed.
+
+    Args:
+        opened: the artifact.
+        stages: the parts that its exits divide it into.
+        data: images, or a stream.
+        batch: how many are computed at once; of a stream, one.
+        reuse: which frames of a stream are computed; all of them where not given.
+        blocks: how many of its blocks may be skipped.
+    """
+    if isinstance(data, Stream):
+        return _ask_stream(opened, stages, data, reuse, blocks)
+    logits, routes = opened.answer(data.images, batch)
+    classes, exits, passed = logits.argmax(axis=1), exits_of(routes), skipped_of(routes, blocks)
+    ways = _ways(exits, passed, batch, stages)
+    profiles = tuple((at * batch, count) for at, count in _standing(ways, stages))
+    return Answers(classes, classes == data.labels, exits, stages, profiles, passed, len(set(ways)))
 
 
-def _profiles(exits: list[NDArray[np.int64]], batch: int, stages: int) -> tuple[tuple[int, int], ...]:
-    """Returns batches that shrink differently: on a dense runtime, only how many go on decides what a batch costs."""
-    full = [left for left in exits if len(left) == batch] or exits
-    shrinking = [tuple(int((left >= stage).sum()) for stage in range(stages)) for left in full]
-    counts = Counter(shrinking)
-    return tuple((shrinking.index(profile) * batch, counts[profile]) for profile in counts)
+def _ask_stream(opened: Opened, stages: int, stream: Stream, reuse: Reuse | None, blocks: int) -> Answers:
+    """Returns what is answered to each frame; only key frames are computed, one at a time."""
+    answering = stream.key_frames(reuse)
+    keys, given = np.unique(answering, return_inverse=True)
+    parts = [opened.answer(stream.images[keys[at : at + _AT_ONCE]], 1) for at in range(0, len(keys), _AT_ONCE)]
+    logits = np.concatenate([part for part, _ in parts])
+    routes = np.concatenate([part for _, part in parts])
+    classes, exits, passed = logits.argmax(axis=1)[given], exits_of(routes), skipped_of(routes, blocks)
+    # From behind, because the first frame of all has no key frame before it.
+    ways = _ways(exits, passed, 1, stages)[::-1]
+    kinds = tuple((int(keys[-1 - at]), count) for at, count in _standing(ways, stages))
+    correct, number = classes == stream.labels, len(set(ways))
+    return Answers(classes, correct, exits[given], stages, kinds, passed[given], number, answering, stream.clips)
+
+
+def _ways(exits: NDArray[np.int64], passed: NDArray[np.bool_], batch: int, stages: int) -> list[tuple[int, ...]]:
+    """Returns, for each full batch, how many images reach each stage and how many pass each block by.
+
+    On a dense runtime, only these counts decide what a batch costs.
+    """
+    starts = range(0, max(len(exits) - batch, 0) + 1, batch)
+    reached = [[int((exits[at : at + batch] >= stage).sum()) for stage in range(stages)] for at in starts]
+    left_out = [passed[at : at + batch].sum(axis=0).tolist() for at in starts]
+    return [tuple(some + more) for some, more in zip(reached, left_out, strict=True)]
+
+
+def _standing(ways: Sequence[tuple[int, ...]], stages: int) -> list[tuple[int, int]]:
+    """Returns batches that stand for all, and for how many each: one of every way, or of equal shares of too many.
+
+    The latter are the middle ones, by how much they leave out: the more, the fewer images reach their stages and,
+    then, the more pass their blocks by. Without blocks every way is timed.
+    """
+    counts = Counter(ways)
+    if len(counts) <= MOST_WAYS or len(ways[0]) == stages:
+        return [(ways.index(way), count) for way, count in counts.items()]
+    order = sorted(range(len(ways)), key=lambda index: (sum(ways[index][:stages]), -sum(ways[index][stages:])))
+    return [(int(part[len(part) // 2]), len(part)) for part in np.array_split(order, MOST_WAYS)]
 
 
 class Deployed:
@@ -92,11 +162,12 @@ class Deployed:
     def opened(self) -> Opened:
         """The artifact, loaded into the runtime."""
         made = self.artifact
-        return self._runtime.open(made.deployed, made.thresholds, self.target.threads, made.confidence)
+        return self._runtime.open(made.deployed, made.plan, self.target.threads, made.confidence)
 
     def answers_to(self, data: LabelledImages) -> Answers:
         """Returns what the artifact says to some images."""
-        return ask(self.opened, len(self.artifact.deployed), data, self.target.batch)
+        made = self.artifact
+        return ask(self.opened, len(made.exits) + 1, data, self.target.batch, made.reuse, len(made.blocks))
 
     @cached_property
     def answers(self) -> Answers:

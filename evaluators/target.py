@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.device_state import DeviceState
+from evaluators.runtimes.staged import Routes, Step, Steps, leaving_at, longest
 from evaluators.timing import Protocol as TimingProtocol
 from evaluators.timing import TakeTurn
 from spaces.errors import UserError
@@ -49,10 +50,6 @@ def allows(model: bytes, kind: Literal["tf32", "bf16"]) -> bool:
     return bytes([14 << 3 | 2, len(texts)]) + texts in model  # metadata_props is field 14 of a ModelProto
 
 
-NEVER, ALWAYS = 2.0, -1.0
-"""Thresholds that no confidence and every confidence reaches, for timing a path."""
-
-
 class TargetError(UserError):
     """A target that does not exist, or not on this machine."""
 
@@ -73,6 +70,7 @@ class Capabilities:
         compiles: whether loading compiles for the device, so that a known latency is worth keeping.
         fp32_in: the faster types in which fp32 layers can run, all of them together: a property of a whole engine.
         storage: precisions that weights can be stored in, at no promise of speed.
+        skips: whether a block that an input passes by is a part of the artifact that is not run.
         clock: what work is told by. `cpu`: the CPU time of the calling thread, or the wall clock where several threads
             share the work; that is all a caller waits for, other programs aside. `gpu`: the device's own events; a
             caller waits for the host's part of a call as well.
@@ -88,6 +86,7 @@ class Capabilities:
     compiles: bool = False
     fp32_in: tuple[str, ...] = ()
     storage: tuple[str, ...] = ()
+    skips: bool = False
     clock: Literal["cpu", "gpu"] = "cpu"
 
 
@@ -112,27 +111,59 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Follows:
+    """What a frame of a stream finds when it comes.
+
+    Args:
+        key: the last key frame.
+        age: how many frames ago that was.
+        threshold: the difference from it from which a frame is a key frame.
+        max_age: the age at which a frame is one anyway.
+    """
+
+    key: int
+    age: int
+    threshold: float
+    max_age: int
+
+
+@dataclass(frozen=True)
 class TimedBatch:
     """Some consecutive images whose way through an artifact is timed.
 
     Args:
         start: the first of them.
         count: how many.
-        longest: whether no exit may answer.
-        exit: where all leave, whatever they are like; None where the gates decide.
+        longest: whether no exit may answer and no block be passed by.
+        follows: of one frame of a stream, what decides whether it is computed; None where images come alone.
+        exit: where all leave, whatever they are like; None where their confidences decide.
+        share: how often such images come, in any unit, and so before others that are timed.
     """
 
     start: int
     count: int
     longest: bool = False
+    follows: Follows | None = None
     exit: int | None = None
+    share: float = 1.0
 
-    def gates(self, thresholds: Sequence[float]) -> list[float]:
-        """Returns the thresholds that make its images go the way that it asks for."""
-        if self.exit is None and not self.longest:
-            return list(thresholds)
-        never = len(thresholds) if self.exit is None else self.exit
-        return [NEVER] * never + [ALWAYS] * (len(thresholds) - never)
+    def way(self, plan: Steps) -> Steps:
+        """Returns the plan that makes its images go the way that it asks for."""
+        if self.longest:
+            return longest(plan)
+        return plan if self.exit is None else leaving_at(plan, self.exit)
+
+
+def thresholds_of(plan: Steps) -> list[float]:
+    """Returns the confidence from which each exit answers.
+
+    Raises:
+        TargetError: blocks may be skipped, which engines cannot: each reads the buffer of the one before it.
+    """
+    thresholds = [threshold for threshold in plan if not isinstance(threshold, Step)]
+    if len(thresholds) < len(plan):
+        raise TargetError("blocks are skipped on a CPU, got tensorrt; take a version that runs them all")
+    return thresholds
 
 
 @dataclass(frozen=True)
@@ -166,8 +197,11 @@ class Proof:
 class Opened(Protocol):
     """An artifact, loaded where it will run: here, or on a board."""
 
-    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
-        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
+        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, from `batch` images at a time.
+
+        A route is the exit that answered and the blocks that were passed by: see `staged`.
+        """
         ...
 
     def all_logits(self, images: "ImageStore", batch: int) -> Images:
@@ -236,10 +270,15 @@ class Runtime(Protocol):
         """Returns the file that is shipped for this runtime, made from a portable ONNX file."""
         ...
 
-    def open(
-        self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int, confidence: str = "softmax"
-    ) -> Opened:
-        """Returns an artifact, loaded from the files that `deployable` gave; `confidence` is what its gates ask for."""
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> Opened:
+        """Returns an artifact, loaded from the files that `deployable` gave.
+
+        Args:
+            stages: the files.
+            plan: the confidence from which each exit answers; or steps, where the runtime can skip blocks.
+            threads: that run them.
+            confidence: what tells how sure an exit is.
+        """
         ...
 
     def tensors(self, model: bytes) -> Watch:

@@ -16,7 +16,7 @@ from evaluators.accuracy import accuracy_of
 from evaluators.data import bytes_of
 from evaluators.measurement import Measurement
 from evaluators.remeasure import remeasure, write_job
-from evaluators.runtimes import inputs, run_bundle, staged
+from evaluators.runtimes import inputs, reuse, run_bundle, staged
 from evaluators.runtimes.ssh import worker_file
 from evaluators.subject import Answers, Subject
 from search.budget import Budget
@@ -35,7 +35,7 @@ ATTEMPTS = 3
 _CHECK_BYTES = 20_000_000
 """The bundle brings as many test images as fit in this."""
 _MARKER = "bundle.json"
-_SHIPPED = {run_bundle: "run.py", staged: "staged.py", inputs: "inputs.py"}
+_SHIPPED = {run_bundle: "run.py", staged: "staged.py", inputs: "inputs.py", reuse: "reuse.py"}
 """The program that runs a bundle, by the name that each of its files has there."""
 
 Say = Callable[[str], None]
@@ -204,8 +204,11 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "thresholds": artifact.thresholds,
             "confidence": artifact.confidence,
             "preprocessing": asdict(preprocessing) if preprocessing else None,
+            "blocks": artifact.blocks,
+            "steps": staged.to_json(artifact.steps),
             "image_shape": bench.data.image_shape,
             "classes": bench.data.classes,
+            **({"frames": asdict(artifact.reuse)} if artifact.reuse else {}),
             "check": {"images": len(images), "correct": int(confirmed.answers.correct[: len(images)].sum())},
         },
         "candidate.json": evaluation.candidate.to_dict(),

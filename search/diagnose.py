@@ -23,7 +23,7 @@ from search.store import StoredSearch
 from search.study import FinetuneSection
 from search.wanted import Wanted
 from search.workbench import Workbench
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from spaces.errors import UserError
 
 _STEP = "Comparing"
@@ -126,7 +126,7 @@ def diagnose(bench: Workbench, wanted: Wanted, evaluation: Evaluation | None, pr
         variances=_variances(subject.network.state_dict()) if version.own or not norms else {},
         norms={name.removeprefix("trunk."): values for name, values in norms.items()},
     )
-    remarks = _remarks(bench, wanted, version, compared)
+    remarks = _remarks(bench, wanted, version, compared, evaluation)
     return Diagnosis(
         reference.name,
         examined.name,
@@ -165,12 +165,12 @@ def _described(bundle: Path, name: str) -> dict[str, Any]:
 
 
 def _candidate(bench: Workbench, wanted: Wanted, evaluation: Evaluation | None) -> Candidate:
-    """Returns the version to build; a uniform one and a single file have no exits."""
+    """Returns the version to build, in which every block is run; a uniform one and a single file have no exits."""
     if evaluation is not None:
-        return evaluation.candidate
+        return evaluation.candidate.without_skips()
     dense = bench.space.dense()
     precision = dict.fromkeys(bench.builder.layers, wanted.precision or "int8")
-    return Candidate(dense.channels, precision, dict.fromkeys(dense.thresholds, NEVER_EXIT))
+    return Candidate(dense.channels, precision, dense.thresholds)
 
 
 def _finetuned(evaluation: Evaluation | None) -> FinetuneSection | None:
@@ -185,7 +185,13 @@ def _version(wanted: Wanted, artifact: Artifact) -> _Version:
         name = f"trial {wanted.trial} ({mixed})" if wanted.trial is not None else name
         return _Version(name, artifact.stages, True, frozenset(written))
     if wanted.bundle is not None:
-        files = [_portable(wanted.bundle, name) for name in _described(wanted.bundle, "bundle.json")["deployed"]]
+        described = _described(wanted.bundle, "bundle.json")
+        if described.get("blocks"):
+            raise UserError(
+                f"files that all images go through are compared, got {wanted.bundle}, which skips blocks;"
+                " give its --trial"
+            )
+        files = [_portable(wanted.bundle, name) for name in described["deployed"]]
     else:
         files = [wanted.file]
     try:
@@ -222,7 +228,9 @@ def _variances(state: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
     }
 
 
-def _remarks(bench: Workbench, wanted: Wanted, version: _Version, compared: Compared) -> tuple[str, ...]:
+def _remarks(
+    bench: Workbench, wanted: Wanted, version: _Version, compared: Compared, evaluation: Evaluation | None
+) -> tuple[str, ...]:
     able = bench.runtime.capabilities().precisions
     foreign = sorted(version.precisions - {*able, "fp32"})
     found = [
@@ -233,6 +241,8 @@ def _remarks(bench: Workbench, wanted: Wanted, version: _Version, compared: Comp
     if compared.unmatched:
         count, total = len(compared.unmatched), len(compared.unmatched) + len(compared.layers)
         found.append(f"{count} of {total} tensors are not in {version.name} under their names, or in another shape")
+    if evaluation is not None and evaluation.candidate.active_skips:
+        found.append("every block was run, also those that images may pass by")
     if wanted.images > len(bench.data.validation):
         found.append(f"there are no more than {len(bench.data.validation)} validation images")
     return tuple(found)

@@ -112,7 +112,7 @@ def train_jointly(
 
     def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
         with fast_arithmetic():
-            *early, last = (logits.float() for logits in network(images))
+            *early, last = (logits.float() for logits in _answers(network, images))
         losses = [distillation_loss(each, last, labels, settings.distillation, settings.temperature) for each in early]
         losses.append(F.cross_entropy(last, labels))
         loss = torch.stack([weight * each for weight, each in zip(weights, losses, strict=True)]).sum()
@@ -130,6 +130,12 @@ def train_jointly(
     )
 
 
+def _answers(network: ExitNetwork, images: Tensor) -> list[Tensor]:
+    """Returns the logits of each exit and, last, of the trunk, where every image skips what it may."""
+    features, last = network.run_trunk(images)
+    return [*(head(feature) for head, feature in zip(network.exits.values(), features, strict=True)), last]
+
+
 def calibrate_heads(network: ExitNetwork, data: LabelledImages) -> dict[str, float]:
     """Returns the temperature of each head, after dividing its logits by it, in place.
 
@@ -139,7 +145,7 @@ def calibrate_heads(network: ExitNetwork, data: LabelledImages) -> dict[str, flo
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017.
     """
     with torch.no_grad():
-        found = network(torch.from_numpy(data.images[:]))[:-1]
+        *found, _ = _answers(network, torch.from_numpy(data.images[:]))
     labels = torch.from_numpy(data.labels)
     temperatures = {}
     for (name, head), logits in zip(network.exits.items(), found, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.accuracy import accuracy_of
-from evaluators.latency import LatencyEvaluator
+from evaluators.latency import FIRST, LatencyEvaluator
 from evaluators.measurement import Measurement
 from evaluators.runtimes.staged import CONFIDENCES
 from evaluators.subject import Subject
@@ -77,7 +77,8 @@ class GateSolver:
             return Settled(choices)
         begin = time.perf_counter()
         compressed = self._bench.compressed(choices, more)
-        never = self._bench.space.settled(choices, dict.fromkeys(choices.thresholds, NEVER_EXIT))
+        closed = dict(choices.thresholds) | dict.fromkeys(choices.active_exits, NEVER_EXIT)
+        never = self._bench.space.settled(choices, closed)
         # Where loading compiles, one more artifact would take longer than all else.
         compiles = self._bench.runtime.capabilities().compiles
         whole = None if compiles else self._bench.built(never, compressed, more)
@@ -102,14 +103,20 @@ class GateSolver:
     def _costs(self, subject: Subject, whole: Subject | None) -> list[Cost]:
         """Returns what leaving costs in seconds and in FLOPs, first what is limited.
 
+        Where images pass blocks by, it is the mean over what they do; a gate knows nothing of thresholds of exits.
+
         Args:
             subject: with all of its exits.
             whole: the same without any, to tell what exits cost that nobody takes; where not given, the heads' share
                 of the FLOPs tells.
         """
-        stages, heads = self._bench.flops.stages(subject), self._bench.flops.heads(subject)
-        paths = self._latency.paths(subject)
-        added = paths[-1] * sum(heads) / sum(stages) if whole is None else paths[-1] - self._latency.paths(whole)[0]
+        ways = whole.answers if whole is not None and whole.artifact.blocks else None
+        stages, heads = self._bench.flops.stages(subject, ways), self._bench.flops.heads(subject)
+        profiles = ways.profiles if ways else FIRST
+        paths = self._latency.paths(subject, profiles)
+        added = paths[-1] * sum(heads) / sum(stages)
+        if whole is not None:
+            added = paths[-1] - self._latency.paths(whole, profiles)[0]
         # Most of what an exit adds is the call of one more file, whatever its head: so each adds alike.
         each = [max(added, 0.0) / len(heads)] * len(heads)
         seconds = Cost(paths, each, self._limit("latency"))

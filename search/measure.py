@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from evaluators.data import LabelledImages
+from evaluators.frames import Reuse, Stream, timed_frames
 from evaluators.latency import slower_launch
+from evaluators.runtimes.staged import from_json
 from evaluators.subject import Answers, ask
 from evaluators.target import Opened, Runtime, runtime
-from evaluators.timing import Floats, weighted_percentile
+from evaluators.timing import Floats, Protocol, weighted_percentile
 from spaces.errors import UserError
 
 CALLS = 200
@@ -25,7 +27,7 @@ class Found:
 
     Args:
         target: what ran it.
-        latency_s: seconds per batch by the clock: the median, or with exits the mean over its check images.
+        latency_s: seconds per batch by the clock: the median, or with exits or frames the mean over its check images.
         percentiles: p90, p95 and p99 of the same.
         calls: how many batches were timed.
         correct: right answers to the check images.
@@ -61,15 +63,21 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
     batch, threads = description["target"]["batch"], description["target"]["threads"]
     library = runtime(target or description["target"]["runtime"])
     stages = [library.deployable(_portable(folder, name)) for name in description["deployed"]]
-    opened = library.open(stages, description["thresholds"], threads, description.get("confidence", "softmax"))
-    with np.load(folder / "check.npz") as stored:
-        check = LabelledImages(stored["images"], stored["labels"])
-    answers = ask(opened, len(stages), check, batch)
-    seconds, weights = _time(opened, answers, check, batch)
+    blocks, plan = len(description.get("blocks", [])), description.get("steps") or description["thresholds"]
+    if blocks and not library.capabilities().skips:
+        raise UserError(f"a bundle that skips blocks is measured where blocks can be skipped, got {library.name}")
+    opened = library.open(stages, from_json(plan), threads, description.get("confidence", "softmax"))
+    reuse = Reuse(**description["frames"]) if "frames" in description else None
+    check = _check(folder, reuse)
+    answers = ask(opened, len(description["exits"]) + 1, check, batch, reuse, blocks)
+    if reuse is None:
+        seconds, weights = _time(opened, answers, check, batch)
+    else:
+        seconds, weights = _time_frames(opened, answers, check, reuse)
     launches = opened.launches(check.images[:batch])
     return Found(
         target=f"{library.version()} on {library.device()}, batch {batch}",
-        latency_s=_typical(seconds, weights, dynamic=len(stages) > 1),
+        latency_s=_typical(seconds, weights, dynamic=len(stages) > 1 or reuse is not None),
         percentiles={f"p{percent}": weighted_percentile(seconds, weights, percent) for percent in (90, 95, 99)},
         calls=len(seconds),
         correct=int(answers.correct.sum()),
@@ -102,6 +110,26 @@ def _read(folder: Path) -> dict[str, Any]:
 def _portable(folder: Path, name: str) -> bytes:
     portable = folder / "portable" / name
     return (portable if portable.is_file() else folder / name).read_bytes()
+
+
+def _check(folder: Path, reuse: Reuse | None) -> LabelledImages:
+    with np.load(folder / "check.npz") as stored:
+        images, labels = stored["images"], stored["labels"]
+    return LabelledImages(images, labels) if reuse is None else Stream(images, labels, np.zeros(1, dtype=np.int64))
+
+
+def _time_frames(opened: Opened, answers: Answers, check: LabelledImages, reuse: Reuse) -> tuple[Floats, Floats]:
+    """Returns wall-clock seconds and the weight of each: every kind of frame as often as it occurs."""
+    assert answers.answering is not None
+    differ = answers.stages > 1 or answers.passed.shape[1] > 0
+    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, differ)
+    each = max(CALLS // len(batches), 5)
+    take_turn = opened.turns(check.images, batches, opened, 1, Protocol())
+    walls = np.array([take_turn(index % 2 == 0).walls for index in range(each)])  # (turns, kinds, calls)
+    turns, _, calls = walls.shape
+    weights = np.broadcast_to(np.array(counts)[None, :, None] / (turns * calls), walls.shape)
+    counted = weights.ravel() > 0  # the longest path is timed beside
+    return walls.ravel()[counted], weights.ravel()[counted]
 
 
 def _time(opened: Opened, answers: Answers, check: LabelledImages, batch: int) -> tuple[Floats, Floats]:

@@ -75,6 +75,8 @@ class Request:
         if self.model is not None:
             changes["model"] = ModelSection(source=absolute(model_source(self.model), here))
             changes["exits"] = _updated(study.exits, {"after": None}, clear=True)
+            if study.skips.blocks:
+                changes["skips"] = study.skips.model_copy(update={"blocks": "all"})
         if self.weights is not None:
             weights = {"weights": absolute_path(self.weights, here)}
             changes["model"] = _updated(changes.get("model", study.model), weights)

@@ -1,7 +1,8 @@
 """The picked version as MLflow serves it; MLflow copies this file into the model and runs it there.
 
 Images come in, `(n, c, h, w)` float32, prepared as in training; a class and the name of the exit that answered come out
-for each. The answer is the bundle's own: its `run.py` loads the files and runs them.
+for each. The answer is the bundle's own: its `run.py` loads the files and runs them. Images have nothing to do
+with each other here, so a bundle for frames of a stream computes each.
 """
 
 import importlib.util
@@ -32,14 +33,15 @@ class BundleModel(PythonModel):
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
         """Returns a class and an exit's name for each image."""
         images = np.asarray(model_input, dtype=np.float32)
-        logits, exits, _ = self._run.answer(self._network, images, self._batch)
-        return pd.DataFrame({"class": logits.argmax(axis=1), "exit": [self._names[index] for index in exits]})
+        logits, routes, _ = self._run.answer(self._network, images, self._batch)
+        exits = [self._names[index] for index in self._run.exits_of(routes)]
+        return pd.DataFrame({"class": logits.argmax(axis=1), "exit": exits})
 
 
 def _program(folder: Path) -> Any:
     """Returns the bundle's `run.py` as a module, with the files beside it and no other bundle's."""
-    for name in ("inputs", "staged"):
-        sys.modules.pop(name, None)
+    for file in folder.glob("*.py"):
+        sys.modules.pop(file.stem, None)
     found = importlib.util.spec_from_file_location("bundle_run", folder / "run.py")
     assert found is not None
     assert found.loader is not None

@@ -9,16 +9,34 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from search.budget import Budget
+from search.sections import (
+    ExitsSection,
+    FittingSection,
+    FramesSection,
+    Positive,
+    Section,
+    Share,
+    SkipsSection,
+    function,
+)
 from search.sources.names import absolute, absolute_path, data_source, factory_source, model_source
 from search.study_errors import StudyError, plain
 
-__all__ = ["DataSection", "ModelSection", "Study", "StudyError", "load_study", "study_names"]
-
-Share = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[int, Field(ge=1)]
+__all__ = [
+    "DataSection",
+    "ExitsSection",
+    "FittingSection",
+    "FramesSection",
+    "ModelSection",
+    "SkipsSection",
+    "Study",
+    "StudyError",
+    "load_study",
+    "study_names",
+]
 
 
 def _named(text: str) -> str:
@@ -35,22 +53,14 @@ def _data(text: str) -> str:
     return str(data_source(text))
 
 
-def _function(text: str) -> str:
-    return str(factory_source(text))
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """Where the network comes from, and the file with its weights."""
 
     source: Annotated[str, AfterValidator(_model)]
     weights: str | None = None
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Where the images come from, how they become input, and how many are used at most.
 
     `size` is the input's height and width, `resize` what the shorter side becomes before the middle is cut out. The
@@ -58,7 +68,7 @@ class DataSection(_Section):
     """
 
     source: Annotated[str, AfterValidator(_data)]
-    augment: Annotated[str, AfterValidator(_function)] | None = None
+    augment: Annotated[str, AfterValidator(function)] | None = None
     size: Positive | None = None
     resize: Positive | None = None
     mean: tuple[float, ...] | None = None
@@ -70,25 +80,6 @@ class DataSection(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class FittingSection(_Section):
-    """How weights are trained: SGD with Nesterov momentum, for epochs, steps or minutes.
-
-    `at_most_minutes` ends a training of epochs or steps that would take longer; the learning rate falls in time for it.
-    """
-
-    epochs: Annotated[float, Field(gt=0)] = 1
-    steps: Positive | None = None
-    minutes: Annotated[float, Field(gt=0)] | None = None
-    at_most_minutes: Annotated[float, Field(gt=0)] | None = None
-    batch: Positive = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05
-    schedule: Literal["onecycle", "cosine"] = "onecycle"
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    clip: Annotated[float, Field(ge=0)] = 5.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: int = 0
-
-
 class TrainingSection(FittingSection):
     """How the dense network is trained."""
 
@@ -98,40 +89,7 @@ class TrainingSection(FittingSection):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-class JointSection(FittingSection):
-    """How trunk and heads are trained together, from a trained trunk on: `distillation` is the end's share in what
-    each exit learns.
-    """
-
-    epochs: Annotated[float, Field(gt=0)] = 5
-    learning_rate: Annotated[float, Field(gt=0)] = 0.03
-    distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-
-
-class ExitsSection(_Section):
-    """After which modules an exit sits, how its head is trained, and how sure it has to be.
-
-    Where `after` is not given, exits are placed near `shares` of the network's FLOPs; `after = []` is none. Heads are
-    trained on at most `images` of the training images, the trunk being frozen. `weights` are of the losses in joint
-    training, one for each exit and the last for the network's end.
-    """
-
-    after: tuple[str, ...] | None = None
-    shares: tuple[Share, ...] = (1 / 3, 2 / 3)
-    grid: Positive = 4
-    epochs: Positive = 25
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    images: Positive = 10_000
-    head: Literal["linear", "conv"] = "linear"
-    confidence: Literal["softmax", "margin", "entropy"] = "softmax"
-    thresholds: Literal["solved", "searched"] = "solved"
-    training: Literal["frozen", "joint"] = "frozen"
-    weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    joint: JointSection = JointSection()
-
-
-class SpaceSection(_Section):
+class SpaceSection(Section):
     """What may vary."""
 
     criterion: Literal["l1", "l2", "fpgm", "bn_scale", "taylor", "hrank", "obd", "random"] = "l2"
@@ -145,7 +103,7 @@ class SpaceSection(_Section):
     """Whether a layer loses the precisions in which it measures slower."""
 
 
-class QuantizationSection(_Section):
+class QuantizationSection(Section):
     """How int8 is made: see `evaluators.artifact.scheme.Scheme`, which has the same keys."""
 
     calibrator: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
@@ -158,7 +116,7 @@ class QuantizationSection(_Section):
     rounding_steps: Positive = 500
 
 
-class TargetSection(_Section):
+class TargetSection(Section):
     """Where the network will run."""
 
     runtime: str = "onnxruntime"
@@ -219,7 +177,7 @@ class QatSection(FittingSection):
     quantizer: Literal["lsq", "pact", "dorefa"] = "lsq"
 
 
-class RecoverySection(_Section):
+class RecoverySection(Section):
     """How accuracy is won back after pruning: the same way for every candidate, then more for the front's."""
 
     level: Literal["none", "bn", "finetune", "elastic"] = "elastic"
@@ -231,14 +189,14 @@ class RecoverySection(_Section):
     """Whether trainings feel int8; those of versions without int8 layers never do."""
 
 
-class SearchSection(_Section):
+class SearchSection(Section):
     """How long to search when the command does not say, and whether a sensitivity profile gives it a start."""
 
     trials: Positive = 100
     profile: bool = False
 
 
-class Study(_Section):
+class Study(Section):
     """One question: model, data, space, target, budget."""
 
     name: Annotated[str, AfterValidator(_named)]
@@ -248,8 +206,10 @@ class Study(_Section):
     data: DataSection
     training: TrainingSection | None = None
     exits: ExitsSection = ExitsSection()
+    skips: SkipsSection = SkipsSection()
     space: SpaceSection = SpaceSection()
     quantization: QuantizationSection = QuantizationSection()
+    frames: FramesSection | None = None
     target: TargetSection = TargetSection()
     recovery: RecoverySection = RecoverySection()
     search: SearchSection = SearchSection()
@@ -300,7 +260,11 @@ class Study(_Section):
         if self.data.augment is not None:
             data["augment"] = absolute(factory_source(self.data.augment), folder)
         sections = {"model": self.model.model_copy(update=model), "data": self.data.model_copy(update=data)}
-        return self.model_copy(update=sections)
+        frames = self.frames
+        if frames is not None and frames.source is not None:
+            source = absolute(factory_source(frames.source), folder)
+            frames = frames.model_copy(update={"source": source})
+        return self.model_copy(update=sections | {"frames": frames})
 
     def to_toml(self) -> str:
         """Returns the study as the text of a study file: every key, with the defaults written out."""

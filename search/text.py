@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 
 from evaluators.accuracy import wilson
+from evaluators.frames import KEY_FRAMES
 from evaluators.measurement import Measurement
 from evaluators.placement import Examined
 from search.budget import Budget, Constraint
@@ -79,7 +80,7 @@ def int8_layers(candidate: Candidate) -> str:
 
 def exit_shares(accuracy: Measurement) -> str:
     """Returns the share of the inputs that leaves at each exit: `86% 9%`; a dash without exits."""
-    return " ".join(f"{share:.0%}" for share in accuracy.notes.values()) or "-"
+    return " ".join(f"{share:.0%}" for name, share in accuracy.notes.items() if name != KEY_FRAMES) or "-"
 
 
 def violation_line(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:
@@ -103,34 +104,44 @@ def broken_limits(version: Version, budget: Budget, dense: Mapping[str, Measurem
 HEADINGS = ("trial", "accuracy", "points", "latency", "speed", "FLOPs", "size", "kept", "int8", "exits")
 _FITTING = ((80, 10), (72, 9), (58, 7), (0, 5))
 """How many of the columns fit from which width on."""
+_KEYS, _BEHIND = "keys", HEADINGS.index("speed") + 1
+"""The share of key frames, where a search has frames, and where it stands."""
 
 
 def front_table(front: Sequence[Version], dense: Version, title: str, width: int) -> Table:
     """Returns the front beside the dense network, for a terminal `width` characters wide."""
     columns = next(columns for least, columns in _FITTING if width >= least)
+    if _has_frames(dense):
+        columns = 1 + next(columns for least, columns in _FITTING if width >= least + len(_KEYS) + 1)
     table = Table(title=title, title_justify="left", caption=_caption(front, dense), caption_justify="left")
     table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
-    for heading in HEADINGS[:columns]:
+    for heading in headings(dense)[:columns]:
         table.add_column(heading, justify="right", no_wrap=True)
     for version in [*front, dense]:
         table.add_row(*front_row(version, dense)[:columns], style="dim" if version is dense else None)
     return table
 
 
-def headings(dense: Version) -> list[str]:  # noqa: ARG001  some searches have columns of their own
+def headings(dense: Version) -> list[str]:
     """Returns what stands above the columns of a front."""
-    return list(HEADINGS)
+    return [*HEADINGS[:_BEHIND], *([_KEYS] if _has_frames(dense) else []), *HEADINGS[_BEHIND:]]
+
+
+def _has_frames(version: Version) -> bool:
+    return KEY_FRAMES in version.measured["accuracy"].notes
 
 
 def front_row(version: Version, dense: Version) -> list[str]:
-    """Returns one version's cells, one for each of `HEADINGS`."""
+    """Returns one version's cells, one for each of its `headings`."""
     measured, baseline = version.measured, dense.measured
+    keys = [f"{measured['accuracy'].notes[KEY_FRAMES]:.0%}"] if _has_frames(dense) else []
     return [
         "dense" if version is dense else str(version.number),
         percent(measured["accuracy"].value),
         points(measured["accuracy"].value - baseline["accuracy"].value),
         milliseconds(measured["latency"].value),
         f"{baseline['latency'].value / measured['latency'].value:.2f}x",
+        *keys,
         f"{measured['flops'].value / baseline['flops'].value:.1%}",
         size(measured["size"].value),
         kept_channels(version.evaluation.candidate, dense.evaluation.candidate),
@@ -142,14 +153,18 @@ def front_row(version: Version, dense: Version) -> list[str]:
 def _caption(front: Sequence[Version], dense: Version) -> str:
     accuracy = dense.measured["accuracy"]
     doubt = max(accuracy_doubt(version.measured["accuracy"]) for version in [*front, dense])
+    per, shown = ("frame", "frames of a stream of ") if _has_frames(dense) else ("batch", "")
     stored = any("int4" in version.evaluation.candidate.precision.values() for version in front)
     return (
-        f"latency per batch on {dense.measured['latency'].target}; accuracy on {accuracy.n} validation images,"
+        f"latency per {per} on {dense.measured['latency'].target}; accuracy on {accuracy.n} {shown}validation images,"
         f" known to within {doubt * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''}"
     )
 
 
 def accuracy_doubt(accuracy: Measurement) -> float:
-    """Returns how far the true accuracy may lie from the measured one, at 95%: also where every image was right."""
+    """Returns how far the true accuracy may lie from the measured one, at 95%: also where every image was right.
+
+    Frames of a clip are right or wrong together, which the standard error knows and the interval of a share does not.
+    """
     low, high = wilson(accuracy.value, accuracy.n)
-    return max(accuracy.value - low, high - accuracy.value)
+    return max(accuracy.value - low, high - accuracy.value, 1.96 * accuracy.spread)

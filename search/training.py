@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +15,11 @@ from search.exits import train_exits
 from search.objects import call, load, source_of
 from search.progress import Progress
 from search.recovery.fitting import Augment, Fitted, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.skipping import skip_blocks, train_gates_once, with_gates
 from search.sources.models import Built
 from search.study import ExitsSection, Study, StudyError, TrainingSection
 from spaces.cutpoints import CutPoints, check_cut_points, find_cut_points
-from spaces.network import HEADS, ExitNetwork, feature_channels
+from spaces.network import HEADS, NO_GATES, ExitNetwork, feature_channels
 
 
 def trained_network(study: Study, built: Built, data: Splits, progress: Progress) -> ExitNetwork:
@@ -40,11 +41,19 @@ def trained_network(study: Study, built: Built, data: Splits, progress: Progress
     )
     trunk_file = folder / f"{study.name}-{key}.pt"
     trunk.eval()
+    image = torch.zeros(1, *data.image_shape)
     places = exit_places(trunk, study.exits, data)  # one that cannot be is refused before anything is trained
+    blocks = skip_blocks(trunk, study.skips, image)
     if training and not load_weights(trunk, trunk_file):
         train(trunk, data.train, training, augment, trunk_file.with_suffix(".partial.pt"), progress)
         save(trunk.state_dict(), trunk_file)
-    network = with_exits(trunk, places.after, study.exits, data)
+    gates: Mapping[str, nn.Module] = {}
+    if blocks.gated:
+        key = _digest(key, study.skips.model_dump_json(), *blocks.gated)
+        gated = with_gates(trunk, blocks, study.skips, image)
+        train_gates_once(gated, data.train, study.skips, augment, folder / f"{study.name}-skips-{key}.pt", progress)
+        gates = gated.gates
+    network = with_exits(trunk, places.after, study.exits, data, gates)
     settings = study.exits.model_dump_json(exclude={"thresholds", "confidence"})
     exits_key = _digest(key, settings, data.calibration.digest, *network.cut_points)
     exits_file = folder / f"{study.name}-exits-{exits_key}.pt"
@@ -79,8 +88,14 @@ def exit_places(trunk: nn.Module, exits: ExitsSection, data: Splits) -> CutPoint
     return check_cut_points(trunk, image, exits.after)
 
 
-def with_exits(trunk: nn.Module, after: Sequence[str], exits: ExitsSection, data: Splits) -> ExitNetwork:
-    """Returns the trunk with an untrained head behind each of some of its modules.
+def with_exits(
+    trunk: nn.Module,
+    after: Sequence[str],
+    exits: ExitsSection,
+    data: Splits,
+    gates: Mapping[str, nn.Module] = NO_GATES,
+) -> ExitNetwork:
+    """Returns the trunk with an untrained head behind each of some of its modules, and gates where it has them.
 
     Raises:
         StudyError: the number of weights in `exits` is another than that of the losses.
@@ -92,7 +107,7 @@ def with_exits(trunk: nn.Module, after: Sequence[str], exits: ExitsSection, data
             " exits; leave it out for 1 each"
         )
     head = HEADS[exits.head]
-    return ExitNetwork(trunk, after, [head(count, data.classes, exits.grid) for count in channels]).eval()
+    return ExitNetwork(trunk, after, [head(count, data.classes, exits.grid) for count in channels], gates).eval()
 
 
 def train(

@@ -18,6 +18,7 @@ from evaluators.artifact.qdq import Ranges
 from evaluators.artifact.scheme import Scheme
 from evaluators.examiner import LIMIT_S, PlacementExaminer
 from evaluators.flops import FlopsEvaluator
+from evaluators.frames import Reuse
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.latency_cache import LatencyCache
 from evaluators.measurement import Measurement
@@ -34,11 +35,13 @@ from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import NOTHING, Learned, train_int8_kept
 from search.rounding import LearnedRounding
+from search.skipping import skip_blocks
 from search.sources.prepared import prepare
-from search.spaces_of import left_out, space_of, target_of
+from search.sources.streams import with_streams
+from search.spaces_of import left_out, runnable, space_of, target_of
 from search.study import FinetuneSection, Study
 from search.training import augmentation, exit_places, trained_network
-from spaces.candidate import Candidate
+from spaces.candidate import FRAMES, Candidate
 from spaces.grouping import find_groups
 from spaces.groups import ChannelGroup
 from spaces.network import ExitNetwork
@@ -89,8 +92,8 @@ class Workbench:
         self.runtime: Runtime = library or runtime(study.target.runtime)
         self.target = target_of(study, self.runtime)
         self.loaded, built = prepare(study, download, progress, say)
-        self.data = self.loaded.splits
-        self.network: ExitNetwork = trained_network(study, built, self.data, progress)
+        self.data = with_streams(study.frames, self.loaded.splits)
+        self.network: ExitNetwork = trained_network(runnable(study, self.runtime), built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
         if study.quantization.equalize:
@@ -152,9 +155,10 @@ class Workbench:
         return recovery(self.ground)
 
     def structure(self) -> dict[str, Any]:
-        """Returns, JSON-ready, where the exits are, which layers' outputs are cut together, and which stay whole."""
+        """Returns, JSON-ready, where exits and gates are, which layers' outputs go together, and which stay whole."""
         return {
             "exits": asdict(self.exit_places),
+            "skips": list(self.network.skip_blocks),
             "groups": [group.name for group in self.groups.free],
             "members": {name: group.name for group in self.groups.free for name in self._layers_of(group)},
             "whole": [asdict(group) for group in self.groups.whole],
@@ -187,8 +191,13 @@ class Workbench:
 
     @property
     def remarks(self) -> list[str]:
-        """What of the study's wishes does not come true on this target, and what the validation images are for."""
+        """What of the study's wishes does not come true on this target, where gates are, and what the validation images
+        are for.
+        """
         found = left_out(self.study, self.runtime, self.target, self.space)
+        if self.network.skip_blocks:
+            image = torch.zeros(1, *self.data.image_shape)
+            found.append(str(skip_blocks(self.network.trunk, self.study.skips, image)).rstrip("."))
         if self.has_gates:
             counts = f"{len(self.gate_images)} of the validation images"
             found.append(
@@ -322,6 +331,9 @@ class Workbench:
         return self.built(candidate, self.compressed(candidate, more), more)
 
     def _subject(self, candidate: Candidate, network: ExitNetwork, artifact: Artifact) -> Subject:
+        threshold = candidate.thresholds.get(FRAMES, 0.0)
+        if self.study.frames and threshold > 0:
+            artifact = replace(artifact, reuse=Reuse(threshold, self.study.frames.max_age))
         return Subject(network, candidate, artifact, self.scored, self.runtime, self.target)
 
     def built(self, candidate: Candidate, compressed: Compressed, more: FinetuneSection | None = None) -> Subject:

@@ -1,1 +1,1 @@
-"""What may vary: channels kept per group, precision per layer, thresholds per exit, zeros inside layers."""
+"""What may vary: channels per group, precision per layer, thresholds per exit and gate, zeros inside layers."""

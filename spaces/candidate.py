@@ -12,11 +12,17 @@ NEVER_EXIT = 1.0
 """The threshold that turns an exit off: its head is not even part of the artifact."""
 OPEN_EXIT = -1.0
 """The threshold of an exit that takes part, while how confident it has to be is still to be found."""
+ALWAYS_RUN = -4.0
+"""The threshold that turns a gate off: its block is always run, and the gate is not even part of the artifact."""
+SKIP = "skip."
+"""What a gate's threshold is called, followed by its block's path."""
+FRAMES = "frames"
+"""The gate that lets a frame of a stream be answered as the last key frame was; it is no exit, and 0 turns it off."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer, threshold per exit, and the pattern of zeros of some layers.
+    """Channels kept per group, precision per layer, threshold per gate, and the pattern of zeros of some layers.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, {"exit1": 0.9})
 
@@ -44,13 +50,26 @@ class Candidate:
     @property
     def active_exits(self) -> tuple[str, ...]:
         """The exits that can fire, in order of depth."""
-        names = sorted(self.thresholds, key=lambda name: (len(name), name))  # exit2 before exit10
+        exits = [name for name in self.thresholds if name != FRAMES and not name.startswith(SKIP)]
+        names = sorted(exits, key=lambda name: (len(name), name))  # exit2 before exit10
         return tuple(name for name in names if self.thresholds[name] < NEVER_EXIT)
+
+    @property
+    def active_skips(self) -> dict[str, float]:
+        """The blocks that may be skipped, by their paths, each with the logit from which its gate runs it."""
+        gates = {name.removeprefix(SKIP): value for name, value in self.thresholds.items() if name.startswith(SKIP)}
+        return {block: threshold for block, threshold in gates.items() if threshold > ALWAYS_RUN}
 
     @property
     def is_open(self) -> bool:
         """Whether a threshold is still to be found, so that this is a choice of all else, and no version yet."""
-        return OPEN_EXIT in self.thresholds.values()
+        return any(self.thresholds[name] == OPEN_EXIT for name in self.active_exits)
+
+    def without_skips(self) -> Self:
+        """Returns the same choices with every block run."""
+        return replace(
+            self, thresholds={**self.thresholds, **{SKIP + block: ALWAYS_RUN for block in self.active_skips}}
+        )
 
     def reopened(self) -> Self:
         """Returns the same choices with the threshold of each active exit still to be found."""

@@ -76,7 +76,7 @@ def find_cut_points(trunk: nn.Module, image: Tensor, shares: Sequence[float]) ->
     source = image.detach().clone().requires_grad_()
     with torch.enable_grad():
         logits, run = _observed(trunk, source)
-    if logits.grad_fn is None or not _reaches(logits.grad_fn, source, None):
+    if logits.grad_fn is None or not reaches(logits.grad_fn, source, None):
         return CutPoints((), (), "The way from the image to the logits cannot be followed.")
     usable = [one for one in _distinct(run, image) if EARLIEST <= one.macs / run.macs <= LATEST]
     separates: dict[str, bool] = {}
@@ -85,7 +85,7 @@ def find_cut_points(trunk: nn.Module, image: Tensor, shares: Sequence[float]) ->
         near = [one for one in usable if abs(one.macs / run.macs - share) <= _FARTHEST]
         for one in sorted(near, key=lambda one: _distance(one, run.macs, share)):
             if one.path not in separates:
-                separates[one.path] = not _reaches(logits.grad_fn, source, one.edge)
+                separates[one.path] = not reaches(logits.grad_fn, source, one.edge)
             if separates[one.path] and one.path not in found:
                 found[one.path] = one
                 break
@@ -110,7 +110,7 @@ def check_cut_points(trunk: nn.Module, image: Tensor, after: Sequence[str]) -> C
         logits, run = _observed(trunk, source)
     given = {one.path: one for one in run.outputs}
     for path in after if logits.grad_fn is not None else ():
-        if path in given and _reaches(logits.grad_fn, source, given[path].edge):
+        if path in given and reaches(logits.grad_fn, source, given[path].edge):
             raise StructureError(
                 f"an exit sits where one tensor separates the network in two, got {path!r}, which is bypassed;"
                 " move it behind the block"
@@ -175,7 +175,7 @@ def _is_map(features: Tensor, image: Tensor) -> bool:
     return max(height, width) > 1 and abs(height * image.shape[3] / image.shape[2] - width) <= 1
 
 
-def _reaches(start: Any, image: Tensor, without: Edge | None) -> bool:
+def reaches(start: Any, image: Tensor, without: Edge | None) -> bool:
     """Returns whether autograd's graph leads from a node back to the image, without one tensor."""
     seen, todo = {start}, [start]
     while todo:

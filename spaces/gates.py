@@ -1,37 +1,74 @@
-"""When an input may leave early: one confidence threshold per exit."""
+"""When an input may leave early or pass a block by, a threshold each; and when a frame need not be computed at all."""
 
 from collections.abc import Mapping, Sequence
 
-from spaces.candidate import NEVER_EXIT, OPEN_EXIT
+from spaces.candidate import ALWAYS_RUN, FRAMES, NEVER_EXIT, OPEN_EXIT, SKIP
 from spaces.space import Dimension, Real, Value
 
 PREFIX = "threshold."
+FRAMES_THRESHOLD, SKIP_THRESHOLD = PREFIX + FRAMES, PREFIX + SKIP
+TRAINED = 0.0
+"""The logit from which a gate was trained to run its block."""
+_HIGHEST, _STEP = 4.0, 0.5
 
 
 class GateSpace:
-    """The confidence at which each exit answers; at 1.0 it never does.
+    """The confidence at which each exit answers; at 1.0 it never does. And the logit from which each block is run.
+
+    Gates go from always run, which is at the lower end, to skipped with a probability of at least 98%.
 
     Args:
         exits: their names, by depth.
         lowest: the lowest threshold on offer, above 1 / classes.
         step: how far apart thresholds are.
-        solved: whether nobody has to choose: thresholds are found for each candidate from what its exits say.
+        frames: from 0 on, the differences from the last key frame below which a frame of a stream gets its answer; none
+            where inputs come alone.
+        solved: whether nobody has to choose the exits' thresholds: they are found for each candidate from what its
+            exits say.
+        skips: paths of the blocks that may be skipped.
     """
 
-    def __init__(self, exits: Sequence[str], lowest: float, step: float, solved: bool = False) -> None:
+    def __init__(
+        self,
+        exits: Sequence[str],
+        lowest: float,
+        step: float,
+        frames: Real | None = None,
+        solved: bool = False,
+        skips: Sequence[str] = (),
+    ) -> None:
         self.exits = tuple(exits)
+        self.skips = tuple(skips)
         self.lowest = lowest
         self.step = step
+        self.frames = frames
         self.solved = solved
 
     def dimensions(self) -> dict[str, Dimension]:
-        """Returns one threshold per exit; nothing where they are solved."""
-        if self.solved:
-            return {}
-        return {PREFIX + name: Real(self.lowest, NEVER_EXIT, self.step) for name in self.exits}
+        """Returns one threshold per gate; none of the exits' where they are solved."""
+        searched = () if self.solved else self.exits
+        exits: dict[str, Dimension] = {PREFIX + name: Real(self.lowest, NEVER_EXIT, self.step) for name in searched}
+        skips = {SKIP_THRESHOLD + block: Real(ALWAYS_RUN, _HIGHEST, _STEP) for block in self.skips}
+        return exits | skips | ({FRAMES_THRESHOLD: self.frames} if self.frames else {})
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """Returns the threshold of every exit, rounded to where a sum of steps belongs; open where it is solved."""
-        if self.solved:
-            return dict.fromkeys(self.exits, OPEN_EXIT)
-        return {name: round(float(values[PREFIX + name]), 6) for name in self.exits}
+        """Returns the threshold of every gate, rounded to where a sum of steps belongs; open where it is solved."""
+        solved: dict[str, Value] = dict.fromkeys(self.exits if self.solved else (), OPEN_EXIT)
+        return solved | {name.removeprefix(PREFIX): round(float(values[name]), 6) for name in self.dimensions()}
+
+    def closed(self) -> dict[str, float]:
+        """Returns the thresholds at which no exit answers, every block is run and every frame is computed."""
+        skips = {SKIP + block: ALWAYS_RUN for block in self.skips}
+        return dict.fromkeys(self.exits, NEVER_EXIT) | skips | ({FRAMES: 0.0} if self.frames else {})
+
+    def as_open(self, threshold: float) -> float:
+        """Returns the threshold of frames that is as far from closed, as a share of its grid, as one of exits is."""
+        openness = (NEVER_EXIT - threshold) / (NEVER_EXIT - self.lowest)
+        return openness * self.frames.high if self.frames else 0.0
+
+    @staticmethod
+    def idle_layers(name: str, threshold: float) -> str | None:
+        """Returns the prefix of the layers that are not deployed at this threshold of a gate; None where all are."""
+        if name.startswith(SKIP):
+            return f"skips.{name.removeprefix(SKIP)}." if threshold <= ALWAYS_RUN else None
+        return f"exits.{name}." if threshold >= NEVER_EXIT else None

@@ -26,15 +26,15 @@ def find_groups(network: ExitNetwork, image: Tensor, proof: Proof | None = None)
     """Returns the groups of `network` that may be cut, in the order in which it runs, and those that stay whole.
 
     Each free group has been cut to half: the network ran, and answered what it answers when nothing reads the dropped
-    channels. All are tried together first; only what fails is divided. The groups that hold a classifier's classes or
-    the image's channels are not among them.
+    channels. All are tried together first; only what fails is divided. The groups that hold a classifier's classes, the
+    image's channels, or the few features inside a gate are not among them.
 
     Args:
         network: the dense network, in evaluation mode.
         image: one input, `(1, c, h, w)`.
         proof: a further test of the sliced network, such as that its file answers the same.
     """
-    found = dependency_groups(network, image)
+    found = _without_gates(dependency_groups(network, image))
     with torch.no_grad():
         cuts = _Cuts(network, image)
         free, whole = cuts.divide(found.free, cuts.refuse)
@@ -43,6 +43,11 @@ def find_groups(network: ExitNetwork, image: Tensor, proof: Proof | None = None)
             whole += more
     order = [group.name for group in found.free]
     return Groups(tuple(free), (*found.whole, *sorted(whole, key=lambda group: order.index(group.name))))
+
+
+def _without_gates(found: Groups) -> Groups:
+    free = tuple(group for group in found.free if not group.name.startswith("skips."))
+    return Groups(free, tuple(group for group in found.whole if not group.name.startswith("skips.")))
 
 
 def halves(groups: Sequence[ChannelGroup], seed: int = 0) -> dict[str, NDArray[np.int64]]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from spaces.candidate import NEVER_EXIT, Candidate
-from spaces.gates import GateSpace
+from spaces.candidate import ALWAYS_RUN, NEVER_EXIT, Candidate
+from spaces.gates import FRAMES_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace
 from spaces.network import ExitNetwork
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PREFIX, PrecisionSpace
@@ -53,31 +53,37 @@ class JointSpace:
     def settled(self, candidate: Candidate, thresholds: Mapping[str, float]) -> Candidate:
         """Returns a candidate with these thresholds.
 
-        The head of an exit that never fires is not deployed, so its precision is that of the reference: candidates
-        that deploy the same thing are the same candidate.
+        The head of an exit that never fires, and the gate of a block that is always run, are not deployed, so their
+        precision is that of the reference: candidates that deploy the same thing are the same candidate.
         """
-        never = tuple(f"exits.{name}." for name, threshold in thresholds.items() if threshold >= NEVER_EXIT)
-        heads = [layer for layer in candidate.precision if layer.startswith(never)]
-        precision = dict(candidate.precision) | dict.fromkeys(heads, self.precision.precisions[0])
+        owners = [self.gates.idle_layers(name, threshold) for name, threshold in thresholds.items()]
+        idle = tuple(owner for owner in owners if owner is not None)
+        layers = [layer for layer in candidate.precision if layer.startswith(idle)]
+        precision = dict(candidate.precision) | dict.fromkeys(layers, self.precision.precisions[0])
         return Candidate(candidate.channels, precision, thresholds, candidate.patterns)
 
     def dense(self) -> Candidate:
-        """Returns the network as it was given: every channel, the reference precision, no exit."""
+        """Returns the network as it was given: every channel, the reference precision, every gate closed."""
         return Candidate(
             {group.name: group.channels for group in self.sparsity.groups},
             dict.fromkeys(self.precision.layers, self.precision.precisions[0]),
-            dict.fromkeys(self.gates.exits, NEVER_EXIT),
+            self.gates.closed(),
         )
 
     def uniform(self, keep: float, precision: str, threshold: float, pattern: str = DENSE) -> dict[str, Value]:
         """Returns values that treat every layer alike: a share of the channels, one precision, threshold and pattern.
 
-        Shares are rounded to the nearest step of each group; the threshold to the nearest on offer.
+        Shares are rounded to the nearest step of each group; the threshold to the nearest on offer. It is the exits';
+        frames of a stream get one that is as open. Where exits may answer, gates of blocks decide as they were trained
+        to; else every block is run.
         """
         values: dict[str, Value] = {}
         for name, dimension in self.dimensions().items():
-            if not isinstance(dimension, Choice):
-                values[name] = _nearest(dimension, keep, threshold)
+            if name.startswith(SKIP_THRESHOLD):
+                values[name] = ALWAYS_RUN if threshold >= NEVER_EXIT else TRAINED
+            elif not isinstance(dimension, Choice):
+                opened = self.gates.as_open(threshold) if name == FRAMES_THRESHOLD else threshold
+                values[name] = _nearest(dimension, keep, opened)
             elif name.startswith(PREFIX):
                 values[name] = self.precision.nearest(name.removeprefix(PREFIX), precision)
             else:

@@ -1,6 +1,7 @@
-"""A network and its early exits, as one torch module."""
+"""A network with its early exits and the gates of its blocks, as one torch module."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,18 @@ from torch import Tensor, nn
 from spaces.errors import StructureError
 
 _TRUNK = "trunk."
+
+Decide = Callable[[str, Tensor], Tensor]
+"""Turns a block's path and its gate's logits `(n, 1)` into 1 where the block is run and 0 where it is skipped."""
+
+
+def decided(block: str, logits: Tensor) -> Tensor:  # noqa: ARG001
+    """Returns what gates say when they are deployed as they were trained: a block is run from a logit of 0 on."""
+    return (logits.detach() >= 0).to(logits.dtype)
+
+
+NO_GATES: Mapping[str, nn.Module] = MappingProxyType({})
+"""Every block is run."""
 
 
 def layer_name(path: str) -> str:
@@ -72,25 +85,85 @@ HEADS: Mapping[str, type[ExitHead] | type[ConvolutionalExitHead]] = {
 
 
 class ExitNetwork(nn.Module):
-    """A trained network (the trunk) with a classifier head after each of some of its modules.
+    """A trained network (the trunk) with a classifier head after some of its modules and a gate around some blocks.
 
     Args:
         trunk: maps images `(n, c, h, w)` to logits `(n, classes)`.
         cut_points: paths of the trunk's modules, in the order in which they run, after which an exit sits.
         heads: one head for each cut point.
+        gates: by the path of the block that an input may pass by, in the order in which they run.
     """
 
-    def __init__(self, trunk: nn.Module, cut_points: Sequence[str], heads: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        cut_points: Sequence[str],
+        heads: Sequence[nn.Module],
+        gates: Mapping[str, nn.Module] = NO_GATES,
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.cut_points = tuple(cut_points)
         self.exit_names = tuple(f"exit{index + 1}" for index in range(len(self.cut_points)))
         self.exits = nn.ModuleDict(dict(zip(self.exit_names, heads, strict=True)))
+        self.skip_blocks = tuple(gates)
+        self.skips = _tree(gates)
 
-    def run_trunk(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Returns the features at each cut point and the trunk's logits."""
+    @property
+    def gates(self) -> dict[str, nn.Module]:
+        """The gates, by their blocks' paths."""
+        return {block: self.gate(block) for block in self.skip_blocks}
+
+    def gate(self, block: str) -> nn.Module:
+        """Returns the gate of a block."""
+        return self.skips.get_submodule(block)
+
+    def run_trunk(self, images: Tensor, decide: Decide = decided) -> tuple[list[Tensor], Tensor]:
+        """Returns the features at each cut point and the trunk's logits, where every image skips what it may.
+
+        Args:
+            images: `(n, c, h, w)`.
+            decide: who runs which block.
+        """
+
+        def pass_by(block: str, source: Tensor, result: Tensor) -> Tensor:
+            runs = decide(block, self.gate(block)(source))[:, :, None, None].to(result.dtype)
+            return runs * result + (1 - runs) * source
+
+        blocks = {block: self._passing(block, pass_by) for block in self.skip_blocks}
+        return self._run(images, blocks)
+
+    def observe(self, images: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], Tensor]:
+        """Returns the features at each cut point, what each gated block reads and gives, and the trunk's logits.
+
+        Every block is run.
+        """
+        seen: list[tuple[Tensor, Tensor]] = []
+        hook: _Hook = lambda _module, args, out: seen.append((args[0], out))  # noqa: E731
+        features, logits = self._run(images, dict.fromkeys(self.skip_blocks, hook))
+        return features, seen, logits
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns the logits of each exit, each gate, and, last, the trunk `(n, classes)`; every block is run."""
+        features, blocks, logits = self.observe(images)
+        exits = [head(feature) for head, feature in zip(self.exits.values(), features, strict=True)]
+        gates = [self.gate(block)(source) for block, (source, _) in zip(self.skip_blocks, blocks, strict=True)]
+        return (*exits, *gates, logits)
+
+    def answers(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns the logits of each exit and, last, of the trunk, each `(n, classes)`; every block is run."""
+        found = self(images)
+        return (*found[: len(self.exit_names)], found[-1])
+
+    @staticmethod
+    def _passing(block: str, pass_by: Callable[[str, Tensor, Tensor], Tensor]) -> "_Hook":
+        return lambda _module, args, out: pass_by(block, args[0], out)
+
+    def _run(self, images: Tensor, blocks: Mapping[str, "_Hook"]) -> tuple[list[Tensor], Tensor]:
+        """Returns the features at each cut point and the logits; exits see what hooks around blocks have made."""
         features: list[Tensor] = []
-        hooks = [
+        hooks = [self.trunk.get_submodule(path).register_forward_hook(hook) for path, hook in blocks.items()]
+        hooks += [
             self.trunk.get_submodule(path).register_forward_hook(lambda _module, _args, out: features.append(out))
             for path in self.cut_points
         ]
@@ -101,10 +174,22 @@ class ExitNetwork(nn.Module):
                 hook.remove()
         return features, logits
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns the logits of each exit and, last, of the trunk: each `(n, classes)`."""
-        features, logits = self.run_trunk(images)
-        return (*(head(feature) for head, feature in zip(self.exits.values(), features, strict=True)), logits)
+
+_Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
+
+
+def _tree(gates: Mapping[str, nn.Module]) -> nn.Module:
+    """Returns a module in which each gate has its block's path: a module's name may not hold a dot."""
+    root = nn.Module()
+    for path, gate in gates.items():
+        parent = root
+        *folders, name = path.split(".")
+        for folder in folders:
+            if folder not in dict(parent.named_children()):
+                parent.add_module(folder, nn.Module())
+            parent = parent.get_submodule(folder)
+        parent.add_module(name, gate)
+    return root
 
 
 def feature_channels(trunk: nn.Module, cut_points: Sequence[str], image: Tensor) -> list[int]:

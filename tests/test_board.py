@@ -5,12 +5,13 @@ import base64
 import errno
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from evaluators.runtimes.board import Board, _needed
 from evaluators.runtimes.ort import OnnxRuntime
 from evaluators.runtimes.ssh import _SHIPPED, SSH_COMMAND, Address, ConnectionLostError, Line, worker_file
 from evaluators.runtimes.worker import Worker, choose_runtime
-from evaluators.target import TargetError, TimedBatch, runtime
+from evaluators.target import Follows, TargetError, TimedBatch, runtime
 from evaluators.timing import Protocol
 from search.cli import run
 from search.coordinator import Coordinator
@@ -251,12 +252,30 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch) -> None:
     assert "disk is full" in answer["error"]
 
 
+def test_a_worker_answers_a_frame_again_or_computes_it(tmp_path, builder, network, space, images) -> None:
+    worker = Worker(OnnxRuntime(), tmp_path)
+
+    def ask(do: str, **content: object) -> dict:
+        line = json.dumps({"id": 1, "do": do, **content})  # as it crosses the network
+        return json.loads(json.dumps(worker.handle(json.loads(line))["ok"]))
+
+    file = io.BytesIO()
+    np.save(file, images.numpy())
+    (stage,) = builder.build(network, space.dense()).deployed
+    model, pictures = (ask("put", data=base64.b64encode(data).decode())["digest"] for data in (stage, file.getvalue()))
+    ask("open", handle=1, stages=[model], plan=[], threads=1)
+    batches = [TimedBatch(3, 1, follows=Follows(2, age, 1e9, 30)) for age in (1, 30)]
+    settings = {"images": pictures, "batches": [asdict(batch) for batch in batches], "protocol": asdict(Protocol())}
+    ask("turns", handle=1, reference=1, reference_batch=1, **settings)
+    turns = [ask("turn", candidate_first=index % 2 == 0)["ratios"] for index in range(15)]
+    again, fresh = np.median(turns, axis=0)
+    assert 0 < again < fresh
+
+
 def test_a_digest_is_never_a_path(tmp_path) -> None:
     worker = Worker(OnnxRuntime(), tmp_path / "store")
     (tmp_path / "secret").write_text("x")
-    answer = worker.handle(
-        {"id": 1, "do": "open", "handle": 1, "stages": ["../secret"], "thresholds": [], "threads": 1}
-    )
+    answer = worker.handle({"id": 1, "do": "open", "handle": 1, "stages": ["../secret"], "plan": [], "threads": 1})
     assert "error" in answer
 
 
@@ -339,6 +358,29 @@ def test_turns_get_the_images_that_they_need(monkeypatch) -> None:
             some[after.start : after.start + after.count], images[before.start : before.start + before.count]
         )
         assert before.longest == after.longest
+        assert after.follows is None
+
+
+def test_a_frame_crosses_the_network_with_its_key_frame(monkeypatch) -> None:
+    images = np.arange(40, dtype=np.float32).reshape(10, 1, 2, 2)
+    batches = [TimedBatch(4, 1, False, Follows(2, 2, 0.5, 30)), TimedBatch(9, 1, True, Follows(8, 1, 0.5, 30))]
+    monkeypatch.setattr("evaluators.runtimes.board.SMALL_BYTES", 0)
+    some, moved = _needed(images, batches, 1)
+    assert len(some) == 5
+    for before, after in zip(batches, moved, strict=True):
+        np.testing.assert_array_equal(some[after.start], images[before.start])
+        np.testing.assert_array_equal(some[after.follows.key], images[before.follows.key])
+        assert replace(after.follows, key=before.follows.key) == before.follows
+        assert after.longest == before.longest
+
+
+def test_frames_take_turns_on_a_board(board, builder, network, space, images) -> None:
+    opened = opened_dense(board, builder, network, space)
+    reused, computed = Follows(2, 1, 1e9, 30), Follows(2, 1, 0.0, 30)
+    batches = [TimedBatch(3, 1, follows=reused), TimedBatch(3, 1, follows=computed)]
+    take_turn = opened.turns(images.numpy(), batches, opened, 1, Protocol())
+    again, fresh = np.median([take_turn(index % 2 == 0).ratios for index in range(15)], axis=0)
+    assert 0 < again < fresh
 
 
 def test_the_worker_tells_what_is_inside_a_file(builder, network, space, images, tmp_path) -> None:

@@ -16,7 +16,7 @@ from evaluators.data import Chosen, LabelledImages
 from evaluators.latency import LatencyEvaluator, Reference
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.ort import OnnxRuntime, load
-from evaluators.runtimes.staged import CONFIDENCES, StagedNetwork
+from evaluators.runtimes.staged import CONFIDENCES, CONFIDENCES_OF_ONE, StagedNetwork
 from evaluators.subject import Deployed
 from evaluators.target import Target, TimedBatch
 from evaluators.timing import Clock, Protocol
@@ -42,6 +42,20 @@ def test_confidences_are_what_their_formulas_say(logits) -> None:
         assert found.dtype == np.float32
         assert found.min() >= 0
         assert found.max() <= 1
+        one_by_one = [CONFIDENCES_OF_ONE[name](row) for row in logits.tolist()]
+        np.testing.assert_allclose(one_by_one, wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [5, 100])
+@pytest.mark.parametrize("name", list(CONFIDENCES))
+def test_a_single_input_is_answered_as_in_a_batch(name, classes) -> None:
+    rows = np.random.default_rng(0).normal(0, 3, (40, classes)).astype(np.float32)
+    network = StagedNetwork([lambda batch: [2 * batch, 1 * batch]] * 2 + [lambda batch: [1 * batch]], (0.6, 0.7), name)
+    logits, exits = network(rows)
+    found = [network(rows[place : place + 1]) for place in range(len(rows))]
+    np.testing.assert_array_equal(np.concatenate([answer for answer, _ in found]), logits)
+    np.testing.assert_array_equal(np.concatenate([left for _, left in found]), exits)
+    assert len(set(exits)) > 1
 
 
 @pytest.mark.parametrize("name", list(CONFIDENCES))
@@ -60,10 +74,10 @@ def test_a_batch_may_be_told_where_to_leave() -> None:
     stages = [lambda batch: [batch, batch]] * 2 + [lambda batch: [batch]]
     batch = np.eye(3, dtype=np.float32)
     for place in (0, 1, 2):
-        gates = TimedBatch(0, 3, exit=place).gates([0.5, 0.5])
+        gates = TimedBatch(0, 3, exit=place).way([0.5, 0.5])
         assert set(StagedNetwork(stages, gates)(batch)[1]) == {place}
-    assert TimedBatch(0, 3, longest=True).gates([0.5, 0.5]) == TimedBatch(0, 3, exit=2).gates([0.5, 0.5])
-    assert TimedBatch(0, 3).gates([0.5, 0.6]) == [0.5, 0.6]
+    assert TimedBatch(0, 3, longest=True).way([0.5, 0.5]) == TimedBatch(0, 3, exit=2).way([0.5, 0.5])
+    assert TimedBatch(0, 3).way([0.5, 0.6]) == [0.5, 0.6]
 
 
 class Metered(OnnxRuntime):

@@ -39,10 +39,11 @@ def no_server(monkeypatch) -> None:
 
 def answers(bundle: Path, images) -> list[dict]:
     description = json.loads((bundle / "bundle.json").read_text())
-    logits, exits, _ = run_bundle.answer(run_bundle.load(bundle), images, description["target"]["batch"])
+    logits, routes, _ = run_bundle.answer(run_bundle.load(bundle), images, description["target"]["batch"])
     names = [*description["exits"], "end"]
     return [
-        {"class": int(label), "exit": names[index]} for label, index in zip(logits.argmax(axis=1), exits, strict=True)
+        {"class": int(label), "exit": names[index]}
+        for label, index in zip(logits.argmax(axis=1), run_bundle.exits_of(routes), strict=True)
     ]
 
 

@@ -21,7 +21,7 @@ from evaluators.runtimes.cuda import (
 )
 from evaluators.runtimes.engines import WITH_GRAPH, WITHOUT_GRAPH, EngineStage
 from evaluators.runtimes.staged import StagedNetwork
-from evaluators.target import TargetError, TimedBatch
+from evaluators.target import Follows, TargetError, TimedBatch
 from evaluators.timing import Protocol, time_pair
 from tests.scripted_gpu import (
     COPY_S,
@@ -160,6 +160,17 @@ def test_the_longest_path_passes_every_exit(gpu: ScriptedGpu, pictures: Any) -> 
     turn = candidate.turns(pictures, batches, reference, 1, Protocol())(True)
     alone = 1e-3 + 2 * COPY_S
     assert turn.ratios == pytest.approx([1.0, (alone + 1e-3 + COPY_S) / alone], rel=1e-3)
+
+
+def test_a_frame_that_is_answered_again_leaves_the_gpu_alone(gpu: ScriptedGpu, pictures: Any) -> None:
+    candidate, reference = opened(gpu), opened(gpu, name="r")
+    reused, computed = Follows(0, 1, 1e9, 30), Follows(0, 30, 1e9, 30)
+    batches = [TimedBatch(1, 1, follows=reused), TimedBatch(1, 1, follows=computed, share=0)]
+    take_turn = candidate.turns(pictures, batches, reference, 1, Protocol())
+    gpu.kernels.clear()
+    turn = take_turn(True)
+    assert turn.ratios == pytest.approx([0.0, 1.0])
+    assert "".join(gpu.kernels) == "rr" + "crr", "what comes before a timed frame is what comes often"
 
 
 def test_a_failing_launch_is_one_clear_line(gpu: ScriptedGpu, pictures: Any) -> None:

@@ -112,8 +112,21 @@ def test_it_stops_at_its_time_limit_after_two_turns_of_each_input() -> None:
     machine = Machine(lambda _: 1.0)
     limit = Protocol(warmups=0, limit_s=0.5)
     time_pair([machine.call("a", 1.0), machine.call("b", 1.0)], [1, 1], machine.call("r", 1.0), limit, machine.clock)
-    assert machine.log.count("a") == 4
-    assert machine.log.count("b") == 5  # one of them to warm up
+    assert machine.log.count("a") + machine.log.count("b") == 9  # two turns of two bursts of two, and one to warm up
+    assert machine.log.count("r") == 8
+
+
+def test_what_comes_before_a_timed_input_is_what_comes_often() -> None:
+    machine = Machine(lambda _: 1.0)
+    calls = [machine.call(name, 1.0) for name in ("often", "seldom", "never")]
+    protocol = Protocol(warmups=0)
+    take_turn = turns_of(calls, machine.call("r", 1.0), protocol, machine.clock, (3, 1, 0))
+    machine.log.clear()
+    for _ in range(100):
+        take_turn(True)
+    assert machine.log.count("never") == 100  # as what is timed
+    assert pytest.approx(machine.log.count("often"), abs=40) == 100 + 3 * 100 * 3 / 4
+    assert machine.log.count("often") + machine.log.count("seldom") == 500
 
 
 def test_it_goes_on_until_the_interval_is_narrow() -> None:

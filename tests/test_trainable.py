@@ -124,6 +124,7 @@ OPERATIONS = [
     ),
     ("Expand", {}, [np.float32([[1], [2]]), np.int64([2, 3])]),
     ("ConstantOfShape", {"value": numpy_helper.from_array(np.int64([3]))}, [np.int64([2, 2])]),
+    ("GreaterOrEqual", {}, [np.float32([1, 2, 3]), np.float32([2, 2, 2])]),
     ("Where", {}, [np.array([True, False]), np.float32([1, 2]), np.float32([3, 4])]),
     ("Einsum", {"equation": "ij,jk->ik"}, [np.float32([[1, 2]]), np.float32([[3], [4]])]),
 ]

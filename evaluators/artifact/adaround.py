@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 from torch import Tensor
 
+from evaluators.artifact.layout import Stage
 from evaluators.artifact.observe import observe
 from evaluators.artifact.qdq import ABSORBED, Grids, Placement, QuantizedWeight, Quantizer, Ranges, output_axis
-from evaluators.artifact.template import LAYER_OPS, Arrays, Stage, Template, bounds_of
+from evaluators.artifact.template import LAYER_OPS, Arrays, Template, bounds_of
 from evaluators.runtimes.cpu import unsigned_activations
 
 _ROWS = 8192

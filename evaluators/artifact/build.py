@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from evaluators.artifact import Artifact, fp8, int4
 from evaluators.artifact.adaround import Learning, Report, RoundingTask
 from evaluators.artifact.correction import corrected
-from evaluators.artifact.exporter import OPSET, OUTPUT, ExportError, logits_name
+from evaluators.artifact.exporter import INPUT, OPSET, OUTPUT, ExportError, gate_logits_name, logits_name
 from evaluators.artifact.half import HalfWriter
+from evaluators.artifact.layout import Layout, Stage
 from evaluators.artifact.moments import Moments, activation_moments
 from evaluators.artifact.observe import Means, input_means
 from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Ranges
 from evaluators.artifact.scheme import MINMAX, Scheme
-from evaluators.artifact.template import Arrays, Stage, Template, output_channels
+from evaluators.artifact.template import Arrays, Template, output_channels
 from evaluators.artifact.trainable import TrainableGraph
 from evaluators.calibration.ranges import calibrated_ranges
 from evaluators.runtimes.ort import load
@@ -67,6 +68,7 @@ class ArtifactBuilder:
         self._properties = ALLOWANCES[fp32_in]
         self._template = Template(network, torch.from_numpy(calibration[:1]))
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
+        outputs += [gate_logits_name(block) for block in network.skip_blocks]
         able = self._able = runtime.capabilities()
         self._quantizer = Quantizer(
             self._template.nodes,
@@ -79,7 +81,7 @@ class ArtifactBuilder:
         self._half = HalfWriter(self._template.nodes, self._template.layers)
         self._float8 = fp8.Float8Writer(self._template.layers)
         self._int4 = int4.Int4Writer(self._template.layers)
-        self._everything = Stage(self._template.nodes, self._template.stages(())[0].input, tuple(outputs))
+        self._everything = Stage(self._template.nodes, INPUT, tuple(outputs))
         self._probe = calibration[:2]
         refusal = self.disagreement(network)
         if refusal is not None:
@@ -99,17 +101,21 @@ class ArtifactBuilder:
     def read_ranges(self, network: ExitNetwork, images: NDArray[np.float32]) -> Ranges:
         """Returns the range of every activation of a network of this structure, as the scheme says.
 
-        Calibrated over `images`, or from batch normalisation, which only takes from them what the input is like.
+        Calibrated over `images`, or from batch normalisation, which only takes from them what the input is like. Where
+        blocks can be skipped, it spans what they give and what passes them by.
 
         Raises:
             MomentsError: an operator stands in the way of distributions.
         """
         if self._scheme.ranges == "batchnorm":
-            found = self._moments(network, images)
-            return {tensor: found[tensor].range for tensor in self._quantizer.activations()}
-        weights = self._template.weights(network.state_dict())
-        model = self._template.file(self._everything, self._template.nodes, weights)
-        return calibrated_ranges(model, self._quantizer.activations(), images, self._scheme)
+            moments = {name: found.range for name, found in self._moments(network, images).items()}
+            for source, result in self._template.blocks.values():
+                moments[result] = _spanning(moments[source], moments[result])
+            return {tensor: moments[tensor] for tensor in self._quantizer.activations()}
+        weights, names = self._template.weights(network.state_dict()), self._quantizer.activations()
+        models = [self._template.file(self._everything, nodes, weights) for nodes in self._template.flows]
+        every = [calibrated_ranges(model, names, images, self._scheme) for model in models]
+        return {name: _spanning(*(ranges[name] for ranges in every)) for name in every[0]}
 
     def _moments(self, network: ExitNetwork, images: NDArray[np.float32]) -> dict[str, Moments]:
         return activation_moments(self._template, self._everything, network.state_dict(), images)
@@ -122,7 +128,7 @@ class ArtifactBuilder:
             found = self._moments(network, self._calibration)
             layers = [node for node in self._everything.nodes if node.op_type in ("Conv", "Gemm")]
             return {node.input[1]: found[node.input[0]].channel_means for node in layers}
-        model = self._template.file(self._everything, self._template.nodes, weights)
+        model = self._template.file(self._everything, self._template.flows[-1], weights)
         return input_means(model, self._everything.nodes, self._calibration)
 
     def learn_rounding(
@@ -192,13 +198,14 @@ class ArtifactBuilder:
     def boundaries(self, candidate: Candidate) -> int:
         """Returns how many layers read from a layer that runs in another precision, as the candidate asks for them.
 
-        Each costs a conversion. Layers that are only stored in 4 bits run in fp32; heads that never answer do not run.
+        Each costs a conversion. Layers that are only stored in 4 bits run in fp32; heads that never answer do not run,
+        nor do gates of blocks that always run.
         """
         placement, halves = self._place(candidate.precision)
         eights = self._float8.place(_at("fp8", candidate.precision))
         others = dict.fromkeys(halves, "fp16") | dict.fromkeys(eights, "fp8")
         precisions = dict.fromkeys(placement.nodes, "int8") | others
-        return self._quantizer.boundaries(precisions, self._deployed_nodes(candidate.active_exits))
+        return self._quantizer.boundaries(precisions, self._layout(candidate).nodes)
 
     def _place(self, precisions: Mapping[str, str]) -> tuple[Placement, frozenset[str]]:
         """Returns where Q/DQ goes and which nodes are fp16, for the precision of each layer."""
@@ -238,7 +245,8 @@ class ArtifactBuilder:
         means = self._input_means(network, weights) if placement.nodes else {}
         fours = self._int4.place(_at("int4", precisions))
         files: list[bytes] = []
-        for stage in self._template.stages(candidate.active_exits):
+        layout = self._layout(candidate)
+        for stage in layout.stages:
             nodes, values = self._quantizer.write(stage, placement, weights, ranges, grids)
             nodes, values = corrected(nodes, values, means)
             wanted = ((fp8.OPSET, eights), (int4.OPSET, fours))
@@ -255,19 +263,28 @@ class ArtifactBuilder:
             deployed=tuple(self._runtime.deployable(file) for file in files),
             exits=candidate.active_exits,
             thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
-            precisions=self._deployed_precisions(precisions, candidate.active_exits),
+            precisions=self._deployed_precisions(precisions, layout),
             boundaries=self.boundaries(replace(candidate, precision=precisions)),
             confidence=self._confidence,
+            blocks=layout.blocks,
+            steps=layout.planned(candidate),
         )
 
-    def _deployed_precisions(self, precisions: Mapping[str, str], exits: tuple[str, ...]) -> dict[str, str]:
-        """Returns the precision of each layer that is deployed, by its ONNX node: heads that never answer are not."""
-        deployed = self._deployed_nodes(exits)
-        named = {self._template.layers[layer]: given for layer, given in precisions.items()}
-        return {node: given for node, given in named.items() if node in deployed}
+    def _layout(self, candidate: Candidate) -> Layout:
+        return self._template.layout(candidate.active_exits, tuple(candidate.active_skips))
 
-    def _deployed_nodes(self, exits: tuple[str, ...]) -> frozenset[str]:
-        return frozenset(node.name for stage in self._template.stages(exits) for node in stage.nodes)
+    def _deployed_precisions(self, precisions: Mapping[str, str], layout: Layout) -> dict[str, str]:
+        """Returns the precision of each layer that is deployed, by its ONNX node.
+
+        Heads that never answer and gates of blocks that always run are not.
+        """
+        named = {self._template.layers[layer]: given for layer, given in precisions.items()}
+        return {node: given for node, given in named.items() if node in layout.nodes}
+
+
+def _spanning(*ranges: tuple[float, float]) -> tuple[float, float]:
+    """Returns the range that holds all of these."""
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
 def _difference(answer: NDArray[np.float32], logits: NDArray[np.float32]) -> float:

@@ -186,8 +186,8 @@ class _Graph:
     def __init__(self, template: Template) -> None:
         self._layers = set(template.layers.values())
         self._folds = {fold.weight: fold for fold in template.folds}
-        stages = template.stages(template.exit_names)
-        self._outputs = {name for stage in stages for name in stage.outputs}
+        layout = template.layout(template.exit_names, tuple(template.blocks))
+        self._outputs = {name for stage in layout.stages for name in stage.outputs}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in template.nodes:
             for name in node.input:

@@ -26,17 +26,19 @@ class ExportError(UserError):
 
 
 class _WithCuts(nn.Module):
-    """Returns the features at each cut point beside the logits of its exit."""
+    """Returns the features at each cut point and the ends of each block beside the logits of its exit or gate."""
 
     def __init__(self, network: ExitNetwork) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features, logits = self.network.run_trunk(images)
+        features, blocks, logits = self.network.observe(images)
         outputs: list[Tensor] = []
         for head, feature in zip(self.network.exits.values(), features, strict=True):
             outputs += [feature, head(feature)]
+        for gate, (source, result) in zip(self.network.gates.values(), blocks, strict=True):
+            outputs += [source, gate(source), result]
         return (*outputs, logits)
 
 
@@ -48,6 +50,16 @@ def cut_name(exit_name: str) -> str:
 def logits_name(exit_name: str) -> str:
     """Returns the name of an exit's output."""
     return f"{exit_name}_logits"
+
+
+def block_ends(block: str) -> tuple[str, str]:
+    """Returns the names of the tensors that a block with a gate reads and gives."""
+    return f"{block}/source", f"{block}/result"
+
+
+def gate_logits_name(block: str) -> str:
+    """Returns the name of the output of a block's gate."""
+    return f"skip.{block}_logits"
 
 
 def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
@@ -64,6 +76,9 @@ def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
         ExportError: torch cannot export it; the reason is passed on.
     """
     names = [name for exit_name in network.exit_names for name in (cut_name(exit_name), logits_name(exit_name))]
+    for block in network.skip_blocks:
+        source, result = block_ends(block)
+        names += [source, gate_logits_name(block), result]
     names.append(OUTPUT)
     scrambled = _scrambled(network)
     try:

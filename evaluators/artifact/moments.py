@@ -18,8 +18,9 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from evaluators.artifact.exporter import INPUT, OPSET
+from evaluators.artifact.layout import Stage
 from evaluators.artifact.observe import observing
-from evaluators.artifact.template import Stage, Template, bounds_of
+from evaluators.artifact.template import Template, bounds_of
 from evaluators.runtimes.ort import load
 from spaces.errors import UserError
 

@@ -255,6 +255,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Gather": _gather,
     "Gemm": _gemm,
     "GlobalAveragePool": lambda inputs, attributes: inputs[0].mean((2, 3), keepdim=True),  # noqa: ARG005
+    "GreaterOrEqual": _each(torch.ge),
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _each(F.hardswish),
     "Identity": _each(lambda data: data),

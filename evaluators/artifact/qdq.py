@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
-from evaluators.artifact.template import DEQUANTIZED, LAYER_OPS, Arrays, Stage
+from evaluators.artifact.layout import Stage
+from evaluators.artifact.template import DEQUANTIZED, LAYER_OPS, Arrays
 
 Ranges = Mapping[str, tuple[float, float]]
 """The lowest and highest value seen of each activation tensor."""

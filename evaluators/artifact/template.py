@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 from torch import Tensor
 
-from evaluators.artifact.exporter import INPUT, OPSET, OUTPUT, cut_name, export_structure, logits_name
+from evaluators.artifact.exporter import (
+    INPUT,
+    OPSET,
+    OUTPUT,
+    block_ends,
+    cut_name,
+    export_structure,
+    gate_logits_name,
+)
+from evaluators.artifact.layout import Layout, Stage, lay_out
 from spaces.errors import StructureError
 from spaces.network import ExitNetwork, layer_name
 
@@ -39,15 +48,6 @@ class BatchNormFold:
     has_bias: bool
     norm: tuple[str, str, str, str]
     epsilon: float
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the graph that becomes a file of its own."""
-
-    nodes: tuple[NodeProto, ...]
-    input: str
-    outputs: tuple[str, ...]
 
 
 class Template:
@@ -76,15 +76,19 @@ class Template:
         self._infos: dict[str, onnx.ValueInfoProto] = {
             info.name: info for info in [*model.graph.input, *model.graph.output]
         }
-        nodes, self._transposed = _transpose_weights(model.graph.node, parameters)
+        named, self.blocks = _without_twins(
+            model.graph.node, {block: block_ends(block) for block in network.skip_blocks}
+        )
+        nodes, self._transposed = _transpose_weights(named, parameters)
         self.nodes, self.folds = _fold_batch_norms(nodes, {info.name for info in model.graph.output}, parameters)
         found = _layers(self.nodes, parameters)
         self.layers = {layer: node.name for layer, node in found.items()}
         self.layer_weights = {layer: _weight(node) for layer, node in found.items()}
         self.grouped = frozenset(node.input[1] for node in found.values() if _groups(node) > 1)
         self.exit_names = network.exit_names
-        self._stages: dict[tuple[str, ...], tuple[Stage, ...]] = {}
-        self.stages(self.exit_names)
+        self._position = {output: index for index, node in enumerate(self.nodes) for output in node.output}
+        self._layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], Layout] = {}
+        self.layout(self.exit_names, network.skip_blocks)
 
     @cached_property
     def constants(self) -> Arrays:
@@ -105,24 +109,34 @@ class Template:
         arrays |= {name + TRANSPOSED: np.ascontiguousarray(arrays[name].T) for name in self._transposed}
         return self._constants | arrays
 
-    def stages(self, exits: Sequence[str]) -> tuple[Stage, ...]:
-        """Returns the parts that the graph falls into when only these exits can fire; one part without any."""
-        key = tuple(exits)
-        if key not in self._stages:
-            self._stages[key] = tuple(self._cut(key))
-        return self._stages[key]
+    def layout(self, exits: Sequence[str], skips: Sequence[str] = ()) -> Layout:
+        """Returns the parts that the graph falls into when only these exits can fire and these blocks be skipped."""
+        key = tuple(exits), tuple(block for block in self.blocks if block in skips)
+        if key not in self._layouts:
+            places = {name: cut_name(name) for name in key[0]}
+            ends = {block: self.blocks[block] for block in key[1]}
+            self._layouts[key] = lay_out(places, ends, self._position.__getitem__, self._between)
+        return self._layouts[key]
 
-    def _cut(self, exits: Sequence[str]) -> list[Stage]:
-        stages = []
-        start = INPUT
-        for exit_name in exits:
-            outputs = (cut_name(exit_name), logits_name(exit_name))
-            stages.append(Stage(self._between(start, outputs, exit_name), start, outputs))
-            start = cut_name(exit_name)
-        stages.append(Stage(self._between(start, (OUTPUT,), exits[-1] if exits else ""), start, (OUTPUT,)))
-        return stages
+    @property
+    def flows(self) -> tuple[tuple[NodeProto, ...], ...]:
+        """The graph in which every block is run, and, where there are gates, the one in which they decide."""
+        return (self.nodes, self._decided()) if self.blocks else (self.nodes,)
 
-    def _between(self, start: str, ends: Sequence[str], exit_name: str) -> tuple[NodeProto, ...]:
+    def _decided(self) -> tuple[NodeProto, ...]:
+        nodes: dict[str, NodeProto] = {}
+        ends = {result: (block, source) for block, (source, result) in self.blocks.items()}
+        for node in self.nodes:
+            block, source = ends.get(node.output[0], ("", ""))
+            if block:
+                logits = gate_logits_name(block)
+                gate = self._between(source, [logits], block)
+                nodes |= {each.name: each for each in [*gate, *_choice(logits, source, node)]}
+            else:
+                nodes.setdefault(node.name, node)
+        return tuple(nodes.values())
+
+    def _between(self, start: str, ends: Sequence[str], place: str) -> tuple[NodeProto, ...]:
         producers = {output: node for node in self.nodes for output in node.output}
         wanted, todo = set(), list(ends)
         while todo:
@@ -131,7 +145,7 @@ class Template:
                 continue
             if tensor == INPUT:
                 raise StructureError(
-                    f"an exit sits where one tensor separates the network in two, got {exit_name!r}, which is bypassed;"
+                    f"an exit sits where one tensor separates the network in two, got {place!r}, which is bypassed;"
                     " move it behind the block"
                 )
             node = producers.get(tensor)
@@ -193,6 +207,35 @@ class Template:
             if attribute.name == "group":
                 attribute.i = len(arrays[weight]) * attribute.i // self._shapes[weight][0]
         return fitted
+
+
+def _without_twins(
+    nodes: Sequence[NodeProto], blocks: Mapping[str, tuple[str, str]]
+) -> tuple[list[NodeProto], dict[str, tuple[str, str]]]:
+    """Returns the nodes without copies that only give a tensor a second name, and the names of blocks' ends."""
+    names = {name for ends in blocks.values() for name in ends}
+    twins = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Identity" and node.output[0] in names}
+    left = [node for node in nodes if node.output[0] not in twins]
+    return left, {
+        block: (twins.get(source, source), twins.get(result, result)) for block, (source, result) in blocks.items()
+    }
+
+
+def _choice(logits: str, source: str, last: NodeProto) -> list[NodeProto]:
+    """Returns the last node of a block, and those that take its source where the gate's logit is below 0."""
+    ran = NodeProto()
+    ran.CopyFrom(last)
+    result = ran.output[0]
+    ran.output[0], runs, axes = f"{result}/ran", f"{result}/runs", f"{result}/axes"
+    zero, yes = f"{result}/zero", f"{result}/yes"
+    return [
+        ran,
+        helper.make_node("Constant", [], [zero], zero, value=numpy_helper.from_array(np.zeros(1, np.float32))),
+        helper.make_node("Constant", [], [axes], axes, value=numpy_helper.from_array(np.array([2, 3]))),
+        helper.make_node("GreaterOrEqual", [logits, zero], [yes], yes),
+        helper.make_node("Unsqueeze", [yes, axes], [runs], runs),
+        helper.make_node("Where", [runs, ran.output[0], source], [result], f"{result}/choice"),
+    ]
 
 
 def _ir_version(opset: int) -> int:

@@ -1,7 +1,7 @@
 """The exported graph as something that trains: its nodes run in torch, with tensors rounded where the file has Q/DQ.
 
 What learns is what is deployed: where Q/DQ goes, which tensors share a scale and how batch normalisation is folded are
-the file's, and no module of the network is touched.
+the file's, and no module of the network is touched. Gates decide as they were trained to.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -58,7 +58,8 @@ class TrainableGraph:
         self.per_channel = quantizer.per_channel
         self._template = template
         self._quantizer = quantizer
-        operations = [Operation.of(node) for node in template.nodes]
+        self._nodes = template.flows[-1]
+        operations = [Operation.of(node) for node in self._nodes]
         fixed = [operation for operation in operations if operation.node.op_type == "Constant"]
         self._operations = [operation for operation in operations if operation.node.op_type != "Constant"]
         self._constants = {name: torch.from_numpy(value.copy()) for name, value in template.constants.items()}
@@ -165,7 +166,7 @@ class TrainableGraph:
 
     def _before(self, ends: Iterable[str], start: str) -> set[str]:
         """Returns the nodes that `ends` depend on, up to the tensor `start`."""
-        producers = {output: node for node in self._template.nodes for output in node.output}
+        producers = {output: node for node in self._nodes for output in node.output}
         found, todo = set(), list(ends)
         while todo:
             node = producers.get(name) if (name := todo.pop()) != start else None

@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evaluators.data import SMALL_BYTES, ImageStore, bytes_of
 from evaluators.device_state import DeviceState
 from evaluators.runtimes.ssh import Address, ConnectionLostError, JobError, Line
+from evaluators.runtimes.staged import Routes, Step, Steps, to_json
 from evaluators.target import Capabilities, Images, Proof, Spent, TargetError, TimedBatch, Watch
 from evaluators.timing import Protocol, TakeTurn, Turn
 
@@ -23,7 +23,7 @@ RETRY_AFTER_S = (0.5, 2.0, 5.0, 15.0)
 """How long to wait before each attempt to reach a board again."""
 
 Result = TypeVar("Result")
-_Recipe = tuple[tuple[bytes, ...], tuple[float, ...], int, str]
+_Recipe = tuple[tuple[bytes, ...], tuple[float | Step, ...], int, str]
 
 
 class Board:
@@ -76,11 +76,9 @@ class Board:
             return unsigned_activations(model)
         return model
 
-    def open(
-        self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int, confidence: str = "softmax"
-    ) -> "RemotelyOpened":
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "RemotelyOpened":
         """Returns an artifact that is loaded on the board when it is first asked."""
-        return RemotelyOpened(self, (tuple(stages), tuple(thresholds), threads, confidence))
+        return RemotelyOpened(self, (tuple(stages), tuple(plan), threads, confidence))
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, computed on the board."""
@@ -159,14 +157,14 @@ class Board:
             return self._handles[recipe]
         while len(self._handles) >= ALIVE:
             line.ask("close", handle=self._handles.popitem(last=False)[1])
-        stages, thresholds, threads, confidence = recipe
+        stages, plan, threads, confidence = recipe
         self._next_handle += 1
         digests = line.upload(stages)
         line.ask(
             "open",
             handle=self._next_handle,
             stages=digests,
-            thresholds=list(thresholds),
+            plan=to_json(plan),
             threads=threads,
             confidence=confidence,
         )
@@ -179,27 +177,27 @@ class RemotelyOpened:
 
     Args:
         board: where it is.
-        recipe: its stages, thresholds, threads, and what the gates ask for.
+        recipe: its stages, how they are run, threads, and what tells how sure an exit is.
     """
 
     def __init__(self, board: Board, recipe: _Recipe) -> None:
         self._board = board
         self._recipe = recipe
 
-    def answer(self, images: ImageStore, batch: int) -> tuple[Images, NDArray[np.int64]]:
-        """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
+    def answer(self, images: ImageStore, batch: int) -> tuple[Images, Routes]:
+        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, from `batch` images at a time."""
         parts = [self._answer(part, batch) for part in _parts(images, batch)]
-        return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
+        return np.concatenate([logits for logits, _ in parts]), np.concatenate([routes for _, routes in parts])
 
     def all_logits(self, images: ImageStore, batch: int) -> Images:
         """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
         answers = [self._ask("all_logits", part, batch=batch)["logits"] for part in _parts(images, batch)]
         return np.concatenate([np.load(io.BytesIO(base64.b64decode(answer))) for answer in answers])
 
-    def _answer(self, images: Images, batch: int) -> tuple[Images, NDArray[np.int64]]:
+    def _answer(self, images: Images, batch: int) -> tuple[Images, Routes]:
         found = self._ask("answer", images, batch=batch)
         logits: Images = np.load(io.BytesIO(base64.b64decode(found["logits"])))
-        return logits, np.array(found["exits"], dtype=np.int64)
+        return logits, np.array(found["routes"], dtype=np.int64)
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
         """Returns what each of `calls` runs on one batch took on the board."""
@@ -228,7 +226,7 @@ class RemotelyOpened:
                 handle=self._board.handle(line, self._recipe),
                 reference=self._board.handle(line, reference._recipe),
                 images=line.upload([stored])[0],
-                batches=[[batch.start, batch.count, batch.longest, batch.exit] for batch in batches],
+                batches=[asdict(batch) for batch in batches],
                 reference_batch=reference_batch,
                 protocol=asdict(protocol),
             )
@@ -273,8 +271,11 @@ def _needed(
     parts, moved, end = [images[:reference_batch]], [], min(reference_batch, len(images))
     for batch in batches:
         parts.append(images[batch.start : batch.start + batch.count])
-        moved.append(replace(batch, start=end))
-        end += len(parts[-1])
+        behind = end + len(parts[-1])
+        follows = replace(batch.follows, key=behind) if batch.follows else None
+        moved.append(replace(batch, start=end, follows=follows))
+        parts += [images[batch.follows.key : batch.follows.key + 1]] if batch.follows else []
+        end = behind + (1 if batch.follows else 0)
     return np.concatenate(parts), moved
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.runtimes.cuda import Buffer, CaptureError, CudaError, Handle, TimedStream
-from evaluators.runtimes.staged import StagedNetwork
+from evaluators.runtimes.local import following
+from evaluators.runtimes.staged import Routes, StagedNetwork, Steps, longest
 from evaluators.runtimes.trt_report import LayerRow, precision_proof
-from evaluators.target import NEVER, Images, Proof, Spent, TargetError, TimedBatch
+from evaluators.target import Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class OpenedEngines:
             self._loaded[shape] = self._load(shape)
         return self._loaded[shape]
 
-    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, NDArray[np.int64]]:
+    def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
         parts = [self._run(images[start : start + batch], batch) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
@@ -226,7 +227,7 @@ class OpenedEngines:
                 for way, avoids in ways.items():
                     for stage in stages:
                         stage.avoids_graph = avoids
-                    taken[way].append(self._spent(images, longest=True).wall)
+                    taken[way].append(self._spent(images, longest(self._thresholds)).wall)
         finally:
             for stage in stages:
                 stage.avoids_graph = False
@@ -247,7 +248,7 @@ class OpenedEngines:
         while self._wall() - begin < _WARMUP_S:  # until the GPU has left its idle clocks, as trtexec does
             calls[0](), beside()
         clock = Clock(lambda: self.gpu_s + reference.gpu_s, self._wall)
-        return turns_of(calls, beside, protocol, clock)
+        return turns_of(calls, beside, protocol, clock, [batch.share for batch in batches])
 
     def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
         """Returns which layers do not run in the precision that they were written in, or do not tell."""
@@ -257,22 +258,23 @@ class OpenedEngines:
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
         chosen = images[batch.start : batch.start + batch.count]
         self.stages((batch.count, *images.shape[1:]))  # built before the clock runs
-        gates = batch.gates(self._thresholds)
-        return lambda: self._run(chosen, batch.count, gates)
+        plan = batch.way(self._thresholds)
+        if batch.follows is not None:
+            key = images[batch.follows.key : batch.follows.key + 1]
+            return following(lambda frame: self._run(frame, 1, plan), key, chosen, batch.follows)
+        return lambda: self._run(chosen, batch.count, plan)
 
-    def _spent(self, images: Images, longest: bool = False) -> Spent:
+    def _spent(self, images: Images, plan: Steps | None = None) -> Spent:
         gpu, wall = self.gpu_s, self._wall()
-        self._run(images, len(images), [NEVER] * len(self._thresholds) if longest else None)
+        self._run(images, len(images), plan)
         return Spent(self.gpu_s - gpu, self._wall() - wall)
 
-    def _staged(self, shape: Shape, batch: int, gates: Sequence[float] | None = None) -> StagedNetwork:
+    def _staged(self, shape: Shape, batch: int, plan: Steps | None = None) -> StagedNetwork:
         stages: Sequence[Any] = self.stages((batch, *shape[1:]))
-        return StagedNetwork(stages, self._thresholds if gates is None else gates, self._kind)
+        return StagedNetwork(stages, self._thresholds if plan is None else plan, self._kind)
 
-    def _run(
-        self, images: Images, batch: int, gates: Sequence[float] | None = None
-    ) -> tuple[Images, NDArray[np.int64]]:
-        network = self._staged(images.shape, batch, gates)
+    def _run(self, images: Images, batch: int, plan: Steps | None = None) -> tuple[Images, Routes]:
+        network = self._staged(images.shape, batch, plan)
         self._stream.restart()
         answer = network(images)
         self.gpu_s += self._stream.elapsed_s()

@@ -12,6 +12,7 @@ from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.cpu import cpu_name, unsigned_activations, weight_bits
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
 from evaluators.runtimes.run_bundle import harmful_optimizers, session_entries
+from evaluators.runtimes.staged import Steps
 from evaluators.target import Capabilities, Images, Watch
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class OnnxRuntime:
     def capabilities(self) -> Capabilities:
         """Returns fp32 and int8, channels in eights, and 4-bit weights as storage."""
         steps = {"fp32": 8, "int8": 8}
-        return Capabilities(("fp32", "int8"), steps, weight_bits(), dynamic_batch=True, storage=("int4",))
+        return Capabilities(("fp32", "int8"), steps, weight_bits(), dynamic_batch=True, storage=("int4",), skips=True)
 
     def state(self) -> DeviceState:
         """Returns the CPU's frequency, governor and temperature, where the system tells."""
@@ -55,11 +56,9 @@ class OnnxRuntime:
         """
         return unsigned_activations(model)
 
-    def open(
-        self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int, confidence: str = "softmax"
-    ) -> LocallyOpened:
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> LocallyOpened:
         """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
-        return LocallyOpened([load(stage, threads) for stage in stages], thresholds, threads, confidence)
+        return LocallyOpened([load(stage, threads) for stage in stages], plan, threads, confidence)
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, as float32; its input may be in half precision.
@@ -92,10 +91,10 @@ class OnnxRuntime:
 def load(model: bytes, threads: int) -> LoadedStage:
     """Returns a file as a function from its input to its outputs."""
     session = open_session(model, threads)
-    name = session.get_inputs()[0].name
+    name, names = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
 
     def run(inputs: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
-        outputs: Sequence[NDArray[np.float32]] = session.run(None, {name: inputs})
+        outputs: Sequence[NDArray[np.float32]] = session.run(names, {name: inputs})
         return outputs
 
     return run

@@ -15,7 +15,8 @@ from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.cpu import cpu_name, unsigned_activations, weight_bits
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.run_bundle import BatchSizes, PaddedStage, openvino_has_bf16, openvino_settings
-from evaluators.target import Capabilities, Images, Proof, TargetError, Watch, allows
+from evaluators.runtimes.staged import Steps
+from evaluators.target import Capabilities, Images, Proof, TargetError, TimedBatch, Watch, allows
 
 _INSTALL = "pip install 'openvino>=2025.0'"
 _KEPT_BYTES = 256_000_000
@@ -79,6 +80,7 @@ class OpenVino:
             dynamic_batch=True,
             fp32_in=("bf16",) if openvino_has_bf16(self._core) else (),
             storage=("int4",),
+            skips=True,
         )
 
     def state(self) -> DeviceState:
@@ -89,15 +91,13 @@ class OpenVino:
         """Returns the model with u8 activations, which need no correction: 10 to 15% faster for ResNet-20."""
         return unsigned_activations(model)
 
-    def open(
-        self, stages: Sequence[bytes], thresholds: Sequence[float], threads: int, confidence: str = "softmax"
-    ) -> "OpenedModels":
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "OpenedModels":
         """Returns stages that are compiled for a batch size when it is first asked for."""
         wanted, able = any(allows(stage, "bf16") for stage in stages), openvino_has_bf16(self._core)
         self._lacks_bf16 |= wanted and not able
         settings, sizes = openvino_settings(threads, wanted and able), BatchSizes()
         loaded = [PaddedStage(partial(self._compiled, stage, settings), sizes) for stage in stages]
-        return OpenedModels(loaded, thresholds, threads, confidence)
+        return OpenedModels(loaded, plan, threads, confidence)
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, as float32; half precision runs in f32."""
@@ -145,16 +145,14 @@ class OpenedModels(LocallyOpened):
     With one thread OpenVINO runs a stage in the thread that calls it, whose CPU time is all of the work.
 
     Args:
-        stages: each maps a batch to `[features, logits]`, the last one to `[logits]`.
-        thresholds: the confidence from which each exit answers.
+        stages: each maps a batch to what its step wants.
+        plan: the confidence from which each exit answers, or the steps.
         threads: that the stages use.
         confidence: what the gates ask for.
     """
 
-    def __init__(
-        self, stages: Sequence[PaddedStage], thresholds: Sequence[float], threads: int, confidence: str
-    ) -> None:
-        super().__init__(stages, thresholds, threads, confidence)
+    def __init__(self, stages: Sequence[PaddedStage], plan: Steps, threads: int, confidence: str) -> None:
+        super().__init__(stages, plan, threads, confidence)
         self._stages = tuple(stages)
 
     def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
@@ -162,8 +160,9 @@ class OpenedModels(LocallyOpened):
 
         A Gemm in float is named after its output there, so it is not asked for.
         """
-        self._network.all_logits(images)  # so that every stage is compiled
-        ran = [told for stage in self._stages for told in _types(stage)]
+        self._call(images, TimedBatch(0, len(images), longest=True))()  # so that every stage is compiled
+        # Only the files of gates alone are not; what is in them is in the stages before them as well.
+        ran = [told for stage in self._stages if stage.requests for told in _types(stage)]
         differences, unproven = [], []
         for node, given in precisions.items():
             kinds = {kind for names, kind in ran if any(f"{name}/".startswith(f"{node}/") for name in names)}

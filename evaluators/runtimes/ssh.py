@@ -39,6 +39,7 @@ _SHIPPED = (
     "evaluators/runtimes/__init__.py",
     "evaluators/runtimes/local.py",
     "evaluators/runtimes/inputs.py",
+    "evaluators/runtimes/reuse.py",
     "evaluators/runtimes/run_bundle.py",
     "evaluators/runtimes/staged.py",
     "evaluators/runtimes/worker.py",

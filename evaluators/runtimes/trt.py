@@ -19,9 +19,10 @@ from typing import Any, TypeAlias
 from evaluators.device_state import DeviceState, gpu_state, state_moved
 from evaluators.runtimes.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
 from evaluators.runtimes.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
+from evaluators.runtimes.staged import Steps
 from evaluators.runtimes.trt_devices import capabilities, timing_cache_file
 from evaluators.runtimes.trt_report import LayerRow, layer_rows
-from evaluators.target import Capabilities, Images, TargetError, Watch, allows
+from evaluators.target import Capabilities, Images, TargetError, Watch, allows, thresholds_of
 
 # tensorrt has no types. These are its classes' names, which a test compares with the real bindings: every attribute
 # that is used of something annotated with one of them has to exist, in every version that is accepted.
@@ -102,14 +103,13 @@ class TensorRT:
         """Returns the model as it is: symmetric s8 is the form that TensorRT reads."""
         return model
 
-    def open(
-        self,
-        stages: Sequence[bytes],
-        thresholds: Sequence[float],
-        threads: int,  # noqa: ARG002
-        confidence: str = "softmax",
-    ) -> OpenedEngines:
-        """Returns engines that are built for a batch size when it is first asked for; `threads` is not used."""
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> OpenedEngines:  # noqa: ARG002
+        """Returns engines that are built for a batch size when it is first asked for; `threads` is not used.
+
+        Raises:
+            TargetError: blocks may be skipped.
+        """
+        thresholds = thresholds_of(plan)
         stream = self._stream(len(stages))
         return OpenedEngines(
             partial(self._load, tuple(stages), stream), stream, thresholds, inspect, confidence=confidence

@@ -23,7 +23,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from evaluators.target import RUNTIMES, Opened, Runtime, TimedBatch, Watch
+from evaluators.runtimes.staged import from_json
+from evaluators.target import RUNTIMES, Follows, Opened, Runtime, TimedBatch, Watch
 from evaluators.timing import Protocol, TakeTurn
 from spaces.errors import UserError
 
@@ -108,7 +109,7 @@ class Worker:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]
         handle = int(request["handle"])
         self._opened[handle] = self._runtime.open(
-            stages, request["thresholds"], request["threads"], request.get("confidence", "softmax")
+            stages, from_json(request["plan"]), request["threads"], request.get("confidence", "softmax")
         )
         return {}
 
@@ -122,8 +123,8 @@ class Worker:
         return self._images[digest]
 
     def _answer(self, request: Content) -> Content:
-        logits, exits = self._opened[request["handle"]].answer(self._load_images(request["images"]), request["batch"])
-        return {"logits": _encoded(logits), "exits": exits.tolist()}
+        logits, routes = self._opened[request["handle"]].answer(self._load_images(request["images"]), request["batch"])
+        return {"logits": _encoded(logits), "routes": routes.tolist()}
 
     def _all_logits(self, request: Content) -> Content:
         images = self._load_images(request["images"])
@@ -140,7 +141,7 @@ class Worker:
     def _begin_turns(self, request: Content) -> Content:
         self._turns = self._opened[request["handle"]].turns(
             self._load_images(request["images"]),
-            [TimedBatch(*batch) for batch in request["batches"]],
+            [_timed_batch(batch) for batch in request["batches"]],
             self._opened[request["reference"]],
             request["reference_batch"],
             Protocol(**request["protocol"]),
@@ -175,6 +176,11 @@ def _encoded(array: Any) -> str:
     file = io.BytesIO()
     np.save(file, array)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def _timed_batch(content: Content) -> TimedBatch:
+    follows = content["follows"]
+    return TimedBatch(**content | {"follows": Follows(**follows) if follows else None})
 
 
 def choose_runtime(name: str) -> Runtime:

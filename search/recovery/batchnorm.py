@@ -44,7 +44,8 @@ def recovery_images(data: LabelledImages, count: int, seed: int = 0) -> torch.Te
 def recalibrate_batch_norm(network: nn.Module, images: torch.Tensor) -> None:
     """Replaces the running statistics of every batch normalisation by the cumulative mean over `images`.
 
-    Dropped channels shift the mean and variance of what comes after them. Weights stay as they are.
+    Dropped channels shift the mean and variance of what comes after them. Weights stay as they are. Images
+    skip what blocks they will skip.
     Source: Li et al., EagleEye, 2020.
     """
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
@@ -53,9 +54,10 @@ def recalibrate_batch_norm(network: nn.Module, images: torch.Tensor) -> None:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
+    run = network.run_trunk if isinstance(network, ExitNetwork) else network
     with torch.no_grad():
         for batch in torch.split(images, BATCH):
-            network(batch)
+            run(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

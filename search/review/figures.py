@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from search.review.hover import hover
-from search.review.layers import HeatMap, heat_map, left, parallel_axes
+from search.review.layers import HeatMap, exit_names, heat_map, left, parallel_axes
 from search.review.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.review.palette import GREY, LIMIT, MARKS, NOTABLE_SHAPES, PRECISIONS, SEQUENTIAL, SERIES
 from search.review.scene import accuracy_view, flops_share, limit_lines, place, stairs
@@ -173,7 +173,7 @@ def growth_figure(overview: Overview) -> go.Figure | None:
 
 def exits_figure(overview: Overview) -> go.Figure | None:
     """Returns the share of the inputs that each exit answers, along the front; None without exits."""
-    exits = list(overview.dense.evaluation.candidate.thresholds)
+    exits = exit_names(overview.dense.evaluation.candidate)
     if not exits or not overview.front:
         return None
     versions = overview.by_latency

@@ -22,6 +22,8 @@ def hover(version: Version, dense: Version) -> str:
     if candidate.active_exits:
         thresholds = ", ".join(f"{name} from {candidate.thresholds[name]:.3g}" for name in candidate.active_exits)
         lines.append(f"{thresholds}: {exit_shares(accuracy)} leave there")
+    if candidate.active_skips:
+        lines.append(f"{len(candidate.active_skips)} blocks that an image may pass by")
     return "<br>".join([*lines, *_layer_lines(version, dense)])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.front import Version
-from spaces.candidate import Candidate
+from spaces.candidate import FRAMES, SKIP, Candidate
 
 COLUMNS = 40
 """A heat map shows at most so many versions."""
@@ -50,7 +50,7 @@ def layers_of(candidate: Candidate, dense: Candidate, members: Mapping[str, str]
 
 
 def _layer(name: str, group: str, candidate: Candidate, dense: Candidate) -> Layer:
-    inactive = set(candidate.thresholds) - set(candidate.active_exits)
+    inactive = set(exit_names(candidate)) - set(candidate.active_exits)
     is_left_out = any(name.startswith(f"exits.{exit_}.") for exit_ in inactive)
     return Layer(
         name,
@@ -137,7 +137,7 @@ def parallel_axes(versions: Sequence[Version], dense: Version) -> list[Axis]:
         axis("channels, %", *(sum(each.channels.values()) / channels * 100 for each in candidates)),
         axis("lower bits, %", *(_lowered(each, whole) * 100 for each in candidates)),
     ]
-    if whole.thresholds:
+    if exit_names(whole):
         found.append(axis("leave early, %", *(sum(left(version)) * 100 for version in versions)))
     return found
 
@@ -148,9 +148,14 @@ def _lowered(candidate: Candidate, dense: Candidate) -> float:
     return sum(name != dense.precision[layer] for layer, name in layers) / max(len(candidate.precision), 1)
 
 
+def exit_names(candidate: Candidate) -> list[str]:
+    """Returns the exits of the network, whether they take part or not: what has a threshold and is no other gate."""
+    return [name for name in candidate.thresholds if name != FRAMES and not name.startswith(SKIP)]
+
+
 def left(version: Version) -> list[float]:
     """Returns the share of the inputs that leaves at each exit of the network, 0 where a version lacks it."""
     shares = version.measured["accuracy"].notes
     active = version.evaluation.candidate.active_exits
     by_name = {name: shares.get(f"exit{place}", 0.0) for place, name in enumerate(active, 1)}
-    return [by_name.get(name, 0.0) for name in version.evaluation.candidate.thresholds]
+    return [by_name.get(name, 0.0) for name in exit_names(version.evaluation.candidate)]

@@ -50,13 +50,16 @@ def half_width(latency: Measurement) -> float:
 def _accuracy_difference(first: Measurement, second: Measurement) -> Difference:
     """Returns the difference of two shares, as if they had been seen on different images.
 
-    On the same images it is known better than that, so what counts as a difference here is one.
+    On the same images it is known better than that, so what counts as a difference here is one. Frames of a clip are
+    right or wrong together, which only the standard errors know, so chance is at least what they tell.
 
     Source: Newcombe, Interval estimation for the difference between independent proportions, 1998, method 10.
     """
     a, b = second.value, first.value
     (low_a, high_a), (low_b, high_b) = wilson(a, second.n), wilson(b, first.n)
     change = a - b
-    below, above = math.hypot(a - low_a, high_b - b), math.hypot(high_a - a, b - low_b)
+    least = 1.96 * math.hypot(first.spread, second.spread)
+    below = max(math.hypot(a - low_a, high_b - b), least)
+    above = max(math.hypot(high_a - a, b - low_b), least)
     noise = below if change > 0 else above
     return Difference(change, noise, change - below <= 0 <= change + above)

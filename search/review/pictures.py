@@ -10,7 +10,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
-from search.review.layers import HeatMap, heat_map, left, parallel_axes
+from search.review.layers import HeatMap, exit_names, heat_map, left, parallel_axes
 from search.review.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.review.palette import BLACK, GREY, LIMIT, MARKS, NOTABLE_SHAPES, PRECISIONS, SEQUENTIAL, SERIES
 from search.review.scene import accuracy_view, caption, flops_share, limit_lines, place, stairs
@@ -185,7 +185,7 @@ def growth_picture(overview: Overview) -> Figure | None:
 
 def exits_picture(overview: Overview) -> Figure | None:
     """Returns the share of the inputs that each exit answers, along the front; None without exits."""
-    exits = list(overview.dense.evaluation.candidate.thresholds)
+    exits = exit_names(overview.dense.evaluation.candidate)
     if not exits or not overview.front:
         return None
     versions = overview.by_latency

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spaces.criteria import Evidence, Scores
 from spaces.groups import ChannelGroup, Member
+from spaces.network import ExitNetwork
 
 _TINY = float(np.finfo(np.float64).tiny)
 
@@ -66,8 +67,9 @@ def loss_gradients(network: nn.Module, evidence: Evidence, batch: int) -> Iterat
     Every exit counts as much as the network's end. Batch norm uses its running statistics, as in the artifact.
     """
     names, parameters = zip(*network.named_parameters(), strict=True)
+    answers = network.answers if isinstance(network, ExitNetwork) else network
     with torch.enable_grad():
         for images, labels in zip(evidence.images.split(batch), evidence.labels.split(batch), strict=True):
-            losses = [F.cross_entropy(logits, labels) for logits in network(images)]
+            losses = [F.cross_entropy(logits, labels) for logits in answers(images)]
             found = torch.autograd.grad(torch.stack(losses).mean(), parameters, allow_unused=True)
             yield {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}

@@ -2,14 +2,15 @@
 
 python -m studies.benchmarks.exits --weights resnet20.pt --data imagefolder:PATH [--out FOLDER]
 
-For each precision two bundles are written, with exits and without, whose thresholds were solved for a share of the
-latency on one half of the validation images. Both then answer all test images, in turn, through their own `run.py`.
-The table is Markdown.
+The exits are those of studies/cifar10. For each precision two bundles are written, with exits and without, whose
+thresholds were solved for a share of the latency on one half of the validation images. Both then answer all test
+images, in turn, through their own `run.py`. The table is Markdown.
 """
 
 import argparse
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,6 @@ from search.study import Study
 from search.workbench import Workbench
 from spaces.candidate import OPEN_EXIT, Candidate
 
-_AFTER = ("layer1", "layer2.0", "layer2.1", "layer2")
 _CHUNK = 50
 """So many images are answered by one bundle before the other has its turn."""
 
@@ -58,29 +58,24 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/exits"))
-    parser.add_argument("--after", nargs="+", default=_AFTER)
-    parser.add_argument("--head", default="conv")
-    parser.add_argument("--training", default="joint")
-    parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--shares", nargs="+", default=["60%", "70%"], help="of the full latency")
+    parser.add_argument("--confidences", nargs="+", default=["softmax"], help="softmax, margin, entropy")
+    parser.add_argument("--shares", nargs="+", default=["60%", "70%", "80%"], help="of the full latency")
     arguments = parser.parse_args()
-    exits = {
-        "after": arguments.after,
-        "head": arguments.head,
-        "training": arguments.training,
-        "weights": [0.3] * len(arguments.after) + [1.0] if arguments.training == "joint" else [],
-        "joint": {"epochs": arguments.epochs},
-        "epochs": 3 if arguments.training == "joint" else 25,  # of the heads alone, before
-    }
-    for share in arguments.shares:
-        study = _study(arguments.weights, arguments.data, exits, share)
-        _measure(Workbench(study, _say), arguments.out / share.rstrip("%"))
+    study = Request("cifar10", weights=arguments.weights, data=arguments.data).to_study()
+    print(f"The network as it came: {_accuracy_as_it_came(study):.2%} on the test images.")
+    for confidence, share in product(arguments.confidences, arguments.shares):
+        exits = study.exits.model_copy(update={"confidence": confidence})
+        asked = study.model_copy(update={"exits": exits, "budget": (f"latency<{share}",)})
+        _measure(Workbench(asked, _say), arguments.out / f"{confidence}-{share.rstrip('%')}")
 
 
-def _study(weights: str, data: str, exits: dict[str, object], share: str) -> Study:
-    study = Request("cifar10", weights=weights, data=data).to_study()
-    made = type(study.exits).model_validate(study.exits.model_dump() | exits)
-    return study.model_copy(update={"exits": made, "budget": (f"latency<{share}",)})
+def _accuracy_as_it_came(study: Study) -> float:
+    """Returns the accuracy on the test images before network and exits learned together, fp32."""
+    bench = Workbench(
+        study.model_copy(update={"exits": study.exits.model_copy(update={"after": (), "weights": ()})}), _say
+    )
+    answers = bench.subject(bench.space.dense()).answers_to(bench.data.test)
+    return accuracy_of(answers, bench.target, "test").value
 
 
 def _say(step: str, done: int, total: int) -> None:
@@ -152,8 +147,8 @@ def _print(
 ) -> None:
     full, gated = ran
     subject = bench.subject(version.candidate)
-    paths, dense = latency.paths(subject), whole.measurements["latency"].value
-    shares = [float((gated.exits == place).mean()) for place in range(len(paths))]
+    shares = [float((gated.exits == place).mean()) for place in range(len(version.candidate.active_exits) + 1)]
+    paths, dense = latency.paths(subject, shares=shares), whole.measurements["latency"].value
     formula = sum(share * path for share, path in zip(shares, paths, strict=True)) / dense
     measured = gated.seconds / full.seconds
     print(f"| {precision}: exit | right, alone | right, of those that leave | leave | path, of the full latency |")

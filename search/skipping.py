@@ -1,0 +1,132 @@
+"""Training a network once more, with gates around some of its blocks."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from evaluators.data import LabelledImages
+from search.progress import Progress
+from search.recovery.distillation import distillation_loss
+from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.study import SkipsSection
+from spaces.network import ExitNetwork
+from spaces.skips import gate
+from spaces.skips.blocks import Blocks, check_blocks, find_blocks
+
+_TEMPERATURE = 2.0
+"""Softens the teacher's answers and the learner's."""
+
+
+def skip_blocks(trunk: nn.Module, skips: SkipsSection, image: Tensor) -> Blocks:
+    """Returns the blocks that the study wants gates around.
+
+    Args:
+        trunk: in evaluation mode.
+        skips: all of them, or their paths.
+        image: one input, `(1, c, h, w)`.
+
+    Raises:
+        StructureError: one of them cannot be skipped.
+    """
+    if not skips.blocks:
+        return Blocks(())
+    return find_blocks(trunk, image) if skips.blocks == "all" else check_blocks(trunk, image, skips.blocks)
+
+
+def with_gates(trunk: nn.Module, blocks: Blocks, skips: SkipsSection, image: Tensor) -> ExitNetwork:
+    """Returns the trunk with an untrained gate around each of the blocks, and no exits."""
+    torch.manual_seed(skips.seed)
+    bare = ExitNetwork(trunk, (), (), {block: nn.Identity() for block in blocks.gated}).eval()
+    with torch.no_grad():
+        _, seen, _ = bare.observe(image)
+    gates = {block: gate(skips.gate, source.shape[1]) for block, (source, _) in zip(blocks.gated, seen, strict=True)}
+    return ExitNetwork(trunk, (), (), gates).eval()
+
+
+def train_gates_once(
+    network: ExitNetwork,
+    data: LabelledImages,
+    skips: SkipsSection,
+    augment: Augment | None,
+    file: Path,
+    progress: Progress,
+) -> None:
+    """Trains a network with its gates in place, or loads what an earlier call came to.
+
+    Raises:
+        DivergedError: the loss is not finite for the second time.
+    """
+    if not load_weights(network, file):
+        batches = TrainingBatches(data, skips.batch, skips.seed, augment)
+        train_gates(
+            network,
+            batches,
+            skips,
+            file.with_suffix(".partial.pt"),
+            lambda done, total: progress("Training the network with its gates, once", done, total),
+        )
+        save(network.state_dict(), file)
+
+
+def train_gates(
+    network: ExitNetwork,
+    batches: TrainingBatches,
+    skips: SkipsSection,
+    checkpoint: Path | None = None,
+    report: Report = lambda _done, _total: None,
+) -> Fitted:
+    """Trains a network with its gates in place: on labels, on what it answered before, and towards the wanted rate.
+
+    Source: Veit & Belongie, Convolutional Networks with Adaptive Inference Graphs, 2018. Their published evaluation
+    still samples the gates; here they are deterministic from the end of the training on.
+
+    Raises:
+        DivergedError: the loss is not finite for the second time.
+    """
+    teacher = copy.deepcopy(network.trunk).eval() if skips.distillation > 0 else None
+
+    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+        gates = SampledGates(skips.temperature, generator)
+        with fast_arithmetic():
+            with torch.no_grad():
+                answers = teacher(images).float() if teacher else torch.empty(0)
+            _, logits = network.run_trunk(images, gates)
+        loss = distillation_loss(logits.float(), answers, labels, skips.distillation, _TEMPERATURE)
+        loss = loss + skips.weight * rate_loss(gates.taken, skips.rate)
+        loss.backward()
+        return float(loss.detach())
+
+    return fit(network, step, batches, skips, checkpoint, report)
+
+
+class SampledGates:
+    """Gates as they are trained: open or closed at random, as likely as they say, with the gradient of a soft one.
+
+    The difference of two Gumbel variables is logistic, so one noise is enough for the two ways.
+    Source: Jang et al., Categorical Reparameterization with Gumbel-Softmax, 2017 (straight-through).
+
+    Args:
+        temperature: of the soft gate.
+        generator: of the noise.
+    """
+
+    def __init__(self, temperature: float, generator: torch.Generator) -> None:
+        self.taken: list[Tensor] = []
+        self._temperature = temperature
+        self._generator = generator
+
+    def __call__(self, block: str, logits: Tensor) -> Tensor:  # noqa: ARG002
+        """Returns 1 where the block is run and 0 where it is skipped, `(n, 1)`."""
+        chance = torch.rand(logits.shape, generator=self._generator).clamp(1e-6, 1 - 1e-6)
+        noisy = logits.float() + torch.logit(chance)
+        soft = torch.sigmoid(noisy / self._temperature)
+        runs = (noisy >= 0).float() + (soft - soft.detach())  # forwards exactly 0 or 1
+        self.taken.append(runs)
+        return runs
+
+
+def rate_loss(taken: list[Tensor], rate: float) -> Tensor:
+    """Returns the mean over gates of the squared distance of each one's share of open images from the wanted rate."""
+    return torch.stack([(rate - runs.mean()) ** 2 for runs in taken]).mean()
