@@ -41,10 +41,8 @@ def answers(bundle: Path, images) -> list[dict]:
     description = json.loads((bundle / "bundle.json").read_text())
     logits, routes, _ = run_bundle.answer(run_bundle.load(bundle), images, description["target"]["batch"])
     names = [*description["exits"], "end"]
-    return [
-        {"class": int(label), "exit": names[index]}
-        for label, index in zip(logits.argmax(axis=1), run_bundle.exits_of(routes), strict=True)
-    ]
+    exits = [names[index] for index in run_bundle.exits_of(routes)]
+    return [{"class": int(label), "exit": name} for label, name in zip(logits.argmax(axis=1), exits, strict=True)]
 
 
 def test_every_pick_is_a_version_and_the_alias_is_at_the_last(picked) -> None:
