@@ -82,7 +82,7 @@ def accuracy_view(overview: Overview) -> tuple[float, float] | None:
         return None
     top = float(max(values.max(), place(overview.dense)[1]))
     bulk = float(np.quantile(values, 0.1))
-    lowest = bulk - 0.5 * max(top - bulk, 0.5)
+    lowest = bulk - max(top - bulk, 1.0)
     if values.min() >= lowest:
         return None
     bottom = float(values[values >= lowest].min())
