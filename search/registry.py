@@ -91,7 +91,7 @@ def _active(tracking: Tracking) -> Iterator[None]:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
-        mlflow.set_tracking_uri(None)
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # which is how MLflow forgets it
         if before is not None:
             os.environ[VARIABLE] = before
 
