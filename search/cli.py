@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from search.budget import Budget
+from search.output import Output
 from search.request import Request
 from spaces.errors import UserError
 
@@ -36,6 +37,15 @@ Prefer = Annotated[str, typer.Option("--prefer", help="accuracy, latency, flops,
 Target = Annotated[
     str | None, typer.Option("--target", help="A runtime, or ssh://[user@]host[:port] for a board; see: doctor.")
 ]
+
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", metavar="URI", help="MLflow's server; else $MLFLOW_TRACKING_URI, else a database in --runs."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the result and warnings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON; all else goes to standard error.")]
 
 RUNS = Path("runs")
 GATES: Mapping[str, Literal["solved", "searched"]] = {"inner": "solved", "outer": "searched"}
@@ -122,8 +132,11 @@ def search(
     gates: Annotated[
         str | None, typer.Option(help="inner: thresholds are solved for each version; outer: they are searched.")
     ] = None,
+    tracking_uri: TrackingUri = None,
     name: Search = None,
     runs: Runs = RUNS,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> int:
     """Finds the versions of a trained network that are worth deploying within a budget.
 
@@ -139,7 +152,8 @@ def search(
     request.to_study()  # a mistake in it answers before anything heavy is loaded
     from search.commands import run_search
 
-    return run_search(request, trials, timeout, sampler, seed, name, runs, download)
+    output = Output(quiet, as_json)
+    return run_search(request, trials, timeout, sampler, seed, name, runs, download, tracking_uri, output)
 
 
 @app.command()
@@ -167,7 +181,7 @@ def front(
     limits = _limits(budget)
     if as_json and as_csv:
         raise UserError("the front is written in one form, got --json and --csv; leave one out")
-    from search.commands import show_front
+    from search.front_command import show_front
 
     return show_front(limits, name, runs, "json" if as_json else "csv" if as_csv else "table")
 
@@ -180,14 +194,62 @@ def pick(
     finetune: Annotated[
         str | None, typer.Option(metavar="LENGTH", help="Train the pick on: 10epochs, 500steps or 20min.")
     ] = None,
+    tracking_uri: TrackingUri = None,
     name: Search = None,
     runs: Runs = RUNS,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> int:
-    """Takes a version of the front, measures it afresh and writes it as a bundle."""
+    """Takes a version of the front, measures it afresh, writes it as a bundle and registers it as a model."""
     limits = _limits(budget)
-    from search.commands import run_pick
+    from search.pick_command import run_pick
 
-    return run_pick(limits, prefer, out, name, runs, finetune)
+    return run_pick(limits, prefer, out, name, runs, finetune, tracking_uri, Output(quiet, as_json))
+
+
+@app.command()
+def report(
+    budget: Budgets = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .html or .md file; else both, in the search's folder.")
+    ] = None,
+    name: Search = None,
+    runs: Runs = RUNS,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """Writes a search as one page: question, front, the versions most worth deploying, caveats."""
+    limits = _limits(budget)
+    from search.review_commands import run_report
+
+    return run_report(limits, name, runs, out, Output(quiet, as_json))
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="SEARCH, SEARCH:TRIAL, SEARCH:dense, or a latest TRIAL.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    runs: Runs = RUNS,
+    as_json: AsJson = False,
+) -> int:
+    """Shows two versions or two searches side by side, layer by layer, and which differences may be noise."""
+    from search.review_commands import run_compare
+
+    return run_compare(first, second, runs, Output(as_json=as_json))
+
+
+@app.command()
+def sync(
+    tracking_uri: TrackingUri = None,
+    name: Search = None,
+    runs: Runs = RUNS,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """Completes what MLflow shows of a search from its journal; nothing is written twice."""
+    from search.review_commands import run_sync
+
+    return run_sync(name, runs, tracking_uri, Output(quiet, as_json))
 
 
 @app.command()
@@ -199,7 +261,8 @@ def profile(
     download: Download = False,
     name: Annotated[str | None, typer.Option("--search", metavar="NAME", help="The study of this search.")] = None,
     runs: Runs = RUNS,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> int:
     """Shows how much each group of channels matters, as a heat map here and as a PNG."""
     anything = Budget.parse(["latency<100%"])  # a profile depends on no budget
@@ -208,7 +271,7 @@ def profile(
         raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
     from search.commands import run_profile
 
-    return run_profile(request, name, runs, as_json, download)
+    return run_profile(request, name, runs, download, Output(quiet, as_json))
 
 
 @app.command()
@@ -234,7 +297,8 @@ def diagnose(
     images: Annotated[int, typer.Option(min=2, help="So many validation images at most.")] = 64,
     name: Annotated[str | None, typer.Option("--search", metavar="NAME", help="The study of this search.")] = None,
     runs: Runs = RUNS,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> int:
     """Finds the layer where a version of a network goes wrong in a lower precision, and says why.
 
@@ -255,11 +319,12 @@ def diagnose(
         request = replace(request, study=wanted.own_study)
     from search.diagnose_command import run_diagnose
 
-    return run_diagnose(request, wanted, name, runs, as_json, download)
+    return run_diagnose(request, wanted, name, runs, download, Output(quiet, as_json))
 
 
 @app.command()
 def ui(
+    tracking_uri: TrackingUri = None,
     name: Search = None,
     runs: Runs = RUNS,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the UI listens, on this machine only.")] = 5000,
@@ -267,7 +332,7 @@ def ui(
     """Opens MLflow's UI on what was logged."""
     from search.ui import serve
 
-    return serve(name, runs, port)
+    return serve(name, runs, port, tracking_uri)
 
 
 @app.command()
@@ -283,11 +348,9 @@ def measure(
 
 
 @app.command()
-def doctor(target: Target = None) -> int:
+def doctor(target: Target = None, as_json: AsJson = False) -> int:
     """Tells which targets exist on this machine, what each can do, and why one is missing."""
-    from rich.console import Console
-
     from search.doctor import examine
 
-    examine(Console(), target)
+    examine(target, Output(as_json=as_json))
     return 0

@@ -1,10 +1,7 @@
 """What each command does, once its arguments are read."""
 
-import csv
-import json
 import shlex
 import signal
-import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,38 +10,26 @@ from typing import TYPE_CHECKING
 import optuna
 from rich.console import Console
 
-from search.budget import Budget
 from search.display import Display, SearchView
-from search.front import PREFERENCES, Version, choose, feasible, nearest_miss, pareto
+from search.front import Version
+from search.front_command import NO_VERSION, front_json, print_front
+from search.output import SPOKEN, Output, write_json, write_lines
 from search.request import Request
+from search.review.overview import Overview, write_profile
 from search.sampler import check_sampler
-from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
-from search.study import Study, finetuning
-from search.text import (
-    ZEROS,
-    broken_limits,
-    examined_layers,
-    front_row,
-    front_table,
-    headings,
-    milliseconds,
-    percent,
-    points,
-    size,
-)
+from search.store import Baseline, SearchFolder, StoredSearch, StoreError, keep_sampler
+from search.study import Study
+from search.text import examined_layers, milliseconds, percent
+from search.tracking import Tracking, quiet, remember, remembered
 from spaces.errors import UserError
 
 if TYPE_CHECKING:
     from search.coordinator import Outcome
-    from search.deploy import Confirmed
-    from search.profile import Profile
+    from search.sensitivity import Profile
     from search.workbench import Workbench
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
 
-NO_VERSION = 1
 NEAR_CHANCE = 1.5
 """A network whose accuracy is below so many times that of a guess is probably not trained."""
 _AS_SEARCHED = "# As it was searched: every key, and paths that hold from any folder.\n"
@@ -59,25 +44,49 @@ def run_search(
     name: str | None,
     runs: Path,
     download: bool,
+    tracking_uri: str | None = None,
+    output: Output = SPOKEN,
 ) -> int:
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
     study = request.to_study()
     check_sampler(sampler)
     folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler}-{seed}"))
     _check_same_question(folder, study)
+    _check_reachable(tracking_uri, runs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = Console()
-    with Display(console) as display:
-        code = _search(folder, study, trials or study.search.trials, timeout_s, sampler, seed, download, display)
-    search = StoredSearch.read(folder)
-    found = _print_front(search, search.budget, console)
-    if found:
+    console = output.console()
+    with Display(console, output.quiet) as display:
+        many = trials or study.search.trials
+        code = _search(folder, study, many, timeout_s, sampler, seed, download, display, tracking_uri)
+    overview = Overview.of(StoredSearch.read(folder))
+    if output.as_json:
+        write_json(front_json(overview))
+        return code or (0 if overview.front else NO_VERSION)
+    print_front(overview, console)
+    if overview.front and not output.quiet:
         here = [] if runs == Path("runs") else ["--runs", str(runs)]
-        console.print("Go on with:", highlight=False)
-        for command in (["ui"], ["pick", "--budget", str(search.budget), "--out", "deploy/"]):
-            line = shlex.join(["python", "-m", "search", *command, "--search", folder.name, *here])
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
-    return code or (0 if found else NO_VERSION)
+        asked = ["--budget", str(overview.budget)]
+        lines = [["ui"], ["report"], ["pick", *asked, "--out", "deploy/"]]
+        said = [shlex.join(["python", "-m", "search", *line, "--search", folder.name, *here]) for line in lines]
+        write_lines(console, ["Go on with:", *(f"  {line}" for line in said)])
+    return code or (0 if overview.front else NO_VERSION)
+
+
+def _check_reachable(tracking_uri: str | None, runs: Path) -> None:
+    """Checks that an MLflow server that was named answers, before anything is trained."""
+    if tracking_uri is None:
+        return
+    from search.mirror import reason
+
+    place = Tracking.of(runs, tracking_uri)
+    try:
+        with quiet():
+            place.client().search_experiments(max_results=1)
+    except Exception as error:  # MLflow has no common class for what may be wrong with an address
+        raise UserError(
+            f"--tracking-uri is where MLflow answers, got {place.shown} ({reason(error)}); start its server, or leave"
+            " the option out and run sync later"
+        ) from error
 
 
 def _check_same_question(folder: SearchFolder, study: Study) -> None:
@@ -92,7 +101,12 @@ def _check_same_question(folder: SearchFolder, study: Study) -> None:
         )
 
 
-def _check_same_network(folder: SearchFolder, then: str | None, now: str) -> None:
+def check_same_network(folder: SearchFolder, then: str | None, now: str) -> None:
+    """Checks that a search goes on with the network and the images that it began with.
+
+    Raises:
+        StoreError: others lie there now.
+    """
     if then not in (None, now):
         raise StoreError(
             f"a search goes on with the network and the images that it began with, got others for {folder.path};"
@@ -109,6 +123,7 @@ def _search(
     seed: int,
     download: bool,
     display: Display,
+    tracking_uri: str | None,
 ) -> int:
     from evaluators.target import runtime
 
@@ -116,14 +131,15 @@ def _search(
     with folder.lock():
         from search.coordinator import Coordinator, is_counted, measure_baseline, put_right_running
         from search.greedy import greedy_seeds
-        from search.tracking import Mirror
+        from search.mirror import Follower
+        from search.profile import Profiler
         from search.workbench import Workbench
 
         display.say(f"Searching study {study.name} within {study.limits} on {study.target.runtime}.")
         bench = Workbench(study, display.step, library, display.say, download)
         display.say(f"{bench.exit_places} {bench.groups}")
         stored = folder.create()
-        _check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
+        check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
         display.say(f"Recovery of pruned versions: {bench.recovery.effort}.")
         for remark in bench.remarks:
@@ -138,10 +154,13 @@ def _search(
             stored.set_user_attr("fingerprint", bench.fingerprint)
             stored.set_user_attr("structure", bench.structure())
             stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
+        keep_sampler(stored, sampler)
+        tracking = Tracking.of(folder.path.parent, tracking_uri, remembered(stored))
+        remember(stored, tracking, folder.path.parent)
         search = StoredSearch.read(folder)
         _say_baseline(search.baseline, bench.data.classes, display)
-        mirror = Mirror(folder.path.parent, search)
-        mirror.catch_up(search.trials)
+        mirror = Follower(tracking, search, display.warn)
+        mirror.begin()
         done = sum(is_counted(trial) for trial in search.trials)
         if done:
             display.say(f"Going on with search {folder.name}: {done} trials are there")
@@ -152,6 +171,8 @@ def _search(
         outcome = coordinator.run(trials, timeout_s)
         if outcome.code == 0:
             outcome = _recover(bench, stored, search.baseline, outcome, display)
+        if profiled := Profiler(bench).known:
+            write_profile(folder.path, profiled)
         mirror.finish(StoredSearch.read(folder))
     display.say(f"Ended: {outcome.reason}.")
     for remark in library.remarks():
@@ -181,7 +202,7 @@ def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
         f" accuracy {percent(measured['accuracy'].value)}."
     )
     if measured["accuracy"].value < NEAR_CHANCE / classes:
-        display.say(
+        display.warn(
             f"CAREFUL: that is hardly better than guessing among {classes} classes. Is the network trained? Give"
             " --weights, or train it with a section [training] in a study file. Is its input as it was trained with?"
         )
@@ -189,101 +210,15 @@ def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
         display.say(examined_layers(baseline.examined))
     half_width = measured["latency"].notes["half_width"]
     if half_width > 0.1:
-        display.say(f"Careful: its latency is known to within {half_width:.0%} only; fewer threads are timed better.")
+        display.warn(f"Careful: its latency is known to within {half_width:.0%} only; fewer threads are timed better.")
     if abs(baseline.same_twice - 1) > 0.05:
-        display.say(
+        display.warn(
             f"Careful: this machine is noisy. The same network timed against itself differed by"
             f" {abs(baseline.same_twice - 1):.0%}; latencies are no better than that."
         )
 
 
-def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -> int:
-    """Shows a search's front as a table, JSON or CSV; returns the exit code."""
-    search = StoredSearch.read(find_search(runs, name))
-    limits = budget or search.budget
-    dense = Version(-1, search.baseline.evaluation)
-    front = pareto(feasible(search.versions, limits, dense.measured))
-    if form == "json":
-        entries = [{"trial": version.number, **version.evaluation.to_dict()} for version in front]
-        found = {"search": search.folder.name, "budget": str(limits), "front": entries}
-        sys.stdout.write(json.dumps(found | {"dense": dense.evaluation.to_dict()}, indent=2) + "\n")
-    elif form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(headings(dense))
-        writer.writerows(front_row(version, dense) for version in [*front, dense])
-    else:
-        _print_front(search, limits, Console())
-    return 0 if front else NO_VERSION
-
-
-def _print_front(search: StoredSearch, budget: Budget, console: Console) -> bool:
-    """Writes the front, or the nearest miss; returns whether there is a front."""
-    dense = Version(-1, search.baseline.evaluation)
-    front = pareto(feasible(search.versions, budget, dense.measured))
-    if front:
-        title = f"{search.folder.name}: {len(front)} versions within {budget}, none beaten by another"
-        console.print(front_table(front, dense, title, console.width))
-        if any(pattern.endswith("%") for pattern in search.study.space.patterns):
-            console.print(ZEROS, highlight=False, soft_wrap=True)
-        if str(budget) != str(search.budget):
-            _say_unmeasured(search, console)
-        return True
-    console.print(f"No version keeps {budget}.", highlight=False, soft_wrap=True)
-    miss = nearest_miss(search.versions, budget, dense.measured)
-    if miss:
-        text = f"The nearest, trial {miss[0].number}: {broken_limits(miss[0], budget, dense.measured)}."
-        console.print(text, highlight=False, soft_wrap=True)
-    _say_unmeasured(search, console)
-    return False
-
-
-def _say_unmeasured(search: StoredSearch, console: Console) -> None:
-    unknown = [version for version in search.versions if not version.is_complete]
-    if unknown:
-        console.print(f"{len(unknown)} versions broke {search.budget} and were not measured further.", highlight=False)
-
-
-def run_pick(
-    budget: Budget | None, prefer: str, out: Path, name: str | None, runs: Path, finetune: str | None = None
-) -> int:
-    """Picks, confirms and writes a version; returns the exit code."""
-    if prefer not in PREFERENCES:
-        raise UserError(f"a preference is one of {', '.join(PREFERENCES)}, got {prefer!r}")
-    search = StoredSearch.read(find_search(runs, name))
-    more = finetuning(finetune, search.study.recovery.final) if finetune else None
-    limits = budget or search.budget
-    console = Console()
-    dense = Version(-1, search.baseline.evaluation)
-    front = pareto(feasible(search.versions, limits, dense.measured))
-    if not front:
-        _print_front(search, limits, console)
-        return NO_VERSION
-    from search.deploy import check_out, confirm, count_pick, recover_more, write_bundle
-    from search.workbench import Workbench
-
-    check_out(out)
-    with Display(console) as display:
-        bench = Workbench(search.study, display.step)
-        _check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), bench.fingerprint)
-        ranked = choose(front, prefer)
-        if more is not None:
-            ranked = [recover_more(bench, search, ranked[0], more)]
-        display.say("Measuring the picked version afresh, in a new process...")
-        confirmed = confirm(bench, search, ranked, limits, display.say)
-        if confirmed is None:
-            display.say("No version tried kept the budget when measured again; search longer, or allow more.")
-            return NO_VERSION
-        used = count_pick(search, confirmed)
-        write_bundle(out, bench, search, limits, confirmed)
-    for line in [
-        *_confirmation(confirmed, dense, prefer, limits, used),
-        f"Wrote {out}/. Check it anywhere: {_check(out)}",
-    ]:
-        console.print(line, highlight=False, soft_wrap=True)
-    return 0
-
-
-def run_profile(request: Request, name: str | None, runs: Path, as_json: bool, download: bool) -> int:
+def run_profile(request: Request, name: str | None, runs: Path, download: bool, output: Output = SPOKEN) -> int:
     """Shows the sensitivity profile of a study's network, or a search's, and writes its picture."""
     folder = SearchFolder(runs / name) if name else None
     study = StoredSearch.read(folder).study if folder else request.to_study()
@@ -292,8 +227,8 @@ def run_profile(request: Request, name: str | None, runs: Path, as_json: bool, d
     from search.profile import Profiler
     from search.workbench import Workbench
 
-    console = Console(stderr=as_json)
-    with Display(console) as display:
+    console = output.console()
+    with Display(console, output.quiet) as display:
         bench = Workbench(study, display.step, say=display.say, download=download)
         profiler = Profiler(bench)
         if not profiler.groups:
@@ -301,11 +236,13 @@ def run_profile(request: Request, name: str | None, runs: Path, as_json: bool, d
         found = profiler.run(display.step)
     picture = folder.path / "profile.png" if folder else runs / f"profile-{study.name}.png"
     _write_picture(found, f"{study.name}: one group at a time, after recovery {found.effort!r}", picture)
+    if folder:
+        write_profile(folder.path, found)
     greedy = greedy_versions(bench, found)
-    if as_json:
+    if output.as_json:
         proposals = [{"flops": share, "channels": kept} for share, kept in greedy]
         content = {"study": study.name, "picture": str(picture), **found.to_dict(), "greedy": proposals}
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        write_json(content)
         return 0
     for table in heat_maps(found):
         console.print(table)
@@ -315,17 +252,16 @@ def run_profile(request: Request, name: str | None, runs: Path, as_json: bool, d
     for share, kept in greedy:
         narrow = [f"{name} {kept[name]}" for name, points in found.groups.items() if kept[name] < points[0].channels]
         lines.append(f"{share:.0%} of the FLOPs at the least divergence: {', '.join(narrow)}")
-    for line in [*lines, f"Wrote {picture}"]:
-        console.print(line, highlight=False, soft_wrap=True)
+    write_lines(console, [*lines, f"Wrote {picture}"])
     return 0
 
 
 def _write_picture(found: "Profile", title: str, picture: Path) -> None:
-    from search.plots import save_profile_png
+    from search.review.pictures import DPI, profile_picture
 
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        save_profile_png(found.groups, title, picture)
+        profile_picture(found.groups, title).savefig(picture, dpi=DPI)
     except OSError as error:
         raise UserError(f"a picture goes into a writable folder, got {picture}: {error.strerror}") from error
 
@@ -337,7 +273,7 @@ def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:
     found = measure_bundle(bundle, target)
     same = found.correct == found.expected
     if as_json:
-        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+        write_json(asdict(found))
         return 0 if same else NO_VERSION
     tails = ", ".join(f"{name} {milliseconds(value)}" for name, value in found.percentiles.items())
     share = percent(found.correct / found.images)
@@ -348,36 +284,5 @@ def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:
         *(f"  launch    {milliseconds(seconds)} per batch {way}" for way, seconds in found.launches.items()),
         *(f"  {remark}" for remark in found.remarks),
     ]
-    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
+    write_lines(Console(), lines)
     return 0 if same else NO_VERSION
-
-
-def _check(out: Path) -> str:
-    return f"python {shlex.quote(str(out / 'run.py'))}  (needs onnxruntime and numpy)"
-
-
-def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: Budget, used: int) -> list[str]:
-    """Returns how a picked version's fresh figures compare with those of the search."""
-    searched, latency, test = confirmed.version.measured, confirmed.latency, confirmed.test
-    change = latency.value / searched["latency"].value - 1
-    lost = points(test.value - confirmed.dense_test.value)
-    lines = [
-        f"Picked trial {confirmed.version.number} by {prefer}, within {limits}:",
-        f"  latency   {milliseconds(latency.value)} measured again, {change:+.1%} against the search's"
-        f" {milliseconds(searched['latency'].value)}; dense {milliseconds(dense.measured['latency'].value)}",
-        f"  accuracy  {percent(test.value)} ± {test.spread * 100:.2f} points on {test.n} test images (validation:"
-        f" {percent(searched['accuracy'].value)}); dense {percent(confirmed.dense_test.value)}, so {lost} points",
-        f"  recovery  {confirmed.version.evaluation.effort}",
-        f"  size      {size(searched['size'].value)}; dense {size(dense.measured['size'].value)}",
-    ]
-    if abs(confirmed.speed - 1) > 0.1:
-        lines.append(
-            f"  This machine now takes {confirmed.speed:.2f} times as long as when the search began; by the clock a"
-            f" batch takes {milliseconds(latency.notes['wall_median'])}."
-        )
-    lines += [f"  Careful: {remark}" for remark in latency.remarks]
-    if not confirmed.is_same_artifact:
-        lines.append("  The rebuilt files differ from those that the search measured: another version of a library?")
-    if used > 1:
-        lines.append(f"  {used} versions of this search have now seen the test images: the figure is less blind.")
-    return lines

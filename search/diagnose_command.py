@@ -13,6 +13,7 @@ from rich.table import Table
 from evaluators.case import LOW_DB, Finding, ratio
 from evaluators.diagnosis import Figures
 from search.display import Display
+from search.output import Output
 from search.request import Request
 from search.store import StoredSearch, find_search
 from search.study import Study
@@ -30,7 +31,7 @@ _CLEAN_DB = 60.0
 HEADINGS = ("layer", "input", "output", "cosine", "largest", "dead", "silent")
 
 
-def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path, as_json: bool, download: bool) -> int:
+def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path, download: bool, output: Output) -> int:
     """Compares a version with its float self and shows what was found; returns the exit code."""
     from search.diagnose import diagnose, evaluation_of
     from search.workbench import Workbench
@@ -38,11 +39,11 @@ def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path,
     search = StoredSearch.read(find_search(runs, name)) if name is not None or wanted.trial is not None else None
     evaluation = evaluation_of(wanted, search)
     study = _study(request, search)
-    console = Console(stderr=as_json)
-    with Display(console) as display:
+    console = output.console()
+    with Display(console, output.quiet) as display:
         bench = Workbench(study, display.step, say=display.say, download=download)
         found = diagnose(bench, wanted, evaluation, display.step)
-    if as_json:
+    if output.as_json:
         sys.stdout.write(found.to_json() + "\n")
     else:
         show(found, console)

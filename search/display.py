@@ -1,12 +1,11 @@
 """What the screen shows while a search runs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from search.budget import Budget
@@ -16,6 +15,9 @@ from search.text import milliseconds, percent
 
 _PLAIN_EVERY = 10
 """Without a terminal, a line after so many trials."""
+_PLAIN_EVERY_S = 60.0
+"""And of steps that have been seen before, at most one line in so many seconds."""
+_BAR = 40
 
 
 class Display:
@@ -25,50 +27,80 @@ class Display:
 
     Args:
         console: where to write.
+        quiet: whether nothing is written but warnings.
+        clock: tells seconds.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, auto_refresh=False
-        )
-        self._task = self._progress.add_task("", visible=False)
-        self._lines: list[Text] = []
-        self._live = Live(self._view(), console=console, auto_refresh=False, transient=True)
+        self._quiet, self._clock = quiet, clock
+        self._is_live = console.is_terminal and not console.is_dumb_terminal and not quiet
+        self._lines: list[str] = []
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._seen: set[str] = set()
+        self._said_at = clock()
 
     def __enter__(self) -> "Display":
-        if self.console.is_terminal:
+        if self._is_live:
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def _view(self) -> Group:
-        return Group(*self._lines, self._progress)
+    def warn(self, text: str) -> None:
+        """Writes a line that stays, however quiet."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def say(self, text: str) -> None:
         """Writes a line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        if not self._quiet:
+            self.warn(text)
 
     def step(self, step: str, done: int, total: int) -> None:
-        """Shows how far a long step is."""
-        if self.console.is_terminal:
+        """Shows how far a long step is.
+
+        Where lines stay, a step is announced and its end told once; one that comes again, as the training of each
+        version does, is mentioned now and then.
+        """
+        if self._is_live:
             self._show(step, done, total)
-        elif done in (0, total):
+        elif self._is_worth_a_line(step, done, total):
+            self._said_at = self._clock()
             self.say(f"{step}: {done}/{total}")
+
+    def _is_worth_a_line(self, step: str, done: int, total: int) -> bool:
+        begun, ended = f"{step} begun", f"{step} ended"
+        news = {0: begun, total: ended}.get(done)
+        if news is not None and news not in self._seen and ended not in self._seen:
+            self._seen.add(news)
+            return True
+        return self._clock() - self._said_at >= _PLAIN_EVERY_S
 
     def show(self, lines: Sequence[str], title: str, done: int, total: int) -> None:
         """Shows the search as it stands: some lines and a bar."""
-        if self.console.is_terminal:
-            self._lines = [Text(line) for line in lines]
+        if self._is_live:
+            self._lines = list(lines)
             self._show(title, done, total)
         elif done % _PLAIN_EVERY == 0 or done == total:
+            self._said_at = self._clock()
             self.say(f"{title} {done}/{total}: {'; '.join(lines)}")
 
     def _show(self, title: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=title, completed=done, total=total, visible=done < total)
-        self._live.update(self._view(), refresh=True)
+        lines = [*self._lines, *([bar(title, done, total, self.console.width)] if done < total else [])]
+        # A line that does not fit is cut: one that wrapped would throw the cursor off.
+        view = Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+        self._live.update(view, refresh=True)
+
+
+def bar(title: str, done: int, total: int, width: int) -> str:
+    """Returns a line that tells how far something is, with as long a bar as `width` characters leave room for."""
+    count = f"{done}/{total}"
+    room = min(width - len(title) - len(count) - 3, _BAR)
+    if room < 5:
+        return f"{title} {count}"
+    full = room * done // max(total, 1)
+    return f"{title} {'#' * full}{'.' * (room - full)} {count}"
 
 
 class SearchView:
@@ -103,7 +135,7 @@ class SearchView:
         if "evaluation" in trial.user_attrs:
             self._versions.append(Version(trial.number, Evaluation.from_dict(trial.user_attrs["evaluation"])))
         if trial.state == TrialState.FAIL and self._failed <= 3:
-            self._display.say(f"trial {trial.number} failed: {trial.user_attrs.get('reason', 'no reason given')}")
+            self._display.warn(f"trial {trial.number} failed: {trial.user_attrs.get('reason', 'no reason given')}")
         self._draw()
 
     def _draw(self) -> None:

@@ -1,43 +1,46 @@
 """Which targets exist on this machine, what each can do, and why one is missing."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from evaluators.target import RUNTIMES, TargetError, runtime
 from search.cache import cache_folder
 from search.environment import environment
+from search.output import Output, write_json, write_lines
 
 
-def examine(console: Console, target: str | None) -> None:
+def examine(target: str | None, output: Output) -> None:
     """Writes a table of targets, here or on a board, and what this machine is."""
+    found = {name: _told(name) for name in ([target] if target else RUNTIMES)}
+    if output.as_json:
+        content = {"targets": found, "environment": environment(""), "cache": str(cache_folder())}
+        write_json(content)
+        return
+    console = output.console()
     table = Table(title="targets", title_justify="left")
     for heading in ("target", "here", "device", "precisions", "channels in", "notes"):
         table.add_column(heading)
-    missing: dict[str, str] = {}
-    for name in [target] if target else RUNTIMES:
-        table.add_row(name, *_row(name, missing))
+    for name, told in found.items():
+        if "missing" in told:
+            table.add_row(name, "no", "", "", "", "see below")
+        else:
+            able = (told["device"], ", ".join(told["precisions"]), _steps(told["channel_steps"]))
+            table.add_row(name, "yes", *able, "; ".join(told["notes"]))
     console.print(table)
-    for name, reason in missing.items():  # below the table, where a command can be copied whole
-        console.print(f"{name} is not here: {reason}", highlight=False, soft_wrap=True)
-    for name, value in environment("").items():
-        if value:
-            console.print(f"{name}: {value}", highlight=False)
-    console.print(
-        f"trained networks, measured latencies and timing caches are kept in {cache_folder()}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    lines = [f"{name} is not here: {told['missing']}" for name, told in found.items() if "missing" in told]
+    lines += [f"{name}: {value}" for name, value in environment("").items() if value]
+    lines.append(f"trained networks, measured latencies and timing caches are kept in {cache_folder()}")
+    write_lines(console, lines)  # below the table, where a command can be copied whole
 
 
-def _row(name: str, missing: dict[str, str]) -> tuple[str, str, str, str, str]:
-    """Returns a target's row; where it is not here, `missing` gets the reason."""
+def _told(name: str) -> dict[str, Any]:
+    """Returns what a target can do, or under `missing` why it is not here."""
     try:
         found = runtime(name)
     except (TargetError, ImportError) as error:
-        missing[name] = str(error).removeprefix(f"target {name!r} is not available here: ")
-        return "no", "", "", "", "see below"
+        return {"missing": str(error).removeprefix(f"target {name!r} is not available here: ")}
     able = found.capabilities()
     notes = [found.version()]
     if able.sparse_2_4:
@@ -50,7 +53,12 @@ def _row(name: str, missing: dict[str, str]) -> tuple[str, str, str, str, str]:
         notes.append(f"weights in {kind} with space.storage in the study")
     if able.weight_bits < 8:
         notes.append(f"int8 weights in {able.weight_bits} bits, because this CPU has no VNNI")
-    return "yes", found.device(), ", ".join(able.precisions), _steps(able.channel_steps), "; ".join(notes)
+    return {
+        "device": found.device(),
+        "precisions": list(able.precisions),
+        "channel_steps": dict(able.channel_steps),
+        "notes": notes,
+    }
 
 
 def _steps(channel_steps: Mapping[str, int]) -> str:

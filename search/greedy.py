@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from evaluators.scaled_flops import ScaledFlops
-from search.profile import Point, Profile, Profiler
+from search.profile import Profiler
 from search.progress import Progress
+from search.sensitivity import Point, Profile
 from search.workbench import Workbench
 from spaces.candidate import NEVER_EXIT
 from spaces.space import Value

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from search.profile import EIGHTHS, Point, Profile
+from search.sensitivity import EIGHTHS, Point, Profile
 
 _COLORS = ("#ffffff", "#ffeda0", "#feb24c", "#fc4e2a", "#b10026")
 _LEAST, _MOST = 0.003, 1.0

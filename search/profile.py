@@ -5,10 +5,9 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from evaluators.scaled_flops import ScaledFlops
 from search.progress import Progress
 from search.recovery import Recovery
 from search.recovery.batchnorm import BatchNormRecovery
+from search.sensitivity import Point, Profile
 from search.workbench import Workbench
 from spaces.network import ExitNetwork
 from spaces.space import Integer
@@ -31,70 +31,6 @@ WIDTHS = 6
 """So many widths of a group are tried at most, the dense one not counted."""
 _BATCH = 64
 _STEP = "Profiling the groups, once"
-
-
-EIGHTHS = 8
-"""Tables and pictures have a column for each eighth of the channels."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One width of one group, all others being dense.
-
-    Args:
-        group: its name.
-        channels: that it keeps.
-        share: of its channels that it keeps.
-        loss: change of the cross-entropy against the dense network, in nats.
-        divergence: of the dense network's answers from this network's (KL), in nats.
-        flops: of the whole network, as a share of the dense one's.
-    """
-
-    group: str
-    channels: int
-    share: float
-    loss: float
-    divergence: float
-    flops: float
-
-    @property
-    def eighth(self) -> int:
-        """The share in eighths, to the nearest; 8 at full width only."""
-        return min(round(self.share * EIGHTHS), EIGHTHS - 1) if self.share < 1 else EIGHTHS
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The sensitivity of a network's groups.
-
-    Args:
-        effort: the recovery that came before every figure.
-        images: calibration images behind every figure.
-        floor: divergence, in nats, of the unpruned network after the same recovery: what is not pruning's doing.
-        points: for each group its widths, the dense one first.
-    """
-
-    effort: str
-    images: int
-    floor: float
-    points: tuple[Point, ...]
-
-    @property
-    def groups(self) -> dict[str, list[Point]]:
-        """The points of each group, widest first."""
-        found: dict[str, list[Point]] = {}
-        for point in self.points:
-            found.setdefault(point.group, []).append(point)
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready copy."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Returns the profile that `to_dict` described."""
-        return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})
 
 
 def widths(sparsity: SparsitySpace) -> dict[str, list[int]]:
@@ -132,6 +68,11 @@ class Profiler:
     @property
     def _missing(self) -> list[str]:
         return [name for name in self._tried if self._known is None or name not in self._known.groups]
+
+    @property
+    def known(self) -> Profile | None:
+        """The profile, where it has been measured as a whole; else None."""
+        return self._known if not self._missing else None
 
     def expected_seconds(self) -> float:
         """Returns how long `run` is going to take: one point is tried where any is missing."""

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,10 +23,13 @@ from search.front import Version
 from search.study import Study
 from spaces.errors import UserError
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
 DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "minimize"]
 """Accuracy, latency, FLOPs."""
 JOURNAL = "journal.log"
-_RECOVERED = "recovered."
+_RECOVERED, _SAMPLER = "recovered.", "sampler."
 
 
 class StoreError(UserError):
@@ -199,6 +203,10 @@ class StoredSearch:
     trials: tuple[FrozenTrial, ...]
     recovered: Mapping[int, Evaluation]
     """What versions came to that were recovered in full after the search, by their trial."""
+    members: Mapping[str, str] = field(default_factory=dict)
+    """The group of channels that each layer's output belongs to."""
+    samplers: Mapping[int, str] = field(default_factory=dict)
+    """The sampler from each of these trials on."""
 
     @property
     def budget(self) -> Budget:
@@ -223,7 +231,13 @@ class StoredSearch:
             raise StoreError(f"search {folder.name!r} was stopped before its first trial; run its command again")
         study = Study.stored(attributes["study"])
         baseline = Baseline.from_dict(attributes["baseline"])
-        return cls(folder, study, baseline, tuple(stored.trials), _recovered(stored))
+        members = attributes.get("structure", {}).get("members", {})
+        return cls(folder, study, baseline, tuple(stored.trials), _recovered(stored), members, _samplers(stored))
+
+    def sampler_of(self, number: int) -> str:
+        """Returns the name of the sampler that was at work at a trial; empty where nobody noted it."""
+        begun = [first for first in self.samplers if first <= number]
+        return self.samplers[max(begun)] if begun else ""
 
 
 def versions_of(
@@ -240,6 +254,18 @@ def versions_of(
 def versions_of_study(stored: optuna.Study) -> list[Version]:
     """Returns what the trials of a study measured, with what was recovered since."""
     return versions_of(stored.get_trials(deepcopy=False), _recovered(stored))
+
+
+def keep_sampler(stored: optuna.Study, name: str) -> None:
+    """Notes which sampler is at work from now on."""
+    samplers = _samplers(stored)
+    if not samplers or samplers[max(samplers)] != name:
+        stored.set_user_attr(f"{_SAMPLER}{len(stored.get_trials(deepcopy=False))}", name)
+
+
+def _samplers(stored: optuna.Study) -> dict[int, str]:
+    found = stored.user_attrs.items()
+    return {int(name.removeprefix(_SAMPLER)): value for name, value in found if name.startswith(_SAMPLER)}
 
 
 def keep_recovered(stored: optuna.Study, number: int, evaluation: Evaluation) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
+from evaluators.accuracy import wilson
 from evaluators.frames import KEY_FRAMES
 from evaluators.measurement import Measurement
 from evaluators.placement import Examined
@@ -151,10 +152,19 @@ def front_row(version: Version, dense: Version) -> list[str]:
 
 def _caption(front: Sequence[Version], dense: Version) -> str:
     accuracy = dense.measured["accuracy"]
-    error = max((version.measured["accuracy"].spread for version in front), default=accuracy.spread)
+    doubt = max(accuracy_doubt(version.measured["accuracy"]) for version in [*front, dense])
     per, shown = ("frame", "frames of a stream of ") if _has_frames(dense) else ("batch", "")
     stored = any("int4" in version.evaluation.candidate.precision.values() for version in front)
     return (
         f"latency per {per} on {dense.measured['latency'].target}; accuracy on {accuracy.n} {shown}validation images,"
-        f" standard error up to {error * 100:.1f} points{'; layers in int8 + stored in int4' if stored else ''}"
+        f" known to within {doubt * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''}"
     )
+
+
+def accuracy_doubt(accuracy: Measurement) -> float:
+    """Returns how far the true accuracy may lie from the measured one, at 95%: also where every image was right.
+
+    Frames of a clip are right or wrong together, which the standard error knows and the interval of a share does not.
+    """
+    low, high = wilson(accuracy.value, accuracy.n)
+    return max(accuracy.value - low, high - accuracy.value, 1.96 * accuracy.spread)

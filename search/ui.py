@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from search.store import StoreError, find_search
+from search.tracking import PAGE, Tracking, quiet, remembered
 from spaces.errors import UserError
 
 HOST = "127.0.0.1"
@@ -17,18 +18,24 @@ _PATIENCE_S = 90
 _LOG = "mlflow-server.log"
 
 
-def serve(name: str | None, runs: Path, port: int) -> int:
-    """Serves the UI until it is interrupted; returns the exit code.
+def serve(name: str | None, runs: Path, port: int, tracking_uri: str | None = None) -> int:
+    """Serves the UI until it is interrupted, or tells where a server that is there already shows it; returns the code.
 
     Raises:
         StoreError: nothing has been logged yet.
-        UserError: the port is in use, or the server did not start.
+        UserError: the port is in use, or the server did not start or does not answer.
     """
     folder = find_search(runs, name)
-    folder.open()
+    tracking = Tracking.of(runs, tracking_uri, remembered(folder.open()))
+    if tracking.web:
+        sys.stdout.write("\n".join([*_links(tracking, folder.name, tracking.web), ""]))
+        return 0
     _check_port(port)
-    links = _links(runs, folder.name, port)
-    server = _start(runs, port)
+    database = tracking.uri.partition(":///")[2]
+    if tracking.uri.startswith("sqlite:") and not Path(database).is_file():
+        raise StoreError(f"nothing has been logged in {runs} yet; run: python -m search")
+    links = _links(tracking, folder.name, f"http://{HOST}:{port}")
+    server = _start(tracking, runs, port)
     try:
         _wait_for(server, runs, port)
         sys.stdout.write("\n".join([*links, "Ctrl-C ends it.", ""]))
@@ -40,31 +47,33 @@ def serve(name: str | None, runs: Path, port: int) -> int:
         _stop(server)
 
 
-def _links(runs: Path, search: str, port: int) -> list[str]:
-    from mlflow import MlflowClient
-
-    from search.tracking import DATABASE, tracking_uri
-
-    if not (runs / DATABASE).is_file():
-        raise StoreError(f"nothing has been logged in {runs} yet; run: python -m search")
-    client = MlflowClient(tracking_uri(runs))
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.search = '{search}' and tags.role = 'summary'", max_results=1)
+def _links(tracking: Tracking, search: str, base: str) -> list[str]:
+    """Returns where the search is shown, a line each: its summary, its trials as charts, the model of its study."""
+    try:
+        with quiet():
+            client = tracking.client()
+            experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+            query = f"tags.search = '{search}' and tags.role = 'summary'"
+            found = client.search_runs(experiments, query, max_results=1)
+            models = {model.name for model in client.search_registered_models()}
+            study = client.get_experiment(found[0].info.experiment_id).name if found else ""
+    except Exception as error:  # MLflow has no common class for what may be wrong with it
+        raise UserError(f"the UI needs MLflow to answer, got {tracking.shown} ({error}); start its server") from error
     if not found:
-        return [f"http://{HOST}:{port}/"]
+        return [f"{base}/", f"The search is not there as a whole yet: python -m search sync --search {search}"]
     summary = found[0].info
-    base = f"http://{HOST}:{port}/#/experiments/{summary.experiment_id}/runs"
+    runs = f"{base}/#/experiments/{summary.experiment_id}/runs"
     front = quote(f"tags.search = '{search}' and tags.front = 'true'")
-    return [
-        f"Front of {search}:  {base}/{summary.run_id}/artifacts/front.html",
-        f"Its trials as charts:  {base}?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={front}",
+    lines = [
+        f"Front of {search}, with links to its trials:  {runs}/{summary.run_id}?workflowType=machine_learning",
+        f"Its report with all pictures:  {runs}/{summary.run_id}/artifacts/{PAGE}",
+        f"Its front as charts:  {runs}?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={front}",
     ]
+    return [*lines, f"The picked version:  {base}/#/models/{study}"] if study in models else lines
 
 
-def _start(runs: Path, port: int) -> subprocess.Popen[bytes]:
-    from search.tracking import tracking_uri
-
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri(runs)]
+def _start(tracking: Tracking, runs: Path, port: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking.uri]
     command += ["--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level=error"]
     # MLflow's job workers would take a gigabyte, and nothing here uses them.
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_LOGGING_LEVEL": "ERROR"}

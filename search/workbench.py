@@ -43,6 +43,7 @@ from search.study import FinetuneSection, Study
 from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import FRAMES, Candidate
 from spaces.grouping import find_groups
+from spaces.groups import ChannelGroup
 from spaces.network import ExitNetwork
 
 StopEarly = Callable[[Mapping[str, Measurement]], bool]
@@ -154,13 +155,19 @@ class Workbench:
         return recovery(self.ground)
 
     def structure(self) -> dict[str, Any]:
-        """Returns, JSON-ready, where the exits and gates are and which channels stay whole."""
+        """Returns, JSON-ready, where exits and gates are, which layers' outputs go together, and which stay whole."""
         return {
             "exits": asdict(self.exit_places),
             "skips": list(self.network.skip_blocks),
             "groups": [group.name for group in self.groups.free],
+            "members": {name: group.name for group in self.groups.free for name in self._layers_of(group)},
             "whole": [asdict(group) for group in self.groups.whole],
         }
+
+    def _layers_of(self, group: ChannelGroup) -> list[str]:
+        """Returns the layers whose outputs are the group's channels, by the names that precisions go by."""
+        names = [member.path.removeprefix("trunk.") for member in group.members if member.axis == "out"]
+        return [name for name in names if name in self.builder.layers]
 
     @property
     def fingerprint(self) -> str:

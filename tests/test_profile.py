@@ -12,8 +12,9 @@ from evaluators.flops import count_by_module
 from evaluators.scaled_flops import ScaledFlops
 from search.cli import run
 from search.greedy import greedy_seeds, greedy_widths
-from search.profile import Point, Profile, Profiler, widths
+from search.profile import Profiler, widths
 from search.sampler import distributions
+from search.sensitivity import Point, Profile
 from search.store import SearchFolder
 from search.study import Study
 from search.workbench import Workbench

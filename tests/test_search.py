@@ -99,37 +99,6 @@ def test_a_budget_that_nothing_meets_names_the_nearest_miss(folder, tmp_path, ca
     assert not (tmp_path / "deploy").exists()
 
 
-def test_mlflow_mirrors_the_journal(folder) -> None:
-    from mlflow import MlflowClient
-
-    from search.tracking import tracking_uri
-
-    client = MlflowClient(tracking_uri(folder))
-    (experiment,) = [found for found in client.search_experiments() if found.name == "tiny"]
-    runs = client.search_runs([experiment.experiment_id])
-    trials = [run for run in runs if run.data.tags["role"] == "trial"]
-    (summary,) = [run for run in runs if run.data.tags["role"] == "summary"]
-    search = stored(folder)
-    assert sorted(int(run.data.tags["trial"]) for run in trials) == list(range(12))
-    assert all(run.data.tags["search"] == "one" for run in runs)
-    front = pareto(feasible(search.versions, search.budget, search.baseline.evaluation.measurements))
-    marked = {int(run.data.tags["trial"]) for run in trials if run.data.tags["front"] == "true"}
-    assert marked == {version.number for version in front}
-    for logged in trials:
-        evaluation = search.trials[int(logged.data.tags["trial"])].user_attrs.get("evaluation")
-        if evaluation and "latency" in evaluation["measurements"]:
-            measured = evaluation["measurements"]["latency"]["value"]
-            assert logged.data.metrics["latency_ms"] == pytest.approx(measured * 1e3, abs=1e-4)
-            over = search.trials[int(logged.data.tags["trial"])].constraints["latency<1000%"]
-            assert logged.data.metrics["margin_latency_pct"] == pytest.approx(-100 * over, abs=1e-3)
-        assert any(name.startswith("precision.") for name in logged.data.params)
-    names = {artifact.path for artifact in client.list_artifacts(summary.info.run_id)}
-    assert {"front.html", "front.png", "front.json", "study.json", "environment.txt"} <= names
-    assert summary.data.metrics["front_trials"] == len(front)
-    page = Path(client.download_artifacts(summary.info.run_id, "front.html")).read_text()
-    assert "https://cdn" not in page.split("plotly.js v")[0]
-
-
 def start(home: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "search", "--study", str(home / "study.toml"), "--runs", str(home / "runs")]
     return subprocess.Popen(

@@ -24,9 +24,10 @@ from optuna.trial import FrozenTrial
 from evaluators.artifact.exporter import INPUT, OPSET
 from search.coordinator import Coordinator, measure_baseline
 from search.environment import environment
+from search.mirror import Follower
 from search.store import SearchFolder, StoredSearch
 from search.study import load_study
-from search.tracking import Mirror
+from search.tracking import Tracking
 from search.workbench import Workbench
 from spaces.candidate import NEVER_EXIT, Candidate
 
@@ -78,20 +79,20 @@ def main() -> None:
     _print_building(bench, watch)
 
 
-def _search(bench: Workbench, runs: Path, trials: int) -> tuple[Stopwatch, Mirror, dict[str, float]]:
+def _search(bench: Workbench, runs: Path, trials: int) -> tuple[Stopwatch, Follower, dict[str, float]]:
     folder = SearchFolder(runs / "throughput")
     with folder.lock():
         stored = folder.create()
         stored.set_user_attr("study", bench.study.model_dump(mode="json"))
         stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
         search = StoredSearch.read(folder)
-        watch, mirror = Stopwatch(), Mirror(runs, search)
+        watch, mirror = Stopwatch(), Follower(Tracking.of(runs), search, print)
         coordinator = Coordinator(bench, stored, search.baseline, "tpe", 0, [watch, mirror])
         outcome = coordinator.run(trials, None)
     return watch, mirror, outcome.overhead_s
 
 
-def _print_steps(watch: Stopwatch, mirror: Mirror, overhead: dict[str, float], trials: int) -> None:
+def _print_steps(watch: Stopwatch, mirror: Follower, overhead: dict[str, float], trials: int) -> None:
     whole = sum(watch.seconds) + mirror.seconds
     print("| step | median s | mean s | share |\n|---|---|---|---|")
     for step, title in _STEPS.items():

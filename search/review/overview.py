@@ -1,0 +1,122 @@
+"""A search sorted for the eye: what broke the budget, what kept it, the front, and the few most worth deploying."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from search.budget import Budget
+from search.front import Dense, Version, choose, feasible, hypervolume, pareto
+from search.sensitivity import Profile
+from search.store import StoredSearch
+
+OVER, WITHIN, FRONT, DENSE = "over the budget", "within the budget", "front", "dense"
+"""The groups that every picture tells apart."""
+PROFILE = "profile.json"
+"""The sensitivity profile in a search's folder, where one was measured."""
+_NOTABLE = {"most accurate": "accuracy", "knee": "knee", "fastest": "latency"}
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A search and what follows from a budget.
+
+    Args:
+        search: as its journal has it.
+        budget: its own, or another.
+        dense: the dense network, as a version.
+        versions: every distinct candidate that was measured, in order of trials.
+        good: those that keep the budget, fully measured.
+        front: those of them that no other beats, the most accurate first.
+    """
+
+    search: StoredSearch
+    budget: Budget
+    dense: Version
+    versions: tuple[Version, ...]
+    good: tuple[Version, ...]
+    front: tuple[Version, ...]
+
+    @classmethod
+    def of(cls, search: StoredSearch, budget: Budget | None = None) -> Self:
+        """Returns the overview of a search under its own budget or another."""
+        limits, dense, versions = budget or search.budget, Version(-1, search.baseline.evaluation), search.versions
+        good = feasible(versions, limits, dense.measured)
+        return cls(search, limits, dense, tuple(versions), tuple(good), tuple(pareto(good)))
+
+    @property
+    def complete(self) -> list[Version]:
+        """The versions whose every objective was measured."""
+        return [version for version in self.versions if version.is_complete]
+
+    @property
+    def given_up(self) -> list[Version]:
+        """The versions that broke a limit and were not measured further."""
+        return [version for version in self.versions if not version.is_complete]
+
+    @property
+    def groups(self) -> dict[str, list[Version]]:
+        """The fully measured versions in the groups that pictures tell apart, the dense network last."""
+        within, front = ({version.number for version in some} for some in (self.good, self.front))
+        return {
+            OVER: [version for version in self.complete if version.number not in within],
+            WITHIN: [version for version in self.good if version.number not in front],
+            FRONT: list(self.front),
+            DENSE: [self.dense],
+        }
+
+    @property
+    def notable(self) -> list[tuple[str, Version]]:
+        """The versions most worth deploying, with what speaks for each: `most accurate`, `knee`, `fastest`."""
+        return most_worth(self.front)
+
+    @property
+    def by_latency(self) -> list[Version]:
+        """The front, the fastest first."""
+        return sorted(self.front, key=lambda version: (version.measured["latency"].value, version.number))
+
+    @cached_property
+    def growth(self) -> list[tuple[int, float]]:
+        """The hypervolume after each trial that was fully measured: the trial and a share, 0 to 1."""
+        return growth(self.complete, self.budget, self.dense.measured)
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """The sensitivity profile of the network; None where none was measured."""
+        return read_profile(self.search.folder.path)
+
+
+def most_worth(front: Sequence[Version]) -> list[tuple[str, Version]]:
+    """Returns a front's most accurate version, its knee and its fastest; one that is several of them comes once."""
+    found: dict[int, tuple[list[str], Version]] = {}
+    for name, prefer in _NOTABLE.items() if front else ():
+        best = choose(front, prefer)[0]
+        found.setdefault(best.number, ([], best))[0].append(name)
+    return [(" and ".join(names), version) for names, version in found.values()]
+
+
+def growth(versions: Sequence[Version], budget: Budget, dense: Dense) -> list[tuple[int, float]]:
+    """Returns the hypervolume after each of the versions: its trial and a share, 0 to 1."""
+    front: list[Version] = []
+    share, found = 0.0, []
+    for version in versions:
+        if budget.is_met(version.measured, dense):
+            before, front = front, pareto([*front, version])
+            share = share if front == before else hypervolume(front, budget, dense)
+        found.append((version.number, share))
+    return found
+
+
+def read_profile(folder: Path) -> Profile | None:
+    """Returns the sensitivity profile that lies in a search's folder; None without one."""
+    try:
+        return Profile.from_dict(json.loads((folder / PROFILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def write_profile(folder: Path, profile: Profile) -> None:
+    """Puts a sensitivity profile into a search's folder, where every picture of the search finds it."""
+    (folder / PROFILE).write_text(json.dumps(profile.to_dict()) + "\n", encoding="utf-8")

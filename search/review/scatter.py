@@ -1,0 +1,59 @@
+"""The front as a plot of characters."""
+
+from search.review.overview import DENSE, FRONT, OVER, WITHIN, Overview
+from search.review.palette import MARKS
+from search.review.scene import accuracy_view, limit_lines, place
+
+HEIGHT, _LEAST_WIDTH, _MOST_WIDTH = 10, 40, 72
+_MARGIN = 9
+"""Characters left of the plot, for the accuracies."""
+_LINES = {False: ("│", "└", "─", "┊"), True: ("|", "+", "-", ":")}
+
+
+def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
+    """Returns accuracy over latency as lines of text.
+
+    The dense network is drawn where it is not too far off to the right, and told in words in any case.
+
+    Args:
+        overview: with a front.
+        width: of a line, characters.
+        ascii_only: whether nothing but ASCII can be shown.
+    """
+    side, corner, floor, limit = _LINES[ascii_only]
+    columns = max(min(width - _MARGIN - 3, _MOST_WIDTH), _LEAST_WIDTH)
+    places = {name: [place(version) for version in versions] for name, versions in overview.groups.items()}
+    shown = [at for name in (OVER, WITHIN, FRONT) for at in places[name]]
+    left, right = min(at[0] for at in shown), max(at[0] for at in shown)
+    lines = [line for line in limit_lines(overview.budget, overview.dense) if line.axis == "x"]
+    right = max([right, *(line.value for line in lines if line.value < 2 * right)])
+    low, high = accuracy_view(overview) or (min(at[1] for at in shown), max(at[1] for at in shown))
+    high = min(high, 100.0)
+    cells = [[" "] * columns for _ in range(HEIGHT)]
+
+    def put(latency: float, accuracy: float, mark: str) -> None:
+        column = round((latency - left) / ((right - left) or 1) * (columns - 1))
+        row = round((high - accuracy) / ((high - low) or 1) * (HEIGHT - 1))
+        if 0 <= column < columns and 0 <= row < HEIGHT:
+            cells[row][column] = mark
+
+    for line in lines:
+        for row in range(HEIGHT):
+            put(line.value, high - row * (high - low) / (HEIGHT - 1), limit)
+    for name in (OVER, WITHIN, DENSE, FRONT):
+        for at in places[name]:
+            put(*at, MARKS[name].text)
+    labels = {0: f"{high:.2f}%", HEIGHT - 1: f"{low:.2f}%"}
+    rows = [f"{labels.get(row, ''):>{_MARGIN}}{side}{''.join(cells[row])}".rstrip() for row in range(HEIGHT)]
+    scale = f"{left:.2f} ms"
+    ends = f"{'':>{_MARGIN}} {scale}{f'{right:.2f} ms':>{columns - len(scale)}}"
+    return "\n".join([*rows, f"{'':>{_MARGIN}}{corner}{floor * columns}", ends, _legend(overview, lines != [], limit)])
+
+
+def _legend(overview: Overview, has_limit: bool, limit: str) -> str:
+    marks = {MARKS[name].text: name for name in (FRONT, WITHIN, OVER) if overview.groups[name]}
+    told = [f"{mark} {name}" for mark, name in marks.items()]
+    if has_limit:
+        told.append(f"{limit} limit")
+    latency, accuracy = place(overview.dense)
+    return f"{'':>{_MARGIN}} {'  '.join(told)}  {MARKS[DENSE].text} dense, {latency:.2f} ms, {accuracy:.2f}%"

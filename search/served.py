@@ -1,0 +1,53 @@
+"""The picked version as MLflow serves it; MLflow copies this file into the model and runs it there.
+
+Images come in, `(n, c, h, w)` float32, prepared as in training; a class and the name of the exit that answered come out
+for each. The answer is the bundle's own: its `run.py` loads the files and runs them. Images have nothing to do
+with each other here, so a bundle for frames of a stream computes each.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+
+class BundleModel(PythonModel):
+    """A bundle, loaded once."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Loads the bundle's own code and its files."""
+        folder = Path(context.artifacts["bundle"])
+        description = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+        self._run = _program(folder)
+        self._network = self._run.load(folder)
+        self._batch = description["target"]["batch"]
+        self._names = [*description["exits"], "end"]
+
+    # MLflow would take type hints for a signature, which is given apart.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+        """Returns a class and an exit's name for each image."""
+        images = np.asarray(model_input, dtype=np.float32)
+        logits, routes, _ = self._run.answer(self._network, images, self._batch)
+        exits = [self._names[index] for index in self._run.exits_of(routes)]
+        return pd.DataFrame({"class": logits.argmax(axis=1), "exit": exits})
+
+
+def _program(folder: Path) -> Any:
+    """Returns the bundle's `run.py` as a module, with the files beside it and no other bundle's."""
+    for file in folder.glob("*.py"):
+        sys.modules.pop(file.stem, None)
+    found = importlib.util.spec_from_file_location("bundle_run", folder / "run.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+mlflow.models.set_model(BundleModel())
