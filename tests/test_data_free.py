@@ -269,7 +269,7 @@ def test_a_corrected_layer_has_the_mean_output_of_the_float_one() -> None:
     artifact = made.build(network, Candidate({}, dict.fromkeys(made.layers, "int8"), {"exit1": 1.0}))
     found = written(artifact.stages[0])
     template = Template(network, torch.zeros(1, 1, 16, 16))
-    stage, weights = template.stages(())[0], template.weights(network.state_dict())
+    stage, weights = template.layout(()).stages[0], template.weights(network.state_dict())
     means = input_means(template.file(stage, stage.nodes, weights), stage.nodes, images)
     layers = [node for node in stage.nodes if node.op_type in ("Conv", "Gemm")]
     assert len(layers) == 8
@@ -300,7 +300,7 @@ def test_a_layer_without_bias_gets_one_and_learned_weights_are_corrected_too(ima
 def test_means_from_batch_norm_are_like_measured_ones() -> None:
     network, images = trained(), digits()[1].images
     template = Template(network, torch.zeros(1, 1, 16, 16))
-    stage = template.stages(())[0]
+    stage = template.layout(()).stages[0]
     file = template.file(stage, stage.nodes, template.weights(network.state_dict()))
     measured = input_means(file, stage.nodes, images)
     told = activation_moments(template, stage, network.state_dict(), images)
