@@ -17,7 +17,7 @@ from search.budget import Budget
 from search.display import Display, SearchView
 from search.front import PREFERENCES, Version, choose, feasible, nearest_miss, pareto
 from search.request import Request
-from search.sampler import check_sampler
+from search.samplers import check_sampler
 from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
 from search.study import Study, finetuning
 from search.text import (

@@ -18,7 +18,8 @@ from search.evaluation import Evaluation
 from search.front import OBJECTIVES, Version
 from search.gating import GateSolver, Settled
 from search.interrupts import Interrupts
-from search.sampler import distributions, first_guesses, sampler
+from search.samplers import sampler
+from search.samplers.first import distributions, first_guesses
 from search.store import Baseline, versions_of
 from search.workbench import Workbench
 from spaces.candidate import Candidate

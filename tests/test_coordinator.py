@@ -7,7 +7,7 @@ import pytest
 from optuna.trial import TrialState
 
 from search.coordinator import Coordinator, narrowed
-from search.sampler import first_guesses
+from search.samplers.first import first_guesses
 from search.store import SearchFolder
 from spaces.candidate import NEVER_EXIT
 from tests.searches import finished, stored

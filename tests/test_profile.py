@@ -13,7 +13,7 @@ from evaluators.scaled_flops import ScaledFlops
 from search.cli import run
 from search.greedy import greedy_seeds, greedy_widths
 from search.profile import Point, Profile, Profiler, widths
-from search.sampler import distributions
+from search.samplers.first import distributions
 from search.store import SearchFolder
 from search.study import Study
 from search.workbench import Workbench

@@ -1,0 +1,264 @@
+"""A sampler for searches of a few hundred dear trials: surrogates, evolution on them, and the hypervolume to be won."""
+
+import threading
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.search_space import IntersectionSearchSpace
+from optuna.trial import FrozenTrial
+
+from search.samplers.acquisition import Forecast, choose_by_feasibility, choose_by_hypervolume, open_points
+from search.samplers.beliefs import Beliefs, believe
+from search.samplers.codec import Array, Codec
+from search.samplers.evolution import evolve, mutated, offspring, ranked
+from search.samplers.objectives import Observed, observe
+from search.samplers.structure import Meaning
+from search.samplers.surrogate import HeldOut
+
+STARTUP = 10
+"""So many trials are drawn at random where no others came before."""
+ORIGIN = "front:origin"
+"""The system attribute of a trial that says who proposed it."""
+_KNOWN = 100
+"""Evolution on surrogates begins with so many of the best rows that were measured, and as many changed ones."""
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    row: Array
+    origin: str
+
+
+class FrontSampler(BaseSampler):
+    """Proposes what probably adds most to the hypervolume within the constraints.
+
+    Each batch fits a surrogate to every objective and constraint, evolves rows on them from the best that were measured,
+    and takes those that add most, one after the other, and a changed one for what no surrogate knows. Where surrogates
+    tell nothing of what was held out, it goes on from the best measured rows without them.
+
+    Args:
+        seed: of all its draws.
+        meaning: of dimensions, objectives and constraints; every study can be searched without it.
+        startup: trials at random before the first surrogate.
+    """
+
+    def __init__(self, seed: int | None = None, meaning: Meaning | None = None, startup: int = STARTUP) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._independent = RandomSampler(seed=seed)
+        self._meaning = meaning
+        self._startup = startup
+        self._space = IntersectionSearchSpace(include_pruned=True)
+        self._planned: deque[_Proposal] = deque()
+        self._planned_for: dict[str, BaseDistribution] = {}
+        self._lock = threading.Lock()
+        self.errors: dict[str, HeldOut] = {}
+        self.origins: Counter[str] = Counter()
+
+    def reseed_rng(self) -> None:
+        """Begins other draws, for a copy in another process."""
+        self._rng = np.random.default_rng()
+        self._independent.reseed_rng()
+
+    def infer_relative_search_space(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,  # noqa: ARG002  Optuna's signature
+    ) -> dict[str, BaseDistribution]:
+        """Returns the dimensions that all trials have, but for those of a single value."""
+        found = self._space.calculate(study)
+        return {name: distribution for name, distribution in found.items() if not distribution.single()}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Returns a uniform draw: for the first trials, and for dimensions that only some trials have."""
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Returns the next proposal."""
+        if not search_space:
+            return {}
+        codec = Codec(search_space)
+        with self._lock:
+            if self._planned_for != search_space:
+                self._planned.clear()
+                self._planned_for = dict(search_space)
+            if not self._planned:
+                others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
+                self._planned.extend(self._plan(others, study, codec))
+            proposal = self._planned.popleft()
+            self.origins[proposal.origin] += 1
+        study._storage.set_trial_system_attr(trial._trial_id, ORIGIN, proposal.origin)
+        return codec.decode(proposal.row)
+
+    def _plan(self, trials: Sequence[FrozenTrial], study: optuna.Study, codec: Codec) -> list[_Proposal]:
+        meaning = self._meaning if self._fits(codec) else None
+        observed = observe(trials, codec, study.directions, meaning.links if meaning else {})
+        if len(observed.rows) < self._startup:
+            return [_Proposal(_fresh(codec.random(32, self._rng), observed)[0], "random")]
+        batch = max(4, len(observed.rows) // 40)
+        beliefs = believe(observed, codec, meaning)
+        self.errors = beliefs.errors
+        parents = _best(observed, beliefs)
+        chosen: list[_Proposal] = []
+        if not beliefs.are_bad:
+            chosen = self._by_surrogates(observed, beliefs, codec, meaning, parents, batch - 1)
+        children = offspring(parents, codec, self._rng, 32) if chosen == [] else mutated(
+            parents[self._rng.integers(0, min(len(parents), 20), 32)], codec, self._rng, 2.0
+        )
+        taken = [proposal.row for proposal in chosen]
+        rest = _fresh(np.vstack([children, codec.random(8, self._rng)]), observed, taken)
+        origin = "exploration" if chosen else "evolution"
+        return chosen + [_Proposal(row, origin) for row in rest[: batch - len(chosen)]]
+
+    def _fits(self, codec: Codec) -> bool:
+        return self._meaning is not None and self._meaning.structure.names <= set(codec.names)
+
+    def _by_surrogates(
+        self,
+        observed: Observed,
+        beliefs: Beliefs,
+        codec: Codec,
+        meaning: Meaning | None,
+        parents: Array,
+        count: int,
+    ) -> list[_Proposal]:
+        """Returns the rows that add most as far as the surrogates can tell; fewer where they see nothing to win."""
+        box = _Box.around(observed, beliefs, meaning)
+        start = np.vstack([parents, mutated(parents, codec, self._rng, 3.0), codec.random(20, self._rng)])
+        pool, _, _ = evolve(start, lambda rows: box.judged(beliefs, rows), codec, self._rng)
+        pool = _fresh(pool, observed, at_least_one=False)
+        if not len(pool):
+            return []
+        forecast = Forecast.of(beliefs, pool)
+        chosen: list[int] = []
+        if observed.is_feasible.any():
+            chosen = self._winning(observed, beliefs, forecast, box, count)
+        if not chosen:
+            chosen = choose_by_feasibility(forecast, box.limits, count)
+        return [_Proposal(pool[place], "surrogate") for place in chosen]
+
+    def _winning(
+        self, observed: Observed, beliefs: Beliefs, forecast: Forecast, box: "_Box", count: int
+    ) -> list[int]:
+        scales = [belief.scale for belief in beliefs.objectives]
+        nearest = np.minimum((forecast.means - forecast.deviations).min(axis=0), box.front_places.min(axis=0))
+        low = np.array([float(scale.back(place)) for scale, place in zip(scales, nearest, strict=True)])
+        points = open_points(low, box.reference, box.front, self._rng)
+        if not len(points):
+            return []
+        places = np.stack([scale.forward(column) for scale, column in zip(scales, points.T, strict=True)], axis=1)
+        pending = Forecast.of(beliefs, observed.pending).beats(places) if len(observed.pending) else np.zeros((0, len(points)))
+        return choose_by_hypervolume(forecast.beats(places), pending, count)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Where hypervolume counts.
+
+    Args:
+        front: the feasible costs that were measured and that none beats, `(k, m)`.
+        front_places: the same on the scales.
+        reference: the worst costs that count.
+        limits: the highest costs that count, on the scales; infinite where there is none.
+        spans: how far objectives vary, on the scales.
+    """
+
+    front: Array
+    front_places: Array
+    reference: Array
+    limits: Array
+    spans: Array
+
+    @classmethod
+    def around(cls, observed: Observed, beliefs: Beliefs, meaning: Meaning | None) -> "_Box":
+        """Returns the box that the study's meaning says, or else one around what was measured."""
+        scales = [belief.scale for belief in beliefs.objectives]
+        costs = observed.costs[observed.is_feasible]
+        front = costs[ranked_front(costs)]
+        known = observed.costs[observed.is_whole]
+        reference = observed.limits.copy()
+        if meaning is not None:
+            worst = [-aim.worst if aim.kind == "accuracy" else aim.worst for aim in meaning.aims]
+            reference = np.minimum(reference, worst)
+        spread = np.ptp(known, axis=0) if len(known) else np.ones(len(scales))
+        if len(front):
+            reference = np.where(np.isfinite(reference), reference, front.max(axis=0) + 0.1 * np.maximum(spread, 1e-12))
+        limits = reference if meaning is not None else observed.limits
+        places = np.stack([_on(scale, column) for scale, column in zip(scales, observed.costs.T, strict=True)], axis=1)
+        spans = np.array([float(np.nanstd(column)) if (~np.isnan(column)).any() else 1.0 for column in places.T])
+        return cls(
+            front,
+            np.stack([_on(scale, column) for scale, column in zip(scales, front.T, strict=True)], axis=1),
+            reference,
+            np.array([float(_on(scale, np.array([limit]))[0]) for scale, limit in zip(scales, limits, strict=True)]),
+            np.maximum(spans, 1e-9),
+        )
+
+    def judged(self, beliefs: Beliefs, rows: Array) -> tuple[Array, Array]:
+        """Returns expected costs on the scales, and how far they lie outside of the limits."""
+        means = np.stack([belief.means(rows) for belief in beliefs.objectives], axis=1)
+        broken = np.maximum((means - self.limits) / self.spans, 0.0).sum(axis=1)
+        for belief in beliefs.others.values():
+            broken += np.maximum(belief.means(rows), 0.0)
+        return means, broken
+
+
+def _on(scale: Any, costs: Array) -> Array:
+    """Returns places on a scale; what is infinite or unknown stays so."""
+    usable = np.isfinite(costs)
+    return np.where(usable, scale.forward(np.where(usable, costs, 1.0)), costs)
+
+
+def ranked_front(costs: Array) -> NDArray[np.int64]:
+    """Returns the places of the costs that no other beats."""
+    if not len(costs):
+        return np.zeros(0, dtype=np.int64)
+    beaten = ((costs[None, :, :] <= costs[:, None, :]).all(axis=2) & (costs[None, :, :] < costs[:, None, :]).any(axis=2)).any(axis=1)
+    return np.flatnonzero(~beaten)
+
+
+def _best(observed: Observed, beliefs: Beliefs) -> Array:
+    """Returns the best rows that were measured, those that keep all limits first."""
+    costs = np.stack(
+        [_on(belief.scale, column) for belief, column in zip(beliefs.objectives, observed.costs.T, strict=True)], axis=1
+    )
+    unknown = np.isnan(costs).any(axis=1)
+    broken = observed.excess + np.where(unknown, 1e-6, 0.0)
+    costs = np.where(np.isnan(costs), np.nanmax(np.where(np.isfinite(costs), costs, 0.0), axis=0), costs)
+    return observed.rows[ranked(costs, broken, _KNOWN)]
+
+
+def _fresh(
+    rows: Array, observed: Observed, taken: Sequence[Array] = (), at_least_one: bool = True
+) -> Array:
+    """Returns the rows that nobody tried, in their order; if there are none, the last one where one is needed."""
+    seen = {_key(row) for row in (*observed.spent, *taken)}
+    places = []
+    for place, row in enumerate(rows):
+        if _key(row) not in seen:
+            seen.add(_key(row))
+            places.append(place)
+    if not places and at_least_one:
+        return rows[-1:]
+    return rows[places]
+
+
+def _key(row: Array) -> bytes:
+    return np.round(row, 6).tobytes()
+
+
+
+
+def front(seed: int, meaning: Meaning | None = None) -> BaseSampler:
+    """Returns our own sampler."""
+    return FrontSampler(seed, meaning)
