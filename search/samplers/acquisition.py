@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
 
 from search.samplers.beliefs import Beliefs
@@ -45,14 +44,6 @@ class Forecast:
             found *= ndtr((places[None, :] - mean[:, None]) / np.maximum(deviation, 1e-9)[:, None])
         return found
 
-    def keeps(self, limits: Array, optimism: float) -> Array:
-        """Returns the logarithm of the probability that each row keeps all limits, its doubts multiplied, `(n,)`."""
-        found = self.possible.copy()
-        for mean, deviation, limit in zip(self.means.T, self.deviations.T, limits, strict=True):
-            if np.isfinite(limit):
-                found += log_ndtr((limit - mean) / np.maximum(optimism * deviation, 1e-9))
-        return found
-
 
 def open_points(low: Array, reference: Array, front: Array, rng: np.random.Generator) -> Array:
     """Returns random points between `low` and `reference` that nothing on the front dominates, `(points, m)`."""
@@ -80,15 +71,4 @@ def choose_by_hypervolume(beats: Array, pending: Array, count: int) -> list[int]
             break
         chosen.append(best)
         still_open = still_open * (1 - beats[best])
-    return chosen
-
-
-def choose_by_feasibility(forecast: Forecast, limits: Array, count: int) -> list[int]:
-    """Returns the places of the rows that most probably keep all limits; every other is judged with more optimism."""
-    chosen: list[int] = []
-    scores: NDArray[np.float64]
-    while len(chosen) < min(count, len(forecast.means)):
-        scores = forecast.keeps(limits, (1.0, 2.0, 4.0)[len(chosen) % 3])
-        scores[chosen] = -np.inf
-        chosen.append(int(np.argmax(scores)))
     return chosen

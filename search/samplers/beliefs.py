@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from search.samplers.codec import Array, Codec
 from search.samplers.features import Features, of_damage, of_latency, plain
 from search.samplers.objectives import Observed
-from search.samplers.structure import Aim, Meaning
+from search.samplers.structure import Aim, Meaning, Structure
 from search.samplers.surrogate import HeldOut, Surrogate, fit, held_out
 
 _EXACT = 0.003
@@ -90,6 +90,13 @@ class Belief:
             return known + self.constant
         return known + self.surrogate.means(self.features(rows))
 
+    def draw(self, rng: np.random.Generator) -> Callable[[Array], Array]:
+        """Returns one of the functions of rows that agree with what was measured, on the scale."""
+        if self.surrogate is None:
+            return self.means
+        drawn, formula = self.surrogate.draw(rng), self.formula
+        return lambda rows: drawn(self.features(rows)) + (formula(rows) if formula else 0.0)
+
     def means_and_deviations(self, rows: Array) -> tuple[Array, Array]:
         """Returns what is expected, and its standard deviation, `(n,)` each."""
         known = self.formula(rows) if self.formula else np.zeros(len(rows))
@@ -100,11 +107,33 @@ class Belief:
 
 
 @dataclass(frozen=True)
+class Functions:
+    """Functions of rows for objectives, on their scales, and for constraints that are no functions of them."""
+
+    objectives: tuple[Callable[[Array], Array], ...]
+    others: tuple[Callable[[Array], Array], ...]
+
+
+@dataclass(frozen=True)
 class Beliefs:
     """What is expected of all objectives, and of the constraints that are no functions of one."""
 
     objectives: tuple[Belief, ...]
     others: Mapping[str, Belief]
+
+    @property
+    def expected(self) -> "Functions":
+        """What is expected of rows."""
+        return Functions(
+            tuple(belief.means for belief in self.objectives), tuple(belief.means for belief in self.others.values())
+        )
+
+    def draw(self, rng: np.random.Generator) -> "Functions":
+        """Returns functions of rows that agree with what was measured, each drawn at random."""
+        return Functions(
+            tuple(belief.draw(rng) for belief in self.objectives),
+            tuple(belief.draw(rng) for belief in self.others.values()),
+        )
 
     @property
     def errors(self) -> dict[str, HeldOut]:
@@ -124,7 +153,7 @@ def believe(observed: Observed, codec: Codec, meaning: Meaning | None) -> Belief
     objectives = []
     for place in range(observed.costs.shape[1]):
         costs = observed.costs[:, place]
-        objectives.append(_belief(observed.rows, costs, _look(place, costs, codec, meaning)))
+        objectives.append(_belief(observed.rows, costs, _look(place, observed.rows, costs, codec, meaning)))
     others = {
         name: _belief(observed.rows, values, (plain_scale(np.abs(values[~np.isnan(values)])), _any(codec, meaning), None))
         for name, values in observed.constraints.items()
@@ -136,20 +165,37 @@ def believe(observed: Observed, codec: Codec, meaning: Meaning | None) -> Belief
 _Look = tuple[Scale, Features, Callable[[Array], Array] | None]
 
 
-def _look(place: int, costs: Array, codec: Codec, meaning: Meaning | None) -> _Look:
+def _look(place: int, rows: Array, costs: Array, codec: Codec, meaning: Meaning | None) -> _Look:
     """Returns how one objective is looked at: its scale, its columns, and the formula for it where there is one."""
     if meaning is None:
         return plain_scale(costs[~np.isnan(costs)]), plain(codec), None
     aim, structure = meaning.aims[place], meaning.structure
     if aim.kind == "accuracy":
-        return damage_scale(aim), of_damage(structure, codec), None
+        return damage_scale(aim), of_damage(structure, codec), _estimate(rows, costs, damage_scale(aim), structure, codec)
     if aim.kind == "latency":
         return relative_scale(), of_latency(structure, codec), None
     return (
         logarithmic_scale(),
         of_latency(structure, codec),
-        lambda rows: np.log(structure.work(codec, rows).sum(axis=1)),
+        lambda rows: np.log(np.maximum(structure.work(codec, rows).sum(axis=1), 1e-12)),
     )
+
+
+def _estimate(
+    rows: Array, costs: Array, scale: Scale, structure: Structure, codec: Codec
+) -> Callable[[Array], Array] | None:
+    """Returns the estimates' sum in the unit of what was measured; None where there are no estimates.
+
+    One measurement that agrees with the estimates as they are speaks for their own unit.
+    """
+    if not structure.damage:
+        return None
+    known = ~np.isnan(costs)
+    measured, told = scale.forward(costs[known]), structure.estimated_damage(codec, rows[known]).sum(axis=1)
+    weights = 1 / scale.doubts(measured) ** 2
+    usual = 0.1 * float((weights * told**2).mean()) if len(told) else 1.0
+    factor = ((weights * told * measured).sum() + usual) / ((weights * told**2).sum() + usual)
+    return lambda rows: factor * structure.estimated_damage(codec, rows).sum(axis=1)
 
 
 def _any(codec: Codec, meaning: Meaning | None) -> Features:
@@ -163,7 +209,7 @@ def _belief(rows: Array, costs: Array, look: _Look) -> Belief:
     left = places - formula(rows[known]) if formula else places
     if len(left) < 2 or np.ptp(left) == 0 or (formula and np.std(left) < _EXACT):
         constant = float(left.mean()) if len(left) else 0.0
-        doubt = _EXACT if formula or len(left) else 1.0
+        doubt = _EXACT if len(left) > 1 else 1.0
         return Belief(scale, features, formula, None, constant, doubt, None)
     surrogate = fit(features(rows[known]), left, scale.doubts(places))
     predicted = surrogate.predicted + (places - left)

@@ -14,8 +14,8 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
-from search.samplers.acquisition import Forecast, choose_by_feasibility, choose_by_hypervolume, open_points
-from search.samplers.beliefs import Beliefs, believe
+from search.samplers.acquisition import Forecast, choose_by_hypervolume, open_points
+from search.samplers.beliefs import Beliefs, Functions, believe
 from search.samplers.codec import Array, Codec
 from search.samplers.evolution import evolve, mutated, offspring, ranked
 from search.samplers.objectives import Observed, observe
@@ -134,18 +134,36 @@ class FrontSampler(BaseSampler):
     ) -> list[_Proposal]:
         """Returns the rows that add most as far as the surrogates can tell; fewer where they see nothing to win."""
         box = _Box.around(observed, beliefs, meaning)
-        start = np.vstack([parents, mutated(parents, codec, self._rng, 3.0), codec.random(20, self._rng)])
-        pool, _, _ = evolve(start, lambda rows: box.judged(beliefs, rows), codec, self._rng)
-        pool = _fresh(pool, observed, at_least_one=False)
+        if not observed.is_feasible.any():
+            return self._approaching(observed, beliefs, codec, parents, box, count)
+        pools = [self._evolved(functions, codec, parents, box)[0] for functions in (beliefs.expected, beliefs.draw(self._rng))]
+        pool = _fresh(np.vstack(pools), observed, at_least_one=False)
         if not len(pool):
             return []
-        forecast = Forecast.of(beliefs, pool)
-        chosen: list[int] = []
-        if observed.is_feasible.any():
-            chosen = self._winning(observed, beliefs, forecast, box, count)
-        if not chosen:
-            chosen = choose_by_feasibility(forecast, box.limits, count)
+        chosen = self._winning(observed, beliefs, Forecast.of(beliefs, pool), box, count)
         return [_Proposal(pool[place], "surrogate") for place in chosen]
+
+    def _evolved(self, functions: Functions, codec: Codec, parents: Array, box: "_Box") -> tuple[Array, Array]:
+        """Returns what evolution comes to on some functions, and how far it lies outside of the box by them."""
+        start = np.vstack([parents, mutated(parents, codec, self._rng, 3.0), codec.random(20, self._rng)])
+        rows, _, broken = evolve(start, lambda rows: box.judged(functions, rows), codec, self._rng)
+        return rows, broken
+
+    def _approaching(
+        self, observed: Observed, beliefs: Beliefs, codec: Codec, parents: Array, box: "_Box", count: int
+    ) -> list[_Proposal]:
+        """Returns rows that break the limits least, each by another function that agrees with what was measured.
+
+        Source: Thompson, On the Likelihood that One Unknown Probability Exceeds Another, 1933.
+        """
+        chosen: list[_Proposal] = []
+        for number in range(count):
+            functions = beliefs.draw(self._rng) if number else beliefs.expected
+            pool, broken = self._evolved(functions, codec, parents, box)
+            order = np.argsort(broken, kind="stable")
+            fresh = _fresh(pool[order], observed, [each.row for each in chosen], at_least_one=False)
+            chosen += [_Proposal(row, "surrogate") for row in fresh[:1]]
+        return chosen
 
     def _winning(
         self, observed: Observed, beliefs: Beliefs, forecast: Forecast, box: "_Box", count: int
@@ -204,13 +222,13 @@ class _Box:
             np.maximum(spans, 1e-9),
         )
 
-    def judged(self, beliefs: Beliefs, rows: Array) -> tuple[Array, Array]:
-        """Returns expected costs on the scales, and how far they lie outside of the limits."""
-        means = np.stack([belief.means(rows) for belief in beliefs.objectives], axis=1)
-        broken = np.maximum((means - self.limits) / self.spans, 0.0).sum(axis=1)
-        for belief in beliefs.others.values():
-            broken += np.maximum(belief.means(rows), 0.0)
-        return means, broken
+    def judged(self, functions: Functions, rows: Array) -> tuple[Array, Array]:
+        """Returns costs on the scales, and how far they lie outside of the limits."""
+        costs = np.stack([function(rows) for function in functions.objectives], axis=1)
+        broken = np.maximum((costs - self.limits) / self.spans, 0.0).sum(axis=1)
+        for function in functions.others:
+            broken += np.maximum(function(rows), 0.0)
+        return costs, broken
 
 
 def _on(scale: Any, costs: Array) -> Array:

@@ -13,6 +13,7 @@ FORMS = ("additive", "pairwise", "local")
 """Sums over columns; with products of two of them; with bumps around what was measured."""
 _NOISES = (1e-3, 1e-2, 0.05, 0.3, 1.5)
 """Of a typical measurement, against how much the function varies."""
+_RANDOM = 64
 _EXTRA = 0.3
 """How much of the function what is not additive makes up, where there is any."""
 
@@ -54,6 +55,27 @@ class _Kernel:
             found = found + _EXTRA * np.exp(-distance / self.reach)
         return found + 1.0  # a constant, as uncertain as the rest
 
+    def draw(self, width: int, rng: np.random.Generator) -> Callable[[Array], Array]:
+        """Returns a function of columns `(n, width)` that has these covariances, by random features.
+
+        Source: Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007.
+        """
+        slopes, constant = rng.standard_normal(width) / np.sqrt(self.scale), rng.standard_normal()
+        left, right = rng.standard_normal((2, width, _RANDOM))
+        heights = rng.standard_normal(_RANDOM) * np.sqrt(_EXTRA / _RANDOM)
+        phases = rng.uniform(0, 2 * np.pi, _RANDOM)
+
+        def drawn(columns: Array) -> Array:
+            found = columns @ slopes + constant
+            if self.form == "pairwise":
+                found = found + ((columns @ left) * (columns @ right) / self.scale) @ heights
+            elif self.form == "local":
+                waves = np.cos(columns @ left * np.sqrt(2 / self.reach) + phases)
+                found = found + np.sqrt(2) * waves @ heights
+            return np.asarray(found)
+
+        return drawn
+
 
 @dataclass(frozen=True)
 class Surrogate:
@@ -69,6 +91,8 @@ class Surrogate:
         scale: of them.
         spread: what the process's own standard deviation has to be multiplied by, from held-out errors.
         predicted: each measurement told from all others, `(n,)`.
+        target: the measurements without mean and scale.
+        noise: variances of their errors, on that scale.
     """
 
     kernel: _Kernel
@@ -80,6 +104,8 @@ class Surrogate:
     scale: float
     spread: float
     predicted: Array
+    target: Array
+    noise: Array
 
     def means(self, columns: Array) -> Array:
         """Returns what is expected of rows with these columns, `(m,)`."""
@@ -92,6 +118,22 @@ class Surrogate:
         own = np.array([self.kernel(np.array([[each]]), np.array([each]), np.array([each]))[0, 0] for each in lengths])
         variance = np.maximum(own - np.einsum("ij,jk,ik->i", across, self.inverse, across, optimize=True), 1e-9)
         return self.mean + self.scale * (across @ self.weights), self.spread * self.scale * np.sqrt(variance)
+
+    def draw(self, rng: np.random.Generator) -> Callable[[Array], Array]:
+        """Returns one of the functions of columns that agree with what was measured.
+
+        Source: Wilson et al., Efficiently Sampling Functions from Gaussian Process Posteriors, 2020.
+        """
+        prior = self.kernel.draw(self.columns.shape[1], rng)
+        errors = np.sqrt(self.noise) * rng.standard_normal(len(self.noise))
+        update = self.inverse @ (-prior(self.columns) - errors)
+
+        def drawn(columns: Array) -> Array:
+            across = self._covariance(columns)
+            off = prior(columns) + across @ update
+            return self.mean + self.scale * (across @ self.weights + self.spread * off)
+
+        return drawn
 
     def _covariance(self, columns: Array) -> Array:
         lengths = np.einsum("ij,ij->i", columns, columns)
@@ -117,18 +159,19 @@ def fit(columns: Array, values: Array, doubts: Array) -> Surrogate:
     lengths = np.diag(inner).copy()
     distances = lengths[:, None] + lengths[None, :] - 2 * inner
     reach = float(np.median(distances[np.triu_indices(len(values), 1)])) or 1.0
-    best: tuple[float, _Kernel, Array, Array] | None = None
+    best: tuple[float, _Kernel, Array, Array, Array] | None = None
     for form in FORMS:
         kernel = _Kernel(form, float(lengths.mean()) or 1.0, reach)
         covariance = kernel(inner, lengths, lengths)
         for noise in _NOISES:
-            inverse = _inverse(covariance + np.diag(noise * np.minimum(relative, 30.0) ** 2 + 1e-8))
+            variances = noise * np.minimum(relative, 30.0) ** 2 + 1e-8
+            inverse = _inverse(covariance + np.diag(variances))
             errors = (inverse @ target) / np.diag(inverse)
             error = float(np.mean((errors / relative) ** 2))
             if best is None or error < best[0]:
-                best = (error, kernel, inverse, errors)
+                best = (error, kernel, inverse, errors, variances)
     assert best is not None
-    _, kernel, inverse, errors = best
+    _, kernel, inverse, errors, variances = best
     expected = 1 / np.diag(inverse)
     spread = float(np.sqrt(np.median(errors**2 / expected) / 0.455))  # the median of a squared normal number
     return Surrogate(
@@ -141,6 +184,8 @@ def fit(columns: Array, values: Array, doubts: Array) -> Surrogate:
         scale,
         min(max(spread, 0.1), 10.0),
         mean + scale * (target - errors),
+        target,
+        variances,
     )
 
 
@@ -160,6 +205,3 @@ def _inverse(matrix: Array) -> Array:
         return np.asarray(np.linalg.pinv(matrix, hermitian=True))
     half, _ = lapack.dpotri(lower, lower=1)
     return np.asarray(np.tril(half) + np.tril(half, -1).T)
-
-
-Predictor = Callable[[Array], tuple[Array, Array]]
