@@ -26,6 +26,7 @@ STARTUP = 10
 """So many trials are drawn at random where no others came before."""
 ORIGIN = "front:origin"
 """The system attribute of a trial that says who proposed it."""
+BOLD = 0.5
 _KNOWN = 100
 """Evolution on surrogates begins with so many of the best rows that were measured, and as many changed ones."""
 
@@ -136,18 +137,17 @@ class FrontSampler(BaseSampler):
         box = _Box.around(observed, beliefs, meaning)
         if not observed.is_feasible.any():
             return self._approaching(observed, beliefs, codec, parents, box, count)
-        pools = [self._evolved(functions, codec, parents, box)[0] for functions in (beliefs.expected, beliefs.draw(self._rng))]
+        pools = [self._evolved(functions, codec, parents, box) for functions in (beliefs.expected, beliefs.draw(self._rng))]
         pool = _fresh(np.vstack(pools), observed, at_least_one=False)
         if not len(pool):
             return []
         chosen = self._winning(observed, beliefs, Forecast.of(beliefs, pool), box, count)
         return [_Proposal(pool[place], "surrogate") for place in chosen]
 
-    def _evolved(self, functions: Functions, codec: Codec, parents: Array, box: "_Box") -> tuple[Array, Array]:
-        """Returns what evolution comes to on some functions, and how far it lies outside of the box by them."""
+    def _evolved(self, functions: Functions, codec: Codec, parents: Array, box: "_Box") -> Array:
+        """Returns what evolution on some functions comes to."""
         start = np.vstack([parents, mutated(parents, codec, self._rng, 3.0), codec.random(20, self._rng)])
-        rows, _, broken = evolve(start, lambda rows: box.judged(functions, rows), codec, self._rng)
-        return rows, broken
+        return evolve(start, lambda rows: box.judged(functions, rows), codec, self._rng)[0]
 
     def _approaching(
         self, observed: Observed, beliefs: Beliefs, codec: Codec, parents: Array, box: "_Box", count: int
@@ -158,10 +158,10 @@ class FrontSampler(BaseSampler):
         """
         chosen: list[_Proposal] = []
         for number in range(count):
-            functions = beliefs.draw(self._rng) if number else beliefs.expected
-            pool, broken = self._evolved(functions, codec, parents, box)
-            order = np.argsort(broken, kind="stable")
-            fresh = _fresh(pool[order], observed, [each.row for each in chosen], at_least_one=False)
+            functions = beliefs.draw(self._rng, BOLD) if number else beliefs.expected
+            pool = self._evolved(functions, codec, parents, box)
+            safest = np.argsort(box.worst(functions, pool), kind="stable")
+            fresh = _fresh(pool[safest], observed, [each.row for each in chosen], at_least_one=False)
             chosen += [_Proposal(row, "surrogate") for row in fresh[:1]]
         return chosen
 
@@ -229,6 +229,14 @@ class _Box:
         for function in functions.others:
             broken += np.maximum(function(rows), 0.0)
         return costs, broken
+
+
+    def worst(self, functions: Functions, rows: Array) -> Array:
+        """Returns by how much rows miss the limit that they miss most; negative where they keep them all, `(n,)`."""
+        costs = np.stack([function(rows) for function in functions.objectives], axis=1)
+        margins = (costs - self.limits) / self.spans
+        others = [function(rows) for function in functions.others]
+        return np.max(np.column_stack([margins, *others]), axis=1)
 
 
 def _on(scale: Any, costs: Array) -> Array:

@@ -14,6 +14,8 @@ from search.samplers.structure import Structure
 
 SHARES = (0.95, 0.8, 0.68, 0.57, 0.48, 0.4, 0.33, 0.27)
 """Of the time that is allowed, from what just fits to what leaves room for estimates that are wrong."""
+_EXITS = (0.75, 0.6, 0.45, 0.3)
+"""Where thresholds of exits that are used lie between their lowest and their highest value, in turn."""
 _ROUNDS = 4
 _SECONDS = 2.0
 """A knapsack that is not solved by then is taken as far as it came."""
@@ -46,9 +48,9 @@ def knapsacks(structure: Structure, codec: Codec, times: Sequence[float]) -> lis
         row = solver.solve(time)
         if row is None:
             break
-        kinds = (1.0, 0.8) if structure.exits and number % 2 else (1.0,)
-        for threshold in kinds:
-            values = codec.decode(solver.with_exits(row, threshold))
+        kinds = (1.0, _EXITS[number // 2 % len(_EXITS)]) if structure.exits and number % 2 else (1.0,)
+        for share in kinds:
+            values = codec.decode(solver.with_exits(row, share))
             if values not in found:
                 found.append(values)
     return found
@@ -92,12 +94,13 @@ class _Solver:
     def _middle(self) -> Array:
         return np.floor(np.maximum(self._codec.levels - 1, 0) * 0.7)
 
-    def with_exits(self, row: Array, threshold: float) -> Array:
-        """Returns a row in which all exits have the value nearest to a threshold."""
+    def with_exits(self, row: Array, share: float) -> Array:
+        """Returns a row in which all exits have a threshold so far up from their lowest one."""
         row = row.copy()
         for name in self._structure.exits:
             column = self._codec.names.index(name)
-            row[column] = self._codec.encode([{**self._codec.decode(row), name: threshold}])[0, column]
+            levels = self._codec.levels[column]
+            row[column] = round(share * (levels - 1)) if levels else share
         return row
 
     def _solve_around(self, row: Array, time: float) -> Array | None:
