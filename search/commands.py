@@ -16,7 +16,7 @@ from rich.console import Console
 from search.budget import Budget
 from search.display import Display, SearchView
 from search.front import PREFERENCES, Version, choose, feasible, nearest_miss, pareto
-from search.request import Request
+from search.request import Ending, Request
 from search.samplers import check_sampler
 from search.store import Baseline, SearchFolder, StoredSearch, StoreError, find_search
 from search.study import Study, finetuning
@@ -52,9 +52,8 @@ _AS_SEARCHED = "# As it was searched: every key, and paths that hold from any fo
 
 def run_search(
     request: Request,
-    trials: int | None,
-    timeout_s: float | None,
-    sampler: str,
+    ending: Ending,
+    sampler: str | None,
     seed: int,
     name: str | None,
     runs: Path,
@@ -62,13 +61,14 @@ def run_search(
 ) -> int:
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
     study = request.to_study()
+    sampler = sampler or study.search.sampler
     check_sampler(sampler)
     folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler}-{seed}"))
     _check_same_question(folder, study)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     with Display(console) as display:
-        code = _search(folder, study, trials or study.search.trials, timeout_s, sampler, seed, download, display)
+        code = _search(folder, study, ending.of(study), sampler, seed, download, display)
     search = StoredSearch.read(folder)
     found = _print_front(search, search.budget, console)
     if found:
@@ -103,13 +103,13 @@ def _check_same_network(folder: SearchFolder, then: str | None, now: str) -> Non
 def _search(
     folder: SearchFolder,
     study: Study,
-    trials: int,
-    timeout_s: float | None,
+    ending: Ending,
     sampler: str,
     seed: int,
     download: bool,
     display: Display,
 ) -> int:
+    trials = ending.trials or study.search.trials
     from evaluators.target import runtime
 
     library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written
@@ -149,11 +149,13 @@ def _search(
         view = SearchView(display, search.versions, search.budget, dense, done, trials)
         seeds = greedy_seeds(bench, display.step, display.say) if study.search.profile else []
         coordinator = Coordinator(bench, stored, search.baseline, sampler, seed, [mirror, view], seeds)
-        outcome = coordinator.run(trials, timeout_s)
+        outcome = coordinator.run(trials, ending.timeout_s, ending.patience)
         if outcome.code == 0:
             outcome = _recover(bench, stored, search.baseline, outcome, display)
         mirror.finish(StoredSearch.read(folder))
     display.say(f"Ended: {outcome.reason}.")
+    for remark in outcome.remarks:
+        display.say(f"Note: {remark}.")
     for remark in library.remarks():
         display.say(f"Note: {remark}.")
     return outcome.code

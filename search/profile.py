@@ -133,6 +133,11 @@ class Profiler:
     def _missing(self) -> list[str]:
         return [name for name in self._tried if self._known is None or name not in self._known.groups]
 
+    @property
+    def kept(self) -> Profile | None:
+        """What an earlier call measured; None where it lacks a group."""
+        return None if self._missing else self._known
+
     def expected_seconds(self) -> float:
         """Returns how long `run` is going to take: one point is tried where any is missing."""
         missing = self._missing

@@ -25,6 +25,8 @@ from spaces.errors import UserError
 DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "minimize"]
 """Accuracy, latency, FLOPs."""
 JOURNAL = "journal.log"
+REPORT = "sampler"
+"""The study's attribute in which a sampler says how its surrogates did and where its proposals came from."""
 _RECOVERED = "recovered."
 
 
@@ -199,6 +201,8 @@ class StoredSearch:
     trials: tuple[FrozenTrial, ...]
     recovered: Mapping[int, Evaluation]
     """What versions came to that were recovered in full after the search, by their trial."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What the sampler said of itself at the end; empty where it is one of Optuna's."""
 
     @property
     def budget(self) -> Budget:
@@ -223,7 +227,7 @@ class StoredSearch:
             raise StoreError(f"search {folder.name!r} was stopped before its first trial; run its command again")
         study = Study.stored(attributes["study"])
         baseline = Baseline.from_dict(attributes["baseline"])
-        return cls(folder, study, baseline, tuple(stored.trials), _recovered(stored))
+        return cls(folder, study, baseline, tuple(stored.trials), _recovered(stored), attributes.get(REPORT, {}))
 
 
 def versions_of(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -145,6 +146,8 @@ class Mirror:
             "hypervolume": hypervolume(front, self._search.budget, self._dense.measured),
         }.items():
             self._client.log_metric(run_id, name, value)
+        for name, value in _flat(search.report).items():
+            self._client.log_metric(run_id, f"sampler_{name}", value)
         with tempfile.TemporaryDirectory() as folder:
             self._write_summary(Path(folder), versions, good, front)
             self._client.log_artifacts(run_id, folder)
@@ -220,6 +223,17 @@ class Mirror:
             token = page.token
             if not token:
                 return
+
+
+def _flat(report: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a sampler's report, each under all of its headings."""
+    found: dict[str, float] = {}
+    for name, content in report.items():
+        if isinstance(content, dict):
+            found |= {f"{name}_{inner}": value for inner, value in _flat(content).items()}
+        elif isinstance(content, int | float):
+            found[name] = float(content)
+    return found
 
 
 @contextmanager

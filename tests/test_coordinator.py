@@ -71,7 +71,7 @@ def test_the_time_limit_ends_a_search(coordinate) -> None:
     assert 1 <= len(finished(search.open().trials)) < 1000
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random", "front"])
 def test_every_sampler_proposes_beyond_the_first_guesses(sampler, bench, tmp_path, folder) -> None:
     count = len(first_guesses(bench.space)) + 4
     search = SearchFolder(tmp_path / sampler)

@@ -18,6 +18,9 @@ SAMPLERS: Mapping[str, str] = {
 }
 """Every sampler, by the name that `--sampler` takes; loaded when asked for."""
 
+INFORMED = ("front",)
+"""Those that make use of what dimensions and objectives mean."""
+
 
 class SamplerError(UserError):
     """A sampler that does not exist."""

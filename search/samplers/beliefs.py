@@ -160,7 +160,9 @@ def believe(observed: Observed, codec: Codec, meaning: Meaning | None) -> Belief
         costs = observed.costs[:, place]
         objectives.append(_belief(observed.rows, costs, _look(place, observed.rows, costs, codec, meaning)))
     others = {
-        name: _belief(observed.rows, values, (plain_scale(np.abs(values[~np.isnan(values)])), _any(codec, meaning), None))
+        name: _belief(
+            observed.rows, values, (plain_scale(np.abs(values[~np.isnan(values)])), _any(codec, meaning), None)
+        )
         for name, values in observed.constraints.items()
         if name not in observed.linked
     }
@@ -176,7 +178,11 @@ def _look(place: int, rows: Array, costs: Array, codec: Codec, meaning: Meaning 
         return plain_scale(costs[~np.isnan(costs)]), plain(codec), None
     aim, structure = meaning.aims[place], meaning.structure
     if aim.kind == "accuracy":
-        return damage_scale(aim), of_damage(structure, codec), _estimate(rows, costs, damage_scale(aim), structure, codec)
+        return (
+            damage_scale(aim),
+            of_damage(structure, codec),
+            _estimate(rows, costs, damage_scale(aim), structure, codec),
+        )
     if aim.kind == "latency":
         return relative_scale(), of_latency(structure, codec), None
     return (

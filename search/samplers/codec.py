@@ -58,7 +58,9 @@ class Codec:
 
     def decode(self, row: Array) -> dict[str, Any]:
         """Returns the parameters of one row, in the types that Optuna wants."""
-        return {name: _decoded(space, float(place)) for (name, space), place in zip(self.space.items(), row, strict=True)}
+        return {
+            name: _decoded(space, float(place)) for (name, space), place in zip(self.space.items(), row, strict=True)
+        }
 
     def random(self, count: int, rng: np.random.Generator) -> Array:
         """Returns uniform rows."""

@@ -34,7 +34,7 @@ def evolve(
 
 
 def ranked(costs: Array, broken: Array, count: int) -> NDArray[np.int64]:
-    """Returns the places of the best `count` rows, the best first: by front and crowding, and last by what they break."""
+    """Returns the places of the best `count` rows, the best first: by front and crowding, then by what they break."""
     from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
     from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 

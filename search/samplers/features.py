@@ -1,6 +1,6 @@
 """What surrogates look at: a few blocks of columns for each row, scaled so that every block matters alike at first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,9 @@ from search.samplers.structure import Structure
 _SAMPLE = 256
 _BASES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 """Where the share of inputs that an exit keeps may begin to rise, in thresholds."""
+
+_PLAIN = (1.0, 0.7, 1.0)
+"""What the blocks of dimensions without a meaning weigh."""
 
 Blocks = Callable[[Array], list[Array]]
 """Columns for rows, `(n, anything)` a block."""
@@ -60,26 +63,29 @@ class Features:
 
 def plain(codec: Codec) -> Features:
     """Returns columns that know nothing of what dimensions mean: position, its square, and one for each choice."""
+    return Features.fit(_plain_blocks(codec, codec.names), _PLAIN, codec, ())
+
+
+def _plain_blocks(codec: Codec, names: Collection[str]) -> Blocks:
     levels, categorical = codec.levels, codec.is_categorical
-    ordered = np.flatnonzero(~categorical)
+    wanted = np.array([name in names for name in codec.names], dtype=bool)
+    ordered, choices = np.flatnonzero(wanted & ~categorical), np.flatnonzero(wanted & categorical)
 
     def blocks(rows: Array) -> list[Array]:
         places = rows[:, ordered] / np.maximum(levels[ordered] - 1, 1)
-        choices = [
-            rows[:, [column]] == np.arange(levels[column])[None, :] for column in np.flatnonzero(categorical)
-        ]
-        chosen = np.concatenate([np.zeros((len(rows), 0)), *choices], axis=1).astype(float)
-        return [places, (places - 0.5) ** 2, chosen]
+        chosen = [(rows[:, [column]] == np.arange(levels[column])).astype(float) for column in choices]
+        return [places, (places - 0.5) ** 2, _joined(chosen, rows)]
 
-    return Features.fit(blocks, (1.0, 0.7, 1.0), codec, ())
+    return blocks
 
 
 def of_latency(structure: Structure, codec: Codec) -> Features:
     """Returns columns for what a network costs: work by layer and precision, boundaries, and what exits save."""
     speeds = np.array(list(structure.speeds.values()))
+    others = _plain_blocks(codec, set(codec.names) - structure.names)
 
     def blocks(rows: Array) -> list[Array]:
-        work, precision = structure.work(codec, rows), structure.precisions(codec, rows)
+        work, precision = structure.work(codec, rows)[:, : structure.layers], structure.precisions(codec, rows)
         chosen = precision[:, :, None] == np.arange(len(speeds))
         timed = work * speeds[precision]
         boundaries = (precision[:, 1:] != precision[:, :-1]).sum(axis=1, keepdims=True)
@@ -93,20 +99,23 @@ def of_latency(structure: Structure, codec: Codec) -> Features:
             boundaries.astype(float),
             _joined(bases, rows),
             _joined(saved, rows),
+            *others(rows),
         ]
 
-    return Features.fit(blocks, (3.0, 1.0, 0.5, 0.5, 1.0, 1.0), codec, (1,))
+    return Features.fit(blocks, (3.0, 1.0, 0.5, 0.5, 1.0, 1.0, *_PLAIN), codec, (1,))
 
 
 def of_damage(structure: Structure, codec: Codec) -> Features:
     """Returns columns for what a network loses: lost channels and precision by layer, and what was estimated."""
     kinds = len(structure.speeds)
+    others = _plain_blocks(codec, set(codec.names) - structure.names)
+    outputs = structure.outputs[: structure.layers]
 
     def blocks(rows: Array) -> list[Array]:
         lost = 1 - structure.kept(codec, rows) / structure.full
         precision = structure.precisions(codec, rows)
         chosen = (precision[:, :, None] == np.arange(1, kinds)).astype(float)
-        narrow = (structure.full - structure.kept(codec, rows)) @ structure.outputs.T
+        narrow = (structure.full - structure.kept(codec, rows)) @ outputs.T
         guessed = structure.estimated_damage(codec, rows)
         bases = [1 - base for base in _exit_bases(structure, codec, rows)]
         return [
@@ -116,9 +125,10 @@ def of_damage(structure: Structure, codec: Codec) -> Features:
             guessed,
             guessed.sum(axis=1, keepdims=True),
             _joined(bases, rows),
+            *others(rows),
         ]
 
-    return Features.fit(blocks, (1.0, 1.0, 0.4, 1.5, 1.0, 1.0), codec, (3,))
+    return Features.fit(blocks, (1.0, 1.0, 0.4, 1.5, 1.0, 1.0, *_PLAIN), codec, (3,))
 
 
 def _exit_bases(structure: Structure, codec: Codec, rows: Array) -> list[Array]:

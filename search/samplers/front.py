@@ -3,7 +3,7 @@
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class _Proposal:
 class FrontSampler(BaseSampler):
     """Proposes what probably adds most to the hypervolume within the constraints.
 
-    Each batch fits a surrogate to every objective and constraint, evolves rows on them from the best that were measured,
+    Each batch fits a surrogate to every objective and constraint, evolves rows on them from the best measured ones,
     and takes those that add most, one after the other, and a changed one for what no surrogate knows. Where surrogates
     tell nothing of what was held out, it goes on from the best measured rows without them.
 
@@ -61,6 +61,7 @@ class FrontSampler(BaseSampler):
         self._lock = threading.Lock()
         self.errors: dict[str, HeldOut] = {}
         self.origins: Counter[str] = Counter()
+        self.fallbacks = 0
 
     def reseed_rng(self) -> None:
         """Begins other draws, for a copy in another process."""
@@ -101,6 +102,31 @@ class FrontSampler(BaseSampler):
         study._storage.set_trial_system_attr(trial._trial_id, ORIGIN, proposal.origin)
         return codec.decode(proposal.row)
 
+    def report(self) -> dict[str, Any]:
+        """Returns, JSON-ready, where proposals came from and how the last surrogates did on what was held out."""
+        errors = {name: asdict(error) for name, error in self.errors.items()}
+        return {"proposals": dict(self.origins), "held_out": errors, "fell_back": self.fallbacks}
+
+    def remarks(self, objectives: Sequence[str]) -> list[str]:
+        """Returns the same in words.
+
+        Args:
+            objectives: their names, in the study's order.
+        """
+        if not self.origins:
+            return []
+        counted = ", ".join(f"{count} by {origin}" for origin, count in self.origins.most_common())
+        lines = [f"proposals of the sampler: {counted}"]
+        for place, error in self.errors.items():
+            name = objectives[int(place.split()[1])] if place.startswith("objective ") else place
+            lines.append(
+                f"surrogate of {name}, on {error.count} held-out measurements: R² {error.r2:.2f},"
+                f" Spearman {error.spearman:.2f}, mean error {error.mape:.1%} ({error.form})"
+            )
+        if self.fallbacks:
+            lines.append(f"{self.fallbacks} times the surrogates told too little, and evolution went on without them")
+        return lines
+
     def _plan(self, trials: Sequence[FrozenTrial], study: optuna.Study, codec: Codec) -> list[_Proposal]:
         meaning = self._meaning if self._fits(codec) else None
         observed = observe(trials, codec, study.directions, meaning.links if meaning else {})
@@ -111,10 +137,13 @@ class FrontSampler(BaseSampler):
         self.errors = beliefs.errors
         parents = _best(observed, beliefs)
         chosen: list[_Proposal] = []
+        self.fallbacks += beliefs.are_bad
         if not beliefs.are_bad:
             chosen = self._by_surrogates(observed, beliefs, codec, meaning, parents, batch - 1)
-        children = offspring(parents, codec, self._rng, 32) if chosen == [] else mutated(
-            parents[self._rng.integers(0, min(len(parents), 20), 32)], codec, self._rng, 2.0
+        children = (
+            offspring(parents, codec, self._rng, 32)
+            if chosen == []
+            else mutated(parents[self._rng.integers(0, min(len(parents), 20), 32)], codec, self._rng, 2.0)
         )
         taken = [proposal.row for proposal in chosen]
         rest = _fresh(np.vstack([children, codec.random(8, self._rng)]), observed, taken)
@@ -137,7 +166,9 @@ class FrontSampler(BaseSampler):
         box = _Box.around(observed, beliefs, meaning)
         if not observed.is_feasible.any():
             return self._approaching(observed, beliefs, codec, parents, box, count)
-        pools = [self._evolved(functions, codec, parents, box) for functions in (beliefs.expected, beliefs.draw(self._rng))]
+        pools = [
+            self._evolved(functions, codec, parents, box) for functions in (beliefs.expected, beliefs.draw(self._rng))
+        ]
         pool = _fresh(np.vstack(pools), observed, at_least_one=False)
         if not len(pool):
             return []
@@ -165,9 +196,7 @@ class FrontSampler(BaseSampler):
             chosen += [_Proposal(row, "surrogate") for row in fresh[:1]]
         return chosen
 
-    def _winning(
-        self, observed: Observed, beliefs: Beliefs, forecast: Forecast, box: "_Box", count: int
-    ) -> list[int]:
+    def _winning(self, observed: Observed, beliefs: Beliefs, forecast: Forecast, box: "_Box", count: int) -> list[int]:
         scales = [belief.scale for belief in beliefs.objectives]
         nearest = np.minimum((forecast.means - forecast.deviations).min(axis=0), box.front_places.min(axis=0))
         low = np.array([float(scale.back(place)) for scale, place in zip(scales, nearest, strict=True)])
@@ -175,7 +204,11 @@ class FrontSampler(BaseSampler):
         if not len(points):
             return []
         places = np.stack([scale.forward(column) for scale, column in zip(scales, points.T, strict=True)], axis=1)
-        pending = Forecast.of(beliefs, observed.pending).beats(places) if len(observed.pending) else np.zeros((0, len(points)))
+        pending = (
+            Forecast.of(beliefs, observed.pending).beats(places)
+            if len(observed.pending)
+            else np.zeros((0, len(points)))
+        )
         return choose_by_hypervolume(forecast.beats(places), pending, count)
 
 
@@ -228,8 +261,7 @@ class _Box:
         broken = np.maximum((costs - self.limits) / self.spans, 0.0).sum(axis=1)
         for function in functions.others:
             broken += np.maximum(function(rows), 0.0)
-        return costs, broken
-
+        return costs, np.asarray(broken)
 
     def worst(self, functions: Functions, rows: Array) -> Array:
         """Returns by how much rows miss the limit that they miss most; negative where they keep them all, `(n,)`."""
@@ -242,15 +274,16 @@ class _Box:
 def _on(scale: Any, costs: Array) -> Array:
     """Returns places on a scale; what is infinite or unknown stays so."""
     usable = np.isfinite(costs)
-    return np.where(usable, scale.forward(np.where(usable, costs, 1.0)), costs)
+    return np.asarray(np.where(usable, scale.forward(np.where(usable, costs, 1.0)), costs))
 
 
 def ranked_front(costs: Array) -> NDArray[np.int64]:
     """Returns the places of the costs that no other beats."""
     if not len(costs):
         return np.zeros(0, dtype=np.int64)
-    beaten = ((costs[None, :, :] <= costs[:, None, :]).all(axis=2) & (costs[None, :, :] < costs[:, None, :]).any(axis=2)).any(axis=1)
-    return np.flatnonzero(~beaten)
+    no_worse = (costs[None, :, :] <= costs[:, None, :]).all(axis=2)
+    better = (costs[None, :, :] < costs[:, None, :]).any(axis=2)
+    return np.flatnonzero(~np.logical_and(no_worse, better).any(axis=1))
 
 
 def _best(observed: Observed, beliefs: Beliefs) -> Array:
@@ -264,9 +297,7 @@ def _best(observed: Observed, beliefs: Beliefs) -> Array:
     return observed.rows[ranked(costs, broken, _KNOWN)]
 
 
-def _fresh(
-    rows: Array, observed: Observed, taken: Sequence[Array] = (), at_least_one: bool = True
-) -> Array:
+def _fresh(rows: Array, observed: Observed, taken: Sequence[Array] = (), at_least_one: bool = True) -> Array:
     """Returns the rows that nobody tried, in their order; if there are none, the last one where one is needed."""
     seen = {_key(row) for row in (*observed.spent, *taken)}
     places = []
@@ -281,8 +312,6 @@ def _fresh(
 
 def _key(row: Array) -> bytes:
     return np.round(row, 6).tobytes()
-
-
 
 
 def front(seed: int, meaning: Meaning | None = None) -> BaseSampler:

@@ -60,11 +60,13 @@ class _Solver:
     def __init__(self, structure: Structure, codec: Codec) -> None:
         self._structure, self._codec = structure, codec
         self._speeds = np.array(list(structure.speeds.values()))
-        self._group_of = [int(np.argmax(row)) if row.any() else -1 for row in structure.outputs]
+        self._flops = structure.flops[: structure.layers]
+        self._inputs, self._outputs = structure.inputs[: structure.layers], structure.outputs[: structure.layers]
+        self._group_of = [int(np.argmax(row)) if row.any() else -1 for row in self._outputs]
         index = {name: place for place, name in enumerate(codec.names)}
         self._columns = [index[name] for name in structure.channels]
         self._levels = [int(codec.levels[column]) for column in self._columns]
-        self._precisions = [self._offered(layer) for layer in range(len(structure.flops))]
+        self._precisions = [self._offered(layer) for layer in range(structure.layers)]
         self._cells = [
             _Cell(layer, width, precision)
             for layer, group in enumerate(self._group_of)
@@ -105,7 +107,7 @@ class _Solver:
 
     def _solve_around(self, row: Array, time: float) -> Array | None:
         damage, costs = self._objective(row)
-        total = float(self._structure.flops.sum() * self._speeds[0])
+        total = float(self._flops.sum() * self._speeds[0])
         rules = [LinearConstraint(csr_array(costs[None, :]), ub=time * total), self._one_each(), self._agreement()]
         solved = milp(
             damage,
@@ -120,17 +122,17 @@ class _Solver:
         """Returns the damage and the time of every cell, then of every width of a group: what its readers save."""
         structure = self._structure
         gone = structure.full - structure.kept(self._codec, row[None])[0]
-        inputs, outputs = 1 - structure.inputs @ gone, 1 - structure.outputs @ gone
+        inputs, outputs = 1 - self._inputs @ gone, 1 - self._outputs @ gone
         speeds = self._speeds[structure.precisions(self._codec, row[None])[0]]
         damage, time = [], []
         for cell in self._cells:
             group = self._group_of[cell.layer]
-            own = 1.0 if group < 0 else self._share(structure.outputs, cell.layer, group, cell.width, outputs, gone)
-            time.append(structure.flops[cell.layer] * self._speeds[cell.precision] * inputs[cell.layer] * own)
+            own = 1.0 if group < 0 else self._share(self._outputs, cell.layer, group, cell.width, outputs, gone)
+            time.append(self._flops[cell.layer] * self._speeds[cell.precision] * inputs[cell.layer] * own)
             damage.append(self._precision_damage(cell))
         for group, width in self._widths:
             change = gone[group] - self._gone(group, width)
-            time.append(float((structure.flops * speeds * outputs * structure.inputs[:, group] * change).sum()))
+            time.append(float((self._flops * speeds * outputs * self._inputs[:, group] * change).sum()))
             costs = structure.damage.get(structure.channels[group])
             damage.append(costs[width] if costs else 0.0)
         return np.array(damage), np.array(time)

@@ -50,12 +50,12 @@ class Observed:
         known = ~np.isnan(self.costs).any(axis=1)
         for values in self.constraints.values():
             known &= ~np.isnan(values)
-        return known
+        return np.asarray(known)
 
     @property
     def is_feasible(self) -> NDArray[np.bool_]:
         """Whether a row was measured in full and keeps every constraint, `(n,)`."""
-        return self.is_whole & (self.excess <= 0)
+        return np.logical_and(self.is_whole, self.excess <= 0)
 
 
 def observe(

@@ -16,11 +16,13 @@ Kind = Literal["accuracy", "latency", "flops"]
 class Structure:
     """A network as a sampler sees it: `L` layers in the order in which they run, `G` dimensions of channels.
 
+    Behind the layers, `flops`, `inputs` and `outputs` may have rows for what has FLOPs but no precision: norms.
+
     Args:
         channels: the dimensions of channels, `G` names.
         full: how many channels each of them has in the dense network, `(G,)`.
-        flops: of each layer in the dense network, `(L,)`.
-        inputs: the share of a layer's inputs that goes with one channel of each dimension, `(L, G)`.
+        flops: of each layer, and then of each norm, in the dense network, `(L + norms,)`.
+        inputs: the share of a layer's inputs that goes with one channel of each dimension, `(L + norms, G)`.
         outputs: the same of its outputs.
         precision: for each layer its dimension; None where it has no choice.
         fixed: for each layer the precision that it has where it has no choice.
@@ -43,6 +45,11 @@ class Structure:
     damage: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
+    def layers(self) -> int:
+        """How many layers have a precision."""
+        return len(self.precision)
+
+    @property
     def names(self) -> set[str]:
         """Every dimension that it speaks of."""
         return {*self.channels, *self.exits, *(name for name in self.precision if name is not None)}
@@ -53,14 +60,14 @@ class Structure:
         return np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0))
 
     def work(self, codec: Codec, rows: Array) -> Array:
-        """Returns the FLOPs of each layer of rows, `(n, L)`."""
+        """Returns the FLOPs of each layer and norm of rows, `(n, L + norms)`."""
         gone = self.full - self.kept(codec, rows)
         return self.flops * (1 - gone @ self.inputs.T) * (1 - gone @ self.outputs.T)
 
     def precisions(self, codec: Codec, rows: Array) -> NDArray[np.int64]:
         """Returns the place of each layer's precision among those with a speed, `(n, L)`."""
         names = list(self.speeds)
-        found = np.empty((len(rows), len(self.flops)), dtype=np.int64)
+        found = np.empty((len(rows), self.layers), dtype=np.int64)
         for layer, dimension in enumerate(self.precision):
             if dimension is None:
                 found[:, layer] = names.index(self.fixed[layer])

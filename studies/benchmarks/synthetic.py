@@ -58,7 +58,7 @@ class Problem:
         setting: their kind.
     """
 
-    def __init__(self, seed: int, setting: Setting = Setting()) -> None:  # noqa: B008  frozen
+    def __init__(self, seed: int, setting: Setting = Setting()) -> None:
         self.setting = setting
         rng, count = np.random.default_rng(1000 + seed), setting.layers
         self.widths = np.repeat([16, 32, 64], [count // 3, count // 3, count - 2 * (count // 3)])
@@ -112,7 +112,7 @@ class Problem:
 
     def _padded(self, kept: Array, precision: int) -> Array:
         step = ALIGNED[precision]
-        return np.minimum(np.ceil(kept @ self._groups.T / step) * step, self.widths)
+        return np.asarray(np.minimum(np.ceil(kept @ self._groups.T / step) * step, self.widths))
 
     def _damage(self, lost: Array, precision: NDArray[np.int64]) -> Array:
         """Returns the damage of pruning and quantization: it adds up, but for forty pairs of layers and narrow ones."""
@@ -122,7 +122,7 @@ class Problem:
         narrow = 1 + lost @ self._groups.T
         each = own @ members.T + self._quantized[layers, precision] * narrow
         first, second = self._pairs.T
-        return each.sum(axis=1) + (self._strengths * each[:, first] * each[:, second]).sum(axis=1)
+        return np.asarray(each.sum(axis=1) + (self._strengths * each[:, first] * each[:, second]).sum(axis=1))
 
     def _exits(self, rows: Array) -> tuple[Array, Array]:
         """Returns the damage of exits, `(n,)`, and the share of inputs that each layer sees, `(n, L)`."""
@@ -149,7 +149,7 @@ class Problem:
         return found if accuracy is None else found | {"accuracy": (self.setting.floor - accuracy) / self.setting.floor}
 
     def meaning(self) -> Meaning:
-        """Returns what a sampler may know beforehand: shapes, FLOPs, and estimates of sensitivity that are off by e^0.5."""
+        """Returns what a sampler may know beforehand: shapes, FLOPs, and sensitivities that are off by e^0.5."""
         count, groups = self.setting.layers, self._groups
         outputs = groups / self.widths[:, None]
         inputs = np.concatenate([np.zeros((1, groups.shape[1])), outputs[:-1]])
@@ -220,5 +220,5 @@ def _groups(setting: Setting, widths: NDArray[np.int64]) -> NDArray[np.bool_]:
     return members
 
 
-def _summing_to(total: float, values: Array) -> Array:
-    return values * (total / values.sum())
+def _summing_to(total: float, values: Array | float) -> Array:
+    return np.asarray(values) * (total / float(np.sum(values)))
