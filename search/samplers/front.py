@@ -268,7 +268,7 @@ class _Box:
         costs = np.stack([function(rows) for function in functions.objectives], axis=1)
         margins = (costs - self.limits) / self.spans
         others = [function(rows) for function in functions.others]
-        return np.max(np.column_stack([margins, *others]), axis=1)
+        return np.asarray(np.column_stack([margins, *others]).max(axis=1))
 
 
 def _on(scale: Any, costs: Array) -> Array:
