@@ -12,6 +12,7 @@ _SAMPLE = 256
 _BASES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 """Where the share of inputs that an exit keeps may begin to rise, in thresholds."""
 
+_STEPS = (8, 16, 32)
 _PLAIN = (1.0, 0.7, 1.0)
 """What the blocks of dimensions without a meaning weigh."""
 
@@ -97,12 +98,30 @@ def of_latency(structure: Structure, codec: Codec) -> Features:
             (work[:, :, None] * chosen).reshape(len(rows), -1),
             chosen[:, :, 1:].reshape(len(rows), -1).astype(float),
             boundaries.astype(float),
+            _padded(structure, codec, rows, chosen * speeds),
             _joined(bases, rows),
             _joined(saved, rows),
             *others(rows),
         ]
 
-    return Features.fit(blocks, (3.0, 1.0, 0.5, 0.5, 1.0, 1.0, *_PLAIN), codec, (1,))
+    return Features.fit(blocks, (3.0, 1.0, 0.5, 0.5, 1.0, 1.0, 1.0, *_PLAIN), codec, (1, 4))
+
+
+def _padded(structure: Structure, codec: Codec, rows: Array, timed: Array) -> Array:
+    """Returns the time in each precision if kernels padded channels to multiples of 8, 16 or 32, `(n, 3 * precisions)`.
+
+    Args:
+        structure: of the network.
+        codec: of its space.
+        rows: to look at.
+        timed: for each layer and precision its speed where the layer has it, else 0, `(n, L, precisions)`.
+    """
+    kept, columns = structure.kept(codec, rows), []
+    for step in _STEPS:
+        gone = structure.full - np.minimum(np.ceil(kept / step) * step, structure.full)
+        work = structure.flops * (1 - gone @ structure.inputs.T) * (1 - gone @ structure.outputs.T)
+        columns.append((work[:, : structure.layers, None] * timed).sum(axis=1))
+    return np.concatenate(columns, axis=1)
 
 
 def of_damage(structure: Structure, codec: Codec) -> Features:

@@ -20,21 +20,25 @@ from search.samplers.codec import Array, Codec
 from search.samplers.evolution import evolve, mutated, offspring, ranked
 from search.samplers.objectives import Observed, observe
 from search.samplers.structure import Meaning
-from search.samplers.surrogate import HeldOut
+from search.samplers.surrogate import HeldOut, held_out
 
 STARTUP = 10
 """So many trials are drawn at random where no others came before."""
-ORIGIN = "front:origin"
-"""The system attribute of a trial that says who proposed it."""
+PROPOSAL = "front:proposal"
+"""The system attribute of a trial that says who proposed it, and what was expected of it."""
 BOLD = 0.5
+"""Where no version is feasible yet, draws are so far from what is expected, in multiples of how far they should be."""
 _KNOWN = 100
 """Evolution on surrogates begins with so many of the best rows that were measured, and as many changed ones."""
 
 
 @dataclass(frozen=True)
 class _Proposal:
+    """A row, who proposes it, and the mean and deviation of each objective on its scale; none without surrogates."""
+
     row: Array
     origin: str
+    expected: tuple[tuple[float, float], ...] = ()
 
 
 class FrontSampler(BaseSampler):
@@ -60,6 +64,7 @@ class FrontSampler(BaseSampler):
         self._planned_for: dict[str, BaseDistribution] = {}
         self._lock = threading.Lock()
         self.errors: dict[str, HeldOut] = {}
+        self.foresight: dict[str, HeldOut] = {}
         self.origins: Counter[str] = Counter()
         self.fallbacks = 0
 
@@ -99,13 +104,18 @@ class FrontSampler(BaseSampler):
                 self._planned.extend(self._plan(others, study, codec))
             proposal = self._planned.popleft()
             self.origins[proposal.origin] += 1
-        study._storage.set_trial_system_attr(trial._trial_id, ORIGIN, proposal.origin)
+        told = {"origin": proposal.origin, "expected": proposal.expected}
+        study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, told)
         return codec.decode(proposal.row)
 
     def report(self) -> dict[str, Any]:
         """Returns, JSON-ready, where proposals came from and how the last surrogates did on what was held out."""
-        errors = {name: asdict(error) for name, error in self.errors.items()}
-        return {"proposals": dict(self.origins), "held_out": errors, "fell_back": self.fallbacks}
+        return {
+            "proposals": dict(self.origins),
+            "held_out": {name: asdict(error) for name, error in self.errors.items()},
+            "foresight": {name: asdict(error) for name, error in self.foresight.items()},
+            "fell_back": self.fallbacks,
+        }
 
     def remarks(self, objectives: Sequence[str]) -> list[str]:
         """Returns the same in words.
@@ -119,9 +129,11 @@ class FrontSampler(BaseSampler):
         lines = [f"proposals of the sampler: {counted}"]
         for place, error in self.errors.items():
             name = objectives[int(place.split()[1])] if place.startswith("objective ") else place
+            before = self.foresight.get(place)
+            ahead = f"; {before.mape:.1%} on its {before.count} proposals before they were measured" if before else ""
             lines.append(
                 f"surrogate of {name}, on {error.count} held-out measurements: R² {error.r2:.2f},"
-                f" Spearman {error.spearman:.2f}, mean error {error.mape:.1%} ({error.form})"
+                f" Spearman {error.spearman:.2f}, mean error {error.mape:.1%} ({error.form}){ahead}"
             )
         if self.fallbacks:
             lines.append(f"{self.fallbacks} times the surrogates told too little, and evolution went on without them")
@@ -135,6 +147,7 @@ class FrontSampler(BaseSampler):
         batch = max(4, len(observed.rows) // 40)
         beliefs = believe(observed, codec, meaning)
         self.errors = beliefs.errors
+        self.foresight = foresight(trials, observed, beliefs, codec)
         parents = _best(observed, beliefs)
         chosen: list[_Proposal] = []
         self.fallbacks += beliefs.are_bad
@@ -172,8 +185,11 @@ class FrontSampler(BaseSampler):
         pool = _fresh(np.vstack(pools), observed, at_least_one=False)
         if not len(pool):
             return []
-        chosen = self._winning(observed, beliefs, Forecast.of(beliefs, pool), box, count)
-        return [_Proposal(pool[place], "surrogate") for place in chosen]
+        forecast = Forecast.of(beliefs, pool)
+        return [
+            _Proposal(pool[place], "surrogate", _expected(forecast, place))
+            for place in self._winning(observed, beliefs, forecast, box, count)
+        ]
 
     def _evolved(self, functions: Functions, codec: Codec, parents: Array, box: "_Box") -> Array:
         """Returns what evolution on some functions comes to."""
@@ -193,7 +209,9 @@ class FrontSampler(BaseSampler):
             pool = self._evolved(functions, codec, parents, box)
             safest = np.argsort(box.worst(functions, pool), kind="stable")
             fresh = _fresh(pool[safest], observed, [each.row for each in chosen], at_least_one=False)
-            chosen += [_Proposal(row, "surrogate") for row in fresh[:1]]
+            if len(fresh):
+                expected = _expected(Forecast.of(beliefs, fresh[:1]), 0)
+                chosen.append(_Proposal(fresh[0], "surrogate", expected))
         return chosen
 
     def _winning(self, observed: Observed, beliefs: Beliefs, forecast: Forecast, box: "_Box", count: int) -> list[int]:
@@ -295,6 +313,34 @@ def _best(observed: Observed, beliefs: Beliefs) -> Array:
     broken = observed.excess + np.where(unknown, 1e-6, 0.0)
     costs = np.where(np.isnan(costs), np.nanmax(np.where(np.isfinite(costs), costs, 0.0), axis=0), costs)
     return observed.rows[ranked(costs, broken, _KNOWN)]
+
+
+def _expected(forecast: Forecast, place: int) -> tuple[tuple[float, float], ...]:
+    pairs = zip(forecast.means[place], forecast.deviations[place], strict=True)
+    return tuple((float(mean), float(deviation)) for mean, deviation in pairs)
+
+
+def foresight(trials: Sequence[FrozenTrial], observed: Observed, beliefs: Beliefs, codec: Codec) -> dict[str, HeldOut]:
+    """Returns how well proposals were told before anyone measured them, by objective.
+
+    They are where surrogates are most hopeful, so they are wrong there more often than on what is left out at random.
+    """
+    measured = {_key(row): costs for row, costs in zip(observed.rows, observed.costs, strict=True)}
+    pairs: list[list[tuple[float, float]]] = [[] for _ in beliefs.objectives]
+    for trial in trials:
+        expected = trial.system_attrs.get(PROPOSAL, {}).get("expected")
+        if not expected or not all(name in trial.params for name in codec.names):
+            continue
+        costs = measured.get(_key(codec.encode([trial.params])[0]))
+        for place, (mean, _) in enumerate(expected):
+            if costs is not None and not np.isnan(costs[place]):
+                told = float(beliefs.objectives[place].scale.back(np.array([mean]))[0])
+                pairs[place].append((told, float(costs[place])))
+    return {
+        f"objective {place}": held_out("before measuring", *np.array(each).T)
+        for place, each in enumerate(pairs)
+        if len(each) > 2
+    }
 
 
 def _fresh(rows: Array, observed: Observed, taken: Sequence[Array] = (), at_least_one: bool = True) -> Array:
