@@ -104,7 +104,7 @@ class FrontSampler(BaseSampler):
                 self._planned.extend(self._plan(others, study, codec))
             proposal = self._planned.popleft()
             self.origins[proposal.origin] += 1
-        told = {"origin": proposal.origin, "expected": proposal.expected}
+        told: Any = {"origin": proposal.origin, "expected": [list(each) for each in proposal.expected]}
         study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, told)
         return codec.decode(proposal.row)
 
