@@ -100,6 +100,10 @@ class FlopsEvaluator:
         """Returns what comparing a frame with the last key frame costs: as fvcore counts pooling, one per value."""
         return float(self._image.numel()) if subject.artifact.reuse else 0.0
 
+    def exits_before(self, path: str) -> int:
+        """Returns how many exits lie before a module of the trunk."""
+        return self._stage_of.get(path, 0)
+
     def _nonzero(self, subject: Subject, counts: Mapping[str, float]) -> float:
         """Returns the share of the trunk's FLOPs that multiply by a weight other than zero."""
         weights = dict(subject.network.named_parameters())

@@ -37,6 +37,20 @@ class ScaledFlops:
                 gone[member.path][member.axis] += dropped * member.positions.shape[1]
         return sum(count * self._left(path, gone.get(path, {})) for path, count in self._dense.items())
 
+    @property
+    def dense(self) -> Mapping[str, float]:
+        """The FLOPs per image of each module of the dense network that has weights, by its path, in its order."""
+        return dict(self._dense)
+
+    def shares(self, path: str, axis: Axis) -> dict[str, float]:
+        """Returns the share of a module's axis that goes with one channel of each group that it belongs to."""
+        found: dict[str, float] = defaultdict(float)
+        for group in self._groups:
+            for member in group.members:
+                if (member.path, member.axis) == (path, axis):
+                    found[group.name] += member.positions.shape[1] / self._sizes[path][axis]
+        return dict(found)
+
     def _left(self, path: str, gone: Mapping[Axis, int]) -> float:
         share = 1.0
         for axis, dropped in gone.items():

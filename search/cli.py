@@ -11,7 +11,7 @@ import typer
 
 from search.budget import Budget
 from search.output import Output
-from search.request import Request
+from search.request import Ending, Request
 from spaces.errors import UserError
 
 app = typer.Typer(
@@ -126,7 +126,12 @@ def search(
     threads: Annotated[int | None, typer.Option(min=1, help="Of the deployed network.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="End after so many; else the study's number.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="End after so long.")] = None,
-    sampler: Annotated[str, typer.Option(help="tpe, nsga2, gp or random.")] = "tpe",
+    patience: Annotated[
+        int | None, typer.Option(min=1, metavar="TRIALS", help="End after so many in a row that win nothing.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="tpe, nsga2, gp, random or front; else the study's, which is tpe.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
     target: Target = None,
     gates: Annotated[
@@ -152,8 +157,8 @@ def search(
     request.to_study()  # a mistake in it answers before anything heavy is loaded
     from search.commands import run_search
 
-    output = Output(quiet, as_json)
-    return run_search(request, trials, timeout, sampler, seed, name, runs, download, tracking_uri, output)
+    output, ending = Output(quiet, as_json), Ending(trials, timeout, patience)
+    return run_search(request, ending, sampler, seed, name, runs, download, tracking_uri, output)
 
 
 @app.command()

@@ -14,9 +14,9 @@ from search.display import Display, SearchView
 from search.front import Version
 from search.front_command import NO_VERSION, front_json, print_front
 from search.output import SPOKEN, Output, write_json, write_lines
-from search.request import Request
+from search.request import Ending, Request
 from search.review.overview import Overview, write_profile
-from search.sampler import check_sampler
+from search.samplers import check_sampler
 from search.store import Baseline, SearchFolder, StoredSearch, StoreError, keep_sampler
 from search.study import Study
 from search.text import examined_layers, milliseconds, percent
@@ -37,9 +37,8 @@ _AS_SEARCHED = "# As it was searched: every key, and paths that hold from any fo
 
 def run_search(
     request: Request,
-    trials: int | None,
-    timeout_s: float | None,
-    sampler: str,
+    ending: Ending,
+    sampler: str | None,
     seed: int,
     name: str | None,
     runs: Path,
@@ -49,6 +48,7 @@ def run_search(
 ) -> int:
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
     study = request.to_study()
+    sampler = sampler or study.search.sampler
     check_sampler(sampler)
     folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler}-{seed}"))
     _check_same_question(folder, study)
@@ -56,8 +56,7 @@ def run_search(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = output.console()
     with Display(console, output.quiet) as display:
-        many = trials or study.search.trials
-        code = _search(folder, study, many, timeout_s, sampler, seed, download, display, tracking_uri)
+        code = _search(folder, study, ending.of(study), sampler, seed, download, display, tracking_uri)
     overview = Overview.of(StoredSearch.read(folder))
     if output.as_json:
         write_json(front_json(overview))
@@ -117,14 +116,14 @@ def check_same_network(folder: SearchFolder, then: str | None, now: str) -> None
 def _search(
     folder: SearchFolder,
     study: Study,
-    trials: int,
-    timeout_s: float | None,
+    ending: Ending,
     sampler: str,
     seed: int,
     download: bool,
     display: Display,
     tracking_uri: str | None,
 ) -> int:
+    trials = ending.trials or study.search.trials
     from evaluators.target import runtime
 
     library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written
@@ -168,13 +167,15 @@ def _search(
         view = SearchView(display, search.versions, search.budget, dense, done, trials)
         seeds = greedy_seeds(bench, display.step, display.say) if study.search.profile else []
         coordinator = Coordinator(bench, stored, search.baseline, sampler, seed, [mirror, view], seeds)
-        outcome = coordinator.run(trials, timeout_s)
+        outcome = coordinator.run(trials, ending.timeout_s, ending.patience)
         if outcome.code == 0:
             outcome = _recover(bench, stored, search.baseline, outcome, display)
         if profiled := Profiler(bench).known:
             write_profile(folder.path, profiled)
         mirror.finish(StoredSearch.read(folder))
     display.say(f"Ended: {outcome.reason}.")
+    for remark in outcome.remarks:
+        display.say(f"Note: {remark}.")
     for remark in library.remarks():
         display.say(f"Note: {remark}.")
     return outcome.code

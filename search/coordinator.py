@@ -1,5 +1,6 @@
 """The search itself: ask, evaluate, tell, until trials or time run out."""
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +19,13 @@ from search.evaluation import Evaluation
 from search.front import OBJECTIVES, Version
 from search.gating import GateSolver, Settled
 from search.interrupts import Interrupts
-from search.sampler import distributions, first_guesses, sampler
-from search.store import Baseline, versions_of
+from search.samplers import INFORMED, sampler
+from search.samplers.codec import Codec
+from search.samplers.first import distributions, first_guesses
+from search.samplers.front import FrontSampler
+from search.samplers.meaning import knapsack_seeds, meaning_of
+from search.stall import Stall
+from search.store import REPORT, Baseline, versions_of
 from search.workbench import Workbench
 from spaces.candidate import Candidate
 from spaces.joint import JointSpace
@@ -49,11 +55,13 @@ class Outcome:
         reason: for people.
         code: the exit code that goes with it.
         overhead_s: seconds that asking and telling took, by step.
+        remarks: what the sampler says of itself.
     """
 
     reason: str
     code: int
     overhead_s: dict[str, float] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 class Coordinator:
@@ -66,7 +74,7 @@ class Coordinator:
         sampler_name: proposes candidates.
         seed: of the sampler; a resumed search goes on from another point of the same sequence.
         observers: told about every finished trial.
-        seeds: versions to try after those that treat every layer alike.
+        seeds: versions to try after those that treat every layer alike, and before a sampler's own.
     """
 
     def __init__(
@@ -80,7 +88,7 @@ class Coordinator:
         seeds: Sequence[Mapping[str, Value]] = (),
     ) -> None:
         self._bench = bench
-        self._seeds = seeds
+        self._seeds: Sequence[Mapping[str, Value]] = seeds
         self._stored = stored
         self._dense = baseline.evaluation.measurements
         self._budget: Budget = bench.study.limits
@@ -95,17 +103,38 @@ class Coordinator:
         }
         self._settled = settled_choices(stored.get_trials(deepcopy=False), self._known.values())
         finished = len(stored.get_trials(deepcopy=False))
-        stored.sampler = sampler(sampler_name, seed + finished)
+        self._codec = Codec(self._distributions)
+        meaning = meaning_of(bench, self._space, baseline) if sampler_name in INFORMED else None
+        if meaning is not None:
+            self._seeds = [*seeds, *knapsack_seeds(meaning, self._codec, bench.has_gates)]
+        stored.sampler = sampler(sampler_name, seed + finished, meaning)
+        self._stall = Stall(self._budget, self._dense)
+        self._tried: set[str] = set()
         self._overhead = {"ask": 0.0, "tell": 0.0}
         self._interrupts = Interrupts()
 
-    def run(self, trials: int, timeout_s: float | None) -> Outcome:
+    def run(self, trials: int, timeout_s: float | None, patience: int | None = None) -> Outcome:
         """Searches until `trials` are finished, earlier runs of this search included, or the time is up.
+
+        Args:
+            trials: at most, in all.
+            timeout_s: at most, of this run.
+            patience: so many trials in a row that win nothing end it too.
 
         Returns:
             Why it ended. An interrupt ends it too: the trial in flight is done again when the search goes on.
         """
+        outcome = self._run(trials, timeout_s, patience)
+        if isinstance(self._stored.sampler, FrontSampler):
+            self._stored.set_user_attr(REPORT, self._stored.sampler.report())
+            outcome.remarks = self._stored.sampler.remarks(OBJECTIVES)
+        return outcome
+
+    def _run(self, trials: int, timeout_s: float | None, patience: int | None) -> Outcome:
         put_right_running(self._stored)
+        for trial in self._stored.get_trials(deepcopy=False):
+            if is_counted(trial):
+                self._count(trial)
         for guess in [*first_guesses(self._space), *self._seeds]:
             self._stored.enqueue_trial(dict(guess), skip_if_exists=True)
         begin = time.monotonic()
@@ -114,8 +143,11 @@ class Coordinator:
                 while self._finished() < trials:
                     if timeout_s is not None and time.monotonic() - begin >= timeout_s:
                         return Outcome(f"the {timeout_s:g} s are up", 0, self._overhead)
+                    if patience is not None and self._stall.trials >= patience:
+                        reason = f"the last {self._stall.trials} trials won nothing"
+                        return Outcome(reason, 0, self._overhead)
                     self._one_trial()
-                    stop = self._hopeless()
+                    stop = self._hopeless() or self._exhausted()
                     if stop:
                         return stop
             except KeyboardInterrupt:
@@ -148,6 +180,7 @@ class Coordinator:
             self._tell(trial, evaluation, known)
             self._overhead["tell"] += time.monotonic() - telling
         finished = self._stored.get_trials(deepcopy=False)[trial.number]
+        self._count(finished)
         for observer in self._observers:
             observer.trial_done(finished, time.monotonic() - begin)
 
@@ -174,6 +207,17 @@ class Coordinator:
         else:
             # A budget that is broken left the rest unmeasured; the constraints tell the sampler how badly.
             self._stored.tell(trial, state=TrialState.PRUNED)
+
+    def _count(self, trial: FrozenTrial) -> None:
+        """Takes note of a finished trial for those who ask whether anything is still won."""
+        told = trial.user_attrs.get("evaluation")
+        self._stall.count(Version(trial.number, Evaluation.from_dict(told)) if told else None)
+        self._tried.add(json.dumps(trial.params, sort_keys=True))
+
+    def _exhausted(self) -> Outcome | None:
+        if len(self._tried) < self._codec.size:
+            return None
+        return Outcome(f"all {len(self._tried)} versions that the space offers were tried", 0, self._overhead)
 
     def _hopeless(self) -> Outcome | None:
         trials = [trial for trial in self._stored.get_trials(deepcopy=False) if is_counted(trial)]

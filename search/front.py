@@ -79,7 +79,7 @@ def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> fl
         return 0.0
     from pymoo.indicators.hv import HV
 
-    worst = _worst_that_counts(budget, dense)
+    worst = worst_that_counts(budget, dense)
     scaled = [
         [
             (1 - version.measured["accuracy"].value) / (1 - worst["accuracy"]),
@@ -91,7 +91,8 @@ def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> fl
     return float(HV(ref_point=np.ones(3))(np.array(scaled)))
 
 
-def _worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:
+def worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:
+    """Returns the worst value of each objective that hypervolume counts."""
     worst = {metric: dense[metric].value for metric in OBJECTIVES}
     worst["accuracy"] -= _ACCURACY_SPAN
     for constraint in budget.constraints:

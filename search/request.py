@@ -91,6 +91,25 @@ class Request:
         return study.model_copy(update=changes)
 
 
+@dataclass(frozen=True)
+class Ending:
+    """When a search ends, whichever comes first.
+
+    Args:
+        trials: in all; None where the study says it.
+        timeout_s: seconds of this run; None for no limit.
+        patience: trials in a row that win nothing; None where the study says it.
+    """
+
+    trials: int | None = None
+    timeout_s: float | None = None
+    patience: int | None = None
+
+    def of(self, study: Study) -> "Ending":
+        """Returns the same with what the study says where the command does not."""
+        return Ending(self.trials or study.search.trials, self.timeout_s, self.patience or study.search.patience)
+
+
 _Section = DataSection | ExitsSection | ModelSection | TargetSection
 
 

@@ -29,6 +29,8 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "minimize"]
 """Accuracy, latency, FLOPs."""
 JOURNAL = "journal.log"
+REPORT = "sampler"
+"""The study's attribute in which a sampler says how its surrogates did and where its proposals came from."""
 _RECOVERED, _SAMPLER = "recovered.", "sampler."
 
 
@@ -207,6 +209,8 @@ class StoredSearch:
     """The group of channels that each layer's output belongs to."""
     samplers: Mapping[int, str] = field(default_factory=dict)
     """The sampler from each of these trials on."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What the sampler said of itself at the end; empty where it is one of Optuna's."""
 
     @property
     def budget(self) -> Budget:
@@ -231,8 +235,11 @@ class StoredSearch:
             raise StoreError(f"search {folder.name!r} was stopped before its first trial; run its command again")
         study = Study.stored(attributes["study"])
         baseline = Baseline.from_dict(attributes["baseline"])
+        report = attributes.get(REPORT, {})
         members = attributes.get("structure", {}).get("members", {})
-        return cls(folder, study, baseline, tuple(stored.trials), _recovered(stored), members, _samplers(stored))
+        return cls(
+            folder, study, baseline, tuple(stored.trials), _recovered(stored), members, _samplers(stored), report
+        )
 
     def sampler_of(self, number: int) -> str:
         """Returns the name of the sampler that was at work at a trial; empty where nobody noted it."""

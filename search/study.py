@@ -190,9 +190,14 @@ class RecoverySection(Section):
 
 
 class SearchSection(Section):
-    """How long to search when the command does not say, and whether a sensitivity profile gives it a start."""
+    """How long to search and what proposes when the command does not say, and whether a sensitivity profile gives it a
+    start.
+    """
 
     trials: Positive = 100
+    patience: Positive | None = None
+    """So many trials in a row that win nothing end a search."""
+    sampler: Literal["tpe", "nsga2", "gp", "random", "front"] = "tpe"
     profile: bool = False
 
 

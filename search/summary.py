@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -61,10 +62,22 @@ def _log_figures(client: MlflowClient, run_id: str, overview: Overview) -> None:
         "feasible_trials": len(overview.good),
         "front_trials": len(overview.front),
     }
-    metrics = [Metric(name, float(value), now, 0) for name, value in counts.items()]
+    told = {f"sampler_{name}": value for name, value in _flat(overview.search.report).items()}
+    metrics = [Metric(name, float(value), now, 0) for name, value in (counts | told).items()]
     metrics += [Metric("hypervolume_pct", share * 100, now, trial) for trial, share in overview.growth]
     for some in chunks(metrics, _AT_ONCE):
         client.log_batch(run_id, metrics=some)
+
+
+def _flat(report: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a sampler's report, each under all of its headings."""
+    found: dict[str, float] = {}
+    for name, content in report.items():
+        if isinstance(content, dict):
+            found |= {f"{name}_{inner}": value for inner, value in _flat(content).items()}
+        elif isinstance(content, int | float):
+            found[name] = float(content)
+    return found
 
 
 def write_files(folder: Path, overview: Overview, link: Callable[[Version], str] | None) -> None:

@@ -45,6 +45,7 @@ class SparsitySpace:
         self.finest = step
         self.widest = widest or step
         self.minimum = minimum
+        self._scores = dict(scores)
         self._order = {group.name: np.argsort(-scores[group.name], kind="stable") for group in groups}
 
     @property
@@ -112,6 +113,12 @@ class SparsitySpace:
             if count < group.channels:
                 kept[group.name] = np.sort(self._order[group.name][:count])
         return kept
+
+    def lost(self, name: str, count: int) -> float:
+        """Returns the share of a group's importance, by its scores, that goes when it keeps `count` channels."""
+        falling = self._scores[name][self._order[name]]
+        total = float(falling.sum())
+        return float(falling[count:].sum()) / total if total > 0 else 1 - count / len(falling)
 
     def apply(self, network: ExitNetwork, channels: Mapping[str, int]) -> ExitNetwork:
         """Returns a smaller copy of `network`, whose weights are slices of its own.

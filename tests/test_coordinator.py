@@ -7,7 +7,8 @@ import pytest
 from optuna.trial import TrialState
 
 from search.coordinator import Coordinator, narrowed
-from search.sampler import first_guesses
+from search.samplers.first import first_guesses
+from search.samplers.meaning import meaning_of
 from search.store import SearchFolder
 from spaces.candidate import NEVER_EXIT
 from tests.searches import finished, stored
@@ -71,7 +72,7 @@ def test_the_time_limit_ends_a_search(coordinate) -> None:
     assert 1 <= len(finished(search.open().trials)) < 1000
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random", "front"])
 def test_every_sampler_proposes_beyond_the_first_guesses(sampler, bench, tmp_path, folder) -> None:
     count = len(first_guesses(bench.space)) + 4
     search = SearchFolder(tmp_path / sampler)
@@ -122,3 +123,29 @@ def test_choices_that_differ_in_a_head_that_is_not_there_come_to_one_version(ben
     assert one.key != two.key
     never = dict.fromkeys(one.thresholds, NEVER_EXIT)
     assert bench.space.settled(one, never) == bench.space.settled(two, never) == bench.space.dense()
+
+
+def test_patience_ends_a_search_that_wins_nothing_and_says_so(coordinate) -> None:
+    coordinator, search = coordinate(f"reason {index}" for index in range(100))
+    outcome = coordinator.run(60, None, patience=7)
+    assert outcome.code == 0
+    assert outcome.reason == "the last 7 trials won nothing"
+    assert len(finished(search.open().trials)) == 7
+
+
+def test_our_sampler_knows_the_study_and_reports_on_itself(bench, tmp_path, folder) -> None:
+    baseline = stored(folder).baseline
+    space = narrowed(bench.space, baseline.examined)
+    meaning = meaning_of(bench, space, baseline)
+    assert meaning.structure.names <= set(space.dimensions())
+    assert meaning.structure.flops.sum() == pytest.approx(baseline.evaluation.measurements["flops"].value, rel=0.1)
+    search = SearchFolder(tmp_path / "front")
+    with search.lock():
+        study = search.create()
+        study.set_user_attr("study", bench.study.model_dump(mode="json"))
+        study.set_user_attr("baseline", baseline.to_dict())
+        coordinator = Coordinator(bench, study, baseline, "front", 0, [])
+        seeds = len(first_guesses(space)) + len(coordinator._seeds)
+        outcome = coordinator.run(seeds + 8, None)
+    assert any("proposals of the sampler" in remark for remark in outcome.remarks)
+    assert sum(stored(search.path.parent, "front").report["proposals"].values()) > 0

@@ -23,7 +23,7 @@ from evaluators.runtimes.trt_devices import capabilities as gpu_capabilities
 from evaluators.target import TargetError, runtime
 from search.coordinator import narrowed
 from search.front import Version
-from search.sampler import first_guesses
+from search.samplers.first import first_guesses
 from search.study import Study, StudyError
 from search.text import front_table, int8_layers
 from search.workbench import Workbench

@@ -18,7 +18,7 @@ from search.cli import run
 from search.recovery.finetune import finetune, finetune_kept
 from search.recovery.fitting import TrainingBatches
 from search.recovery.narrowing import RAMP, Narrowing, SparseRefined, ramp
-from search.sampler import first_guesses
+from search.samplers.first import first_guesses
 from search.store import SearchFolder, StoredSearch
 from search.study import FinetuneSection, Study, StudyError
 from search.workbench import Workbench

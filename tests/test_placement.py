@@ -17,7 +17,7 @@ from evaluators.placement import CONFIRMATIONS, TIMINGS, Examined, Hunt, Interva
 from evaluators.runtimes.ort import OnnxRuntime
 from evaluators.target import Target
 from search.coordinator import Coordinator, narrowed
-from search.sampler import distributions, first_guesses
+from search.samplers.first import distributions, first_guesses
 from search.store import Baseline, SearchFolder
 from search.text import examined_layers
 from spaces.candidate import Candidate

@@ -13,7 +13,7 @@ from evaluators.scaled_flops import ScaledFlops
 from search.cli import run
 from search.greedy import greedy_seeds, greedy_widths
 from search.profile import Profiler, widths
-from search.sampler import distributions
+from search.samplers.first import distributions
 from search.sensitivity import Point, Profile
 from search.store import SearchFolder
 from search.study import Study

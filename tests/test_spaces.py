@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from search.sampler import distributions
+from search.samplers.first import distributions
 from spaces.grouping import find_groups
 from spaces.joint import JointSpace
 from spaces.precision import PrecisionSpace

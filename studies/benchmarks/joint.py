@@ -23,7 +23,8 @@ from evaluators.accuracy import accuracy_of
 from evaluators.runtimes.cpu import cpu_name
 from search.coordinator import measure_baseline
 from search.request import Request
-from search.sampler import distributions, tpe
+from search.samplers.first import distributions
+from search.samplers.stock import tpe
 from search.store import Baseline
 from search.study import ExitsSection
 from search.workbench import Workbench

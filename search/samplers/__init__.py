@@ -1,0 +1,54 @@
+"""What to try next: Optuna's samplers and our own, a line each."""
+
+import difflib
+from collections.abc import Mapping
+
+from optuna.samplers import BaseSampler
+
+from search.objects import resolve
+from search.samplers.structure import Meaning
+from spaces.errors import UserError
+
+SAMPLERS: Mapping[str, str] = {
+    "tpe": "search.samplers.stock:tpe",
+    "nsga2": "search.samplers.stock:nsga2",
+    "gp": "search.samplers.stock:gp",
+    "random": "search.samplers.stock:uniform",
+    "front": "search.samplers.front:front",
+}
+"""Every sampler, by the name that `--sampler` takes; loaded when asked for."""
+
+INFORMED = ("front",)
+"""Those that make use of what dimensions and objectives mean."""
+
+
+class SamplerError(UserError):
+    """A sampler that does not exist."""
+
+
+def check_sampler(name: str) -> None:
+    """Checks that there is such a sampler.
+
+    Raises:
+        SamplerError: there is none.
+    """
+    if name not in SAMPLERS:
+        near = difflib.get_close_matches(name, SAMPLERS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(SAMPLERS)}"
+        raise SamplerError(f"a sampler is one of those in the table, got {name!r}; {hint}")
+
+
+def sampler(name: str, seed: int, meaning: Meaning | None = None) -> BaseSampler:
+    """Returns the sampler called `name`.
+
+    Args:
+        name: in the table.
+        seed: of its draws.
+        meaning: of the study's dimensions and objectives, for those that make use of it.
+
+    Raises:
+        SamplerError: there is none.
+    """
+    check_sampler(name)
+    made: BaseSampler = resolve(SAMPLERS[name])(seed, meaning)
+    return made

@@ -1,0 +1,228 @@
+"""What is expected of rows that nobody measured: one surrogate for each objective, and for each other constraint."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.samplers.codec import Array, Codec
+from search.samplers.features import Features, of_damage, of_latency, plain
+from search.samplers.objectives import Observed
+from search.samplers.structure import Aim, Meaning, Structure
+from search.samplers.surrogate import HeldOut, Surrogate, fit, held_out
+
+_EXACT = 0.003
+"""A formula that tells all measurements up to a factor, within this share of it, needs no surrogate."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An increasing function of a cost, in which what layers add is a sum.
+
+    Args:
+        forward: from costs, less being better.
+        back: to them.
+        doubts: how far off a measurement may be, from its place on the scale, in any unit.
+    """
+
+    forward: Callable[[Array], Array]
+    back: Callable[[Array], Array]
+    doubts: Callable[[Array], Array]
+
+
+def damage_scale(aim: Aim) -> Scale:
+    """Returns the logarithm of what is left of accuracy above chance: damages of layers multiply what is left."""
+    span = aim.dense - aim.chance
+
+    def forward(costs: Array) -> Array:
+        return np.asarray(-np.log(np.maximum((-costs - aim.chance) / span, 0.02)))
+
+    def back(places: Array) -> Array:
+        return np.asarray(-(aim.chance + span * np.exp(-places)))
+
+    return Scale(forward, back, lambda places: 0.03 + np.maximum(places, 0.0))
+
+
+def relative_scale() -> Scale:
+    """Returns costs as they are, told to within a share of them."""
+    return Scale(lambda costs: costs, lambda places: places, lambda places: np.maximum(np.abs(places), 1e-12))
+
+
+def logarithmic_scale() -> Scale:
+    """Returns logarithms of costs."""
+    return Scale(lambda costs: np.log(np.maximum(costs, 1e-12)), np.exp, np.ones_like)
+
+
+def plain_scale(costs: Array) -> Scale:
+    """Returns costs as they are; the better ones are told with more care."""
+    low, middle = np.quantile(costs, (0.05, 0.5)) if len(costs) else (0.0, 1.0)
+    span = max(float(middle - low), 1e-12)
+    return Scale(lambda costs: costs, lambda places: places, lambda p: 1 + 2 * np.maximum((p - middle) / span, 0.0))
+
+
+@dataclass(frozen=True)
+class Belief:
+    """What is expected of one cost, on its scale.
+
+    Args:
+        scale: of the cost.
+        features: what the surrogate looks at.
+        formula: what is known exactly, on the scale; added to what the surrogate tells.
+        surrogate: of what is left; None where nothing is, or nothing was measured.
+        constant: what is left where there is no surrogate.
+        doubt: the standard deviation then.
+        error: on what was held out; None where there is no surrogate.
+    """
+
+    scale: Scale
+    features: Features
+    formula: Callable[[Array], Array] | None
+    surrogate: Surrogate | None
+    constant: float
+    doubt: float
+    error: HeldOut | None
+
+    def means(self, rows: Array) -> Array:
+        """Returns what is expected, on the scale, `(n,)`."""
+        known = self.formula(rows) if self.formula else np.zeros(len(rows))
+        if self.surrogate is None:
+            return known + self.constant
+        return known + self.surrogate.means(self.features(rows))
+
+    def draw(self, rng: np.random.Generator, boldness: float = 1.0) -> Callable[[Array], Array]:
+        """Returns one of the functions of rows that agree with what was measured, on the scale.
+
+        Args:
+            rng: draws it.
+            boldness: how far from what is expected, in multiples of how far it should be.
+        """
+        if self.surrogate is None:
+            return self.means
+        drawn, formula = self.surrogate.draw(rng, boldness), self.formula
+        return lambda rows: drawn(self.features(rows)) + (formula(rows) if formula else 0.0)
+
+    def means_and_deviations(self, rows: Array) -> tuple[Array, Array]:
+        """Returns what is expected, and its standard deviation, `(n,)` each."""
+        known = self.formula(rows) if self.formula else np.zeros(len(rows))
+        if self.surrogate is None:
+            return known + self.constant, np.full(len(rows), self.doubt)
+        means, deviations = self.surrogate.means_and_deviations(self.features(rows))
+        return known + means, deviations
+
+
+@dataclass(frozen=True)
+class Functions:
+    """Functions of rows for objectives, on their scales, and for constraints that are no functions of them."""
+
+    objectives: tuple[Callable[[Array], Array], ...]
+    others: tuple[Callable[[Array], Array], ...]
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """What is expected of all objectives, and of the constraints that are no functions of one."""
+
+    objectives: tuple[Belief, ...]
+    others: Mapping[str, Belief]
+
+    @property
+    def expected(self) -> "Functions":
+        """What is expected of rows."""
+        return Functions(
+            tuple(belief.means for belief in self.objectives), tuple(belief.means for belief in self.others.values())
+        )
+
+    def draw(self, rng: np.random.Generator, boldness: float = 1.0) -> "Functions":
+        """Returns functions of rows that agree with what was measured, each drawn at random."""
+        return Functions(
+            tuple(belief.draw(rng, boldness) for belief in self.objectives),
+            tuple(belief.draw(rng, boldness) for belief in self.others.values()),
+        )
+
+    @property
+    def errors(self) -> dict[str, HeldOut]:
+        """The errors on what was held out, by `objective 0` or the constraint."""
+        named = {f"objective {place}": belief.error for place, belief in enumerate(self.objectives)}
+        found = {**named, **{name: belief.error for name, belief in self.others.items()}}
+        return {name: error for name, error in found.items() if error is not None}
+
+    @property
+    def are_bad(self) -> bool:
+        """Whether a surrogate tells next to nothing of what it was not fitted to."""
+        return any(error.count >= 8 and error.spearman < 0.2 and error.r2 < 0.1 for error in self.errors.values())
+
+
+def believe(observed: Observed, codec: Codec, meaning: Meaning | None) -> Beliefs:
+    """Returns surrogates of everything that was measured."""
+    objectives = []
+    for place in range(observed.costs.shape[1]):
+        costs = observed.costs[:, place]
+        objectives.append(_belief(observed.rows, costs, _look(place, observed.rows, costs, codec, meaning)))
+    others = {
+        name: _belief(
+            observed.rows, values, (plain_scale(np.abs(values[~np.isnan(values)])), _any(codec, meaning), None)
+        )
+        for name, values in observed.constraints.items()
+        if name not in observed.linked
+    }
+    return Beliefs(tuple(objectives), others)
+
+
+_Look = tuple[Scale, Features, Callable[[Array], Array] | None]
+
+
+def _look(place: int, rows: Array, costs: Array, codec: Codec, meaning: Meaning | None) -> _Look:
+    """Returns how one objective is looked at: its scale, its columns, and the formula for it where there is one."""
+    if meaning is None:
+        return plain_scale(costs[~np.isnan(costs)]), plain(codec), None
+    aim, structure = meaning.aims[place], meaning.structure
+    if aim.kind == "accuracy":
+        return (
+            damage_scale(aim),
+            of_damage(structure, codec),
+            _estimate(rows, costs, damage_scale(aim), structure, codec),
+        )
+    if aim.kind == "latency":
+        return relative_scale(), of_latency(structure, codec), None
+    return (
+        logarithmic_scale(),
+        of_latency(structure, codec),
+        lambda rows: np.log(np.maximum(structure.work(codec, rows).sum(axis=1), 1e-12)),
+    )
+
+
+def _estimate(
+    rows: Array, costs: Array, scale: Scale, structure: Structure, codec: Codec
+) -> Callable[[Array], Array] | None:
+    """Returns the estimates' sum in the unit of what was measured; None where there are no estimates.
+
+    One measurement that agrees with the estimates as they are speaks for their own unit.
+    """
+    if not structure.damage:
+        return None
+    known = ~np.isnan(costs)
+    measured, told = scale.forward(costs[known]), structure.estimated_damage(codec, rows[known]).sum(axis=1)
+    weights = 1 / scale.doubts(measured) ** 2
+    usual = 0.1 * float((weights * told**2).mean()) if len(told) else 1.0
+    factor = ((weights * told * measured).sum() + usual) / ((weights * told**2).sum() + usual)
+    return lambda rows: factor * structure.estimated_damage(codec, rows).sum(axis=1)
+
+
+def _any(codec: Codec, meaning: Meaning | None) -> Features:
+    return plain(codec) if meaning is None else of_latency(meaning.structure, codec)
+
+
+def _belief(rows: Array, costs: Array, look: _Look) -> Belief:
+    scale, features, formula = look
+    known: NDArray[np.bool_] = ~np.isnan(costs)
+    places = scale.forward(costs[known])
+    left = places - formula(rows[known]) if formula else places
+    if len(left) < 2 or np.ptp(left) == 0 or (formula and np.std(left) < _EXACT):
+        constant = float(left.mean()) if len(left) else 0.0
+        doubt = _EXACT if len(left) > 1 else 1.0
+        return Belief(scale, features, formula, None, constant, doubt, None)
+    surrogate = fit(features(rows[known]), left, scale.doubts(places))
+    predicted = surrogate.predicted + (places - left)
+    error = held_out(surrogate.kernel.form, scale.back(predicted), costs[known])
+    return Belief(scale, features, formula, surrogate, 0.0, 0.0, error)

@@ -1,0 +1,127 @@
+"""What trials of a study came to, as a sampler reads them: rows, objectives to minimize, constraints."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from search.samplers.codec import Array, Codec
+from search.samplers.structure import Link
+
+_TOLD = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What is known: `n` rows, `m` objectives.
+
+    Args:
+        rows: what was tried, `(n, d)`.
+        costs: objectives, less being better, `(n, m)`; NaN where it was not measured.
+        constraints: of each name the values, `(n,)`, feasible at or below 0; NaN where it was not measured.
+        limits: from constraints that are functions of an objective: the highest cost that keeps them all, `(m,)`.
+        pending: rows that are being tried, `(k, d)`.
+        spent: rows that nobody has to try again, failed ones included, `(l, d)`.
+        linked: the constraints that are functions of an objective.
+    """
+
+    rows: Array
+    costs: Array
+    constraints: Mapping[str, Array]
+    limits: Array
+    pending: Array
+    spent: Array
+    linked: frozenset[str]
+
+    @property
+    def excess(self) -> Array:
+        """How far each row oversteps its constraints, in sum, `(n,)`; what was not measured is not counted."""
+        total = np.zeros(len(self.rows))
+        for values in self.constraints.values():
+            total += np.where(np.isnan(values), 0.0, np.maximum(values, 0.0))
+        return total
+
+    @property
+    def is_whole(self) -> NDArray[np.bool_]:
+        """Whether all objectives and constraints of a row were measured, `(n,)`."""
+        known = ~np.isnan(self.costs).any(axis=1)
+        for values in self.constraints.values():
+            known &= ~np.isnan(values)
+        return np.asarray(known)
+
+    @property
+    def is_feasible(self) -> NDArray[np.bool_]:
+        """Whether a row was measured in full and keeps every constraint, `(n,)`."""
+        return np.logical_and(self.is_whole, self.excess <= 0)
+
+
+def observe(
+    trials: Sequence[FrozenTrial],
+    codec: Codec,
+    directions: Sequence[StudyDirection],
+    links: Mapping[str, Link],
+) -> Observed:
+    """Returns what the trials of a study came to.
+
+    Args:
+        trials: in any state; those without a value for some dimension are left out.
+        codec: of the dimensions.
+        directions: of the objectives.
+        links: from constraints to objectives, where they are known; else they are noticed.
+    """
+    usable = [trial for trial in trials if all(name in trial.params for name in codec.names)]
+    told = [trial for trial in usable if trial.state in _TOLD and _is_finite(trial)]
+    rows = codec.encode([trial.params for trial in told])
+    signs = np.array([-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in directions])
+    costs = np.full((len(told), len(signs)), np.nan)
+    for place, trial in enumerate(told):
+        if trial.state == TrialState.COMPLETE:
+            costs[place] = signs * np.array(trial.values)
+    names = dict.fromkeys(name for trial in told for name in trial.constraints)
+    constraints = {
+        name: np.array([trial.constraints.get(name, np.nan) for trial in told], dtype=np.float64) for name in names
+    }
+    found = {name: links.get(name) or _noticed(costs * signs, values) for name, values in constraints.items()}
+    limits = _read_links(costs, signs, constraints, found)
+    pending = codec.encode([trial.params for trial in usable if trial.state == TrialState.RUNNING])
+    spent = codec.encode([trial.params for trial in usable if trial.state != TrialState.WAITING])
+    linked = frozenset(name for name, link in found.items() if link is not None)
+    return Observed(rows, costs, constraints, limits, pending, spent, linked)
+
+
+def _is_finite(trial: FrozenTrial) -> bool:
+    values = [*(trial.values or ()), *trial.constraints.values()] if trial.state == TrialState.COMPLETE else []
+    return bool(np.isfinite(values).all())
+
+
+def _noticed(values: Array, constraint: Array) -> Link | None:
+    """Returns the objective that a constraint is a straight line over; None where there is none."""
+    for objective in range(values.shape[1]):
+        both = ~np.isnan(values[:, objective]) & ~np.isnan(constraint)
+        x, y = values[both, objective], constraint[both]
+        if len(np.unique(x)) < 4:
+            continue
+        slope, offset = np.polyfit(x, y, 1)
+        if slope != 0 and np.abs(slope * x + offset - y).max() <= 1e-9 * max(1.0, float(np.ptp(y))):
+            return Link(objective, float(slope), float(offset))
+    return None
+
+
+def _read_links(
+    costs: Array, signs: Array, constraints: Mapping[str, Array], links: Mapping[str, Link | None]
+) -> Array:
+    """Returns the highest allowed costs, and fills in, in place, objectives that a constraint tells."""
+    limits = np.full(costs.shape[1], np.inf)
+    for name, link in links.items():
+        if link is None:
+            continue
+        objective, sign = link.objective, signs[link.objective]
+        if link.slope * sign > 0:  # what is worse breaks it
+            limits[objective] = min(limits[objective], sign * -link.offset / link.slope)
+        told = sign * (constraints[name] - link.offset) / link.slope
+        missing = np.isnan(costs[:, objective])
+        costs[missing, objective] = told[missing]
+    return limits

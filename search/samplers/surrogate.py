@@ -1,0 +1,207 @@
+"""A Gaussian process whose form is chosen by its error on what it was not fitted to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import lapack
+from scipy.stats import spearmanr
+
+from search.samplers.codec import Array
+
+FORMS = ("additive", "pairwise", "local")
+"""Sums over columns; with products of two of them; with bumps around what was measured."""
+_NOISES = (1e-3, 1e-2, 0.05, 0.3, 1.5)
+"""Of a typical measurement, against how much the function varies."""
+_RANDOM = 64
+_EXTRA = 0.3
+"""How much of the function what is not additive makes up, where there is any."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How well each measurement is told from all others.
+
+    Args:
+        form: of the surrogate.
+        count: measurements.
+        r2: share of the variance that is told; 1 is perfect, 0 no better than the mean.
+        spearman: correlation of ranks.
+        mape: mean error as a share of the value.
+    """
+
+    form: str
+    count: int
+    r2: float
+    spearman: float
+    mape: float
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """Covariances from inner products of columns: `scale` is a typical row's with itself."""
+
+    form: str
+    scale: float
+    reach: float
+
+    def __call__(self, inner: Array, left: Array, right: Array) -> Array:
+        """Returns covariances `(n, m)` from inner products, and those of the rows with themselves."""
+        found = inner / self.scale
+        if self.form == "pairwise":
+            found = found + _EXTRA * found**2
+        elif self.form == "local":
+            distance = np.maximum(left[:, None] + right[None, :] - 2 * inner, 0.0)
+            found = found + _EXTRA * np.exp(-distance / self.reach)
+        return found + 1.0  # a constant, as uncertain as the rest
+
+    def draw(self, width: int, rng: np.random.Generator) -> Callable[[Array], Array]:
+        """Returns a function of columns `(n, width)` that has these covariances, by random features.
+
+        Source: Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007.
+        """
+        slopes, constant = rng.standard_normal(width) / np.sqrt(self.scale), rng.standard_normal()
+        left, right = rng.standard_normal((2, width, _RANDOM))
+        heights = rng.standard_normal(_RANDOM) * np.sqrt(_EXTRA / _RANDOM)
+        phases = rng.uniform(0, 2 * np.pi, _RANDOM)
+
+        def drawn(columns: Array) -> Array:
+            found = columns @ slopes + constant
+            if self.form == "pairwise":
+                found = found + ((columns @ left) * (columns @ right) / self.scale) @ heights
+            elif self.form == "local":
+                waves = np.cos(columns @ left * np.sqrt(2 / self.reach) + phases)
+                found = found + np.sqrt(2) * waves @ heights
+            return np.asarray(found)
+
+        return drawn
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A fitted Gaussian process.
+
+    Args:
+        kernel: its covariance.
+        columns: of what it was fitted to, `(n, k)`.
+        lengths: their inner products with themselves.
+        weights: of each measurement in a prediction's mean.
+        inverse: of the covariance of the measurements.
+        mean: of them, weighted.
+        scale: of them.
+        spread: what the process's own standard deviation has to be multiplied by, from held-out errors.
+        predicted: each measurement told from all others, `(n,)`.
+        target: the measurements without mean and scale.
+        noise: variances of their errors, on that scale.
+    """
+
+    kernel: _Kernel
+    columns: Array
+    lengths: Array
+    weights: Array
+    inverse: Array
+    mean: float
+    scale: float
+    spread: float
+    predicted: Array
+    target: Array
+    noise: Array
+
+    def means(self, columns: Array) -> Array:
+        """Returns what is expected of rows with these columns, `(m,)`."""
+        return self.mean + self.scale * (self._covariance(columns) @ self.weights)
+
+    def means_and_deviations(self, columns: Array) -> tuple[Array, Array]:
+        """Returns what is expected, and its standard deviation, `(m,)` each."""
+        across = self._covariance(columns)
+        lengths = np.einsum("ij,ij->i", columns, columns)
+        own = np.array([self.kernel(np.array([[each]]), np.array([each]), np.array([each]))[0, 0] for each in lengths])
+        variance = np.maximum(own - np.einsum("ij,jk,ik->i", across, self.inverse, across, optimize=True), 1e-9)
+        return self.mean + self.scale * (across @ self.weights), self.spread * self.scale * np.sqrt(variance)
+
+    def draw(self, rng: np.random.Generator, boldness: float = 1.0) -> Callable[[Array], Array]:
+        """Returns one of the functions of columns that agree with what was measured, `boldness` times as far off.
+
+        Source: Wilson et al., Efficiently Sampling Functions from Gaussian Process Posteriors, 2020.
+        """
+        prior = self.kernel.draw(self.columns.shape[1], rng)
+        errors = np.sqrt(self.noise) * rng.standard_normal(len(self.noise))
+        update = self.inverse @ (-prior(self.columns) - errors)
+
+        def drawn(columns: Array) -> Array:
+            across = self._covariance(columns)
+            off = prior(columns) + across @ update
+            return self.mean + self.scale * (across @ self.weights + boldness * self.spread * off)
+
+        return drawn
+
+    def _covariance(self, columns: Array) -> Array:
+        lengths = np.einsum("ij,ij->i", columns, columns)
+        return self.kernel(columns @ self.columns.T, lengths, self.lengths)
+
+
+def fit(columns: Array, values: Array, doubts: Array) -> Surrogate:
+    """Returns the form and noise with the least error on measurements that were left out, one at a time.
+
+    Leaving one out needs no new fit: Rasmussen and Williams, Gaussian Processes for Machine Learning, 5.4.2.
+
+    Args:
+        columns: of what was measured, `(n, k)`, n at least 2.
+        values: that were measured, `(n,)`.
+        doubts: standard deviations of them in any unit: errors count in multiples of them.
+    """
+    relative = doubts / np.exp(np.mean(np.log(doubts)))
+    weights = 1 / relative**2
+    mean = float(np.average(values, weights=weights))
+    scale = float(np.sqrt(np.average((values - mean) ** 2, weights=weights))) or 1.0
+    target = (values - mean) / scale
+    inner = columns @ columns.T
+    lengths = np.diag(inner).copy()
+    distances = lengths[:, None] + lengths[None, :] - 2 * inner
+    reach = float(np.median(distances[np.triu_indices(len(values), 1)])) or 1.0
+    best: tuple[float, _Kernel, Array, Array, Array] | None = None
+    for form in FORMS:
+        kernel = _Kernel(form, float(lengths.mean()) or 1.0, reach)
+        covariance = kernel(inner, lengths, lengths)
+        for noise in _NOISES:
+            variances = noise * np.minimum(relative, 30.0) ** 2 + 1e-8
+            inverse = _inverse(covariance + np.diag(variances))
+            errors = (inverse @ target) / np.diag(inverse)
+            error = float(np.mean((errors / relative) ** 2))
+            if best is None or error < best[0]:
+                best = (error, kernel, inverse, errors, variances)
+    assert best is not None
+    _, kernel, inverse, errors, variances = best
+    expected = 1 / np.diag(inverse)
+    spread = float(np.sqrt(np.median(errors**2 / expected) / 0.455))  # the median of a squared normal number
+    return Surrogate(
+        kernel,
+        columns,
+        lengths,
+        inverse @ target,
+        inverse,
+        mean,
+        scale,
+        min(max(spread, 0.1), 10.0),
+        mean + scale * (target - errors),
+        target,
+        variances,
+    )
+
+
+def held_out(form: str, predicted: Array, measured: Array) -> HeldOut:
+    """Returns the errors of predictions, in the unit that was measured."""
+    varying = float(((measured - measured.mean()) ** 2).sum())
+    error = float(((predicted - measured) ** 2).sum())
+    ranks = float(spearmanr(predicted, measured).statistic) if np.ptp(predicted) > 0 and varying > 0 else 0.0
+    share = np.abs(predicted - measured) / np.maximum(np.abs(measured), 1e-12)
+    return HeldOut(form, len(measured), 1 - error / varying if varying > 0 else 0.0, ranks, float(share.mean()))
+
+
+def _inverse(matrix: Array) -> Array:
+    """Returns the inverse of a symmetric positive definite matrix."""
+    lower, failed = lapack.dpotrf(matrix, lower=1)
+    if failed:
+        return np.asarray(np.linalg.pinv(matrix, hermitian=True))
+    half, _ = lapack.dpotri(lower, lower=1)
+    return np.asarray(np.tril(half) + np.tril(half, -1).T)

@@ -1,0 +1,212 @@
+"""What samplers are compared on: the synthetic network, and studies whose evaluations are recorded as they are made."""
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+
+from evaluators.measurement import Measurement
+from search.coordinator import measure_baseline, narrowed
+from search.evaluation import Evaluation
+from search.front import OBJECTIVES, worst_that_counts
+from search.gating import GateSolver
+from search.samplers.codec import Array, Codec
+from search.samplers.evolution import evolve
+from search.samplers.first import distributions, first_guesses
+from search.samplers.knapsack import SHARES, knapsacks
+from search.samplers.meaning import knapsack_seeds, meaning_of
+from search.samplers.structure import Meaning
+from search.store import Baseline
+from search.study import load_study
+from search.workbench import Workbench
+from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
+
+Values = tuple[float | None, float, float]
+"""Accuracy, seconds and FLOPs; no accuracy where a limit was broken before."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one evaluation came to.
+
+    Args:
+        key: of what was evaluated.
+        values: as the sampler is told them.
+        violations: of each limit that was measured.
+    """
+
+    key: str
+    values: Values
+    violations: Mapping[str, float]
+
+
+class Case(Protocol):
+    """One question for samplers, with one seed."""
+
+    @property
+    def space(self) -> Mapping[str, BaseDistribution]:
+        """What may vary, as Optuna sees it."""
+        ...
+
+    @property
+    def meaning(self) -> Meaning:
+        """What a sampler may know of it."""
+        ...
+
+    @property
+    def warm(self) -> Sequence[Mapping[str, Any]]:
+        """What warm arms begin with."""
+        ...
+
+    def evaluate(self, parameters: Mapping[str, Any]) -> Told:
+        """Returns what the parameters come to."""
+        ...
+
+    def hypervolume(self, keys: Sequence[str]) -> float:
+        """Returns the hypervolume of what was evaluated, as a share of the best known or of the budget's box."""
+        ...
+
+
+def box_share(costs: Array) -> float:
+    """Returns the share of the unit box, 1 being the worst that counts, which costs `(n, m)` dominate."""
+    from pymoo.indicators.hv import HV
+
+    inside = costs[(costs < 1).all(axis=1)]
+    return float(HV(ref_point=np.ones(costs.shape[1]))(inside)) if len(inside) else 0.0
+
+
+class SyntheticCase:
+    """The synthetic network of one seed; hypervolume is that of true figures, as a share of a long search's on them.
+
+    Args:
+        seed: of the network and of the noise.
+        setting: of the network.
+    """
+
+    def __init__(self, seed: int, setting: Setting) -> None:
+        self._problem = Problem(seed, setting)
+        self._rng = np.random.default_rng(seed)
+        self._rows: dict[str, Array] = {}
+        self.space, self.meaning = self._problem.codec.space, self._problem.meaning()
+        times = [share * setting.limit_s / DENSE_S for share in SHARES]
+        self.warm = [*self._problem.uniform(), *knapsacks(self.meaning.structure, self._problem.codec, times)]
+        self._best = 1.0
+        self._best = self._share(self._long_search())
+
+    def _long_search(self) -> Array:
+        problem, setting = self._problem, self._problem.setting
+
+        def judge(rows: Array) -> tuple[Array, Array]:
+            accuracy, seconds, flops = problem.true(rows).T
+            broken = np.maximum(0, (setting.floor - accuracy) / 0.1) + np.maximum(0, seconds / setting.limit_s - 1)
+            return np.stack([-accuracy, seconds, flops], axis=1), broken
+
+        rng = np.random.default_rng(0)
+        start = np.vstack([problem.codec.encode(self.warm), problem.codec.random(200, rng)])
+        return evolve(start, judge, problem.codec, rng, 200, 400)[0]
+
+    def _share(self, rows: Array) -> float:
+        accuracy, seconds, flops = self._problem.true(rows).T
+        setting = self._problem.setting
+        costs = [(1 - accuracy) / (1 - setting.floor), seconds / setting.limit_s, flops]
+        return box_share(np.stack(costs, axis=1)) / self._best
+
+    def evaluate(self, parameters: Mapping[str, Any]) -> Told:
+        """Returns what the parameters come to, with noise."""
+        key = json.dumps(parameters, sort_keys=True)
+        self._rows[key] = self._problem.codec.encode([parameters])[0]
+        values = self._problem.measure(parameters, self._rng)
+        return Told(key, values, self._problem.violations(values[0], values[1]))
+
+    def hypervolume(self, keys: Sequence[str]) -> float:
+        """Returns the share of the long search's hypervolume."""
+        return self._share(np.stack([self._rows[key] for key in keys]))
+
+
+class Record:
+    """Every evaluation of a study, by the key of its choices, in one compressed file.
+
+    Args:
+        file: JSON, gzipped; new where there is none.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        content = json.loads(gzip.decompress(file.read_bytes())) if file.is_file() else {}
+        self.baseline: dict[str, Any] | None = content.get("baseline")
+        self.evaluations: dict[str, list[float | None]] = content.get("evaluations", {})
+        self.runs: dict[str, dict[str, Any]] = content.get("runs", {})
+
+    def write(self) -> None:
+        """Writes the file anew; the same content gives the same bytes."""
+        content = {"baseline": self.baseline, "evaluations": self.evaluations, "runs": self.runs}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        partial = self._file.with_suffix(".partial")
+        partial.write_bytes(gzip.compress(text.encode(), mtime=0))
+        partial.replace(self._file)
+
+
+class StudyCase:
+    """A study with real evaluations, none of which is made twice.
+
+    Args:
+        name: of the study, or its file.
+        record: of its evaluations.
+        bench: prepared before; made where not given.
+    """
+
+    def __init__(self, name: str, record: Record, bench: Workbench | None = None) -> None:
+        self.bench = bench or Workbench(load_study(name), lambda *_: None)
+        self._record = record
+        if record.baseline is None:
+            record.baseline = measure_baseline(self.bench).to_dict()
+            record.write()
+        self._baseline = Baseline.from_dict(record.baseline)
+        self._budget, self._dense = self.bench.study.limits, self._baseline.evaluation.measurements
+        self._latency = self.bench.latency_evaluator(self._baseline.reference_seconds)
+        self._gates = GateSolver(self.bench, self._latency, self._dense)
+        self._joint = narrowed(self.bench.space, self._baseline.examined)
+        self.space = distributions(self._joint)
+        self.meaning = meaning_of(self.bench, self._joint, self._baseline)
+        seeds = knapsack_seeds(self.meaning, Codec(self.space), self.bench.has_gates)
+        self.warm = [*first_guesses(self._joint), *seeds]
+        self._worst = worst_that_counts(self._budget, self._dense)
+
+    def evaluate(self, parameters: Mapping[str, Any]) -> Told:
+        """Returns what the parameters come to, from the record where they were evaluated before."""
+        choices = self._joint.candidate(parameters)
+        if choices.key not in self._record.evaluations:
+            settled = self._gates.settle(choices)
+            found = self.bench.evaluate(settled.candidate, self._latency, self._is_broken)
+            self._record.evaluations[choices.key] = _values(found)
+        accuracy, seconds, flops = self._record.evaluations[choices.key]
+        assert seconds is not None
+        assert flops is not None
+        values = (accuracy, seconds, flops)
+        return Told(choices.key, values, self._budget.violations(self._measured(values), self._dense))
+
+    def _is_broken(self, measured: Mapping[str, Measurement]) -> bool:
+        return any(value > 0 for value in self._budget.violations(measured, self._dense).values())
+
+    def _measured(self, values: Values) -> dict[str, Measurement]:
+        named = zip(OBJECTIVES, values, strict=True)
+        return {name: replace(self._dense[name], value=value) for name, value in named if value is not None}
+
+    def hypervolume(self, keys: Sequence[str]) -> float:
+        """Returns the share of the budget's box that is dominated, as a search shows it."""
+        found = [self._record.evaluations[key] for key in dict.fromkeys(keys)]
+        whole = np.array([values for values in found if values[0] is not None], dtype=np.float64).reshape(-1, 3)
+        accuracy, latency, flops = whole.T
+        worst = self._worst
+        costs = [(1 - accuracy) / (1 - worst["accuracy"]), latency / worst["latency"], flops / worst["flops"]]
+        return box_share(np.stack(costs, axis=1))
+
+
+def _values(evaluation: Evaluation) -> list[float | None]:
+    measured = evaluation.measurements
+    return [float(f"{measured[name].value:.6g}") if name in measured else None for name in OBJECTIVES]

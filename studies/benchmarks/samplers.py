@@ -1,0 +1,241 @@
+"""How many evaluations each sampler needs: hypervolume after 25, 50, 100 and 200, and the seconds it takes itself.
+
+python -m studies.benchmarks.samplers synthetic [--seeds 5]
+python -m studies.benchmarks.samplers tight
+python -m studies.benchmarks.samplers digits --record digits.json.gz
+python -m studies.benchmarks.samplers redraw --record digits.json.gz
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import TrialState
+
+from search.samplers import sampler
+from studies.benchmarks.markdown import print_table
+from studies.benchmarks.sampler_problems import Case, Record, StudyCase, SyntheticCase
+from studies.benchmarks.synthetic import Setting
+
+POINTS = (25, 50, 100, 200)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to propose.
+
+    Args:
+        sampler: its name.
+        is_warm: whether it begins with the seeds that all warm arms share.
+        most: trials at most, where it takes too long itself.
+    """
+
+    sampler: str
+    is_warm: bool
+    most: int = max(POINTS)
+
+
+ARMS: Mapping[str, Arm] = {
+    "random": Arm("random", False),
+    "TPE": Arm("tpe", False),
+    "TPE + warm start": Arm("tpe", True),
+    "NSGA-II": Arm("nsga2", False),
+    "NSGA-II + warm start": Arm("nsga2", True),
+    "GP + warm start": Arm("gp", True, 50),
+    "front": Arm("front", True),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one arm did with one seed.
+
+    Args:
+        keys: what it evaluated, in order.
+        hypervolumes: after so many evaluations.
+        seconds: of CPU a trial that the sampler itself took.
+        first: the first trial that kept all limits; None where none did.
+    """
+
+    keys: tuple[str, ...]
+    hypervolumes: Mapping[int, float]
+    seconds: float
+    first: int | None
+
+
+def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
+    """Returns what an arm does with a case."""
+    made: BaseSampler = sampler(arm.sampler, seed, case.meaning)
+    study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=made)
+    for values in case.warm if arm.is_warm else ():
+        study.enqueue_trial(dict(values), skip_if_exists=True)
+    keys: list[str] = []
+    own, first = 0.0, None
+    for number in range(min(trials, arm.most)):
+        begin = time.process_time()
+        trial = study.ask(dict(case.space))
+        own += time.process_time() - begin
+        told = case.evaluate(trial.params)
+        keys.append(told.key)
+        for name, violation in told.violations.items():
+            trial.set_constraint(name, violation)
+        is_whole = told.values[0] is not None
+        if first is None and is_whole and all(violation <= 0 for violation in told.violations.values()):
+            first = number
+        begin = time.process_time()
+        if is_whole:
+            study.tell(trial, [value for value in told.values if value is not None])
+        else:
+            study.tell(trial, state=TrialState.PRUNED)
+        own += time.process_time() - begin
+    found = {count: case.hypervolume(keys[:count]) for count in POINTS if count <= len(keys)}
+    return Trace(tuple(keys), found, own / len(keys), first)
+
+
+def compare(
+    make: Callable[[int], Case], arms: Sequence[str], seeds: int, trials: int, after: Callable[[str, int, Trace], None]
+) -> dict[str, list[Trace]]:
+    """Returns what each arm does with each seed; `after` is told of each."""
+    found: dict[str, list[Trace]] = {name: [] for name in arms}
+    for seed in range(seeds):
+        for name in arms:
+            trace = search(make(seed), ARMS[name], seed, trials)
+            found[name].append(trace)
+            after(name, seed, trace)
+    return found
+
+
+def print_hypervolumes(found: Mapping[str, Sequence[Trace]]) -> None:
+    """Prints means over seeds with the lowest and the highest, and the seconds of the samplers themselves."""
+    heads = ["sampler", *(f"{count} evaluations" for count in POINTS), "its own CPU seconds a trial"]
+    rows = []
+    for name, traces in found.items():
+        cells = []
+        for count in POINTS:
+            values = [trace.hypervolumes[count] for trace in traces if count in trace.hypervolumes]
+            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-")
+        rows.append([name, *cells, f"{statistics.mean(trace.seconds for trace in traces):.3f}"])
+    print_table(heads, rows)
+
+
+def print_verdict(found: Mapping[str, Sequence[Trace]]) -> None:
+    """Prints whether ours keeps what it promises against each of Optuna's arms."""
+    ours = found["front"]
+    for rival in ("TPE", "NSGA-II"):
+        if rival in found and all(200 in trace.hypervolumes for trace in found[rival]):
+            pairs = list(zip(ours, found[rival], strict=True))
+            won = sum(mine.hypervolumes[50] >= other.hypervolumes[200] for mine, other in pairs)
+            print(f"front at 50 reaches {rival} at 200 in {won} of {len(pairs)} seeds")
+    if "TPE + warm start" in found and len(ours) > 1:
+        pairs = list(zip(ours, found["TPE + warm start"], strict=True))
+        gains = [mine.hypervolumes[100] - other.hypervolumes[100] for mine, other in pairs]
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        print(f"front leads TPE + warm start at 100 by {statistics.mean(gains):.4f}, standard error {error:.4f}")
+
+
+def draw(found: Mapping[str, Sequence[Trace]], title: str, file: Path) -> None:
+    """Draws the mean hypervolume of each arm over evaluations, with all seeds behind it."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, traces in found.items():
+        counts = [count for count in POINTS if all(count in trace.hypervolumes for trace in traces)]
+        means = [statistics.mean(trace.hypervolumes[count] for trace in traces) for count in counts]
+        (line,) = axes.plot(counts, means, marker="o", label=name, linewidth=2.5 if name == "front" else 1.2)
+        for trace in traces:
+            axes.plot(counts, [trace.hypervolumes[count] for count in counts], color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="evaluations", ylabel="hypervolume", title=title, ylim=(0, None))
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _tight(seeds: int, trials: int, arms: Sequence[str]) -> None:
+    """Prints, for budgets that no uniform configuration keeps, when the first version is found that does."""
+    rows = []
+    for exits, limit_s in ((0, 0.003), (3, 0.003), (3, 0.0026)):
+        setting = Setting(exits=exits, limit_s=limit_s)
+        found = compare(lambda seed, kind=setting: SyntheticCase(seed, kind), arms, seeds, trials, lambda *_: None)  # type: ignore[misc]
+        for name, traces in found.items():
+            firsts = ["never" if trace.first is None else str(trace.first + 1) for trace in traces]
+            rows.append([f"{limit_s * 1e3:g} ms, {exits} exits", name, ", ".join(firsts)])
+    print_table(["limit", "sampler", "first version within the limits, by seed"], rows)
+
+
+def _study(name: str, record: Record, arms: Sequence[str], seeds: int, trials: int) -> dict[str, list[Trace]]:
+    case = StudyCase(name, record)
+
+    def keep(arm: str, seed: int, trace: Trace) -> None:
+        record.runs.setdefault(arm, {})[str(seed)] = {
+            "keys": list(trace.keys),
+            "hypervolumes": {str(count): value for count, value in trace.hypervolumes.items()},
+            "seconds": trace.seconds,
+            "first": trace.first,
+        }
+        record.write()
+        _say(arm, seed, trace)
+
+    return compare(lambda _seed: case, arms, seeds, trials, keep)
+
+
+def _recorded(record: Record) -> dict[str, list[Trace]]:
+    return {
+        arm: [
+            Trace(
+                tuple(run["keys"]),
+                {int(count): value for count, value in run["hypervolumes"].items()},
+                run["seconds"],
+                run["first"],
+            )
+            for _, run in sorted(runs.items(), key=lambda item: int(item[0]))
+        ]
+        for arm, runs in record.runs.items()
+    }
+
+
+def _say(arm: str, seed: int, trace: Trace) -> None:
+    shares = ", ".join(f"{value:.4f} at {count}" for count, value in trace.hypervolumes.items())
+    print(f"{arm}, seed {seed}: {shares}; {trace.seconds:.3f} s a trial", flush=True)
+
+
+def main() -> None:
+    """Runs one comparison and prints its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", help="synthetic, tight, redraw, or a study's name or file")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=max(POINTS))
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--record", type=Path, help="of a study's evaluations")
+    parser.add_argument("--plot", type=Path)
+    given = parser.parse_args()
+    arms = given.arms.split(",")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")
+    if given.what == "tight":
+        _tight(given.seeds, min(given.trials, 100), [name for name in arms if ARMS[name].is_warm and name[:2] != "GP"])
+        return
+    if given.what == "synthetic":
+        found = compare(lambda seed: SyntheticCase(seed, Setting()), arms, given.seeds, given.trials, _say)
+    elif given.record is None:
+        parser.error("a study's evaluations are recorded: add --record FILE.json.gz")
+    elif given.what == "redraw":
+        found = _recorded(Record(given.record))
+    else:
+        found = _study(given.what, Record(given.record), arms, given.seeds, given.trials)
+    print_hypervolumes(found)
+    print_verdict(found)
+    if given.plot:
+        draw(found, f"{given.what}, {given.seeds} seeds", given.plot)
+
+
+if __name__ == "__main__":
+    main()
