@@ -144,10 +144,15 @@ def count_pick(search: StoredSearch, confirmed: Confirmed) -> int:
     file = search.folder.path / "picks.jsonl"
     try:
         with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"trial": confirmed.version.number, "test_accuracy": confirmed.test.value}) + "\n")
+            lines.write(json.dumps(_pick(confirmed)) + "\n")
     except OSError as error:
         raise BundleError(f"a pick is counted in a writable run directory, got {file}: {error.strerror}") from error
     return len({json.loads(line)["trial"] for line in file.read_text(encoding="utf-8").splitlines()})
+
+
+def _pick(confirmed: Confirmed) -> dict[str, float]:
+    latency, test = confirmed.latency.value, confirmed.test.value
+    return {"trial": confirmed.version.number, "test_accuracy": test, "latency_s": latency}
 
 
 def write_bundle(out: Path, bench: Workbench, search: StoredSearch, budget: Budget, confirmed: Confirmed) -> None:

@@ -1,7 +1,10 @@
 """MLflow, as a mirror of the journal: written after it, never read back for a result."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlparse
 
 from mlflow.entities import Metric, Param, Run
 from optuna.trial import FrozenTrial
@@ -76,12 +79,19 @@ class Mirror:
         with quiet():
             runs = self._trial_runs()
             self._mark(runs, {version.number for version in overview.front})
-            earlier = [run.info.run_id for run in self._runs("summary")]
+            earlier = list(self._runs("summary"))
             addresses = {number: run.info.run_id for number, run in runs.items()}
             run_id = write_summary(self._client, self.experiment_id, overview, addresses, self._tracking.web)
-            for each in earlier:
-                self._client.delete_run(each)
+            for run in earlier:
+                self._delete(run)
         return run_id
+
+    def _delete(self, run: Run) -> None:
+        """Deletes a run, and its files where they lie here: MLflow would keep them for good."""
+        self._client.delete_run(run.info.run_id)
+        files = urlparse(run.info.artifact_uri)
+        if files.scheme == "file" and Path(files.path).parent.name == run.info.run_id:
+            shutil.rmtree(Path(files.path).parent, ignore_errors=True)
 
     def _mark(self, runs: Mapping[int, Run], front: set[int]) -> None:
         recovered = self._search.recovered
@@ -106,7 +116,7 @@ class Mirror:
             kept = found.setdefault(number, run)
             if kept is not run:
                 found[number], other = (run, kept) if _is_whole(run) and not _is_whole(kept) else (kept, run)
-                self._client.delete_run(other.info.run_id)
+                self._delete(other)
         return found
 
     def _runs(self, role: str) -> Iterator[Run]:

@@ -80,8 +80,8 @@ def test_mlflow_mirrors_the_journal(folder) -> None:
     for logged in trials:
         if logged.data.tags["front"] == "true":
             assert f"(#/experiments/{logged.info.experiment_id}/runs/{logged.info.run_id})" in text
-    size = sum(file.stat().st_size for file in (folder / "artifacts").rglob("*") if file.is_file())
-    assert size < 10e6
+    files = folder / "artifacts" / summary.info.run_id
+    assert sum(file.stat().st_size for file in files.rglob("*") if file.is_file()) < 10e6
 
 
 def test_sync_completes_the_mirror_once(copy, capsys) -> None:
@@ -93,7 +93,8 @@ def test_sync_completes_the_mirror_once(copy, capsys) -> None:
     assert run(arguments) == 0
     assert json.loads(capsys.readouterr().out)["written"] == 0
     assert {each.info.run_id: each.data.to_dictionary() for each in runs_of(tracking, "trial")} == before
-    assert len(runs_of(tracking, "summary")) == 1
+    (summary,) = runs_of(tracking, "summary")
+    assert [file.name for file in (copy / "artifacts").iterdir()] == [summary.info.run_id]
 
 
 def test_a_run_that_was_begun_is_completed_and_a_twin_goes(copy) -> None:

@@ -23,6 +23,7 @@ from search.review.report import report_of
 from search.review.scatter import HEIGHT, scatter
 from search.review.scene import stairs
 from search.sensitivity import Point, Profile
+from search.store import SearchFolder
 from search.text import accuracy_doubt
 from spaces.candidate import Candidate
 from tests.searches import measurement, stored, version
@@ -35,8 +36,9 @@ PROFILE = Profile("bn", 40, 0.0, (Point("stem.0", 16, 1.0, 0, 0, 1.0), Point("st
 
 
 @pytest.fixture(scope="module")
-def overview(folder) -> Overview:
-    return Overview.of(stored(folder))
+def overview(folder, tmp_path_factory) -> Overview:
+    """Of the finished search, of which nothing has been picked."""
+    return Overview.of(replace(stored(folder), folder=SearchFolder(tmp_path_factory.mktemp("review") / "one")))
 
 
 @given(st.lists(figures, min_size=1, max_size=12))
@@ -153,7 +155,7 @@ def test_the_page_has_everything_and_needs_nothing(overview, tmp_path) -> None:
 
 
 def test_a_profile_that_was_measured_is_shown(folder, overview, tmp_path) -> None:
-    search = replace(overview.search, folder=type(overview.search.folder)(tmp_path))
+    search = replace(overview.search, folder=SearchFolder(tmp_path))
     assert Overview.of(search).profile is None
     write_profile(tmp_path, PROFILE)
     shown = Overview.of(search)
@@ -198,6 +200,14 @@ def test_caveats_name_what_may_break_a_limit_or_is_known_badly(overview) -> None
     assert "No version keeps latency<1us. The nearest" in caveats(nothing)[0]
     assert "None." in report_of(nothing).to_markdown()
     assert "plotly.js v" in page(nothing)
+
+
+def test_a_pick_is_told_as_confirmed(overview, tmp_path) -> None:
+    number = overview.front[0].number
+    (tmp_path / "picks.jsonl").write_text(json.dumps({"trial": number, "test_accuracy": 0.975}) + "\n")
+    told = caveats(replace(overview, search=replace(overview.search, folder=SearchFolder(tmp_path))))
+    assert f"Trial {number} was picked and measured again: 97.50% on test images." in told
+    assert any(line.startswith("No other version has been confirmed") for line in told)
 
 
 def test_a_version_compared_with_itself_is_the_same(overview) -> None:

@@ -25,7 +25,7 @@ def picked(folder, tmp_path_factory) -> Path:
     """A run directory with a search that was picked from twice."""
     home = tmp_path_factory.mktemp("picked")
     runs = home / "runs"
-    shutil.copytree(folder / "one", runs / "one")
+    shutil.copytree(folder / "one", runs / "one")  # a registry of its own: other tests pick, too
     arguments = ["pick", "--runs", str(runs), "--search", "one", "--budget", "latency<1000%", "--quiet"]
     for prefer in ("accuracy", "latency"):
         assert run([*arguments, "--prefer", prefer, "--out", str(home / prefer)]) == 0
