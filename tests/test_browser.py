@@ -56,7 +56,7 @@ def links(folder, tmp_path_factory) -> Iterator[list[str]]:
         lines = [server.stdout.readline() for _ in range(4)]
         yield [re.search(r"http://\S+", line)[0] for line in lines]
     finally:
-        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGTERM)  # in the background SIGINT may be ignored
         server.wait(30)
 
 

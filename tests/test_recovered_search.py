@@ -107,7 +107,7 @@ def test_mlflow_has_both_efforts(runs, search) -> None:
     client = MlflowClient(tracking_uri(runs))
     experiment = client.get_experiment_by_name("elastic")
     number = min(search.recovered)
-    (found,) = client.search_runs([experiment.experiment_id], f"tags.trial = '{number}'")
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.trial = '{number}' and tags.role = 'trial'")
     history = client.get_metric_history(found.info.run_id, "accuracy_pct")
     assert [point.step for point in history] == [0, 1]
     assert found.data.tags["effort"].endswith("+ finetune 1 epoch")
