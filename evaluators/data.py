@@ -98,6 +98,16 @@ class LabelledImages:
         by_class = np.argsort(self.labels, kind="stable")
         return self.some(np.sort(by_class[0::2])), self.some(np.sort(by_class[1::2]))
 
+    def mixed(self, seed: int = 0) -> "LabelledImages":
+        """Returns the same images in an order of which every beginning has each class by its share; always the same."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        rank = np.empty(len(self))
+        for label in np.unique(self.labels):
+            members = order[self.labels[order] == label]
+            rank[members] = np.arange(len(members)) / len(members)
+        # A stable sort of a permutation: images of equal rank come in random order.
+        return self.some(order[np.argsort(rank[order], kind="stable")])
+
     def head(self, count: int) -> "LabelledImages":
         """Returns the first `count` images, as an array."""
         return LabelledImages(self.images[:count], self.labels[:count])

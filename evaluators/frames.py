@@ -44,6 +44,10 @@ class Stream(LabelledImages):
         if not len(self.starts) or self.starts[0] != 0 or (np.diff(self.starts) <= 0).any() or not inside:
             raise ValueError(f"clips start at frame 0 and then later and later in the stream, got {self.starts}")
 
+    def mixed(self, seed: int = 0) -> "Stream":  # noqa: ARG002  the images' signature
+        """Returns the stream as it is: frames have one order."""
+        return self
+
     def head(self, count: int) -> "Stream":
         """Returns the first `count` frames, as an array."""
         return Stream(self.images[:count], self.labels[:count], self.starts[self.starts < count])

@@ -13,8 +13,8 @@ from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
 from evaluators.frames import Reuse, Stream
 from evaluators.measurement import Measurement
-from evaluators.runtimes.staged import exits_of, skipped_of
-from evaluators.target import Opened, Runtime, Target
+from evaluators.runtimes.staged import Routes, exits_of, skipped_of
+from evaluators.target import Images, Opened, Runtime, Target
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
 
@@ -85,11 +85,16 @@ def ask(
     """
     if isinstance(data, Stream):
         return _ask_stream(opened, stages, data, reuse, blocks)
-    logits, routes = opened.answer(data.images, batch)
+    return _answers(opened.answer(data.images, batch), stages, data.labels, batch, blocks)
+
+
+def _answers(said: tuple[Images, Routes], stages: int, labels: NDArray[np.int64], batch: int, blocks: int) -> Answers:
+    """Returns what logits and routes to some images come to."""
+    logits, routes = said
     classes, exits, passed = logits.argmax(axis=1), exits_of(routes), skipped_of(routes, blocks)
     ways = _ways(exits, passed, batch, stages)
     profiles = tuple((at * batch, count) for at, count in _standing(ways, stages))
-    return Answers(classes, classes == data.labels, exits, stages, profiles, passed, len(set(ways)))
+    return Answers(classes, classes == labels, exits, stages, profiles, passed, len(set(ways)))
 
 
 def _ask_stream(opened: Opened, stages: int, stream: Stream, reuse: Reuse | None, blocks: int) -> Answers:
@@ -157,6 +162,7 @@ class Deployed:
         self.validation = validation
         self.target = target
         self._runtime = runtime
+        self._begun: list[tuple[Images, Routes]] = []
 
     @cached_property
     def opened(self) -> Opened:
@@ -169,10 +175,31 @@ class Deployed:
         made = self.artifact
         return ask(self.opened, len(made.exits) + 1, data, self.target.batch, made.reuse, len(made.blocks))
 
+    def first_answers(self, count: int) -> Answers:
+        """Returns what the artifact says to the first validation images; `answers` goes on from there.
+
+        Args:
+            count: how many, in whole batches; of images that come alone, not of a stream.
+        """
+        self._begun = [self._said(0, count)]
+        return self._joined(self._begun)
+
+    def _said(self, start: int, end: int) -> tuple[Images, Routes]:
+        some = self.validation.some(np.arange(start, end))
+        return self.opened.answer(some.images, self.target.batch)
+
+    def _joined(self, parts: Sequence[tuple[Images, Routes]]) -> Answers:
+        logits, routes = (np.concatenate(each) for each in zip(*parts, strict=True))
+        labels, made = self.validation.labels[: len(logits)], self.artifact
+        return _answers((logits, routes), len(made.exits) + 1, labels, self.target.batch, len(made.blocks))
+
     @cached_property
     def answers(self) -> Answers:
         """What the artifact says to the validation images."""
-        return self.answers_to(self.validation)
+        if not self._begun:
+            return self.answers_to(self.validation)
+        count = len(self._begun[0][0])
+        return self._joined([*self._begun, self._said(count, len(self.validation))])
 
 
 class Subject(Deployed):

@@ -10,12 +10,14 @@ from typing import Protocol
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from evaluators.frames import Stream
 from evaluators.latency import LatencyEvaluator
 from evaluators.measurement import Measurement
 from evaluators.placement import Examined
 from search.budget import Budget
 from search.environment import environment
 from search.evaluation import Evaluation
+from search.final import REACH
 from search.front import OBJECTIVES, Version
 from search.gating import GateSolver, Settled
 from search.interrupts import Interrupts
@@ -24,6 +26,8 @@ from search.samplers.codec import Codec
 from search.samplers.first import distributions, first_guesses
 from search.samplers.front import FrontSampler
 from search.samplers.meaning import knapsack_seeds, meaning_of
+from search.samplers.objectives import ESTIMATES
+from search.screen import Screen, most_asked, saved_seconds
 from search.stall import Stall
 from search.store import REPORT, Baseline, versions_of
 from search.workbench import Workbench
@@ -101,6 +105,7 @@ class Coordinator:
         self._known: dict[str, Version] = {
             version.evaluation.candidate.key: version for version in versions_of(stored.get_trials(deepcopy=False))
         }
+        self._screen = screen_of(bench, self._dense, self._known)
         self._settled = settled_choices(stored.get_trials(deepcopy=False), self._known.values())
         finished = len(stored.get_trials(deepcopy=False))
         self._codec = Codec(self._distributions)
@@ -128,6 +133,7 @@ class Coordinator:
         if isinstance(self._stored.sampler, FrontSampler):
             self._stored.set_user_attr(REPORT, self._stored.sampler.report())
             outcome.remarks = self._stored.sampler.remarks(OBJECTIVES)
+        outcome.remarks += self._told_ended()
         return outcome
 
     def _run(self, trials: int, timeout_s: float | None, patience: int | None) -> Outcome:
@@ -154,6 +160,14 @@ class Coordinator:
                 put_right_running(self._stored)
                 return Outcome("interrupted; the same command goes on from here", 130, self._overhead)
         return Outcome(f"all {trials} trials are done", 0, self._overhead)
+
+    def _told_ended(self) -> list[str]:
+        ended = [version for version in self._known.values() if version.evaluation.ended]
+        if not ended:
+            return []
+        told = "1 version was" if len(ended) == 1 else f"{len(ended)} versions were"
+        saved = saved_seconds(ended, self._dense["accuracy"].n)
+        return [f"{told} ended early, after some of the images; the others would have taken {saved:.1f} s"]
 
     def _finished(self) -> int:
         return sum(is_counted(trial) for trial in self._stored.get_trials(deepcopy=False))
@@ -189,24 +203,34 @@ class Coordinator:
         return Settled(known) if known else self._gates.settle(choices)
 
     def _measure(self, candidate: Candidate) -> Evaluation:
-        return self._bench.evaluate(candidate, self._latency, self._is_broken)
+        return self._bench.evaluate(candidate, self._latency, self._is_broken, screen=self._screen)
 
     def _is_broken(self, measured: Mapping[str, Measurement]) -> bool:
         return any(value > 0 for value in self._budget.violations(measured, self._dense).values())
 
     def _tell(self, trial: Trial, evaluation: Evaluation, known: Version | None) -> None:
-        for name, violation in self._budget.violations(evaluation.measurements, self._dense).items():
+        for name, violation in self._told_violations(evaluation).items():
             trial.set_constraint(name, violation)
+        if evaluation.ended:
+            trial.set_user_attr(ESTIMATES, [_value(evaluation, metric) for metric in OBJECTIVES])
         if known is None:
             trial.set_user_attr("evaluation", evaluation.to_dict())
             self._known[evaluation.candidate.key] = Version(trial.number, evaluation)
         else:
             trial.set_user_attr("duplicate_of", known.number)
-        if all(metric in evaluation.measurements for metric in OBJECTIVES):
+        if Version(trial.number, evaluation).is_complete:
             self._stored.tell(trial, [evaluation.measurements[metric].value for metric in OBJECTIVES])
         else:
             # A budget that is broken left the rest unmeasured; the constraints tell the sampler how badly.
             self._stored.tell(trial, state=TrialState.PRUNED)
+
+    def _told_violations(self, evaluation: Evaluation) -> dict[str, float]:
+        """Returns what a sampler is told of the limits: of an accuracy that is an estimate, only that it breaks one."""
+        violations = self._budget.violations(evaluation.measurements, self._dense)
+        if evaluation.ended:
+            limits = {str(limit) for limit in self._budget.constraints if limit.measured_as == "accuracy"}
+            violations = {name: value for name, value in violations.items() if value > 0 or name not in limits}
+        return violations
 
     def _count(self, trial: FrozenTrial) -> None:
         """Takes note of a finished trial for those who ask whether anything is still won."""
@@ -231,6 +255,23 @@ class Coordinator:
             reason = f"the last {REPEATED_DUPLICATES} proposals were known already"
             return Outcome(reason, 0, self._overhead)
         return None
+
+
+def screen_of(bench: Workbench, dense: Mapping[str, Measurement], known: Mapping[str, Version]) -> Screen | None:
+    """Returns what ends hopeless versions early; None where the study wants none, or there are too few images.
+
+    Frames of a stream are alike, so the first ones do not stand for the others: a stream is asked in one go.
+    """
+    count = most_asked(len(bench.scored), bench.target.batch)
+    if not count or not bench.study.search.early or isinstance(bench.scored, Stream):
+        return None
+    reach = REACH if bench.study.recovery.final else 0.0
+    right = bench.subject(bench.space.dense()).first_answers(count).correct
+    return Screen(bench.study.limits, dense, right, known, len(bench.scored), bench.target.batch, reach)
+
+
+def _value(evaluation: Evaluation, metric: str) -> float | None:
+    return evaluation.measurements[metric].value if metric in evaluation.measurements else None
 
 
 def settled_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version]) -> dict[str, Candidate]:
@@ -263,9 +304,9 @@ def put_right_running(stored: optuna.Study) -> None:
     """Gives up trials that a stopped process left running, and queues the same proposals again."""
     for trial in stored.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if "evaluation" in trial.user_attrs:  # it was measured, and stopped on the way into the journal
-            measured = Evaluation.from_dict(trial.user_attrs["evaluation"]).measurements
-            whole = all(metric in measured for metric in OBJECTIVES)
-            values = [measured[metric].value for metric in OBJECTIVES] if whole else None
+            version = Version(trial.number, Evaluation.from_dict(trial.user_attrs["evaluation"]))
+            whole = version.is_complete
+            values = [version.measured[metric].value for metric in OBJECTIVES] if whole else None
             state = TrialState.COMPLETE if whole else TrialState.PRUNED
             stored._storage.set_trial_state_values(trial._trial_id, state, values)
             continue

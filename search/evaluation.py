@@ -20,6 +20,7 @@ class Evaluation:
         seconds: what each step took.
         finetune: the fine-tuning that came on top of the search's own recovery, in the study's terms; None without.
         gates: what the thresholds came to on the images that they were chosen on; None where nobody chose.
+        ended: why it was ended early, its accuracy being known from some of the images only; empty where it was not.
     """
 
     candidate: Candidate
@@ -29,6 +30,7 @@ class Evaluation:
     seconds: Mapping[str, float] = field(default_factory=dict)
     finetune: Mapping[str, Any] | None = None
     gates: Mapping[str, Any] | None = None
+    ended: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -40,6 +42,7 @@ class Evaluation:
             "seconds": dict(self.seconds),
             "finetune": dict(self.finetune) if self.finetune else None,
             "gates": dict(self.gates) if self.gates else None,
+            "ended": self.ended,
         }
 
     @classmethod
@@ -53,4 +56,5 @@ class Evaluation:
             content["seconds"],
             content["finetune"],
             content.get("gates"),
+            content.get("ended", ""),
         )

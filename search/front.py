@@ -37,8 +37,8 @@ class Version:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every objective was measured."""
-        return all(metric in self.measured for metric in OBJECTIVES)
+        """Whether every objective was measured, on all of the images."""
+        return not self.evaluation.ended and all(metric in self.measured for metric in OBJECTIVES)
 
     def costs(self) -> NDArray[np.float64]:
         """Returns the objectives, less being better, `(3,)`."""

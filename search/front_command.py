@@ -40,6 +40,7 @@ def front_json(overview: Overview) -> dict[str, Any]:
         "search": overview.search.folder.name,
         "budget": str(overview.budget),
         "front": [{"trial": version.number, **version.evaluation.to_dict()} for version in overview.front],
+        "ended_early": [{"trial": version.number, **version.evaluation.to_dict()} for version in overview.ended_early],
         "dense": overview.dense.evaluation.to_dict(),
     }
 
@@ -72,4 +73,9 @@ def _say_unmeasured(overview: Overview, console: Console) -> None:
     unknown = len(overview.given_up)
     if unknown:
         text = f"{unknown} versions broke {overview.search.budget} and were not measured further."
+        console.print(text, highlight=False)
+    ended = len(overview.ended_early)
+    if ended:
+        were = "1 version was" if ended == 1 else f"{ended} versions were"
+        text = f"{were} ended early under {overview.search.budget}, after some of the images."
         console.print(text, highlight=False)

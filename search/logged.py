@@ -74,9 +74,11 @@ def logged(trial: FrozenTrial, search: StoredSearch) -> Logged:
     if "evaluation" in trial.user_attrs:
         evaluation = Evaluation.from_dict(trial.user_attrs["evaluation"])
         metrics = figures(evaluation, search)
-        met = search.budget.is_met(evaluation.measurements, dense.measured)
+        met = not evaluation.ended and search.budget.is_met(evaluation.measurements, dense.measured)
         tags |= {"feasible": str(met).lower(), EFFORT: evaluation.effort}
-        if trial.state == TrialState.PRUNED:
+        if evaluation.ended:
+            tags["reason"] = f"ended early: {evaluation.ended}"
+        elif trial.state == TrialState.PRUNED:
             broken = broken_limits(Version(trial.number, evaluation), search.budget, dense.measured)
             tags["reason"] = f"not measured further: {broken}"
     assert trial.datetime_complete is not None  # it is finished
@@ -96,6 +98,8 @@ def figures(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:
     """Returns what was measured, in the units that people read, and how far each limit is kept."""
     measured, dense = evaluation.measurements, search.baseline.evaluation.measurements
     shown = {name: measured[m].value * scale for name, (m, scale) in _SCALES.items() if m in measured}
+    if evaluation.ended:  # no chart shall show it among those that were counted on all images
+        shown["accuracy_estimate_pct"] = shown.pop("accuracy_pct")
     if "flops" in measured:
         shown["flops_pct_of_dense"] = measured["flops"].value / dense["flops"].value * 100
     if "latency" in measured:
@@ -115,4 +119,5 @@ def margins(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:
         )
         for constraint in search.budget.constraints
         if (found := evaluation.measurements.get(constraint.measured_as))
+        and not (evaluation.ended and constraint.measured_as == "accuracy")
     }

@@ -190,8 +190,8 @@ class RecoverySection(Section):
 
 
 class SearchSection(Section):
-    """How long to search and what proposes when the command does not say, and whether a sensitivity profile gives it a
-    start.
+    """How long to search and what proposes when the command does not say, whether a sensitivity profile gives it a
+    start, and whether hopeless versions are ended after some of the images.
     """
 
     trials: Positive = 100
@@ -199,6 +199,7 @@ class SearchSection(Section):
     """So many trials in a row that win nothing end a search."""
     sampler: Literal["tpe", "nsga2", "gp", "random", "front"] = "tpe"
     profile: bool = False
+    early: bool = True
 
 
 class Study(Section):

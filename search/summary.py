@@ -61,6 +61,7 @@ def _log_figures(client: MlflowClient, run_id: str, overview: Overview) -> None:
         "trials": sum(trial.state.is_finished() for trial in overview.search.trials),
         "feasible_trials": len(overview.good),
         "front_trials": len(overview.front),
+        "early_trials": len(overview.ended_early),
     }
     told = {f"sampler_{name}": value for name, value in _flat(overview.search.report).items()}
     metrics = [Metric(name, float(value), now, 0) for name, value in (counts | told).items()]

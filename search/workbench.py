@@ -35,6 +35,7 @@ from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import NOTHING, Learned, train_int8_kept
 from search.rounding import LearnedRounding
+from search.screen import SUBSET, Screen, mixed_if_many
 from search.skipping import skip_blocks
 from search.sources.prepared import prepare
 from search.sources.streams import with_streams
@@ -109,7 +110,7 @@ class Workbench:
         self.space = space_of(study, self.network, self.groups, self.data, self.builder.layers, self.runtime)
         self.has_gates = bool(self.space.gates.solved and self.space.gates.exits)
         halves = self.data.validation.halves() if self.has_gates else (self.data.validation, self.data.validation)
-        self.gate_images, self.scored = halves
+        self.gate_images, self.scored = halves[0], mixed_if_many(halves[1])
         self._last: tuple[tuple[Candidate, FinetuneSection | None], Compressed] | None = None
         self.flops = FlopsEvaluator(self.network, image)
         self._cheap: tuple[Evaluator, ...] = (
@@ -348,7 +349,12 @@ class Workbench:
         return self._last[1]
 
     def evaluate(
-        self, candidate: Candidate, latency: LatencyEvaluator, stop: StopEarly, more: FinetuneSection | None = None
+        self,
+        candidate: Candidate,
+        latency: LatencyEvaluator,
+        stop: StopEarly,
+        more: FinetuneSection | None = None,
+        screen: Screen | None = None,
     ) -> Evaluation:
         """Returns what was measured of a candidate, cheapest metrics first.
 
@@ -357,6 +363,7 @@ class Workbench:
             latency: measures it beside the references.
             stop: told what is known after each metric; where it says so, the rest is not measured.
             more: fine-tuning that comes on top of the study's recovery.
+            screen: ends it after some of the images where the rest would change nothing; no version where not given.
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "compress"):
@@ -366,13 +373,23 @@ class Workbench:
         with _timed(seconds, "load"):
             _ = subject.opened
         measured: dict[str, Measurement] = {}
+        ended = None
+        # Where the path depends on the input, costs follow from answers to all images: some are asked for before.
+        asks = self.flops if subject.artifact.is_dynamic else self._accuracy
         for evaluator in (*self._cheap, latency, self._accuracy):
+            if screen is not None and evaluator is asks:
+                with _timed(seconds, SUBSET):
+                    ended = screen.judge(subject, measured)
+                if ended is not None:
+                    measured["accuracy"] = ended.accuracy
+                    break
             with _timed(seconds, evaluator.metric):
                 measured[evaluator.metric] = evaluator.measure(subject)
             if stop(measured):
                 break
         added = more.model_dump(mode="json") if more and self.may_recover(candidate) else None
-        return Evaluation(candidate, measured, self.effort(candidate, more), subject.artifact.digest, seconds, added)
+        found = Evaluation(candidate, measured, self.effort(candidate, more), subject.artifact.digest, seconds, added)
+        return replace(found, ended=ended.reason) if ended else found
 
 
 @contextmanager

@@ -23,11 +23,11 @@ class Wrecked:
     def __getattr__(self, name):
         return getattr(self._bench, name)
 
-    def evaluate(self, candidate, latency, stop):
+    def evaluate(self, candidate, latency, stop, **more):
         reason = next(self._reasons)
         if reason:
             raise RuntimeError(reason)
-        return self._bench.evaluate(candidate, latency, stop)
+        return self._bench.evaluate(candidate, latency, stop, **more)
 
 
 @pytest.fixture

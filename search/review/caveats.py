@@ -26,6 +26,7 @@ def caveats(overview: Overview) -> list[str]:
     """Returns the caveats as sentences: what is infeasible, failed, noisy, too close to call, or unconfirmed."""
     return [
         *_infeasible(overview),
+        *_ended_early(overview),
         *_failed(overview),
         *_noisy(overview),
         *_close_to_limits(overview),
@@ -45,7 +46,8 @@ def trials(versions: list[Version]) -> str:
 
 
 def _infeasible(overview: Overview) -> Iterator[str]:
-    broke, all_ = len(overview.versions) - len(overview.good), len(overview.versions)
+    all_ = len(overview.versions)
+    broke = all_ - len(overview.good) - len(overview.ended_early)
     if not overview.good:
         miss = nearest_miss(overview.versions, overview.budget, overview.dense.measured)
         near = f" The nearest, trial {miss[0].number}: {_broken(overview, miss[0])}." if miss else ""
@@ -55,6 +57,19 @@ def _infeasible(overview: Overview) -> Iterator[str]:
         verb = "does" if broke == 1 else "do"
         unscored = f"; {cut} of them, not measured further, may have any accuracy" if cut else ""
         yield f"{broke} of {all_} versions {verb} not keep {overview.budget}{unscored}."
+
+
+def _ended_early(overview: Overview) -> Iterator[str]:
+    ended = overview.ended_early
+    if ended:
+        fewest, most = (some(version.measured["accuracy"].n for version in ended) for some in (min, max))
+        count = str(most) if fewest == most else f"{fewest} to {most}"
+        yield (
+            f"{len(ended)} of {len(overview.versions)} versions were ended early, after {count} of"
+            f" {overview.dense.measured['accuracy'].n} images: even the highest accuracy that these left likely (99%)"
+            f" broke {overview.search.budget} or was that of a version which is no slower and has no more FLOPs. Their"
+            " accuracies are estimates, and none of them counts as within the budget."
+        )
 
 
 def _broken(overview: Overview, version: Version) -> str:

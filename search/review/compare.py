@@ -203,7 +203,12 @@ def _versions(first: Side, second: Side, facts: tuple[tuple[str, str, str], ...]
     machine, remarks = _machine(first, second)
     figures = tuple(_figure(metric, a, b, machine) for metric in _METRICS)
     layers = _layer_pairs(_layers(first), _layers(second))
-    return Comparison(first.name, second.name, tuple(rows), figures, layers, remarks)
+    early = tuple(
+        f"{side.name} was ended early, so its accuracy is an estimate: {version.evaluation.ended}."
+        for side, version in ((first, a), (second, b))
+        if version.evaluation.ended
+    )
+    return Comparison(first.name, second.name, tuple(rows), figures, layers, (*remarks, *early))
 
 
 def _target(version: Version) -> str:

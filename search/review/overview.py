@@ -54,7 +54,12 @@ class Overview:
     @property
     def given_up(self) -> list[Version]:
         """The versions that broke a limit and were not measured further."""
-        return [version for version in self.versions if not version.is_complete]
+        return [version for version in self.versions if not version.is_complete and not version.evaluation.ended]
+
+    @property
+    def ended_early(self) -> list[Version]:
+        """The versions that some of the images showed to be hopeless, so that the others were not asked."""
+        return [version for version in self.versions if version.evaluation.ended]
 
     @property
     def groups(self) -> dict[str, list[Version]]:

@@ -175,8 +175,10 @@ def _of_dense(channels: int | None, precision: str) -> str:
 
 def _progress(overview: Overview) -> list[str]:
     share = overview.growth[-1][1] if overview.growth else 0.0
+    ended = len(overview.ended_early)
+    early = f" {ended} of which were ended early," if ended else ""
     return [
-        f"{len(overview.versions)} different versions were measured, {len(overview.good)} keep the budget,"
+        f"{len(overview.versions)} different versions were measured,{early} {len(overview.good)} keep the budget,"
         f" {len(overview.front)} are on the front, which dominates {share:.1%} of the budget's box (hypervolume)."
     ]
 

@@ -46,7 +46,9 @@ def caption(overview: Overview) -> list[str]:
     ]
     given_up = len(overview.given_up)
     told = f"{given_up} more broke {overview.search.budget} and {'was' if given_up == 1 else 'were'} not scored"
-    return [*lines, told] if given_up else lines
+    ended = len(overview.ended_early)
+    early = f"{ended} {'was' if ended == 1 else 'were'} ended early, after some of the images"
+    return [*lines, *([told] if given_up else []), *([early] if ended else [])]
 
 
 def limit_lines(budget: Budget, dense: Version) -> list[LimitLine]:

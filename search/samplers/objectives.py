@@ -11,6 +11,8 @@ from optuna.trial import FrozenTrial, TrialState
 from search.samplers.codec import Array, Codec
 from search.samplers.structure import Link
 
+ESTIMATES = "estimates"
+"""The user attribute of a trial that was ended early: what each objective probably is, None where nothing is known."""
 _TOLD = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -80,6 +82,8 @@ def observe(
     for place, trial in enumerate(told):
         if trial.state == TrialState.COMPLETE:
             costs[place] = signs * np.array(trial.values)
+        elif ESTIMATES in trial.user_attrs:
+            costs[place] = signs * np.array(trial.user_attrs[ESTIMATES], dtype=np.float64)  # None becomes NaN
     names = dict.fromkeys(name for trial in told for name in trial.constraints)
     constraints = {
         name: np.array([trial.constraints.get(name, np.nan) for trial in told], dtype=np.float64) for name in names
