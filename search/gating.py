@@ -18,6 +18,7 @@ from evaluators.measurement import Measurement
 from evaluators.runtimes.staged import CONFIDENCES
 from evaluators.subject import Subject
 from evaluators.thresholds import Cost, Thresholds
+from search.budget import Budget
 from search.evaluation import Evaluation
 from search.study import FinetuneSection
 from search.workbench import Workbench
@@ -25,6 +26,14 @@ from spaces.candidate import NEVER_EXIT, Candidate
 
 AIM = 0.97
 """Thresholds aim at this share of a limit: the timing that decides is another one, of other images."""
+
+
+def aimed(budget: Budget, metric: str, dense: Mapping[str, Measurement]) -> float:
+    """Returns what solved thresholds may bring the mean of a cost to, in SI units; infinite where nothing limits it."""
+    for constraint in budget.constraints:
+        if constraint.name == metric and metric != "accuracy":
+            return AIM * constraint.limit * (dense[metric].value if constraint.relative else 1.0)
+    return float("inf")
 
 
 @dataclass(frozen=True)
@@ -123,16 +132,13 @@ class GateSolver:
             added = paths[-1] - self._latency.paths(whole, profiles)[0]
         # Most of what an exit adds is the call of one more file, whatever its head: so each adds alike.
         each = [max(added, 0.0) / len(heads)] * len(heads)
-        seconds = Cost(paths, each, self._limit("latency"))
-        flops = Cost(tuple(np.cumsum(stages)), heads, self._limit("flops"))
+        seconds = Cost(paths, each, self._aimed("latency"))
+        flops = Cost(tuple(np.cumsum(stages)), heads, self._aimed("flops"))
         return [flops, seconds] if seconds.limit is None and flops.limit is not None else [seconds, flops]
 
-    def _limit(self, metric: str) -> float | None:
-        """Returns what is aimed at, in SI units; None where the budget does not limit the mean of this metric."""
-        for constraint in self._bench.study.limits.constraints:
-            if constraint.name == metric:
-                return AIM * constraint.limit * (self._dense[metric].value if constraint.relative else 1.0)
-        return None
+    def _aimed(self, metric: str) -> float | None:
+        found = aimed(self._bench.study.limits, metric, self._dense)
+        return found if np.isfinite(found) else None
 
     @cached_property
     def _floor(self) -> float | None:

@@ -1,14 +1,15 @@
 """What is expected of rows that nobody measured: one surrogate for each objective, and for each other constraint."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.samplers.codec import Array, Codec
-from search.samplers.features import Features, of_damage, of_latency, plain
+from search.samplers.features import Columns, of_damage, of_latency, plain
 from search.samplers.objectives import Observed
+from search.samplers.savings import Cost, beside, counted_paths, of_savings, slack, timed_paths
 from search.samplers.structure import Aim, Meaning, Structure
 from search.samplers.surrogate import HeldOut, Surrogate, fit, held_out
 
@@ -76,7 +77,7 @@ class Belief:
     """
 
     scale: Scale
-    features: Features
+    features: Columns
     formula: Callable[[Array], Array] | None
     surrogate: Surrogate | None
     constant: float
@@ -125,6 +126,8 @@ class Beliefs:
 
     objectives: tuple[Belief, ...]
     others: Mapping[str, Belief]
+    parts: Mapping[str, HeldOut] = field(default_factory=dict)
+    """Errors of what surrogates are built on."""
 
     @property
     def expected(self) -> "Functions":
@@ -145,7 +148,7 @@ class Beliefs:
         """The errors on what was held out, by `objective 0` or the constraint."""
         named = {f"objective {place}": belief.error for place, belief in enumerate(self.objectives)}
         found = {**named, **{name: belief.error for name, belief in self.others.items()}}
-        return {name: error for name, error in found.items() if error is not None}
+        return {name: error for name, error in found.items() if error is not None} | dict(self.parts)
 
     @property
     def are_bad(self) -> bool:
@@ -155,10 +158,14 @@ class Beliefs:
 
 def believe(observed: Observed, codec: Codec, meaning: Meaning | None) -> Beliefs:
     """Returns surrogates of everything that was measured."""
+    solved = _solved(observed, codec, meaning) if meaning is not None and meaning.is_solved else None
     objectives = []
     for place in range(observed.costs.shape[1]):
         costs = observed.costs[:, place]
-        objectives.append(_belief(observed.rows, costs, _look(place, observed.rows, costs, codec, meaning)))
+        look = _look(place, observed.rows, costs, codec, meaning)
+        if solved is not None and meaning is not None:
+            look = solved.look(place, look, meaning, codec)
+        objectives.append(_belief(observed.rows, costs, look))
     others = {
         name: _belief(
             observed.rows, values, (plain_scale(np.abs(values[~np.isnan(values)])), _any(codec, meaning), None)
@@ -166,10 +173,46 @@ def believe(observed: Observed, codec: Codec, meaning: Meaning | None) -> Belief
         for name, values in observed.constraints.items()
         if name not in observed.linked
     }
-    return Beliefs(tuple(objectives), others)
+    return Beliefs(tuple(objectives), others, solved.errors if solved else {})
 
 
-_Look = tuple[Scale, Features, Callable[[Array], Array] | None]
+_Look = tuple[Scale, Columns, Callable[[Array], Array] | None]
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What the longest paths cost of versions whose thresholds are solved.
+
+    Args:
+        paths: by the place of the objective.
+        near: columns for how far they are from what is aimed at.
+        errors: of what tells them, on what was held out, by name.
+    """
+
+    paths: Mapping[int, Cost]
+    near: Columns
+    errors: Mapping[str, HeldOut]
+
+    def look(self, place: int, usual: _Look, meaning: Meaning, codec: Codec) -> _Look:
+        """Returns how an objective is looked at: `usual` is how it would be with thresholds that are dimensions."""
+        scale, columns, formula = usual
+        if place not in self.paths:
+            return scale, beside(self.near, columns), formula
+        path, aimed = self.paths[place], meaning.aims[place].aimed
+        known = lambda rows: np.log(np.minimum(path(rows), aimed))  # noqa: E731
+        return logarithmic_scale(), of_savings(self.near, meaning, codec), known
+
+
+def _solved(observed: Observed, codec: Codec, meaning: Meaning) -> _Solved:
+    paths: dict[int, Cost] = {}
+    errors = {}
+    for place, aim in enumerate(meaning.aims):
+        longest = observed.longest[:, place]
+        if aim.kind == "flops":
+            paths[place] = counted_paths(observed.rows, longest, meaning, codec)
+        elif aim.kind == "latency" and (timed := timed_paths(observed.rows, longest, meaning, codec)):
+            paths[place], errors["longest path"] = timed
+    return _Solved(paths, slack(paths, meaning, codec), errors)
 
 
 def _look(place: int, rows: Array, costs: Array, codec: Codec, meaning: Meaning | None) -> _Look:
@@ -209,7 +252,7 @@ def _estimate(
     return lambda rows: factor * structure.estimated_damage(codec, rows).sum(axis=1)
 
 
-def _any(codec: Codec, meaning: Meaning | None) -> Features:
+def _any(codec: Codec, meaning: Meaning | None) -> Columns:
     return plain(codec) if meaning is None else of_latency(meaning.structure, codec)
 
 

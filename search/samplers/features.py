@@ -20,6 +20,10 @@ Blocks = Callable[[Array], list[Array]]
 """Columns for rows, `(n, anything)` a block."""
 
 
+Columns = Callable[[Array], Array]
+"""Columns for rows, `(n, k)`."""
+
+
 @dataclass(frozen=True)
 class Features:
     """One set of columns.

@@ -141,7 +141,7 @@ class FrontSampler(BaseSampler):
 
     def _plan(self, trials: Sequence[FrozenTrial], study: optuna.Study, codec: Codec) -> list[_Proposal]:
         meaning = self._meaning if self._fits(codec) else None
-        observed = observe(trials, codec, study.directions, meaning.links if meaning else {})
+        observed = _observed(trials, codec, study, meaning)
         if len(observed.rows) < self._startup:
             return [_Proposal(_fresh(codec.random(32, self._rng), observed)[0], "random")]
         batch = max(4, len(observed.rows) // 40)
@@ -228,6 +228,12 @@ class FrontSampler(BaseSampler):
             else np.zeros((0, len(points)))
         )
         return choose_by_hypervolume(forecast.beats(places), pending, count)
+
+
+def _observed(trials: Sequence[FrozenTrial], codec: Codec, study: optuna.Study, meaning: Meaning | None) -> Observed:
+    if meaning is None:
+        return observe(trials, codec, study.directions, {})
+    return observe(trials, codec, study.directions, meaning.links, [aim.kind for aim in meaning.aims])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from evaluators.measurement import Measurement
 from evaluators.scaled_flops import ScaledFlops
 from search.budget import Budget
 from search.front import OBJECTIVES, worst_that_counts
+from search.gating import aimed
 from search.profile import Profiler
 from search.samplers.codec import Array, Codec
 from search.samplers.knapsack import SHARES, knapsacks
@@ -37,7 +38,7 @@ def meaning_of(bench: Workbench, space: JointSpace, baseline: Baseline) -> Meani
     """Returns what a sampler may know of a study beforehand; a sensitivity profile where one was measured."""
     dense = baseline.evaluation.measurements
     structure = _structure(bench, space, baseline.reference_seconds, Profiler(bench).known)
-    return Meaning(structure, _aims(bench, dense), _links(bench.study.limits, dense))
+    return Meaning(structure, _aims(bench, dense), _links(bench.study.limits, dense), bench.has_gates)
 
 
 def knapsack_seeds(meaning: Meaning, codec: Codec, are_solved: bool) -> list[dict[str, Any]]:
@@ -61,8 +62,11 @@ def knapsack_seeds(meaning: Meaning, codec: Codec, are_solved: bool) -> list[dic
 def _aims(bench: Workbench, dense: Mapping[str, Measurement]) -> tuple[Aim, ...]:
     worst = worst_that_counts(bench.study.limits, dense)
     kinds: Mapping[str, Kind] = {"accuracy": "accuracy", "latency": "latency", "flops": "flops"}
-    chance = 1 / bench.data.classes
-    return tuple(Aim(kinds[name], dense[name].value, worst[name], min(chance, worst[name])) for name in OBJECTIVES)
+    chance, limits = 1 / bench.data.classes, bench.study.limits
+    return tuple(
+        Aim(kinds[name], dense[name].value, worst[name], min(chance, worst[name]), aimed(limits, name, dense))
+        for name in OBJECTIVES
+    )
 
 
 def _links(budget: Budget, dense: Mapping[str, Measurement]) -> dict[str, Link]:

@@ -28,6 +28,7 @@ class Observed:
         pending: rows that are being tried, `(k, d)`.
         spent: rows that nobody has to try again, failed ones included, `(l, d)`.
         linked: the constraints that are functions of an objective.
+        longest: what an input costs that goes to the end, `(n, m)`; NaN where it was not measured.
     """
 
     rows: Array
@@ -37,6 +38,7 @@ class Observed:
     pending: Array
     spent: Array
     linked: frozenset[str]
+    longest: Array
 
     @property
     def excess(self) -> Array:
@@ -65,6 +67,7 @@ def observe(
     codec: Codec,
     directions: Sequence[StudyDirection],
     links: Mapping[str, Link],
+    metrics: Sequence[str] = (),
 ) -> Observed:
     """Returns what the trials of a study came to.
 
@@ -73,13 +76,17 @@ def observe(
         codec: of the dimensions.
         directions: of the objectives.
         links: from constraints to objectives, where they are known; else they are noticed.
+        metrics: the objectives by the names that trials keep their measurements under; none where they keep none.
     """
     usable = [trial for trial in trials if all(name in trial.params for name in codec.names)]
     told = [trial for trial in usable if trial.state in _TOLD and _is_finite(trial)]
     rows = codec.encode([trial.params for trial in told])
     signs = np.array([-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in directions])
-    costs = np.full((len(told), len(signs)), np.nan)
+    costs, longest = np.full((2, len(told), len(signs)), np.nan)
     for place, trial in enumerate(told):
+        kept = np.array([_kept(trial, metric) for metric in metrics]).reshape(-1, 2)
+        if len(kept):  # a trial that broke a limit was told without values, and yet some were measured
+            costs[place], longest[place] = signs * kept.T
         if trial.state == TrialState.COMPLETE:
             costs[place] = signs * np.array(trial.values)
         elif ESTIMATES in trial.user_attrs:
@@ -93,7 +100,13 @@ def observe(
     pending = codec.encode([trial.params for trial in usable if trial.state == TrialState.RUNNING])
     spent = codec.encode([trial.params for trial in usable if trial.state != TrialState.WAITING])
     linked = frozenset(name for name, link in found.items() if link is not None)
-    return Observed(rows, costs, constraints, limits, pending, spent, linked)
+    return Observed(rows, costs, constraints, limits, pending, spent, linked, longest)
+
+
+def _kept(trial: FrozenTrial, metric: str) -> tuple[float, float]:
+    """Returns what a trial's record tells of a metric and of its longest path; NaN for what it does not tell."""
+    measured = trial.user_attrs.get("evaluation", {}).get("measurements", {}).get(metric, {})
+    return measured.get("value", np.nan), measured.get("others", {}).get("worst", np.nan)
 
 
 def _is_finite(trial: FrozenTrial) -> bool:

@@ -93,12 +93,14 @@ class Aim:
         dense: the dense network's value.
         worst: values beyond it count for nothing.
         chance: of accuracy: what guessing comes to.
+        aimed: what the mean is brought to where thresholds of exits are solved and the longest path costs more.
     """
 
     kind: Kind
     dense: float
     worst: float
     chance: float = 0.0
+    aimed: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,10 @@ class Meaning:
         structure: of its dimensions.
         aims: of its objectives, in their order.
         links: from constraints, by name, to objectives.
+        is_solved: whether there are exits whose thresholds are solved inside of each evaluation.
     """
 
     structure: Structure
     aims: tuple[Aim, ...]
     links: Mapping[str, Link] = field(default_factory=dict)
+    is_solved: bool = False

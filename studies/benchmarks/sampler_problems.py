@@ -3,7 +3,7 @@
 import gzip
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,11 +38,13 @@ class Told:
         key: of what was evaluated.
         values: as the sampler is told them.
         violations: of each limit that was measured.
+        evaluation: what a search would keep of it for the sampler; nothing where there is nothing more to know.
     """
 
     key: str
     values: Values
     violations: Mapping[str, float]
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Case(Protocol):
@@ -184,11 +186,12 @@ class StudyCase:
             settled = self._gates.settle(choices)
             found = self.bench.evaluate(settled.candidate, self._latency, self._is_broken)
             self._record.evaluations[choices.key] = _values(found)
-        accuracy, seconds, flops = self._record.evaluations[choices.key]
+        accuracy, seconds, flops, *longest = self._record.evaluations[choices.key]
         assert seconds is not None
         assert flops is not None
         values = (accuracy, seconds, flops)
-        return Told(choices.key, values, self._budget.violations(self._measured(values), self._dense))
+        violations = self._budget.violations(self._measured(values), self._dense)
+        return Told(choices.key, values, violations, _kept((seconds, flops), longest))
 
     def _is_broken(self, measured: Mapping[str, Measurement]) -> bool:
         return any(value > 0 for value in self._budget.violations(measured, self._dense).values())
@@ -200,13 +203,23 @@ class StudyCase:
     def hypervolume(self, keys: Sequence[str]) -> float:
         """Returns the share of the budget's box that is dominated, as a search shows it."""
         found = [self._record.evaluations[key] for key in dict.fromkeys(keys)]
-        whole = np.array([values for values in found if values[0] is not None], dtype=np.float64).reshape(-1, 3)
+        whole = np.array([values[:3] for values in found if values[0] is not None], dtype=np.float64).reshape(-1, 3)
         accuracy, latency, flops = whole.T
         worst = self._worst
         costs = [(1 - accuracy) / (1 - worst["accuracy"]), latency / worst["latency"], flops / worst["flops"]]
         return box_share(np.stack(costs, axis=1))
 
 
+def _kept(costs: Sequence[float], longest: Sequence[float | None]) -> dict[str, Any]:
+    """Returns what the sampler reads in a trial's evaluation: costs, and those of the longest path where recorded."""
+    known = zip(OBJECTIVES[1:], costs, longest, strict=False)
+    measured = {name: {"value": value, "others": {"worst": worst}} for name, value, worst in known if worst is not None}
+    return {"measurements": measured} if measured else {}
+
+
 def _values(evaluation: Evaluation) -> list[float | None]:
+    """Returns accuracy, seconds and FLOPs, and then seconds and FLOPs of the longest path; None if not measured."""
     measured = evaluation.measurements
-    return [float(f"{measured[name].value:.6g}") if name in measured else None for name in OBJECTIVES]
+    found = [measured[name].value if name in measured else None for name in OBJECTIVES]
+    found += [measured[name].others.get("worst") if name in measured else None for name in OBJECTIVES[1:]]
+    return [None if value is None else float(f"{value:.6g}") for value in found]

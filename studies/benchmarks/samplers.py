@@ -85,6 +85,8 @@ def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
         keys.append(told.key)
         for name, violation in told.violations.items():
             trial.set_constraint(name, violation)
+        if told.evaluation:
+            trial.set_user_attr("evaluation", dict(told.evaluation))
         is_whole = told.values[0] is not None
         if first is None and is_whole and all(violation <= 0 for violation in told.violations.values()):
             first = number
