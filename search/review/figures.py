@@ -6,9 +6,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from search.review.hover import hover
+from search.review.importance import IMPORTANCE
 from search.review.layers import HeatMap, exit_names, heat_map, left, parallel_axes
 from search.review.overview import DENSE, FRONT, OVER, WITHIN, Overview
-from search.review.palette import GREY, LIMIT, MARKS, NOTABLE_SHAPES, PRECISIONS, SEQUENTIAL, SERIES
+from search.review.palette import BLUE, GREY, LIMIT, MARKS, NOTABLE_SHAPES, ORANGE, PRECISIONS, SEQUENTIAL, SERIES
 from search.review.scene import accuracy_view, flops_share, limit_lines, place, stairs
 from search.sensitivity import EIGHTHS, Profile
 
@@ -25,6 +26,7 @@ def figures(overview: Overview) -> dict[str, go.Figure]:
         "Progress": growth_figure,
         "Where inputs leave": exits_figure,
         "Which channels matter": profile_figure,
+        IMPORTANCE: importance_figure,
     }
     return {heading: figure for heading, draw in drawn.items() if (figure := draw(overview)) is not None}
 
@@ -210,3 +212,21 @@ def profile_figure(overview: Overview) -> go.Figure | None:
     figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     figure.update_xaxes(title="share of the group's channels kept", type="category")
     return _laid_out(figure, _ROW * len(found.groups) + 130)
+
+
+def importance_figure(overview: Overview) -> go.Figure | None:
+    """Returns what each change buys in latency and costs in accuracy, as bars, the one that buys most on top."""
+    found = overview.importance
+    if found is None or not found.effects:
+        return None
+    effects = found.effects[::-1]
+    names = [f"{each.name}: {each.change}" for each in effects]
+    titles = ("latency, % of the dense network's", "accuracy, points")
+    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=titles)
+    figure.add_bar(
+        y=names, x=[each.latency * 100 for each in effects], orientation="h", marker_color=BLUE, col=1, row=1
+    )
+    figure.add_bar(
+        y=names, x=[each.accuracy * 100 for each in effects], orientation="h", marker_color=ORANGE, col=2, row=1
+    )
+    return _laid_out(figure, 120 + _ROW * len(effects), showlegend=False).update_layout(margin={"l": 220})

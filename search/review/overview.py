@@ -9,6 +9,7 @@ from typing import Self
 
 from search.budget import Budget
 from search.front import Dense, Version, choose, feasible, hypervolume, pareto
+from search.review.importance import Importance, importance
 from search.sensitivity import Profile
 from search.store import StoredSearch
 
@@ -86,6 +87,11 @@ class Overview:
     def growth(self) -> list[tuple[int, float]]:
         """The hypervolume after each trial that was fully measured: the trial and a share, 0 to 1."""
         return growth(self.complete, self.budget, self.dense.measured)
+
+    @cached_property
+    def importance(self) -> Importance | None:
+        """What each layer costs in accuracy and buys in latency; None where too little was measured."""
+        return importance(self.versions, self.dense)
 
     @cached_property
     def profile(self) -> Profile | None:

@@ -10,9 +10,21 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
+from search.review.importance import IMPORTANCE
 from search.review.layers import HeatMap, exit_names, heat_map, left, parallel_axes
 from search.review.overview import DENSE, FRONT, OVER, WITHIN, Overview
-from search.review.palette import BLACK, GREY, LIMIT, MARKS, NOTABLE_SHAPES, PRECISIONS, SEQUENTIAL, SERIES
+from search.review.palette import (
+    BLACK,
+    BLUE,
+    GREY,
+    LIMIT,
+    MARKS,
+    NOTABLE_SHAPES,
+    ORANGE,
+    PRECISIONS,
+    SEQUENTIAL,
+    SERIES,
+)
 from search.review.scene import accuracy_view, caption, flops_share, limit_lines, place, stairs
 from search.sensitivity import EIGHTHS, Point
 
@@ -34,6 +46,7 @@ def save_pictures(overview: Overview, folder: Path) -> None:
         "hypervolume.png": growth_picture,
         "exits.png": exits_picture,
         "profile.png": _profile_of,
+        "importance.png": importance_picture,
     }
     for name, draw in drawn.items():
         if (figure := draw(overview)) is not None:
@@ -201,6 +214,26 @@ def exits_picture(overview: Overview) -> Figure | None:
     axes.set(ylabel="answered there, %", ylim=(0, 100))
     figure.suptitle("Where inputs leave, the fastest version of the front first", x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=6, fontsize="small", frameon=False)
+    return figure
+
+
+def importance_picture(overview: Overview) -> Figure | None:
+    """Returns what each change buys in latency and costs in accuracy, as bars, the one that buys most on top."""
+    found = overview.importance
+    if found is None or not found.effects:
+        return None
+    effects = found.effects[::-1]
+    figure = Figure(figsize=(9, 1.6 + _ROW * len(effects)), layout="constrained")
+    left_, right = figure.subplots(1, 2, sharey=True)
+    left_.barh(range(len(effects)), [each.latency * 100 for each in effects], color=BLUE)
+    right.barh(range(len(effects)), [each.accuracy * 100 for each in effects], color=ORANGE)
+    left_.set_yticks(range(len(effects)), [f"{each.name}: {each.change}" for each in effects], fontsize=8)
+    left_.set_xlabel(f"latency, % of the dense network's (R² {found.latency_r2:.2f})")
+    right.set_xlabel(f"accuracy, points (R² {found.accuracy_r2:.2f})")
+    for axes in (left_, right):
+        axes.axvline(0, color=BLACK, linewidth=0.8)
+        axes.margins(y=0.01)
+    figure.suptitle(f"{IMPORTANCE}, on average over all versions", x=0.01, ha="left")
     return figure
 
 
