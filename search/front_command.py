@@ -51,7 +51,9 @@ def print_front(overview: Overview, console: Console) -> None:
     if overview.front:
         count = len(overview.front)
         versions = "1 version" if count == 1 else f"{count} versions"
-        title = f"{search.folder.name}: {versions} within {budget}, none beaten by another"
+        title = (
+            f"{search.folder.name}: {versions} within {budget}; none is beaten in accuracy, latency and FLOPs together"
+        )
         console.print(front_table(overview.front, dense, title, console.width))
         if console.width >= _PLOT:
             console.print()

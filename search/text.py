@@ -113,13 +113,23 @@ def front_table(front: Sequence[Version], dense: Version, title: str, width: int
     columns = next(columns for least, columns in _FITTING if width >= least)
     if _has_frames(dense):
         columns = 1 + next(columns for least, columns in _FITTING if width >= least + len(_KEYS) + 1)
+    rows = [front_row(version, dense) for version in [*front, dense]]
+    columns = _whole([headings(dense), *rows], columns, width)
     table = Table(title=title, title_justify="left", caption=_caption(front, dense), caption_justify="left")
     table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
     for heading in headings(dense)[:columns]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for version in [*front, dense]:
-        table.add_row(*front_row(version, dense)[:columns], style="dim" if version is dense else None)
+    for row in rows:
+        table.add_row(*row[:columns], style="dim" if row is rows[-1] else None)
     return table
+
+
+def _whole(rows: Sequence[Sequence[str]], columns: int, width: int) -> int:
+    """Returns how many of the first columns fit as a whole: a figure that is cut is none."""
+    widths = [max(map(len, cells)) + 2 for cells in zip(*rows, strict=True)]
+    while columns > 1 and sum(widths[:columns]) > width:
+        columns -= 1
+    return columns
 
 
 def headings(dense: Version) -> list[str]:

@@ -1,5 +1,6 @@
 """A search as people look at it: pictures, page, report, comparison, and what they say of noise."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -18,7 +19,7 @@ from search.review.layers import heat_map, layers_of, left, parallel_axes
 from search.review.noise import difference
 from search.review.overview import Overview, growth, most_worth, write_profile
 from search.review.page import page
-from search.review.pictures import save_pictures
+from search.review.pictures import profile_picture, save_pictures
 from search.review.report import report_of
 from search.review.scatter import HEIGHT, scatter
 from search.review.scene import stairs
@@ -264,3 +265,8 @@ def test_the_plot_of_characters_fits_and_shows_the_front(overview, width, ascii_
     assert max(map(len, lines[: HEIGHT + 2])) <= max(width, 60)
     assert sum(line.count("#") for line in lines[:HEIGHT]) >= 1
     assert not ascii_only or all(character.isascii() for line in lines for character in line)
+
+
+def test_a_profile_without_any_loss_is_drawn() -> None:
+    groups = {"stem": [Point("stem", 16, 1.0, 0.0, 0.0, 1.0), Point("stem", 8, 0.5, -0.01, 0.0, 0.6)]}
+    profile_picture(groups, "nothing is lost").savefig(io.BytesIO())

@@ -33,6 +33,8 @@ _FEW = 20
 """Numbers stand in a heat map's cells where it has so many columns at most."""
 _COLUMN, _ROW = 0.32, 0.22
 """Inches of a heat map's cell."""
+_LINEAR = 0.01
+"""Up to so many nats the profile's colours tell differences evenly, beyond by their ratio."""
 _DARK = 0.45
 """Text on a colour is white where the colour's lightness is below."""
 
@@ -261,7 +263,10 @@ def profile_picture(groups: Mapping[str, Sequence[Point]], title: str) -> Figure
         for row, points in enumerate(groups.values()):
             for point in points:
                 values[row, shares.index(point.eighth)] = getattr(point, attribute)
-        drawn = axes.imshow(values, aspect="auto", cmap=f"{SEQUENTIAL}_r", norm=SymLogNorm(0.01, vmin=0))
+        # Where cutting makes nothing worse, all values may be alike: a scale needs some width all the same.
+        lowest = min(float(np.nanmin(values)), 0.0)
+        norm = SymLogNorm(_LINEAR, vmin=lowest, vmax=max(float(np.nanmax(values)), lowest + _LINEAR))
+        drawn = axes.imshow(values, aspect="auto", cmap=f"{SEQUENTIAL}_r", norm=norm)
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 _write(axes, row, column, f"{value:.2g}", drawn.cmap(drawn.norm(value)))

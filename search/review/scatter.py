@@ -29,31 +29,40 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
     right = max([right, *(line.value for line in lines if line.value < 2 * right)])
     low, high = accuracy_view(overview) or (min(at[1] for at in shown), max(at[1] for at in shown))
     high = min(high, 100.0)
-    cells = [[" "] * columns for _ in range(HEIGHT)]
+    height = HEIGHT if high > low else 1
+    cells = [[" "] * columns for _ in range(height)]
 
     def put(latency: float, accuracy: float, mark: str) -> None:
         column = round((latency - left) / ((right - left) or 1) * (columns - 1))
-        row = round((high - accuracy) / ((high - low) or 1) * (HEIGHT - 1))
-        if 0 <= column < columns and 0 <= row < HEIGHT:
+        row = round((high - accuracy) / ((high - low) or 1) * (height - 1))
+        if 0 <= column < columns and 0 <= row < height:
             cells[row][column] = mark
 
     for line in lines:
-        for row in range(HEIGHT):
-            put(line.value, high - row * (high - low) / (HEIGHT - 1), limit)
+        for row in range(height):
+            put(line.value, high - row * (high - low) / max(height - 1, 1), limit)
     for name in (OVER, WITHIN, DENSE, FRONT):
         for at in places[name]:
             put(*at, MARKS[name].text)
-    labels = {0: f"{high:.2f}%", HEIGHT - 1: f"{low:.2f}%"}
-    rows = [f"{labels.get(row, ''):>{_MARGIN}}{side}{''.join(cells[row])}".rstrip() for row in range(HEIGHT)]
+    labels = {height - 1: f"{low:.2f}%", 0: f"{high:.2f}%"}
+    rows = [f"{labels.get(row, ''):>{_MARGIN}}{side}{''.join(cells[row])}".rstrip() for row in range(height)]
     scale = f"{left:.2f} ms"
     ends = f"{'':>{_MARGIN}} {scale}{f'{right:.2f} ms':>{columns - len(scale)}}"
-    return "\n".join([*rows, f"{'':>{_MARGIN}}{corner}{floor * columns}", ends, _legend(overview, lines != [], limit)])
+    return "\n".join(
+        [
+            *rows,
+            f"{'':>{_MARGIN}}{corner}{floor * columns}",
+            ends,
+            _legend(overview, lines != [], limit, left <= place(overview.dense)[0] <= right),
+        ]
+    )
 
 
-def _legend(overview: Overview, has_limit: bool, limit: str) -> str:
+def _legend(overview: Overview, has_limit: bool, limit: str, has_dense: bool) -> str:
     marks = {MARKS[name].text: name for name in (FRONT, WITHIN, OVER) if overview.groups[name]}
     told = [f"{mark} {name}" for mark, name in marks.items()]
     if has_limit:
         told.append(f"{limit} limit")
     latency, accuracy = place(overview.dense)
-    return f"{'':>{_MARGIN}} {'  '.join(told)}  {MARKS[DENSE].text} dense, {latency:.2f} ms, {accuracy:.2f}%"
+    dense = f"{MARKS[DENSE].text} dense," if has_dense else "dense:"
+    return f"{'':>{_MARGIN}} {'  '.join(told)}  {dense} {latency:.2f} ms, {accuracy:.2f}%"
