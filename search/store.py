@@ -31,6 +31,8 @@ DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "mi
 JOURNAL = "journal.log"
 REPORT = "sampler"
 """The study's attribute in which a sampler says how its surrogates did and where its proposals came from."""
+_BEGUN = b'"baseline"'
+"""What a journal holds once the dense network was measured."""
 _RECOVERED, _SAMPLER = "recovered.", "sampler."
 
 
@@ -143,7 +145,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def find_search(runs: Path, name: str | None) -> SearchFolder:
-    """Returns the search called `name`, or the one in `runs` that was written last.
+    """Returns the search called `name`, or the one in `runs` that was written last and has got to its trials.
 
     Raises:
         StoreError: there is none.
@@ -153,7 +155,8 @@ def find_search(runs: Path, name: str | None) -> SearchFolder:
     journals = sorted(runs.glob(f"*/{JOURNAL}"), key=lambda journal: journal.stat().st_mtime)
     if not journals:
         raise StoreError(f"no search in {runs} yet; start one with: python -m search --budget 'latency<5ms'")
-    return SearchFolder(journals[-1].parent)
+    latest = reversed(journals)  # one that is still training must not hide another that has something to show
+    return SearchFolder(next((each for each in latest if _BEGUN in each.read_bytes()), journals[-1]).parent)
 
 
 @dataclass(frozen=True)

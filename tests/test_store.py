@@ -97,6 +97,9 @@ def test_the_latest_search_is_taken_unless_one_is_named(tmp_path) -> None:
             add_trials(folder.create(), 1)
     assert find_search(tmp_path, None).name == "second"
     assert find_search(tmp_path, "first").name == "first"
+    SearchFolder(tmp_path / "first").open().set_user_attr("baseline", {})
+    SearchFolder(tmp_path / "second").open().set_user_attr("study", {})
+    assert find_search(tmp_path, None).name == "first", "the other has no trial yet"
     with pytest.raises(StoreError, match="no search in"):
         find_search(tmp_path / "empty", None)
     with pytest.raises(StoreError, match=r"journal\.log"):
