@@ -11,9 +11,9 @@ class SizeEvaluator:
 
     def measure(self, subject: Deployed) -> Measurement:
         """Returns the size of all stages together, in bytes."""
-        size = subject.artifact.size
-        protocol = f"bytes of {len(subject.artifact.deployed)} ONNX file(s) as the runtime loads them"
-        return Measurement("size", size, "total", 1, 0.0, str(subject.target), protocol)
+        count = len(subject.artifact.deployed)
+        protocol = f"bytes of {count} ONNX file{'s' if count > 1 else ''} as the runtime loads them"
+        return Measurement("size", subject.artifact.size, "total", 1, 0.0, str(subject.target), protocol)
 
 
 class ParamsEvaluator:

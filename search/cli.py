@@ -21,8 +21,26 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+StudyName = Annotated[
+    str | None, typer.Option("--study", help="One of the studies that come along, or a study.toml; else digits.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="SOURCE", help="torchvision:NAME[@WEIGHTS], module:function, file.py:function."),
+]
+Weights = Annotated[str | None, typer.Option("--weights", metavar="FILE", help="A state dict for the model.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="SOURCE", help="imagefolder:PATH, cifar10:PATH, ..., module:function, file.py:function."
+    ),
+]
+Download = Annotated[
+    bool, typer.Option("--download", help="Let torchvision fetch weights and images that are not here.")
+]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where searches and the MLflow store live.")]
 Search = Annotated[str | None, typer.Option("--search", metavar="NAME", help="A search by name; else the latest.")]
+SearchOfStudy = Annotated[str | None, typer.Option("--search", metavar="NAME", help="The study of this search.")]
 Budgets = Annotated[
     list[str] | None,
     typer.Option(
@@ -32,12 +50,9 @@ Budgets = Annotated[
         help="A hard limit: 'latency<5ms' or latency=5ms; repeat it or use commas.",
     ),
 ]
-Prefer = Annotated[str, typer.Option("--prefer", help="accuracy, latency, flops, size or knee.")]
-
 Target = Annotated[
     str | None, typer.Option("--target", help="A runtime, or ssh://[user@]host[:port] for a board; see: doctor.")
 ]
-
 TrackingUri = Annotated[
     str | None,
     typer.Option(
@@ -48,6 +63,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the resu
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON; all else goes to standard error.")]
 
 RUNS = Path("runs")
+ANY = Budget.parse(["latency<100%"])
+"""A study needs a budget, also where nothing depends on it."""
 GATES: Mapping[str, Literal["solved", "searched"]] = {"inner": "solved", "outer": "searched"}
 """What a study calls each choice of `--gates`."""
 
@@ -92,25 +109,6 @@ def _check_nothing_given(context: typer.Context) -> None:
 def _complain(message: str) -> int:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2
-
-
-StudyName = Annotated[
-    str | None, typer.Option("--study", help="One of the studies that come along, or a study.toml; else digits.")
-]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", metavar="SOURCE", help="torchvision:NAME[@WEIGHTS], module:function, file.py:function."),
-]
-Weights = Annotated[str | None, typer.Option("--weights", metavar="FILE", help="A state dict for the model.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data", metavar="SOURCE", help="imagefolder:PATH, cifar10:PATH, ..., module:function, file.py:function."
-    ),
-]
-Download = Annotated[
-    bool, typer.Option("--download", help="Let torchvision fetch weights and images that are not here.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -179,7 +177,7 @@ def front(
     budget: Budgets = None,
     name: Search = None,
     runs: Runs = RUNS,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
 ) -> int:
     """Shows the front of a search again, under its own budget or another."""
@@ -194,7 +192,7 @@ def front(
 @app.command()
 def pick(
     budget: Budgets = None,
-    prefer: Prefer = "accuracy",
+    prefer: Annotated[str, typer.Option(help="accuracy, latency, flops, size or knee.")] = "accuracy",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle goes.")] = Path("deploy"),
     finetune: Annotated[
         str | None, typer.Option(metavar="LENGTH", help="Train the pick on: 10epochs, 500steps or 20min.")
@@ -264,15 +262,14 @@ def profile(
     weights: Weights = None,
     data: Data = None,
     download: Download = False,
-    name: Annotated[str | None, typer.Option("--search", metavar="NAME", help="The study of this search.")] = None,
+    name: SearchOfStudy = None,
     runs: Runs = RUNS,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
     """Shows how much each group of channels matters, as a heat map here and as a PNG."""
-    anything = Budget.parse(["latency<100%"])  # a profile depends on no budget
-    request = Request(study, anything, model, weights, data)
-    if name is not None and request != Request(budget=anything):
+    request = Request(study, ANY, model, weights, data)
+    if name is not None and request != Request(budget=ANY):
         raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
     from search.commands import run_profile
 
@@ -300,7 +297,7 @@ def diagnose(
         typer.Option("--against-target", metavar="TARGET", help="Compare with the same files on another target."),
     ] = None,
     images: Annotated[int, typer.Option(min=2, help="So many validation images at most.")] = 64,
-    name: Annotated[str | None, typer.Option("--search", metavar="NAME", help="The study of this search.")] = None,
+    name: SearchOfStudy = None,
     runs: Runs = RUNS,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -315,9 +312,8 @@ def diagnose(
 
     wanted = Wanted(precision, trial, file, against_target, images)
     wanted.check()
-    anything = Budget.parse(["latency<100%"])  # a diagnosis depends on no budget
-    request = Request(study, anything, model, weights, data, target)
-    named = request != Request(budget=anything, target=target)
+    request = Request(study, ANY, model, weights, data, target)
+    named = request != Request(budget=ANY, target=target)
     if named and (name is not None or trial is not None):
         raise UserError(f"a search has a study, got {'--search' if name else '--trial'} and another; leave one out")
     if not named and wanted.own_study is not None:
@@ -344,7 +340,7 @@ def ui(
 def measure(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that pick wrote.")],
     target: Target = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Measures a bundle again, here or on a board; exit code 1 where it answers otherwise than it should."""
     from search.commands import run_measure

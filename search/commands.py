@@ -55,7 +55,7 @@ def run_search(
     _check_reachable(tracking_uri, runs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = output.console()
-    with Display(console, output.quiet) as display:
+    with Display(output.beside(), output.quiet) as display:
         code = _search(folder, study, ending.of(study), sampler, seed, download, display, tracking_uri)
     overview = Overview.of(StoredSearch.read(folder))
     if output.as_json:
@@ -229,7 +229,7 @@ def run_profile(request: Request, name: str | None, runs: Path, download: bool, 
     from search.workbench import Workbench
 
     console = output.console()
-    with Display(console, output.quiet) as display:
+    with Display(output.beside(), output.quiet) as display:
         bench = Workbench(study, display.step, say=display.say, download=download)
         profiler = Profiler(bench)
         if not profiler.groups:

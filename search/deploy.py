@@ -239,8 +239,10 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
 
 
 def _run_once(folder: Path) -> None:
-    """Lets the bundle check itself, as its user would."""
-    done = subprocess.run([sys.executable, "-I", str(folder / "run.py")], capture_output=True, text=True, check=False)
+    """Lets the bundle check itself, as its user would; no compiled modules are left in it."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-B", str(folder / "run.py")], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no output"]
         raise BundleError(f"a bundle answers its check images as measured, got: {last[0]}")

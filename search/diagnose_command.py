@@ -40,7 +40,7 @@ def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path,
     evaluation = evaluation_of(wanted, search)
     study = _study(request, search)
     console = output.console()
-    with Display(console, output.quiet) as display:
+    with Display(output.beside(), output.quiet) as display:
         bench = Workbench(study, display.step, say=display.say, download=download)
         found = diagnose(bench, wanted, evaluation, display.step)
     if output.as_json:

@@ -7,13 +7,16 @@ from typing import Any
 
 from rich.console import Console
 
+from evaluators.frames import KEY_FRAMES
 from search.budget import Budget
-from search.front import nearest_miss
-from search.output import write_json
+from search.front import Version, nearest_miss
+from search.logged import figures
+from search.output import write_json, write_lines
+from search.review.layers import exit_names, left
 from search.review.overview import Overview
 from search.review.scatter import scatter
 from search.store import StoredSearch, find_search
-from search.text import ZEROS, broken_limits, front_row, front_table, headings
+from search.text import ZEROS, broken_limits, front_table, kept_share
 
 NO_VERSION = 1
 _PLOT = 60
@@ -26,9 +29,10 @@ def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -
     if form == "json":
         write_json(front_json(overview))
     elif form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(headings(overview.dense))
-        writer.writerows(front_row(version, overview.dense) for version in [*overview.front, overview.dense])
+        rows = [csv_row(version, overview.dense) for version in [*overview.front, overview.dense]]
+        writer = csv.DictWriter(sys.stdout, list(rows[-1]), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     else:
         print_front(overview, Console())
     return 0 if overview.front else NO_VERSION
@@ -45,14 +49,31 @@ def front_json(overview: Overview) -> dict[str, Any]:
     }
 
 
+def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
+    """Returns one version's figures by their headings, which tell the units."""
+    candidate, whole = version.evaluation.candidate, dense.evaluation.candidate
+    measured = figures(version.evaluation, dense.measured)
+    lost = measured["accuracy_pct"] - figures(dense.evaluation, dense.measured)["accuracy_pct"]
+    leave = zip(exit_names(whole), left(version), strict=True)
+    keys = version.measured["accuracy"].notes.get(KEY_FRAMES)
+    return {
+        "trial": "dense" if version is dense else version.number,
+        **measured,
+        "points": round(lost, 4),
+        "channels_pct": round(kept_share(candidate, whole) * 100, 2),
+        "int8_layers": list(candidate.precision.values()).count("int8"),
+        **{f"leave_at_{name}_pct": round(share * 100, 2) for name, share in leave},
+        **({"key_frames_pct": round(keys * 100, 2)} if keys is not None else {}),
+    }
+
+
 def print_front(overview: Overview, console: Console) -> None:
     """Writes the front, or the nearest miss."""
     search, budget, dense = overview.search, overview.budget, overview.dense
     if overview.front:
-        count = len(overview.front)
-        versions = "1 version" if count == 1 else f"{count} versions"
         title = (
-            f"{search.folder.name}: {versions} within {budget}; none is beaten in accuracy, latency and FLOPs together"
+            f"{search.folder.name}: {_versions(len(overview.front))} within {budget}; none is beaten in accuracy,"
+            " latency and FLOPs together"
         )
         console.print(front_table(overview.front, dense, title, console.width))
         if console.width >= _PLOT:
@@ -72,12 +93,16 @@ def print_front(overview: Overview, console: Console) -> None:
 
 
 def _say_unmeasured(overview: Overview, console: Console) -> None:
-    unknown = len(overview.given_up)
-    if unknown:
-        text = f"{unknown} versions broke {overview.search.budget} and were not measured further."
-        console.print(text, highlight=False)
-    ended = len(overview.ended_early)
-    if ended:
-        were = "1 version was" if ended == 1 else f"{ended} versions were"
-        text = f"{were} ended early under {overview.search.budget}, after some of the images."
-        console.print(text, highlight=False)
+    budget = overview.search.budget
+    told = {
+        f"not measured further: {budget} was broken": len(overview.given_up),
+        f"ended early under {budget}, after some of the images": len(overview.ended_early),
+    }
+    lines = [
+        f"{_versions(number)} {'was' if number == 1 else 'were'} {what}." for what, number in told.items() if number
+    ]
+    write_lines(console, lines)
+
+
+def _versions(number: int) -> str:
+    return "1 version" if number == 1 else f"{number} versions"

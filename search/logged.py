@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluators.measurement import Measurement
 from search.evaluation import Evaluation
 from search.front import Version
 from search.store import StoredSearch
@@ -73,7 +74,7 @@ def logged(trial: FrozenTrial, search: StoredSearch) -> Logged:
     metrics: dict[str, float] = {}
     if "evaluation" in trial.user_attrs:
         evaluation = Evaluation.from_dict(trial.user_attrs["evaluation"])
-        metrics = figures(evaluation, search)
+        metrics = figures_and_margins(evaluation, search)
         met = not evaluation.ended and search.budget.is_met(evaluation.measurements, dense.measured)
         tags |= {"feasible": str(met).lower(), EFFORT: evaluation.effort}
         if evaluation.ended:
@@ -94,9 +95,14 @@ def logged(trial: FrozenTrial, search: StoredSearch) -> Logged:
     )
 
 
-def figures(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:
+def figures_and_margins(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:
     """Returns what was measured, in the units that people read, and how far each limit is kept."""
-    measured, dense = evaluation.measurements, search.baseline.evaluation.measurements
+    return figures(evaluation, search.baseline.evaluation.measurements) | margins(evaluation, search)
+
+
+def figures(evaluation: Evaluation, dense: Mapping[str, Measurement]) -> dict[str, float]:
+    """Returns what was measured in the units of the names, of which some are shares of the dense network's."""
+    measured = evaluation.measurements
     shown = {name: measured[m].value * scale for name, (m, scale) in _SCALES.items() if m in measured}
     if evaluation.ended:  # no chart shall show it among those that were counted on all images
         shown["accuracy_estimate_pct"] = shown.pop("accuracy_pct")
@@ -107,7 +113,7 @@ def figures(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:
         shown["longest_path_ms"] = others.pop("worst") * 1e3
         shown |= {f"{name}_wall_ms": value * 1e3 for name, value in others.items()}
         shown["speedup"] = dense["latency"].value / measured["latency"].value
-    return {name: round(value, 4) for name, value in shown.items()} | margins(evaluation, search)
+    return {name: round(value, 4) for name, value in shown.items()}
 
 
 def margins(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:

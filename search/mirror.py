@@ -10,7 +10,7 @@ from mlflow.entities import Metric, Param, Run
 from optuna.trial import FrozenTrial
 
 from search.evaluation import Evaluation
-from search.logged import EFFORT, FRONT, NAME, ROLE, SEARCH, TRIAL, chunks, figures, logged, run_name
+from search.logged import EFFORT, FRONT, NAME, ROLE, SEARCH, TRIAL, chunks, figures_and_margins, logged, run_name
 from search.review.overview import Overview
 from search.store import StoredSearch
 from search.summary import write_summary
@@ -105,7 +105,7 @@ class Mirror:
 
     def _write_recovered(self, run_id: str, evaluation: Evaluation) -> None:
         """Writes what a version came to after the search as a second step of its trial's metrics."""
-        self._log(run_id, figures(evaluation, self._search), {}, int(time.time() * 1000), 1)
+        self._log(run_id, figures_and_margins(evaluation, self._search), {}, int(time.time() * 1000), 1)
         self._client.set_tag(run_id, EFFORT, evaluation.effort)
 
     def _trial_runs(self) -> dict[int, Run]:

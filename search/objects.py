@@ -44,7 +44,7 @@ def load(reference: str) -> Callable[..., Any]:
         module = _from_file(Path(source.place)) if source.kind == "file" else importlib.import_module(source.place)
     except Exception as error:
         raise UserCodeError(
-            f"a factory is importable, got {reference!r}: {_said(error)}{_remedy(source, error)}"
+            f"a factory must be importable, got {reference!r}: {_said(error)}{_remedy(source, error)}"
         ) from error
     found = getattr(module, source.attribute, None)
     if not callable(found):

@@ -1,4 +1,4 @@
-"""Where a command writes: its result to standard output, all else beside it."""
+"""Where a command writes: its result to standard output, what else there is to say perhaps beside it."""
 
 import json
 import sys
@@ -23,10 +23,16 @@ class Output:
     as_json: bool = False
 
     def console(self) -> "Console":
-        """Returns the console for progress and remarks, and for a result that people read."""
+        """Returns the console for a result that people read, and for remarks about it."""
         from rich.console import Console
 
         return Console(stderr=self.as_json)
+
+    def beside(self) -> "Console":
+        """Returns the console for progress and warnings: standard error where the result alone is wanted."""
+        from rich.console import Console
+
+        return Console(stderr=self.as_json or self.quiet)
 
 
 SPOKEN = Output()

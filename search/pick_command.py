@@ -47,7 +47,7 @@ def run_pick(
     from search.workbench import Workbench
 
     check_out(out)
-    with Display(console, output.quiet) as display:
+    with Display(output.beside(), output.quiet) as display:
         bench = Workbench(search.study, display.step)
         check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), bench.fingerprint)
         ranked: Sequence[Version] = choose(overview.front, prefer)

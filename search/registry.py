@@ -17,7 +17,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
 from numpy.typing import NDArray
 
-from search.logged import ROLE, SEARCH, TRIAL, figures
+from search.logged import ROLE, SEARCH, TRIAL, figures_and_margins
 from search.store import StoredSearch
 from search.tracking import VARIABLE, Tracking, quiet
 
@@ -108,7 +108,7 @@ def _describe(client: MlflowClient, search: StoredSearch, confirmed: "Confirmed"
 
 def _metrics(search: StoredSearch, confirmed: "Confirmed") -> dict[str, float]:
     """Returns the search's figures, and beside them those that were measured afresh."""
-    return figures(confirmed.version.evaluation, search) | {
+    return figures_and_margins(confirmed.version.evaluation, search) | {
         "confirmed_latency_ms": confirmed.latency.value * 1e3,
         "test_accuracy_pct": confirmed.test.value * 100,
         "dense_test_accuracy_pct": confirmed.dense_test.value * 100,

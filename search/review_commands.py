@@ -70,13 +70,12 @@ def run_sync(name: str | None, runs: Path, tracking_uri: str | None, output: Out
                 f"sync needs MLflow to answer, got {tracking.shown} ({reason(error)}); start its server, or name"
                 " another with --tracking-uri"
             ) from error
-    finished = sum(trial.state.is_finished() for trial in search.trials)
-    found: dict[str, Any] = {"search": folder.name, "tracking": tracking.shown, "trials": finished, "written": written}
+    found: dict[str, Any] = {
+        "search": folder.name, "tracking": tracking.shown, "trials": search.finished, "written": written
+    }  # fmt: skip
     if output.as_json:
         write_json(found)
     elif not output.quiet:
-        write_lines(
-            output.console(),
-            [f"{folder.name}: {finished} trials in {tracking.shown}, {written} of them written now, and the summary"],
-        )
+        told = f"{folder.name}: {search.finished} trials in {tracking.shown}, {written} of them written now"
+        write_lines(output.console(), [f"{told}, and the summary"])
     return 0

@@ -221,6 +221,11 @@ class StoredSearch:
         return self.study.limits
 
     @property
+    def finished(self) -> int:
+        """How many trials have ended: one may be under way, or was when a process was killed."""
+        return sum(trial.state.is_finished() for trial in self.trials)
+
+    @property
     def versions(self) -> list[Version]:
         """Every distinct candidate that was measured, in order of trials, with its best recovery."""
         return versions_of(self.trials, self.recovered)

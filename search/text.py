@@ -1,5 +1,6 @@
 """Numbers and tables as people read them: SI inside, units here."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -66,9 +67,19 @@ def size(byte_count: float) -> str:
     return count(byte_count) + "B" if byte_count >= 1e3 else f"{byte_count:.0f} B"
 
 
+def threshold(value: float) -> str:
+    """Returns an exit's threshold with as many digits as tell it from 1: `0.951`, `0.99986`."""
+    return f"{value:.{max(3, 1 - math.floor(math.log10(1 - value))) if value < 1 else 3}g}"
+
+
+def kept_share(candidate: Candidate, dense: Candidate) -> float:
+    """Returns the share of the channels that a candidate keeps, 0 to 1."""
+    return sum(candidate.channels.values()) / max(sum(dense.channels.values()), 1)
+
+
 def kept_channels(candidate: Candidate, dense: Candidate) -> str:
-    """Returns the share of the channels that a candidate keeps."""
-    return f"{sum(candidate.channels.values()) / max(sum(dense.channels.values()), 1):.0%}"
+    """Returns the share of the channels that a candidate keeps: `55%`."""
+    return f"{kept_share(candidate, dense):.0%}"
 
 
 def int8_layers(candidate: Candidate) -> str:

@@ -24,6 +24,7 @@ def test_the_bundle_answers_as_measured_in_a_bare_interpreter(folder, tmp_path, 
     names = {file.name for file in out.iterdir()}
     needed = {"candidate.json", "evaluation.json", "study.toml", "environment.json", "run.py", "bundle.json"}
     assert needed <= names
+    assert "__pycache__" not in names
     evaluation = json.loads((out / "evaluation.json").read_text())
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(out, elsewhere)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from search.display import Display, bar
+from search.output import Output
 
 
 class Clock:
@@ -61,6 +62,14 @@ def test_trials_are_told_in_tens() -> None:
         "trials 20/25",
         "trials 25/25",
     ]
+
+
+def test_what_is_asked_for_alone_has_standard_output_for_itself(capsys) -> None:
+    for output in (Output(quiet=True), Output(as_json=True)):
+        Display(output.beside()).warn("Careful: this machine is noisy.")
+        assert capsys.readouterr() == ("", "Careful: this machine is noisy.\n")
+    Output(quiet=True).console().print("the result")
+    assert capsys.readouterr() == ("the result\n", "")
 
 
 def test_quiet_leaves_warnings() -> None:

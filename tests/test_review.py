@@ -25,7 +25,7 @@ from search.review.scatter import HEIGHT, scatter
 from search.review.scene import stairs
 from search.sensitivity import Point, Profile
 from search.store import SearchFolder
-from search.text import accuracy_doubt
+from search.text import accuracy_doubt, threshold
 from spaces.candidate import Candidate
 from tests.searches import measurement, stored, version
 
@@ -100,6 +100,14 @@ def test_latencies_differ_where_their_intervals_and_the_machine_leave_no_other_w
 def test_accuracy_is_doubted_even_where_every_image_was_right() -> None:
     assert accuracy_doubt(measurement("accuracy", 1.0, n=175)) == pytest.approx(1 - wilson(1.0, 175)[0])
     assert 0.02 < accuracy_doubt(measurement("accuracy", 1.0, n=175)) < 0.022
+
+
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_threshold_below_1_is_shown_below_1(value) -> None:
+    assert float(threshold(value)) == pytest.approx(value, rel=0.005, abs=1e-300)
+    assert float(threshold(value)) < 1
+    assert threshold(0.99986) == "0.99986"
+    assert threshold(0.9514678) == "0.951"
 
 
 def test_layers_follow_their_groups_and_leave_with_their_exits() -> None:
@@ -214,7 +222,7 @@ def test_a_pick_is_told_as_confirmed(overview, tmp_path) -> None:
 def test_a_version_compared_with_itself_is_the_same(overview) -> None:
     best = overview.front[0]
     found = compare(Side(overview, best), Side(overview, best))
-    assert not [pair for pair in found.layers if pair.differs]
+    assert f"All {len(found.layers)} layers are the same." in found.parts()
     assert all(figure.difference.is_noise for figure in found.figures if figure.difference)
 
 
@@ -263,6 +271,7 @@ def test_report_is_written_where_it_is_asked_for(folder, tmp_path, capsys) -> No
 def test_the_plot_of_characters_fits_and_shows_the_front(overview, width, ascii_only) -> None:
     lines = scatter(overview, width, ascii_only).splitlines()
     assert max(map(len, lines[: HEIGHT + 2])) <= max(width, 60)
+    assert max(map(len, lines)) <= max(width, 80)
     assert sum(line.count("#") for line in lines[:HEIGHT]) >= 1
     assert not ascii_only or all(character.isascii() for line in lines for character in line)
 

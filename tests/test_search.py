@@ -85,6 +85,14 @@ def test_front_in_all_its_forms_says_the_same(folder, capsys) -> None:
     numbers = [version.number for version in front]
     assert [entry["trial"] for entry in as_json["front"]] == numbers
     assert [row["trial"] for row in as_csv] == [*map(str, numbers), "dense"]
+    for row, entry in zip(as_csv, [*as_json["front"], as_json["dense"]], strict=True):
+        numbers_of = {name: float(value) for name, value in row.items() if name != "trial"}
+        measured, candidate = entry["measurements"], entry["candidate"]
+        assert numbers_of["latency_ms"] == pytest.approx(measured["latency"]["value"] * 1e3, abs=1e-4)
+        assert numbers_of["size_mb"] == pytest.approx(measured["size"]["value"] / 1e6, abs=1e-4)
+        assert numbers_of["int8_layers"] == list(candidate["precision"].values()).count("int8")
+        assert 0 <= numbers_of["leave_at_exit1_pct"] <= 100
+    assert (numbers_of["points"], numbers_of["speedup"], numbers_of["channels_pct"]) == (0, 1, 100)
     assert run(["front", *loose]) == 0
     assert f"{len(numbers)} versions within" in capsys.readouterr().out
 

@@ -36,7 +36,7 @@ def library() -> Any:
     try:
         import openvino
     except (ImportError, OSError) as error:
-        raise TargetError(f"the openvino package can be imported, got {str(error)!r}; {_INSTALL}") from error
+        raise TargetError(f"the openvino package must be importable, got {str(error)!r}; {_INSTALL}") from error
     if int(openvino.__version__.split(".")[0]) < 2025:
         raise TargetError(f"OpenVINO is 2025.0 or later, got {openvino.__version__}; {_INSTALL}")
     return openvino

@@ -56,7 +56,7 @@ def library() -> Any:
     try:
         import tensorrt as trt  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except (ImportError, OSError) as error:
-        raise TargetError(f"the tensorrt package can be imported, got {str(error)!r}; {_INSTALL}") from error
+        raise TargetError(f"the tensorrt package must be importable, got {str(error)!r}; {_INSTALL}") from error
     version = tuple(int(part) for part in trt.__version__.split(".")[:2])
     if not _OLDEST <= version < _TOO_NEW:
         raise TargetError(f"TensorRT is 10.3 to 11.x, got {trt.__version__}; {_INSTALL}")

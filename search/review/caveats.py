@@ -54,9 +54,10 @@ def _infeasible(overview: Overview) -> Iterator[str]:
         yield f"No version keeps {overview.budget}.{near}"
     elif broke:
         cut = len(overview.given_up)
-        verb = "does" if broke == 1 else "do"
-        unscored = f"; {cut} of them, not measured further, may have any accuracy" if cut else ""
-        yield f"{broke} of {all_} versions {verb} not keep {overview.budget}{unscored}."
+        verb, pronoun = ("does", "it") if broke == 1 else ("do", "they")
+        unscored = f"{cut} of them, not measured further," if cut < broke else f"not measured further, {pronoun}"
+        told = f"; {unscored} may have any accuracy" if cut else ""
+        yield f"{broke} of {all_} versions {verb} not keep {overview.budget}{told}."
 
 
 def _ended_early(overview: Overview) -> Iterator[str]:

@@ -14,7 +14,7 @@ from search.review.layers import Layer, layers_of
 from search.review.noise import EXACT, Difference, difference
 from search.review.overview import Overview
 from search.store import SearchFolder, StoredSearch, find_search
-from search.text import count, exit_shares, milliseconds, percent, points, size
+from search.text import count, exit_shares, milliseconds, percent, points, size, threshold
 from spaces.errors import UserError
 
 _METRICS = ("accuracy", "latency", "flops", "params", "size")
@@ -130,9 +130,11 @@ class Comparison:
         )
         different = [layer for layer in self.layers if layer.differs]
         same = len(self.layers) - len(different)
-        title = f"layers that differ; {same} are the same" if different else f"all {same} layers are the same"
-        if self.layers:
-            yield _table(title, ["layer", "A", "B"], [[layer.name, layer.first, layer.second] for layer in different])
+        if different:
+            rows = [[layer.name, layer.first, layer.second] for layer in different]
+            yield _table(f"layers that differ; {same} are the same", ["layer", "A", "B"], rows)
+        elif same:
+            yield f"All {same} layers are the same."
         yield from self.remarks
 
 
@@ -178,11 +180,10 @@ def _searches(first: Side, second: Side) -> Comparison:
 
 def _counts(overview: Overview) -> list[tuple[str, str]]:
     """Returns what a search was asked and how much it found."""
-    finished = sum(trial.state.is_finished() for trial in overview.search.trials)
     return [
         ("study", overview.search.study.name),
         ("budget", str(overview.budget)),
-        ("trials", str(finished)),
+        ("trials", str(overview.search.finished)),
         ("within the budget", str(len(overview.good))),
         ("on the front", str(len(overview.front))),
         ("hypervolume", f"{overview.growth[-1][1]:.1%}"),
@@ -220,7 +221,7 @@ def _exits(version: Version) -> str:
     accuracy, candidate = version.measured.get("accuracy"), version.evaluation.candidate
     if not candidate.active_exits:
         return "-"
-    thresholds = " ".join(f"{candidate.thresholds[name]:.3g}" for name in candidate.active_exits)
+    thresholds = " ".join(threshold(candidate.thresholds[name]) for name in candidate.active_exits)
     return f"from {thresholds}: {exit_shares(accuracy)}" if accuracy else f"from {thresholds}"
 
 

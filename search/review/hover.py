@@ -2,7 +2,7 @@
 
 from search.front import Version
 from search.review.layers import layers_of
-from search.text import exit_shares, int8_layers, kept_channels, milliseconds, percent, size
+from search.text import exit_shares, int8_layers, kept_channels, milliseconds, percent, size, threshold
 
 _LAYERS = 24
 """So many layers of a version are named at most."""
@@ -20,7 +20,9 @@ def hover(version: Version, dense: Version) -> str:
         f"channels {kept_channels(candidate, dense.evaluation.candidate)}, int8 layers {int8_layers(candidate)}",
     ]
     if candidate.active_exits:
-        thresholds = ", ".join(f"{name} from {candidate.thresholds[name]:.3g}" for name in candidate.active_exits)
+        thresholds = ", ".join(
+            f"{name} from {threshold(candidate.thresholds[name])}" for name in candidate.active_exits
+        )
         lines.append(f"{thresholds}: {exit_shares(accuracy)} leave there")
     if candidate.active_skips:
         lines.append(f"{len(candidate.active_skips)} blocks that an image may pass by")

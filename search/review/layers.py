@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.front import Version
+from search.text import kept_share
 from spaces.candidate import FRAMES, SKIP, Candidate
 
 COLUMNS = 40
@@ -122,7 +123,6 @@ class Axis:
 def parallel_axes(versions: Sequence[Version], dense: Version) -> list[Axis]:
     """Returns the axes of the parallel coordinates: costs, accuracy, and how far each kind of compression went."""
     whole = dense.evaluation.candidate
-    channels = max(sum(whole.channels.values()), 1)
 
     def axis(title: str, *values: float) -> Axis:
         return Axis(title, values)
@@ -134,7 +134,7 @@ def parallel_axes(versions: Sequence[Version], dense: Version) -> list[Axis]:
         axis("latency, ms", *(each["latency"].value * 1e3 for each in measured)),
         axis("FLOPs, %", *(each["flops"].value / dense.measured["flops"].value * 100 for each in measured)),
         axis("size, MB", *(each["size"].value / 1e6 for each in measured)),
-        axis("channels, %", *(sum(each.channels.values()) / channels * 100 for each in candidates)),
+        axis("channels, %", *(kept_share(each, whole) * 100 for each in candidates)),
         axis("lower bits, %", *(_lowered(each, whole) * 100 for each in candidates)),
     ]
     if exit_names(whole):

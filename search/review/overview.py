@@ -17,7 +17,8 @@ OVER, WITHIN, FRONT, DENSE = "over the budget", "within the budget", "front", "d
 """The groups that every picture tells apart."""
 PROFILE = "profile.json"
 """The sensitivity profile in a search's folder, where one was measured."""
-_NOTABLE = {"most accurate": "accuracy", "knee": "knee", "fastest": "latency"}
+NOTABLE = {"most accurate": "accuracy", "knee": "knee", "fastest": "latency"}
+"""The versions most worth deploying, each by the preference that picks it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Overview:
 def most_worth(front: Sequence[Version]) -> list[tuple[str, Version]]:
     """Returns a front's most accurate version, its knee and its fastest; one that is several of them comes once."""
     found: dict[int, tuple[list[str], Version]] = {}
-    for name, prefer in _NOTABLE.items() if front else ():
+    for name, prefer in NOTABLE.items() if front else ():
         best = choose(front, prefer)[0]
         found.setdefault(best.number, ([], best))[0].append(name)
     return [(" and ".join(names), version) for names, version in found.values()]

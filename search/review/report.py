@@ -9,7 +9,7 @@ from search.review.caveats import caveats
 from search.review.importance import IMPORTANCE
 from search.review.layers import layers_of
 from search.review.noise import half_width
-from search.review.overview import Overview
+from search.review.overview import NOTABLE, Overview
 from search.text import (
     accuracy_doubt,
     count,
@@ -98,7 +98,7 @@ def _question(overview: Overview) -> Section:
     lines = [
         f"{study.question}",
         f"Budget: {overview.budget}. Device: {overview.dense.measured['latency'].target}."
-        f" Search: {overview.search.folder.name}, {len(overview.search.trials)} trials.",
+        f" Search: {overview.search.folder.name}, {overview.search.finished} trials.",
     ]
     return Section("Question", lines)
 
@@ -128,10 +128,9 @@ def _worth(overview: Overview) -> Section:
     chosen = overview.notable
     names = [f"{name}: trial {version.number}" for name, version in chosen]
     facts = Table(["", "dense", *names], _facts(overview, [overview.dense, *(version for _, version in chosen)]))
-    preferences = {"most accurate": "accuracy", "knee": "knee", "fastest": "latency"}
     commands = [
         f"{name}: python -m search pick --search {overview.search.folder.name} --budget '{overview.budget}'"
-        f" --prefer {preferences[name.split(' and ')[0]]}"
+        f" --prefer {NOTABLE[name.split(' and ')[0]]}"
         for name, _ in chosen
     ]
     return Section("Worth deploying", commands, is_list=True, tables=[facts, layer_table(overview, chosen, names)])
@@ -228,7 +227,7 @@ def to_json(overview: Overview) -> dict[str, Any]:
         "budget": str(overview.budget),
         "target": overview.dense.measured["latency"].target,
         "environment": search.baseline.environment,
-        "trials": len(search.trials),
+        "trials": search.finished,
         "hypervolume": overview.growth[-1][1] if overview.growth else 0.0,
         "front": [version.number for version in overview.front],
         "worth": [

@@ -53,16 +53,19 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
             *rows,
             f"{'':>{_MARGIN}}{corner}{floor * columns}",
             ends,
-            _legend(overview, lines != [], limit, left <= place(overview.dense)[0] <= right),
+            *_legend(overview, lines != [], limit, left <= place(overview.dense)[0] <= right, width),
         ]
     )
 
 
-def _legend(overview: Overview, has_limit: bool, limit: str, has_dense: bool) -> str:
+def _legend(overview: Overview, has_limit: bool, limit: str, has_dense: bool, width: int) -> list[str]:
+    """Returns what the marks mean, in a line or two."""
     marks = {MARKS[name].text: name for name in (FRONT, WITHIN, OVER) if overview.groups[name]}
     told = [f"{mark} {name}" for mark, name in marks.items()]
     if has_limit:
         told.append(f"{limit} limit")
     latency, accuracy = place(overview.dense)
     dense = f"{MARKS[DENSE].text} dense," if has_dense else "dense:"
-    return f"{'':>{_MARGIN}} {'  '.join(told)}  {dense} {latency:.2f} ms, {accuracy:.2f}%"
+    marks_told, dense_told = f"{'':>{_MARGIN}} {'  '.join(told)}", f"{dense} {latency:.2f} ms, {accuracy:.2f}%"
+    whole = f"{marks_told}  {dense_told}"
+    return [whole] if len(whole) <= width else [marks_told, f"{'':>{_MARGIN}} {dense_told}"]

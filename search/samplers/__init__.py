@@ -34,8 +34,8 @@ def check_sampler(name: str) -> None:
     """
     if name not in SAMPLERS:
         near = difflib.get_close_matches(name, SAMPLERS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(SAMPLERS)}"
-        raise SamplerError(f"a sampler is one of those in the table, got {name!r}; {hint}")
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SamplerError(f"a sampler must be one of {', '.join(SAMPLERS)}, got {name!r}{hint}")
 
 
 def sampler(name: str, seed: int, meaning: Meaning | None = None) -> BaseSampler:

@@ -4,7 +4,7 @@ from search.progress import Progress, Say
 from search.sources.checks import check_network
 from search.sources.data import Loaded, load_data
 from search.sources.models import Built, build_model, find_weights, usual_preprocessing
-from search.sources.names import data_source
+from search.sources.names import data_source, model_source
 from search.study import Study, TrainingSection
 
 
@@ -42,7 +42,9 @@ def _say_training(study: Study, built: Built, classes: int, say: Say) -> None:
     if training and built.has_weights:
         say(f"The network is trained further from its weights, on the train images, {_how(study, training)}.")
     if training is None and not built.has_weights:
-        say("No weights are given and there is no [training]: the network is taken as its factory returns it.")
+        is_factory = model_source(study.model.source).is_factory
+        taken = "is taken as its factory returns it" if is_factory else "is not trained, so its accuracy will be chance"
+        say(f"Careful: no weights are given and there is no [training]: the network {taken}.")
 
 
 def _how(study: Study, training: TrainingSection) -> str:
