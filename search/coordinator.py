@@ -26,7 +26,6 @@ from search.samplers.codec import Codec
 from search.samplers.first import distributions, first_guesses
 from search.samplers.front import FrontSampler
 from search.samplers.meaning import knapsack_seeds, meaning_of
-from search.samplers.objectives import ESTIMATES
 from search.screen import Screen, most_asked, saved_seconds
 from search.stall import Stall
 from search.store import REPORT, Baseline, versions_of
@@ -76,7 +75,7 @@ class Coordinator:
         stored: Optuna's study; the truth.
         baseline: the dense network.
         sampler_name: proposes candidates.
-        seed: of the sampler; a resumed search goes on from another point of the same sequence.
+        seed: of the sampler; a search that goes on draws anew, by the seed and the number of its trials.
         observers: told about every finished trial.
         seeds: versions to try after those that treat every layer alike, and before a sampler's own.
     """
@@ -107,12 +106,11 @@ class Coordinator:
         }
         self._screen = screen_of(bench, self._dense, self._known)
         self._settled = settled_choices(stored.get_trials(deepcopy=False), self._known.values())
-        finished = len(stored.get_trials(deepcopy=False))
         self._codec = Codec(self._distributions)
         meaning = meaning_of(bench, self._space, baseline) if sampler_name in INFORMED else None
         if meaning is not None:
-            self._seeds = [*seeds, *knapsack_seeds(meaning, self._codec, bench.has_gates)]
-        stored.sampler = sampler(sampler_name, seed + finished, meaning)
+            self._seeds = [*seeds, *knapsack_seeds(meaning, self._codec)]
+        stored.sampler = sampler(sampler_name, seed + len(stored.get_trials(deepcopy=False)), meaning)
         self._stall = Stall(self._budget, self._dense)
         self._tried: set[str] = set()
         self._overhead = {"ask": 0.0, "tell": 0.0}
@@ -130,10 +128,7 @@ class Coordinator:
             Why it ended. An interrupt ends it too: the trial in flight is done again when the search goes on.
         """
         outcome = self._run(trials, timeout_s, patience)
-        if isinstance(self._stored.sampler, FrontSampler):
-            self._stored.set_user_attr(REPORT, self._stored.sampler.report())
-            outcome.remarks = self._stored.sampler.remarks(OBJECTIVES)
-        outcome.remarks += self._told_ended()
+        outcome.remarks = [*self._told_sampler(), *self._told_ended()]
         return outcome
 
     def _run(self, trials: int, timeout_s: float | None, patience: int | None) -> Outcome:
@@ -160,6 +155,15 @@ class Coordinator:
                 put_right_running(self._stored)
                 return Outcome("interrupted; the same command goes on from here", 130, self._overhead)
         return Outcome(f"all {trials} trials are done", 0, self._overhead)
+
+    def _told_sampler(self) -> list[str]:
+        """Returns what our sampler says of itself, and keeps it; where it proposed nothing, what is kept stays."""
+        made = self._stored.sampler
+        if not isinstance(made, FrontSampler) or not made.has_proposed:
+            return []
+        trials = self._stored.get_trials(deepcopy=False)
+        self._stored.set_user_attr(REPORT, made.report(trials))
+        return made.remarks(trials, OBJECTIVES)
 
     def _told_ended(self) -> list[str]:
         ended = [version for version in self._known.values() if version.evaluation.ended]
@@ -211,8 +215,6 @@ class Coordinator:
     def _tell(self, trial: Trial, evaluation: Evaluation, known: Version | None) -> None:
         for name, violation in self._told_violations(evaluation).items():
             trial.set_constraint(name, violation)
-        if evaluation.ended:
-            trial.set_user_attr(ESTIMATES, [_value(evaluation, metric) for metric in OBJECTIVES])
         if known is None:
             trial.set_user_attr("evaluation", evaluation.to_dict())
             self._known[evaluation.candidate.key] = Version(trial.number, evaluation)
@@ -268,10 +270,6 @@ def screen_of(bench: Workbench, dense: Mapping[str, Measurement], known: Mapping
     reach = REACH if bench.study.recovery.final else 0.0
     right = bench.subject(bench.space.dense()).first_answers(count).correct
     return Screen(bench.study.limits, dense, right, known, len(bench.scored), bench.target.batch, reach)
-
-
-def _value(evaluation: Evaluation, metric: str) -> float | None:
-    return evaluation.measurements[metric].value if metric in evaluation.measurements else None
 
 
 def settled_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version]) -> dict[str, Candidate]:

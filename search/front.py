@@ -75,10 +75,6 @@ def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> fl
     The box spans from a perfect network at no cost to the worst that counts: the budget's limits, or without one the
     dense network's latency and FLOPs, and ten points below its accuracy.
     """
-    if not versions:
-        return 0.0
-    from pymoo.indicators.hv import HV
-
     worst = worst_that_counts(budget, dense)
     scaled = [
         [
@@ -88,7 +84,15 @@ def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> fl
         ]
         for version in versions
     ]
-    return float(HV(ref_point=np.ones(3))(np.array(scaled)))
+    return box_share(np.array(scaled).reshape(-1, len(OBJECTIVES)))
+
+
+def box_share(costs: NDArray[np.float64]) -> float:
+    """Returns the share of the unit box, 1 being the worst that counts, which costs `(n, m)` dominate."""
+    from pymoo.indicators.hv import HV
+
+    inside = costs[(costs < 1).all(axis=1)]
+    return float(HV(ref_point=np.ones(costs.shape[1]))(inside)) if len(inside) else 0.0
 
 
 def worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:

@@ -148,4 +148,12 @@ def test_our_sampler_knows_the_study_and_reports_on_itself(bench, tmp_path, fold
         seeds = len(first_guesses(space)) + len(coordinator._seeds)
         outcome = coordinator.run(seeds + 8, None)
     assert any("proposals of the sampler" in remark for remark in outcome.remarks)
-    assert sum(stored(search.path.parent, "front").report["proposals"].values()) > 0
+    report = stored(search.path.parent, "front").report
+    proposed = sum(report["proposals"].values())
+    assert proposed >= 8  # more where two seeds are the same version
+    for more in (0, 3):  # a run without proposals leaves the report as it was
+        with search.lock():
+            Coordinator(bench, search.create(), baseline, "front", 0, []).run(seeds + 8 + more, None)
+        again = stored(search.path.parent, "front").report
+        assert sum(again["proposals"].values()) == proposed + more
+        assert again["held_out"] == report["held_out"] or more

@@ -1,5 +1,7 @@
 """What our sampler promises beyond Optuna's contract: no duplicates, limits, seeds, honest figures."""
 
+from dataclasses import replace
+
 import numpy as np
 import optuna
 import pytest
@@ -11,7 +13,7 @@ from optuna.trial import TrialState
 from search.samplers.acquisition import choose_by_hypervolume, open_points
 from search.samplers.codec import Codec
 from search.samplers.evolution import evolve
-from search.samplers.front import PROPOSAL, FrontSampler
+from search.samplers.front import ALONE, PROPOSAL, FrontSampler
 from search.samplers.knapsack import knapsacks
 from search.samplers.objectives import observe
 from search.samplers.surrogate import fit, held_out
@@ -150,13 +152,13 @@ def test_proposals_are_new_come_from_surrogates_and_are_the_same_for_the_same_se
         runs.append([trial.params for trial in study.trials])
     assert runs[0] == runs[1]
     assert len({tuple(params.items()) for params in runs[0]}) == 40
-    assert sampler.origins["surrogate"] >= 15
-    expected = [trial.system_attrs[PROPOSAL]["expected"] for trial in study.trials if PROPOSAL in trial.system_attrs]
+    report = sampler.report(study.trials)
+    assert report["proposals"]["surrogate"] >= 15
+    expected = [trial.system_attrs[PROPOSAL]["costs"] for trial in study.trials if PROPOSAL in trial.system_attrs]
     assert any(len(each) == 3 for each in expected)
-    report = sampler.report()
     assert report["held_out"]["objective 1"]["r2"] > 0.5
     assert report["foresight"]["objective 1"]["count"] > 5
-    assert "surrogate of latency" in " ".join(sampler.remarks(("accuracy", "latency", "flops")))
+    assert "surrogate of latency" in " ".join(sampler.remarks(study.trials, ("accuracy", "latency", "flops")))
 
 
 def test_trials_that_run_at_once_are_different() -> None:
@@ -169,10 +171,12 @@ def test_trials_that_run_at_once_are_different() -> None:
 def test_it_searches_on_when_a_search_is_taken_up_again_and_after_failures() -> None:
     problem = Problem(0, SMALL)
     study = _searched(problem, FrontSampler(0, problem.meaning()), 15, problem.uniform())
-    study.sampler = FrontSampler(1, problem.meaning())
+    study.sampler = again = FrontSampler(1, problem.meaning())
     for _ in range(6):
         study.tell(study.ask(problem.codec.space), state=TrialState.FAIL)
     assert len({tuple(trial.params.items()) for trial in study.trials}) == 21
+    proposed = 21 - len(problem.uniform())
+    assert sum(again.report(study.trials)["proposals"].values()) == proposed, "those of the earlier run are among them"
 
 
 def test_a_limit_that_no_uniform_version_keeps_is_reached() -> None:
@@ -183,8 +187,9 @@ def test_a_limit_that_no_uniform_version_keeps_is_reached() -> None:
     assert any(all(value <= 0 for value in trial.constraints.values()) for trial in study.trials if trial.values)
 
 
-def test_knapsacks_take_what_they_are_allowed_and_lose_less_than_uniform_versions() -> None:
-    problem = Problem(0, SMALL)
+@pytest.mark.parametrize("is_residual", [False, True])
+def test_knapsacks_take_what_they_are_allowed_and_lose_less_than_uniform_versions(is_residual) -> None:
+    problem = Problem(0, replace(SMALL, is_residual=is_residual))
     structure, codec = problem.meaning().structure, problem.codec
     found = codec.encode(knapsacks(structure, codec, (0.6, 0.4, 0.3)))
     speeds = np.array(list(structure.speeds.values()))
@@ -207,9 +212,11 @@ def test_noise_in_place_of_an_objective_is_noticed_and_said() -> None:
     study = optuna.create_study(sampler=sampler)
     for _ in range(40):
         study.tell(study.ask({f"x{n}": IntDistribution(0, 9) for n in range(6)}), float(rng.normal()))
-    assert sampler.fallbacks > 0
-    assert sampler.origins["evolution"] > 0
-    assert "told too little" in " ".join(sampler.remarks(("noise",)))
+    study.sampler = again = FrontSampler(1, startup=12)
+    for each in (sampler, again):  # a search that goes on says it as well
+        alone = each.report(study.trials)["proposals"][ALONE]
+        assert alone > 0
+        assert f"told too little at times: {alone} proposals were" in " ".join(each.remarks(study.trials, ("noise",)))
 
 
 def test_the_dense_network_of_the_benchmark_is_what_it_says() -> None:

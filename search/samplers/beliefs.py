@@ -130,13 +130,13 @@ class Beliefs:
     """Errors of what surrogates are built on."""
 
     @property
-    def expected(self) -> "Functions":
+    def expected(self) -> Functions:
         """What is expected of rows."""
         return Functions(
             tuple(belief.means for belief in self.objectives), tuple(belief.means for belief in self.others.values())
         )
 
-    def draw(self, rng: np.random.Generator, boldness: float = 1.0) -> "Functions":
+    def draw(self, rng: np.random.Generator, boldness: float = 1.0) -> Functions:
         """Returns functions of rows that agree with what was measured, each drawn at random."""
         return Functions(
             tuple(belief.draw(rng, boldness) for belief in self.objectives),
@@ -167,9 +167,7 @@ def believe(observed: Observed, codec: Codec, meaning: Meaning | None) -> Belief
             look = solved.look(place, look, meaning, codec)
         objectives.append(_belief(observed.rows, costs, look))
     others = {
-        name: _belief(
-            observed.rows, values, (plain_scale(np.abs(values[~np.isnan(values)])), _any(codec, meaning), None)
-        )
+        name: _belief(observed.rows, values, _look_at_constraint(values, codec, meaning))
         for name, values in observed.constraints.items()
         if name not in observed.linked
     }
@@ -199,8 +197,11 @@ class _Solved:
         if place not in self.paths:
             return scale, beside(self.near, columns), formula
         path, aimed = self.paths[place], meaning.aims[place].aimed
-        known = lambda rows: np.log(np.minimum(path(rows), aimed))  # noqa: E731
-        return logarithmic_scale(), of_savings(self.near, meaning, codec), known
+        return (
+            logarithmic_scale(),
+            of_savings(self.near, meaning, codec),
+            lambda rows: np.log(np.minimum(path(rows), aimed)),
+        )
 
 
 def _solved(observed: Observed, codec: Codec, meaning: Meaning) -> _Solved:
@@ -221,11 +222,8 @@ def _look(place: int, rows: Array, costs: Array, codec: Codec, meaning: Meaning 
         return plain_scale(costs[~np.isnan(costs)]), plain(codec), None
     aim, structure = meaning.aims[place], meaning.structure
     if aim.kind == "accuracy":
-        return (
-            damage_scale(aim),
-            of_damage(structure, codec),
-            _estimate(rows, costs, damage_scale(aim), structure, codec),
-        )
+        scale = damage_scale(aim)
+        return scale, of_damage(structure, codec), _estimate(rows, costs, scale, structure, codec)
     if aim.kind == "latency":
         return relative_scale(), of_latency(structure, codec), None
     return (
@@ -252,8 +250,10 @@ def _estimate(
     return lambda rows: factor * structure.estimated_damage(codec, rows).sum(axis=1)
 
 
-def _any(codec: Codec, meaning: Meaning | None) -> Columns:
-    return plain(codec) if meaning is None else of_latency(meaning.structure, codec)
+def _look_at_constraint(values: Array, codec: Codec, meaning: Meaning | None) -> _Look:
+    """Returns how a constraint that follows from no objective is looked at."""
+    columns = plain(codec) if meaning is None else of_latency(meaning.structure, codec)
+    return plain_scale(np.abs(values[~np.isnan(values)])), columns, None
 
 
 def _belief(rows: Array, costs: Array, look: _Look) -> Belief:

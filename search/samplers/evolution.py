@@ -49,6 +49,15 @@ def ranked(costs: Array, broken: Array, count: int) -> NDArray[np.int64]:
     return np.array(order[:count], dtype=np.int64)
 
 
+def non_dominated(costs: Array) -> NDArray[np.int64]:
+    """Returns the places of the costs `(n, m)` that no other beats."""
+    from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
+
+    if not len(costs):
+        return np.zeros(0, dtype=np.int64)
+    return np.asarray(NonDominatedSorting().do(costs, only_non_dominated_front=True), dtype=np.int64)
+
+
 def offspring(rows: Array, codec: Codec, rng: np.random.Generator, count: int) -> Array:
     """Returns children of rows that are in order, the best first: parents are the better of two."""
     better = np.minimum(rng.integers(0, len(rows), (2, count)), rng.integers(0, len(rows), (2, count)))

@@ -11,15 +11,13 @@ from search.samplers.structure import Structure
 _SAMPLE = 256
 _BASES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 """Where the share of inputs that an exit keeps may begin to rise, in thresholds."""
-
 _STEPS = (8, 16, 32)
+"""Multiples to which kernels may pad channels."""
 _PLAIN = (1.0, 0.7, 1.0)
 """What the blocks of dimensions without a meaning weigh."""
 
 Blocks = Callable[[Array], list[Array]]
 """Columns for rows, `(n, anything)` a block."""
-
-
 Columns = Callable[[Array], Array]
 """Columns for rows, `(n, k)`."""
 

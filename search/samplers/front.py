@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
 from search.samplers.acquisition import Forecast, choose_by_hypervolume, open_points
-from search.samplers.beliefs import Beliefs, Functions, believe
+from search.samplers.beliefs import Beliefs, Functions, Scale, believe
 from search.samplers.codec import Array, Codec
-from search.samplers.evolution import evolve, mutated, offspring, ranked
+from search.samplers.evolution import evolve, mutated, non_dominated, offspring, ranked
 from search.samplers.objectives import Observed, observe
 from search.samplers.structure import Meaning
 from search.samplers.surrogate import HeldOut, held_out
@@ -25,7 +24,9 @@ from search.samplers.surrogate import HeldOut, held_out
 STARTUP = 10
 """So many trials are drawn at random where no others came before."""
 PROPOSAL = "front:proposal"
-"""The system attribute of a trial that says who proposed it, and what was expected of it."""
+"""The system attribute of a trial that says what proposed it, and what was expected of it."""
+ALONE = "evolution"
+"""Proposes where surrogates tell too little."""
 BOLD = 0.5
 """Where no version is feasible yet, draws are so far from what is expected, in multiples of how far they should be."""
 _KNOWN = 100
@@ -34,11 +35,11 @@ _KNOWN = 100
 
 @dataclass(frozen=True)
 class _Proposal:
-    """A row, who proposes it, and the mean and deviation of each objective on its scale; none without surrogates."""
+    """A row, what proposes it, and the cost that is expected of each objective; none without surrogates."""
 
     row: Array
     origin: str
-    expected: tuple[tuple[float, float], ...] = ()
+    costs: tuple[float, ...] = ()
 
 
 class FrontSampler(BaseSampler):
@@ -46,7 +47,7 @@ class FrontSampler(BaseSampler):
 
     Each batch fits a surrogate to every objective and constraint, evolves rows on them from the best measured ones,
     and takes those that add most, one after the other, and a changed one for what no surrogate knows. Where surrogates
-    tell nothing of what was held out, it goes on from the best measured rows without them.
+    tell nothing of what was held out, it goes on from the best measured rows without them: by evolution alone.
 
     Args:
         seed: of all its draws.
@@ -65,8 +66,7 @@ class FrontSampler(BaseSampler):
         self._lock = threading.Lock()
         self.errors: dict[str, HeldOut] = {}
         self.foresight: dict[str, HeldOut] = {}
-        self.origins: Counter[str] = Counter()
-        self.fallbacks = 0
+        self.has_proposed = False
 
     def reseed_rng(self) -> None:
         """Begins other draws, for a copy in another process."""
@@ -103,29 +103,32 @@ class FrontSampler(BaseSampler):
                 others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number]
                 self._planned.extend(self._plan(others, study, codec))
             proposal = self._planned.popleft()
-            self.origins[proposal.origin] += 1
-        told: Any = {"origin": proposal.origin, "expected": [list(each) for each in proposal.expected]}
+            self.has_proposed = True
+        told: Any = {"origin": proposal.origin, "costs": list(proposal.costs)}
         study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, told)
         return codec.decode(proposal.row)
 
-    def report(self) -> dict[str, Any]:
-        """Returns, JSON-ready, where proposals came from and how the last surrogates did on what was held out."""
+    def report(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """Returns, JSON-ready, where proposals came from and how the last surrogates did on what was held out.
+
+        Args:
+            trials: of the study, those of earlier runs included.
+        """
         return {
-            "proposals": dict(self.origins),
+            "proposals": dict(origins(trials)),
             "held_out": {name: asdict(error) for name, error in self.errors.items()},
             "foresight": {name: asdict(error) for name, error in self.foresight.items()},
-            "fell_back": self.fallbacks,
         }
 
-    def remarks(self, objectives: Sequence[str]) -> list[str]:
+    def remarks(self, trials: Sequence[FrozenTrial], objectives: Sequence[str]) -> list[str]:
         """Returns the same in words.
 
         Args:
+            trials: of the study, those of earlier runs included.
             objectives: their names, in the study's order.
         """
-        if not self.origins:
-            return []
-        counted = ", ".join(f"{count} by {origin}" for origin, count in self.origins.most_common())
+        found = origins(trials)
+        counted = ", ".join(f"{count} by {origin}" for origin, count in found.most_common())
         lines = [f"proposals of the sampler: {counted}"]
         for place, error in self.errors.items():
             name = objectives[int(place.split()[1])] if place.startswith("objective ") else place
@@ -135,8 +138,9 @@ class FrontSampler(BaseSampler):
                 f"surrogate of {name}, on {error.count} held-out measurements: R² {error.r2:.2f},"
                 f" Spearman {error.spearman:.2f}, mean error {error.mape:.1%} ({error.form}){ahead}"
             )
-        if self.fallbacks:
-            lines.append(f"{self.fallbacks} times the surrogates told too little, and evolution went on without them")
+        if alone := found[ALONE]:
+            told = "1 proposal was" if alone == 1 else f"{alone} proposals were"
+            lines.append(f"the surrogates told too little at times: {told} made without them, by evolution alone")
         return lines
 
     def _plan(self, trials: Sequence[FrozenTrial], study: optuna.Study, codec: Codec) -> list[_Proposal]:
@@ -147,20 +151,18 @@ class FrontSampler(BaseSampler):
         batch = max(4, len(observed.rows) // 40)
         beliefs = believe(observed, codec, meaning)
         self.errors = beliefs.errors
-        self.foresight = foresight(trials, observed, beliefs, codec)
+        self.foresight = foresight(trials, observed, codec)
         parents = _best(observed, beliefs)
-        chosen: list[_Proposal] = []
-        self.fallbacks += beliefs.are_bad
-        if not beliefs.are_bad:
-            chosen = self._by_surrogates(observed, beliefs, codec, meaning, parents, batch - 1)
+        are_bad = beliefs.are_bad
+        chosen = [] if are_bad else self._by_surrogates(observed, beliefs, codec, meaning, parents, batch - 1)
         children = (
-            offspring(parents, codec, self._rng, 32)
-            if chosen == []
-            else mutated(parents[self._rng.integers(0, min(len(parents), 20), 32)], codec, self._rng, 2.0)
+            mutated(parents[self._rng.integers(0, min(len(parents), 20), 32)], codec, self._rng, 2.0)
+            if chosen
+            else offspring(parents, codec, self._rng, 32)
         )
         taken = [proposal.row for proposal in chosen]
         rest = _fresh(np.vstack([children, codec.random(8, self._rng)]), observed, taken)
-        origin = "exploration" if chosen else "evolution"
+        origin = ALONE if are_bad else "exploration"
         return chosen + [_Proposal(row, origin) for row in rest[: batch - len(chosen)]]
 
     def _fits(self, codec: Codec) -> bool:
@@ -187,7 +189,7 @@ class FrontSampler(BaseSampler):
             return []
         forecast = Forecast.of(beliefs, pool)
         return [
-            _Proposal(pool[place], "surrogate", _expected(forecast, place))
+            _Proposal(pool[place], "surrogate", _costs(beliefs, forecast, place))
             for place in self._winning(observed, beliefs, forecast, box, count)
         ]
 
@@ -210,8 +212,8 @@ class FrontSampler(BaseSampler):
             safest = np.argsort(box.worst(functions, pool), kind="stable")
             fresh = _fresh(pool[safest], observed, [each.row for each in chosen], at_least_one=False)
             if len(fresh):
-                expected = _expected(Forecast.of(beliefs, fresh[:1]), 0)
-                chosen.append(_Proposal(fresh[0], "surrogate", expected))
+                costs = _costs(beliefs, Forecast.of(beliefs, fresh[:1]), 0)
+                chosen.append(_Proposal(fresh[0], "surrogate", costs))
         return chosen
 
     def _winning(self, observed: Observed, beliefs: Beliefs, forecast: Forecast, box: "_Box", count: int) -> list[int]:
@@ -259,7 +261,7 @@ class _Box:
         """Returns the box that the study's meaning says, or else one around what was measured."""
         scales = [belief.scale for belief in beliefs.objectives]
         costs = observed.costs[observed.is_feasible]
-        front = costs[ranked_front(costs)]
+        front = costs[non_dominated(costs)]
         known = observed.costs[observed.is_whole]
         reference = observed.limits.copy()
         if meaning is not None:
@@ -295,19 +297,10 @@ class _Box:
         return np.asarray(np.column_stack([margins, *others]).max(axis=1))
 
 
-def _on(scale: Any, costs: Array) -> Array:
+def _on(scale: Scale, costs: Array) -> Array:
     """Returns places on a scale; what is infinite or unknown stays so."""
     usable = np.isfinite(costs)
     return np.asarray(np.where(usable, scale.forward(np.where(usable, costs, 1.0)), costs))
-
-
-def ranked_front(costs: Array) -> NDArray[np.int64]:
-    """Returns the places of the costs that no other beats."""
-    if not len(costs):
-        return np.zeros(0, dtype=np.int64)
-    no_worse = (costs[None, :, :] <= costs[:, None, :]).all(axis=2)
-    better = (costs[None, :, :] < costs[:, None, :]).any(axis=2)
-    return np.flatnonzero(~np.logical_and(no_worse, better).any(axis=1))
 
 
 def _best(observed: Observed, beliefs: Beliefs) -> Array:
@@ -321,26 +314,31 @@ def _best(observed: Observed, beliefs: Beliefs) -> Array:
     return observed.rows[ranked(costs, broken, _KNOWN)]
 
 
-def _expected(forecast: Forecast, place: int) -> tuple[tuple[float, float], ...]:
-    pairs = zip(forecast.means[place], forecast.deviations[place], strict=True)
-    return tuple((float(mean), float(deviation)) for mean, deviation in pairs)
+def _costs(beliefs: Beliefs, forecast: Forecast, place: int) -> tuple[float, ...]:
+    """Returns the cost that is expected of each objective: another run's surrogates may have other scales."""
+    pairs = zip(beliefs.objectives, forecast.means[place], strict=True)
+    return tuple(float(belief.scale.back(np.array([mean]))[0]) for belief, mean in pairs)
 
 
-def foresight(trials: Sequence[FrozenTrial], observed: Observed, beliefs: Beliefs, codec: Codec) -> dict[str, HeldOut]:
+def origins(trials: Sequence[FrozenTrial]) -> Counter[str]:
+    """Returns how many trials were proposed in each way."""
+    return Counter(trial.system_attrs[PROPOSAL]["origin"] for trial in trials if PROPOSAL in trial.system_attrs)
+
+
+def foresight(trials: Sequence[FrozenTrial], observed: Observed, codec: Codec) -> dict[str, HeldOut]:
     """Returns how well proposals were told before anyone measured them, by objective.
 
     They are where surrogates are most hopeful, so they are wrong there more often than on what is left out at random.
     """
     measured = {_key(row): costs for row, costs in zip(observed.rows, observed.costs, strict=True)}
-    pairs: list[list[tuple[float, float]]] = [[] for _ in beliefs.objectives]
+    pairs: list[list[tuple[float, float]]] = [[] for _ in observed.costs.T]
     for trial in trials:
-        expected = trial.system_attrs.get(PROPOSAL, {}).get("expected")
+        expected = trial.system_attrs.get(PROPOSAL, {}).get("costs")
         if not expected or not all(name in trial.params for name in codec.names):
             continue
         costs = measured.get(_key(codec.encode([trial.params])[0]))
-        for place, (mean, _) in enumerate(expected):
+        for place, told in enumerate(expected):
             if costs is not None and not np.isnan(costs[place]):
-                told = float(beliefs.objectives[place].scale.back(np.array([mean]))[0])
                 pairs[place].append((told, float(costs[place])))
     return {
         f"objective {place}": held_out("before measuring", *np.array(each).T)

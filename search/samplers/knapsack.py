@@ -127,7 +127,10 @@ class _Solver:
         damage, time = [], []
         for cell in self._cells:
             group = self._group_of[cell.layer]
-            own = 1.0 if group < 0 else self._share(self._outputs, cell.layer, group, cell.width, outputs, gone)
+            own = 1.0
+            if group >= 0:
+                change = gone[group] - self._gone(group, cell.width)
+                own = outputs[cell.layer] + self._outputs[cell.layer, group] * change
             time.append(self._flops[cell.layer] * self._speeds[cell.precision] * inputs[cell.layer] * own)
             damage.append(self._precision_damage(cell))
         for group, width in self._widths:
@@ -136,9 +139,6 @@ class _Solver:
             costs = structure.damage.get(structure.channels[group])
             damage.append(costs[width] if costs else 0.0)
         return np.array(damage), np.array(time)
-
-    def _share(self, shares: Array, layer: int, group: int, width: int, now: Array, gone: Array) -> float:
-        return float(now[layer] + shares[layer, group] * (gone[group] - self._gone(group, width)))
 
     def _gone(self, group: int, width: int) -> float:
         place = np.full((1, len(self._codec.names)), float(width))

@@ -41,21 +41,15 @@ def meaning_of(bench: Workbench, space: JointSpace, baseline: Baseline) -> Meani
     return Meaning(structure, _aims(bench, dense), _links(bench.study.limits, dense), bench.has_gates)
 
 
-def knapsack_seeds(meaning: Meaning, codec: Codec, are_solved: bool) -> list[dict[str, Any]]:
+def knapsack_seeds(meaning: Meaning, codec: Codec) -> list[dict[str, Any]]:
     """Returns configurations of least estimated damage for several shares of what the limits allow.
 
     Args:
         meaning: of the study.
         codec: of its space.
-        are_solved: whether thresholds are no dimensions, while exits save some time.
     """
-    if not meaning.structure.names <= set(codec.names):
-        return []
-    allowed = min(
-        (aim.worst / aim.dense for aim in meaning.aims if aim.kind != "accuracy"),
-        default=1.0,
-    )
-    times = [share * allowed * (_EXITS_SAVE if are_solved else 1.0) for share in SHARES]
+    allowed = min(aim.worst / aim.dense for aim in meaning.aims if aim.kind != "accuracy")
+    times = [share * allowed * (_EXITS_SAVE if meaning.is_solved else 1.0) for share in SHARES]
     return knapsacks(meaning.structure, codec, times)
 
 
@@ -127,8 +121,8 @@ def _damage(
 ) -> dict[str, tuple[float, ...]]:
     """Returns estimates for each value of each dimension: widths from a profile or scores, precisions from rounding."""
     found: dict[str, tuple[float, ...]] = {}
-    codec_widths = space.sparsity.dimensions()
-    for name, dimension in codec_widths.items():
+    widths = space.sparsity.dimensions()
+    for name, dimension in widths.items():
         group = name.removeprefix(sparsity.PREFIX)
         counts = range(dimension.low, dimension.high + 1, dimension.step)  # type: ignore[union-attr, arg-type]
         if profile is not None and group in profile.groups:
@@ -136,7 +130,7 @@ def _damage(
             costs = [max(point.divergence - profile.floor, 0.0) for point in points]
             found[name] = tuple(float(np.interp(count, [p.channels for p in points], costs)) for count in counts)
         else:
-            weight = 4 * _HALF_WIDTH / len(codec_widths)
+            weight = 4 * _HALF_WIDTH / len(widths)
             found[name] = tuple(weight * space.sparsity.lost(group, count) ** 2 for count in counts)
     weights = dict(bench.network.named_parameters())
     for name in space.precision.dimensions():

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,6 @@ from optuna.trial import FrozenTrial, TrialState
 from search.samplers.codec import Array, Codec
 from search.samplers.structure import Link
 
-ESTIMATES = "estimates"
-"""The user attribute of a trial that was ended early: what each objective probably is, None where nothing is known."""
 _TOLD = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -80,17 +79,17 @@ def observe(
     """
     usable = [trial for trial in trials if all(name in trial.params for name in codec.names)]
     told = [trial for trial in usable if trial.state in _TOLD and _is_finite(trial)]
+    records = {trial.number: trial.user_attrs["evaluation"] for trial in trials if "evaluation" in trial.user_attrs}
     rows = codec.encode([trial.params for trial in told])
     signs = np.array([-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in directions])
     costs, longest = np.full((2, len(told), len(signs)), np.nan)
     for place, trial in enumerate(told):
-        kept = np.array([_kept(trial, metric) for metric in metrics]).reshape(-1, 2)
-        if len(kept):  # a trial that broke a limit was told without values, and yet some were measured
+        record = trial.user_attrs.get("evaluation") or records.get(trial.user_attrs.get("duplicate_of", -1), {})
+        kept = np.array([_kept(record, metric) for metric in metrics]).reshape(-1, 2)
+        if len(kept):  # a trial that broke a limit was told without values, and yet some were measured or estimated
             costs[place], longest[place] = signs * kept.T
         if trial.state == TrialState.COMPLETE:
             costs[place] = signs * np.array(trial.values)
-        elif ESTIMATES in trial.user_attrs:
-            costs[place] = signs * np.array(trial.user_attrs[ESTIMATES], dtype=np.float64)  # None becomes NaN
     names = dict.fromkeys(name for trial in told for name in trial.constraints)
     constraints = {
         name: np.array([trial.constraints.get(name, np.nan) for trial in told], dtype=np.float64) for name in names
@@ -103,9 +102,9 @@ def observe(
     return Observed(rows, costs, constraints, limits, pending, spent, linked, longest)
 
 
-def _kept(trial: FrozenTrial, metric: str) -> tuple[float, float]:
-    """Returns what a trial's record tells of a metric and of its longest path; NaN for what it does not tell."""
-    measured = trial.user_attrs.get("evaluation", {}).get("measurements", {}).get(metric, {})
+def _kept(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """Returns what an evaluation's record tells of a metric and of its longest path; NaN for what it does not tell."""
+    measured = record.get("measurements", {}).get(metric, {})
     return measured.get("value", np.nan), measured.get("others", {}).get("worst", np.nan)
 
 

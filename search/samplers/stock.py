@@ -17,7 +17,7 @@ def nsga2(seed: int, _meaning: Meaning | None = None) -> BaseSampler:
 
 
 def gp(seed: int, _meaning: Meaning | None = None) -> BaseSampler:
-    """Returns Gaussian processes; its proposals take seconds from the hundredth trial on."""
+    """Returns Gaussian processes; with 60 dimensions the hundredth proposal takes 12 s of CPU."""
     return optuna.samplers.GPSampler(seed=seed)
 
 

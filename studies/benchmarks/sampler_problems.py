@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution
 from evaluators.measurement import Measurement
 from search.coordinator import measure_baseline, narrowed
 from search.evaluation import Evaluation
-from search.front import OBJECTIVES, worst_that_counts
+from search.front import OBJECTIVES, box_share, worst_that_counts
 from search.gating import GateSolver
 from search.samplers.codec import Array, Codec
 from search.samplers.evolution import evolve
@@ -72,14 +72,6 @@ class Case(Protocol):
     def hypervolume(self, keys: Sequence[str]) -> float:
         """Returns the hypervolume of what was evaluated, as a share of the best known or of the budget's box."""
         ...
-
-
-def box_share(costs: Array) -> float:
-    """Returns the share of the unit box, 1 being the worst that counts, which costs `(n, m)` dominate."""
-    from pymoo.indicators.hv import HV
-
-    inside = costs[(costs < 1).all(axis=1)]
-    return float(HV(ref_point=np.ones(costs.shape[1]))(inside)) if len(inside) else 0.0
 
 
 class SyntheticCase:
@@ -159,24 +151,22 @@ class StudyCase:
     Args:
         name: of the study, or its file.
         record: of its evaluations.
-        bench: prepared before; made where not given.
     """
 
-    def __init__(self, name: str, record: Record, bench: Workbench | None = None) -> None:
-        self.bench = bench or Workbench(load_study(name), lambda *_: None)
+    def __init__(self, name: str, record: Record) -> None:
+        self._bench = Workbench(load_study(name), lambda *_: None)
         self._record = record
         if record.baseline is None:
-            record.baseline = measure_baseline(self.bench).to_dict()
+            record.baseline = measure_baseline(self._bench).to_dict()
             record.write()
         self._baseline = Baseline.from_dict(record.baseline)
-        self._budget, self._dense = self.bench.study.limits, self._baseline.evaluation.measurements
-        self._latency = self.bench.latency_evaluator(self._baseline.reference_seconds)
-        self._gates = GateSolver(self.bench, self._latency, self._dense)
-        self._joint = narrowed(self.bench.space, self._baseline.examined)
+        self._budget, self._dense = self._bench.study.limits, self._baseline.evaluation.measurements
+        self._latency = self._bench.latency_evaluator(self._baseline.reference_seconds)
+        self._gates = GateSolver(self._bench, self._latency, self._dense)
+        self._joint = narrowed(self._bench.space, self._baseline.examined)
         self.space = distributions(self._joint)
-        self.meaning = meaning_of(self.bench, self._joint, self._baseline)
-        seeds = knapsack_seeds(self.meaning, Codec(self.space), self.bench.has_gates)
-        self.warm = [*first_guesses(self._joint), *seeds]
+        self.meaning = meaning_of(self._bench, self._joint, self._baseline)
+        self.warm = [*first_guesses(self._joint), *knapsack_seeds(self.meaning, Codec(self.space))]
         self._worst = worst_that_counts(self._budget, self._dense)
 
     def evaluate(self, parameters: Mapping[str, Any]) -> Told:
@@ -184,7 +174,7 @@ class StudyCase:
         choices = self._joint.candidate(parameters)
         if choices.key not in self._record.evaluations:
             settled = self._gates.settle(choices)
-            found = self.bench.evaluate(settled.candidate, self._latency, self._is_broken)
+            found = self._bench.evaluate(settled.candidate, self._latency, self._is_broken)
             self._record.evaluations[choices.key] = _values(found)
         accuracy, seconds, flops, *longest = self._record.evaluations[choices.key]
         assert seconds is not None

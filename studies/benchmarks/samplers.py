@@ -24,6 +24,8 @@ from studies.benchmarks.sampler_problems import Case, Record, StudyCase, Synthet
 from studies.benchmarks.synthetic import Setting
 
 POINTS = (25, 50, 100, 200)
+_TIGHT = 100
+"""Trials at most where the first version within tight limits is looked for."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     if given.what == "tight":
-        _tight(given.seeds, min(given.trials, 100), [name for name in arms if ARMS[name].is_warm and name[:2] != "GP"])
+        trials = min(given.trials, _TIGHT)
+        _tight(given.seeds, trials, [name for name in arms if ARMS[name].is_warm and ARMS[name].most >= trials])
         return
     if given.what == "synthetic":
         found = compare(lambda seed: SyntheticCase(seed, Setting()), arms, given.seeds, given.trials, _say)

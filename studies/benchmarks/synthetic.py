@@ -36,7 +36,7 @@ class Setting:
     Args:
         layers: how many.
         exits: 0 to 3 of them.
-        is_residual: whether two of three layers share their channels with others, as in a ResNet.
+        is_residual: whether every second layer of a stage shares its channels with the others, as in a ResNet.
         limit_s: of latency; the dense network takes 10 ms.
         floor: the lowest accuracy.
         noise: of accuracy and timings, in multiples of 0.15 points and 1%.
