@@ -26,6 +26,9 @@ from search.study import load_study
 from search.workbench import Workbench
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
+_WRITTEN_EVERY = 20
+"""So many evaluations at most are lost where a comparison is stopped; begun again, it finds the others recorded."""
+
 Values = tuple[float | None, float, float]
 """Accuracy, seconds and FLOPs; no accuracy where a limit was broken before."""
 
@@ -176,6 +179,8 @@ class StudyCase:
             settled = self._gates.settle(choices)
             found = self._bench.evaluate(settled.candidate, self._latency, self._is_broken)
             self._record.evaluations[choices.key] = _values(found)
+            if len(self._record.evaluations) % _WRITTEN_EVERY == 0:
+                self._record.write()
         accuracy, seconds, flops, *longest = self._record.evaluations[choices.key]
         assert seconds is not None
         assert flops is not None

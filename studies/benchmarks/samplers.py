@@ -2,7 +2,7 @@
 
 python -m studies.benchmarks.samplers synthetic [--seeds 5]
 python -m studies.benchmarks.samplers tight
-python -m studies.benchmarks.samplers digits --record digits.json.gz
+python -m studies.benchmarks.samplers digits --record digits.json.gz --arms 'front=100,TPE,NSGA-II,TPE + warm start=100'
 python -m studies.benchmarks.samplers redraw --record digits.json.gz
 """
 
@@ -103,12 +103,12 @@ def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
 
 
 def compare(
-    make: Callable[[int], Case], arms: Sequence[str], seeds: int, trials: int, after: Callable[[str, int, Trace], None]
+    make: Callable[[int], Case], arms: Mapping[str, int], seeds: int, after: Callable[[str, int, Trace], None]
 ) -> dict[str, list[Trace]]:
-    """Returns what each arm does with each seed; `after` is told of each."""
+    """Returns what each arm does with each seed in so many trials; `after` is told of each."""
     found: dict[str, list[Trace]] = {name: [] for name in arms}
     for seed in range(seeds):
-        for name in arms:
+        for name, trials in arms.items():
             trace = search(make(seed), ARMS[name], seed, trials)
             found[name].append(trace)
             after(name, seed, trace)
@@ -163,19 +163,19 @@ def draw(found: Mapping[str, Sequence[Trace]], title: str, file: Path) -> None:
     plt.close(figure)
 
 
-def _tight(seeds: int, trials: int, arms: Sequence[str]) -> None:
+def _tight(seeds: int, arms: Mapping[str, int]) -> None:
     """Prints, for budgets that no uniform configuration keeps, when the first version is found that does."""
     rows = []
     for exits, limit_s in ((0, 0.003), (3, 0.003), (3, 0.0026)):
         setting = Setting(exits=exits, limit_s=limit_s)
-        found = compare(lambda seed, kind=setting: SyntheticCase(seed, kind), arms, seeds, trials, lambda *_: None)  # type: ignore[misc]
+        found = compare(lambda seed, kind=setting: SyntheticCase(seed, kind), arms, seeds, lambda *_: None)  # type: ignore[misc]
         for name, traces in found.items():
             firsts = ["never" if trace.first is None else str(trace.first + 1) for trace in traces]
             rows.append([f"{limit_s * 1e3:g} ms, {exits} exits", name, ", ".join(firsts)])
     print_table(["limit", "sampler", "first version within the limits, by seed"], rows)
 
 
-def _study(name: str, record: Record, arms: Sequence[str], seeds: int, trials: int) -> dict[str, list[Trace]]:
+def _study(name: str, record: Record, arms: Mapping[str, int], seeds: int) -> dict[str, list[Trace]]:
     case = StudyCase(name, record)
 
     def keep(arm: str, seed: int, trace: Trace) -> None:
@@ -188,7 +188,7 @@ def _study(name: str, record: Record, arms: Sequence[str], seeds: int, trials: i
         record.write()
         _say(arm, seed, trace)
 
-    return compare(lambda _seed: case, arms, seeds, trials, keep)
+    return compare(lambda _seed: case, arms, seeds, keep)
 
 
 def _recorded(record: Record) -> dict[str, list[Trace]]:
@@ -217,25 +217,25 @@ def main() -> None:
     parser.add_argument("what", help="synthetic, tight, redraw, or a study's name or file")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=max(POINTS))
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--arms", default=",".join(ARMS), help="their names, each with =TRIALS where it takes fewer")
     parser.add_argument("--record", type=Path, help="of a study's evaluations")
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
-    arms = given.arms.split(",")
+    named = [name.partition("=") for name in given.arms.split(",")]
+    arms = {name: int(trials or given.trials) for name, _, trials in named}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     if given.what == "tight":
-        trials = min(given.trials, _TIGHT)
-        _tight(given.seeds, trials, [name for name in arms if ARMS[name].is_warm and ARMS[name].most >= trials])
+        _tight(given.seeds, {name: _TIGHT for name in arms if ARMS[name].is_warm and ARMS[name].most >= _TIGHT})
         return
     if given.what == "synthetic":
-        found = compare(lambda seed: SyntheticCase(seed, Setting()), arms, given.seeds, given.trials, _say)
+        found = compare(lambda seed: SyntheticCase(seed, Setting()), arms, given.seeds, _say)
     elif given.record is None:
         parser.error("a study's evaluations are recorded: add --record FILE.json.gz")
     elif given.what == "redraw":
         found = _recorded(Record(given.record))
     else:
-        found = _study(given.what, Record(given.record), arms, given.seeds, given.trials)
+        found = _study(given.what, Record(given.record), arms, given.seeds)
     print_hypervolumes(found)
     print_verdict(found)
     if given.plot:
