@@ -22,7 +22,7 @@ from search.samplers.knapsack import SHARES, knapsacks
 from search.samplers.meaning import knapsack_seeds, meaning_of
 from search.samplers.structure import Meaning
 from search.store import Baseline
-from search.study import load_study
+from search.study import Study
 from search.workbench import Workbench
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
@@ -152,12 +152,12 @@ class StudyCase:
     """A study with real evaluations, none of which is made twice.
 
     Args:
-        name: of the study, or its file.
+        study: the question.
         record: of its evaluations.
     """
 
-    def __init__(self, name: str, record: Record) -> None:
-        self._bench = Workbench(load_study(name), lambda *_: None)
+    def __init__(self, study: Study, record: Record) -> None:
+        self._bench = Workbench(study, lambda step, done, total: print(f"{step}: {done}/{total}", flush=True))
         self._record = record
         if record.baseline is None:
             record.baseline = measure_baseline(self._bench).to_dict()

@@ -18,7 +18,10 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
+from search.budget import Budget
+from search.request import Request
 from search.samplers import sampler
+from search.study import Study
 from studies.benchmarks.markdown import print_table
 from studies.benchmarks.sampler_problems import Case, Record, StudyCase, SyntheticCase
 from studies.benchmarks.synthetic import Setting
@@ -175,8 +178,8 @@ def _tight(seeds: int, arms: Mapping[str, int]) -> None:
     print_table(["limit", "sampler", "first version within the limits, by seed"], rows)
 
 
-def _study(name: str, record: Record, arms: Mapping[str, int], seeds: int) -> dict[str, list[Trace]]:
-    case = StudyCase(name, record)
+def _study(study: Study, record: Record, arms: Mapping[str, int], seeds: int) -> dict[str, list[Trace]]:
+    case = StudyCase(study, record)
 
     def keep(arm: str, seed: int, trace: Trace) -> None:
         record.runs.setdefault(arm, {})[str(seed)] = {
@@ -220,6 +223,9 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="their names, each with =TRIALS where it takes fewer")
     parser.add_argument("--record", type=Path, help="of a study's evaluations")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--budget", help="another than the study's, as for the search")
+    parser.add_argument("--weights", help="of the study's network, as for the search")
+    parser.add_argument("--data", help="of the study, as for the search")
     given = parser.parse_args()
     named = [name.partition("=") for name in given.arms.split(",")]
     arms = {name: int(trials or given.trials) for name, _, trials in named}
@@ -235,7 +241,9 @@ def main() -> None:
     elif given.what == "redraw":
         found = _recorded(Record(given.record))
     else:
-        found = _study(given.what, Record(given.record), arms, given.seeds)
+        budget = Budget.parse(given.budget.split(",")) if given.budget else None
+        study = Request(study=given.what, budget=budget, weights=given.weights, data=given.data).to_study()
+        found = _study(study, Record(given.record), arms, given.seeds)
     print_hypervolumes(found)
     print_verdict(found)
     if given.plot:
