@@ -104,12 +104,16 @@ class Belief:
         return lambda rows: drawn(self.features(rows)) + (formula(rows) if formula else 0.0)
 
     def means_and_deviations(self, rows: Array) -> tuple[Array, Array]:
-        """Returns what is expected, and its standard deviation, `(n,)` each."""
+        """Returns what a measurement is expected to be, and its standard deviation, `(n,)` each.
+
+        The deviation is that of a measurement, with its own error: versions are feasible, or not, as they are measured.
+        """
         known = self.formula(rows) if self.formula else np.zeros(len(rows))
         if self.surrogate is None:
             return known + self.constant, np.full(len(rows), self.doubt)
         means, deviations = self.surrogate.means_and_deviations(self.features(rows))
-        return known + means, deviations
+        errors = self.surrogate.error * self.scale.doubts(known + means)
+        return known + means, np.hypot(deviations, errors)
 
 
 @dataclass(frozen=True)

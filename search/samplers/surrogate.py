@@ -93,6 +93,7 @@ class Surrogate:
         predicted: each measurement told from all others, `(n,)`.
         target: the measurements without mean and scale.
         noise: variances of their errors, on that scale.
+        error: standard deviation of a measurement's own error, as a share of the doubts that `fit` was given.
     """
 
     kernel: _Kernel
@@ -106,6 +107,7 @@ class Surrogate:
     predicted: Array
     target: Array
     noise: Array
+    error: float
 
     def means(self, columns: Array) -> Array:
         """Returns what is expected of rows with these columns, `(m,)`."""
@@ -150,7 +152,8 @@ def fit(columns: Array, values: Array, doubts: Array) -> Surrogate:
         values: that were measured, `(n,)`.
         doubts: standard deviations of them in any unit: errors count in multiples of them.
     """
-    relative = doubts / np.exp(np.mean(np.log(doubts)))
+    usual = np.exp(np.mean(np.log(doubts)))
+    relative = doubts / usual
     weights = 1 / relative**2
     mean = float(np.average(values, weights=weights))
     scale = float(np.sqrt(np.average((values - mean) ** 2, weights=weights))) or 1.0
@@ -159,7 +162,7 @@ def fit(columns: Array, values: Array, doubts: Array) -> Surrogate:
     lengths = np.diag(inner).copy()
     distances = lengths[:, None] + lengths[None, :] - 2 * inner
     reach = float(np.median(distances[np.triu_indices(len(values), 1)])) or 1.0
-    best: tuple[float, _Kernel, Array, Array, Array] | None = None
+    best: tuple[float, float, _Kernel, Array, Array, Array] | None = None
     for form in FORMS:
         kernel = _Kernel(form, float(lengths.mean()) or 1.0, reach)
         covariance = kernel(inner, lengths, lengths)
@@ -169,11 +172,12 @@ def fit(columns: Array, values: Array, doubts: Array) -> Surrogate:
             errors = (inverse @ target) / np.diag(inverse)
             error = float(np.mean((errors / relative) ** 2))
             if best is None or error < best[0]:
-                best = (error, kernel, inverse, errors, variances)
+                best = (error, noise, kernel, inverse, errors, variances)
     assert best is not None
-    _, kernel, inverse, errors, variances = best
+    _, noise, kernel, inverse, errors, variances = best
     expected = 1 / np.diag(inverse)
     spread = float(np.sqrt(np.median(errors**2 / expected) / 0.455))  # the median of a squared normal number
+    spread = min(max(spread, 0.1), 10.0)
     return Surrogate(
         kernel,
         columns,
@@ -182,10 +186,11 @@ def fit(columns: Array, values: Array, doubts: Array) -> Surrogate:
         inverse,
         mean,
         scale,
-        min(max(spread, 0.1), 10.0),
+        spread,
         mean + scale * (target - errors),
         target,
         variances,
+        float(spread * scale * np.sqrt(noise) / usual),
     )
 
 
