@@ -91,16 +91,11 @@ class Belief:
             return known + self.constant
         return known + self.surrogate.means(self.features(rows))
 
-    def draw(self, rng: np.random.Generator, boldness: float = 1.0) -> Callable[[Array], Array]:
-        """Returns one of the functions of rows that agree with what was measured, on the scale.
-
-        Args:
-            rng: draws it.
-            boldness: how far from what is expected, in multiples of how far it should be.
-        """
+    def draw(self, rng: np.random.Generator) -> Callable[[Array], Array]:
+        """Returns one of the functions of rows that agree with what was measured, on the scale."""
         if self.surrogate is None:
             return self.means
-        drawn, formula = self.surrogate.draw(rng, boldness), self.formula
+        drawn, formula = self.surrogate.draw(rng), self.formula
         return lambda rows: drawn(self.features(rows)) + (formula(rows) if formula else 0.0)
 
     def means_and_deviations(self, rows: Array) -> tuple[Array, Array]:
@@ -140,11 +135,11 @@ class Beliefs:
             tuple(belief.means for belief in self.objectives), tuple(belief.means for belief in self.others.values())
         )
 
-    def draw(self, rng: np.random.Generator, boldness: float = 1.0) -> Functions:
+    def draw(self, rng: np.random.Generator) -> Functions:
         """Returns functions of rows that agree with what was measured, each drawn at random."""
         return Functions(
-            tuple(belief.draw(rng, boldness) for belief in self.objectives),
-            tuple(belief.draw(rng, boldness) for belief in self.others.values()),
+            tuple(belief.draw(rng) for belief in self.objectives),
+            tuple(belief.draw(rng) for belief in self.others.values()),
         )
 
     @property

@@ -27,8 +27,6 @@ PROPOSAL = "front:proposal"
 """The system attribute of a trial that says what proposed it, and what was expected of it."""
 ALONE = "evolution"
 """Proposes where surrogates tell too little."""
-BOLD = 0.5
-"""Where no version is feasible yet, draws are so far from what is expected, in multiples of how far they should be."""
 _KNOWN = 100
 """Evolution on surrogates begins with so many of the best rows that were measured, and as many changed ones."""
 
@@ -148,13 +146,14 @@ class FrontSampler(BaseSampler):
         observed = _observed(trials, codec, study, meaning)
         if len(observed.rows) < self._startup:
             return [_Proposal(_fresh(codec.random(32, self._rng), observed)[0], "random")]
-        batch = max(4, len(observed.rows) // 40)
+        explored = int(observed.is_feasible.any())  # before any version is feasible, functions that are drawn explore
+        batch = max(4 if explored else 2, len(observed.rows) // 40)
         beliefs = believe(observed, codec, meaning)
         self.errors = beliefs.errors
         self.foresight = foresight(trials, observed, codec)
         parents = _best(observed, beliefs)
         are_bad = beliefs.are_bad
-        chosen = [] if are_bad else self._by_surrogates(observed, beliefs, codec, meaning, parents, batch - 1)
+        chosen = [] if are_bad else self._by_surrogates(observed, beliefs, codec, meaning, parents, batch - explored)
         children = (
             mutated(parents[self._rng.integers(0, min(len(parents), 20), 32)], codec, self._rng, 2.0)
             if chosen
@@ -207,7 +206,7 @@ class FrontSampler(BaseSampler):
         """
         chosen: list[_Proposal] = []
         for number in range(count):
-            functions = beliefs.draw(self._rng, BOLD) if number else beliefs.expected
+            functions = beliefs.draw(self._rng) if number else beliefs.expected
             pool = self._evolved(functions, codec, parents, box)
             safest = np.argsort(box.worst(functions, pool), kind="stable")
             fresh = _fresh(pool[safest], observed, [each.row for each in chosen], at_least_one=False)

@@ -121,8 +121,8 @@ class Surrogate:
         variance = np.maximum(own - np.einsum("ij,jk,ik->i", across, self.inverse, across, optimize=True), 1e-9)
         return self.mean + self.scale * (across @ self.weights), self.spread * self.scale * np.sqrt(variance)
 
-    def draw(self, rng: np.random.Generator, boldness: float = 1.0) -> Callable[[Array], Array]:
-        """Returns one of the functions of columns that agree with what was measured, `boldness` times as far off.
+    def draw(self, rng: np.random.Generator) -> Callable[[Array], Array]:
+        """Returns one of the functions of columns that agree with what was measured.
 
         Source: Wilson et al., Efficiently Sampling Functions from Gaussian Process Posteriors, 2020.
         """
@@ -133,7 +133,7 @@ class Surrogate:
         def drawn(columns: Array) -> Array:
             across = self._covariance(columns)
             off = prior(columns) + across @ update
-            return self.mean + self.scale * (across @ self.weights + boldness * self.spread * off)
+            return self.mean + self.scale * (across @ self.weights + self.spread * off)
 
         return drawn
 
