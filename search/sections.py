@@ -91,6 +91,24 @@ class SkipsSection(FittingSection):
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
 
 
+class MasksSection(FittingSection):
+    """Which method decides, for each image, what of a block is computed, and how the network is trained with it.
+
+    `blocks` is "all" residual ones, or their paths. Gates are trained towards `keep` of the network's FLOPs, their own
+    included: `weight` is how much that counts, and `bounds` how much each gate is held to the same share at first.
+    `distillation` is the share of the network as it was in the loss.
+    """
+
+    method: Literal["dgnet", "dynconv", "cgnet", "lccl", "dgc"] | None = None
+    blocks: Literal["all"] | tuple[str, ...] = "all"
+    keep: Share = 0.55
+    weight: Annotated[float, Field(ge=0)] = 20.0
+    bounds: Annotated[float, Field(ge=0)] = 1.0
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    epochs: Annotated[float, Field(gt=0)] = 10
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+
+
 class FramesSection(Section):
     """That inputs are the frames of a stream; one that hardly differs from the last key frame may get its answer.
 

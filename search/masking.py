@@ -1,0 +1,154 @@
+"""Training a network once more, with masks in its residual blocks."""
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from evaluators.data import Splits
+from evaluators.masked_flops import MaskedFlops
+from search.progress import Progress
+from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
+from search.recovery.distillation import distillation_loss
+from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.sections import MasksSection
+from spaces.masks import mask_class
+from spaces.masks.gate import Noise
+from spaces.masks.mask import Mask, each_opened, insert_masks, masks_of, needed
+from spaces.masks.sites import find_sites
+
+_TEMPERATURE = 2.0
+"""Softens the teacher's answers and the learner's."""
+_DESCENT = 0.3
+"""The share of a training in which the FLOPs that are asked for fall from all to what is wanted."""
+_QUIET = 0.7
+"""From this share of a training on, decisions have no noise: it learns what is deployed."""
+_RELAX = 6.0
+"""How fast the bounds of single gates widen: DGNet's 0.02 an epoch, over its 300."""
+_IMAGES = 2_000
+"""Training images that batch statistics are measured on, with hard decisions."""
+
+
+def with_masks(trunk: nn.Module, masks: MasksSection, image: Tensor) -> nn.Module:
+    """Returns a copy of the trunk with untrained masks in its blocks.
+
+    Args:
+        trunk: in evaluation mode.
+        masks: which method, and where.
+        image: one input, `(1, c, h, w)`.
+
+    Raises:
+        StructureError: there is no block for a mask, or a named one is none.
+    """
+    assert masks.method is not None
+    torch.manual_seed(masks.seed)
+    trunk = copy.deepcopy(trunk).eval()
+    sites = find_sites(trunk, image, None if masks.blocks == "all" else masks.blocks)
+    return insert_masks(trunk, sites, mask_class(masks.method), masks.keep)
+
+
+def train_masks_once(
+    network: nn.Module,
+    plain: nn.Module,
+    data: Splits,
+    masks: MasksSection,
+    augment: Augment | None,
+    file: Path,
+    progress: Progress,
+) -> None:
+    """Trains a network with its masks, or loads what an earlier call came to.
+
+    Args:
+        network: with untrained masks.
+        plain: the same without them.
+        data: of which the training images are used.
+        masks: how.
+        augment: varies images.
+        file: for the result.
+        progress: told how far it is.
+
+    Raises:
+        DivergedError: the loss is not finite for the second time.
+    """
+    if load_weights(network, file):
+        network.eval()
+        return
+    batches = TrainingBatches(data.train, masks.batch, masks.seed, augment)
+    checkpoint = file.with_suffix(".partial.pt")
+    told = lambda done, total: progress("Training the network with its masks, once", done, total)  # noqa: E731
+    train_masks(network, plain, batches, masks, checkpoint, told)
+    recalibrate_batch_norm(network, recovery_images(data.train, _IMAGES))
+    save(network.state_dict(), file)
+
+
+def train_masks(
+    network: nn.Module,
+    plain: nn.Module,
+    batches: TrainingBatches,
+    masks: MasksSection,
+    checkpoint: Path | None = None,
+    report: Report = lambda _done, _total: None,
+) -> Fitted:
+    """Trains a network with masks: on labels, on what it answered without them, and towards the wanted FLOPs.
+
+    Source: Li et al., Dynamic Dual Gating Neural Networks, 2021 (bounded FLOPs loss), made for short trainings from a
+    trained network on: what is asked for falls from all FLOPs, and the noise of decisions ends before the training.
+
+    Raises:
+        DivergedError: the loss is not finite for the second time.
+    """
+    image = torch.from_numpy(batches.data.images[:1])
+    flops = MaskedFlops(plain, network, image)
+    teacher = copy.deepcopy(plain).eval() if masks.distillation > 0 else None
+    inside = masks_of(network)
+
+    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:
+        noise = Noise(generator, max(0.0, 1 - done / _QUIET))
+        for mask in inside:
+            mask.go_on(done)
+            for gate in mask.gates:
+                gate.noise = noise
+        with fast_arithmetic():
+            with torch.no_grad():
+                answers = teacher(images).float() if teacher else torch.empty(0)
+            logits = network(images).float()
+        loss = distillation_loss(logits, answers, labels, masks.distillation, _TEMPERATURE)
+        share = flops.per_image(needed(inside)).mean() / flops.dense
+        wanted = 1 - (1 - masks.keep) * min(1.0, done / _DESCENT)
+        loss = loss + masks.weight * flops_loss(share, wanted) + masks.bounds * bounds_loss(inside, wanted, done)
+        loss.backward()
+        return float(loss.detach())
+
+    fitted = fit(network, step, batches, masks, checkpoint, report)
+    for mask in inside:
+        mask.go_on(1.0)
+        for gate in mask.gates:
+            gate.noise = None
+    return fitted
+
+
+def flops_loss(share: Tensor, wanted: float) -> Tensor:
+    """Returns the squared distance of the share of FLOPs from the wanted one."""
+    return (share - wanted) ** 2
+
+
+def bounds_loss(masks: list[Mask], wanted: float, done: float) -> Tensor:
+    """Returns how far gates are open beyond what they may be: all alike at first, as they like at the end.
+
+    With gates that multiply each may be open for the root of the wanted share.
+
+    Args:
+        masks: after a forward.
+        wanted: share of the FLOPs.
+        done: the share of the training that is behind.
+    """
+    slack = math.exp(-_RELAX * done)
+    losses = []
+    for mask, _, opened in each_opened(masks):
+        alike = wanted ** (1 / mask.factors)
+        low, high = slack * alike, 1 - slack + slack * alike
+        mean = opened.mean()
+        losses.append(torch.relu(low - mean) ** 2 + torch.relu(mean - high) ** 2)
+    return torch.stack(losses).mean() if losses else torch.zeros(())
