@@ -1,4 +1,4 @@
-"""Dynamic group convolution: each group of a convolution's outputs reads the input channels that count for this image."""
+"""Dynamic group convolution: each group of outputs reads the input channels that count for this image."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -39,6 +39,11 @@ class _Saliency(nn.Module):
         told: Tensor = self.clamp(self.tell(self.relu(self.reduce(self.pool(features)))))
         return told
 
+    def give(self, value: float) -> None:
+        """Makes every channel count alike, whatever the input."""
+        nn.init.zeros_(self.tell.weight)
+        nn.init.constant_(self.tell.bias, value)  # type: ignore[arg-type]
+
 
 class GroupMask(Mask):
     """Each convolution's outputs are divided into heads, and each head reads the channels of the highest saliency.
@@ -53,7 +58,7 @@ class GroupMask(Mask):
     def __init__(self, site: Site, keep: float) -> None:
         super().__init__(site, keep)
         self._gated = [conv for conv in site.convs if conv.groups == 1 and conv.outputs % HEADS == 0]
-        self.heads = nn.ModuleList([nn.ModuleList([_Saliency(c.inputs) for _ in range(HEADS)]) for c in self._gated])
+        self.heads = nn.ModuleList([_Saliency(conv.inputs) for conv in self._gated for _ in range(HEADS)])
         self.share = keep
 
     def attach(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -68,8 +73,13 @@ class GroupMask(Mask):
         described, features = self._gated[number], args[0]
         kept = self._kept(described)
         self.needed[described.path] = constant(kept / described.inputs, features)
-        chosen = [_highest(saliency(features), kept).to(features.dtype) for saliency in self.heads[number]]
+        chosen = [_highest(saliency(features), kept).to(features.dtype) for saliency in self._heads(number)]
         return (torch.cat([features * each for each in chosen], dim=1),)
+
+    def _heads(self, number: int) -> list[_Saliency]:
+        """Returns the heads of one convolution."""
+        heads = [head for head in self.heads if isinstance(head, _Saliency)]
+        return heads[number * HEADS : (number + 1) * HEADS]
 
     def _kept(self, conv: Conv) -> int:
         return max(1, round(self.share * conv.inputs))
@@ -83,9 +93,9 @@ class GroupMask(Mask):
         """Lets every head read every channel as it is."""
         self.share = 1.0
         with torch.no_grad():
-            for saliency in (each for heads in self.heads for each in heads):
-                saliency.tell.weight.zero_()
-                saliency.tell.bias.fill_(1.0)
+            for number in range(len(self._gated)):
+                for saliency in self._heads(number):
+                    saliency.give(1.0)
 
     def close(self) -> None:
         """Leaves every head one channel."""
@@ -94,5 +104,6 @@ class GroupMask(Mask):
 
 def _highest(saliency: Tensor, count: int) -> Tensor:
     """Returns the highest numbers of each image as they are, and 0 in place of the others, `(n, c, 1, 1)`."""
-    least = torch.topk(saliency, count, dim=1).values[:, -1:]
-    return saliency * (saliency >= least).to(saliency.dtype)
+    places = torch.topk(saliency, count, dim=1).indices
+    chosen = torch.zeros_like(saliency).scatter(1, places, 1.0)  # exactly so many, where some are alike too
+    return saliency * chosen

@@ -91,6 +91,6 @@ class _Reads:
             self._stride,
             self._padding,
             rest,
-            dilation=self._dilation,  # type: ignore[arg-type]
+            dilation=self._dilation,
         )
         return read.clamp(max=1.0)

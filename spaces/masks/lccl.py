@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from spaces.masks.gate import Gate
@@ -62,7 +61,8 @@ class CollaborativeMask(Mask):
         values, opened = self.beside[number](args[0])
         self.needed[self.site.convs[number].path] = share = average(opened)
         self.opened[f"outputs{number}"] = share
-        return out * values.to(out.dtype)
+        multiplied: Tensor = out * values.to(out.dtype)
+        return multiplied
 
     def open(self) -> None:
         """Makes every low-cost layer give 1."""
@@ -73,7 +73,7 @@ class CollaborativeMask(Mask):
         self._give(-1.0)
 
     def _give(self, value: float) -> None:
-        with torch.no_grad():
-            for layer in self.beside:
-                layer.norm.weight.zero_()
-                layer.norm.bias.fill_(value)
+        for layer in self.beside:
+            assert isinstance(layer, _Collaborative)
+            nn.init.zeros_(layer.norm.weight)
+            nn.init.constant_(layer.norm.bias, value)

@@ -1,4 +1,4 @@
-"""What masks of every kind have in common: they sit in a residual block, and tell what share of each layer they need."""
+"""What masks of every kind have in common: they sit in a residual block, and tell what of it an image needs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -38,7 +38,7 @@ class Mask(nn.Module):
         self.opened: dict[str, Tensor] = {}
         """The share of each kind of gate that is open, `(n,)`."""
 
-    def attach(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    def attach(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:  # noqa: ARG002  for subclasses
         """Hangs the mask on its block.
 
         Args:

@@ -76,7 +76,7 @@ def train_method(ground: Ground, method: str, keep: float, epochs: float, rate: 
     """Returns the network with a method's gates, trained now or loaded."""
     file, image = ground.file(method, keep), torch.from_numpy(ground.data.calibration.images[:1])
     begin, is_new = time.perf_counter(), not file.is_file()
-    tell = lambda step, done, total: print(f"{method}: {done}/{total}", flush=True)  # noqa: E731
+    tell = lambda _step, done, total: print(f"{method}: {done}/{total}", flush=True)  # noqa: E731
     if method == PLAIN:
         network = ExitNetwork(_trained_plainly(ground, file, epochs, rate), (), ())
     elif method in SKIPS:
@@ -204,7 +204,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     study = Request(study="cifar10", weights=given.weights, data=given.data).to_study()
-    loaded, built = prepare(study, False, lambda *_: None, print)
+    loaded, built = prepare(study, False, lambda *_: None, lambda text: print(text))
     given.keep.mkdir(parents=True, exist_ok=True)
     augment = augmentation(study.data.augment) if study.data.augment else None
     ground = Ground(built.network.eval(), loaded.splits, augment, given.keep)
