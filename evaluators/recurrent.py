@@ -78,7 +78,7 @@ class StepLoop:
     Args:
         network: in evaluation mode.
         skips: what tells which updates are made: a Skip RNN of the network, or a predictor; all are, without.
-        threshold: of the predictor: an update is made where its logit is at least so much.
+        threshold: of the predictor: an update is made where it tells at least so much.
     """
 
     def __init__(

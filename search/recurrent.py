@@ -21,7 +21,7 @@ class Sequences:
 
     Args:
         steps: `(n, steps, features)`.
-        labels: `(n,)`.
+        labels: `(n,)`; or what else is to be told of each.
     """
 
     steps: Tensor
@@ -62,7 +62,8 @@ def train_skip_rnn(network: SkipRnn, data: Sequences, training: Training, cost: 
 
     def loss(steps: Tensor, labels: Tensor) -> Tensor:
         logits, updates = network(steps)
-        return F.cross_entropy(logits, labels) + cost * updates.sum(dim=1).mean()
+        total: Tensor = F.cross_entropy(logits, labels) + cost * updates.sum(dim=1).mean()
+        return total
 
     _fit(network, data, training, loss)
 
@@ -70,40 +71,30 @@ def train_skip_rnn(network: SkipRnn, data: Sequences, training: Training, cost: 
 def train_predictor(
     predictor: SkipPredictor, network: RecurrentClassifier, data: Sequences, training: Training
 ) -> None:
-    """Trains a predictor in place on which updates a frozen classifier can do without."""
-    examples = updates_needed(network, data)
-    _fit(predictor, examples, training, lambda both, needed: _binary(predictor(both), needed))
+    """Trains a predictor in place on how far updates move the state of a frozen classifier."""
+    examples = state_movements(network, data, torch.Generator().manual_seed(training.seed))
+    _fit(predictor, examples, training, lambda both, moved: F.mse_loss(predictor(both)[:, 0], moved))
 
 
-def updates_needed(network: RecurrentClassifier, data: Sequences) -> Sequences:
-    """Returns each step's input and the state before it, side by side, and whether the update there is needed.
+def state_movements(network: RecurrentClassifier, data: Sequences, generator: torch.Generator) -> Sequences:
+    """Returns each step's input and the state before it, side by side, and how far the update would move the state.
 
-    It is, where leaving out this one alone changes the answer, or lowers the logit of the answer against the next best
-    by more than half. The first update is always made, so it is no example.
+    Each sequence leaves out updates at random, at a rate of its own, so that there are states as they are where updates
+    have been left out: the longer ago the last one was, the farther the next one moves. Distances are logarithms, in
+    standard deviations from their mean. The first update is always made, so it is no example.
     """
+    state, both, moved = network.begin(data.steps), [], []
+    rates = 0.8 * torch.rand(len(data.labels), 1, generator=generator)
     with torch.no_grad():
-        states = network.states(data.steps)
-        whole = network.classifier(states[:, -1])
-        both, needed = [], []
-        for number in range(1, data.steps.shape[1]):
-            state = states[:, number]
-            both.append(torch.cat([data.steps[:, number], state], dim=1))
-            for later in data.steps[:, number + 1 :].unbind(dim=1):
-                state = network.cell(later, state)
-            needed.append(_margin(network.classifier(state), whole) < 0.5 * _margin(whole, whole))
-    return Sequences(torch.cat(both), torch.cat(needed).long())
-
-
-def _margin(logits: Tensor, whole: Tensor) -> Tensor:
-    """Returns by how much the answer that `whole` gives leads all others, `(n,)`."""
-    answer = whole.argmax(dim=1, keepdim=True)
-    others = logits.scatter(1, answer, -torch.inf).amax(dim=1)
-    return logits.gather(1, answer)[:, 0] - others
-
-
-def _binary(logits: Tensor, needed: Tensor) -> Tensor:
-    loss: Tensor = F.binary_cross_entropy_with_logits(logits[:, 0], needed.float())
-    return loss
+        for number, step in enumerate(data.steps.unbind(dim=1)):
+            after = network.cell(step, state)
+            if number:
+                both.append(torch.cat([step, state], dim=1))
+                moved.append((after - state).norm(dim=1).clamp(min=1e-6).log())
+            left_out = (torch.rand(rates.shape, generator=generator) < rates).float() if number else 0.0
+            state = left_out * state + (1 - left_out) * after
+    distances = torch.cat(moved)
+    return Sequences(torch.cat(both), (distances - distances.mean()) / distances.std())
 
 
 def _fit(network: nn.Module, data: Sequences, training: Training, loss: Callable[[Tensor, Tensor], Tensor]) -> None:

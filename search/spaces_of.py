@@ -11,6 +11,7 @@ from spaces.criteria import Evidence, criterion
 from spaces.gates import GateSpace
 from spaces.groups import Groups
 from spaces.joint import JointSpace
+from spaces.masks.mask import masks_of
 from spaces.network import ExitNetwork
 from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
 from spaces.precision import PrecisionSpace
@@ -59,20 +60,21 @@ def space_of(
     return JointSpace(
         SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
         PrecisionSpace(layers, able.precisions, storage=[each for each in study.space.storage if each in able.storage]),
-        _gates(study, exits, network.skip_blocks),
+        _gates(study, exits, network),
         PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
     )
 
 
-def _gates(study: Study, exits: Sequence[str], skips: Sequence[str]) -> GateSpace:
+def _gates(study: Study, exits: Sequence[str], network: ExitNetwork) -> GateSpace:
     """Returns the gates; beside frames of a stream, which decide who reaches the exits, all thresholds are searched."""
     grid = study.space.lowest_threshold, study.space.threshold_step
-    frames = study.frames
+    frames, skips = study.frames, network.skip_blocks
+    masks = [mask.site.block for mask in masks_of(network) if mask.moves]
     if frames is None:
-        return GateSpace(exits, *grid, solved=study.exits.thresholds == "solved", skips=skips)
+        return GateSpace(exits, *grid, solved=study.exits.thresholds == "solved", skips=skips, masks=masks)
     steps = max(round(frames.highest_threshold / frames.threshold_step), 1)
     highest = round(steps * frames.threshold_step, 6)
-    return GateSpace(exits, *grid, frames=Real(0.0, highest, frames.threshold_step), skips=skips)
+    return GateSpace(exits, *grid, frames=Real(0.0, highest, frames.threshold_step), skips=skips, masks=masks)
 
 
 def runnable(study: Study, target: Runtime) -> Study:
@@ -100,6 +102,11 @@ def left_out(study: Study, library: Runtime, target: Target, space: JointSpace) 
         found = [f"pattern {TWO_OF_FOUR} is left out: {where.format('sparse kernels')}", *found]
     if runnable(study, library).skips != study.skips:
         found.append(f"[skips] is left out: {target.runtime} does not skip blocks at batch {target.batch}")
+    if study.masks.method:
+        found.append(
+            f"[masks] save FLOPs only: {target.runtime} computes what is masked too, and the masks beside it;"
+            " ask for FLOPs in --budget to use them"
+        )
     if space.gates.exits and study.exits.thresholds == "solved" and not space.gates.solved:
         found.append("thresholds of exits are searched, not solved: frames of a stream decide who reaches them")
     return found

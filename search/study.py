@@ -16,6 +16,7 @@ from search.sections import (
     ExitsSection,
     FittingSection,
     FramesSection,
+    MasksSection,
     Positive,
     Section,
     Share,
@@ -213,6 +214,7 @@ class Study(Section):
     training: TrainingSection | None = None
     exits: ExitsSection = ExitsSection()
     skips: SkipsSection = SkipsSection()
+    masks: MasksSection = MasksSection()
     space: SpaceSection = SpaceSection()
     quantization: QuantizationSection = QuantizationSection()
     frames: FramesSection | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from evaluators.data import LabelledImages, Splits
 from search.cache import cache_folder
 from search.exits import train_exits
+from search.masking import train_masks_once, with_masks
 from search.objects import call, load, source_of
 from search.progress import Progress
 from search.recovery.fitting import Augment, Fitted, TrainingBatches, fast_arithmetic, fit, load_weights, save
@@ -47,6 +48,10 @@ def trained_network(study: Study, built: Built, data: Splits, progress: Progress
     if training and not load_weights(trunk, trunk_file):
         train(trunk, data.train, training, augment, trunk_file.with_suffix(".partial.pt"), progress)
         save(trunk.state_dict(), trunk_file)
+    if study.masks.method:
+        key = _digest(key, study.masks.model_dump_json())
+        file = folder / f"{study.name}-masks-{key}.pt"
+        trunk = _with_trained_masks(trunk, study, data, augment, file, progress)
     gates: Mapping[str, nn.Module] = {}
     if blocks.gated:
         key = _digest(key, study.skips.model_dump_json(), *blocks.gated)
@@ -63,6 +68,20 @@ def trained_network(study: Study, built: Built, data: Splits, progress: Progress
         train_exits(network, data, study.exits, augment, seed, checkpoint, progress)
         save(part.state_dict(), exits_file)
     return network.eval()
+
+
+def _with_trained_masks(
+    trunk: nn.Module, study: Study, data: Splits, augment: Augment | None, file: Path, progress: Progress
+) -> nn.Module:
+    if study.skips.blocks:
+        raise StudyError("blocks have masks or may be skipped, got [masks] and [skips]; leave one of them out")
+    if study.exits.training == "joint":
+        raise StudyError(
+            "exits behind masks are trained on the frozen trunk, got [exits] training = 'joint'; leave it out"
+        )
+    masked = with_masks(trunk, study.masks, torch.from_numpy(data.calibration.images[:1]))
+    train_masks_once(masked, trunk, data, study.masks, augment, file, progress)
+    return masked
 
 
 def augmentation(reference: str) -> Augment:

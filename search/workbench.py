@@ -45,6 +45,7 @@ from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import FRAMES, Candidate
 from spaces.grouping import find_groups
 from spaces.groups import ChannelGroup
+from spaces.masks.mask import move_masks
 from spaces.network import ExitNetwork
 
 StopEarly = Callable[[Mapping[str, Measurement]], bool]
@@ -267,10 +268,10 @@ class Workbench:
         if self._is_slice(candidate):
             self.recovery.recover(network, candidate.channels, candidate.patterns)
         if more is not None and self.is_pruned(candidate):
-            images = recovery_images(self.data.train, self.study.recovery.images)
-            source = self.recovery.source
-            finetune_kept(self.ground, network, candidate.channels, more, images, start, candidate.patterns, source)
+            images, kept = recovery_images(self.data.train, self.study.recovery.images), candidate.channels
+            finetune_kept(self.ground, network, kept, more, images, start, candidate.patterns, self.recovery.source)
             start += more.model_dump_json()
+        move_masks(network, candidate.masks)  # weights that were kept have the thresholds of another version
         int8, qat = self.ground.int8, self.study.recovery.qat
         if int8 is None or qat is None or not self._trains_int8(candidate, more):
             return Compressed(network)
@@ -343,7 +344,7 @@ class Workbench:
 
     def compressed(self, candidate: Candidate, more: FinetuneSection | None = None) -> Compressed:
         """Returns the candidate's network, recovered; the same again where only thresholds are others."""
-        key = (replace(candidate, thresholds={}), more)
+        key = (replace(candidate, thresholds=candidate.mask_thresholds), more)
         if self._last is None or self._last[0] != key:
             self._last = key, self._compress(candidate, more)
         return self._last[1]

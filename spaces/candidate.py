@@ -16,6 +16,8 @@ ALWAYS_RUN = -4.0
 """The threshold that turns a gate off: its block is always run, and the gate is not even part of the artifact."""
 SKIP = "skip."
 """What a gate's threshold is called, followed by its block's path."""
+MASK = "mask."
+"""What a mask's threshold is called, followed by its block's path; at `ALWAYS_RUN` all of the block is computed."""
 FRAMES = "frames"
 """The gate that lets a frame of a stream be answered as the last key frame was; it is no exit, and 0 turns it off."""
 
@@ -48,10 +50,24 @@ class Candidate:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
+    def exits(self) -> list[str]:
+        """The exits of the network, whether they can fire or not: what has a threshold and is no other gate."""
+        return [name for name in self.thresholds if name != FRAMES and not name.startswith((SKIP, MASK))]
+
+    @property
+    def masks(self) -> dict[str, float]:
+        """The blocks with masks, by their paths, each with the logit from which its gates are open."""
+        return {name.removeprefix(MASK): value for name, value in self.mask_thresholds.items()}
+
+    @property
+    def mask_thresholds(self) -> dict[str, float]:
+        """The thresholds of masks: part of the network in torch, as channels are, where others are of the runtime."""
+        return {name: value for name, value in self.thresholds.items() if name.startswith(MASK)}
+
+    @property
     def active_exits(self) -> tuple[str, ...]:
         """The exits that can fire, in order of depth."""
-        exits = [name for name in self.thresholds if name != FRAMES and not name.startswith(SKIP)]
-        names = sorted(exits, key=lambda name: (len(name), name))  # exit2 before exit10
+        names = sorted(self.exits, key=lambda name: (len(name), name))  # exit2 before exit10
         return tuple(name for name in names if self.thresholds[name] < NEVER_EXIT)
 
     @property

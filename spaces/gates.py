@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from spaces.candidate import ALWAYS_RUN, FRAMES, NEVER_EXIT, OPEN_EXIT, SKIP
+from spaces.candidate import ALWAYS_RUN, FRAMES, MASK, NEVER_EXIT, OPEN_EXIT, SKIP
 from spaces.space import Dimension, Real, Value
 
 PREFIX = "threshold."
-FRAMES_THRESHOLD, SKIP_THRESHOLD = PREFIX + FRAMES, PREFIX + SKIP
+FRAMES_THRESHOLD, SKIP_THRESHOLD, MASK_THRESHOLD = PREFIX + FRAMES, PREFIX + SKIP, PREFIX + MASK
 TRAINED = 0.0
-"""The logit from which a gate was trained to run its block."""
+"""The logit from which a gate was trained to run its block, or a mask's gates to be open."""
 _HIGHEST, _STEP = 4.0, 0.5
 
 
@@ -26,6 +26,7 @@ class GateSpace:
         solved: whether nobody has to choose the exits' thresholds: they are found for each candidate from what its
             exits say.
         skips: paths of the blocks that may be skipped.
+        masks: paths of the blocks whose masks have a threshold that can be moved.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class GateSpace:
         frames: Real | None = None,
         solved: bool = False,
         skips: Sequence[str] = (),
+        masks: Sequence[str] = (),
     ) -> None:
         self.exits = tuple(exits)
         self.skips = tuple(skips)
+        self.masks = tuple(masks)
         self.lowest = lowest
         self.step = step
         self.frames = frames
@@ -49,7 +52,8 @@ class GateSpace:
         searched = () if self.solved else self.exits
         exits: dict[str, Dimension] = {PREFIX + name: Real(self.lowest, NEVER_EXIT, self.step) for name in searched}
         skips = {SKIP_THRESHOLD + block: Real(ALWAYS_RUN, _HIGHEST, _STEP) for block in self.skips}
-        return exits | skips | ({FRAMES_THRESHOLD: self.frames} if self.frames else {})
+        masks = {MASK_THRESHOLD + block: Real(ALWAYS_RUN, _HIGHEST, _STEP) for block in self.masks}
+        return exits | skips | masks | ({FRAMES_THRESHOLD: self.frames} if self.frames else {})
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Returns the threshold of every gate, rounded to where a sum of steps belongs; open where it is solved."""
@@ -57,8 +61,8 @@ class GateSpace:
         return solved | {name.removeprefix(PREFIX): round(float(values[name]), 6) for name in self.dimensions()}
 
     def closed(self) -> dict[str, float]:
-        """Returns the thresholds at which no exit answers, every block is run and every frame is computed."""
-        skips = {SKIP + block: ALWAYS_RUN for block in self.skips}
+        """Returns the thresholds at which no exit answers, and all of every block and frame is computed."""
+        skips = {SKIP + block: ALWAYS_RUN for block in self.skips} | {MASK + block: ALWAYS_RUN for block in self.masks}
         return dict.fromkeys(self.exits, NEVER_EXIT) | skips | ({FRAMES: 0.0} if self.frames else {})
 
     def as_open(self, threshold: float) -> float:
@@ -69,6 +73,8 @@ class GateSpace:
     @staticmethod
     def idle_layers(name: str, threshold: float) -> str | None:
         """Returns the prefix of the layers that are not deployed at this threshold of a gate; None where all are."""
+        if name.startswith(MASK):
+            return None
         if name.startswith(SKIP):
             return f"skips.{name.removeprefix(SKIP)}." if threshold <= ALWAYS_RUN else None
         return f"exits.{name}." if threshold >= NEVER_EXIT else None

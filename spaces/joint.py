@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from spaces.candidate import ALWAYS_RUN, NEVER_EXIT, Candidate
-from spaces.gates import FRAMES_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace
+from spaces.gates import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace
+from spaces.masks.mask import move_masks
 from spaces.network import ExitNetwork
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PREFIX, PrecisionSpace
@@ -75,11 +76,11 @@ class JointSpace:
 
         Shares are rounded to the nearest step of each group; the threshold to the nearest on offer. It is the exits';
         frames of a stream get one that is as open. Where exits may answer, gates of blocks decide as they were trained
-        to; else every block is run.
+        to, and masks; else all of every block is run.
         """
         values: dict[str, Value] = {}
         for name, dimension in self.dimensions().items():
-            if name.startswith(SKIP_THRESHOLD):
+            if name.startswith((SKIP_THRESHOLD, MASK_THRESHOLD)):
                 values[name] = ALWAYS_RUN if threshold >= NEVER_EXIT else TRAINED
             elif not isinstance(dimension, Choice):
                 opened = self.gates.as_open(threshold) if name == FRAMES_THRESHOLD else threshold
@@ -95,13 +96,16 @@ class JointSpace:
         return JointSpace(self.sparsity, self.precision.without(allowed), self.gates, self.patterns)
 
     def apply(self, network: ExitNetwork, candidate: Candidate) -> ExitNetwork:
-        """Returns the compressed network in torch; precision and thresholds take effect in the artifact.
+        """Returns the compressed network in torch, with masks that open where the candidate says.
+
+        Precision and the other thresholds take effect in the artifact.
 
         Raises:
             ValueError: the candidate does not fit the network.
         """
         smaller = self.sparsity.apply(network, candidate.channels)
         apply_patterns(smaller, candidate.patterns)
+        move_masks(smaller, candidate.masks)
         return smaller
 
 

@@ -26,6 +26,8 @@ def hover(version: Version, dense: Version) -> str:
         lines.append(f"{thresholds}: {exit_shares(accuracy)} leave there")
     if candidate.active_skips:
         lines.append(f"{len(candidate.active_skips)} blocks that an image may pass by")
+    if candidate.masks:
+        lines.append(f"masks in {len(candidate.masks)} blocks: they save FLOPs, and no time")
     return "<br>".join([*lines, *_layer_lines(version, dense)])
 
 

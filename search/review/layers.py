@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from search.front import Version
 from search.text import kept_share
-from spaces.candidate import FRAMES, SKIP, Candidate
+from spaces.candidate import Candidate
 
 COLUMNS = 40
 """A heat map shows at most so many versions."""
@@ -149,8 +149,8 @@ def _lowered(candidate: Candidate, dense: Candidate) -> float:
 
 
 def exit_names(candidate: Candidate) -> list[str]:
-    """Returns the exits of the network, whether they take part or not: what has a threshold and is no other gate."""
-    return [name for name in candidate.thresholds if name != FRAMES and not name.startswith(SKIP)]
+    """Returns the exits of the network, whether they take part or not."""
+    return candidate.exits
 
 
 def left(version: Version) -> list[float]:

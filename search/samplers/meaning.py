@@ -89,7 +89,7 @@ def _structure(bench: Workbench, space: JointSpace, seconds: Mapping[str, float]
     columns = {group.name: place for place, group in enumerate(free)}
     chosen = [precision.PREFIX + name for name in layers]
     reference = next(iter(space.precision.precisions))
-    exits = tuple(name for name in dimensions if name.startswith(gates.PREFIX))
+    exits = tuple(gates.PREFIX + name for name in space.gates.exits if gates.PREFIX + name in dimensions)
     depths = [bench.flops.exits_before(paths[name]) for name in layers]
     return Structure(
         channels=tuple(sparsity.PREFIX + group.name for group in free),

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from spaces.candidate import ALWAYS_RUN
 from spaces.masks.gate import OPEN, SHUT, Gate
 from spaces.masks.sites import Site
 
@@ -93,6 +94,14 @@ def insert_masks(trunk: nn.Module, sites: Sequence[Site], kind: type[Mask], keep
             block, {path: module for path, module in trunk.named_modules() if path.startswith(f"{site.block}.")}
         )
     return trunk.eval()
+
+
+def move_masks(network: nn.Module, thresholds: Mapping[str, float]) -> None:
+    """Lets masks open from other logits on, in place: by their blocks' paths, everything at the lowest on offer."""
+    for mask in masks_of(network):
+        threshold = thresholds.get(mask.site.block)
+        if threshold is not None:
+            mask.move(OPEN if threshold <= ALWAYS_RUN else threshold)
 
 
 def masks_of(network: nn.Module) -> list[Mask]:

@@ -6,8 +6,10 @@ _HIDDEN = 10
 
 
 class SkipPredictor(nn.Module):
-    """Two hidden layers of ten on a step's input and the state before it: the logit of an update being needed.
+    """Two hidden layers of ten on a step's input and the state before it: how far the update would move the state.
 
+    In logarithms, in standard deviations from what is usual: an update is left out where that is below a threshold, and
+    the threshold needs no training.
     Source: Tao et al., Skipping RNN State Updates without Retraining the Original Model, 2019.
 
     Args:
@@ -26,6 +28,6 @@ class SkipPredictor(nn.Module):
         )
 
     def forward(self, both: Tensor) -> Tensor:
-        """Returns logits `(n, 1)` for a step's input and the state before it, side by side, `(n, f + d)`."""
-        logits: Tensor = self.layers(both)
-        return logits
+        """Returns distances `(n, 1)` for a step's input and the state before it, side by side, `(n, f + d)`."""
+        distances: Tensor = self.layers(both)
+        return distances
