@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch_pruning import _helpers, ops
 
 from spaces.groups import Axis, ChannelGroup, Groups, Member, WholeGroup
+from spaces.masks.mask import NAME
 from spaces.network import layer_name
 
 _LOST = "its channels cannot be followed through reshapes"
@@ -67,7 +68,8 @@ def dependency_groups(network: nn.Module, image: Tensor) -> Groups:
         detail = f"{type(error).__name__}: {error}"
     seen = getattr(graph, "module2node", {})
     found, visited = [], set(outputs)
-    for root in order:
+    # A mask decides before its block runs, and yet the channels are the block's.
+    for root in sorted(order, key=lambda layer: NAME in paths[layer].split(".")):
         if root in visited:
             continue
         if root not in seen:

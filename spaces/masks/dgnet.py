@@ -103,7 +103,8 @@ class DualMask(Mask):
 
     def _hide(self, number: int, _conv: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Masks what the convolution of this number gave, before the next one reads it."""
-        positions = spread(self._tiles, self.site.convs[number].size)
+        # The block's output has the same mask, with the gradient of it; and channels that are cut are not tied to it.
+        positions = spread(self._tiles.detach(), self.site.convs[number].size)
         return (args[0] * self._hidden[number].to(args[0].dtype) * positions.to(args[0].dtype),)
 
     def _last(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:

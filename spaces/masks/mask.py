@@ -55,6 +55,10 @@ class Mask(nn.Module):
     def look(self, features: Tensor) -> None:
         """Decides, from the block's input `(n, c, h, w)`."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy takes along: not the gradients of the last forward."""
+        return {name: _detached(value) for name, value in self.__dict__.items()}
+
     @property
     def gates(self) -> list[Gate]:
         """All gates."""
@@ -75,6 +79,19 @@ class Mask(nn.Module):
 
     def go_on(self, done: float) -> None:
         """Is told the share of the training that is behind, 0 to 1."""
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value) is list:
+        return [_detached(each) for each in value]
+    return {name: _detached(each) for name, each in value.items()} if type(value) is dict and _holds(value) else value
+
+
+def _holds(value: dict[Any, Any]) -> bool:
+    """Returns whether a dictionary holds tensors that some forward came to, and no parameters or modules."""
+    return any(isinstance(each, Tensor) and each.grad_fn is not None for each in value.values())
 
 
 def insert_masks(trunk: nn.Module, sites: Sequence[Site], kind: type[Mask], keep: float) -> nn.Module:
