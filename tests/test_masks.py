@@ -54,8 +54,8 @@ class MaskContract:
             for module in mask.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.normal_(module.weight, 0, 0.5)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+                if isinstance(module, nn.Conv2d | nn.BatchNorm2d) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
         return network
 
     def closed(self, site: Site, number: int) -> float:
@@ -209,7 +209,7 @@ class TestCgnet(MaskContract):
     def undecided(network: nn.Module) -> nn.Module:
         for mask in masks_of(network):
             for sums in mask.sums:
-                nn.init.normal_(sums.offset, 0, 1)
+                nn.init.normal_(sums.norm.bias, 0, 1)
         return network
 
     def closed(self, site: Site, number: int) -> float:

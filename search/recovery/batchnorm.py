@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from evaluators.artifact.qdq import Ranges
 from evaluators.data import LabelledImages
 from search.recovery import NO_PATTERNS, NO_RANGES, Ground
+from spaces.masks.mask import masks_of
 from spaces.network import ExitNetwork
 
 BATCH = 64
@@ -45,7 +46,8 @@ def recalibrate_batch_norm(network: nn.Module, images: torch.Tensor) -> None:
     """Replaces the running statistics of every batch normalisation by the cumulative mean over `images`.
 
     Dropped channels shift the mean and variance of what comes after them. Weights stay as they are. Images
-    skip what blocks they will skip.
+    skip what blocks they will skip. Masks decide as they will, but features stay where training leaves them: statistics
+    of positions that are masked away would be those of zeros.
     Source: Li et al., EagleEye, 2020.
     """
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
@@ -54,6 +56,8 @@ def recalibrate_batch_norm(network: nn.Module, images: torch.Tensor) -> None:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
+    for mask in masks_of(network):
+        mask.training = True
     run = network.run_trunk if isinstance(network, ExitNetwork) else network
     with torch.no_grad():
         for batch in torch.split(images, BATCH):
@@ -61,3 +65,5 @@ def recalibrate_batch_norm(network: nn.Module, images: torch.Tensor) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+    for mask in masks_of(network):
+        mask.training = False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spaces.masks.gate import Gate
-from spaces.masks.mask import Mask, average
+from spaces.masks.mask import LogitNorm, Mask, average
 from spaces.masks.sites import Conv, Site
 
 _PARTS = 4
@@ -25,13 +25,12 @@ class _PartialSum(nn.Module):
 
     def __init__(self, conv: Conv) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(conv.outputs, affine=False)
-        self.offset = nn.Parameter(torch.full((1, conv.outputs, 1, 1), _OPEN_BIAS))
+        self.norm = LogitNorm(conv.outputs, _OPEN_BIAS)
         self.gate = Gate(temperature=0.5)
 
     def forward(self, sums: Tensor) -> Tensor:
         """Returns 1 where all channels are needed, in the shape of the partial sums."""
-        decisions: Tensor = self.gate(self.norm(sums) + self.offset)
+        decisions: Tensor = self.gate(self.norm(sums))
         return decisions
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from spaces.masks.gate import Gate
-from spaces.masks.mask import Mask, average, grid_of, spread
+from spaces.masks.mask import LogitNorm, Mask, average, grid_of, spread
 from spaces.masks.sites import Conv, Site
 
 _OPEN_BIAS = 2.0
-"""Gates start with this logit: 88% open."""
+"""Gates start with this mean logit."""
 _REDUCTION = 4
 
 
@@ -29,13 +29,13 @@ class SpatialGate(nn.Module):
         tile = grid_of(site.size)
         self.grid = (-(-site.size[0] // tile), -(-site.size[1] // tile))
         self.pool = nn.AdaptiveAvgPool2d(self.grid)
-        self.conv = nn.Conv2d(site.channels, 1, 3, padding=1)
+        self.conv = nn.Conv2d(site.channels, 1, 3, padding=1, bias=False)
+        self.norm = LogitNorm(1, bias)
         self.gate = Gate()
-        nn.init.constant_(self.conv.bias, bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns decisions on tiles `(n, 1, a, b)` for a block's input."""
-        decisions: Tensor = self.gate(self.conv(self.pool(features)))
+        decisions: Tensor = self.gate(self.norm(self.conv(self.pool(features))))
         return decisions
 
 
@@ -54,22 +54,23 @@ class ChannelGate(nn.Module):
         self.reduce = nn.Conv2d(channels, hidden, 1, bias=False)
         self.norm = nn.BatchNorm2d(hidden)
         self.relu = nn.ReLU()
-        self.decide = nn.Conv2d(hidden, outputs, 1)
+        self.decide = nn.Conv2d(hidden, outputs, 1, bias=False)
+        self.spread = LogitNorm(outputs, _OPEN_BIAS)
         self.gate = Gate()
-        nn.init.constant_(self.decide.bias, _OPEN_BIAS)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns decisions on channels `(n, outputs, 1, 1)` for a block's input."""
-        decisions: Tensor = self.gate(self.decide(self.relu(self.norm(self.reduce(self.pool(features))))))
+        hidden = self.relu(self.norm(self.reduce(self.pool(features))))
+        decisions: Tensor = self.gate(self.spread(self.decide(hidden)))
         return decisions
 
 
 class DualMask(Mask):
     """A spatial gate for the whole block, and a channel gate for what each convolution but the last gives.
 
-    All look at the block's input. What is masked is zero: the next convolution need not read it. The published network
-    applies the spatial mask to hidden features only where it is deployed; here it is applied in training too, so that
-    both are the same.
+    All look at the block's input. What is masked is zero: the next convolution need not read it. As published, hidden
+    features keep their positions in training, so that batch statistics are those of features and not of zeros: a block
+    that few images need would have hardly any variance to be divided by.
     Source: Li et al., Dynamic Dual Gating Neural Networks, 2021.
     """
 
@@ -103,9 +104,11 @@ class DualMask(Mask):
 
     def _hide(self, number: int, _conv: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Masks what the convolution of this number gave, before the next one reads it."""
-        # The block's output has the same mask, with the gradient of it; and channels that are cut are not tied to it.
-        positions = spread(self._tiles.detach(), self.site.convs[number].size)
-        return (args[0] * self._hidden[number].to(args[0].dtype) * positions.to(args[0].dtype),)
+        hidden = args[0] * self._hidden[number].to(args[0].dtype)
+        if self.training:
+            return (hidden,)
+        # Detached, so that channels which may be cut are not tied to those of the block's output, masked by the same.
+        return (hidden * spread(self._tiles.detach(), self.site.convs[number].size).to(hidden.dtype),)
 
     def _last(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         return out * spread(self._tiles, self.site.size).to(out.dtype)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spaces.masks.gate import Gate
-from spaces.masks.mask import Mask, average
+from spaces.masks.mask import LogitNorm, Mask, average
 from spaces.masks.sites import Site
 
 _OPEN_BIAS = 2.0
@@ -25,11 +25,11 @@ class PixelMask(Mask):
     def __init__(self, site: Site, keep: float) -> None:
         super().__init__(site, keep)
         stride = max(1, round(site.source[0] / site.size[0]))
-        self.squeeze = nn.Conv2d(site.channels, 1, 3, stride, padding=1)
+        self.squeeze = nn.Conv2d(site.channels, 1, 3, stride, padding=1, bias=False)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.context = nn.Conv2d(site.channels, 1, 1, bias=False)
+        self.norm = LogitNorm(1, _OPEN_BIAS)
         self.gate = Gate(temperature=1.0)
-        nn.init.constant_(self.squeeze.bias, _OPEN_BIAS)  # type: ignore[arg-type]
         self._positions = torch.empty(0)
         self._reads: list[_Reads] = []
 
@@ -41,7 +41,7 @@ class PixelMask(Mask):
 
     def look(self, features: Tensor) -> None:
         """Decides on positions."""
-        self._positions = self.gate(self.squeeze(features) + self.context(self.pool(features)))
+        self._positions = self.gate(self.norm(self.squeeze(features) + self.context(self.pool(features))))
         positions = self._positions
         for conv, reads in zip(reversed(self.site.convs), reversed(self._reads), strict=True):
             self.needed[conv.path] = average(positions)

@@ -138,6 +138,18 @@ def each_opened(masks: Sequence[Mask]) -> Iterator[tuple[Mask, str, Tensor]]:
             yield mask, kind, share
 
 
+class LogitNorm(nn.BatchNorm2d):
+    """Normalises the logits `(n, gates, h, w)` of some gates; their mean begins at `bias`.
+
+    Logits that differ little between images are all open without noise where they are mostly open with it, and all
+    closed a little later. So that a gate closes for some images first, its logits have a standard deviation of 1.
+    """
+
+    def __init__(self, gates: int, bias: float) -> None:
+        super().__init__(gates)
+        nn.init.constant_(self.bias, bias)
+
+
 def grid_of(size: tuple[int, int]) -> int:
     """Returns the side of a tile for feature maps of a size, so that there are about eight tiles in a row.
 

@@ -35,10 +35,11 @@ from search.recovery.distillation import distillation_loss
 from search.recovery.fitting import Augment, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.request import Request
 from search.sections import MasksSection, SkipsSection
-from search.skipping import skip_blocks, train_gates_once, with_gates
+from search.skipping import calibrate_gates, skip_blocks, train_gates_once, with_gates
 from search.sources.prepared import prepare
 from search.training import augmentation
 from spaces.candidate import SKIP, Candidate
+from spaces.errors import UserError
 from spaces.masks import MASKS
 from spaces.masks.mask import masks_of
 from spaces.network import ExitNetwork
@@ -92,6 +93,29 @@ def train_method(ground: Ground, method: str, keep: float, epochs: float, rate: 
     if is_new:
         told = {_SECONDS: time.perf_counter() - begin, "epochs": epochs, "rate": rate}
         file.with_suffix(".json").write_text(json.dumps(told))
+    return network.eval()
+
+
+def kept_method(ground: Ground, method: str, keep: float) -> ExitNetwork:
+    """Returns the network with a method's gates as it was trained.
+
+    Raises:
+        UserError: the file is not whole, or of another version's network.
+    """
+    image, trunk = torch.from_numpy(ground.data.calibration.images[:1]), copy.deepcopy(ground.trunk)
+    network = ExitNetwork(trunk, (), ())
+    part: nn.Module = trunk
+    if method in SKIPS:
+        skips = SkipsSection(blocks="all", gate=method, rate=keep)  # type: ignore[arg-type]
+        part = network = with_gates(trunk, skip_blocks(trunk, skips, image), skips, image)
+    elif method != PLAIN:
+        part = with_masks(ground.trunk, MasksSection(method=method, keep=keep), image)  # type: ignore[arg-type]
+        network = ExitNetwork(part, (), ())
+    file = ground.file(method, keep)
+    if not load_weights(part, file):
+        raise UserError(f"a kept training has the weights of its method's network, got {file}; train it again")
+    if method in SKIPS:
+        calibrate_gates(network.eval(), torch.from_numpy(ground.data.calibration.images[:]), keep)
     return network.eval()
 
 
@@ -214,9 +238,7 @@ def main() -> None:
         train_method(ground, given.method, given.share, given.epochs, given.rate)
         return
     bench = Bench(ground)
-    rows = [
-        bench.row(method, train_method(ground, method, asked or 0.0, 1, 1), asked) for method, asked in _kept(ground)
-    ]
+    rows = [bench.row(method, kept_method(ground, method, asked or 0.0), asked) for method, asked in _kept(ground)]
     print_table(HEADS, rows)
     print(f"\nOne thread, batch 1, torch {torch.__version__}, {OnnxRuntime().version()}, {cpu_name()}, seed 0.")
 
