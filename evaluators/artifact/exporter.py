@@ -82,7 +82,7 @@ def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
     names.append(OUTPUT)
     scrambled = _scrambled(network)
     try:
-        model = exported(_WithCuts(scrambled), (image,), names)
+        model = _export(_WithCuts(scrambled), (image,), names)
     except Exception as error:
         path, reason = _offender(scrambled, image) or ("", error)
         inner = path not in ("", "trunk")  # the network as a whole is no place
@@ -92,7 +92,7 @@ def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
     return model
 
 
-def exported(module: nn.Module, inputs: tuple[Any, ...], outputs: Sequence[str] = ()) -> onnx.ModelProto:
+def _export(module: nn.Module, inputs: tuple[Any, ...], outputs: Sequence[str] = ()) -> onnx.ModelProto:
     """Returns a module as a graph, with a batch of any size where its outputs are named."""
     file = io.BytesIO()
     with warnings.catch_warnings(), _any_pooling(), _quiet():
@@ -184,7 +184,7 @@ def _failure(network: nn.Module, path: str, inputs: Mapping[str, tuple[Any, ...]
         failures = (_failure(network, f"{path}.{name}", inputs) for name, _ in module.named_children())
         return next((failure for failure in failures if failure is not None), None)
     try:
-        exported(module, inputs[path])
+        _export(module, inputs[path])
     except Exception as error:
         return error
     return None
