@@ -3,12 +3,16 @@
 Source: Tao et al., Skipping RNN State Updates without Retraining the Original Model, 2019.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from spaces.recurrent.gru import GruClassifier
 from spaces.recurrent.skip_rnn import Skimmed
 
+Skips = Callable[[int, Tensor, Tensor], Tensor]
+"""Which of some sequences skip a step `(n, 1)`, from its index, what it reads and the state before it."""
 _WIDTH = 10
 """Of both hidden layers, as published."""
 
@@ -48,18 +52,20 @@ def skimmed(plain: GruClassifier, predictor: SkipPredictor, threshold: float, se
         threshold: an update is skipped where that is more probably harmless; at 1 none is, below 0 all are.
         sequences: what is read.
     """
-    states, updates = roll_out(plain, predictor, threshold, sequences)
+
+    def skips(step: int, inputs: Tensor, hidden: Tensor) -> Tensor:  # noqa: ARG001
+        return torch.sigmoid(predictor(inputs, hidden)) > threshold
+
+    states, updates = skipping_states(plain, sequences, skips)
     return Skimmed(plain.head(states[:, -1]), updates)
 
 
-def roll_out(
-    plain: GruClassifier, predictor: SkipPredictor, threshold: float, sequences: Tensor
-) -> tuple[Tensor, Tensor]:
+def skipping_states(plain: GruClassifier, sequences: Tensor, skips: Skips) -> tuple[Tensor, Tensor]:
     """Returns the states `(n, t + 1, hidden)` that come of skipping, and where they were updated, `(n, t)`."""
     states = [sequences.new_zeros(len(sequences), plain.cell.hidden_size)]
     updates = []
-    for inputs in sequences.unbind(dim=1):
-        update = (torch.sigmoid(predictor(inputs, states[-1])) <= threshold).to(inputs.dtype)
-        states.append(update * plain.cell(inputs, states[-1]) + (1 - update) * states[-1])
-        updates.append(update)
+    for step, inputs in enumerate(sequences.unbind(dim=1)):
+        skip = skips(step, inputs, states[-1])
+        states.append(torch.where(skip, states[-1], plain.cell(inputs, states[-1])))
+        updates.append((~skip).to(inputs.dtype))
     return torch.stack(states, dim=1), torch.cat(updates, dim=1)
