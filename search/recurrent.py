@@ -101,7 +101,8 @@ def small_move(plain: GruClassifier, sequences: Tensor, states: Tensor) -> Tenso
     count, steps, _ = sequences.shape
     before = states[:, :-1].flatten(0, 1)
     moved = (plain.cell(sequences.flatten(0, 1), before) - before).norm(dim=1).reshape(count, steps)
-    return moved < torch.quantile(moved, _SMALL)
+    small: Tensor = moved < torch.quantile(moved, _SMALL)
+    return small
 
 
 LABELS: Mapping[str, Callable[[GruClassifier, Tensor, Tensor], Tensor]] = {"answer": same_answer, "move": small_move}

@@ -3,8 +3,6 @@
 Every tensor has the three dimensions of ONNX's GRU, `(steps, 1, values)`, so that no file has to reshape any.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -43,9 +41,9 @@ class _File:
         self.nodes.append(helper.make_node("MatMul", [source, f"{output}/weight"], [f"{output}/product"]))
         self.nodes.append(helper.make_node("Add", [f"{output}/product", f"{output}/bias"], [output]))
 
-    def apply(self, operator: str, sources: Sequence[str], output: str, **attributes: int) -> None:
-        """Adds any other node."""
-        self.nodes.append(helper.make_node(operator, sources, [output], **attributes))
+    def apply(self, operator: str, source: str, output: str) -> None:
+        """Adds a node of one input."""
+        self.nodes.append(helper.make_node(operator, [source], [output]))
 
     def written(self, inputs: dict[str, tuple[int, int]], outputs: dict[str, int]) -> bytes:
         """Returns the file, of inputs told by steps and values and outputs told by values."""
@@ -72,7 +70,7 @@ def skip_step_file(network: SkipGruClassifier) -> bytes:
     cell, file = network.skip.cell, _File()
     file.gru(cell, "inputs", "state", "next")
     file.linear(network.skip.due, "next", "due")
-    file.apply("Sigmoid", ["due"], "increment")
+    file.apply("Sigmoid", "due", "increment")
     return file.written(_step_inputs(cell), {"next": cell.hidden_size, "increment": 1})
 
 
@@ -86,13 +84,13 @@ def head_file(head: nn.Linear) -> bytes:
 def predictor_file(predictor: SkipPredictor, cell: nn.GRUCell) -> bytes:
     """Returns a predictor: `inputs` and `state` to `skippable`, a probability."""
     file = _File()
-    file.apply("Concat", ["inputs", "state"], "both", axis=2)
+    file.nodes.append(helper.make_node("Concat", ["inputs", "state"], ["both"], axis=2))
     file.linear(predictor.first, "both", "first")
-    file.apply("Relu", ["first"], "first/active")
+    file.apply("Relu", "first", "first/active")
     file.linear(predictor.second, "first/active", "second")
-    file.apply("Relu", ["second"], "second/active")
+    file.apply("Relu", "second", "second/active")
     file.linear(predictor.last, "second/active", "last")
-    file.apply("Sigmoid", ["last"], "skippable")
+    file.apply("Sigmoid", "last", "skippable")
     return file.written(_step_inputs(cell), {"skippable": 1})
 
 

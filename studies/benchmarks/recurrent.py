@@ -4,9 +4,10 @@
     python -m studies.benchmarks.recurrent --sizes 32 64 128 256 512
 
 The first trains a GRU on scikit-learn's digits, from it a Skip RNN for each cost of an update, and beside it, frozen,
-two predictors, and prints Markdown. A cost, or a share of updates to be left by a threshold, is chosen on the validation images; what is printed was
-measured on the test images, in the loop that is deployed, its files in ONNX Runtime. The second tells from which size
-of state on skipping can pay: untrained networks that skip three updates of four.
+two predictors, and prints Markdown. A cost, or the share of the updates that a predictor's threshold leaves, is chosen
+on the validation images; what is printed was measured on the test images, in the loop that is deployed, its files in
+ONNX Runtime. The second tells from which size of state on skipping can pay: untrained networks that skip three updates
+of four.
 """
 
 import argparse
