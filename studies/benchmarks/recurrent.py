@@ -4,10 +4,10 @@
     python -m studies.benchmarks.recurrent --sizes 32 64 128 256 512
 
 The first trains a GRU on scikit-learn's digits, from it a Skip RNN for each cost of an update, and beside it, frozen,
-two predictors, and prints Markdown. A cost, or the share of the updates that a predictor's threshold leaves, is chosen
-on the validation images; what is printed was measured on the test images, in the loop that is deployed, its files in
-ONNX Runtime. The second tells from which size of state on skipping can pay: untrained networks that skip three updates
-of four.
+two predictors, and prints Markdown. On the validation images, thresholds are found, and of each method the most
+accurate that makes at most 60% of the updates is chosen. What is printed was measured on the test images, in the loop
+that is deployed, its files in ONNX Runtime. The second tells from which size of state on skipping can pay: untrained
+networks that skip three updates of four.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from studies.benchmarks.markdown import print_table
 from studies.digits.data import augment, splits
 
 HIDDEN = 64
-SHARES = (0.95, 0.9, 0.8, 0.7, 0.6)
+SHARES = (0.95, 0.9, 0.8, 0.59)
 """Of the updates of the validation images, that a predictor's thresholds leave."""
-_MAY_LOSE = 0.01
-"""What is chosen loses no more of the validation accuracy."""
+_MOST_UPDATES = 0.6
+"""What is chosen makes no more of the updates, validation images read, if anything does."""
 _SURE, _HALVINGS = 16.0, 14
 """Logits of a predictor between which its threshold is looked for, and in how many steps."""
 _PROTOCOL = Protocol(burst=8, dropped=3, turns=20, calls=100_000, limit_s=4.0, half_width=0.02)
@@ -73,7 +73,7 @@ class Task:
 
 
 TASKS: Mapping[str, Task] = {
-    "rows": Task(32, 32, (30, 30), (0.02, 0.05, 0.1)),
+    "rows": Task(32, 32, (30, 30), (0.005, 0.01, 0.02, 0.05)),
     "scan": Task(8, 8, (60, 80), (0.01, 0.02, 0.05)),
     "halves": Task(8, 4, (60, 80), (0.005, 0.01, 0.03)),
 }
@@ -119,6 +119,7 @@ class Bench:
     def skip_rnns(self) -> Iterator[Version]:
         """Yields a trained Skip RNN for each cost."""
         for cost in self.task.costs:
+            torch.manual_seed(self.seed)
             network = SkipGruClassifier(self.plain)
             settings = self._settings(self.task.epochs[1], 0.1)
             train_skipping(network, self.plain, cost, self.task.in_steps, self._batches(), settings)
@@ -145,12 +146,9 @@ class Bench:
         return float(torch.sigmoid(torch.tensor(high)))
 
     def chosen(self, versions: Sequence[Version]) -> Version:
-        """Returns the one with the fewest updates of those that lose little; if all lose more, the most accurate."""
-        enough = self.every.validation.accuracy - _MAY_LOSE
-        good = [version for version in versions if version.validation.accuracy >= enough]
-        if not good:
-            return max(versions, key=lambda version: version.validation.accuracy)
-        return min(good, key=lambda version: version.validation.updated)
+        """Returns the most accurate on the validation images of those that make few updates; if none does, of all."""
+        few = [version for version in versions if version.validation.updated <= _MOST_UPDATES]
+        return max(few or versions, key=lambda version: (version.validation.accuracy, -version.validation.updated))
 
     def times(self, version: Version) -> list[str]:
         """Returns the time per sequence beside the loop that skips nothing, and beside the whole network's file."""
