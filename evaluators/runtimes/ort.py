@@ -18,6 +18,8 @@ from evaluators.target import Capabilities, Images, Watch
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
+    from evaluators.runtimes.skimming import File
+
 _CALIBRATION_BATCH = 4
 """So many images at a time keep the memory of calibration small."""
 
@@ -95,6 +97,18 @@ def load(model: bytes, threads: int) -> LoadedStage:
 
     def run(inputs: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
         outputs: Sequence[NDArray[np.float32]] = session.run(names, {name: inputs})
+        return outputs
+
+    return run
+
+
+def load_file(model: bytes, threads: int) -> "File":
+    """Returns a file as a function from its inputs, in their order, to its outputs."""
+    session = open_session(model, threads)
+    inputs, names = [given.name for given in session.get_inputs()], [output.name for output in session.get_outputs()]
+
+    def run(*given: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
+        outputs: Sequence[NDArray[np.float32]] = session.run(names, dict(zip(inputs, given, strict=True)))
         return outputs
 
     return run

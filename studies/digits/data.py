@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits, shown at 32x32."""
+"""scikit-learn's 1,797 handwritten digits, shown at 32x32, or as they are."""
 
 import numpy as np
 import torch
@@ -14,14 +14,14 @@ CALIBRATION, VALIDATION, TEST = 97, 350, 350
 _SEED = 0
 
 
-def splits() -> Splits:
+def splits(size: int = 32) -> Splits:
     """Returns 1,000 images to train on, 97 to calibrate, 350 to search with and 350 to test; stratified by class.
 
-    Pixels run from 0 to 1, enlarged from 8x8 with bilinear interpolation: images are `(n, 1, 32, 32)`.
+    Pixels run from 0 to 1, enlarged from 8x8 with bilinear interpolation: images are `(n, 1, size, size)`.
     """
     digits = load_digits()
     small = torch.from_numpy(digits.images / 16.0).float()[:, None]
-    images = F.interpolate(small, size=32, mode="bilinear", align_corners=False).numpy()
+    images = F.interpolate(small, size=size, mode="bilinear", align_corners=False).numpy()
     labels = digits.target.astype(np.int64)
     rest = np.arange(len(labels))
     parts = []
