@@ -28,7 +28,7 @@ _QUIET = 0.7
 _RELAX = 3.0
 """How fast the bounds of single gates widen: to the end as far as DGNet's do before its learning rate first falls."""
 _FASTER = 10.0
-"""How much faster the mean logits of gates learn: the loss on FLOPs is shared out among all of them."""
+"""How much faster the mean logits of gates learn, for each gate beside them: they share what FLOPs ask for."""
 _IMAGES = 2_000
 """Training images that batch statistics are measured on, with hard decisions."""
 
@@ -124,7 +124,7 @@ def train_masks(
         return float(loss.detach())
 
     norms = [module for module in network.modules() if isinstance(module, LogitNorm)]
-    hooks = [norm.bias.register_hook(lambda grad: _FASTER * grad) for norm in norms]
+    hooks = [norm.bias.register_hook(lambda grad, norm=norm: _FASTER * norm.num_features * grad) for norm in norms]
     try:
         fitted = fit(network, step, batches, masks, checkpoint, report)
     finally:
