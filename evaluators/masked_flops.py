@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from evaluators.flops import count_by_module
 from spaces.masks.mask import NAME, each_opened, masks_of, needed
 
-PROTOCOL = (
-    "fvcore, one fused multiply-add is one flop, per image; masked convolutions by the positions and channels that are"
-    " needed, gates included; a runtime for dense tensors saves none of it"
-)
 _BATCH = 100
 
 

@@ -12,7 +12,7 @@ from search.budget import Budget
 from search.front import Version, nearest_miss
 from search.logged import figures
 from search.output import write_json, write_lines
-from search.review.layers import exit_names, left
+from search.review.layers import left
 from search.review.overview import Overview
 from search.review.scatter import scatter
 from search.store import StoredSearch, find_search
@@ -54,7 +54,7 @@ def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
     candidate, whole = version.evaluation.candidate, dense.evaluation.candidate
     measured = figures(version.evaluation, dense.measured)
     lost = measured["accuracy_pct"] - figures(dense.evaluation, dense.measured)["accuracy_pct"]
-    leave = zip(exit_names(whole), left(version), strict=True)
+    leave = zip(whole.exits, left(version), strict=True)
     keys = version.measured["accuracy"].notes.get(KEY_FRAMES)
     return {
         "trial": "dense" if version is dense else version.number,

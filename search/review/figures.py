@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 
 from search.review.hover import hover
 from search.review.importance import IMPORTANCE
-from search.review.layers import HeatMap, exit_names, heat_map, left, parallel_axes
+from search.review.layers import HeatMap, heat_map, left, parallel_axes
 from search.review.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.review.palette import BLUE, GREY, LIMIT, MARKS, NOTABLE_SHAPES, ORANGE, PRECISIONS, SEQUENTIAL, SERIES
 from search.review.scene import accuracy_view, flops_share, limit_lines, place, stairs
@@ -175,7 +175,7 @@ def growth_figure(overview: Overview) -> go.Figure | None:
 
 def exits_figure(overview: Overview) -> go.Figure | None:
     """Returns the share of the inputs that each exit answers, along the front; None without exits."""
-    exits = exit_names(overview.dense.evaluation.candidate)
+    exits = overview.dense.evaluation.candidate.exits
     if not exits or not overview.front:
         return None
     versions = overview.by_latency

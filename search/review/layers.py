@@ -51,7 +51,7 @@ def layers_of(candidate: Candidate, dense: Candidate, members: Mapping[str, str]
 
 
 def _layer(name: str, group: str, candidate: Candidate, dense: Candidate) -> Layer:
-    inactive = set(exit_names(candidate)) - set(candidate.active_exits)
+    inactive = set(candidate.exits) - set(candidate.active_exits)
     is_left_out = any(name.startswith(f"exits.{exit_}.") for exit_ in inactive)
     return Layer(
         name,
@@ -137,7 +137,7 @@ def parallel_axes(versions: Sequence[Version], dense: Version) -> list[Axis]:
         axis("channels, %", *(kept_share(each, whole) * 100 for each in candidates)),
         axis("lower bits, %", *(_lowered(each, whole) * 100 for each in candidates)),
     ]
-    if exit_names(whole):
+    if whole.exits:
         found.append(axis("leave early, %", *(sum(left(version)) * 100 for version in versions)))
     return found
 
@@ -148,14 +148,9 @@ def _lowered(candidate: Candidate, dense: Candidate) -> float:
     return sum(name != dense.precision[layer] for layer, name in layers) / max(len(candidate.precision), 1)
 
 
-def exit_names(candidate: Candidate) -> list[str]:
-    """Returns the exits of the network, whether they take part or not."""
-    return candidate.exits
-
-
 def left(version: Version) -> list[float]:
     """Returns the share of the inputs that leaves at each exit of the network, 0 where a version lacks it."""
     shares = version.measured["accuracy"].notes
     active = version.evaluation.candidate.active_exits
     by_name = {name: shares.get(f"exit{place}", 0.0) for place, name in enumerate(active, 1)}
-    return [by_name.get(name, 0.0) for name in exit_names(version.evaluation.candidate)]
+    return [by_name.get(name, 0.0) for name in version.evaluation.candidate.exits]

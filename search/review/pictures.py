@@ -11,7 +11,7 @@ from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
 from search.review.importance import IMPORTANCE
-from search.review.layers import HeatMap, exit_names, heat_map, left, parallel_axes
+from search.review.layers import HeatMap, heat_map, left, parallel_axes
 from search.review.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.review.palette import (
     BLACK,
@@ -200,7 +200,7 @@ def growth_picture(overview: Overview) -> Figure | None:
 
 def exits_picture(overview: Overview) -> Figure | None:
     """Returns the share of the inputs that each exit answers, along the front; None without exits."""
-    exits = exit_names(overview.dense.evaluation.candidate)
+    exits = overview.dense.evaluation.candidate.exits
     if not exits or not overview.front:
         return None
     versions = overview.by_latency

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,6 @@ class PartialSumMask(Mask):
     as it moves the gates of the other methods. `move` is by how much all thresholds are raised.
     Source: Hua et al., Channel Gating Neural Networks, 2019.
     """
-
-    moves: ClassVar[bool] = True
 
     def __init__(self, site: Site, keep: float) -> None:
         super().__init__(site, keep)

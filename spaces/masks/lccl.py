@@ -64,6 +64,11 @@ class CollaborativeMask(Mask):
         multiplied: Tensor = out * values.to(out.dtype)
         return multiplied
 
+    @property
+    def gates(self) -> list[Gate]:
+        """None: what is zero is the activation's own doing, so no threshold moves it and no noise may blur it."""
+        return []
+
     def open(self) -> None:
         """Makes every low-cost layer give 1."""
         self._give(1.0)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from spaces.cutpoints import Edge
 from spaces.errors import StructureError
+from spaces.skips.blocks import Seen, observed
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,6 @@ class Site:
     convs: tuple[Conv, ...]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What one module read and gave."""
-
-    source: Tensor
-    result: Tensor
-    before: Edge
-    after: Edge
-
-
 def find_sites(trunk: nn.Module, image: Tensor, blocks: Sequence[str] | None = None) -> tuple[Site, ...]:
     """Returns the residual blocks of a network, in the order in which they run.
 
@@ -76,7 +66,7 @@ def find_sites(trunk: nn.Module, image: Tensor, blocks: Sequence[str] | None = N
     Raises:
         StructureError: one of `blocks` is none, or the network has none.
     """
-    calls = _observed(trunk, image)
+    _, _, calls = observed(trunk, image)
     found = [site for path in calls if (site := _site(trunk, path, calls)) is not None]
     inner = [one for one in found if not any(other.block.startswith(f"{one.block}.") for other in found)]
     if blocks is None:
@@ -93,36 +83,7 @@ def find_sites(trunk: nn.Module, image: Tensor, blocks: Sequence[str] | None = N
     return tuple(known[path] for path in known if path in set(blocks))
 
 
-def _observed(trunk: nn.Module, image: Tensor) -> dict[str, _Call]:
-    """Returns what each module that runs once read and gave, in the order in which they began."""
-    begun: dict[str, tuple[Tensor, Edge]] = {}
-    calls: dict[str, _Call] = {}
-    counts: dict[str, int] = {}
-
-    def begin(path: str, args: tuple[object, ...]) -> None:
-        counts[path] = counts.get(path, 0) + 1
-        if len(args) == 1 and isinstance(args[0], Tensor):
-            begun[path] = args[0], (args[0].grad_fn, args[0].output_nr)
-
-    def finish(path: str, out: object) -> None:
-        if path in begun and isinstance(out, Tensor):
-            source, before = begun[path]
-            calls[path] = _Call(source, out, before, (out.grad_fn, out.output_nr))
-
-    hooks = []
-    for path, module in trunk.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda _module, args, path=path: begin(path, args)))
-        hooks.append(module.register_forward_hook(lambda _module, _args, out, path=path: finish(path, out)))
-    try:
-        with torch.enable_grad():
-            trunk(image.detach().clone().requires_grad_() * 1.0)  # so that the image has a node of its own
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {path: calls[path] for path in begun if path and path in calls and counts[path] == 1}
-
-
-def _site(trunk: nn.Module, path: str, calls: dict[str, _Call]) -> Site | None:
+def _site(trunk: nn.Module, path: str, calls: dict[str, Seen]) -> Site | None:
     """Returns a block's site; None where it is no residual block."""
     block = calls[path]
     inside = [name for name in calls if name.startswith(f"{path}.")]
@@ -141,7 +102,7 @@ def _site(trunk: nn.Module, path: str, calls: dict[str, _Call]) -> Site | None:
     return Site(path, block.source.shape[1], _size(block.source), _size(block.result), described)
 
 
-def _chain(convs: dict[str, _Call], block: _Call) -> list[str]:
+def _chain(convs: dict[str, Seen], block: Seen) -> list[str]:
     """Returns the longest row of convolutions that follow each other from the block's input to its output."""
     ends = {call.after: name for name, call in convs.items()}
     before = {name: _nearest(call.before, {*ends, block.before}) for name, call in convs.items()}
@@ -175,7 +136,7 @@ def _leads(start: Edge, end: Edge, without: set[Edge]) -> bool:
     return end in _nearest(start, {end, *without})
 
 
-def _conv(trunk: nn.Module, path: str, call: _Call, end: str) -> Conv:
+def _conv(trunk: nn.Module, path: str, call: Seen, end: str) -> Conv:
     module = trunk.get_submodule(path)
     assert isinstance(module, nn.Conv2d)
     return Conv(

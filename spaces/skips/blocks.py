@@ -36,13 +36,23 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """What one module read and gave."""
 
     source: Tensor
     result: Tensor
     edges: tuple[Edge, Edge]
     versions: tuple[int, int]
+
+    @property
+    def before(self) -> Edge:
+        """What it read, in autograd's graph."""
+        return self.edges[0]
+
+    @property
+    def after(self) -> Edge:
+        """What it gave."""
+        return self.edges[1]
 
     @property
     def is_changed(self) -> bool:
@@ -60,7 +70,7 @@ def find_blocks(trunk: nn.Module, image: Tensor) -> Blocks:
         trunk: maps an image to logits, in evaluation mode.
         image: one input, `(1, c, h, w)`.
     """
-    logits, source, seen = _observed(trunk, image)
+    logits, source, seen = observed(trunk, image)
     able = [path for path in seen if _refusal(trunk, path, seen, logits, source) is None]
     gated = tuple(path for path in able if not any(other.startswith(f"{path}.") for other in able))
     kinds = tuple({type(trunk.get_submodule(path)) for path in gated} - {nn.Sequential})
@@ -74,7 +84,7 @@ def check_blocks(trunk: nn.Module, image: Tensor, paths: Sequence[str]) -> Block
     Raises:
         StructureError: one of them cannot be skipped, or lies in another.
     """
-    logits, source, seen = _observed(trunk, image)
+    logits, source, seen = observed(trunk, image)
     for path in paths:
         refusal = _refusal(trunk, path, seen, logits, source)
         if refusal is not None:
@@ -90,11 +100,11 @@ def _few(blocks: Blocks) -> Blocks:
     return blocks
 
 
-def _observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, dict[str, _Seen]]:
+def observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, dict[str, Seen]]:
     """Returns the logits, the image that they come from, and what each module that runs once read and gave."""
     source = image.detach().clone().requires_grad_()
     begun: dict[str, tuple[Tensor, Edge, int]] = {}
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, Seen] = {}
     calls: dict[str, int] = {}
 
     def begin(path: str, args: tuple[object, ...]) -> None:
@@ -105,7 +115,7 @@ def _observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, dict[str
     def finish(path: str, out: object) -> None:
         if path in begun and isinstance(out, Tensor):
             given, edge, version = begun[path]
-            seen[path] = _Seen(given, out, (edge, (out.grad_fn, out.output_nr)), (version, out._version))
+            seen[path] = Seen(given, out, (edge, (out.grad_fn, out.output_nr)), (version, out._version))
 
     hooks = []
     for path, module in trunk.named_modules():
@@ -120,7 +130,7 @@ def _observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, dict[str
     return logits, source, {path: one for path, one in seen.items() if path and calls[path] == 1}
 
 
-def _refusal(trunk: nn.Module, path: str, seen: dict[str, _Seen], logits: Tensor, image: Tensor) -> str | None:
+def _refusal(trunk: nn.Module, path: str, seen: dict[str, Seen], logits: Tensor, image: Tensor) -> str | None:
     """Returns why a block cannot be skipped; None where it can."""
     if path not in seen:
         return "no module of the network that runs once, with one tensor in and one out"
