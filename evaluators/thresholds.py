@@ -38,11 +38,32 @@ class Cost:
         leave: of an input that leaves at each exit and, last, of one that goes to the end, `(exits + 1,)`.
         heads: what each head adds for every input that reaches it, `(exits,)`: saved where an exit is never used.
         limit: of the mean; None where there is none.
+        batch: how many inputs come together; the other costs are those of so many that leave as one.
+        starts: of what lies behind each exit, the part that a batch costs of which a single input gets there,
+            `(exits,)`; nothing where not given.
     """
 
     leave: Sequence[float]
     heads: Sequence[float]
     limit: float | None = None
+    batch: int = 1
+    starts: Sequence[float] = ()
+
+    def times(self, factor: float) -> "Cost":
+        """Returns so many times the cost, under the same limit."""
+        leave, heads, starts = ([factor * each for each in some] for some in (self.leave, self.heads, self.starts))
+        return Cost(leave, heads, self.limit, self.batch, starts)
+
+    def unshared(self, index: int, share: Floats) -> Floats:
+        """Returns what batches cost beyond their inputs' shares of it: those that stay pay for a start together.
+
+        Args:
+            index: of the exit.
+            share: of the inputs that do not leave before or there; they come in random order.
+        """
+        if not len(self.starts):
+            return np.zeros_like(share)
+        return np.asarray(self.starts[index] * (1 - (1 - share) ** self.batch - share))
 
 
 @dataclass(frozen=True)
@@ -142,10 +163,16 @@ class Thresholds:
             reached, stay = stay[..., None], _passed(cell, shape)
             for position, (leave, heads) in enumerate(self._units):
                 sums[position] = sums[position][..., None] + stay * (leave[index + 1] - leave[index])
+                sums[position] += self._unshared(position, index, stay)
                 if heads[index]:
                     sums[position] -= reached * heads[index] * (level >= NEVER_EXIT)
         best = np.unravel_index(_first(self._keys(right, sums)), shape)
         return [float(level[at]) for level, at in zip(levels, best, strict=True)]
+
+    def _unshared(self, position: int, index: int, stay: Floats) -> Floats:
+        """Returns what a cost's starts add to its sum where so many images stay, in whole parts."""
+        n, cost = len(self._correct), self._costs[position]
+        return np.asarray(np.rint(cost.unshared(index, stay / n) * n * self._scales[position]))
 
     def _descend(self, chosen: list[float]) -> list[float]:
         """Returns thresholds that no change of a single one betters, nor any of the tried changes of two at once."""
@@ -191,10 +218,12 @@ class Thresholds:
         shares = np.bincount(exits, minlength=count + 1) / n
         used = [value if share else NEVER_EXIT for value, share in zip(thresholds, shares, strict=False)]
         off = np.array(used) >= NEVER_EXIT
-        means = [
-            float((leave - np.cumsum(np.append(heads * off, 0.0)))[exits].sum() / scale / n)
-            for (leave, heads), scale in zip(self._units, self._scales, strict=True)
-        ]
+        stay = n - np.cumsum(np.bincount(exits, minlength=count + 1))[:-1].astype(np.float64)
+        means = []
+        for position, ((leave, heads), scale) in enumerate(zip(self._units, self._scales, strict=True)):
+            total = (leave - np.cumsum(np.append(heads * off, 0.0)))[exits].sum()
+            total += sum(float(self._unshared(position, index, left)) for index, left in enumerate(stay))
+            means.append(float(total / scale / n))
         told = tuple(self._safe(index, value) for index, value in enumerate(used))
         return Solved(told, float(self._correct[np.arange(n), exits].mean()), tuple(means), tuple(map(float, shares)))
 

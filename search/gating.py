@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluators.accuracy import accuracy_of
 from evaluators.latency import FIRST, LatencyEvaluator
@@ -26,6 +27,8 @@ from spaces.candidate import NEVER_EXIT, Candidate
 
 AIM = 0.97
 """Thresholds aim at this share of a limit: the timing that decides is another one, of other images."""
+_NEAR = 0.9
+"""From this share of what is aimed at on, what a version costs is not left to the formula alone."""
 
 
 def aimed(budget: Budget, metric: str, dense: Mapping[str, Measurement]) -> float:
@@ -55,6 +58,39 @@ class Settled:
         if self.gates is None:
             return evaluation
         return replace(evaluation, gates=self.gates, seconds={"thresholds": self.seconds, **evaluation.seconds})
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `n` images were told by a version, and what they cost where they leave.
+
+    Args:
+        confidences: of each exit and, last, of the end, `(n, exits + 1)`.
+        correct: whether each is right, in the same shape.
+        costs: what leaving costs, by the metric, first what is limited.
+        floor: the lowest accuracy; None where there is none.
+        correction: how many times as much the first cost was as it says, when it was measured.
+    """
+
+    confidences: NDArray[np.floating]
+    correct: NDArray[np.bool_]
+    costs: Mapping[str, Cost]
+    floor: float | None
+    correction: float = 1.0
+
+    def best(self) -> dict[str, Any]:
+        """Returns the best thresholds by how likely answers are right, and what they come to by counting."""
+        exits, likely = self.confidences[:, :-1], likelihoods(self.confidences, self.correct)
+        costs = tuple(self.costs.values())
+        solved = Thresholds(exits, likely, costs, self.floor).solve()
+        told = asdict(Thresholds(exits, self.correct, costs, self.floor).outcome(solved.thresholds))
+        told |= {"expected_accuracy": solved.accuracy, "images": len(exits), "correction": self.correction}
+        return told | {"ways": {metric: [float(each) for each in cost.leave] for metric, cost in self.costs.items()}}
+
+    def corrected(self, by: float) -> "_Asked":
+        """Returns the same where the first cost is so many times what it was thought to be."""
+        first = next(iter(self.costs))
+        return replace(self, costs={**self.costs, first: self.costs[first].times(by)}, correction=by)
 
 
 class GateSolver:
@@ -92,29 +128,45 @@ class GateSolver:
         # Where loading compiles, one more artifact would take longer than all else.
         compiles = self._bench.runtime.capabilities().compiles
         whole = None if compiles else self._bench.built(never, compressed, more)
-        told = self._solved(self._bench.built(choices, compressed, more), whole)
-        found = dict(zip(choices.active_exits, told["thresholds"], strict=True))
-        version = self._bench.space.settled(choices, {**never.thresholds, **found})
+        asked = self._asked(self._bench.built(choices, compressed, more), whole)
+        told = asked.best()
+        version = self._version(choices, never, told)
+        if not compiles and self._is_near_a_limit(told):
+            taken = self._latency.measure(self._timed(self._bench.built(version, compressed, more))).value
+            told = asked.corrected(taken / told["costs"][0]).best()
+            version = self._version(choices, never, told)
         return Settled(version, told, time.perf_counter() - begin)
+
+    def _version(self, choices: Candidate, never: Candidate, told: Mapping[str, Any]) -> Candidate:
+        found = dict(zip(choices.active_exits, told["thresholds"], strict=True))
+        return self._bench.space.settled(choices, {**never.thresholds, **found})
+
+    def _is_near_a_limit(self, told: Mapping[str, Any]) -> bool:
+        """Returns whether batches part on the way, which costs more than their images' ways, and it may matter."""
+        limit = self._aimed("latency")
+        parts = self._bench.target.batch > 1 and max(told["shares"]) < 1
+        return limit is not None and parts and told["costs"][0] > _NEAR * limit
+
+    def _timed(self, subject: Subject) -> Subject:
+        """Returns a subject whose batches are of the images that thresholds are chosen on."""
+        images, target = self._bench.gate_images, self._bench.target
+        return Subject(subject.network, subject.candidate, subject.artifact, images, self._bench.runtime, target)
 
     def resettle(self, candidate: Candidate, more: FinetuneSection) -> Settled:
         """Returns a version with new thresholds, where they are solved: training changes what its exits say."""
         return self.settle(candidate.reopened() if self._bench.has_gates else candidate, more)
 
-    def _solved(self, subject: Subject, whole: Subject | None) -> dict[str, Any]:
-        """Returns the best thresholds by how likely answers are right, and what they come to by counting."""
+    def _asked(self, subject: Subject, whole: Subject | None) -> "_Asked":
+        """Returns what the exits say to the images that serve for this, and what leaving there costs."""
         images = self._bench.gate_images
         logits = subject.opened.all_logits(images.images, subject.target.batch)
         confidence = CONFIDENCES[subject.artifact.confidence]
         confidences = np.stack([confidence(logits[:, place]) for place in range(logits.shape[1])], axis=1)
         correct = logits.argmax(axis=2) == images.labels[:, None]
-        costs, floor = self._costs(subject, whole), self._floor
-        solved = Thresholds(confidences[:, :-1], likelihoods(confidences, correct), costs, floor).solve()
-        counted = Thresholds(confidences[:, :-1], correct, costs, floor).outcome(solved.thresholds)
-        return asdict(counted) | {"expected_accuracy": solved.accuracy, "images": len(images)}
+        return _Asked(confidences, correct, self._costs(subject, whole), self._floor)
 
-    def _costs(self, subject: Subject, whole: Subject | None) -> list[Cost]:
-        """Returns what leaving costs in seconds and in FLOPs, first what is limited.
+    def _costs(self, subject: Subject, whole: Subject | None) -> dict[str, Cost]:
+        """Returns what leaving costs in seconds and in FLOPs, by the metric, first what is limited.
 
         Where images pass blocks by, it is the mean over what they do; a gate knows nothing of thresholds of exits.
 
@@ -132,9 +184,12 @@ class GateSolver:
             added = paths[-1] - self._latency.paths(whole, profiles)[0]
         # Most of what an exit adds is the call of one more file, whatever its head: so each adds alike.
         each = [max(added, 0.0) / len(heads)] * len(heads)
-        seconds = Cost(paths, each, self._aimed("latency"))
+        # An engine runs a stage for as many images as it was built for, however few of them get there.
+        starts = np.diff(paths).tolist() if self._bench.runtime.capabilities().compiles else ()
+        seconds = Cost(paths, each, self._aimed("latency"), subject.target.batch, starts)
         flops = Cost(tuple(np.cumsum(stages)), heads, self._aimed("flops"))
-        return [flops, seconds] if seconds.limit is None and flops.limit is not None else [seconds, flops]
+        found = {"latency": seconds, "flops": flops}
+        return found if seconds.limit is not None or flops.limit is None else dict(reversed(found.items()))
 
     def _aimed(self, metric: str) -> float | None:
         found = aimed(self._bench.study.limits, metric, self._dense)

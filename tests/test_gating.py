@@ -14,10 +14,11 @@ from scipy.stats import binomtest
 from evaluators.accuracy import wilson
 from evaluators.data import Chosen, LabelledImages
 from evaluators.latency import LatencyEvaluator, Reference
+from evaluators.measurement import Measurement
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.ort import OnnxRuntime, load
 from evaluators.runtimes.staged import CONFIDENCES, CONFIDENCES_OF_ONE, StagedNetwork
-from evaluators.subject import Deployed
+from evaluators.subject import Deployed, Subject
 from evaluators.target import Target, TimedBatch
 from evaluators.timing import Clock, Protocol
 from search.gating import GateSolver
@@ -81,23 +82,24 @@ def test_a_batch_may_be_told_where_to_leave() -> None:
 
 
 class Metered(OnnxRuntime):
-    """ONNX Runtime on a clock of its own: each stage takes its units for every image that reaches it."""
+    """ONNX Runtime on a clock of its own: each stage takes its units for every image, and some for a call."""
 
-    def __init__(self, units: tuple[float, ...]) -> None:
-        self.now, self._units = 0.0, units
+    def __init__(self, units: tuple[float, ...], start: float = 0.0) -> None:
+        self.now, self._units, self._start = 0.0, units, start
 
     def open(self, stages, thresholds, threads, confidence="softmax"):
         def metered(stage, units):
             run = load(stage, threads)
 
             def call(batch):
-                self.now += units * len(batch)
+                self.now += units * (self._start + len(batch))
                 return run(batch)
 
             return call
 
         read = lambda: self.now  # noqa: E731
-        made = [metered(stage, units) for stage, units in zip(stages, self._units, strict=False)]
+        units = self._units if len(stages) > 1 else (sum(self._units),)
+        made = [metered(stage, each) for stage, each in zip(stages, units, strict=True)]
         return LocallyOpened(made, thresholds, threads, confidence, Clock(read, read))
 
 
@@ -110,7 +112,7 @@ def test_the_formula_and_the_measurement_agree_on_a_clock_without_noise(batch, b
     candidate = replace(space.dense(), thresholds=middles)
     artifact, data = builder.build(network, candidate), LabelledImages(images.numpy(), np.zeros(12, np.int64))
     subject = Deployed(candidate, artifact, data, library, target)
-    reference = Reference(builder.build(network, space.dense()).deployed[0], 2.0 * -(-batch // 4))
+    reference = Reference(builder.build(network, space.dense()).deployed[0], 10.0 * -(-batch // 4))
     latency = LatencyEvaluator({"fp32": reference}, library, target, Protocol(limit_s=1e9, calls=40))
     found, shares = latency.measure(subject), subject.answers.leaving
     assert len(set(subject.answers.exits)) == 3, "some images leave at each exit"
@@ -213,6 +215,23 @@ def test_what_is_solved_is_what_the_deployed_files_do(limits, bench, dense) -> N
     assert evaluation.digest == bench.subject(evaluation.candidate).artifact.digest, "rebuilt byte for byte"
     assert evaluation.measurements["accuracy"].n == len(bench.scored) == 40
     assert evaluation.measurements["accuracy"].others["low"] < evaluation.measurements["accuracy"].value
+
+
+def test_what_parted_batches_cost_more_is_measured_and_counts(bench, monkeypatch) -> None:
+    metered, target = Metered((2.0, 3.0), start=4.0), Target("onnxruntime", "meter", 8, 1)
+    monkeypatch.setattr(bench, "runtime", metered)
+    monkeypatch.setattr(bench, "target", target)
+    reference = Reference(bench.subject(bench.space.dense()).artifact.deployed[0], 5.0 * (4 + 2))
+    latency = LatencyEvaluator({"fp32": reference, "int8": reference}, metered, target, Protocol(limit_s=1e9, calls=40))
+    choices = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+    dense = {"latency": Measurement("latency", 5.0 * (4 + 8), "median", 1, 0.0, "meter", "")}
+    settled = GateSolver(under(bench, "latency<75%"), latency, dense).settle(choices)
+    assert settled.gates["correction"] > 1.01, "a call costs as much for a few images"
+    version = bench.subject(settled.candidate)
+    asked = Subject(version.network, version.candidate, version.artifact, bench.gate_images, metered, target)
+    assert latency.measure(asked).value == pytest.approx(settled.gates["costs"][0], rel=0.1)
+    far = GateSolver(under(bench, "latency<1000%"), latency, dense).settle(choices)
+    assert far.gates["correction"] == 1.0
 
 
 def test_what_is_not_open_stays_as_it_is(bench, dense) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from evaluators.likelihoods import likelihoods
 from evaluators.runtimes.staged import CONFIDENCES
@@ -105,6 +106,22 @@ def test_what_thresholds_come_to_is_what_counting_says(answers, thresholds, solv
     assert found.accuracy == pytest.approx(accuracy)
     assert found.costs[0] == pytest.approx(cost)
     assert sum(found.shares) == pytest.approx(1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cached(), st.integers(1, 9), st.floats(0.3, 1.1), st.integers(0, 2**32 - 1))
+def test_batches_that_part_pay_for_what_one_of_them_starts(answers, batch, share, seed) -> None:
+    confidences, correct, leave, heads = answers
+    rng = np.random.default_rng(seed)
+    starts = rng.random(len(heads)) * np.diff(leave)
+    solver = Thresholds(confidences, correct, [Cost(leave, heads, share * leave[-1], batch, starts)])
+    found = solver.solve()
+    stay = 1 - np.cumsum(found.shares)[:-1]
+    met = [binom(batch, max(each, 0.0)).sf(0) - each for each in stay]  # beyond what each image's own share pays for
+    assert found.costs[0] == pytest.approx(by_hand(*answers, found.thresholds)[1] + np.dot(starts, met))
+    mine = loss(found.accuracy, found.costs[0], leave[-1], share * leave[-1], None)
+    for outcome in map(solver.outcome, rng.random((200, len(heads)))):
+        assert is_no_worse(mine, loss(outcome.accuracy, outcome.costs[0], leave[-1], share * leave[-1], None))
 
 
 def test_a_real_size_is_solved_as_well_as_by_many_tries() -> None:

@@ -1,7 +1,7 @@
 """What is expected of rows that nobody measured: one surrogate for each objective, and for each other constraint."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from search.samplers.codec import Array, Codec
 from search.samplers.features import Columns, of_damage, of_latency, plain
 from search.samplers.objectives import Observed
-from search.samplers.savings import Cost, beside, counted_paths, of_savings, slack, timed_paths
+from search.samplers.savings import Savings, beside, savings
 from search.samplers.structure import Aim, Meaning, Structure
 from search.samplers.surrogate import HeldOut, Surrogate, fit, held_out
 
@@ -157,75 +157,66 @@ class Beliefs:
 
 def believe(observed: Observed, codec: Codec, meaning: Meaning | None) -> Beliefs:
     """Returns surrogates of everything that was measured."""
-    solved = _solved(observed, codec, meaning) if meaning is not None and meaning.is_solved else None
+    saved = savings(observed, meaning, codec) if meaning is not None and meaning.is_solved else None
     objectives = []
     for place in range(observed.costs.shape[1]):
         costs = observed.costs[:, place]
         look = _look(place, observed.rows, costs, codec, meaning)
-        if solved is not None and meaning is not None:
-            look = solved.look(place, look, meaning, codec)
+        if saved is not None:
+            look = _look_behind_exits(place, look, saved)
         objectives.append(_belief(observed.rows, costs, look))
     others = {
         name: _belief(observed.rows, values, _look_at_constraint(values, codec, meaning))
         for name, values in observed.constraints.items()
         if name not in observed.linked
     }
-    return Beliefs(tuple(objectives), others, solved.errors if solved else {})
-
-
-_Look = tuple[Scale, Columns, Callable[[Array], Array] | None]
+    return Beliefs(tuple(objectives), others, saved.errors if saved else {})
 
 
 @dataclass(frozen=True)
-class _Solved:
-    """What the longest paths cost of versions whose thresholds are solved.
+class _Look:
+    """How a cost is looked at.
 
     Args:
-        paths: by the place of the objective.
-        near: columns for how far they are from what is aimed at.
-        errors: of what tells them, on what was held out, by name.
+        scale: of it.
+        columns: what its surrogate sees.
+        formula: what is known, on the scale; None where nothing is.
+        told: what the formula comes to for the rows that were measured, where it was fitted to them: each left out in
+            turn, and NaN where it was not. None where it was not fitted.
     """
 
-    paths: Mapping[int, Cost]
-    near: Columns
-    errors: Mapping[str, HeldOut]
+    scale: Scale
+    columns: Columns
+    formula: Callable[[Array], Array] | None = None
+    told: Array | None = None
 
-    def look(self, place: int, usual: _Look, meaning: Meaning, codec: Codec) -> _Look:
-        """Returns how an objective is looked at: `usual` is how it would be with thresholds that are dimensions."""
-        scale, columns, formula = usual
-        if place not in self.paths:
-            return scale, beside(self.near, columns), formula
-        path, aimed = self.paths[place], meaning.aims[place].aimed
-        return (
-            logarithmic_scale(),
-            of_savings(self.near, meaning, codec),
-            lambda rows: np.log(np.minimum(path(rows), aimed)),
-        )
+    def known(self, rows: Array, some: NDArray[np.bool_]) -> Array:
+        """Returns what is known of some rows, `(k,)`."""
+        if self.formula is None:
+            return np.zeros(int(some.sum()))
+        found = self.formula(rows[some])
+        return found if self.told is None else np.where(np.isnan(self.told[some]), found, self.told[some])
 
 
-def _solved(observed: Observed, codec: Codec, meaning: Meaning) -> _Solved:
-    paths: dict[int, Cost] = {}
-    errors = {}
-    for place, aim in enumerate(meaning.aims):
-        longest = observed.longest[:, place]
-        if aim.kind == "flops":
-            paths[place] = counted_paths(observed.rows, longest, meaning, codec)
-        elif aim.kind == "latency" and (timed := timed_paths(observed.rows, longest, meaning, codec)):
-            paths[place], errors["longest path"] = timed
-    return _Solved(paths, slack(paths, meaning, codec), errors)
+def _look_behind_exits(place: int, usual: _Look, saved: Savings) -> _Look:
+    """Returns how an objective is looked at: `usual` is how it would be with thresholds that are dimensions."""
+    if place not in saved.means:
+        return replace(usual, columns=beside(saved.near, usual.columns))
+    mean = saved.means[place]
+    return _Look(logarithmic_scale(), saved.columns, lambda rows: np.log(mean.function(rows)), np.log(mean.held_out))
 
 
 def _look(place: int, rows: Array, costs: Array, codec: Codec, meaning: Meaning | None) -> _Look:
     """Returns how one objective is looked at: its scale, its columns, and the formula for it where there is one."""
     if meaning is None:
-        return plain_scale(costs[~np.isnan(costs)]), plain(codec), None
+        return _Look(plain_scale(costs[~np.isnan(costs)]), plain(codec))
     aim, structure = meaning.aims[place], meaning.structure
     if aim.kind == "accuracy":
         scale = damage_scale(aim)
-        return scale, of_damage(structure, codec), _estimate(rows, costs, scale, structure, codec)
+        return _Look(scale, of_damage(structure, codec), _estimate(rows, costs, scale, structure, codec))
     if aim.kind == "latency":
-        return relative_scale(), of_latency(structure, codec), None
-    return (
+        return _Look(relative_scale(), of_latency(structure, codec))
+    return _Look(
         logarithmic_scale(),
         of_latency(structure, codec),
         lambda rows: np.log(np.maximum(structure.work(codec, rows).sum(axis=1), 1e-12)),
@@ -252,14 +243,14 @@ def _estimate(
 def _look_at_constraint(values: Array, codec: Codec, meaning: Meaning | None) -> _Look:
     """Returns how a constraint that follows from no objective is looked at."""
     columns = plain(codec) if meaning is None else of_latency(meaning.structure, codec)
-    return plain_scale(np.abs(values[~np.isnan(values)])), columns, None
+    return _Look(plain_scale(np.abs(values[~np.isnan(values)])), columns)
 
 
 def _belief(rows: Array, costs: Array, look: _Look) -> Belief:
-    scale, features, formula = look
+    scale, features, formula = look.scale, look.columns, look.formula
     known: NDArray[np.bool_] = ~np.isnan(costs)
     places = scale.forward(costs[known])
-    left = places - formula(rows[known]) if formula else places
+    left = places - look.known(rows, known)
     if len(left) < 2 or np.ptp(left) == 0 or (formula and np.std(left) < _EXACT):
         constant = float(left.mean()) if len(left) else 0.0
         doubt = _EXACT if len(left) > 1 else 1.0

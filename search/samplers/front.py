@@ -218,7 +218,8 @@ class FrontSampler(BaseSampler):
     def _winning(self, observed: Observed, beliefs: Beliefs, forecast: Forecast, box: "_Box", count: int) -> list[int]:
         scales = [belief.scale for belief in beliefs.objectives]
         nearest = np.minimum((forecast.means - forecast.deviations).min(axis=0), box.front_places.min(axis=0))
-        low = np.array([float(scale.back(place)) for scale, place in zip(scales, nearest, strict=True)])
+        # Hopes for more than is possible would make all of that hypervolume look as if it were still to be won.
+        low = np.maximum([float(scale.back(place)) for scale, place in zip(scales, nearest, strict=True)], box.least)
         points = open_points(low, box.reference, box.front, self._rng)
         if not len(points):
             return []
@@ -245,6 +246,8 @@ class _Box:
         front: the feasible costs that were measured and that none beats, `(k, m)`.
         front_places: the same on the scales.
         reference: the worst costs that count.
+        least: costs that nothing is below; minus infinity where nobody knows.
+        least_places: the same on the scales.
         limits: the highest costs that count, on the scales; infinite where there is none.
         spans: how far objectives vary, on the scales.
     """
@@ -252,6 +255,8 @@ class _Box:
     front: Array
     front_places: Array
     reference: Array
+    least: Array
+    least_places: Array
     limits: Array
     spans: Array
 
@@ -262,8 +267,9 @@ class _Box:
         costs = observed.costs[observed.is_feasible]
         front = costs[non_dominated(costs)]
         known = observed.costs[observed.is_whole]
-        reference = observed.limits.copy()
+        reference, least = observed.limits.copy(), np.full(len(scales), -np.inf)
         if meaning is not None:
+            least = np.array([aim.least_cost for aim in meaning.aims])
             worst = [-aim.worst if aim.kind == "accuracy" else aim.worst for aim in meaning.aims]
             reference = np.minimum(reference, worst)
         spread = np.ptp(known, axis=0) if len(known) else np.ones(len(scales))
@@ -276,13 +282,19 @@ class _Box:
             front,
             np.stack([_on(scale, column) for scale, column in zip(scales, front.T, strict=True)], axis=1),
             reference,
+            least,
+            np.array([float(_on(scale, np.array([cost]))[0]) for scale, cost in zip(scales, least, strict=True)]),
             np.array([float(_on(scale, np.array([limit]))[0]) for scale, limit in zip(scales, limits, strict=True)]),
             np.maximum(spans, 1e-9),
         )
 
     def judged(self, functions: Functions, rows: Array) -> tuple[Array, Array]:
-        """Returns costs on the scales, and how far they lie outside of the limits."""
+        """Returns costs on the scales, and how far they lie outside of the limits.
+
+        What is expected to be better than anything can be is as good as others of which that is expected.
+        """
         costs = np.stack([function(rows) for function in functions.objectives], axis=1)
+        costs = np.maximum(costs, self.least_places)
         broken = np.maximum((costs - self.limits) / self.spans, 0.0).sum(axis=1)
         for function in functions.others:
             broken += np.maximum(function(rows), 0.0)

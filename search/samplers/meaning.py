@@ -90,6 +90,7 @@ def _structure(bench: Workbench, space: JointSpace, seconds: Mapping[str, float]
     chosen = [precision.PREFIX + name for name in layers]
     reference = next(iter(space.precision.precisions))
     exits = tuple(gates.PREFIX + name for name in space.gates.exits if gates.PREFIX + name in dimensions)
+    ways = len(bench.network.exit_names) if bench.has_gates else len(exits)
     depths = [bench.flops.exits_before(paths[name]) for name in layers]
     return Structure(
         channels=tuple(sparsity.PREFIX + group.name for group in free),
@@ -103,7 +104,7 @@ def _structure(bench: Workbench, space: JointSpace, seconds: Mapping[str, float]
             name: seconds.get(name, seconds[reference]) / seconds[reference] for name in space.precision.precisions
         },
         exits=exits,
-        exit_after=tuple(sum(depth <= number for depth in depths) for number in range(len(exits))),
+        exit_after=tuple(sum(depth <= number for depth in depths) for number in range(ways)),
         damage=_damage(bench, space, profile, {name: paths[name] for name in layers}),
     )
 

@@ -27,7 +27,9 @@ class Observed:
         pending: rows that are being tried, `(k, d)`.
         spent: rows that nobody has to try again, failed ones included, `(l, d)`.
         linked: the constraints that are functions of an objective.
-        longest: what an input costs that goes to the end, `(n, m)`; NaN where it was not measured.
+        leaving: the shares of the inputs that leave at each exit whose threshold was solved and, last, go to the end,
+            `(n, exits + 1)`; NaN where there is none of them, no exits where there never is.
+        ways: for some objectives, by their place, what an input costs that does, in the same shape.
     """
 
     rows: Array
@@ -37,7 +39,8 @@ class Observed:
     pending: Array
     spent: Array
     linked: frozenset[str]
-    longest: Array
+    leaving: Array
+    ways: Mapping[int, Array]
 
     @property
     def excess(self) -> Array:
@@ -82,12 +85,15 @@ def observe(
     records = {trial.number: trial.user_attrs["evaluation"] for trial in trials if "evaluation" in trial.user_attrs}
     rows = codec.encode([trial.params for trial in told])
     signs = np.array([-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in directions])
-    costs, longest = np.full((2, len(told), len(signs)), np.nan)
-    for place, trial in enumerate(told):
-        record = trial.user_attrs.get("evaluation") or records.get(trial.user_attrs.get("duplicate_of", -1), {})
-        kept = np.array([_kept(record, metric) for metric in metrics]).reshape(-1, 2)
-        if len(kept):  # a trial that broke a limit was told without values, and yet some were measured or estimated
-            costs[place], longest[place] = signs * kept.T
+    costs = np.full((len(told), len(signs)), np.nan)
+    evaluations = [
+        trial.user_attrs.get("evaluation") or records.get(trial.user_attrs.get("duplicate_of", -1), {})
+        for trial in told
+    ]
+    for place, (trial, evaluation) in enumerate(zip(told, evaluations, strict=True)):
+        if metrics:  # a trial that broke a limit was told without values, and yet some were measured or estimated
+            measured = evaluation.get("measurements", {})
+            costs[place] = signs * [measured.get(metric, {}).get("value", np.nan) for metric in metrics]
         if trial.state == TrialState.COMPLETE:
             costs[place] = signs * np.array(trial.values)
     names = dict.fromkeys(name for trial in told for name in trial.constraints)
@@ -99,13 +105,22 @@ def observe(
     pending = codec.encode([trial.params for trial in usable if trial.state == TrialState.RUNNING])
     spent = codec.encode([trial.params for trial in usable if trial.state != TrialState.WAITING])
     linked = frozenset(name for name, link in found.items() if link is not None)
-    return Observed(rows, costs, constraints, limits, pending, spent, linked, longest)
+    return Observed(rows, costs, constraints, limits, pending, spent, linked, *_gates(evaluations, metrics))
 
 
-def _kept(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
-    """Returns what an evaluation's record tells of a metric and of its longest path; NaN for what it does not tell."""
-    measured = record.get("measurements", {}).get(metric, {})
-    return measured.get("value", np.nan), measured.get("others", {}).get("worst", np.nan)
+def _gates(evaluations: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> tuple[Array, dict[int, Array]]:
+    """Returns at which exits inputs leave, and what that costs, as evaluations tell it whose thresholds were solved."""
+    told = [evaluation.get("gates") or {} for evaluation in evaluations]
+    exits = max((len(each["shares"]) for each in told if "ways" in each), default=0)
+    unknown = [np.nan] * exits
+    leaving = np.array([each["shares"] if "ways" in each else unknown for each in told], dtype=np.float64)
+    names = {metric for each in told for metric in each.get("ways", ())}
+    ways = {
+        place: np.array([each.get("ways", {}).get(metric, unknown) for each in told], dtype=np.float64)
+        for place, metric in enumerate(metrics)
+        if metric in names
+    }
+    return leaving.reshape(len(told), exits), ways
 
 
 def _is_finite(trial: FrozenTrial) -> bool:

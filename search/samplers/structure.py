@@ -1,7 +1,7 @@
 """What the dimensions of a search mean: layers, channels, precisions and exits, and what is known without measuring."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ class Structure:
         fixed: for each layer the precision that it has where it has no choice.
         speeds: seconds that a FLOP takes in each precision, against the first one.
         exits: the dimensions of thresholds, by depth; none where thresholds are no dimensions.
-        exit_after: for each of them the number of layers before it.
+        exit_after: for each of them, or else for each exit whose threshold is solved, the number of layers before it.
         damage: for some dimensions an estimate of what each of their values costs in accuracy, in any unit.
     """
 
@@ -53,6 +53,11 @@ class Structure:
     def names(self) -> set[str]:
         """Every dimension that it speaks of."""
         return {*self.channels, *self.exits, *(name for name in self.precision if name is not None)}
+
+    def first(self, layers: int) -> "Structure":
+        """Returns the network as far as some of its layers, without norms: what runs before an exit."""
+        parts = {name: getattr(self, name)[:layers] for name in ("flops", "inputs", "outputs", "precision", "fixed")}
+        return replace(self, **parts)
 
     def kept(self, codec: Codec, rows: Array) -> Array:
         """Returns the channels that rows keep of each dimension, `(n, G)`."""
@@ -101,6 +106,11 @@ class Aim:
     worst: float
     chance: float = 0.0
     aimed: float = float("inf")
+
+    @property
+    def least_cost(self) -> float:
+        """The cost that nothing is below: all answers right, or none of a time or a count."""
+        return -1.0 if self.kind == "accuracy" else 0.0
 
 
 @dataclass(frozen=True)

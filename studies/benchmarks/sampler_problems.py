@@ -136,7 +136,7 @@ class Record:
         self._file = file
         content = json.loads(gzip.decompress(file.read_bytes())) if file.is_file() else {}
         self.baseline: dict[str, Any] | None = content.get("baseline")
-        self.evaluations: dict[str, list[float | None]] = content.get("evaluations", {})
+        self.evaluations: dict[str, list[Any]] = content.get("evaluations", {})
         self.runs: dict[str, dict[str, Any]] = content.get("runs", {})
 
     def write(self) -> None:
@@ -178,15 +178,13 @@ class StudyCase:
         if choices.key not in self._record.evaluations:
             settled = self._gates.settle(choices)
             found = self._bench.evaluate(settled.candidate, self._latency, self._is_broken)
-            self._record.evaluations[choices.key] = _values(found)
+            self._record.evaluations[choices.key] = _recorded(settled.stamped(found))
             if len(self._record.evaluations) % _WRITTEN_EVERY == 0:
                 self._record.write()
-        accuracy, seconds, flops, *longest = self._record.evaluations[choices.key]
-        assert seconds is not None
-        assert flops is not None
+        accuracy, seconds, flops, gates = self._record.evaluations[choices.key]
         values = (accuracy, seconds, flops)
         violations = self._budget.violations(self._measured(values), self._dense)
-        return Told(choices.key, values, violations, _kept((seconds, flops), longest))
+        return Told(choices.key, values, violations, _kept((seconds, flops), gates))
 
     def _is_broken(self, measured: Mapping[str, Measurement]) -> bool:
         return any(value > 0 for value in self._budget.violations(measured, self._dense).values())
@@ -205,16 +203,21 @@ class StudyCase:
         return box_share(np.stack(costs, axis=1))
 
 
-def _kept(costs: Sequence[float], longest: Sequence[float | None]) -> dict[str, Any]:
-    """Returns what the sampler reads in a trial's evaluation: costs, and those of the longest path where recorded."""
-    known = zip(OBJECTIVES[1:], costs, longest, strict=False)
-    measured = {name: {"value": value, "others": {"worst": worst}} for name, value, worst in known if worst is not None}
-    return {"measurements": measured} if measured else {}
+def _kept(costs: Sequence[float], gates: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns what the sampler reads in a trial's evaluation: costs, and how thresholds that were solved came about."""
+    measured = {name: {"value": value} for name, value in zip(OBJECTIVES[1:], costs, strict=True)}
+    return {"measurements": measured, "gates": gates}
 
 
-def _values(evaluation: Evaluation) -> list[float | None]:
-    """Returns accuracy, seconds and FLOPs, and then seconds and FLOPs of the longest path; None if not measured."""
+def _recorded(evaluation: Evaluation) -> list[Any]:
+    """Returns accuracy, None if not measured, seconds and FLOPs, and where and at what cost inputs leave."""
     measured = evaluation.measurements
-    found = [measured[name].value if name in measured else None for name in OBJECTIVES]
-    found += [measured[name].others.get("worst") if name in measured else None for name in OBJECTIVES[1:]]
-    return [None if value is None else float(f"{value:.6g}") for value in found]
+    found = [_short(measured[name].value) if name in measured else None for name in OBJECTIVES]
+    if not (gates := evaluation.gates):
+        return [*found, None]
+    ways = {metric: [_short(each) for each in costs] for metric, costs in gates["ways"].items()}
+    return [*found, {"shares": [_short(share) for share in gates["shares"]], "ways": ways}]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
