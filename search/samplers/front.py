@@ -247,7 +247,6 @@ class _Box:
         front_places: the same on the scales.
         reference: the worst costs that count.
         least: costs that nothing is below; minus infinity where nobody knows.
-        least_places: the same on the scales.
         limits: the highest costs that count, on the scales; infinite where there is none.
         spans: how far objectives vary, on the scales.
     """
@@ -256,7 +255,6 @@ class _Box:
     front_places: Array
     reference: Array
     least: Array
-    least_places: Array
     limits: Array
     spans: Array
 
@@ -283,18 +281,13 @@ class _Box:
             np.stack([_on(scale, column) for scale, column in zip(scales, front.T, strict=True)], axis=1),
             reference,
             least,
-            np.array([float(_on(scale, np.array([cost]))[0]) for scale, cost in zip(scales, least, strict=True)]),
             np.array([float(_on(scale, np.array([limit]))[0]) for scale, limit in zip(scales, limits, strict=True)]),
             np.maximum(spans, 1e-9),
         )
 
     def judged(self, functions: Functions, rows: Array) -> tuple[Array, Array]:
-        """Returns costs on the scales, and how far they lie outside of the limits.
-
-        What is expected to be better than anything can be is as good as others of which that is expected.
-        """
+        """Returns costs on the scales, and how far they lie outside of the limits."""
         costs = np.stack([function(rows) for function in functions.objectives], axis=1)
-        costs = np.maximum(costs, self.least_places)
         broken = np.maximum((costs - self.limits) / self.spans, 0.0).sum(axis=1)
         for function in functions.others:
             broken += np.maximum(function(rows), 0.0)
