@@ -16,6 +16,7 @@ from evaluators.case import Case, Finding
 from evaluators.comparison import Answered, Compared, Side, compare
 from evaluators.data import LabelledImages
 from evaluators.findings import find, is_chance
+from evaluators.runtimes.cpu import weight_bits
 from evaluators.runtimes.ort import OnnxRuntime
 from search.diagnose import diagnose
 from search.wanted import Wanted
@@ -202,6 +203,7 @@ def test_dead_channels_are_counted_and_those_that_fall_silent_too() -> None:
     assert (silent.layer, silent.figure, silent.alarm) == ("cool.0", 1, False)
 
 
+@pytest.mark.skipif(weight_bits() < 8, reason="weights of 7 bits are noisy here before one layer is made coarse")
 def test_a_coarse_layer_is_the_first_below_20_db() -> None:
     network = Network(zoo.build("grouped"))
     assert alarms(network.findings(network.file("int8"), "int8")) == set()
