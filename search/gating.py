@@ -81,16 +81,12 @@ class _Asked:
     def best(self) -> dict[str, Any]:
         """Returns the best thresholds by how likely answers are right, and what they come to by counting."""
         exits, likely = self.confidences[:, :-1], likelihoods(self.confidences, self.correct)
-        costs = tuple(self.costs.values())
+        first, *others = self.costs.values()
+        costs = (first.times(self.correction), *others)
         solved = Thresholds(exits, likely, costs, self.floor).solve()
         told = asdict(Thresholds(exits, self.correct, costs, self.floor).outcome(solved.thresholds))
         told |= {"expected_accuracy": solved.accuracy, "images": len(exits), "correction": self.correction}
         return told | {"ways": {metric: [float(each) for each in cost.leave] for metric, cost in self.costs.items()}}
-
-    def corrected(self, by: float) -> "_Asked":
-        """Returns the same where the first cost is so many times what it was thought to be."""
-        first = next(iter(self.costs))
-        return replace(self, costs={**self.costs, first: self.costs[first].times(by)}, correction=by)
 
 
 class GateSolver:
@@ -133,7 +129,7 @@ class GateSolver:
         version = self._version(choices, never, told)
         if not compiles and self._is_near_a_limit(told):
             taken = self._latency.measure(self._timed(self._bench.built(version, compressed, more))).value
-            told = asked.corrected(taken / told["costs"][0]).best()
+            told = replace(asked, correction=taken / told["costs"][0]).best()
             version = self._version(choices, never, told)
         return Settled(version, told, time.perf_counter() - begin)
 
