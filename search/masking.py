@@ -29,6 +29,10 @@ _RELAX = 3.0
 """How fast the bounds of single gates widen: to the end as far as DGNet's do before its learning rate first falls."""
 _FASTER = 10.0
 """How much faster the mean logits of gates learn, for each gate beside them: they share what FLOPs ask for."""
+_SETTLING = 0.15
+"""The share of a training at its end in which it learns as it is deployed: with closed positions that are zero."""
+_SETTLING_RATE = 0.1
+"""The learning rate that this begins with, as a share of the training's."""
 _IMAGES = 2_000
 """Training images that batch statistics are measured on, with hard decisions."""
 
@@ -78,11 +82,16 @@ def train_masks_once(
         network.eval()
         return
     batches = TrainingBatches(data.train, masks.batch, masks.seed, augment)
-    checkpoint = file.with_suffix(".partial.pt")
     told = lambda done, total: progress("Training the network with its masks, once", done, total)  # noqa: E731
-    train_masks(network, plain, batches, masks, checkpoint, told)
-    recalibrate_batch_norm(network, recovery_images(data.train, _IMAGES))
+    unsettled = file.with_suffix(".unsettled.pt")
+    if not load_weights(network, unsettled):
+        train_masks(network, plain, batches, masks, file.with_suffix(".partial.pt"), told)
+        recalibrate_batch_norm(network, recovery_images(data.train, _IMAGES))
+        save(network.state_dict(), unsettled)
+    told = lambda done, total: progress("Training it as its masks are deployed", done, total)  # noqa: E731
+    settle_masks(network, plain, batches, masks, file.with_suffix(".settling.pt"), told)
     save(network.state_dict(), file)
+    unsettled.unlink()
 
 
 def train_masks(
@@ -101,10 +110,7 @@ def train_masks(
     Raises:
         DivergedError: the loss is not finite for the second time.
     """
-    image = torch.from_numpy(batches.data.images[:1])
-    flops = MaskedFlops(plain, network, image)
-    teacher = copy.deepcopy(plain).eval() if masks.distillation > 0 else None
-    inside = masks_of(network)
+    inside, loss_of = masks_of(network), _MaskedLoss(network, plain, masks, torch.from_numpy(batches.data.images[:1]))
 
     def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:
         noise = Noise(generator, max(0.0, 1 - done / _QUIET))
@@ -112,21 +118,15 @@ def train_masks(
             mask.go_on(done)
             for gate in mask.gates:
                 gate.noise = noise
-        with fast_arithmetic():
-            with torch.no_grad():
-                answers = teacher(images).float() if teacher else torch.empty(0)
-            logits = network(images).float()
-        loss = distillation_loss(logits, answers, labels, masks.distillation, _TEMPERATURE)
-        share = flops.per_image(needed(inside)).mean() / flops.dense
         wanted = 1 - (1 - masks.keep) * min(1.0, done / _DESCENT)
-        loss = loss + masks.weight * flops_loss(share, wanted) + masks.bounds * bounds_loss(inside, wanted, done)
+        loss = loss_of(images, labels, wanted) + masks.bounds * bounds_loss(inside, wanted, done)
         loss.backward()
         return float(loss.detach())
 
     norms = [module for module in network.modules() if isinstance(module, LogitNorm)]
     hooks = [norm.bias.register_hook(lambda grad, norm=norm: _FASTER * norm.num_features * grad) for norm in norms]
     try:
-        fitted = fit(network, step, batches, masks, checkpoint, report)
+        fitted = fit(network, step, batches, _stage(masks, 1 - _SETTLING), checkpoint, report)
     finally:
         for hook in hooks:
             hook.remove()
@@ -135,6 +135,72 @@ def train_masks(
         for gate in mask.gates:
             gate.noise = None
     return fitted
+
+
+def settle_masks(
+    network: nn.Module,
+    plain: nn.Module,
+    batches: TrainingBatches,
+    masks: MasksSection,
+    checkpoint: Path | None = None,
+    report: Report = lambda _done, _total: None,
+) -> Fitted:
+    """Trains a network as it is deployed, with gates as they are: closed positions are zero, batch statistics stay.
+
+    Gates that learn on here cost accuracy (3 points on CIFAR-10): what a closed position hides has no gradient.
+
+    Raises:
+        DivergedError: the loss is not finite for the second time.
+    """
+    loss_of = _MaskedLoss(network, plain, masks, torch.from_numpy(batches.data.images[:1]))
+
+    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+        network.eval()
+        loss = loss_of(images, labels, masks.keep)
+        loss.backward()
+        return float(loss.detach())
+
+    settings = _stage(masks, _SETTLING, _SETTLING_RATE).model_copy(update={"schedule": "cosine"})
+    learned = [parameter for mask in masks_of(network) for parameter in mask.parameters()]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        return fit(network, step, batches, settings, checkpoint, report)
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+def _stage(masks: MasksSection, share: float, rate: float = 1.0) -> MasksSection:
+    """Returns the settings of a part of the training, by its share of the whole and of the learning rate."""
+    changed = {
+        "epochs": masks.epochs * share,
+        "steps": masks.steps and max(1, round(masks.steps * share)),
+        "minutes": masks.minutes and masks.minutes * share,
+        "at_most_minutes": masks.at_most_minutes and masks.at_most_minutes * share,
+        "learning_rate": masks.learning_rate * rate,
+    }
+    return masks.model_copy(update=changed)
+
+
+class _MaskedLoss:
+    """On labels, on what the network answered without masks, and on FLOPs."""
+
+    def __init__(self, network: nn.Module, plain: nn.Module, masks: MasksSection, image: Tensor) -> None:
+        self._network = network
+        self._masks = masks
+        self._flops = MaskedFlops(plain, network, image)
+        self._teacher = copy.deepcopy(plain).eval() if masks.distillation > 0 else None
+
+    def __call__(self, images: Tensor, labels: Tensor, wanted: float) -> Tensor:
+        """Returns the loss of a batch, where the wanted share of FLOPs is as given."""
+        with fast_arithmetic():
+            with torch.no_grad():
+                answers = self._teacher(images).float() if self._teacher else torch.empty(0)
+            logits = self._network(images).float()
+        loss = distillation_loss(logits, answers, labels, self._masks.distillation, _TEMPERATURE)
+        share = self._flops.per_image(needed(masks_of(self._network))).mean() / self._flops.dense
+        return loss + self._masks.weight * flops_loss(share, wanted)
 
 
 def flops_loss(share: Tensor, wanted: float) -> Tensor:

@@ -96,7 +96,7 @@ class MasksSection(FittingSection):
 
     `blocks` is "all" residual ones, or their paths. Gates are trained towards `keep` of the network's FLOPs, their own
     included: `weight` is how much that counts, and `bounds` how much each gate is held to the same share at first.
-    `distillation` is the share of the network as it was in the loss.
+    `distillation` is the share of the network as it was in the loss. The last 15% of a training leave the gates alone.
     """
 
     method: Literal["dgnet", "dynconv", "cgnet", "lccl", "dgc"] | None = None
