@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-Unit = Literal["s", "ratio", "flop", "count", "byte"]
+Unit = Literal["s", "ratio", "flop", "count", "byte", "joule"]
 
 
 class UnitError(ValueError):

@@ -1,7 +1,7 @@
 """The limits that a deployed version must keep: `latency<5ms`, `accuracy_drop<1%`.
 
 Less is better for every metric but accuracy, so each has one natural side. `=` and `:` stand for it, because an
-unquoted `<` or `>` is a redirect in every shell.
+unquoted `<` or `>` is a redirect in every shell. Energy is not measured: it is the expected FLOPs at a stated price.
 """
 
 import difflib
@@ -20,6 +20,13 @@ _SCALES: Mapping[str, Mapping[str, Decimal]] = {
     "flop": {"": Decimal(1), "K": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9)},
     "count": {"": Decimal(1), "K": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9)},
     "byte": {"B": Decimal(1), "KB": Decimal(10**3), "MB": Decimal(10**6)},
+    "joule": {
+        "pJ": Decimal("1e-12"),
+        "nJ": Decimal("1e-9"),
+        "uJ": Decimal("1e-6"),
+        "mJ": Decimal("1e-3"),
+        "J": Decimal(1),
+    },
 }
 _EXAMPLES = {
     "latency": "latency<5ms",
@@ -28,16 +35,19 @@ _EXAMPLES = {
     "flops": "flops<50%",
     "params": "params<200K",
     "size": "size<1MB",
+    "energy": "energy<2mJ@50pJ",
 }
 _RELATIVE_METRICS = ("latency", "flops", "params", "size")
 
 ACCURACY_DROP = Metric("accuracy_drop", "ratio", 1, ("mean",), "accuracy drop")
-BUDGET_METRICS: Mapping[str, Metric] = {**METRICS, ACCURACY_DROP.name: ACCURACY_DROP}
-"""What a budget may limit: every metric, and the points of accuracy lost against the dense network."""
+ENERGY = Metric("energy", "joule", 1, ("expected", "worst"), "energy")
+BUDGET_METRICS: Mapping[str, Metric] = {**METRICS, ACCURACY_DROP.name: ACCURACY_DROP, ENERGY.name: ENERGY}
+"""What a budget may limit: every metric, the points of accuracy lost against the dense network, and energy."""
 
 _PATTERN = re.compile(
-    r"^(?P<metric>[A-Za-z_]+)(?:\.(?P<statistic>\w+))?\s*(?P<side><=|>=|<|>|=|:)\s*(?P<value>[^\s%A-Za-z]*(?:[eE][-+]?\d+)?)\s*(?P<unit>\S*)$"
+    r"^(?P<metric>[A-Za-z_]+)(?:\.(?P<statistic>\w+))?\s*(?P<side><=|>=|<|>|=|:)\s*(?P<value>[^\s%@A-Za-z]*(?:[eE][-+]?\d+)?)\s*(?P<unit>[^\s@]*)\s*(?:@\s*(?P<price>\S+))?$"
 )
+_PRICE = re.compile(r"^(?P<value>[^A-Za-z]*(?:[eE][-+]?\d+)?)(?P<unit>[A-Za-z]+)$")
 
 
 class BudgetError(UserError):
@@ -51,12 +61,21 @@ class Constraint:
     Constraint.parse("latency<5ms")       # median latency at most 0.005 s
     Constraint.parse("latency.p99<8ms")   # its 99th percentile
     Constraint.parse("flops<50%")         # half of the dense network's
+    Constraint.parse("energy<2mJ@50pJ")   # at 50 pJ for each FLOP
+
+    Args:
+        metric: that is limited.
+        statistic: of it.
+        limit: as a share of the dense network's where it is relative.
+        relative: whether it is.
+        joules_per_flop: what a limit on energy takes a FLOP to cost; 0 for all others.
     """
 
     metric: Metric
     statistic: str
     limit: float
     relative: bool
+    joules_per_flop: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -71,8 +90,9 @@ class Constraint:
         metric = _metric(match["metric"])
         statistic = _statistic(metric, match["statistic"])
         _check_side(metric, match["side"], text)
+        price = _price(metric, match["price"], text)
         limit, relative = _limit(metric, match["value"], match["unit"], text)
-        return cls(metric, statistic, limit, relative)
+        return cls(metric, statistic, limit, relative, price)
 
     @property
     def name(self) -> str:
@@ -82,9 +102,8 @@ class Constraint:
 
     def __str__(self) -> str:
         scales = _SCALES["ratio"] if self.relative else _SCALES[self.metric.unit]
-        exact = Decimal(repr(self.limit))
-        unit = next((unit for unit, scale in reversed(list(scales.items())) if exact >= scale), next(iter(scales)))
-        return f"{self.name}{'<' if self.metric.sign > 0 else '>'}{_plain(exact / scales[unit])}{unit}"
+        price = f"@{_scaled(self.joules_per_flop, _SCALES['joule'])}" if self.joules_per_flop else ""
+        return f"{self.name}{'<' if self.metric.sign > 0 else '>'}{_scaled(self.limit, scales)}{price}"
 
     def violation(self, measured: Measurement, dense: Measurement) -> float:
         """Returns how far `measured` oversteps the limit, as a share of it; feasible at or below 0.
@@ -101,19 +120,30 @@ class Constraint:
         return self.metric.sign * (value - limit) / (limit or 0.01)  # a limit of 0% drop counts in points
 
     def value(self, measured: Measurement, dense: Measurement) -> float:
-        """Returns what is held against the limit: the statistic, or the points lost against the dense network."""
+        """Returns what is held against the limit: the statistic, what it costs, or the points lost."""
         if self.metric is ACCURACY_DROP:
             return dense.value - measured.value
-        return measured.statistic_value(self.statistic)
+        return measured.statistic_value(self.statistic) * (self.joules_per_flop or 1.0)
 
     def floor(self, dense: Measurement) -> float:
         """Returns the lowest accuracy, 0 to 1, that a limit on accuracy or accuracy_drop lets through."""
         return dense.value - self.limit if self.metric is ACCURACY_DROP else self.limit
 
+    def ceiling(self, dense: Measurement) -> float:
+        """Returns the highest value of what is measured that a limit on anything but accuracy lets through."""
+        if self.relative:
+            return self.limit * dense.statistic_value(self.statistic)
+        return self.limit / (self.joules_per_flop or 1.0)
+
     @property
     def measured_as(self) -> str:
         """The metric that has to be measured for it."""
-        return "accuracy" if self.metric is ACCURACY_DROP else self.metric.name
+        return {ACCURACY_DROP: "accuracy", ENERGY: "flops"}.get(self.metric, self.metric.name)
+
+    @property
+    def is_of_value(self) -> bool:
+        """Whether it limits what is measured itself, and not its spread: no percentile and no worst case."""
+        return self.statistic == self.metric.statistics[0]
 
 
 @dataclass(frozen=True)
@@ -191,6 +221,25 @@ def _check_side(metric: Metric, side: str, text: str) -> None:
         )
 
 
+def _price(metric: Metric, price: str | None, text: str) -> float:
+    """Returns the joules that a FLOP is taken to cost."""
+    if metric is not ENERGY:
+        if price:
+            raise BudgetError(f"only energy has a price for a FLOP, got {text.strip()!r}; leave out '@{price}'")
+        return 0.0
+    match, scales = _PRICE.match(price or ""), _SCALES["joule"]
+    try:
+        joules = Decimal(match["value"]) * scales[match["unit"]] if match else Decimal(0)
+    except (InvalidOperation, KeyError):
+        joules = Decimal(0)
+    if not joules.is_finite() or joules <= 0:
+        raise BudgetError(
+            f"energy is not measured but FLOPs at a stated price, got {text.strip()!r};"
+            f" write {_EXAMPLES[ENERGY.name]!r} for 50 pJ each, in one of {', '.join(scales)}"
+        )
+    return float(joules)
+
+
 def _limit(metric: Metric, number: str, unit: str, text: str) -> tuple[float, bool]:
     scales = _SCALES[metric.unit]
     relative = unit == "%" and metric.name in _RELATIVE_METRICS
@@ -210,6 +259,13 @@ def _limit(metric: Metric, number: str, unit: str, text: str) -> tuple[float, bo
     if metric.unit == "ratio" and limit >= 1:
         raise BudgetError(f"{metric.name} is a share of the images, below 100%, got {text.strip()!r}")
     return limit, relative
+
+
+def _scaled(value: float, scales: Mapping[str, Decimal]) -> str:
+    """Returns a number in the largest unit that leaves it at 1 or more."""
+    exact = Decimal(repr(value))
+    unit = next((unit for unit, scale in reversed(list(scales.items())) if exact >= scale), next(iter(scales)))
+    return f"{_plain(exact / scales[unit])}{unit}"
 
 
 def _plain(value: Decimal) -> str:

@@ -99,12 +99,12 @@ def worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:
     """Returns the worst value of each objective that hypervolume counts."""
     worst = {metric: dense[metric].value for metric in OBJECTIVES}
     worst["accuracy"] -= _ACCURACY_SPAN
-    for constraint in budget.constraints:
-        if constraint.name == "accuracy_drop":
-            worst["accuracy"] = dense["accuracy"].value - constraint.limit
-        elif constraint.name in OBJECTIVES:
-            own = dense[constraint.name].value if constraint.relative else 1.0
-            worst[constraint.name] = constraint.limit * own
+    for metric in OBJECTIVES:
+        limits = [limit for limit in budget.constraints if limit.measured_as == metric and limit.is_of_value]
+        if metric == "accuracy":
+            worst[metric] = max((limit.floor(dense[metric]) for limit in limits), default=worst[metric])
+        else:
+            worst[metric] = min((limit.ceiling(dense[metric]) for limit in limits), default=worst[metric])
     worst["accuracy"] = min(worst["accuracy"], 1 - 1e-9)
     return worst
 

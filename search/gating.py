@@ -33,10 +33,8 @@ _NEAR = 0.9
 
 def aimed(budget: Budget, metric: str, dense: Mapping[str, Measurement]) -> float:
     """Returns what solved thresholds may bring the mean of a cost to, in SI units; infinite where nothing limits it."""
-    for constraint in budget.constraints:
-        if constraint.name == metric and metric != "accuracy":
-            return AIM * constraint.limit * (dense[metric].value if constraint.relative else 1.0)
-    return float("inf")
+    limits = [c for c in budget.constraints if c.measured_as == metric != "accuracy" and c.is_of_value]
+    return min((AIM * limit.ceiling(dense[metric]) for limit in limits), default=float("inf"))
 
 
 @dataclass(frozen=True)

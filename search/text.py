@@ -27,6 +27,11 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.{2 if seconds < 0.1 else 0}f} ms"
 
 
+def millijoules(joules: float) -> str:
+    """Returns joules as millijoules, `2.04 mJ`."""
+    return f"{joules * 1e3:.3g} mJ"
+
+
 def percent(share: float) -> str:
     """Returns a share as a percentage: `98.57%`."""
     return f"{share:.2%}"
@@ -97,7 +102,8 @@ def exit_shares(accuracy: Measurement) -> str:
 def violation_line(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:
     """Returns by how much a version oversteps a limit: `latency 5.6 ms, 12% over latency<5ms`."""
     value = constraint.value(measured, dense)
-    shown = {"s": milliseconds, "byte": size, "ratio": percent}.get(constraint.metric.unit, count)(value)
+    shows = {"s": milliseconds, "byte": size, "ratio": percent, "joule": millijoules}
+    shown = shows.get(constraint.metric.unit, count)(value)
     side = "over" if constraint.metric.sign > 0 else "under"
     return f"{constraint.name} {shown}, {constraint.violation(measured, dense):.0%} {side} {constraint}"
 

@@ -4,6 +4,9 @@ from hypothesis import strategies as st
 
 from evaluators.measurement import METRICS, Measurement, UnitError
 from search.budget import BUDGET_METRICS, Budget, BudgetError, Constraint
+from search.front import worst_that_counts
+from search.gating import AIM, aimed
+from search.text import violation_line
 
 
 def measured(metric: str, value: float, **others: float) -> Measurement:
@@ -62,6 +65,13 @@ def test_reads_what_people_write(text: str, metric: str, statistic: str, limit: 
         ("latency.p42<5ms", ["p90", "p99"]),
         ("latency<5ms,latency<4ms", ["once", "latency<4ms"]),
         ("latency<5ms,", ["''"]),
+        ("energy<2mJ", ["stated price", "energy<2mJ@50pJ"]),
+        ("energy<2mJ@0pJ", ["stated price"]),
+        ("energy<2mJ@nanpJ", ["stated price"]),
+        ("energy<2mJ@50", ["stated price", "pJ, nJ"]),
+        ("energy<50%@50pJ", ["mJ", "energy<2mJ@50pJ"]),
+        ("energy<2ms@50pJ", ["mJ"]),
+        ("flops<20M@50pJ", ["only energy"]),
     ],
 )
 def test_a_mistake_is_told_with_the_rule_and_the_remedy(text: str, words: list[str]) -> None:
@@ -82,6 +92,12 @@ constraints = st.one_of(
     st.builds(lambda value: f"accuracy>{value}%", st.decimals("0.1", "99.9", places=2)),
     st.builds(lambda value: f"accuracy_drop<{value}%", st.decimals("0", "99", places=2)),
     st.builds(lambda v, u: f"flops<{v}{u}", st.decimals("0.01", 1000, places=2), st.sampled_from(["K", "M", "G", "%"])),
+    st.builds(
+        lambda v, u, price: f"energy<{v}{u}@{price}pJ",
+        st.decimals("0.01", 1000, places=2),
+        st.sampled_from(["uJ", "mJ", "J"]),
+        st.decimals("0.1", 5000, places=1),
+    ),
     st.builds(lambda v, u: f"size<{v}{u}", st.decimals("1", 1000, places=1), st.sampled_from(["B", "KB", "MB", "%"])),
 )
 
@@ -116,6 +132,22 @@ def test_accuracy_is_limited_from_below_and_its_drop_in_points() -> None:
     drop = Constraint.parse("accuracy_drop<2%")
     assert drop.violation(measured("accuracy", 0.92), DENSE["accuracy"]) == pytest.approx(0.5)
     assert drop.violation(measured("accuracy", 0.96), DENSE["accuracy"]) < 0
+
+
+def test_energy_is_flops_at_a_stated_price() -> None:
+    limit = Constraint.parse("energy < 1 mJ @ 50pJ")
+    assert limit.measured_as == "flops"
+    assert limit.violation(measured("flops", 30e6), DENSE["flops"]) == pytest.approx(0.5)
+    assert limit.ceiling(DENSE["flops"]) == pytest.approx(20e6)
+    assert violation_line(limit, measured("flops", 30e6), DENSE["flops"]) == "energy 1.5 mJ, 50% over energy<1mJ@50pJ"
+    worst = Constraint.parse("energy.worst<1mJ@50pJ")
+    assert worst.violation(measured("flops", 10e6, worst=22e6), DENSE["flops"]) == pytest.approx(0.1)
+
+
+def test_the_worst_that_counts_is_what_the_tightest_limit_lets_through() -> None:
+    budget = Budget.parse(["flops<30M,energy<1mJ@50pJ,energy.worst<1uJ@1pJ,latency<50%,accuracy>90%,accuracy_drop<2%"])
+    assert worst_that_counts(budget, DENSE) == pytest.approx({"accuracy": 0.93, "latency": 0.005, "flops": 20e6})
+    assert aimed(budget, "flops", DENSE) == pytest.approx(AIM * 20e6)
 
 
 def test_a_statistic_that_was_not_measured_is_no_number() -> None:

@@ -57,8 +57,7 @@ def limit_lines(budget: Budget, dense: Version) -> list[LimitLine]:
     for constraint in budget.constraints:
         base = dense.measured[constraint.measured_as]
         if constraint.name == "latency":
-            limit = constraint.limit * (base.value if constraint.relative else 1) * 1e3
-            lines.append(LimitLine("x", limit, str(constraint)))
+            lines.append(LimitLine("x", constraint.ceiling(base) * 1e3, str(constraint)))
         elif constraint.measured_as == "accuracy":
             lines.append(LimitLine("y", constraint.floor(base) * 100, str(constraint)))
     return lines
