@@ -12,8 +12,9 @@ from evaluators.masked_flops import MaskedFlops
 from search.progress import Progress
 from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.distillation import distillation_loss
-from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
 from search.sections import MasksSection
+from search.settling import settle, train_in_parts, while_gates_learn
 from spaces.masks import mask_class
 from spaces.masks.gate import Noise
 from spaces.masks.mask import LogitNorm, Mask, each_opened, insert_masks, masks_of, needed
@@ -29,10 +30,6 @@ _RELAX = 3.0
 """How fast the bounds of single gates widen: to the end as far as DGNet's do before its learning rate first falls."""
 _FASTER = 10.0
 """How much faster the mean logits of gates learn, for each gate beside them: they share what FLOPs ask for."""
-_SETTLING = 0.15
-"""The share of a training at its end in which it learns as it is deployed: with closed positions that are zero."""
-_SETTLING_RATE = 0.1
-"""The learning rate that this begins with, as a share of the training's."""
 _IMAGES = 2_000
 """Training images that batch statistics are measured on, with hard decisions."""
 
@@ -82,16 +79,17 @@ def train_masks_once(
         network.eval()
         return
     batches = TrainingBatches(data.train, masks.batch, masks.seed, augment)
-    told = lambda done, total: progress("Training the network with its masks, once", done, total)  # noqa: E731
-    unsettled = file.with_suffix(".unsettled.pt")
-    if not load_weights(network, unsettled):
-        train_masks(network, plain, batches, masks, file.with_suffix(".partial.pt"), told)
+
+    def learn(checkpoint: Path, report: Report) -> None:
+        train_masks(network, plain, batches, while_gates_learn(masks), checkpoint, report)
         recalibrate_batch_norm(network, recovery_images(data.train, _IMAGES))
-        save(network.state_dict(), unsettled)
-    told = lambda done, total: progress("Training it as its masks are deployed", done, total)  # noqa: E731
-    settle_masks(network, plain, batches, masks, file.with_suffix(".settling.pt"), told)
-    save(network.state_dict(), file)
-    unsettled.unlink()
+
+    loss_of = _MaskedLoss(network, plain, masks, torch.from_numpy(data.train.images[:1]))
+
+    def settled(checkpoint: Path, report: Report) -> None:
+        settle(network, masks_of(network), loss_of, batches, masks, checkpoint, report)
+
+    train_in_parts(network, learn, settled, file, progress)
 
 
 def train_masks(
@@ -126,7 +124,7 @@ def train_masks(
     norms = [module for module in network.modules() if isinstance(module, LogitNorm)]
     hooks = [norm.bias.register_hook(lambda grad, norm=norm: _FASTER * norm.num_features * grad) for norm in norms]
     try:
-        fitted = fit(network, step, batches, _stage(masks, 1 - _SETTLING), checkpoint, report)
+        fitted = fit(network, step, batches, masks, checkpoint, report)
     finally:
         for hook in hooks:
             hook.remove()
@@ -135,52 +133,6 @@ def train_masks(
         for gate in mask.gates:
             gate.noise = None
     return fitted
-
-
-def settle_masks(
-    network: nn.Module,
-    plain: nn.Module,
-    batches: TrainingBatches,
-    masks: MasksSection,
-    checkpoint: Path | None = None,
-    report: Report = lambda _done, _total: None,
-) -> Fitted:
-    """Trains a network as it is deployed, with gates as they are: closed positions are zero, batch statistics stay.
-
-    Gates that learn on here cost accuracy (3 points on CIFAR-10): what a closed position hides has no gradient.
-
-    Raises:
-        DivergedError: the loss is not finite for the second time.
-    """
-    loss_of = _MaskedLoss(network, plain, masks, torch.from_numpy(batches.data.images[:1]))
-
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
-        network.eval()
-        loss = loss_of(images, labels, masks.keep)
-        loss.backward()
-        return float(loss.detach())
-
-    settings = _stage(masks, _SETTLING, _SETTLING_RATE).model_copy(update={"schedule": "cosine"})
-    learned = [parameter for mask in masks_of(network) for parameter in mask.parameters()]
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    try:
-        return fit(network, step, batches, settings, checkpoint, report)
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
-
-
-def _stage(masks: MasksSection, share: float, rate: float = 1.0) -> MasksSection:
-    """Returns the settings of a part of the training, by its share of the whole and of the learning rate."""
-    changed = {
-        "epochs": masks.epochs * share,
-        "steps": masks.steps and max(1, round(masks.steps * share)),
-        "minutes": masks.minutes and masks.minutes * share,
-        "at_most_minutes": masks.at_most_minutes and masks.at_most_minutes * share,
-        "learning_rate": masks.learning_rate * rate,
-    }
-    return masks.model_copy(update=changed)
 
 
 class _MaskedLoss:
@@ -192,15 +144,15 @@ class _MaskedLoss:
         self._flops = MaskedFlops(plain, network, image)
         self._teacher = copy.deepcopy(plain).eval() if masks.distillation > 0 else None
 
-    def __call__(self, images: Tensor, labels: Tensor, wanted: float) -> Tensor:
-        """Returns the loss of a batch, where the wanted share of FLOPs is as given."""
+    def __call__(self, images: Tensor, labels: Tensor, wanted: float | None = None) -> Tensor:
+        """Returns the loss of a batch; the wanted share of FLOPs is that of the settings where none is given."""
         with fast_arithmetic():
             with torch.no_grad():
                 answers = self._teacher(images).float() if self._teacher else torch.empty(0)
             logits = self._network(images).float()
         loss = distillation_loss(logits, answers, labels, self._masks.distillation, _TEMPERATURE)
         share = self._flops.per_image(needed(masks_of(self._network))).mean() / self._flops.dense
-        return loss + self._masks.weight * flops_loss(share, wanted)
+        return loss + self._masks.weight * flops_loss(share, self._masks.keep if wanted is None else wanted)
 
 
 def flops_loss(share: Tensor, wanted: float) -> Tensor:

@@ -78,7 +78,7 @@ class SkipsSection(FittingSection):
 
     `blocks` is "all" that have an identity shortcut, or their paths. A gate is trained towards running its block for
     the share `rate` of the images: `weight` is how much that counts. `temperature` is that of the gates' noise;
-    `distillation` is the share of the network as it was in the loss.
+    `distillation` is the share of the network as it was in the loss. The last 15% of a training leave the gates alone.
     """
 
     blocks: Literal["all"] | tuple[str, ...] = ()

@@ -8,15 +8,19 @@ from torch import Tensor, nn
 
 from evaluators.data import Splits
 from search.progress import Progress
+from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.distillation import distillation_loss
-from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
+from search.settling import settle, train_in_parts, while_gates_learn
 from search.study import SkipsSection
-from spaces.network import ExitNetwork
+from spaces.network import Decide, ExitNetwork, decided
 from spaces.skips import gate
 from spaces.skips.blocks import Blocks, check_blocks, find_blocks
 
 _TEMPERATURE = 2.0
 """Softens the teacher's answers and the learner's."""
+_IMAGES = 2_000
+"""Training images that batch statistics are measured on, once gates are calibrated."""
 
 
 def skip_blocks(trunk: nn.Module, skips: SkipsSection, image: Tensor) -> Blocks:
@@ -58,17 +62,23 @@ def train_gates_once(
     Raises:
         DivergedError: the loss is not finite for the second time.
     """
+    calibration = torch.from_numpy(data.calibration.images[:])
+    batches = TrainingBatches(data.train, skips.batch, skips.seed, augment)
+
+    def learn(checkpoint: Path, report: Report) -> None:
+        train_gates(network, batches, while_gates_learn(skips), checkpoint, report)
+        calibrate_gates(network, calibration, skips.rate)
+        recalibrate_batch_norm(network, recovery_images(data.train, _IMAGES))
+
+    loss_of = _SkippedLoss(network, skips)
+    gates = [network.gate(block) for block in network.skip_blocks]
+
+    def settled(checkpoint: Path, report: Report) -> None:
+        settle(network, gates, loss_of, batches, skips, checkpoint, report)
+
     if not load_weights(network, file):
-        batches = TrainingBatches(data.train, skips.batch, skips.seed, augment)
-        train_gates(
-            network,
-            batches,
-            skips,
-            file.with_suffix(".partial.pt"),
-            lambda done, total: progress("Training the network with its gates, once", done, total),
-        )
-        save(network.state_dict(), file)
-    calibrate_gates(network.eval(), torch.from_numpy(data.calibration.images[:]), skips.rate)
+        train_in_parts(network, learn, settled, file, progress)
+    calibrate_gates(network.eval(), calibration, skips.rate)
 
 
 def train_gates(
@@ -86,20 +96,32 @@ def train_gates(
     Raises:
         DivergedError: the loss is not finite for the second time.
     """
-    teacher = copy.deepcopy(network.trunk).eval() if skips.distillation > 0 else None
+    loss_of = _SkippedLoss(network, skips)
 
     def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
         gates = SampledGates(skips.temperature, generator)
-        with fast_arithmetic():
-            with torch.no_grad():
-                answers = teacher(images).float() if teacher else torch.empty(0)
-            _, logits = network.run_trunk(images, gates)
-        loss = distillation_loss(logits.float(), answers, labels, skips.distillation, _TEMPERATURE)
-        loss = loss + skips.weight * rate_loss(gates.taken, skips.rate)
+        loss = loss_of(images, labels, gates) + skips.weight * rate_loss(gates.taken, skips.rate)
         loss.backward()
         return float(loss.detach())
 
     return fit(network, step, batches, skips, checkpoint, report)
+
+
+class _SkippedLoss:
+    """On labels, and on what the network answered before it had gates."""
+
+    def __init__(self, network: ExitNetwork, skips: SkipsSection) -> None:
+        self._network = network
+        self._skips = skips
+        self._teacher = copy.deepcopy(network.trunk).eval() if skips.distillation > 0 else None
+
+    def __call__(self, images: Tensor, labels: Tensor, decide: Decide = decided) -> Tensor:
+        """Returns the loss of a batch whose images run the blocks that `decide` says."""
+        with fast_arithmetic():
+            with torch.no_grad():
+                answers = self._teacher(images).float() if self._teacher else torch.empty(0)
+            _, logits = self._network.run_trunk(images, decide)
+        return distillation_loss(logits.float(), answers, labels, self._skips.distillation, _TEMPERATURE)
 
 
 def calibrate_gates(network: ExitNetwork, images: Tensor, rate: float) -> None:

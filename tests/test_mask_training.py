@@ -9,11 +9,9 @@ from torch import nn
 
 from evaluators.data import Splits
 from evaluators.masked_flops import MaskedFlops, measure_need
-from search.masking import settle_masks, train_masks_once, with_masks
+from search.masking import train_masks_once, with_masks
 from search.recovery.batchnorm import recalibrate_batch_norm
-from search.recovery.fitting import TrainingBatches, save
 from search.sections import MasksSection
-from spaces.masks import MASKS
 from spaces.masks.mask import LogitNorm, masks_of
 from tests import tiny
 from tests.skippable import SkippableNetwork
@@ -87,40 +85,3 @@ def test_a_copy_is_trained_and_not_the_network_itself(plain: nn.Module, image: t
     with_masks(plain, MasksSection(method="dgnet"), image)
     assert not masks_of(plain)
     assert all(torch.equal(before[name], value) for name, value in plain.state_dict().items())
-
-
-@pytest.mark.parametrize("method", MASKS)
-def test_settling_leaves_gates_and_batch_statistics_and_lowers_the_loss_of_what_is_deployed(
-    method: str, plain: nn.Module, data: Splits, image: torch.Tensor
-) -> None:
-    masks = MasksSection(method=method, keep=0.7, epochs=20, batch=50)
-    network = with_masks(plain, masks, image)
-    with torch.no_grad():
-        for gate in (module for module in network.modules() if isinstance(module, LogitNorm)):
-            gate.bias.zero_()
-    images, labels = torch.from_numpy(data.train.images[:400]), torch.from_numpy(data.train.labels[:400])
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(nn.functional.cross_entropy(network.eval()(images), labels))
-
-    before, worse = copy.deepcopy(network.state_dict()), loss()
-    settle_masks(network, plain, TrainingBatches(data.train, 50, 0), masks)
-    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    assert loss() < worse
-    assert changed
-    assert not any(".mask." in name or "running" in name for name in changed)
-    assert all(parameter.requires_grad for parameter in network.parameters())
-
-
-def test_a_training_stopped_while_it_settles_does_not_begin_anew(
-    plain: nn.Module, data: Splits, image: torch.Tensor, tmp_path: Path
-) -> None:
-    masks = MasksSection(method="dgnet", epochs=2, batch=50)
-    done = with_masks(plain, masks, image)
-    save(done.state_dict(), tmp_path / "masks.unsettled.pt")
-    told: list[str] = []
-    network = with_masks(plain, masks, image)
-    train_masks_once(network, plain, data, masks, None, tmp_path / "masks.pt", lambda step, *_: told.append(step))
-    assert set(told) == {"Training it as its masks are deployed"}
-    assert [file.name for file in tmp_path.iterdir()] == ["masks.pt"]
