@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from evaluators.data import Splits
 from search.progress import Progress
-from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
+from search.recovery.batchnorm import rebase_batch_norm, recalibrate_batch_norm, recovery_images
 from search.recovery.distillation import distillation_loss
 from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
 from search.settling import settle, train_in_parts, while_gates_learn
@@ -64,17 +64,19 @@ def train_gates_once(
     """
     calibration = torch.from_numpy(data.calibration.images[:])
     batches = TrainingBatches(data.train, skips.batch, skips.seed, augment)
+    images = recovery_images(data.train, _IMAGES)
 
     def learn(checkpoint: Path, report: Report) -> None:
         train_gates(network, batches, while_gates_learn(skips), checkpoint, report)
         calibrate_gates(network, calibration, skips.rate)
-        recalibrate_batch_norm(network, recovery_images(data.train, _IMAGES))
+        recalibrate_batch_norm(network, images)
 
     loss_of = _SkippedLoss(network, skips)
     gates = [network.gate(block) for block in network.skip_blocks]
 
     def settled(checkpoint: Path, report: Report) -> None:
         settle(network, gates, loss_of, batches, skips, checkpoint, report)
+        rebase_batch_norm(network, images)
 
     if not load_weights(network, file):
         train_in_parts(network, learn, settled, file, progress)

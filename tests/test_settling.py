@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from evaluators.data import Splits
 from search.masking import train_masks_once, with_masks
+from search.recovery.batchnorm import rebase_batch_norm, recalibrate_batch_norm
 from search.recovery.fitting import TrainingBatches, save
 from search.sections import FittingSection, MasksSection, SkipsSection
 from search.settling import settle, while_gates_learn
@@ -37,6 +38,10 @@ def skipping() -> ExitNetwork:
     skips = SkipsSection(blocks="all", epochs=1, batch=50)
     trunk = plain()
     return with_gates(trunk, skip_blocks(trunk, skips, IMAGE), skips, IMAGE)
+
+
+def answers(network: nn.Module, images: Tensor) -> Tensor:
+    return network.run_trunk(images)[1] if isinstance(network, ExitNetwork) else network(images)
 
 
 def check_settling(
@@ -71,6 +76,27 @@ def test_a_network_with_skipped_blocks_learns_what_is_deployed(data: Splits) -> 
         lambda images: network.run_trunk(images)[1],
         data,
     )
+
+
+@pytest.mark.parametrize("kind", ["masks", "skips"])
+def test_what_was_learned_with_fixed_statistics_outlives_a_recalibration(kind: str, data: Splits) -> None:
+    network = with_masks(plain(), MasksSection(method="dgnet"), IMAGE) if kind == "masks" else skipping()
+    images = torch.from_numpy(data.train.images[:256])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.running_mean.add_(0.3 * torch.randn_like(norm.running_mean))
+            norm.running_var.mul_(torch.rand_like(norm.running_var) + 0.5)
+        before = answers(network, images)
+        alone = copy.deepcopy(network)
+        rebase_batch_norm(network, images)
+        rebased = answers(network, images)
+        recalibrate_batch_norm(network, images)
+        after = answers(network, images)
+        recalibrate_batch_norm(alone, images)
+        undone = answers(alone, images)
+    assert torch.allclose(rebased, before, rtol=1e-3, atol=1e-3)
+    assert (after - before).square().mean() < 0.2 * (undone - before).square().mean()
 
 
 @pytest.mark.parametrize("length", [{"epochs": 10}, {"steps": 100}, {"minutes": 2.0}, {"at_most_minutes": 2.0}])
