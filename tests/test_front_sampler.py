@@ -80,6 +80,42 @@ def test_a_function_that_is_drawn_goes_through_what_was_measured() -> None:
     assert deviations[0] < deviations[1]
 
 
+def _in_clusters(rng: np.random.Generator, shared: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns 10 groups of 6 rows next to each other, and a slope with an error that is each group's or each row's."""
+    columns = np.repeat(rng.normal(size=(10, 6)), 6, axis=0) + 0.05 * rng.normal(size=(60, 6))
+    errors = np.repeat(rng.normal(size=10), 6) if shared else rng.normal(size=60)
+    return columns, columns @ [1.0, 1.0, 0.0, 0.0, 0.0, 0.0] + errors
+
+
+def test_what_next_rows_have_in_common_is_told_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    for shared in (True, False):
+        columns, values = _in_clusters(rng, shared)
+        found = fit(columns, values, np.ones(60))
+        assert (found.kernel.common > 0) == shared
+        beside, far = columns[:1] + 0.03, 4 * columns[:1]
+        doubts = np.hypot(found.means_and_deviations(np.vstack([beside, far]))[1], found.error)
+        if shared:  # there is little left to hope for next to what was measured
+            assert 3 * doubts[0] < values.std()
+            assert doubts[0] < 0.5 * doubts[1]
+            assert found.means(beside)[0] == pytest.approx(values[:6].mean(), abs=0.5)
+            draws = np.array([found.draw(rng)(np.vstack([beside, far])) for _ in range(60)])
+            assert draws[:, 0].std() < 0.5 * draws[:, 1].std()
+        else:
+            assert doubts[0] > 0.5
+
+
+def test_accuracies_that_are_all_alike_leave_the_other_surrogates_in_charge() -> None:
+    rng = np.random.default_rng(0)
+    sampler = FrontSampler(0, startup=12)
+    study = optuna.create_study(sampler=sampler, directions=["maximize", "minimize"])
+    for _ in range(30):
+        trial = study.ask({f"x{n}": IntDistribution(0, 9) for n in range(6)})
+        study.tell(trial, [float(rng.integers(0, 2)), float(sum(trial.params.values()))])
+    assert sampler.errors["objective 0"].r2 < 0.1
+    assert ALONE not in sampler.report(study.trials)["proposals"]
+
+
 def test_evolution_finds_the_front_of_two_parabolas() -> None:
     codec = Codec({"x": FloatDistribution(-4, 4), "y": FloatDistribution(-4, 4)})
 

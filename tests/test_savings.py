@@ -143,5 +143,6 @@ def test_versions_without_solved_thresholds_are_told_by_their_layers_alone(obser
     ],
 )
 def test_thresholds_aim_at_a_little_less_than_the_limit(text, metric, expected) -> None:
-    dense = {"flops": Measurement("flops", 100.0, "expected", 1, 0.0, "any", "")}
+    values = {"flops": 100.0, "latency": 0.01}
+    dense = {name: Measurement(name, value, "", 1, 0.0, "any", "") for name, value in values.items()}
     assert aimed(Budget.parse([text]), metric, dense) == pytest.approx(expected)
