@@ -209,7 +209,7 @@ def _kept(ground: Ground) -> list[tuple[str, float | None]]:
         if method == PLAIN:
             found += [(PLAIN, None)] if ground.file(PLAIN, 0).is_file() else []
             continue
-        files = sorted(file for file in ground.folder.glob(f"{method}-*.pt") if "partial" not in file.name)
+        files = sorted(file for file in ground.folder.glob(f"{method}-*.pt") if file.with_suffix(".json").is_file())
         found += [(method, float(file.stem.partition("-")[2])) for file in files]
     return found
 
