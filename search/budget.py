@@ -97,8 +97,7 @@ class Constraint:
     @property
     def name(self) -> str:
         """The metric, and the statistic where it is not the default one."""
-        default = self.metric.statistics[0]
-        return self.metric.name if self.statistic == default else f"{self.metric.name}.{self.statistic}"
+        return self.metric.name if self.limits_default_statistic else f"{self.metric.name}.{self.statistic}"
 
     def __str__(self) -> str:
         scales = _SCALES["ratio"] if self.relative else _SCALES[self.metric.unit]
@@ -141,8 +140,8 @@ class Constraint:
         return {ACCURACY_DROP: "accuracy", ENERGY: "flops"}.get(self.metric, self.metric.name)
 
     @property
-    def is_of_value(self) -> bool:
-        """Whether it limits what is measured itself, and not its spread: no percentile and no worst case."""
+    def limits_default_statistic(self) -> bool:
+        """Whether it limits the value of a measurement, and no percentile or worst case beside it."""
         return self.statistic == self.metric.statistics[0]
 
 

@@ -100,7 +100,9 @@ def worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:
     worst = {metric: dense[metric].value for metric in OBJECTIVES}
     worst["accuracy"] -= _ACCURACY_SPAN
     for metric in OBJECTIVES:
-        limits = [limit for limit in budget.constraints if limit.measured_as == metric and limit.is_of_value]
+        limits = [
+            limit for limit in budget.constraints if limit.measured_as == metric and limit.limits_default_statistic
+        ]
         if metric == "accuracy":
             worst[metric] = max((limit.floor(dense[metric]) for limit in limits), default=worst[metric])
         else:

@@ -33,7 +33,7 @@ _NEAR = 0.9
 
 def aimed(budget: Budget, metric: str, dense: Mapping[str, Measurement]) -> float:
     """Returns what solved thresholds may bring the mean of a cost to, in SI units; infinite where nothing limits it."""
-    limits = [c for c in budget.constraints if c.measured_as == metric != "accuracy" and c.is_of_value]
+    limits = [c for c in budget.constraints if c.measured_as == metric != "accuracy" and c.limits_default_statistic]
     return min((AIM * limit.ceiling(dense[metric]) for limit in limits), default=float("inf"))
 
 

@@ -63,6 +63,9 @@ def train_gates_once(
         DivergedError: the loss is not finite for the second time.
     """
     calibration = torch.from_numpy(data.calibration.images[:])
+    if load_weights(network, file):
+        calibrate_gates(network.eval(), calibration, skips.rate)
+        return
     batches = TrainingBatches(data.train, skips.batch, skips.seed, augment)
     images = recovery_images(data.train, _IMAGES)
 
@@ -78,8 +81,7 @@ def train_gates_once(
         settle(network, gates, loss_of, batches, skips, checkpoint, report)
         rebase_batch_norm(network, images)
 
-    if not load_weights(network, file):
-        train_in_parts(network, learn, settled, file, progress)
+    train_in_parts(network, learn, settled, file, progress)
     calibrate_gates(network.eval(), calibration, skips.rate)
 
 

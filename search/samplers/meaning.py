@@ -68,7 +68,7 @@ def _links(budget: Budget, dense: Mapping[str, Measurement]) -> dict[str, Link]:
     found = {}
     for limit in budget.constraints:
         metric = limit.measured_as
-        if metric not in OBJECTIVES or not limit.is_of_value:
+        if metric not in OBJECTIVES or not limit.limits_default_statistic:
             continue
         own = dense[metric]
         at = [limit.violation(replace(own, value=value), own) for value in (0.0, own.value)]

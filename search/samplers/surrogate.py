@@ -18,10 +18,10 @@ _EXTRA = 0.3
 """How much of the function what is not additive makes up, where there is any."""
 _COMMON = 0.9
 """The share of what looks like noise that rows next to each other may have in common."""
-_CLEARLY = 0.93
-"""They have it where errors are below this share of those without; a little less may be chance."""
 _NEXT = 0.1
 """How far that reaches, as a share of the median squared distance."""
+_CLEARLY = 0.93
+"""Neighbours have something in common where held-out errors fall below this share; a little less may be chance."""
 
 
 @dataclass(frozen=True)
