@@ -12,6 +12,7 @@ from evaluators.target import Runtime, Target, TimedBatch
 from evaluators.timing import Protocol, time_pair
 from spaces.candidate import Candidate
 from spaces.errors import UserError
+from spaces.gates import uniform
 from spaces.network import ExitNetwork
 
 LIMIT_S: Mapping[bool, float] = {False: 15.0, True: 300.0}
@@ -59,9 +60,9 @@ class PlacementExaminer:
         Args:
             progress: told about every timing.
         """
-        uniform = [self._files(dict.fromkeys(self._dense.precision, precision)) for precision in self._precisions]
+        whole = [self._files(self._uniform(precision)) for precision in self._precisions]
         circumstances = (self._runtime.version(), str(self._target), str(PROTOCOL), f"{TIMINGS} {GROUPS}")
-        key = structure_key([file for files in uniform for file in files], *circumstances)
+        key = structure_key([file for files in whole for file in files], *circumstances)
         kept = self._cache.find(key)
         if kept is not None:
             return Examined.from_dict(kept)
@@ -87,7 +88,7 @@ class PlacementExaminer:
 
         def times(group: Group, kept: Group) -> Interval:
             progress(f"layers slower in {precision}", hunt.spent, TIMINGS)
-            beside = dict.fromkeys(self._dense.precision, precision) | {layer: instead[layer] for layer in kept}
+            beside = self._uniform(precision) | {layer: instead[layer] for layer in kept}
             return self._time(beside | {layer: instead[layer] for layer in group}, beside)
 
         hunt = Hunt(times, TIMINGS, lambda: time.monotonic() - begin > limit_s)
@@ -97,13 +98,13 @@ class PlacementExaminer:
 
     def _layers(self, precision: str) -> Group:
         """Returns the layers that are deployed, and written in this precision where a candidate asks for it."""
-        everywhere = self._candidate(dict.fromkeys(self._dense.precision, precision))
+        everywhere = self._candidate(self._uniform(precision))
         written = self._builder.written_precisions(self._network, everywhere)
         return tuple(layer for layer, given in written.items() if given == precision and not layer.startswith("exits."))
 
     def _fastest(self, precisions: Sequence[str]) -> str:
-        uniform = [dict.fromkeys(self._dense.precision, precision) for precision in precisions]
-        ratios = [1.0, *(self._time(other, uniform[0]).ratio for other in uniform[1:])]
+        whole = [self._uniform(precision) for precision in precisions]
+        ratios = [1.0, *(self._time(other, whole[0]).ratio for other in whole[1:])]
         return precisions[ratios.index(min(ratios))]
 
     def _time(self, flipped: Mapping[str, str], beside: Mapping[str, str]) -> Interval:
@@ -120,6 +121,9 @@ class PlacementExaminer:
             self._refused[str(error)] = None
             return UNKNOWN  # what cannot be built proves nothing
         return Interval(timing.ratio, timing.half_width)
+
+    def _uniform(self, precision: str) -> dict[str, str]:
+        return uniform(self._dense.precision, precision, self._precisions[0])
 
     def _files(self, precisions: Mapping[str, str]) -> tuple[bytes, ...]:
         return self._builder.build(self._network, self._candidate(precisions)).deployed

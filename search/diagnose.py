@@ -25,6 +25,7 @@ from search.wanted import Wanted
 from search.workbench import Workbench
 from spaces.candidate import Candidate
 from spaces.errors import UserError
+from spaces.gates import uniform
 
 _STEP = "Comparing"
 
@@ -169,7 +170,7 @@ def _candidate(bench: Workbench, wanted: Wanted, evaluation: Evaluation | None) 
     if evaluation is not None:
         return evaluation.candidate.without_skips()
     dense = bench.space.dense()
-    precision = dict.fromkeys(bench.builder.layers, wanted.precision or "int8")
+    precision = uniform(bench.builder.layers, wanted.precision or "int8")
     return Candidate(dense.channels, precision, dense.thresholds)
 
 

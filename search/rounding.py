@@ -15,6 +15,7 @@ from search.recovery import Ground
 from search.recovery.fitting import save
 from search.study import QuantizationSection
 from spaces.candidate import Candidate
+from spaces.gates import uniform
 from spaces.network import ExitNetwork
 
 
@@ -56,7 +57,7 @@ class LearnedRounding:
         if pruned:
             return self._kept(network, candidate, ranges)
         if self._dense is None:
-            whole = replace(candidate, precision=dict.fromkeys(self._builder.layers, "int8"))
+            whole = replace(candidate, precision=uniform(self._builder.layers, "int8"))
             self._dense = self._kept(network, whole, ranges)
         return self._dense
 

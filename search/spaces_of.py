@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from evaluators.data import Splits
-from evaluators.target import Runtime, Target
+from evaluators.target import Capabilities, Runtime, Target
 from search.study import SkipsSection, Study, StudyError
 from spaces.criteria import Evidence, criterion
-from spaces.gates import GateSpace
+from spaces.gates import GateSpace, is_of_gate
 from spaces.groups import Groups
 from spaces.joint import JointSpace
 from spaces.masks.mask import masks_of
@@ -59,10 +59,17 @@ def space_of(
     scores = criterion(study.space.criterion)(network, groups.free, evidence)
     return JointSpace(
         SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
-        PrecisionSpace(layers, able.precisions, storage=[each for each in study.space.storage if each in able.storage]),
+        _precisions(study, layers, able),
         _gates(study, exits, network),
         PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
     )
+
+
+def _precisions(study: Study, layers: Sequence[str], able: Capabilities) -> PrecisionSpace:
+    """Returns the precision of each layer; those of gates keep the reference."""
+    storage = [each for each in study.space.storage if each in able.storage]
+    held = dict.fromkeys(filter(is_of_gate, layers), able.precisions[:1])
+    return PrecisionSpace(layers, able.precisions, held, storage)
 
 
 def _gates(study: Study, exits: Sequence[str], network: ExitNetwork) -> GateSpace:

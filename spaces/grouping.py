@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spaces.dependencies import dependency_groups
+from spaces.gates import is_of_gate
 from spaces.groups import ChannelGroup, Groups, WholeGroup, dropped_positions
-from spaces.masks.mask import NAME
 from spaces.network import ExitNetwork, layer_name
 from spaces.slicing import sliced
 
@@ -47,13 +47,8 @@ def find_groups(network: ExitNetwork, image: Tensor, proof: Proof | None = None)
 
 
 def _without_gates(found: Groups) -> Groups:
-    free = tuple(group for group in found.free if not _is_of_gate(group.name))
-    return Groups(free, tuple(group for group in found.whole if not _is_of_gate(group.name)))
-
-
-def _is_of_gate(name: str) -> bool:
-    """Returns whether channels are inside a gate, which is narrow as it is."""
-    return name.startswith("skips.") or f".{NAME}." in name
+    free = tuple(group for group in found.free if not is_of_gate(group.name))
+    return Groups(free, tuple(group for group in found.whole if not is_of_gate(group.name)))
 
 
 def halves(groups: Sequence[ChannelGroup], seed: int = 0) -> dict[str, NDArray[np.int64]]:

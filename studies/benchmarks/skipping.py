@@ -39,6 +39,7 @@ from search.sources.prepared import prepare
 from search.study import ExitsSection, SkipsSection, Study
 from search.training import trained_network
 from spaces.candidate import SKIP, Candidate
+from spaces.gates import uniform
 from spaces.network import ExitNetwork
 from spaces.skips.blocks import find_blocks
 
@@ -83,7 +84,7 @@ class Bench:
     def candidate(self, precision: str, thresholds: dict[str, float]) -> Candidate:
         """Returns the version with these thresholds, by block; blocks without one are always run."""
         skips = {SKIP + block: threshold for block, threshold in thresholds.items()}
-        return Candidate({}, dict.fromkeys(self.builder.layers, precision), skips)
+        return Candidate({}, uniform(self.builder.layers, precision), skips)
 
     def thresholds(self, share: float) -> dict[str, float]:
         """Returns the threshold with which each gate runs its block for a share of the calibration images."""
