@@ -86,9 +86,10 @@ class Solved:
 class Thresholds:
     """Finds thresholds for what exits said to `n` images.
 
-    With a limit on a cost the most accurate thresholds are looked for, and with a floor of accuracy alone the cheapest.
-    With neither, so much accuracy as `price` is worth the whole first cost. Where no thresholds keep all limits, those
-    are taken that overstep them the least. Of equal ones the cheapest are, then the highest.
+    With a limit on a cost the most accurate thresholds are looked for, and with a floor of accuracy alone, or by
+    `is_frugal`, the cheapest. With neither, so much accuracy as `price` is worth the whole first cost. Where no
+    thresholds keep all limits, those are taken that overstep them the least. Of equal ones the cheapest are, then the
+    highest.
 
     Args:
         confidences: of each exit, 0 to 1, `(n, exits)`.
@@ -96,6 +97,7 @@ class Thresholds:
         costs: the one that counts most first.
         floor: the lowest accuracy, 0 to 1; None where there is none.
         price: see above.
+        is_frugal: whether a floor asks for the cheapest beside a limit too.
     """
 
     def __init__(
@@ -105,13 +107,14 @@ class Thresholds:
         costs: Sequence[Cost],
         floor: float | None = None,
         price: float = 0.1,
+        is_frugal: bool = False,
     ) -> None:
         if correct.shape != (len(confidences), confidences.shape[1] + 1) or not len(confidences) or not costs:
             raise ValueError(f"answers are (n, exits + 1), got {correct.shape} for confidences {confidences.shape}")
         # A confidence that was rounded to 1 is less: the threshold 1 turns an exit off.
         self._confidences = np.minimum(confidences.astype(np.float32), _HIGHEST).astype(np.float64)
         self._correct = correct.astype(np.float64)
-        self._costs, self._floor, self._price = tuple(costs), floor, price
+        self._costs, self._floor, self._price, self._is_frugal = tuple(costs), floor, price, is_frugal
         self._scales = [_STEPS / (max(cost.leave) or 1.0) for cost in costs]
         whole = zip(costs, self._scales, strict=True)
         self._units = [(np.rint(np.multiply(c.leave, s)), np.rint(np.multiply(c.heads, s))) for c, s in whole]
@@ -199,7 +202,7 @@ class Thresholds:
         if self._floor is not None:
             over += np.maximum(self._floor - right / n, 0)
         over = np.where(over < 1e-9, 0.0, over)
-        if any(cost.limit is not None for cost in self._costs):
+        if any(cost.limit is not None for cost in self._costs) and not self._is_frugal:
             return [over, -right, *sums]
         if self._floor is not None:
             return [over, *sums, -right]

@@ -4,7 +4,7 @@ They are chosen on images that no version is scored on: of many thresholds the b
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from evaluators.likelihoods import likelihoods
 from evaluators.measurement import Measurement
 from evaluators.runtimes.staged import CONFIDENCES
 from evaluators.subject import Subject
-from evaluators.thresholds import Cost, Thresholds
+from evaluators.thresholds import Cost, Solved, Thresholds
 from search.budget import Budget
 from search.evaluation import Evaluation
 from search.study import FinetuneSection
@@ -27,6 +27,8 @@ from spaces.candidate import NEVER_EXIT, Candidate
 
 AIM = 0.97
 """Thresholds aim at this share of a limit: the timing that decides is another one, of other images."""
+_ALIKE = 0.5
+"""Expected accuracies that differ by fewer images than this are alike: counting could not tell them apart."""
 _NEAR = 0.9
 """From this share of what is aimed at on, what a version costs is not left to the formula alone."""
 
@@ -81,17 +83,28 @@ class _Asked:
         exits, likely = self.confidences[:, :-1], likelihoods(self.confidences, self.correct)
         first, *others = self.costs.values()
         costs = (first.times(self.correction), *others)
-        solved = Thresholds(exits, likely, costs, self.floor).solve()
+        solved = self._cheapest_alike(Thresholds(exits, likely, costs, self.floor).solve(), likely, costs)
         told = asdict(Thresholds(exits, self.correct, costs, self.floor).outcome(solved.thresholds))
         told |= {"expected_accuracy": solved.accuracy, "images": len(exits), "correction": self.correction}
         return told | {"ways": {metric: [float(each) for each in cost.leave] for metric, cost in self.costs.items()}}
+
+    def _cheapest_alike(self, best: Solved, likely: NDArray[np.floating], costs: Sequence[Cost]) -> Solved:
+        """Returns the cheapest thresholds that are as accurate as the best ones, as far as so many images can tell.
+
+        Without, a budget that is easily kept would leave it to chance what exits save.
+        """
+        enough = best.accuracy - _ALIKE / len(likely)
+        floor = enough if self.floor is None else max(enough, min(self.floor, best.accuracy))
+        found = Thresholds(self.confidences[:, :-1], likely, costs, floor, is_frugal=True).solve()
+        is_better = found.accuracy >= floor and found.costs[0] < best.costs[0]
+        return found if is_better else best
 
 
 class GateSolver:
     """Finds the best thresholds of each candidate of a search.
 
-    With a limit on the mean latency or FLOPs they are the most accurate ones within it, with a limit on accuracy alone
-    the cheapest.
+    With a limit on the mean latency or FLOPs they are the most accurate ones within it, and of those that are alike
+    by half of an image the cheapest; with a limit on accuracy alone the cheapest.
 
     Args:
         bench: builds candidates.
