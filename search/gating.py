@@ -91,8 +91,11 @@ class _Asked:
     def _cheapest_alike(self, best: Solved, likely: NDArray[np.floating], costs: Sequence[Cost]) -> Solved:
         """Returns the cheapest thresholds that are as accurate as the best ones, as far as so many images can tell.
 
-        Without, a budget that is easily kept would leave it to chance what exits save.
+        Without, a budget that is easily kept would leave it to chance what exits save. Where no cost is limited the
+        best ones are cheap already.
         """
+        if all(cost.limit is None for cost in costs):
+            return best
         enough = best.accuracy - _ALIKE / len(likely)
         floor = enough if self.floor is None else max(enough, min(self.floor, best.accuracy))
         found = Thresholds(self.confidences[:, :-1], likely, costs, floor, is_frugal=True).solve()

@@ -14,12 +14,14 @@ from scipy.stats import binomtest
 from evaluators.accuracy import wilson
 from evaluators.data import Chosen, LabelledImages
 from evaluators.latency import LatencyEvaluator, Reference
+from evaluators.likelihoods import likelihoods
 from evaluators.measurement import Measurement
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.ort import OnnxRuntime, load
 from evaluators.runtimes.staged import CONFIDENCES, CONFIDENCES_OF_ONE, StagedNetwork
 from evaluators.subject import Deployed, Subject
 from evaluators.target import Target, TimedBatch
+from evaluators.thresholds import Cost, Thresholds
 from evaluators.timing import Clock, Protocol
 from search.gating import GateSolver
 from search.study import Study
@@ -223,7 +225,7 @@ def test_what_parted_batches_cost_more_is_measured_and_counts(bench, monkeypatch
     monkeypatch.setattr(bench, "target", target)
     reference = Reference(bench.subject(bench.space.dense()).artifact.deployed[0], 5.0 * (4 + 2))
     latency = LatencyEvaluator({"fp32": reference, "int8": reference}, metered, target, Protocol(limit_s=1e9, calls=40))
-    choices = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+    choices = bench.space.candidate(bench.space.uniform(0.75, "fp32", 1.0))
     dense = {"latency": Measurement("latency", 5.0 * (4 + 8), "median", 1, 0.0, "meter", "")}
     settled = GateSolver(under(bench, "latency<75%"), latency, dense).settle(choices)
     assert settled.gates["correction"] > 1.01, "a call costs as much for a few images"
@@ -232,6 +234,25 @@ def test_what_parted_batches_cost_more_is_measured_and_counts(bench, monkeypatch
     assert latency.measure(asked).value == pytest.approx(settled.gates["costs"][0], rel=0.1)
     far = GateSolver(under(bench, "latency<1000%"), latency, dense).settle(choices)
     assert far.gates["correction"] == 1.0
+
+
+def test_of_thresholds_that_are_alike_the_cheapest_are_taken(bench, dense) -> None:
+    choices = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+    solver = GateSolver(under(bench, "flops<1000%"), *dense)
+    told = solver.settle(choices).gates
+    subject = bench.subject(choices)
+    logits = subject.opened.all_logits(bench.gate_images.images, subject.target.batch)
+    confidences = CONFIDENCES[subject.artifact.confidence](logits[:, 0])[:, None]
+    both = np.concatenate([confidences, CONFIDENCES[subject.artifact.confidence](logits[:, 1])[:, None]], axis=1)
+    likely = likelihoods(both, logits.argmax(axis=2) == bench.gate_images.labels[:, None])
+    costs = [Cost(told["ways"]["flops"], bench.flops.heads(subject))]
+    best = Thresholds(confidences, likely, costs, price=0.0).solve()
+    alike = best.accuracy - 0.5 / len(likely)
+    assert alike <= told["expected_accuracy"] < best.accuracy
+    assert told["costs"][0] < best.costs[0]
+    solved = Thresholds(confidences, likely, costs)
+    outcomes = [solved.outcome([each]) for each in (*np.unique(confidences), 1.0)]
+    assert told["costs"][0] == pytest.approx(min(each.costs[0] for each in outcomes if each.accuracy >= alike))
 
 
 def test_what_is_not_open_stays_as_it_is(bench, dense) -> None:

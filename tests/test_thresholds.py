@@ -45,12 +45,14 @@ def by_hand(confidences, correct, leave, heads, thresholds) -> tuple[float, floa
     return right / len(correct), spent / len(correct)
 
 
-def loss(accuracy: float, cost: float, full: float, limit: float | None, floor: float | None) -> tuple[float, ...]:
+def loss(
+    accuracy: float, cost: float, full: float, limit: float | None, floor: float | None, is_frugal: bool
+) -> tuple[float, ...]:
     """Returns what a solution is judged by, less being better."""
     over = max(cost / limit - 1, 0) if limit else 0.0
     over += max(floor - accuracy, 0) if floor else 0.0
     over = over if over > 1e-9 else 0.0
-    if limit:
+    if limit and not is_frugal:
         return over, -accuracy, cost
     return (over, cost, -accuracy) if floor else (over, 0.1 * cost / full - accuracy, cost)
 
@@ -62,11 +64,12 @@ def is_no_worse(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return True
 
 
-GOALS = st.sampled_from(["limit", "floor", "both", "neither"])
+GOALS = st.sampled_from(["limit", "floor", "both", "frugal", "neither"])
 
 
 def limits(goal: str, leave: tuple[float, ...], share: float, floor: float) -> tuple[float | None, float | None]:
-    return share * leave[-1] if goal in ("limit", "both") else None, floor if goal in ("floor", "both") else None
+    both = ("both", "frugal")
+    return share * leave[-1] if goal in ("limit", *both) else None, floor if goal in ("floor", *both) else None
 
 
 @settings(deadline=None, max_examples=60)
@@ -74,11 +77,12 @@ def limits(goal: str, leave: tuple[float, ...], share: float, floor: float) -> t
 def test_no_thresholds_at_all_are_better(answers, goal, share, floor) -> None:
     confidences, correct, leave, heads = answers
     limit, floor = limits(goal, leave, share, floor)
-    found = Thresholds(confidences, correct, [Cost(leave, heads, limit)], floor).solve()
+    is_frugal = goal == "frugal"
+    found = Thresholds(confidences, correct, [Cost(leave, heads, limit)], floor, is_frugal=is_frugal).solve()
     full = leave[-1] - sum(heads)
-    mine = loss(*by_hand(*answers, found.thresholds), full, limit, floor)
+    mine = loss(*by_hand(*answers, found.thresholds), full, limit, floor, is_frugal)
     for each in product(*([0.0, *np.minimum(np.unique(column), 0.9999999), 1.0] for column in confidences.T)):
-        assert is_no_worse(mine, loss(*by_hand(*answers, each), full, limit, floor)), each
+        assert is_no_worse(mine, loss(*by_hand(*answers, each), full, limit, floor, is_frugal)), each
 
 
 @settings(deadline=None, max_examples=25)
@@ -86,14 +90,15 @@ def test_no_thresholds_at_all_are_better(answers, goal, share, floor) -> None:
 def test_500_random_thresholds_are_no_better(answers, goal, share, floor, seed) -> None:
     confidences, correct, leave, heads = answers
     limit, floor = limits(goal, leave, share, floor)
-    solver = Thresholds(confidences, correct, [Cost(leave, heads, limit)], floor)
+    is_frugal = goal == "frugal"
+    solver = Thresholds(confidences, correct, [Cost(leave, heads, limit)], floor, is_frugal=is_frugal)
     full = leave[-1] - sum(heads)
     found = solver.solve()
-    mine = loss(found.accuracy, found.costs[0], full, limit, floor)
+    mine = loss(found.accuracy, found.costs[0], full, limit, floor, is_frugal)
     rng = np.random.default_rng(seed)
     random = np.where(rng.random((500, len(heads))) < 0.15, 1.0, rng.random((500, len(heads))))
     for outcome in map(solver.outcome, random):
-        assert is_no_worse(mine, loss(outcome.accuracy, outcome.costs[0], full, limit, floor))
+        assert is_no_worse(mine, loss(outcome.accuracy, outcome.costs[0], full, limit, floor, is_frugal))
 
 
 @settings(deadline=None, max_examples=40)
@@ -119,9 +124,9 @@ def test_batches_that_part_pay_for_what_one_of_them_starts(answers, batch, share
     stay = 1 - np.cumsum(found.shares)[:-1]
     met = [binom(batch, max(each, 0.0)).sf(0) - each for each in stay]  # beyond what each image's own share pays for
     assert found.costs[0] == pytest.approx(by_hand(*answers, found.thresholds)[1] + np.dot(starts, met))
-    mine = loss(found.accuracy, found.costs[0], leave[-1], share * leave[-1], None)
+    mine = loss(found.accuracy, found.costs[0], leave[-1], share * leave[-1], None, False)
     for outcome in map(solver.outcome, rng.random((200, len(heads)))):
-        assert is_no_worse(mine, loss(outcome.accuracy, outcome.costs[0], leave[-1], share * leave[-1], None))
+        assert is_no_worse(mine, loss(outcome.accuracy, outcome.costs[0], leave[-1], share * leave[-1], None, False))
 
 
 def test_a_real_size_is_solved_as_well_as_by_many_tries() -> None:
