@@ -128,7 +128,7 @@ def search(
         int | None, typer.Option(min=1, metavar="TRIALS", help="End after so many in a row that win nothing.")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="tpe, nsga2, gp, random or front; else the study's, which is tpe.")
+        str | None, typer.Option(help="front, tpe, nsga2, gp or random; else the study's, which is front.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
     target: Target = None,

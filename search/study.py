@@ -198,7 +198,7 @@ class SearchSection(Section):
     trials: Positive = 100
     patience: Positive | None = None
     """So many trials in a row that win nothing end a search."""
-    sampler: Literal["tpe", "nsga2", "gp", "random", "front"] = "tpe"
+    sampler: Literal["front", "tpe", "nsga2", "gp", "random"] = "front"
     profile: bool = False
     early: bool = True
 

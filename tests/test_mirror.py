@@ -57,7 +57,7 @@ def test_mlflow_mirrors_the_journal(folder) -> None:
     for logged in trials:
         assert logged.info.status == "FINISHED"
         assert logged.data.tags["search"] == "one"
-        assert logged.data.tags["sampler"] == "tpe"
+        assert logged.data.tags["sampler"] == "front"
         trial = search.trials[int(logged.data.tags["trial"])]
         evaluation = trial.user_attrs.get("evaluation")
         if evaluation and "latency" in evaluation["measurements"]:
@@ -73,6 +73,9 @@ def test_mlflow_mirrors_the_journal(folder) -> None:
     names = {artifact.path for artifact in client.list_artifacts(summary.info.run_id)}
     assert {"report.html", "report.md", "front.png", "layers.png", "front.json", "study.json"} <= names
     assert summary.data.metrics["front_trials"] == len(front)
+    assert any(name.startswith("sampler_held_out_") for name in summary.data.metrics), (
+        "what surrogates told, by limit too"
+    )
     assert len(client.get_metric_history(summary.info.run_id, "hypervolume_pct")) == sum(
         version.is_complete for version in search.versions
     )
@@ -158,11 +161,11 @@ def test_where_runs_go_is_remembered_without_a_password(tmp_path, monkeypatch) -
 
 def test_each_trial_has_the_sampler_that_was_at_work(folder, tmp_path) -> None:
     shutil.copytree(folder / "one", tmp_path / "one")
-    keep_sampler(SearchFolder(tmp_path / "one").open(), "tpe")
+    keep_sampler(SearchFolder(tmp_path / "one").open(), "front")
     keep_sampler(SearchFolder(tmp_path / "one").open(), "random")
     search = stored(tmp_path)
     last = len(search.trials)
-    assert [search.sampler_of(number) for number in (0, last - 1, last)] == ["tpe", "tpe", "random"]
+    assert [search.sampler_of(number) for number in (0, last - 1, last)] == ["front", "front", "random"]
 
 
 def test_a_server_that_does_not_answer_is_named_before_anything_is_trained(tmp_path, capsys) -> None:

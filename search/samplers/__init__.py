@@ -10,11 +10,11 @@ from search.samplers.structure import Meaning
 from spaces.errors import UserError
 
 SAMPLERS: Mapping[str, str] = {
+    "front": "search.samplers.front:front",
     "tpe": "search.samplers.stock:tpe",
     "nsga2": "search.samplers.stock:nsga2",
     "gp": "search.samplers.stock:gp",
     "random": "search.samplers.stock:uniform",
-    "front": "search.samplers.front:front",
 }
 """Every sampler, by the name that `--sampler` takes; loaded when asked for."""
 
