@@ -257,6 +257,30 @@ class TestLccl(MaskContract):
             assert (nonzero <= share + 1e-6).all()
             assert (nonzero >= share - 0.02).all(), "a convolution without bias gives a few zeros of its own"
 
+    def test_an_output_that_is_open_rarely_is_closed_for_good(self, plain: nn.Module) -> None:
+        network = self.undecided(masked(plain, self.kind)).train()
+        layers = [layer for mask in masks_of(network) for layer in mask.beside]
+        with torch.no_grad():
+            layers[0].norm.bias[2] = -20.0
+            for _ in range(250):
+                network(IMAGES)
+        for mask in masks_of(network):
+            mask.go_on(0.99)
+        assert float(layers[0].norm.bias[2]) == -20.0
+        for mask in masks_of(network):
+            mask.go_on(1.0)
+        shut = [(layer.norm.weight == 0).nonzero().flatten().tolist() for layer in layers]
+        assert shut[0] == [2]
+        assert not any(shut[1:])
+
+    def test_values_end_at_1(self, plain: nn.Module) -> None:
+        network = self.undecided(masked(plain, self.kind))
+        for mask in masks_of(network):
+            for layer, conv in zip(mask.beside, mask.site.convs, strict=True):
+                values, opened = layer(10 * torch.randn(4, conv.inputs, *conv.source))
+                assert float(values.max()) == 1.0
+                assert torch.equal(values > 0, opened > 0)
+
 
 class TestDgc(MaskContract):
     kind = "dgc"
