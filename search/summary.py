@@ -64,14 +64,14 @@ def _log_figures(client: MlflowClient, run_id: str, overview: Overview) -> None:
         "front_trials": len(overview.front),
         "early_trials": len(overview.ended_early),
     }
-    told = {_metric(f"sampler_{name}"): value for name, value in _flat(overview.search.report).items()}
+    told = {_metric_name(f"sampler_{name}"): value for name, value in _flat(overview.search.report).items()}
     metrics = [Metric(name, float(value), now, 0) for name, value in (counts | told).items()]
     metrics += [Metric("hypervolume_pct", share * 100, now, trial) for trial, share in overview.growth]
     for some in chunks(metrics, _AT_ONCE):
         client.log_batch(run_id, metrics=some)
 
 
-def _metric(name: str) -> str:
+def _metric_name(name: str) -> str:
     """Returns a name that MLflow takes: limits such as `size<80%` are parts of some."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name)
 

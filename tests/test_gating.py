@@ -242,9 +242,9 @@ def test_of_thresholds_that_are_alike_the_cheapest_are_taken(bench, dense) -> No
     told = solver.settle(choices).gates
     subject = bench.subject(choices)
     logits = subject.opened.all_logits(bench.gate_images.images, subject.target.batch)
-    confidences = CONFIDENCES[subject.artifact.confidence](logits[:, 0])[:, None]
-    both = np.concatenate([confidences, CONFIDENCES[subject.artifact.confidence](logits[:, 1])[:, None]], axis=1)
-    likely = likelihoods(both, logits.argmax(axis=2) == bench.gate_images.labels[:, None])
+    kind = CONFIDENCES[subject.artifact.confidence]
+    said = np.stack([kind(logits[:, place]) for place in (0, 1)], axis=1)
+    confidences, likely = said[:, :1], likelihoods(said, logits.argmax(axis=2) == bench.gate_images.labels[:, None])
     costs = [Cost(told["ways"]["flops"], bench.flops.heads(subject))]
     best = Thresholds(confidences, likely, costs, price=0.0).solve()
     alike = best.accuracy - 0.5 / len(likely)
