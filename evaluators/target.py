@@ -65,6 +65,8 @@ class Capabilities:
         dynamic_batch: whether one artifact takes batches of any size, which exits need at batch sizes above one.
         quantized_add: which inputs of an int8 residual addition carry Q/DQ: `both`, or the `residual` one only where
             the runtime fuses the addition into the convolution that feeds the other.
+        int8_operators: beside additions, concatenations and average pooling, the operators without weights that run no
+            slower in int8 than in float where all that feeds them is int8.
         int8_channels: the fewest input and output channels with which a layer may be int8 or fp8.
         sparse_2_4: whether two zeros in each four weights along the input channels make a layer faster.
         compiles: whether loading compiles for the device, so that a known latency is worth keeping.
@@ -81,6 +83,7 @@ class Capabilities:
     weight_bits: int
     dynamic_batch: bool
     quantized_add: Literal["both", "residual"] = "both"
+    int8_operators: tuple[str, ...] = ()
     int8_channels: int = 1
     sparse_2_4: bool = False
     compiles: bool = False

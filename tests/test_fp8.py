@@ -17,8 +17,8 @@ from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.fp8 import LARGEST, fp8_weight
 from evaluators.latency_cache import structure_key
 from evaluators.runtimes import run_bundle
-from evaluators.runtimes.cpu import unsigned_activations
 from evaluators.runtimes.ort import OnnxRuntime, load
+from evaluators.runtimes.unsigned import unsigned_activations
 from evaluators.target import allows
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.network import ExitNetwork

@@ -13,9 +13,9 @@ from onnx import NodeProto, numpy_helper
 
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.qdq import quantize_weight
-from evaluators.runtimes.cpu import unsigned_activations
 from evaluators.runtimes.ort import OnnxRuntime, load, open_session
 from evaluators.runtimes.staged import StagedNetwork
+from evaluators.runtimes.unsigned import unsigned_activations
 from evaluators.target import Capabilities
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork

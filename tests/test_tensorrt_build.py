@@ -26,8 +26,8 @@ from torch import nn
 
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.latency_cache import is_two_in_four
-from evaluators.runtimes.cpu import unsigned_activations
 from evaluators.runtimes.ort import open_session
+from evaluators.runtimes.unsigned import unsigned_activations
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.network import ExitNetwork
 from studies.digits.model import resnet20

@@ -19,7 +19,7 @@ from evaluators.artifact.layout import Stage
 from evaluators.artifact.observe import observe
 from evaluators.artifact.qdq import ABSORBED, Grids, Placement, QuantizedWeight, Quantizer, Ranges, output_axis
 from evaluators.artifact.template import LAYER_OPS, Arrays, Template, bounds_of
-from evaluators.runtimes.cpu import unsigned_activations
+from evaluators.runtimes.unsigned import unsigned_activations
 
 _ROWS = 8192
 """So many patches of a layer's input are looked at; all of them if there are fewer."""

@@ -15,7 +15,7 @@ from evaluators.artifact.half import HalfWriter
 from evaluators.artifact.layout import Layout, Stage
 from evaluators.artifact.moments import Moments, activation_moments
 from evaluators.artifact.observe import Means, input_means
-from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Quantizer, Ranges
+from evaluators.artifact.qdq import FOLLOWING, NO_GRIDS, Grids, Placement, Quantizer, Ranges
 from evaluators.artifact.scheme import MINMAX, Scheme
 from evaluators.artifact.template import Arrays, Template, output_channels
 from evaluators.artifact.trainable import TrainableGraph
@@ -77,6 +77,7 @@ class ArtifactBuilder:
             able.weight_bits,
             able.quantized_add,
             per_channel=scheme.weights == "per-channel",
+            following={*FOLLOWING, *able.int8_operators},
         )
         self._half = HalfWriter(self._template.nodes, self._template.layers)
         self._float8 = fp8.Float8Writer(self._template.layers)

@@ -27,10 +27,9 @@ ABSORBED = {"Relu", "Clip"}
 """Run inside the layer before them, so Q/DQ comes after."""
 VALUE_PRESERVING = {"MaxPool", "Flatten", "Reshape", "Identity"}
 """Move values without changing them, so input and output share a scale."""
-FOLLOWING = {"Add", "Concat", "GlobalAveragePool", "AveragePool"}
-"""Run in int8 when everything that feeds them does."""
-_ABLE = {*LAYER_OPS, *ABSORBED, *VALUE_PRESERVING, *FOLLOWING}
-_JOINING = {"Add", "Concat"}
+FOLLOWING = frozenset({"Add", "Concat", "GlobalAveragePool", "AveragePool"})
+"""Run in int8 when everything that feeds them does, on every target; some targets run more so."""
+_JOINING = {"Add", "Concat", "Mul"}
 """Read several tensors."""
 
 _TINY = 1e-8
@@ -74,6 +73,7 @@ class Quantizer:
         per_channel: whether each output channel of a weight has a scale of its own.
         quantized_add: which inputs of an addition carry Q/DQ: `both`, or the `residual` one only where the other comes
             straight from an int8 convolution.
+        following: the operators that run in int8 when everything that feeds them does.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class Quantizer:
         weight_bits: int,
         quantized_add: Literal["both", "residual"] = "both",
         per_channel: bool = True,
+        following: Iterable[str] = FOLLOWING,
     ) -> None:
+        self._following = frozenset(following)
         self._nodes = tuple(nodes)
         self._layers = dict(layers)
         self._outputs = frozenset(outputs)
@@ -115,14 +117,15 @@ class Quantizer:
         """Returns the nodes that run in int8 when these layers do."""
         quantized = {self._layers[layer] for layer in int8_layers}
         for node in self._nodes:
-            if node.op_type in FOLLOWING and self._is_fed_by(node, quantized) and self._is_read_in_int8(node):
+            if node.op_type in self._following and self._is_fed_by(node, quantized) and self._is_read_in_int8(node):
                 quantized.add(node.name)
         return quantized
 
     def _is_read_in_int8(self, node: NodeProto) -> bool:
         """Returns whether what comes next may be int8 too; a concatenation in front of a float node gains nothing."""
         following = {reader.op_type for reader in self._consumers.get(node.output[0], [])}
-        return node.op_type != "Concat" or not following.isdisjoint(_ABLE)
+        able = {*LAYER_OPS, *ABSORBED, *VALUE_PRESERVING, *self._following}
+        return node.op_type != "Concat" or not following.isdisjoint(able)
 
     def boundaries(self, precisions: Mapping[str, str], among: AbstractSet[str]) -> int:
         """Returns how many layers read from a node of another precision.

@@ -23,6 +23,7 @@ from evaluators.artifact.exporter import (
     gate_logits_name,
 )
 from evaluators.artifact.layout import Layout, Stage, lay_out
+from evaluators.artifact.simplify import simplified
 from spaces.errors import StructureError
 from spaces.network import ExitNetwork, layer_name
 
@@ -65,9 +66,9 @@ class Template:
     """
 
     def __init__(self, network: ExitNetwork, image: Tensor) -> None:
-        model = export_structure(network, image)
-        self._shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         parameters = set(network.state_dict())
+        model = simplified(export_structure(network, image), parameters)
+        self._shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         self._constants = {
             tensor.name: numpy_helper.to_array(tensor)
             for tensor in model.graph.initializer

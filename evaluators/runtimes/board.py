@@ -62,7 +62,8 @@ class Board:
     def capabilities(self) -> Capabilities:
         """Returns what runs well on the board."""
         found = dict(self._line.board["capabilities"])
-        return Capabilities(**found | {name: tuple(found[name]) for name in ("precisions", "fp32_in", "storage")})
+        several = ("precisions", "fp32_in", "storage", "int8_operators")
+        return Capabilities(**found | {name: tuple(found[name]) for name in several})
 
     def state(self) -> DeviceState:
         """Returns how fast the board's device may run just now."""
@@ -70,8 +71,13 @@ class Board:
 
     def deployable(self, model: bytes) -> bytes:
         """Returns the file that the board's runtime wants."""
-        if self._line.board["runtime"] in ("onnxruntime", "openvino"):
-            from evaluators.runtimes.cpu import unsigned_activations
+        kind = self._line.board["runtime"]
+        if kind == "onnxruntime":
+            from evaluators.runtimes.integer_ops import integer_form
+
+            return integer_form(model)
+        if kind == "openvino":
+            from evaluators.runtimes.unsigned import unsigned_activations
 
             return unsigned_activations(model)
         return model

@@ -9,7 +9,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from evaluators.device_state import DeviceState, cpu_state
-from evaluators.runtimes.cpu import cpu_name, unsigned_activations, weight_bits
+from evaluators.runtimes.cpu import cpu_name, weight_bits
+from evaluators.runtimes.integer_ops import integer_form
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
 from evaluators.runtimes.run_bundle import harmful_optimizers, session_entries
 from evaluators.runtimes.staged import Steps
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from evaluators.runtimes.skimming import File
 
+_INT8_OPERATORS = ("Mul", "Sigmoid", "LeakyRelu", "HardSwish", "HardSigmoid")
 _CALIBRATION_BATCH = 4
 """So many images at a time keep the memory of calibration small."""
 
@@ -45,7 +47,15 @@ class OnnxRuntime:
     def capabilities(self) -> Capabilities:
         """Returns fp32 and int8, channels in eights, and 4-bit weights as storage."""
         steps = {"fp32": 8, "int8": 8}
-        return Capabilities(("fp32", "int8"), steps, weight_bits(), dynamic_batch=True, storage=("int4",), skips=True)
+        return Capabilities(
+            ("fp32", "int8"),
+            steps,
+            weight_bits(),
+            dynamic_batch=True,
+            int8_operators=_INT8_OPERATORS,
+            storage=("int4",),
+            skips=True,
+        )
 
     def state(self) -> DeviceState:
         """Returns the CPU's frequency, governor and temperature, where the system tells."""
@@ -54,9 +64,10 @@ class OnnxRuntime:
     def deployable(self, model: bytes) -> bytes:
         """Returns the model with u8 activations, the only form that this runtime fuses on a CPU.
 
-        The range stays the same: behind a ReLU zero point 0 and half the scale, elsewhere 128 and the scale itself.
+        The range stays the same: zero point 0 and 255 steps where nothing is negative, elsewhere 128 and 127 steps.
+        What it would compute in float between int8 layers is written for its integer kernels.
         """
-        return unsigned_activations(model)
+        return integer_form(model)
 
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> LocallyOpened:
         """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from evaluators.device_state import DeviceState, cpu_state
-from evaluators.runtimes.cpu import cpu_name, unsigned_activations, weight_bits
+from evaluators.runtimes.cpu import cpu_name, weight_bits
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.run_bundle import BatchSizes, PaddedStage, openvino_has_bf16, openvino_settings
 from evaluators.runtimes.staged import Steps
+from evaluators.runtimes.unsigned import unsigned_activations
 from evaluators.target import Capabilities, Images, Proof, TargetError, TimedBatch, Watch, allows
 
 _INSTALL = "pip install 'openvino>=2025.0'"

@@ -1,0 +1,133 @@
+"""The form of an int8 file that runtimes on CPUs run fast: unsigned activations, and no clips that change nothing.
+
+The onnx package is imported where it is needed: boards run files and make none.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
+
+_ROUNDING = 1e-6
+"""A scale is rounded to float32, so that the range that it spans may exceed what it was made for by this share."""
+_NON_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Softplus", "Abs", "Exp", "Sqrt"}
+"""Give nothing below 0, whatever they read."""
+_SIGN_KEEPING = {
+    *("QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Dropout"),
+    *("Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "Expand", "DepthToSpace"),
+    *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "LpPool", "GlobalLpPool"),
+    *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "CumSum"),
+}
+"""Give nothing below 0 where their first input has nothing below 0."""
+_SIGN_KEEPING_TOGETHER = {"Add", "Mul", "Concat", "Sum", "Mean", "Min", "Div", "MatMul"}
+"""Give nothing below 0 where none of their inputs has anything below 0."""
+
+
+def unsigned_activations(model: bytes) -> bytes:
+    """Returns the model with every s8 activation made u8; fp8 ones, and a model without any, stay as they are.
+
+    What is never negative gets zero point 0 and all 255 steps, where s8 has 127 for it: both forms clip alike, and the
+    runtime takes the rectifier into the convolution. A `Clip` or `Relu` that lets through whatever the quantized range
+    holds goes, because ONNX Runtime fuses none but a `Relu`.
+    """
+    import onnx
+
+    proto = onnx.load_from_string(model)
+    return bytes(proto.SerializeToString(deterministic=True)) if make_unsigned(proto.graph) else model
+
+
+def make_unsigned(graph: "GraphProto") -> bool:
+    """Makes every s8 activation of a graph u8, as `unsigned_activations` does; returns whether there was any."""
+    from onnx import TensorProto
+
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    quantizers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    quantizers = [node for node in quantizers if values[node.input[2]].data_type == TensorProto.INT8]
+    _move_zero_points(graph, quantizers)
+    _drop_idle_clips(graph, quantizers)
+    return bool(quantizers)
+
+
+def _move_zero_points(graph: "GraphProto", quantizers: "Sequence[NodeProto]") -> None:
+    from onnx import numpy_helper
+
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    signs = _Signs(graph)
+    for node in quantizers:
+        scale, zero_point = values[node.input[1]], values[node.input[2]]
+        offset = 0 if signs.is_non_negative(node.input[0]) else 128
+        if offset == 0:
+            wider = numpy_helper.to_array(scale) * np.float32(127 / 255)
+            scale.CopyFrom(numpy_helper.from_array(wider, scale.name))
+        zero_point.CopyFrom(numpy_helper.from_array(np.array(offset, dtype=np.uint8), zero_point.name))
+
+
+class _Signs:
+    """Tells which tensors of a graph are never negative, from the operators that give them."""
+
+    def __init__(self, graph: "GraphProto") -> None:
+        from onnx import numpy_helper
+
+        self._values = {tensor.name: tensor for tensor in graph.initializer}
+        self._read = numpy_helper.to_array
+        self._known: dict[str, bool] = {}
+        for node in graph.node:
+            found = self._gives_nothing_negative(node)
+            self._known |= dict.fromkeys(node.output, found)
+
+    def is_non_negative(self, tensor: str) -> bool:
+        """Returns whether a tensor is never negative; False where nobody knows."""
+        if tensor in self._values:
+            return bool((self._read(self._values[tensor]) >= 0).all())
+        return self._known.get(tensor, False)
+
+    def _gives_nothing_negative(self, node: "NodeProto") -> bool:
+        if node.op_type in _NON_NEGATIVE:
+            return True
+        if node.op_type == "Clip":
+            low = node.input[1] if len(node.input) > 1 else ""
+            return self.is_non_negative(node.input[0]) or (low in self._values and self.is_non_negative(low))
+        if node.op_type in _SIGN_KEEPING:
+            return self.is_non_negative(node.input[0])
+        if node.op_type == "Max":
+            return any(self.is_non_negative(name) for name in node.input)
+        if node.op_type in _SIGN_KEEPING_TOGETHER:
+            return all(self.is_non_negative(name) for name in node.input)
+        return node.op_type == "Where" and all(self.is_non_negative(name) for name in node.input[1:])
+
+
+def _drop_idle_clips(graph: "GraphProto", quantizers: "Sequence[NodeProto]") -> None:
+    """Takes out each `Clip` and `Relu` that only a quantizer reads whose range lies within its bounds."""
+    from onnx import numpy_helper
+
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
+    idle = []
+    for quantizer in quantizers:
+        clip = producers.get(quantizer.input[0])
+        if clip is None or clip.op_type not in ("Clip", "Relu") or readers[clip.output[0]] > 1:
+            continue
+        scale, zero_point = (values[name].astype(np.float64) for name in quantizer.input[1:3])
+        low, high = (1 - _ROUNDING) * scale * (0 - zero_point), (1 - _ROUNDING) * scale * (255 - zero_point)
+        least, most = _bounds(clip, values)
+        if least <= low and high <= most:
+            quantizer.input[0] = clip.input[0]
+            idle.append(clip)
+    for clip in idle:
+        graph.node.remove(clip)
+
+
+def _bounds(clip: "NodeProto", values: "Mapping[str, NDArray[np.generic]]") -> tuple[float, float]:
+    """Returns what a `Clip` or `Relu` lets through; nothing where its bounds are computed."""
+    if clip.op_type == "Relu":
+        return 0.0, np.inf
+    low, high = (*clip.input[1:], "", "")[:2]
+    if any(name and name not in values for name in (low, high)):
+        return np.inf, -np.inf
+    return float(values[low]) if low else -np.inf, float(values[high]) if high else np.inf

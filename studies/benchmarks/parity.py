@@ -1,0 +1,239 @@
+"""Our all-int8 file against the usual tool's, for torchvision's convolutional networks, as Markdown.
+
+python -m studies.benchmarks.parity [--models resnet18,vgg16] [--batches 1,16] [--runtime openvino] [--out FILE]
+
+On ONNX Runtime the other file is `quantize_static`'s after its own pre-processing (Q/DQ, u8 activations, s8 weights per
+channel, min-max); on OpenVINO it is NNCF's post-training quantization with its defaults (`pip install nncf`). Both are
+calibrated on the same images. Each network has random weights, 224 pixels and a process of its own. Files take turns by
+a timer that shares no code with evaluators/: one thread, calls back to back, the thread's CPU time, the median of the
+turns' ratios. A row above the bound shows which operators differ in the two optimized graphs.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluators.artifact.build import ArtifactBuilder
+from evaluators.runtimes.cpu import cpu_name
+from evaluators.target import runtime
+from spaces.candidate import Candidate
+from spaces.network import ExitNetwork
+from studies.benchmarks import outside
+from studies.benchmarks.coverage import all_models, random_network
+from studies.benchmarks.markdown import print_table
+
+SIZE = 224
+CALIBRATION = 8
+BOUND = 1.05
+"""So many times as long as the other tool's file may ours take."""
+_NO_CONVOLUTIONS = ("vit_", "swin", "maxvit")
+_HEADINGS = ("network", "batch", "dense, ms", "other / dense", "ours / dense", "ours / other", "SQNR other, ours", "why")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network at one batch size; ratios are of time.
+
+    Args:
+        model: its name.
+        batch: images at a time.
+        dense_ms: of the float network.
+        other: the other tool's int8 to dense.
+        ours: our int8 to dense.
+        ratio: ours to the other's.
+        other_db: the ratio of signal to quantization noise at the other's logits.
+        ours_db: at ours.
+        operators: where the optimized graphs differ, ours and the other's count of each operator.
+        error: why there are no figures.
+    """
+
+    model: str
+    batch: int
+    dense_ms: float = float("nan")
+    other: float = float("nan")
+    ours: float = float("nan")
+    ratio: float = float("nan")
+    other_db: float = float("nan")
+    ours_db: float = float("nan")
+    operators: dict[str, tuple[int, int]] | None = None
+    error: str = ""
+
+    def cells(self) -> list[str]:
+        """Returns the row of the table."""
+        if self.error:
+            return [self.model, str(self.batch), *["-"] * 5, self.error]
+        differ = " ".join(f"{name} {ours}:{other}" for name, (ours, other) in (self.operators or {}).items())
+        return [
+            self.model,
+            str(self.batch),
+            f"{self.dense_ms:.2f}",
+            f"{self.other:.3f}",
+            f"{self.ours:.3f}",
+            f"**{self.ratio:.3f}**" if self.ratio > BOUND else f"{self.ratio:.3f}",
+            f"{self.other_db:.0f}, {self.ours_db:.0f} dB",
+            differ if self.ratio > BOUND else "",
+        ]
+
+
+def convolutional() -> list[str]:
+    """Returns torchvision's classification networks that are made of convolutions, the large ones last."""
+    return [name for name in all_models() if not name.startswith(_NO_CONVOLUTIONS)]
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(convolutional()))
+    parser.add_argument("--batches", default="1,16")
+    parser.add_argument("--runtime", default="onnxruntime", choices=["onnxruntime", "openvino"])
+    parser.add_argument("--seconds", type=float, default=600.0, help="limit for one network")
+    parser.add_argument("--out", type=Path, help="JSON; rows that it holds already are not measured again")
+    given = parser.parse_args()
+    batches = [int(batch) for batch in given.batches.split(",")]
+    rows = [Row(**each) for each in json.loads(given.out.read_text())] if given.out and given.out.is_file() else []
+    for model in given.models.split(","):
+        if not {batch for batch in batches} <= {row.batch for row in rows if row.model == model}:
+            rows += _in_own_process(model, batches, given.runtime, given.seconds)
+            print("\n".join(" | ".join(row.cells()) for row in rows if row.model == model), flush=True)
+        if given.out:
+            given.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    _print(rows, given.runtime)
+
+
+def _in_own_process(model: str, batches: Sequence[int], name: str, seconds: float) -> list[Row]:
+    """Returns a network's rows after at most so many seconds; those that are not done say so."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(model, batches, name, sender))
+    begin, rows, error = time.monotonic(), list[Row](), f"not done in {seconds:.0f} s"
+    process.start()
+    sender.close()
+    try:
+        while len(rows) < len(batches) and receiver.poll(max(seconds - (time.monotonic() - begin), 0)):
+            rows.append(receiver.recv())
+    except EOFError:
+        error = "the process died, of memory most likely"
+    process.kill()
+    process.join()
+    return [*rows, *(Row(model, batch, error=error) for batch in batches[len(rows) :])]
+
+
+def _report(model: str, batches: Sequence[int], name: str, sender: Connection) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        compare = _Comparison(model, name)
+        for batch in batches:
+            sender.send(compare.row(batch))
+    except Exception as error:  # the table says why
+        sender.send(Row(model, batches[0], error=f"{type(error).__name__}: {error}".splitlines()[0][:200]))
+
+
+class _Comparison:
+    """One network's three files on one runtime: dense, the other tool's int8, ours."""
+
+    def __init__(self, model: str, name: str) -> None:
+        self._model = model
+        network = random_network(model, SIZE)
+        self._images = _images(max(CALIBRATION, 1))
+        trunk = ExitNetwork(network, [], []).eval()
+        builder = ArtifactBuilder(trunk, self._images, runtime(name))
+        int8 = builder.build(trunk, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).deployed[0]
+        dense = outside.exported(network, self._images[:1])
+        tool = _onnxruntime_tool if name == "onnxruntime" else _nncf
+        self._load: Callable[[bytes, int], Loaded] = _load_onnxruntime if name == "onnxruntime" else _load_openvino
+        self._files = {"dense": dense, "other": tool(dense, self._images), "ours": int8}
+        self._differing = _differing(int8, self._files["other"]) if name == "onnxruntime" else {}
+
+    def row(self, batch: int) -> Row:
+        """Returns what the files take, and how much noise is in their answers."""
+        loaded = {name: self._load(file, batch) for name, file in self._files.items()}
+        images = _images(batch)
+        answers = {name: run(images) for name, run in loaded.items()}
+        found = outside.timed({name: lambda run=run: run(images) for name, run in loaded.items()}, turn_s=0.03)
+        # The ratio that counts is told by the turns themselves.
+        pair = outside.timed({name: lambda run=loaded[name]: run(images) for name in ("other", "ours")}, turn_s=0.03)
+        return Row(
+            self._model,
+            batch,
+            found["dense"].seconds * 1e3,
+            found["other"].ratio,
+            found["ours"].ratio,
+            pair["ours"].ratio,
+            _sqnr(answers["dense"], answers["other"]),
+            _sqnr(answers["dense"], answers["ours"]),
+            self._differing,
+        )
+
+
+Loaded = Callable[[outside.Images], outside.Images]
+
+
+def _images(count: int) -> outside.Images:
+    """Returns noise, which is what the random networks' statistics are of, `(count, 3, 224, 224)`."""
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).numpy()
+
+
+def _sqnr(exact: outside.Images, rounded: outside.Images) -> float:
+    noise = np.square(rounded.astype(np.float64) - exact).sum()
+    return float(10 * np.log10(np.square(exact.astype(np.float64)).sum() / max(noise, 1e-30)))
+
+
+def _onnxruntime_tool(dense: bytes, images: outside.Images) -> bytes:
+    return outside.statically_quantized(outside.preprocessed(dense), images)
+
+
+def _load_onnxruntime(file: bytes, batch: int) -> Loaded:  # noqa: ARG001
+    made = outside.session(file)
+    name = made.get_inputs()[0].name
+    return lambda images: made.run(None, {name: images})[0]
+
+
+def _nncf(dense: bytes, images: outside.Images) -> bytes:
+    """Returns NNCF's int8 form of a float model with its defaults, as OpenVINO's own files, in one piece."""
+    import io
+
+    import nncf
+    import openvino
+
+    nncf.set_log_level("ERROR") if hasattr(nncf, "set_log_level") else None
+    model = openvino.Core().read_model(dense)
+    made = nncf.quantize(model, nncf.Dataset([images[at : at + 1] for at in range(len(images))]))
+    compiled = io.BytesIO()
+    openvino.serialize(made, "/tmp/x")
+    return compiled.getvalue()
+
+
+def _load_openvino(file: bytes, batch: int) -> Loaded:
+    raise SystemExit
+
+
+def _differing(ours: bytes, other: bytes) -> dict[str, tuple[int, int]]:
+    """Returns how often each operator stands in the optimized form of both files, where that differs."""
+    counted = outside.operators(ours), outside.operators(other)
+    names = sorted({name for each in counted for name in each})
+    pairs = {name: (counted[0].get(name, 0), counted[1].get(name, 0)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _print(rows: Sequence[Row], name: str) -> None:
+    other = "nncf" if name == "openvino" else "onnxruntime"
+    print(f"\n{name} {metadata.version(name)}, {other} {metadata.version(other)} on {cpu_name()}, one thread\n")
+    print_table(_HEADINGS, [row.cells() for row in sorted(rows, key=lambda row: (row.model, row.batch))])
+    done = [row for row in rows if not row.error]
+    within = sum(row.ratio <= BOUND for row in done)
+    print(f"\n{within} of {len(done)} rows within {BOUND}; {len(rows) - len(done)} not done.")
+
+
+if __name__ == "__main__":
+    main()
