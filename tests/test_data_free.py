@@ -344,4 +344,4 @@ def test_a_study_says_how_int8_is_made(cache) -> None:
     assert bench.fingerprint != plain.fingerprint
     candidate = bench.space.candidate(bench.space.uniform(0.5, "int8", 0.8))
     found, expected = (there.subject(candidate).answers.correct.mean() for there in (bench, plain))
-    assert found > expected - 0.15
+    assert found > expected - 0.2  # of 40 images

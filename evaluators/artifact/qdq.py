@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
 from evaluators.artifact.layout import Stage
-from evaluators.artifact.template import DEQUANTIZED, LAYER_OPS, Arrays
+from evaluators.artifact.template import DEQUANTIZED, LAYER_OPS, QUANTIZED, Arrays
 
 Ranges = Mapping[str, tuple[float, float]]
 """The lowest and highest value seen of each activation tensor."""
@@ -250,7 +250,7 @@ class Quantizer:
         return nodes, values
 
     def _pair(self, tensor: str, source: str, result: str, ranges: Ranges, values: Arrays) -> list[NodeProto]:
-        scale, zero_point, quantized = f"{tensor}/scale", f"{tensor}/zero_point", f"{tensor}/q"
+        scale, zero_point, quantized = f"{tensor}/scale", f"{tensor}/zero_point", tensor + QUANTIZED
         values[scale] = self._scale(tensor, ranges)
         values[zero_point] = np.array(0, dtype=np.int8)
         return [
@@ -264,10 +264,10 @@ class Quantizer:
         name = node.input[1]
         axis = output_axis(node)
         grid = grids.get(name) or self.nearest(values[name], axis)
-        values[f"{name}/q"], values[f"{name}/scale"] = grid.values, grid.scale
+        values[name + QUANTIZED], values[f"{name}/scale"] = grid.values, grid.scale
         values[f"{name}/zero_point"] = np.zeros(len(grid.scale), dtype=np.int8)
         node.input[1] = name + DEQUANTIZED
-        inputs = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
+        inputs = [name + QUANTIZED, f"{name}/scale", f"{name}/zero_point"]
         return helper.make_node("DequantizeLinear", inputs, [name + DEQUANTIZED], f"{name}/DequantizeLinear", axis=axis)
 
     def nearest(self, weight: NDArray[np.generic], axis: int) -> QuantizedWeight:

@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from evaluators.artifact.exporter import OUTPUT
 from evaluators.artifact.qdq import ABSORBED
-from evaluators.artifact.template import HALF, LAYER_OPS, TRANSPOSED
+from evaluators.artifact.template import HALF, LAYER_OPS, QUANTIZED, TRANSPOSED
 from spaces.errors import UserError
 from spaces.network import layer_name
 
@@ -201,7 +201,7 @@ def watched(model: bytes, tensors: Iterable[str]) -> tuple[bytes, dict[str, str]
     found: dict[str, str] = {}
     for tensor in tensors:
         known = canonical(tensor)
-        name, maker = makers.get(known + HALF) or makers.get(known) or ("", None)
+        name, maker = makers.get(known + HALF) or makers.get(known) or makers.get(known + QUANTIZED) or ("", None)
         if tensor in answers or (tensor == OUTPUT and maker is None):
             found[tensor] = tensor if tensor in answers else answers[-1]
         elif maker is not None:
@@ -212,12 +212,12 @@ def watched(model: bytes, tensors: Iterable[str]) -> tuple[bytes, dict[str, str]
 def _returned(proto: ModelProto, name: str, maker: NodeProto, kinds: Mapping[str, tuple[int, int]]) -> str:
     """Returns the output that a tensor has been made, or already was."""
     kind, rank = kinds.get(name, (TensorProto.FLOAT, 0))
-    if maker.op_type == "DequantizeLinear":
-        own = NodeProto()
-        own.CopyFrom(maker)
-        own.name, own.output[0] = maker.name + _OWN, name + _OWN
-        name = own.output[0]
-        proto.graph.node.append(own)
+    if maker.op_type in ("DequantizeLinear", "QuantizeLinear"):
+        quantized = maker.output[0] if maker.op_type == "QuantizeLinear" else maker.input[0]
+        inputs, name = [quantized, *maker.input[1:]], name.removesuffix(QUANTIZED) + _OWN
+        kind = TensorProto.FLOAT
+        attributes = {each.name: helper.get_attribute_value(each) for each in maker.attribute if each.name == "axis"}
+        proto.graph.node.append(helper.make_node("DequantizeLinear", inputs, [name], maker.name + _OWN, **attributes))
     if name not in {info.name for info in proto.graph.output}:
         proto.graph.output.append(helper.make_tensor_value_info(name, kind, [None] * rank or None))
     return name

@@ -34,6 +34,8 @@ LAYER_OPS = ("Conv", "Gemm", "MatMul")
 
 DEQUANTIZED = "/dq"
 """The end of the name of a weight or an input that has been through Q/DQ."""
+QUANTIZED = "/q"
+"""The end of the name of a tensor in int8."""
 HALF = "/fp16"
 """The end of the name of a tensor in half precision."""
 TRANSPOSED = "/transposed"

@@ -70,16 +70,17 @@ def _compute_hard_gates(graph: "GraphProto") -> None:
     sources = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     quantized = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     readers = Counter(name for node in graph.node for name in node.input) + Counter(out.name for out in graph.output)
+    idle: set[str] = set()
     nodes: list[NodeProto] = []
     for node in graph.node:
         is_gate = node.op_type in ("HardSigmoid", "HardSwish") and node.input[0] in sources
         if is_gate and node.output[0] in quantized and readers[node.output[0]] == 1:
             nodes += _hard_gate(node, sources[node.input[0]], graph)
-            readers[node.input[0]] -= node.op_type == "HardSigmoid"
+            idle |= {node.input[0]} if node.op_type == "HardSigmoid" and readers[node.input[0]] == 1 else set()
         else:
             nodes.append(node)
     del graph.node[:]
-    graph.node.extend(node for node in nodes if node.op_type != "DequantizeLinear" or readers[node.output[0]])
+    graph.node.extend(node for node in nodes if node.output[0] not in idle)
 
 
 def _hard_gate(node: "NodeProto", source: "NodeProto", graph: "GraphProto") -> "list[NodeProto]":

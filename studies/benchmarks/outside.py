@@ -43,7 +43,9 @@ class Timed:
     high: float
 
 
-def timed(calls: Mapping[str, Call], turns: int = 21, turn_s: float = 0.012, at_most_s: float = 60.0) -> dict[str, Timed]:
+def timed(
+    calls: Mapping[str, Call], turns: int = 21, turn_s: float = 0.012, at_most_s: float = 60.0
+) -> dict[str, Timed]:
     """Returns what each call takes beside the first, calls of one turn back to back, its first one not counted.
 
     Args:

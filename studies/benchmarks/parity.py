@@ -37,7 +37,16 @@ CALIBRATION = 8
 BOUND = 1.05
 """So many times as long as the other tool's file may ours take."""
 _NO_CONVOLUTIONS = ("vit_", "swin", "maxvit")
-_HEADINGS = ("network", "batch", "dense, ms", "other / dense", "ours / dense", "ours / other", "SQNR other, ours", "why")
+_HEADINGS = (
+    "network",
+    "batch",
+    "dense, ms",
+    "other / dense",
+    "ours / dense",
+    "ours / other",
+    "SQNR other, ours",
+    "why",
+)
 
 
 @dataclass(frozen=True)
