@@ -144,7 +144,7 @@ class Quantizer:
         return node
 
     def _is_fed_by(self, node: NodeProto, quantized: set[str]) -> bool:
-        sources = [self._source(name) for name in node.input]
+        sources = [self._source(name) for name in self._data(node)]
         return all(source is not None and source.name in quantized for source in sources)
 
     def _is_boundary(self, node: NodeProto, precisions: Mapping[str, str]) -> bool:
@@ -187,11 +187,15 @@ class Quantizer:
         if node.op_type == "MatMul":
             # Its bias is added by the next node: runtimes go on in float, at no loss.
             return [node.input[0]]
-        data = list(node.input) if node.op_type in _JOINING else [node.input[0]]
         output = node.output[0]
         while len(following := self._consumers.get(output, [])) == 1 and following[0].op_type in ABSORBED:
             output = following[0].output[0]
-        return [*data, output]
+        return [*self._data(node), output]
+
+    @staticmethod
+    def _data(node: NodeProto) -> list[str]:
+        """Returns the tensors that a node computes with, without its weights, slopes or bounds."""
+        return list(node.input) if node.op_type in _JOINING else [node.input[0]]
 
     def _spread(self, tensors: set[str]) -> set[str]:
         spread = set(tensors)

@@ -18,13 +18,14 @@ _INT32 = 2**31 - 1
 
 
 def integer_form(model: bytes) -> bytes:
-    """Returns an int8 model with u8 activations, integer biases and integer hard gates; any other model as it is."""
+    """Returns an int8 model in whose u8 form all that has integer kernels runs in them; any other model as it is."""
     import onnx  # a board runs files and makes none, so it has no onnx
 
     proto = onnx.load_from_string(model)
     if not make_unsigned(proto.graph):
         return model
     _quantize_biases(proto.graph)
+    _share_slopes(proto.graph)
     _compute_hard_gates(proto.graph)
     return bytes(proto.SerializeToString(deterministic=True))
 
@@ -59,6 +60,24 @@ def _quantize_biases(graph: "GraphProto") -> None:
 def _is_plain(node: "NodeProto") -> bool:
     """Returns whether a `Gemm` multiplies nothing by a factor."""
     return all(attribute.f == 1 for attribute in node.attribute if attribute.name in ("alpha", "beta"))
+
+
+def _share_slopes(graph: "GraphProto") -> None:
+    """Turns each `PRelu` that has one slope for all channels into a `LeakyRelu`, which has an integer kernel."""
+    from onnx import helper, numpy_helper
+
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    values |= {
+        node.output[0]: values[node.input[0]]
+        for node in graph.node
+        if node.op_type in ("Unsqueeze", "Reshape") and node.input[0] in values
+    }
+    for node in graph.node:
+        slope = values.get(node.input[1]) if node.op_type == "PRelu" else None
+        if slope is not None and int(np.prod(slope.dims)) == 1:
+            node.op_type = "LeakyRelu"
+            node.attribute.append(helper.make_attribute("alpha", float(numpy_helper.to_array(slope).ravel()[0])))
+            del node.input[1:]
 
 
 def _compute_hard_gates(graph: "GraphProto") -> None:

@@ -1,4 +1,4 @@
-"""The form of an int8 file that runtimes on CPUs run fast: unsigned activations, and no clips that change nothing.
+"""The form of an int8 file that runtimes on CPUs run fast: unsigned activations, and no clips in front of quantizers.
 
 The onnx package is imported where it is needed: boards run files and make none.
 """
@@ -32,8 +32,8 @@ def unsigned_activations(model: bytes) -> bytes:
     """Returns the model with every s8 activation made u8; fp8 ones, and a model without any, stay as they are.
 
     What is never negative gets zero point 0 and all 255 steps, where s8 has 127 for it: both forms clip alike, and the
-    runtime takes the rectifier into the convolution. A `Clip` or `Relu` that lets through whatever the quantized range
-    holds goes, because ONNX Runtime fuses none but a `Relu`.
+    runtime takes the rectifier into the convolution. A `Clip` or `Relu` in front of a quantizer goes, because ONNX
+    Runtime fuses none but a `Relu`; where the quantized range reaches further, integers are clipped.
     """
     import onnx
 
@@ -49,7 +49,7 @@ def make_unsigned(graph: "GraphProto") -> bool:
     quantizers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     quantizers = [node for node in quantizers if values[node.input[2]].data_type == TensorProto.INT8]
     _move_zero_points(graph, quantizers)
-    _drop_idle_clips(graph, quantizers)
+    _move_clips(graph, quantizers)
     return bool(quantizers)
 
 
@@ -101,33 +101,52 @@ class _Signs:
         return node.op_type == "Where" and all(self.is_non_negative(name) for name in node.input[1:])
 
 
-def _drop_idle_clips(graph: "GraphProto", quantizers: "Sequence[NodeProto]") -> None:
-    """Takes out each `Clip` and `Relu` that only a quantizer reads whose range lies within its bounds."""
+def _move_clips(graph: "GraphProto", quantizers: "Sequence[NodeProto]") -> None:
+    """Takes out each `Clip` and `Relu` that only a quantizer reads: integers are clipped instead where that is needed.
+
+    Between a convolution and its quantizer it would keep both in float.
+    """
     from onnx import numpy_helper
 
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
     readers = Counter(name for node in graph.node for name in node.input)
-    idle = []
+    gone: set[str] = set()
+    behind: dict[str, list[NodeProto]] = {}
     for quantizer in quantizers:
         clip = producers.get(quantizer.input[0])
-        if clip is None or clip.op_type not in ("Clip", "Relu") or readers[clip.output[0]] > 1:
+        bounds = _bounds(clip, values) if clip is not None and readers[clip.output[0]] == 1 else None
+        if clip is None or bounds is None:
             continue
+        gone.add(clip.output[0])
+        quantizer.input[0] = clip.input[0]
         scale, zero_point = (values[name].astype(np.float64) for name in quantizer.input[1:3])
-        low, high = (1 - _ROUNDING) * scale * (0 - zero_point), (1 - _ROUNDING) * scale * (255 - zero_point)
-        least, most = _bounds(clip, values)
-        if least <= low and high <= most:
-            quantizer.input[0] = clip.input[0]
-            idle.append(clip)
-    for clip in idle:
-        graph.node.remove(clip)
+        steps = np.clip(np.rint(np.asarray(bounds) / scale * (1 + _ROUNDING) + zero_point), 0, 255).astype(np.uint8)
+        if steps.tolist() != [0, 255]:
+            behind[quantizer.name] = [_integer_clip(quantizer, steps, graph)]
+    nodes = [each for node in graph.node if node.output[0] not in gone for each in (node, *behind.get(node.name, []))]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
-def _bounds(clip: "NodeProto", values: "Mapping[str, NDArray[np.generic]]") -> tuple[float, float]:
-    """Returns what a `Clip` or `Relu` lets through; nothing where its bounds are computed."""
-    if clip.op_type == "Relu":
+def _integer_clip(quantizer: "NodeProto", steps: NDArray[np.uint8], graph: "GraphProto") -> "NodeProto":
+    """Returns the clip of what a quantizer gives to the least and the largest of `steps`."""
+    from onnx import helper, numpy_helper
+
+    result = quantizer.output[0]
+    names = [f"{result}/least", f"{result}/most"]
+    graph.initializer.extend(
+        numpy_helper.from_array(np.array(step), name) for step, name in zip(steps, names, strict=True)
+    )
+    quantizer.output[0] = f"{result}/unclipped"
+    return helper.make_node("Clip", [quantizer.output[0], *names], [result], f"{result}/Clip")
+
+
+def _bounds(node: "NodeProto", values: "Mapping[str, NDArray[np.generic]]") -> tuple[float, float] | None:
+    """Returns what a `Clip` or `Relu` lets through; None of any other node, and where the bounds are computed."""
+    if node.op_type == "Relu":
         return 0.0, np.inf
-    low, high = (*clip.input[1:], "", "")[:2]
-    if any(name and name not in values for name in (low, high)):
-        return np.inf, -np.inf
+    low, high = (*node.input[1:], "", "")[:2]
+    if node.op_type != "Clip" or any(name and name not in values for name in (low, high)):
+        return None
     return float(values[low]) if low else -np.inf, float(values[high]) if high else np.inf

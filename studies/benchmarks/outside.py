@@ -1,7 +1,7 @@
 """The outsider's tools: a timer and a quantizer that share no code with evaluators/.
 
 What this program says of its own files is worth little until somebody else's clock agrees. This one lets any number of
-calls take turns of a few hundredths of a second, in the thread's CPU time, and compares them turn by turn.
+calls take turns of a few hundredths of a second, in the process's CPU time, and compares them turn by turn.
 """
 
 import logging
@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Timed:
     """What a call takes.
 
     Args:
-        seconds: of the thread's CPU time, the median over turns.
+        seconds: of the process's CPU time, the median over turns.
         ratio: to the first call, the median of the turns' ratios.
         low: the lower end of its bootstrapped 95% interval.
         high: the upper end.
@@ -74,10 +75,10 @@ def timed(
 
 
 def _seconds(call: Call, count: int) -> float:
-    begin = time.thread_time()
+    begin = time.process_time()
     for _ in range(count):
         call()
-    return (time.thread_time() - begin) / count
+    return (time.process_time() - begin) / count
 
 
 def session(model: bytes | str, threads: int = 1) -> onnxruntime.InferenceSession:
@@ -124,7 +125,7 @@ def preprocessed(model: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         given, made = (str(Path(folder) / name) for name in ("given.onnx", "made.onnx"))
         Path(given).write_bytes(model)
-        with _quiet():
+        with quiet():
             try:
                 quant_pre_process(given, made)
             except Exception:  # its symbolic shape inference does not know every operator
@@ -143,7 +144,7 @@ def statically_quantized(model: bytes, images: Images, method: str = "MinMax") -
     with tempfile.TemporaryDirectory() as folder:
         given, made = (str(Path(folder) / name) for name in ("given.onnx", "made.onnx"))
         Path(given).write_bytes(model)
-        with _quiet():
+        with quiet():
             quantize_static(
                 given,
                 made,
@@ -157,15 +158,15 @@ def statically_quantized(model: bytes, images: Images, method: str = "MinMax") -
         return Path(made).read_bytes()
 
 
-class _quiet:
-    """Keeps the library's advice off the screen."""
-
-    def __enter__(self) -> None:
-        self._level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self._level)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps a library's advice off the screen."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 def operators(model: bytes) -> dict[str, int]:

@@ -5,7 +5,7 @@ python -m studies.benchmarks.parity [--models resnet18,vgg16] [--batches 1,16] [
 On ONNX Runtime the other file is `quantize_static`'s after its own pre-processing (Q/DQ, u8 activations, s8 weights per
 channel, min-max); on OpenVINO it is NNCF's post-training quantization with its defaults (`pip install nncf`). Both are
 calibrated on the same images. Each network has random weights, 224 pixels and a process of its own. Files take turns by
-a timer that shares no code with evaluators/: one thread, calls back to back, the thread's CPU time, the median of the
+a timer that shares no code with evaluators/: one thread, calls back to back, the process's CPU time, the median of the
 turns' ratios. A row above the bound shows which operators differ in the two optimized graphs.
 """
 
@@ -14,11 +14,13 @@ import json
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -104,14 +106,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(convolutional()))
     parser.add_argument("--batches", default="1,16")
-    parser.add_argument("--runtime", default="onnxruntime", choices=["onnxruntime", "openvino"])
+    parser.add_argument("--runtime", default="onnxruntime", choices=list(TOOLS))
     parser.add_argument("--seconds", type=float, default=600.0, help="limit for one network")
     parser.add_argument("--out", type=Path, help="JSON; rows that it holds already are not measured again")
     given = parser.parse_args()
     batches = [int(batch) for batch in given.batches.split(",")]
     rows = [Row(**each) for each in json.loads(given.out.read_text())] if given.out and given.out.is_file() else []
     for model in given.models.split(","):
-        if not {batch for batch in batches} <= {row.batch for row in rows if row.model == model}:
+        if not set(batches) <= {row.batch for row in rows if row.model == model}:
             rows += _in_own_process(model, batches, given.runtime, given.seconds)
             print("\n".join(" | ".join(row.cells()) for row in rows if row.model == model), flush=True)
         if given.out:
@@ -148,30 +150,82 @@ def _report(model: str, batches: Sequence[int], name: str, sender: Connection) -
         sender.send(Row(model, batches[0], error=f"{type(error).__name__}: {error}".splitlines()[0][:200]))
 
 
+Answer = Callable[[outside.Images], outside.Images]
+
+
+class _Tool(Protocol):
+    """What makes the other int8 file, and runs all of them."""
+
+    def quantized(self, dense: bytes, images: outside.Images) -> Any:
+        """Returns the other tool's int8 form of a float file."""
+        ...
+
+    def loaded(self, file: Any, batch: int) -> Answer:
+        """Returns a file, or the other tool's form, as a function of a batch."""
+        ...
+
+
+class _StaticQuantization:
+    """ONNX Runtime's `quantize_static`."""
+
+    def quantized(self, dense: bytes, images: outside.Images) -> Any:
+        return outside.statically_quantized(outside.preprocessed(dense), images)
+
+    def loaded(self, file: Any, batch: int) -> Answer:  # noqa: ARG002
+        made = outside.session(file)
+        name = made.get_inputs()[0].name
+        return lambda images: made.run(None, {name: images})[0]
+
+
+class _Nncf:
+    """NNCF's `quantize` on OpenVINO's own form of a network."""
+
+    def __init__(self) -> None:
+        import openvino
+
+        self._core = openvino.Core()
+
+    def quantized(self, dense: bytes, images: outside.Images) -> Any:
+        import nncf
+
+        with outside.quiet():
+            return nncf.quantize(self._core.read_model(dense), nncf.Dataset(list(images[:, None])))
+
+    def loaded(self, file: Any, batch: int) -> Answer:
+        model = self._core.read_model(file) if isinstance(file, bytes) else file.clone()
+        model.reshape([batch, 3, SIZE, SIZE])
+        one_thread = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = self._core.compile_model(model, "CPU", one_thread)
+        return lambda images: compiled(images)[0]
+
+
+TOOLS: Mapping[str, Callable[[], _Tool]] = {"onnxruntime": _StaticQuantization, "openvino": _Nncf}
+"""The tool that ours is held against, by the runtime."""
+
+
 class _Comparison:
     """One network's three files on one runtime: dense, the other tool's int8, ours."""
 
     def __init__(self, model: str, name: str) -> None:
-        self._model = model
-        network = random_network(model, SIZE)
-        self._images = _images(max(CALIBRATION, 1))
+        self._model, self._tool = model, TOOLS[name]()
+        network, calibration = random_network(model, SIZE), _images(CALIBRATION)
         trunk = ExitNetwork(network, [], []).eval()
-        builder = ArtifactBuilder(trunk, self._images, runtime(name))
-        int8 = builder.build(trunk, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).deployed[0]
-        dense = outside.exported(network, self._images[:1])
-        tool = _onnxruntime_tool if name == "onnxruntime" else _nncf
-        self._load: Callable[[bytes, int], Loaded] = _load_onnxruntime if name == "onnxruntime" else _load_openvino
-        self._files = {"dense": dense, "other": tool(dense, self._images), "ours": int8}
-        self._differing = _differing(int8, self._files["other"]) if name == "onnxruntime" else {}
+        builder = ArtifactBuilder(trunk, calibration, runtime(name))
+        ours = builder.build(trunk, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).deployed[0]
+        dense = outside.exported(network, calibration[:1])
+        other = self._tool.quantized(dense, calibration)
+        self._files = {"dense": dense, "other": other, "ours": ours}
+        self._differing = _differing(ours, other) if isinstance(other, bytes) else {}
 
     def row(self, batch: int) -> Row:
         """Returns what the files take, and how much noise is in their answers."""
-        loaded = {name: self._load(file, batch) for name, file in self._files.items()}
         images = _images(batch)
-        answers = {name: run(images) for name, run in loaded.items()}
-        found = outside.timed({name: lambda run=run: run(images) for name, run in loaded.items()}, turn_s=0.03)
-        # The ratio that counts is told by the turns themselves.
-        pair = outside.timed({name: lambda run=loaded[name]: run(images) for name in ("other", "ours")}, turn_s=0.03)
+        answers = {name: self._tool.loaded(file, batch) for name, file in self._files.items()}
+        logits = {name: answer(images) for name, answer in answers.items()}
+        calls = {name: partial(answer, images) for name, answer in answers.items()}
+        found = outside.timed(calls, turn_s=0.03)
+        del calls["dense"]  # what counts is told by the two alone, in turn with nothing else
+        pair = outside.timed(calls, turn_s=0.03)
         return Row(
             self._model,
             batch,
@@ -179,52 +233,21 @@ class _Comparison:
             found["other"].ratio,
             found["ours"].ratio,
             pair["ours"].ratio,
-            _sqnr(answers["dense"], answers["other"]),
-            _sqnr(answers["dense"], answers["ours"]),
+            _sqnr(logits["dense"], logits["other"]),
+            _sqnr(logits["dense"], logits["ours"]),
             self._differing,
         )
 
 
-Loaded = Callable[[outside.Images], outside.Images]
-
-
 def _images(count: int) -> outside.Images:
     """Returns noise, which is what the random networks' statistics are of, `(count, 3, 224, 224)`."""
-    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).numpy()
+    made: outside.Images = torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).numpy()
+    return made
 
 
 def _sqnr(exact: outside.Images, rounded: outside.Images) -> float:
     noise = np.square(rounded.astype(np.float64) - exact).sum()
     return float(10 * np.log10(np.square(exact.astype(np.float64)).sum() / max(noise, 1e-30)))
-
-
-def _onnxruntime_tool(dense: bytes, images: outside.Images) -> bytes:
-    return outside.statically_quantized(outside.preprocessed(dense), images)
-
-
-def _load_onnxruntime(file: bytes, batch: int) -> Loaded:  # noqa: ARG001
-    made = outside.session(file)
-    name = made.get_inputs()[0].name
-    return lambda images: made.run(None, {name: images})[0]
-
-
-def _nncf(dense: bytes, images: outside.Images) -> bytes:
-    """Returns NNCF's int8 form of a float model with its defaults, as OpenVINO's own files, in one piece."""
-    import io
-
-    import nncf
-    import openvino
-
-    nncf.set_log_level("ERROR") if hasattr(nncf, "set_log_level") else None
-    model = openvino.Core().read_model(dense)
-    made = nncf.quantize(model, nncf.Dataset([images[at : at + 1] for at in range(len(images))]))
-    compiled = io.BytesIO()
-    openvino.serialize(made, "/tmp/x")
-    return compiled.getvalue()
-
-
-def _load_openvino(file: bytes, batch: int) -> Loaded:
-    raise SystemExit
 
 
 def _differing(ours: bytes, other: bytes) -> dict[str, tuple[int, int]]:
