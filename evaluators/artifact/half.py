@@ -16,7 +16,7 @@ from evaluators.artifact.qdq import ABSORBED, FOLLOWING, VALUE_PRESERVING
 from evaluators.artifact.template import HALF, Arrays
 from spaces.errors import UserError
 
-_BETWEEN = ABSORBED | VALUE_PRESERVING | FOLLOWING | {"Transpose", "Mul", "Sigmoid", "HardSigmoid", "HardSwish"}
+_BETWEEN = ABSORBED | VALUE_PRESERVING | FOLLOWING | {"Mul", "Sigmoid", "HardSigmoid", "HardSwish"}
 """Run in fp16 when everything that feeds them does."""
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -123,8 +123,8 @@ def _constants(nodes: Sequence[NodeProto]) -> Arrays:
 
 
 def _float_inputs(node: NodeProto) -> list[str]:
-    """Returns a node's inputs of the precision that it runs in: all but the shape of a Reshape."""
-    return list(node.input[:1] if node.op_type == "Reshape" else node.input)
+    """Returns a node's inputs of the precision that it runs in: all but shapes and places."""
+    return list(node.input[:1] if node.op_type in ("Reshape", "Slice", "Split") else node.input)
 
 
 def _rename(node: NodeProto, halves: AbstractSet[str]) -> None:

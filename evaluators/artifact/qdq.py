@@ -25,7 +25,7 @@ Ranges = Mapping[str, tuple[float, float]]
 
 ABSORBED = {"Relu", "Clip"}
 """Run inside the layer before them, so Q/DQ comes after."""
-VALUE_PRESERVING = {"MaxPool", "Flatten", "Reshape", "Identity"}
+VALUE_PRESERVING = {"MaxPool", "Flatten", "Reshape", "Identity", "Transpose", "Slice", "Split"}
 """Move values without changing them, so input and output share a scale."""
 FOLLOWING = frozenset({"Add", "Concat", "GlobalAveragePool", "AveragePool"})
 """Run in int8 when everything that feeds them does, on every target; some targets run more so."""
@@ -200,11 +200,11 @@ class Quantizer:
     def _spread(self, tensors: set[str]) -> set[str]:
         spread = set(tensors)
         for node in reversed(self._nodes):
-            if node.op_type in VALUE_PRESERVING and node.output[0] in spread:
+            if node.op_type in VALUE_PRESERVING and not spread.isdisjoint(node.output):
                 spread.add(node.input[0])
         for node in self._nodes:
             if node.op_type in VALUE_PRESERVING and node.input[0] in spread:
-                spread.add(node.output[0])
+                spread.update(node.output)
         return spread
 
     def origin(self, tensor: str) -> str:

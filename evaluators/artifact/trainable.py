@@ -110,9 +110,10 @@ class TrainableGraph:
         What only moves values that are on their grid already is not rounded again.
         """
         moved = {
-            node.output[0]
+            name
             for node in self._template.nodes
             if node.op_type in VALUE_PRESERVING and node.input[0] in placement.tensors
+            for name in node.output
         }
         return {name: self._quantizer.origin(name) for name in sorted(placement.tensors - moved)}
 

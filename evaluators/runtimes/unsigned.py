@@ -50,6 +50,7 @@ def make_unsigned(graph: "GraphProto") -> bool:
     quantizers = [node for node in quantizers if values[node.input[2]].data_type == TensorProto.INT8]
     _move_zero_points(graph, quantizers)
     _move_clips(graph, quantizers)
+    _read_shapes_of_integers(graph)
     return bool(quantizers)
 
 
@@ -140,6 +141,14 @@ def _integer_clip(quantizer: "NodeProto", steps: NDArray[np.uint8], graph: "Grap
     )
     quantizer.output[0] = f"{result}/unclipped"
     return helper.make_node("Clip", [quantizer.output[0], *names], [result], f"{result}/Clip")
+
+
+def _read_shapes_of_integers(graph: "GraphProto") -> None:
+    """Lets nodes that want a shape only read the integers, so that nothing is dequantized for them."""
+    sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for node in graph.node:
+        if node.op_type in ("Shape", "Size"):
+            node.input[0] = sources.get(node.input[0], node.input[0])
 
 
 def _bounds(node: "NodeProto", values: "Mapping[str, NDArray[np.generic]]") -> tuple[float, float] | None:
