@@ -145,8 +145,6 @@ def _search(
             display.say(f"Note: {remark}.")
         if "baseline" not in stored.user_attrs:
             display.say("Measuring the dense network...")
-            if bench.examines:
-                display.say(f"Looking for layers slower in a lower precision: at most {bench.examination_limit}.")
             (folder.path / "study.toml").write_text(_AS_SEARCHED + study.to_toml(), encoding="utf-8")
             bench.loaded.write(folder.path)
             stored.set_user_attr("study", study.model_dump(mode="json"))

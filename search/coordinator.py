@@ -315,8 +315,13 @@ def put_right_running(stored: optuna.Study) -> None:
             stored.enqueue_trial(trial.params, skip_if_exists=False)
 
 
-def measure_baseline(bench: Workbench) -> Baseline:
-    """Returns the dense network's figures, on the same target and by the same protocol as every candidate."""
+def measure_baseline(bench: Workbench, search_s: float | None = None) -> Baseline:
+    """Returns the dense network's figures, on the same target and by the same protocol as every candidate.
+
+    Args:
+        bench: measures it.
+        search_s: seconds that the search will take; as the dense network does for each of its trials where not given.
+    """
     spent = bench.time_references()
     seconds = {name: taken.work for name, taken in spent.items()}
     latency = bench.latency_evaluator(seconds)
@@ -324,5 +329,6 @@ def measure_baseline(bench: Workbench) -> Baseline:
     precision = bench.space.precision.precisions[0]
     same = latency.same_twice(precision, bench.data.validation.images[: bench.target.batch])
     walls = {name: taken.wall for name, taken in spent.items()}
-    examined = bench.examine() if bench.examines else None
+    taken = sum(dense.seconds.values()) * bench.study.search.trials
+    examined = bench.examine(search_s or taken) if bench.examines else None
     return Baseline(dense, seconds, same, environment(bench.runtime.device(), bench.runtime.state()), walls, examined)

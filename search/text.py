@@ -9,7 +9,7 @@ from rich.table import Table
 from evaluators.accuracy import wilson
 from evaluators.frames import KEY_FRAMES
 from evaluators.measurement import Measurement
-from evaluators.placement import Examined
+from evaluators.placement import Examined, Slower, Whole
 from search.budget import Budget, Constraint
 from search.front import Version
 from spaces.candidate import Candidate
@@ -43,20 +43,48 @@ def points(difference: float) -> str:
 
 
 def examined_layers(examined: Examined) -> str:
-    """Returns, in a line, which layers run in fewer precisions because these were slower, and by how much."""
+    """Returns, in a line, what each lower precision comes to for the whole network, and which layers it is not for."""
     cost = f"{examined.timings} timings, {examined.seconds:.1f} s"
     if examined.refused:
         more = f", and for {len(examined.refused) - 1} more reasons" if len(examined.refused) > 1 else ""
         cost += f"; some could not be taken: {examined.refused[0]}{more}"
-    if not examined.slower:
-        return f"No layer is measurably slower in a lower precision ({cost})."
-    found = [
-        f"{' + '.join(each.layers)} not in {each.precision} (with {'them' if len(each.layers) > 1 else 'it'} in"
-        f" {each.instead} the network takes {each.ratio:.3f} ± {each.ratio * each.half_width:.3f} of its time)"
-        for each in examined.slower
-    ]
-    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"Left out as slower: {'; '.join(found[:3])}{more} ({cost})."
+    if examined.unfinished:
+        cost += f"; the time was up before every part was looked at in {' and '.join(examined.unfinished)}"
+    lost = [whole.precision for whole in examined.wholes if whole.is_slower]
+    told = [_as_a_whole(whole, examined.left_out(whole.precision)) for whole in examined.wholes]
+    found = [_slower(each) for each in examined.slower if each.precision not in lost]
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        told.append(f"Left out as slower: {'; '.join(found[:3])}{more}")
+    elif not lost:
+        told.append("No layer is measurably slower in a lower precision")
+    return f"{'. '.join(told)} ({cost})."
+
+
+def _as_a_whole(whole: Whole, left_out: int) -> str:
+    """Returns what a network's time in one precision is to that in another, and to how many layers it is offered."""
+    name, times, half_width = whole.precision, 1 / whole.ratio, whole.half_width / whole.ratio
+    if not whole.is_slower:
+        return f"{name} as a whole takes {times:.2f} ± {half_width:.2f} of {whole.instead}'s time here"
+    offered = whole.layers - left_out
+    to = (
+        f"{offered} of {whole.layers} layers, where it was proved faster"
+        if offered
+        else "no layer: none was proved faster"
+    )
+    return (
+        f"{name} as a whole takes {times:.2f} ± {half_width:.2f} times as long as {whole.instead} here; it is offered"
+        f" to {to}"
+    )
+
+
+def _slower(each: Slower) -> str:
+    them = "them" if len(each.layers) > 1 else "it"
+    seen = "" if each.is_confirmed else ", seen once"
+    return (
+        f"{' + '.join(each.layers)} not in {each.precision} (with {them} in {each.instead} the network takes"
+        f" {each.ratio:.3f} ± {each.ratio * each.half_width:.3f} of its time{seen})"
+    )
 
 
 def count(value: float) -> str:

@@ -16,13 +16,13 @@ from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.equalize import equalized
 from evaluators.artifact.qdq import Ranges
 from evaluators.artifact.scheme import Scheme
-from evaluators.examiner import LIMIT_S, PlacementExaminer
+from evaluators.examiner import PlacementExaminer
 from evaluators.flops import FlopsEvaluator
 from evaluators.frames import Reuse
 from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.latency_cache import LatencyCache
 from evaluators.measurement import Measurement
-from evaluators.placement import TIMINGS, Examined
+from evaluators.placement import Examined, seconds_for
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Evaluator, Subject
 from evaluators.target import Runtime, Spent, runtime
@@ -228,13 +228,12 @@ class Workbench:
         """Whether a search begins with a look for layers that are slower in a lower precision."""
         return self.study.space.drop_slower and len(self.space.precision.computed) > 1
 
-    @property
-    def examination_limit(self) -> str:
-        """What that costs at most."""
-        return f"{TIMINGS} timings and {LIMIT_S[self.runtime.capabilities().compiles]:.0f} s for each precision"
+    def examine(self, search_s: float) -> Examined:
+        """Returns which layers are slower in a lower precision, measured now or kept from the same network.
 
-    def examine(self) -> Examined:
-        """Returns which layers are slower in a lower precision, measured now or kept from the same network."""
+        Args:
+            search_s: the seconds that the search will take, of which this is a share.
+        """
         examiner = PlacementExaminer(
             self.builder,
             self.network,
@@ -245,7 +244,7 @@ class Workbench:
             self.data.validation.images,
             LatencyCache(cache_folder() / "placements"),
         )
-        return examiner.examine(self._progress)
+        return examiner.examine(self._progress, seconds_for(search_s))
 
     def compress(self, candidate: Candidate, more: FinetuneSection | None = None) -> ExitNetwork:
         """Returns the candidate's network in torch, recovered as the study says.
