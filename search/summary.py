@@ -109,9 +109,9 @@ def note(overview: Overview, address: Callable[[Version], str]) -> str:
     rows = [list(row) for row in table.rows]
     for row, version in zip(rows, overview.front, strict=False):
         row[0] = f"[{row[0]}]({address(version)})" if address(version) else row[0]
-    *front, dense = rows
+    front, below = rows[: len(overview.front)], rows[len(overview.front) :]
     shown = len(front)
-    while shown and len(markdown(Table(table.headings, [*front[:shown], dense]))) + len(head) > _NOTE_LENGTH:
+    while shown and len(markdown(Table(table.headings, [*front[:shown], *below]))) + len(head) > _NOTE_LENGTH:
         shown -= 1
     left = f"\n\nand {len(front) - shown} more, see {TABLE}" if shown < len(front) else ""
-    return f"{head}\n\n{markdown(Table(table.headings, [*front[:shown], dense]))}{left}\n"
+    return f"{head}\n\n{markdown(Table(table.headings, [*front[:shown], *below]))}{left}\n"

@@ -12,6 +12,7 @@ from evaluators.measurement import Measurement
 from evaluators.placement import Examined, Slower, Whole
 from search.budget import Budget, Constraint
 from search.front import Version
+from search.simple import Given
 from spaces.candidate import Candidate
 
 ZEROS = (
@@ -87,6 +88,23 @@ def _slower(each: Slower) -> str:
     )
 
 
+def simple_lines(given: Given) -> list[str]:
+    """Returns the network as it is in each precision, a line each below one that says what they are."""
+    dense = given.simple[0].evaluation.measurements
+    lines = [
+        f"The network as it is, per batch on {dense['latency'].target}, accuracy on {dense['accuracy'].n} validation"
+        " images; these are the lines to beat:"
+    ]
+    for each in given.simple:
+        measured = each.evaluation.measurements
+        share = measured["latency"].value / dense["latency"].value
+        lines.append(
+            f"  {each.precision}  {milliseconds(measured['latency'].value):>9}  {share:>6.1%} of dense"
+            f"  accuracy {percent(measured['accuracy'].value)}  {size(measured['size'].value)}"
+        )
+    return lines
+
+
 def count(value: float) -> str:
     """Returns a count with its decimal prefix: `40.9 M`."""
     for scale, prefix in _DECIMAL:
@@ -153,19 +171,31 @@ _KEYS, _BEHIND = "keys", HEADINGS.index("speed") + 1
 """The share of key frames, where a search has frames, and where it stands."""
 
 
-def front_table(front: Sequence[Version], dense: Version, title: str, width: int) -> Table:
-    """Returns the front beside the dense network, for a terminal `width` characters wide."""
+def front_table(
+    front: Sequence[Version], dense: Version, title: str, width: int, lines: Sequence[Version] | None = None
+) -> Table:
+    """Returns the front, and below it what it has to beat, for a terminal `width` characters wide.
+
+    Args:
+        front: its versions, simple ones among them.
+        dense: the dense network.
+        title: above the table.
+        width: of the terminal.
+        lines: simple versions that are not on the front; the dense network where not given.
+    """
+    below = [dense] if lines is None else lines
     columns = next(columns for least, columns in _FITTING if width >= least)
     if _has_frames(dense):
         columns = 1 + next(columns for least, columns in _FITTING if width >= least + len(_KEYS) + 1)
-    rows = [front_row(version, dense) for version in [*front, dense]]
+    rows = [front_row(version, dense) for version in [*front, *below]]
     columns = _whole([headings(dense), *rows], columns, width)
     table = Table(title=title, title_justify="left", caption=_caption(front, dense), caption_justify="left")
     table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
     for heading in headings(dense)[:columns]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row[:columns], style="dim" if row is rows[-1] else None)
+    for place, row in enumerate(rows):
+        is_last = place == len(front) - 1 and bool(below)
+        table.add_row(*row[:columns], style="dim" if place >= len(front) else None, end_section=is_last)
     return table
 
 
@@ -191,7 +221,7 @@ def front_row(version: Version, dense: Version) -> list[str]:
     measured, baseline = version.measured, dense.measured
     keys = [f"{measured['accuracy'].notes[KEY_FRAMES]:.0%}"] if _has_frames(dense) else []
     return [
-        "dense" if version is dense else str(version.number),
+        str(version.trial),
         percent(measured["accuracy"].value),
         points(measured["accuracy"].value - baseline["accuracy"].value),
         milliseconds(measured["latency"].value),
