@@ -190,7 +190,7 @@ def _measure_given(given: "GivenNetwork", stored: optuna.Study, display: Display
     That is before exits, gates or weights for pruned versions are trained: the first answer comes first.
     """
     found = given_of(stored)
-    if found is None or (found.question, found.fingerprint) != (given.study.question_key, given.fingerprint):
+    if found is None or (found.question, found.network) != (given.study.question_key, given.fingerprint):
         found = given.measured(display.step)
         keep_given(stored, found)
     for line in simple_lines(found):

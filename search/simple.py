@@ -44,14 +44,14 @@ class Given:
 
     Args:
         question: the key of the study that asked.
-        fingerprint: of the network's weights and the images.
+        network: the fingerprint of its weights and of the images.
         spent: what each reference took for its batch.
         forms: of the file in each precision, but for the names in it.
         simple: the network in each precision.
     """
 
     question: str
-    fingerprint: str
+    network: str
     spent: Mapping[str, Spent]
     forms: Mapping[str, str]
     simple: tuple[Simple, ...]
@@ -64,7 +64,7 @@ class Given:
         """Returns a JSON-ready copy."""
         return {
             "question": self.question,
-            "fingerprint": self.fingerprint,
+            "network": self.network,
             "spent": {name: asdict(spent) for name, spent in self.spent.items()},
             "forms": dict(self.forms),
             "simple": [each.to_dict() for each in self.simple],
@@ -75,7 +75,7 @@ class Given:
         """Returns the record that `to_dict` described."""
         return cls(
             question=content["question"],
-            fingerprint=content["fingerprint"],
+            network=content["network"],
             spent={name: Spent(**spent) for name, spent in content["spent"].items()},
             forms=content["forms"],
             simple=tuple(Simple.from_dict(each) for each in content["simple"]),
