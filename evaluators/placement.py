@@ -259,29 +259,34 @@ class Hunt:
         return Lost(group, max(timings, key=lambda each: each.high))
 
     def _lose(self, lost: Lost, fine: int) -> None:
-        """Leaves a group out, and looks for parts of it that are proved faster with the lower precision."""
+        """Leaves a group out, and looks for parts of it that are proved faster with the lower precision.
+
+        Parts of one size are tried in turn, first those whose group lost the least.
+        """
         self.found.append(lost)
         won: list[tuple[Group, Interval]] = []
-        waiting = list(_halves(lost.group))
-        while waiting:
-            part = waiting.pop(0)
-            gain = self._proved_gain(part)
-            if gain is None:
-                waiting += _halves(part)
-            else:
-                self._give_back(part, gain)
-                won.append((part, gain))
+        parts = list(_halves(lost.group))
+        while parts:
+            seen = [(part, self._gain(part)) for part in parts]
+            won += [(part, gain) for part, gain in seen if gain.low > 1]
+            unproved = sorted((pair for pair in seen if pair[1].low <= 1), key=lambda pair: -pair[1].ratio)
+            parts = [half for part, _ in unproved for half in _halves(part)]
         for part, gain in won:
             self._look_into(part, gain, fine)
 
-    def _proved_gain(self, part: Group) -> Interval | None:
-        """Returns how much longer the network takes without the lower precision in a part; None if that is unproved."""
+    def _gain(self, part: Group) -> Interval:
+        """Returns the ratio of the network's time without the lower precision in a part to that with it.
+
+        Where that is proved to be above 1, the part gets it back; else it is what the last timing says.
+        """
         timings: list[Interval] = []
         while len(timings) <= CONFIRMATIONS:
             timings.append(self._timed(part))
             if timings[-1].low <= 1:
-                return None
-        return min(timings, key=lambda each: each.low)
+                return timings[-1]
+        gain = min(timings, key=lambda each: each.low)
+        self._give_back(part, gain)
+        return gain
 
     def _give_back(self, part: Group, gain: Interval) -> None:
         place = next(index for index, lost in enumerate(self.found) if part[0] in lost.group)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from search.budget import Budget
 from search.evaluation import Evaluation
-from search.front import Version, choose, feasible, front_of, hypervolume
+from search.front import Version, choose, feasible, front_within, hypervolume
 from search.text import milliseconds, percent
 
 _PLAIN_EVERY = 10
@@ -149,7 +149,7 @@ class SearchView:
 
     def _draw(self) -> None:
         good = feasible([*self._simple, *self._versions], self._budget, self._dense.measured)
-        front = front_of(self._versions, self._simple, self._budget, self._dense.measured).versions
+        front = front_within(self._versions, self._simple, self._budget, self._dense.measured).versions
         lines = [f"{len(front)} on the front, {len(good)} within {self._budget}, {self._failed} failed"]
         if front:
             best = choose(front, "accuracy")[0].measured

@@ -95,7 +95,7 @@ class Front:
     beaten: tuple[Version, ...]
 
 
-def front_of(versions: Sequence[Version], simple: Sequence[Version], budget: Budget, dense: Dense) -> Front:
+def front_within(versions: Sequence[Version], simple: Sequence[Version], budget: Budget, dense: Dense) -> Front:
     """Returns the front of the versions that keep every limit.
 
     Args:

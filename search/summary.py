@@ -45,7 +45,7 @@ def write_summary(
     run_id = str(client.create_run(experiment, tags=tags, run_name=f"{search.folder.name}: summary").info.run_id)
     _log_figures(client, run_id, overview)
     with tempfile.TemporaryDirectory() as folder:
-        link = (lambda version: f"{web}/{address(version)}") if web else None
+        link = (lambda version: f"{web}/{address(version)}" if address(version) else "") if web else None
         write_files(Path(folder), overview, link)
         client.log_artifacts(run_id, folder)
     table = front_of(overview)

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from search.budget import Budget
 from search.cli import run
 from search.evaluation import Evaluation
-from search.front import Version, front_of
+from search.front import Version, front_within
 from search.store import SearchFolder
 from tests import tiny
 from tests.searches import ROOT, finished, stored
@@ -82,7 +82,7 @@ def test_front_in_all_its_forms_says_the_same(folder, capsys) -> None:
     as_csv = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     search = stored(folder)
     budget, lines = Budget.parse(["latency<1000%"]), search.baseline.lines_to_beat
-    front = front_of(search.versions, lines, budget, search.baseline.evaluation.measurements).versions
+    front = front_within(search.versions, lines, budget, search.baseline.evaluation.measurements).versions
     names = [version.trial for version in front]
     below = [line.trial for line in [*lines[1:], lines[0]] if line not in front]
     assert [entry["trial"] for entry in as_json["front"]] == names

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from search.budget import Budget
-from search.front import Dense, Version, beats, choose, feasible, front_of, hypervolume, pareto
+from search.front import Dense, Version, beats, choose, feasible, front_within, hypervolume, pareto
 from search.review.importance import Importance, importance
 from search.sensitivity import Profile
 from search.store import StoredSearch
@@ -51,7 +51,7 @@ class Overview:
         limits, simple, versions = budget or search.budget, search.baseline.lines_to_beat, search.versions
         dense = simple[0]
         good = feasible(versions, limits, dense.measured)
-        front = front_of(versions, simple, limits, dense.measured)
+        front = front_within(versions, simple, limits, dense.measured)
         return cls(search, limits, dense, tuple(versions), tuple(good), front.versions, tuple(simple), front.beaten)
 
     @property
