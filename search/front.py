@@ -34,13 +34,15 @@ class Version:
 
     @property
     def trial(self) -> int | str:
-        """The number of its trial, or its name where it is none: `149`, `dense`, `all-int8`."""
+        """The number of its trial, or its name where it is none: `149`, `dense`, `int8`."""
         return self.number if self.number >= 0 else self.name or "dense"
 
     @property
     def title(self) -> str:
-        """What it is called in a sentence: `trial 149`, `dense`, `all-int8`."""
-        return f"trial {self.number}" if self.number >= 0 else str(self.trial)
+        """What it is called in a sentence: `trial 149`, `dense`, `plain int8`, `given-int8`."""
+        if self.number >= 0:
+            return f"trial {self.number}"
+        return str(self.trial) if self.number == -1 or "-" in self.name else f"plain {self.trial}"
 
     @property
     def measured(self) -> Mapping[str, Measurement]:

@@ -7,6 +7,8 @@ from typing import Any, Self
 from evaluators.target import Spent
 from search.evaluation import Evaluation
 
+_GIVEN = "given-"
+
 
 @dataclass(frozen=True)
 class Simple:
@@ -25,8 +27,8 @@ class Simple:
 
     @property
     def name(self) -> str:
-        """What it is called in front of users: `all-int8`, or `given-int8` where the search's own is another."""
-        return f"{'all' if self.is_own else 'given'}-{self.precision}"
+        """What it is called in front of users: `int8`, or `given-int8` where the search's own is another."""
+        return self.precision if self.is_own else f"{_GIVEN}{self.precision}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""

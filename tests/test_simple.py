@@ -86,13 +86,13 @@ def test_a_version_with_fewer_flops_that_is_worse_otherwise_is_left_out_and_said
     assert [each.number for each in loose.beaten] == [trial.number]
     assert all(each.number < 0 for each in loose.front)
     assert [each.number for each in tight.front] == [trial.number]
-    assert [each.number for each in tight.behind["all-int8"]] == [trial.number]
+    assert [each.number for each in tight.behind["plain int8"]] == [trial.number]
 
 
 def test_every_precision_is_measured_in_full_and_its_file_can_be_made_again(bench, folder) -> None:
     baseline = stored(folder).baseline
     assert [(each.precision, each.is_own) for each in baseline.simple] == [("fp32", True), ("int8", True)]
-    assert [line.trial for line in baseline.lines_to_beat] == ["dense", "all-int8"]
+    assert [line.trial for line in baseline.lines_to_beat] == ["dense", "int8"]
     for each in baseline.simple:
         assert each.evaluation.candidate == bench.space.whole(each.precision)
         assert each.evaluation.digest == bench.subject(each.evaluation.candidate).artifact.digest
@@ -166,8 +166,8 @@ def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(bench, fol
     overview = Overview.of(StoredSearch.read(search))
     given = [each.evaluation.candidate.precision for each in overview.versions]
     assert {precision[layer] for precision in given for layer in layers} == {"fp32"}
-    assert [line.trial for line in overview.simple] == ["dense", "all-int8"]
-    assert any(line.trial == "all-int8" for line in [*overview.front, *overview.lines])
+    assert [line.trial for line in overview.simple] == ["dense", "int8"]
+    assert any(line.trial == "int8" for line in [*overview.front, *overview.lines])
 
 
 def test_an_older_journal_has_the_dense_network_to_beat(folder) -> None:
@@ -186,13 +186,13 @@ def test_an_older_journal_has_the_dense_network_to_beat(folder) -> None:
 def test_a_simple_version_is_named_and_picked_like_a_trial(bench, folder, tmp_path) -> None:
     search = stored(folder)
     line = search.baseline.lines_to_beat[1]
-    assert parse_side("one:all-int8", folder).version == line
+    assert parse_side("one:int8", folder).version == line
     budget = Budget.parse(["latency<10000%"])
     confirmed = confirm(bench, search, [line], budget, lambda _: None)
     assert confirmed is not None
     assert confirmed.is_same_artifact
     write_bundle(tmp_path / "bundle", bench, search, budget, confirmed)  # which lets the bundle check itself
-    assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["trial"] == "all-int8"
+    assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["trial"] == "int8"
 
 
 JOINT = tiny.STUDY.replace(
@@ -207,7 +207,7 @@ def test_a_network_that_is_trained_further_has_to_beat_what_was_given_too(cache,
     bench = Workbench(study, lambda *_: None, given=network)
     baseline = measure_baseline(bench, found)
     lines = baseline.lines_to_beat
-    assert [line.trial for line in lines] == ["dense", "all-int8", "given-fp32", "given-int8"]
+    assert [line.trial for line in lines] == ["dense", "int8", "given-fp32", "given-int8"]
     for line in lines[2:]:
         precision = str(line.trial).removeprefix("given-")
         assert baseline.given_precision(line) == precision

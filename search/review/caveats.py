@@ -38,7 +38,7 @@ def caveats(overview: Overview) -> list[str]:
 
 
 def trials(versions: list[Version]) -> str:
-    """Returns versions as words: `trial 3`, `trials 3, 7 and 9`, `all-int8 and trial 3`."""
+    """Returns versions as words: `trial 3`, `trials 3, 7 and 9`, `plain int8 and trial 3`."""
     numbers = [str(version.number) for version in sorted(versions, key=lambda each: each.number) if version.number >= 0]
     names = [version.title for version in versions if version.number < 0]
     told = f"trials {', '.join(numbers[:-1])} and {numbers[-1]}" if len(numbers) > 1 else f"trial {''.join(numbers)}"

@@ -13,13 +13,14 @@ from search.front import Version
 from search.review.layers import Layer, layers_of
 from search.review.noise import EXACT, Difference, difference
 from search.review.overview import Overview
+from search.review.palette import PRECISIONS
 from search.store import SearchFolder, StoredSearch, find_search
 from search.text import count, exit_shares, milliseconds, percent, points, size, threshold
 from spaces.errors import UserError
 
 _METRICS = ("accuracy", "latency", "flops", "params", "size")
-_SIMPLE = ("dense", "all-", "given-")
-"""How the names begin of versions that are no trials."""
+_SIMPLE = ("dense", *PRECISIONS, *(f"given-{precision}" for precision in PRECISIONS))
+"""The names of versions that are no trials."""
 _WHOLE_SEARCH = "all"
 
 
@@ -44,13 +45,13 @@ class Side:
 
 
 def parse_side(text: str, runs: Path) -> Side:
-    """Returns what a user names: `SEARCH`, `SEARCH:TRIAL`, `SEARCH:dense`, `SEARCH:all-int8`, or without a search.
+    """Returns what a user names: `SEARCH`, `SEARCH:TRIAL`, `SEARCH:dense`, `SEARCH:int8`, or without a search.
 
     Raises:
         UserError: there is no such search or trial, or it was not measured.
     """
     search, colon, trial = text.rpartition(":")
-    if not colon and not (runs / text).is_dir() and (text.isdigit() or text.startswith(_SIMPLE)):
+    if not colon and not (runs / text).is_dir() and (text.isdigit() or text in _SIMPLE):
         search, trial = find_search(runs, None).name, text
     elif not colon:
         search, trial = text, _WHOLE_SEARCH
