@@ -1,6 +1,7 @@
 """Layers that are slower in a lower precision: the decision on given timings, a real run, and what a search does."""
 
 import json
+import math
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +16,20 @@ from torch import Tensor, nn
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.examiner import PlacementExaminer
 from evaluators.latency_cache import LatencyCache
-from evaluators.placement import CONFIRMATIONS, TIMINGS, Examined, Hunt, Interval, Lost, Slower, Whole
+from evaluators.placement import (
+    CONFIRMATIONS,
+    LEAST_S,
+    MOST_S,
+    SHARE,
+    TIMINGS,
+    Examined,
+    Hunt,
+    Interval,
+    Lost,
+    Slower,
+    Whole,
+    seconds_for,
+)
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.ort import OnnxRuntime, load
 from evaluators.target import Target
@@ -157,6 +171,12 @@ def test_what_was_seen_to_lose_when_the_time_was_up_is_left_out_and_said_to_be_u
     late.run(tuple("abcdefgh"))
     assert (late.spent, late.is_cut) == (3, True)
     assert [(lost.group, lost.is_confirmed) for lost in late.found] == [(tuple("efgh"), False)]
+
+
+def test_an_examination_takes_a_share_of_the_search_and_no_more_than_is_sane() -> None:
+    assert seconds_for(0.0) == LEAST_S
+    assert seconds_for(1000.0) == pytest.approx(1000.0 * SHARE)
+    assert seconds_for(math.inf) == MOST_S
 
 
 class Smooth(nn.Module):
