@@ -189,7 +189,7 @@ def front_table(
         columns = 1 + next(columns for least, columns in _FITTING if width >= least + len(_KEYS) + 1)
     rows = [front_row(version, dense) for version in [*front, *below]]
     columns = _whole([headings(dense), *rows], columns, width)
-    table = Table(title=title, title_justify="left", caption=_caption(front, dense), caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=_caption(front, dense, below), caption_justify="left")
     table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
     for heading in headings(dense)[:columns]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -235,14 +235,16 @@ def front_row(version: Version, dense: Version) -> list[str]:
     ]
 
 
-def _caption(front: Sequence[Version], dense: Version) -> str:
+def _caption(front: Sequence[Version], dense: Version, below: Sequence[Version]) -> str:
     accuracy = dense.measured["accuracy"]
     doubt = max(accuracy_doubt(version.measured["accuracy"]) for version in [*front, dense])
     per, shown = ("frame", "frames of a stream of ") if _has_frames(dense) else ("batch", "")
+    simple = [str(version.trial) for version in [*front, *below] if version.number < 0]
     stored = any("int4" in version.evaluation.candidate.precision.values() for version in front)
     return (
         f"latency per {per} on {dense.measured['latency'].target}; accuracy on {accuracy.n} {shown}validation images,"
-        f" known to within {doubt * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''}"
+        f" known to within {doubt * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''};"
+        f" {' and '.join(simple)}: the network as it is, to be beaten"
     )
 
 

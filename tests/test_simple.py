@@ -228,6 +228,19 @@ def test_a_network_that_is_trained_further_has_to_beat_what_was_given_too(cache,
     assert (tmp_path / "bundle" / "model.onnx").read_bytes() == network.subject("int8").artifact.deployed[0]
 
 
+def test_what_further_training_came_to_is_said_beside_what_was_given(cache, tmp_path, capsys) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(JOINT)
+    run(["--study", str(file), "--search", "joint", "--runs", str(tmp_path), "--trials", "1"])
+    said = capsys.readouterr().out
+    assert "what was given has to be beaten as well" in said
+    told = stored(tmp_path, "joint").baseline
+    for line in told.lines_to_beat[1:]:
+        assert f"\n  {line.title}  " in said
+    assert run(["front", "--runs", str(tmp_path), "--search", "joint", "--budget", "latency<1us"]) == 1
+    assert "The nearest, " in capsys.readouterr().out
+
+
 def test_a_file_has_the_same_form_whatever_an_exit_calls_its_tensors(network, images, builder) -> None:
     alone = ExitNetwork(network.trunk, [], []).eval()
     other = ArtifactBuilder(alone, images.numpy(), OnnxRuntime())
