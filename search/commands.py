@@ -11,20 +11,21 @@ import optuna
 from rich.console import Console
 
 from search.display import Display, SearchView
-from search.front import Version
 from search.front_command import NO_VERSION, front_json, print_front
 from search.output import SPOKEN, Output, write_json, write_lines
 from search.request import Ending, Request
 from search.review.overview import Overview, write_profile
 from search.samplers import check_sampler
-from search.store import Baseline, SearchFolder, StoredSearch, StoreError, keep_sampler
+from search.simple import Given
+from search.store import Baseline, SearchFolder, StoredSearch, StoreError, given_of, keep_given, keep_sampler
 from search.study import Study
-from search.text import examined_layers, milliseconds, percent
+from search.text import examined_layers, milliseconds, percent, simple_lines
 from search.tracking import Tracking, quiet, remember, remembered
 from spaces.errors import UserError
 
 if TYPE_CHECKING:
     from search.coordinator import Outcome
+    from search.given import GivenNetwork
     from search.sensitivity import Profile
     from search.workbench import Workbench
 
@@ -129,15 +130,18 @@ def _search(
     library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written
     with folder.lock():
         from search.coordinator import Coordinator, is_counted, measure_baseline, put_right_running
+        from search.given import GivenNetwork
         from search.greedy import greedy_seeds
         from search.mirror import Follower
         from search.profile import Profiler
         from search.workbench import Workbench
 
         display.say(f"Searching study {study.name} within {study.limits} on {study.target.runtime}.")
-        bench = Workbench(study, display.step, library, display.say, download)
-        display.say(f"{bench.exit_places} {bench.groups}")
+        given = GivenNetwork(study, display.step, library, display.say, download)
         stored = folder.create()
+        simple = None if "baseline" in stored.user_attrs else _measure_given(given, stored, display)
+        bench = Workbench(study, display.step, library, display.say, download, given)
+        display.say(f"{bench.exit_places} {bench.groups}")
         check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
         display.say(f"Recovery of pruned versions: {bench.recovery.effort}.")
@@ -145,14 +149,13 @@ def _search(
             display.say(f"Note: {remark}.")
         if "baseline" not in stored.user_attrs:
             display.say("Measuring the dense network...")
-            if bench.examines:
-                display.say(f"Looking for layers slower in a lower precision: at most {bench.examination_limit}.")
             (folder.path / "study.toml").write_text(_AS_SEARCHED + study.to_toml(), encoding="utf-8")
             bench.loaded.write(folder.path)
             stored.set_user_attr("study", study.model_dump(mode="json"))
             stored.set_user_attr("fingerprint", bench.fingerprint)
             stored.set_user_attr("structure", bench.structure())
-            stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
+            baseline = measure_baseline(bench, simple, trials, ending.timeout_s)
+            stored.set_user_attr("baseline", baseline.to_dict())
         keep_sampler(stored, sampler)
         tracking = Tracking.of(folder.path.parent, tracking_uri, remembered(stored))
         remember(stored, tracking, folder.path.parent)
@@ -163,8 +166,8 @@ def _search(
         done = sum(is_counted(trial) for trial in search.trials)
         if done:
             display.say(f"Going on with search {folder.name}: {done} trials are there")
-        dense = Version(-1, search.baseline.evaluation)
-        view = SearchView(display, search.versions, search.budget, dense, done, trials)
+        lines = search.baseline.lines_to_beat
+        view = SearchView(display, search.versions, search.budget, lines[0], done, trials, lines)
         seeds = greedy_seeds(bench, display.step, display.say) if study.search.profile else []
         coordinator = Coordinator(bench, stored, search.baseline, sampler, seed, [mirror, view], seeds)
         outcome = coordinator.run(trials, ending.timeout_s, ending.patience)
@@ -179,6 +182,20 @@ def _search(
     for remark in library.remarks():
         display.say(f"Note: {remark}.")
     return outcome.code
+
+
+def _measure_given(given: "GivenNetwork", stored: optuna.Study, display: Display) -> Given:
+    """Returns what the network as it is comes to in each precision, measured now or earlier, and says it.
+
+    That is before exits, gates or weights for pruned versions are trained: the first answer comes first.
+    """
+    found = given_of(stored)
+    if found is None or (found.question, found.network) != (given.study.question_key, given.fingerprint):
+        found = given.measured(display.step)
+        keep_given(stored, found)
+    for line in simple_lines(found):
+        display.say(line)
+    return found
 
 
 def _recover(
@@ -202,6 +219,11 @@ def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
         f"Dense network: {milliseconds(measured['latency'].value)} per batch on {measured['latency'].target},"
         f" accuracy {percent(measured['accuracy'].value)}."
     )
+    if not all(each.is_own for each in baseline.simple):
+        display.say("That is with what was trained for it; what was given has to be beaten as well:")
+        for line in baseline.lines_to_beat[1:]:
+            told = milliseconds(line.measured["latency"].value), percent(line.measured["accuracy"].value)
+            display.say(f"  {line.title}  {told[0]}  accuracy {told[1]}")
     if measured["accuracy"].value < NEAR_CHANCE / classes:
         display.warn(
             f"CAREFUL: that is hardly better than guessing among {classes} classes. Is the network trained? Give"

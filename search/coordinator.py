@@ -2,9 +2,11 @@
 
 import json
 import logging
+import math
 import time
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import optuna
@@ -27,6 +29,7 @@ from search.samplers.first import distributions, first_guesses
 from search.samplers.front import FrontSampler
 from search.samplers.meaning import knapsack_seeds, meaning_of
 from search.screen import Screen, most_asked, saved_seconds
+from search.simple import Given, Simple
 from search.stall import Stall
 from search.store import REPORT, Baseline, versions_of
 from search.workbench import Workbench
@@ -104,14 +107,16 @@ class Coordinator:
         self._known: dict[str, Version] = {
             version.evaluation.candidate.key: version for version in versions_of(stored.get_trials(deepcopy=False))
         }
-        self._screen = screen_of(bench, self._dense, self._known)
+        self._simple = {each.evaluation.candidate.key: each.evaluation for each in baseline.simple if each.is_own}
+        lines = baseline.lines_to_beat
+        self._screen = screen_of(bench, self._dense, ChainMap(self._known, {line.title: line for line in lines}))
         self._settled = settled_choices(stored.get_trials(deepcopy=False), self._known.values())
         self._codec = Codec(self._distributions)
         meaning = meaning_of(bench, self._space, baseline) if sampler_name in INFORMED else None
         if meaning is not None:
             self._seeds = [*seeds, *knapsack_seeds(meaning, self._codec)]
         stored.sampler = sampler(sampler_name, seed + len(stored.get_trials(deepcopy=False)), meaning)
-        self._stall = Stall(self._budget, self._dense)
+        self._stall = Stall(self._budget, self._dense, lines)
         self._tried: set[str] = set()
         self._overhead = {"ask": 0.0, "tell": 0.0}
         self._interrupts = Interrupts()
@@ -207,7 +212,8 @@ class Coordinator:
         return Settled(known) if known else self._gates.settle(choices)
 
     def _measure(self, candidate: Candidate) -> Evaluation:
-        return self._bench.evaluate(candidate, self._latency, self._is_broken, screen=self._screen)
+        simple = self._simple.get(candidate.key)  # measured before the first trial, and in full
+        return simple or self._bench.evaluate(candidate, self._latency, self._is_broken, screen=self._screen)
 
     def _is_broken(self, measured: Mapping[str, Measurement]) -> bool:
         return any(value > 0 for value in self._budget.violations(measured, self._dense).values())
@@ -315,14 +321,53 @@ def put_right_running(stored: optuna.Study) -> None:
             stored.enqueue_trial(trial.params, skip_if_exists=False)
 
 
-def measure_baseline(bench: Workbench) -> Baseline:
-    """Returns the dense network's figures, on the same target and by the same protocol as every candidate."""
-    spent = bench.time_references()
+def measure_baseline(
+    bench: Workbench, given: Given | None = None, trials: int | None = None, timeout_s: float | None = None
+) -> Baseline:
+    """Returns the dense network's figures, on the same target and by the same protocol as every candidate.
+
+    Args:
+        bench: measures it.
+        given: what was measured of the network before exits, gates and masks; none where not given.
+        trials: how many the search will have; as many as the study says where not given.
+        timeout_s: how long it will take at most.
+    """
+    same = given is not None and bench.has_references(given.forms)
+    spent = given.spent if given and same else bench.time_references()
     seconds = {name: taken.work for name, taken in spent.items()}
     latency = bench.latency_evaluator(seconds)
-    dense = bench.evaluate(bench.space.dense(), latency, lambda _measured: False)
+    simple = simple_versions(bench, latency, given, same)
+    dense = simple[0].evaluation
     precision = bench.space.precision.precisions[0]
-    same = latency.same_twice(precision, bench.data.validation.images[: bench.target.batch])
+    twice = latency.same_twice(precision, bench.data.validation.images[: bench.target.batch])
     walls = {name: taken.wall for name, taken in spent.items()}
-    examined = bench.examine() if bench.examines else None
-    return Baseline(dense, seconds, same, environment(bench.runtime.device(), bench.runtime.state()), walls, examined)
+    search_s = min((trials or bench.study.search.trials) * sum(dense.seconds.values()), timeout_s or math.inf)
+    examined = bench.examine(search_s) if bench.examines else None
+    machine = environment(bench.runtime.device(), bench.runtime.state())
+    return Baseline(dense, seconds, twice, machine, walls, examined, tuple(simple))
+
+
+def simple_versions(bench: Workbench, latency: LatencyEvaluator, given: Given | None, same: bool) -> list[Simple]:
+    """Returns the network as it is in each precision: the search's own, then as it was given where that is another.
+
+    Args:
+        bench: measures them, in full.
+        latency: of this search.
+        given: what was measured before; of a file that is the same, accuracy and latency hold.
+        same: whether its latencies were told beside the references of this search.
+    """
+    own, others = [], []
+    for precision in bench.space.precision.computed:
+        candidate, earlier = bench.space.whole(precision), given.of(precision) if given else None
+        is_known = same and given is not None and bench.writes(candidate, given.forms[precision])
+        if earlier and is_known and earlier.measurements["accuracy"].n == len(bench.scored):
+            subject = bench.subject(candidate)
+            measured = {**earlier.measurements, **bench.costs(subject)}
+            found = replace(earlier, candidate=candidate, measurements=measured, digest=subject.artifact.digest)
+        else:
+            found = bench.evaluate(candidate, latency, lambda _measured: False)
+            if earlier:
+                before = earlier if same else bench.given.simple(precision, latency).evaluation
+                others.append(Simple(precision, replace(before, candidate=candidate), is_own=False))
+        own.append(Simple(precision, found))
+    return [*own, *others]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,16 @@ def confirm(
     """
     evaluator = bench.latency_evaluator(search.baseline.reference_seconds)
     for version in ranked[:ATTEMPTS]:
-        subject = bench.subject(version.evaluation.candidate, _finetuned(version.evaluation))
+        given = search.baseline.given_precision(version)
+        candidate, more = version.evaluation.candidate, _finetuned(version.evaluation)
+        subject = bench.given.subject(given) if given else bench.subject(candidate, more)
         with tempfile.TemporaryDirectory() as folder:
             write_job(Path(folder), subject, evaluator)
             again = remeasure(Path(folder))
         fresh = {**version.measured, "latency": again.latency}
         if not budget.is_met(fresh, search.baseline.evaluation.measurements):
             say(
-                f"trial {version.number}: latency {milliseconds(again.latency.value)} when measured again"
+                f"{version.title}: latency {milliseconds(again.latency.value)} when measured again"
                 f" ({milliseconds(version.measured['latency'].value)} in the search) breaks {budget}; trying the next"
             )
             continue
@@ -128,11 +130,11 @@ def recover_more(bench: Workbench, search: StoredSearch, version: Version, more:
     """
     candidate = version.evaluation.candidate
     if not bench.may_recover(candidate):
-        raise BundleError(f"--finetune recovers a pruned version, got trial {version.number}, which lacks nothing")
+        raise BundleError(f"--finetune recovers a pruned version, got {version.title}, which lacks nothing")
     latency = bench.latency_evaluator(search.baseline.reference_seconds)
     settled = GateSolver(bench, latency, search.baseline.evaluation.measurements).resettle(candidate, more)
     evaluation = bench.evaluate(settled.candidate, latency, lambda _measured: False, more)
-    return Version(version.number, settled.stamped(evaluation))
+    return replace(version, evaluation=settled.stamped(evaluation))
 
 
 def _finetuned(evaluation: Evaluation) -> FinetuneSection | None:
@@ -150,9 +152,9 @@ def count_pick(search: StoredSearch, confirmed: Confirmed) -> int:
     return len({json.loads(line)["trial"] for line in file.read_text(encoding="utf-8").splitlines()})
 
 
-def _pick(confirmed: Confirmed) -> dict[str, float]:
+def _pick(confirmed: Confirmed) -> dict[str, float | str]:
     latency, test = confirmed.latency.value, confirmed.test.value
-    return {"trial": confirmed.version.number, "test_accuracy": test, "latency_s": latency}
+    return {"trial": confirmed.version.trial, "test_accuracy": test, "latency_s": latency}
 
 
 def write_bundle(out: Path, bench: Workbench, search: StoredSearch, budget: Budget, confirmed: Confirmed) -> None:
@@ -200,7 +202,7 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "format": 1,
             "study": search.study.name,
             "search": search.folder.name,
-            "trial": confirmed.version.number,
+            "trial": confirmed.version.trial,
             "target": bench.target.to_dict(),
             "library": bench.runtime.version(),
             "deployed": names,

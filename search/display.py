@@ -10,7 +10,7 @@ from rich.text import Text
 
 from search.budget import Budget
 from search.evaluation import Evaluation
-from search.front import Version, choose, feasible, hypervolume, pareto
+from search.front import Version, choose, feasible, front_within, hypervolume
 from search.text import milliseconds, percent
 
 _PLAIN_EVERY = 10
@@ -113,15 +113,24 @@ class SearchView:
         dense: the dense network.
         done: trials that earlier runs finished.
         total: when the search ends.
+        simple: versions that are there before the first trial.
     """
 
     def __init__(
-        self, display: Display, versions: Sequence[Version], budget: Budget, dense: Version, done: int, total: int
+        self,
+        display: Display,
+        versions: Sequence[Version],
+        budget: Budget,
+        dense: Version,
+        done: int,
+        total: int,
+        simple: Sequence[Version] = (),
     ) -> None:
         self._display = display
         self._versions = list(versions)
         self._budget = budget
         self._dense = dense
+        self._simple = simple
         self._done = done
         self._total = total
         self._failed = 0
@@ -139,8 +148,8 @@ class SearchView:
         self._draw()
 
     def _draw(self) -> None:
-        good = feasible(self._versions, self._budget, self._dense.measured)
-        front = pareto(good)
+        good = feasible([*self._simple, *self._versions], self._budget, self._dense.measured)
+        front = front_within(self._versions, self._simple, self._budget, self._dense.measured).versions
         lines = [f"{len(front)} on the front, {len(good)} within {self._budget}, {self._failed} failed"]
         if front:
             best = choose(front, "accuracy")[0].measured

@@ -20,15 +20,29 @@ Dense = Mapping[str, Measurement]
 
 @dataclass(frozen=True)
 class Version:
-    """A candidate that a trial measured.
+    """A candidate that a trial measured, or the network as it is in one precision, which is measured before all trials.
 
     Args:
-        number: of the trial.
+        number: of the trial; below 0 where it is none.
         evaluation: what it found.
+        name: where it is no trial.
     """
 
     number: int
     evaluation: Evaluation
+    name: str = ""
+
+    @property
+    def trial(self) -> int | str:
+        """The number of its trial, or its name where it is none: `149`, `dense`, `int8`."""
+        return self.number if self.number >= 0 else self.name or "dense"
+
+    @property
+    def title(self) -> str:
+        """What it is called in a sentence: `trial 149`, `dense`, `plain int8`, `given-int8`."""
+        if self.number >= 0:
+            return f"trial {self.number}"
+        return str(self.trial) if self.number == -1 or "-" in self.name else f"plain {self.trial}"
 
     @property
     def measured(self) -> Mapping[str, Measurement]:
@@ -67,6 +81,43 @@ def pareto(versions: Sequence[Version]) -> list[Version]:
         if not (no_worse & better).any() and not earlier_equal:
             kept.append(ordered[index])
     return kept
+
+
+@dataclass(frozen=True)
+class Front:
+    """What is worth deploying within a budget, and what a simple version keeps from it.
+
+    Args:
+        versions: the front, the most accurate first, simple versions among them.
+        beaten: versions that would be on it for their FLOPs alone: a simple one within the budget is faster and more
+            accurate.
+    """
+
+    versions: tuple[Version, ...]
+    beaten: tuple[Version, ...]
+
+
+def front_within(versions: Sequence[Version], simple: Sequence[Version], budget: Budget, dense: Dense) -> Front:
+    """Returns the front of the versions that keep every limit.
+
+    Args:
+        versions: what trials measured.
+        simple: the network as it is in each precision. A trial of the same candidate is not counted beside it.
+        budget: the limits.
+        dense: the dense network's measurements.
+    """
+    same = {version.evaluation.candidate.key for version in simple}
+    lines = feasible(simple, budget, dense)
+    others = [version for version in versions if version.evaluation.candidate.key not in same]
+    front = pareto([*lines, *feasible(others, budget, dense)])
+    beaten = [version for version in front if any(beats(line, version) for line in lines)]
+    return Front(tuple(version for version in front if version not in beaten), tuple(beaten))
+
+
+def beats(one: Version, other: Version) -> bool:
+    """Returns whether one version is both faster and more accurate than another."""
+    mine, its = one.measured, other.measured
+    return mine["latency"].value < its["latency"].value and mine["accuracy"].value > its["accuracy"].value
 
 
 def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> float:

@@ -13,7 +13,7 @@ from search.front import Version, nearest_miss
 from search.logged import figures
 from search.output import write_json, write_lines
 from search.review.layers import left
-from search.review.overview import Overview
+from search.review.overview import Overview, beaten_lines
 from search.review.scatter import scatter
 from search.store import StoredSearch, find_search
 from search.text import ZEROS, broken_limits, front_table, kept_share
@@ -29,7 +29,7 @@ def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -
     if form == "json":
         write_json(front_json(overview))
     elif form == "csv":
-        rows = [csv_row(version, overview.dense) for version in [*overview.front, overview.dense]]
+        rows = [csv_row(version, overview.dense) for version in [*overview.front, *overview.lines]]
         writer = csv.DictWriter(sys.stdout, list(rows[-1]), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -43,10 +43,16 @@ def front_json(overview: Overview) -> dict[str, Any]:
     return {
         "search": overview.search.folder.name,
         "budget": str(overview.budget),
-        "front": [{"trial": version.number, **version.evaluation.to_dict()} for version in overview.front],
-        "ended_early": [{"trial": version.number, **version.evaluation.to_dict()} for version in overview.ended_early],
+        "front": [_told(version) for version in overview.front],
+        "simple": [{**_told(version), "on_front": version in overview.front} for version in overview.simple],
+        "beaten": [_told(version) for version in overview.beaten],
+        "ended_early": [_told(version) for version in overview.ended_early],
         "dense": overview.dense.evaluation.to_dict(),
     }
+
+
+def _told(version: Version) -> dict[str, Any]:
+    return {"trial": version.trial, **version.evaluation.to_dict()}
 
 
 def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
@@ -57,7 +63,7 @@ def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
     leave = zip(whole.exits, left(version), strict=True)
     keys = version.measured["accuracy"].notes.get(KEY_FRAMES)
     return {
-        "trial": "dense" if version is dense else version.number,
+        "trial": version.trial,
         **measured,
         "points": round(lost, 4),
         "channels_pct": round(kept_share(candidate, whole) * 100, 2),
@@ -75,7 +81,8 @@ def print_front(overview: Overview, console: Console) -> None:
             f"{search.folder.name}: {_versions(len(overview.front))} within {budget}; none is beaten in accuracy,"
             " latency and FLOPs together"
         )
-        console.print(front_table(overview.front, dense, title, console.width))
+        console.print(front_table(overview.front, dense, title, console.width, overview.lines))
+        write_lines(console, beaten_lines(overview))
         if console.width >= _PLOT:
             console.print()
             console.print(scatter(overview, console.width, console.options.ascii_only), highlight=False, markup=False)
@@ -85,9 +92,9 @@ def print_front(overview: Overview, console: Console) -> None:
             _say_unmeasured(overview, console)
         return
     console.print(f"No version keeps {budget}.", highlight=False, soft_wrap=True)
-    miss = nearest_miss(overview.versions, budget, dense.measured)
+    miss = nearest_miss([*overview.simple, *overview.versions], budget, dense.measured)
     if miss:
-        text = f"The nearest, trial {miss[0].number}: {broken_limits(miss[0], budget, dense.measured)}."
+        text = f"The nearest, {miss[0].title}: {broken_limits(miss[0], budget, dense.measured)}."
         console.print(text, highlight=False, soft_wrap=True)
     _say_unmeasured(overview, console)
 

@@ -61,7 +61,7 @@ def run_name(number: int, on_front: bool) -> str:
 
 def logged(trial: FrozenTrial, search: StoredSearch) -> Logged:
     """Returns what MLflow is told about a finished trial of a search."""
-    dense = Version(-1, search.baseline.evaluation)
+    dense = search.baseline.dense
     tags = {
         SEARCH: search.folder.name,
         ROLE: "trial",

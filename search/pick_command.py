@@ -52,7 +52,8 @@ def run_pick(
         check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), bench.fingerprint)
         ranked: Sequence[Version] = choose(overview.front, prefer)
         if more is not None:
-            ranked = [recover_more(bench, search, ranked[0], more)]
+            pruned = next((version for version in ranked if version.number >= 0), ranked[0])
+            ranked = [recover_more(bench, search, pruned, more)]
         display.say("Measuring the picked version afresh, in a new process...")
         confirmed = confirm(bench, search, ranked, limits, display.say)
         if confirmed is None:
@@ -95,7 +96,7 @@ def _content(
 ) -> dict[str, Any]:
     """Returns what was picked, for a machine."""
     return {
-        "trial": confirmed.version.number,
+        "trial": confirmed.version.trial,
         "prefer": prefer,
         "budget": str(limits),
         "bundle": str(out),
@@ -119,7 +120,7 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
     change = latency.value / searched["latency"].value - 1
     lost = points(test.value - confirmed.dense_test.value)
     lines = [
-        f"Picked trial {confirmed.version.number} by {prefer}, within {limits}:",
+        f"Picked {confirmed.version.title} by {prefer}, within {limits}:",
         f"  latency   {milliseconds(latency.value)} measured again, {change:+.1%} against the search's"
         f" {milliseconds(searched['latency'].value)}; dense {milliseconds(dense.measured['latency'].value)}",
         f"  accuracy  {percent(test.value)} ± {test.spread * 100:.2f} points on {test.n} test images (validation:"

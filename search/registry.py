@@ -62,9 +62,9 @@ def register(tracking: Tracking, search: StoredSearch, confirmed: "Confirmed", b
     with quiet(), _active(tracking):
         client = tracking.client()
         experiment = tracking.experiment(client, search.study.name)
-        number, folder = confirmed.version.number, search.folder.name
-        tags = {SEARCH: folder, ROLE: "pick", TRIAL: str(number)}
-        name = f"pick: trial {number} of {folder}"
+        version, folder = confirmed.version, search.folder.name
+        tags = {SEARCH: folder, ROLE: "pick", TRIAL: str(version.trial)}
+        name = f"pick: {version.title} of {folder}"
         run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
         with mlflow.start_run(run_id=run_id):
             info = mlflow.pyfunc.log_model(
@@ -98,11 +98,11 @@ def _active(tracking: Tracking) -> Iterator[None]:
 
 def _describe(client: MlflowClient, search: StoredSearch, confirmed: "Confirmed", number: str) -> None:
     name, evaluation = search.study.name, confirmed.version.evaluation
-    tags = {SEARCH: search.folder.name, TRIAL: str(confirmed.version.number), "effort": evaluation.effort}
+    tags = {SEARCH: search.folder.name, TRIAL: str(confirmed.version.trial), "effort": evaluation.effort}
     for key, value in (tags | {"target": confirmed.latency.target, "budget": str(search.budget)}).items():
         client.set_model_version_tag(name, number, key, value)
     client.update_registered_model(name, search.study.question)
-    client.update_model_version(name, number, f"Trial {confirmed.version.number} of search {search.folder.name}.")
+    client.update_model_version(name, number, f"{confirmed.version.title.capitalize()} of search {search.folder.name}.")
     client.set_registered_model_alias(name, ALIAS, number)
 
 

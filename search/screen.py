@@ -148,7 +148,7 @@ def _dominated(highest: float, measured: Mapping[str, Measurement], front: Seque
         other = version.measured
         if other["accuracy"].value >= highest and all(other[m].value <= measured[m].value for m in _OTHERS):
             told = percent(other["accuracy"].value)
-            return f"where trial {version.number} reaches {told}, no slower and with no more FLOPs"
+            return f"where {version.title} reaches {told}, no slower and with no more FLOPs"
     return ""
 
 

@@ -1,6 +1,6 @@
 """How long a search has won nothing: for `--patience`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from evaluators.measurement import Measurement
 from search.budget import Budget
@@ -16,13 +16,16 @@ class Stall:
     Args:
         budget: of the search.
         dense: the dense network.
+        simple: versions that are there before the first trial, and win nothing when one finds them again.
     """
 
-    def __init__(self, budget: Budget, dense: Mapping[str, Measurement]) -> None:
+    def __init__(self, budget: Budget, dense: Mapping[str, Measurement], simple: Sequence[Version] = ()) -> None:
         self._budget, self._dense = budget, dense
         self._front: list[Version] = []
         self._share, self._miss = 0.0, float("inf")
         self.trials = 0
+        for version in simple:
+            self._wins(version)
 
     def count(self, version: Version | None) -> None:
         """Takes note of a trial and of what it measured; None where that is nothing new."""

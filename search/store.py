@@ -20,6 +20,7 @@ from evaluators.placement import Examined
 from search.budget import Budget
 from search.evaluation import Evaluation
 from search.front import Version
+from search.simple import Given, Simple
 from search.study import Study
 from spaces.errors import UserError
 
@@ -33,7 +34,7 @@ REPORT = "sampler"
 """The study's attribute in which a sampler says how its surrogates did and where its proposals came from."""
 _BEGUN = b'"baseline"'
 """What a journal holds once the dense network was measured."""
-_RECOVERED, _SAMPLER = "recovered.", "sampler."
+_RECOVERED, _SAMPLER, _GIVEN = "recovered.", "sampler.", "given"
 
 
 class StoreError(UserError):
@@ -170,6 +171,7 @@ class Baseline:
         environment: the machine and the versions.
         reference_wall: median wall-clock seconds of each reference, beside its work.
         examined: which layers were slower in a lower precision, and so never run in it; None where nobody looked.
+        simple: the network as it is in each precision, the dense one first; empty where nobody measured them.
     """
 
     evaluation: Evaluation
@@ -178,6 +180,22 @@ class Baseline:
     environment: dict[str, str]
     reference_wall: dict[str, float] = field(default_factory=dict)
     examined: Examined | None = None
+    simple: tuple[Simple, ...] = ()
+
+    @property
+    def dense(self) -> Version:
+        """The dense network as a version."""
+        return Version(-1, self.evaluation, "dense")
+
+    @property
+    def lines_to_beat(self) -> list[Version]:
+        """The dense network and, as far as they were measured, the other simple versions."""
+        others = [each for each in self.simple if each.evaluation != self.evaluation]
+        return [self.dense, *(Version(-2 - place, each.evaluation, each.name) for place, each in enumerate(others))]
+
+    def given_precision(self, version: Version) -> str | None:
+        """Returns the precision of a version that the network as it was given makes, and the search's own does not."""
+        return next((each.precision for each in self.simple if not each.is_own and each.name == version.name), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -188,6 +206,7 @@ class Baseline:
             "environment": self.environment,
             "reference_wall": self.reference_wall,
             "examined": self.examined.to_dict() if self.examined else None,
+            "simple": [each.to_dict() for each in self.simple],
         }
 
     @classmethod
@@ -195,7 +214,8 @@ class Baseline:
         """Returns the baseline that `to_dict` described."""
         examined = Examined.from_dict(content["examined"]) if content.get("examined") else None
         evaluation = Evaluation.from_dict(content["evaluation"])
-        return cls(**content | {"evaluation": evaluation, "examined": examined})
+        simple = tuple(Simple.from_dict(each) for each in content.get("simple", ()))
+        return cls(**content | {"evaluation": evaluation, "examined": examined, "simple": simple})
 
 
 @dataclass(frozen=True)
@@ -269,6 +289,17 @@ def versions_of(
 def versions_of_study(stored: optuna.Study) -> list[Version]:
     """Returns what the trials of a study measured, with what was recovered since."""
     return versions_of(stored.get_trials(deepcopy=False), _recovered(stored))
+
+
+def given_of(stored: optuna.Study) -> Given | None:
+    """Returns what was measured of the network as it was given; None where nothing was, yet."""
+    content = stored.user_attrs.get(_GIVEN)
+    return Given.from_dict(content) if content else None
+
+
+def keep_given(stored: optuna.Study, given: Given) -> None:
+    """Writes what was measured of the network as it was given."""
+    stored.set_user_attr(_GIVEN, given.to_dict())
 
 
 def keep_sampler(stored: optuna.Study, name: str) -> None:

@@ -45,7 +45,7 @@ def write_summary(
     run_id = str(client.create_run(experiment, tags=tags, run_name=f"{search.folder.name}: summary").info.run_id)
     _log_figures(client, run_id, overview)
     with tempfile.TemporaryDirectory() as folder:
-        link = (lambda version: f"{web}/{address(version)}") if web else None
+        link = (lambda version: f"{web}/{address(version)}" if address(version) else "") if web else None
         write_files(Path(folder), overview, link)
         client.log_artifacts(run_id, folder)
     table = front_of(overview)
@@ -109,9 +109,9 @@ def note(overview: Overview, address: Callable[[Version], str]) -> str:
     rows = [list(row) for row in table.rows]
     for row, version in zip(rows, overview.front, strict=False):
         row[0] = f"[{row[0]}]({address(version)})" if address(version) else row[0]
-    *front, dense = rows
+    front, below = rows[: len(overview.front)], rows[len(overview.front) :]
     shown = len(front)
-    while shown and len(markdown(Table(table.headings, [*front[:shown], dense]))) + len(head) > _NOTE_LENGTH:
+    while shown and len(markdown(Table(table.headings, [*front[:shown], *below]))) + len(head) > _NOTE_LENGTH:
         shown -= 1
     left = f"\n\nand {len(front) - shown} more, see {TABLE}" if shown < len(front) else ""
-    return f"{head}\n\n{markdown(Table(table.headings, [*front[:shown], dense]))}{left}\n"
+    return f"{head}\n\n{markdown(Table(table.headings, [*front[:shown], *below]))}{left}\n"

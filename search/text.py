@@ -9,9 +9,10 @@ from rich.table import Table
 from evaluators.accuracy import wilson
 from evaluators.frames import KEY_FRAMES
 from evaluators.measurement import Measurement
-from evaluators.placement import Examined
+from evaluators.placement import Examined, Slower, Whole
 from search.budget import Budget, Constraint
 from search.front import Version
+from search.simple import Given
 from spaces.candidate import Candidate
 
 ZEROS = (
@@ -43,20 +44,65 @@ def points(difference: float) -> str:
 
 
 def examined_layers(examined: Examined) -> str:
-    """Returns, in a line, which layers run in fewer precisions because these were slower, and by how much."""
+    """Returns, in a line, what each lower precision comes to for the whole network, and which layers it is not for."""
     cost = f"{examined.timings} timings, {examined.seconds:.1f} s"
     if examined.refused:
         more = f", and for {len(examined.refused) - 1} more reasons" if len(examined.refused) > 1 else ""
         cost += f"; some could not be taken: {examined.refused[0]}{more}"
-    if not examined.slower:
-        return f"No layer is measurably slower in a lower precision ({cost})."
-    found = [
-        f"{' + '.join(each.layers)} not in {each.precision} (with {'them' if len(each.layers) > 1 else 'it'} in"
-        f" {each.instead} the network takes {each.ratio:.3f} ± {each.ratio * each.half_width:.3f} of its time)"
-        for each in examined.slower
+    if examined.unfinished:
+        cost += f"; the time was up before every part was looked at in {' and '.join(examined.unfinished)}"
+    lost = [whole.precision for whole in examined.wholes if whole.is_slower]
+    told = [_as_a_whole(whole, examined.left_out(whole.precision)) for whole in examined.wholes]
+    found = [_slower(each) for each in examined.slower if each.precision not in lost]
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        told.append(f"Left out as slower: {'; '.join(found[:3])}{more}")
+    elif not lost:
+        told.append("No layer is measurably slower in a lower precision")
+    return f"{'. '.join(told)} ({cost})."
+
+
+def _as_a_whole(whole: Whole, left_out: int) -> str:
+    """Returns what a network's time in one precision is to that in another, and to how many layers it is offered."""
+    name, times, half_width = whole.precision, 1 / whole.ratio, whole.half_width / whole.ratio
+    if not whole.is_slower:
+        return f"{name} as a whole takes {times:.2f} ± {half_width:.2f} of {whole.instead}'s time here"
+    offered = whole.layers - left_out
+    to = (
+        f"{offered} of {whole.layers} layers, where it was proved faster"
+        if offered
+        else "no layer: none was proved faster"
+    )
+    return (
+        f"{name} as a whole takes {times:.2f} ± {half_width:.2f} times as long as {whole.instead} here; it is offered"
+        f" to {to}"
+    )
+
+
+def _slower(each: Slower) -> str:
+    them = "them" if len(each.layers) > 1 else "it"
+    seen = "" if each.is_confirmed else ", seen once"
+    return (
+        f"{' + '.join(each.layers)} not in {each.precision} (with {them} in {each.instead} the network takes"
+        f" {each.ratio:.3f} ± {each.ratio * each.half_width:.3f} of its time{seen})"
+    )
+
+
+def simple_lines(given: Given) -> list[str]:
+    """Returns the network as it is in each precision, a line each below one that says what they are."""
+    dense = given.simple[0].evaluation.measurements
+    lines = [
+        f"The network as it is, per batch on {dense['latency'].target}, accuracy on {dense['accuracy'].n} validation"
+        " images; these are the lines to beat:"
     ]
-    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"Left out as slower: {'; '.join(found[:3])}{more} ({cost})."
+    for each in given.simple:
+        measured = each.evaluation.measurements
+        share = measured["latency"].value / dense["latency"].value
+        lines.append(
+            f"  {each.precision}  {milliseconds(measured['latency'].value):>9}  {share:>6.1%} of dense"
+            f"  accuracy {percent(measured['accuracy'].value)}  {size(measured['size'].value)}"
+        )
+    return lines
 
 
 def count(value: float) -> str:
@@ -125,19 +171,31 @@ _KEYS, _BEHIND = "keys", HEADINGS.index("speed") + 1
 """The share of key frames, where a search has frames, and where it stands."""
 
 
-def front_table(front: Sequence[Version], dense: Version, title: str, width: int) -> Table:
-    """Returns the front beside the dense network, for a terminal `width` characters wide."""
+def front_table(
+    front: Sequence[Version], dense: Version, title: str, width: int, lines: Sequence[Version] | None = None
+) -> Table:
+    """Returns the front, and below it what it has to beat, for a terminal `width` characters wide.
+
+    Args:
+        front: its versions, simple ones among them.
+        dense: the dense network.
+        title: above the table.
+        width: of the terminal.
+        lines: simple versions that are not on the front; the dense network where not given.
+    """
+    below = [dense] if lines is None else lines
     columns = next(columns for least, columns in _FITTING if width >= least)
     if _has_frames(dense):
         columns = 1 + next(columns for least, columns in _FITTING if width >= least + len(_KEYS) + 1)
-    rows = [front_row(version, dense) for version in [*front, dense]]
+    rows = [front_row(version, dense) for version in [*front, *below]]
     columns = _whole([headings(dense), *rows], columns, width)
-    table = Table(title=title, title_justify="left", caption=_caption(front, dense), caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=_caption(front, dense, below), caption_justify="left")
     table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
     for heading in headings(dense)[:columns]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row[:columns], style="dim" if row is rows[-1] else None)
+    for place, row in enumerate(rows):
+        is_last = place == len(front) - 1 and bool(below)
+        table.add_row(*row[:columns], style="dim" if place >= len(front) else None, end_section=is_last)
     return table
 
 
@@ -163,7 +221,7 @@ def front_row(version: Version, dense: Version) -> list[str]:
     measured, baseline = version.measured, dense.measured
     keys = [f"{measured['accuracy'].notes[KEY_FRAMES]:.0%}"] if _has_frames(dense) else []
     return [
-        "dense" if version is dense else str(version.number),
+        str(version.trial),
         percent(measured["accuracy"].value),
         points(measured["accuracy"].value - baseline["accuracy"].value),
         milliseconds(measured["latency"].value),
@@ -177,14 +235,16 @@ def front_row(version: Version, dense: Version) -> list[str]:
     ]
 
 
-def _caption(front: Sequence[Version], dense: Version) -> str:
+def _caption(front: Sequence[Version], dense: Version, below: Sequence[Version]) -> str:
     accuracy = dense.measured["accuracy"]
     doubt = max(accuracy_doubt(version.measured["accuracy"]) for version in [*front, dense])
     per, shown = ("frame", "frames of a stream of ") if _has_frames(dense) else ("batch", "")
+    simple = [str(version.trial) for version in [*front, *below] if version.number < 0]
     stored = any("int4" in version.evaluation.candidate.precision.values() for version in front)
     return (
         f"latency per {per} on {dense.measured['latency'].target}; accuracy on {accuracy.n} {shown}validation images,"
-        f" known to within {doubt * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''}"
+        f" known to within {doubt * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''};"
+        f" {' and '.join(simple)}: the network as it is, to be beaten"
     )
 
 

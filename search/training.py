@@ -29,25 +29,11 @@ def trained_network(study: Study, built: Built, data: Splits, progress: Progress
     What is loaded was trained from the same model source, weights, data, settings and torch version.
     An interrupted training goes on from its last whole epoch.
     """
-    trunk, training = built.network, built.training(study.training)
+    trunk, training = trained_trunk(study, built, data, progress), built.training(study.training)
     augment: Augment | None = augmentation(study.data.augment) if study.data.augment else None
-    folder = cache_folder()
-    key = _digest(
-        built.key,
-        source_of(load(study.data.augment)) if study.data.augment else "",
-        training.model_dump_json() if training else "",
-        data.train.digest,
-        torch.__version__,
-        platform.machine(),
-    )
-    trunk_file = folder / f"{study.name}-{key}.pt"
-    trunk.eval()
+    folder, key = cache_folder(), _trunk_key(study, built, data)
     image = torch.zeros(1, *data.image_shape)
-    places = exit_places(trunk, study.exits, data)  # one that cannot be is refused before anything is trained
-    blocks = skip_blocks(trunk, study.skips, image)
-    if training and not load_weights(trunk, trunk_file):
-        train(trunk, data.train, training, augment, trunk_file.with_suffix(".partial.pt"), progress)
-        save(trunk.state_dict(), trunk_file)
+    places, blocks = exit_places(trunk, study.exits, data), skip_blocks(trunk, study.skips, image)
     if study.masks.method:
         key = _digest(key, study.masks.model_dump_json())
         file = folder / f"{study.name}-masks-{key}.pt"
@@ -68,6 +54,34 @@ def trained_network(study: Study, built: Built, data: Splits, progress: Progress
         train_exits(network, data, study.exits, augment, seed, checkpoint, progress)
         save(part.state_dict(), exits_file)
     return network.eval()
+
+
+def trained_trunk(study: Study, built: Built, data: Splits, progress: Progress) -> nn.Module:
+    """Returns the study's dense network alone, in evaluation mode: trained now, loaded, or as it came.
+
+    Exits and skipped blocks that cannot be are refused before anything is trained.
+    """
+    trunk, training = built.network.eval(), built.training(study.training)
+    exit_places(trunk, study.exits, data)
+    skip_blocks(trunk, study.skips, torch.zeros(1, *data.image_shape))
+    file = cache_folder() / f"{study.name}-{_trunk_key(study, built, data)}.pt"
+    if training and not load_weights(trunk, file):
+        augment: Augment | None = augmentation(study.data.augment) if study.data.augment else None
+        train(trunk, data.train, training, augment, file.with_suffix(".partial.pt"), progress)
+        save(trunk.state_dict(), file)
+    return trunk
+
+
+def _trunk_key(study: Study, built: Built, data: Splits) -> str:
+    training = built.training(study.training)
+    return _digest(
+        built.key,
+        source_of(load(study.data.augment)) if study.data.augment else "",
+        training.model_dump_json() if training else "",
+        data.train.digest,
+        torch.__version__,
+        platform.machine(),
+    )
 
 
 def _with_trained_masks(

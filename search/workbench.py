@@ -1,9 +1,6 @@
 """Everything that a study's trials share, prepared once, and the way of one candidate through it."""
 
-import hashlib
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,20 +11,30 @@ from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact import Artifact
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.artifact.equalize import equalized
+from evaluators.artifact.form import form_of
 from evaluators.artifact.qdq import Ranges
 from evaluators.artifact.scheme import Scheme
-from evaluators.examiner import LIMIT_S, PlacementExaminer
+from evaluators.examiner import PlacementExaminer
 from evaluators.flops import FlopsEvaluator
 from evaluators.frames import Reuse
-from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
+from evaluators.latency import LatencyEvaluator
 from evaluators.latency_cache import LatencyCache
 from evaluators.measurement import Measurement
-from evaluators.placement import TIMINGS, Examined
+from evaluators.placement import Examined, seconds_for
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.subject import Evaluator, Subject
-from evaluators.target import Runtime, Spent, runtime
-from search.cache import cache_folder, check_cache
+from evaluators.target import Runtime, Spent
+from search.cache import cache_folder
 from search.evaluation import Evaluation
+from search.given import (
+    AS_GIVEN,
+    GivenNetwork,
+    fingerprint_of,
+    latency_evaluator,
+    time_references,
+    timed,
+    validation_parts,
+)
 from search.objects import load, source_of
 from search.progress import Progress, Say
 from search.recovery import Ground, Int8Ground, Recovery, effort_of, recovery
@@ -35,11 +42,9 @@ from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import NOTHING, Learned, train_int8_kept
 from search.rounding import LearnedRounding
-from search.screen import SUBSET, Screen, mixed_if_many
+from search.screen import SUBSET, Screen
 from search.skipping import skip_blocks
-from search.sources.prepared import prepare
-from search.sources.streams import with_streams
-from search.spaces_of import left_out, runnable, space_of, target_of
+from search.spaces_of import left_out, runnable, space_of
 from search.study import FinetuneSection, Study
 from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import FRAMES, Candidate
@@ -73,6 +78,7 @@ class Workbench:
         library: what runs the artifacts; the study's runtime where not given.
         say: told what the user should know about the network and the images.
         download: whether weights and images that are not here may be fetched.
+        given: the study's network and images, where they are here already.
 
     Raises:
         SourceError: there is no such network, or there are no such images.
@@ -87,14 +93,13 @@ class Workbench:
         library: Runtime | None = None,
         say: Say = lambda _: None,
         download: bool = False,
+        given: GivenNetwork | None = None,
     ) -> None:
-        check_cache()
         self.study = study
         self._progress = progress
-        self.runtime: Runtime = library or runtime(study.target.runtime)
-        self.target = target_of(study, self.runtime)
-        self.loaded, built = prepare(study, download, progress, say)
-        self.data = with_streams(study.frames, self.loaded.splits)
+        self.given = given or GivenNetwork(study, progress, library, say, download)
+        self.runtime, self.target = self.given.runtime, self.given.target
+        self.loaded, self.data, built = self.given.loaded, self.given.data, self.given.built
         self.network: ExitNetwork = trained_network(runnable(study, self.runtime), built, self.data, progress)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
@@ -110,8 +115,7 @@ class Workbench:
         self.exit_places = exit_places(self.network.trunk, study.exits, self.data)
         self.space = space_of(study, self.network, self.groups, self.data, self.builder.layers, self.runtime)
         self.has_gates = bool(self.space.gates.solved and self.space.gates.exits)
-        halves = self.data.validation.halves() if self.has_gates else (self.data.validation, self.data.validation)
-        self.gate_images, self.scored = halves[0], mixed_if_many(halves[1])
+        self.gate_images, self.scored = validation_parts(self.data, self.has_gates)
         self._last: tuple[tuple[Candidate, FinetuneSection | None], Compressed] | None = None
         self.flops = FlopsEvaluator(self.network, image)
         self._cheap: tuple[Evaluator, ...] = (
@@ -174,12 +178,7 @@ class Workbench:
     @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits over the dense network's weights and the images: what every trial builds on."""
-        content = hashlib.sha256()
-        for tensor in self.network.state_dict().values():
-            content.update(tensor.numpy().tobytes())
-        for part in (self.data.train, self.data.calibration, self.data.validation, self.data.test):
-            content.update(part.digest.encode())
-        return content.hexdigest()[:16]
+        return fingerprint_of(self.network, self.data)
 
     def references(self) -> dict[str, Artifact]:
         """Returns the dense network in each of the target's precisions: what candidates are timed beside."""
@@ -207,34 +206,34 @@ class Workbench:
             )
         return found
 
+    def writes(self, candidate: Candidate, form: str) -> bool:
+        """Returns whether a candidate's one file is of a form, whatever its tensors are called."""
+        deployed = self.subject(candidate).artifact.deployed
+        return len(deployed) == 1 and form_of(deployed[0]) == form
+
+    def has_references(self, forms: Mapping[str, str]) -> bool:
+        """Returns whether the references are files of these forms, by precision."""
+        return {name: form_of(artifact.deployed[0]) for name, artifact in self.references().items()} == dict(forms)
+
     def time_references(self) -> dict[str, Spent]:
         """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
-        images = self.data.validation.images[: reference_batch(self.target.batch)]
-        opened = {
-            name: self.runtime.open(item.deployed, [], self.target.threads) for name, item in self.references().items()
-        }
-        return median_seconds(opened, images)
+        return time_references(self.references(), self.runtime, self.target, self.data)
 
     def latency_evaluator(self, reference_seconds: Mapping[str, float]) -> LatencyEvaluator:
         """Returns the evaluator that tells latencies at the speed which the references had."""
-        references = {
-            name: Reference(artifact.deployed[0], reference_seconds[name])
-            for name, artifact in self.references().items()
-        }
-        return LatencyEvaluator(references, self.runtime, self.target, cache=LatencyCache(cache_folder() / "latencies"))
+        return latency_evaluator(self.references(), reference_seconds, self.runtime, self.target)
 
     @property
     def examines(self) -> bool:
         """Whether a search begins with a look for layers that are slower in a lower precision."""
         return self.study.space.drop_slower and len(self.space.precision.computed) > 1
 
-    @property
-    def examination_limit(self) -> str:
-        """What that costs at most."""
-        return f"{TIMINGS} timings and {LIMIT_S[self.runtime.capabilities().compiles]:.0f} s for each precision"
+    def examine(self, search_s: float) -> Examined:
+        """Returns which layers are slower in a lower precision, measured now or kept from the same network.
 
-    def examine(self) -> Examined:
-        """Returns which layers are slower in a lower precision, measured now or kept from the same network."""
+        Args:
+            search_s: the seconds that the search will take, of which this is a share.
+        """
         examiner = PlacementExaminer(
             self.builder,
             self.network,
@@ -245,7 +244,7 @@ class Workbench:
             self.data.validation.images,
             LatencyCache(cache_folder() / "placements"),
         )
-        return examiner.examine(self._progress)
+        return examiner.examine(self._progress, seconds_for(search_s))
 
     def compress(self, candidate: Candidate, more: FinetuneSection | None = None) -> ExitNetwork:
         """Returns the candidate's network in torch, recovered as the study says.
@@ -280,7 +279,7 @@ class Workbench:
 
     def effort(self, candidate: Candidate, more: FinetuneSection | None = None) -> str:
         """Returns what was done to win the candidate's accuracy back, for the record."""
-        parts = [self.recovery.effort if self._is_slice(candidate) else "as given"]
+        parts = [self.recovery.effort if self._is_slice(candidate) else AS_GIVEN]
         if more and self.is_pruned(candidate):
             parts.append(f"finetune {effort_of(more)}")
         if self._trains_int8(candidate, more) and (qat := self.study.recovery.qat):
@@ -367,11 +366,11 @@ class Workbench:
             screen: ends it after some of the images where the rest would change nothing; no version where not given.
         """
         seconds: dict[str, float] = {}
-        with _timed(seconds, "compress"):
+        with timed(seconds, "compress"):
             compressed = self.compressed(candidate, more)
-        with _timed(seconds, "build"):
+        with timed(seconds, "build"):
             subject = self.built(candidate, compressed, more)
-        with _timed(seconds, "load"):
+        with timed(seconds, "load"):
             _ = subject.opened
         measured: dict[str, Measurement] = {}
         ended = None
@@ -379,12 +378,12 @@ class Workbench:
         asks = self.flops if subject.artifact.is_dynamic else self._accuracy
         for evaluator in (*self._cheap, latency, self._accuracy):
             if screen is not None and evaluator is asks:
-                with _timed(seconds, SUBSET):
+                with timed(seconds, SUBSET):
                     ended = screen.judge(subject, measured)
                 if ended is not None:
                     measured["accuracy"] = ended.accuracy
                     break
-            with _timed(seconds, evaluator.metric):
+            with timed(seconds, evaluator.metric):
                 measured[evaluator.metric] = evaluator.measure(subject)
             if stop(measured):
                 break
@@ -392,9 +391,6 @@ class Workbench:
         found = Evaluation(candidate, measured, self.effort(candidate, more), subject.artifact.digest, seconds, added)
         return replace(found, ended=ended.reason) if ended else found
 
-
-@contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    seconds[step] = time.perf_counter() - begin
+    def costs(self, subject: Subject) -> dict[str, Measurement]:
+        """Returns what is measured of a version without running it."""
+        return {evaluator.metric: evaluator.measure(subject) for evaluator in self._cheap}

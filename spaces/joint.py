@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from spaces.candidate import ALWAYS_RUN, NEVER_EXIT, Candidate
-from spaces.gates import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace
+from spaces.gates import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace, uniform
 from spaces.masks.mask import move_masks
 from spaces.network import ExitNetwork
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
@@ -65,11 +65,13 @@ class JointSpace:
 
     def dense(self) -> Candidate:
         """Returns the network as it was given: every channel, the reference precision, every gate closed."""
-        return Candidate(
-            {group.name: group.channels for group in self.sparsity.groups},
-            dict.fromkeys(self.precision.layers, self.precision.precisions[0]),
-            self.gates.closed(),
-        )
+        return self.whole(self.precision.precisions[0])
+
+    def whole(self, precision: str) -> Candidate:
+        """Returns the network with every channel and every gate closed, in one precision, offered to it or not."""
+        channels = {group.name: group.channels for group in self.sparsity.groups}
+        layers = uniform(self.precision.layers, precision, self.precision.precisions[0])
+        return self.settled(Candidate(channels, layers, {}), self.gates.closed())
 
     def uniform(self, keep: float, precision: str, threshold: float, pattern: str = DENSE) -> dict[str, Value]:
         """Returns values that treat every layer alike: a share of the channels, one precision, threshold and pattern.

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from search.budget import Budget
 from search.cli import run
 from search.evaluation import Evaluation
-from search.front import Version, feasible, pareto
+from search.front import Version, front_within
 from search.store import SearchFolder
 from tests import tiny
 from tests.searches import ROOT, finished, stored
@@ -81,20 +81,30 @@ def test_front_in_all_its_forms_says_the_same(folder, capsys) -> None:
     assert run(["front", *loose, "--csv"]) == 0
     as_csv = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     search = stored(folder)
-    front = pareto(feasible(search.versions, Budget.parse(["latency<1000%"]), search.baseline.evaluation.measurements))
-    numbers = [version.number for version in front]
-    assert [entry["trial"] for entry in as_json["front"]] == numbers
-    assert [row["trial"] for row in as_csv] == [*map(str, numbers), "dense"]
-    for row, entry in zip(as_csv, [*as_json["front"], as_json["dense"]], strict=True):
+    budget, lines = Budget.parse(["latency<1000%"]), search.baseline.lines_to_beat
+    front = front_within(search.versions, lines, budget, search.baseline.evaluation.measurements).versions
+    names = [version.trial for version in front]
+    below = [line.trial for line in [*lines[1:], lines[0]] if line not in front]
+    assert [entry["trial"] for entry in as_json["front"]] == names
+    assert [(each["trial"], each["on_front"]) for each in as_json["simple"]] == [
+        (line.trial, line in front) for line in lines
+    ]
+    assert [row["trial"] for row in as_csv] == [*map(str, names), *map(str, below)]
+    told = {entry["trial"]: entry for entry in [*as_json["front"], *as_json["simple"]]}
+    assert told["dense"]["measurements"] == as_json["dense"]["measurements"]
+    for row, entry in zip(as_csv, [told[name] for name in [*names, *below]], strict=True):
         numbers_of = {name: float(value) for name, value in row.items() if name != "trial"}
         measured, candidate = entry["measurements"], entry["candidate"]
         assert numbers_of["latency_ms"] == pytest.approx(measured["latency"]["value"] * 1e3, abs=1e-4)
         assert numbers_of["size_mb"] == pytest.approx(measured["size"]["value"] / 1e6, abs=1e-4)
         assert numbers_of["int8_layers"] == list(candidate["precision"].values()).count("int8")
         assert 0 <= numbers_of["leave_at_exit1_pct"] <= 100
-    assert (numbers_of["points"], numbers_of["speedup"], numbers_of["channels_pct"]) == (0, 1, 100)
+    dense = next(row for row in as_csv if row["trial"] == "dense")
+    assert [float(dense[name]) for name in ("points", "speedup", "channels_pct")] == [0, 1, 100]
     assert run(["front", *loose]) == 0
-    assert f"{len(numbers)} versions within" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{len(names)} versions within" in shown
+    assert [line.split()[0] for line in shown.splitlines() if line.split()].count("dense") == 1
 
 
 def test_a_budget_that_nothing_meets_names_the_nearest_miss(folder, tmp_path, capsys) -> None:
@@ -117,7 +127,8 @@ def start(home: Path, *arguments: str) -> subprocess.Popen:
 def wait_for_trials(journal: Path, count: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if journal.is_file() and journal.read_bytes().count(b'"evaluation"') > count:  # the dense network's is one too
+        lines = journal.read_bytes().splitlines() if journal.is_file() else []
+        if sum(b'"trial_id"' in line and b'"evaluation"' in line for line in lines) >= count:
             return
         time.sleep(0.02)
     raise AssertionError("the search did not get that far")

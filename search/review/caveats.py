@@ -38,19 +38,19 @@ def caveats(overview: Overview) -> list[str]:
 
 
 def trials(versions: list[Version]) -> str:
-    """Returns versions as words: `trial 3`, `trials 3, 7 and 9`."""
-    numbers = [str(version.number) for version in sorted(versions, key=lambda version: version.number)]
-    if len(numbers) == 1:
-        return f"trial {numbers[0]}"
-    return f"trials {', '.join(numbers[:-1])} and {numbers[-1]}"
+    """Returns versions as words: `trial 3`, `trials 3, 7 and 9`, `plain int8 and trial 3`."""
+    numbers = [str(version.number) for version in sorted(versions, key=lambda each: each.number) if version.number >= 0]
+    names = [version.title for version in versions if version.number < 0]
+    told = f"trials {', '.join(numbers[:-1])} and {numbers[-1]}" if len(numbers) > 1 else f"trial {''.join(numbers)}"
+    return " and ".join([*names, *([told] if numbers else [])])
 
 
 def _infeasible(overview: Overview) -> Iterator[str]:
     all_ = len(overview.versions)
     broke = all_ - len(overview.good) - len(overview.ended_early)
-    if not overview.good:
-        miss = nearest_miss(overview.versions, overview.budget, overview.dense.measured)
-        near = f" The nearest, trial {miss[0].number}: {_broken(overview, miss[0])}." if miss else ""
+    if not overview.good and not overview.front:
+        miss = nearest_miss([*overview.simple, *overview.versions], overview.budget, overview.dense.measured)
+        near = f" The nearest, {miss[0].title}: {_broken(overview, miss[0])}." if miss else ""
         yield f"No version keeps {overview.budget}.{near}"
     elif broke:
         cut = len(overview.given_up)
@@ -127,13 +127,13 @@ def _hard_to_tell_apart(overview: Overview) -> Iterator[str]:
     if alike:
         yield (
             f"On {first.n} validation images the accuracy of {trials(alike)} cannot be told from that of the most"
-            f" accurate, trial {best.number}: the 95% intervals of the differences contain 0."
+            f" accurate, {best.title}: the 95% intervals of the differences contain 0."
         )
 
 
 def _remarks(overview: Overview) -> Iterator[str]:
     told: dict[str, list[Version]] = {}
-    for version in (*overview.front, overview.dense):
+    for version in (*(each for each in overview.front if each is not overview.dense), overview.dense):
         for measurement in version.measured.values():
             for remark in measurement.remarks:
                 told.setdefault(remark, []).append(version)
@@ -157,8 +157,9 @@ def _unconfirmed(overview: Overview) -> Iterator[str]:
     found = {pick["trial"]: pick for pick in picks(overview.search)}
     for number, pick in found.items():
         latency = f", latency {milliseconds(pick['latency_s'])}" if "latency_s" in pick else ""
-        yield f"Trial {number} was picked and measured again: {percent(pick['test_accuracy'])} on test images{latency}."
-    if any(version.number not in found for version in overview.front):
+        name = f"Trial {number}" if isinstance(number, int) else str(number)
+        yield f"{name} was picked and measured again: {percent(pick['test_accuracy'])} on test images{latency}."
+    if any(version.trial not in found for version in overview.front):
         none = "No other version" if found else "No version"
         yield f"{none} has been confirmed: pick measures one again in a new process, and on test images."
 

@@ -13,12 +13,14 @@ from search.front import Version
 from search.review.layers import Layer, layers_of
 from search.review.noise import EXACT, Difference, difference
 from search.review.overview import Overview
+from search.review.palette import PRECISIONS
 from search.store import SearchFolder, StoredSearch, find_search
 from search.text import count, exit_shares, milliseconds, percent, points, size, threshold
 from spaces.errors import UserError
 
 _METRICS = ("accuracy", "latency", "flops", "params", "size")
-_DENSE = "dense"
+_SIMPLE = ("dense", *PRECISIONS, *(f"given-{precision}" for precision in PRECISIONS))
+"""The names of versions that are no trials."""
 _WHOLE_SEARCH = "all"
 
 
@@ -39,27 +41,26 @@ class Side:
         """The search, and the trial where it is about one."""
         if self.version is None:
             return self.overview.search.folder.name
-        trial = _DENSE if self.version is self.overview.dense else f"trial {self.version.number}"
-        return f"{self.overview.search.folder.name}: {trial}"
+        return f"{self.overview.search.folder.name}: {self.version.title}"
 
 
 def parse_side(text: str, runs: Path) -> Side:
-    """Returns what a user names: `SEARCH`, `SEARCH:TRIAL`, `SEARCH:dense`, or `TRIAL` of the latest search.
+    """Returns what a user names: `SEARCH`, `SEARCH:TRIAL`, `SEARCH:dense`, `SEARCH:int8`, or without a search.
 
     Raises:
         UserError: there is no such search or trial, or it was not measured.
     """
     search, colon, trial = text.rpartition(":")
-    if not colon and not (runs / text).is_dir() and (text.isdigit() or text == _DENSE):
+    if not colon and not (runs / text).is_dir() and (text.isdigit() or text in _SIMPLE):
         search, trial = find_search(runs, None).name, text
     elif not colon:
         search, trial = text, _WHOLE_SEARCH
     overview = Overview.of(StoredSearch.read(SearchFolder(runs / search)))
-    if trial in (_DENSE, _WHOLE_SEARCH):
-        return Side(overview, overview.dense if trial == _DENSE else None)
-    found = [version for version in overview.versions if str(version.number) == trial]
+    if trial == _WHOLE_SEARCH:
+        return Side(overview, None)
+    found = [version for version in [*overview.simple, *overview.versions] if str(version.trial) == trial]
     if not found:
-        known = ", ".join(str(version.number) for version in overview.front) or "none on the front"
+        known = ", ".join(str(version.trial) for version in overview.front) or "none on the front"
         raise UserError(f"a side is SEARCH or SEARCH:TRIAL with a measured trial, got {text!r}; the front has {known}")
     return Side(overview, found[0])
 
@@ -186,8 +187,8 @@ def _counts(overview: Overview) -> list[tuple[str, str]]:
         ("trials", str(overview.search.finished)),
         ("within the budget", str(len(overview.good))),
         ("on the front", str(len(overview.front))),
-        ("hypervolume", f"{overview.growth[-1][1]:.1%}"),
-        ("most accurate", f"trial {overview.front[0].number}"),
+        ("hypervolume", f"{overview.hypervolume:.1%}"),
+        ("most accurate", overview.front[0].title),
     ]
 
 

@@ -74,7 +74,7 @@ def _add_notable(figure: go.Figure, overview: Overview) -> None:
     for (name, version), (_, shape) in zip(overview.notable, NOTABLE_SHAPES, strict=False):
         x, y = place(version)
         marker = {"symbol": f"{shape}-open", "size": 19, "color": "black", "line": {"width": 2}}
-        label = f"{name}: trial {version.number}"
+        label = f"{name}: {version.title}"
         figure.add_scatter(x=[x], y=[y], mode="markers", name=label, marker=marker, hoverinfo="skip")
 
 
@@ -114,7 +114,7 @@ def layers_figure(overview: Overview) -> go.Figure | None:
     if not overview.front:
         return None
     found = heat_map(overview.by_latency, overview.dense)
-    names = [f"trial {version.number}" for version in found.versions]
+    names = [version.title for version in found.versions]
     heights = [len(found.groups), len(found.layers)]
     titles = ("channels kept", "precision")
     gap = 60 / (_ROW * sum(heights) + 60)
@@ -181,7 +181,7 @@ def exits_figure(overview: Overview) -> go.Figure | None:
     versions = overview.by_latency
     shares = [left(version) for version in versions]
     shares = [[*some, 1 - sum(some)] for some in shares]
-    names = [f"trial {version.number}" for version in versions]
+    names = [version.title for version in versions]
     figure = go.Figure()
     for index, name in enumerate([*exits, "end"]):
         values = [some[index] * 100 for some in shares]

@@ -14,7 +14,7 @@ def hover(version: Version, dense: Version) -> str:
     measured, candidate = version.measured, version.evaluation.candidate
     accuracy, latency = measured["accuracy"], measured["latency"]
     lines = [
-        "<b>dense network</b>" if version is dense else f"<b>trial {version.number}</b>",
+        "<b>dense network</b>" if version is dense else f"<b>{version.title}</b>",
         f"accuracy {percent(accuracy.value)}, latency {milliseconds(latency.value)} ± {milliseconds(latency.spread)}",
         f"FLOPs {measured['flops'].value / dense.measured['flops'].value:.1%} of dense, {size(measured['size'].value)}",
         f"channels {kept_channels(candidate, dense.evaluation.candidate)}, int8 layers {int8_layers(candidate)}",

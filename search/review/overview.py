@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from search.budget import Budget
-from search.front import Dense, Version, choose, feasible, hypervolume, pareto
+from search.front import Dense, Version, beats, choose, feasible, front_within, hypervolume, pareto
 from search.review.importance import Importance, importance
 from search.sensitivity import Profile
 from search.store import StoredSearch
@@ -31,7 +31,9 @@ class Overview:
         dense: the dense network, as a version.
         versions: every distinct candidate that was measured, in order of trials.
         good: those that keep the budget, fully measured.
-        front: those of them that no other beats, the most accurate first.
+        front: those of them that no other beats, and no simple version, the most accurate first; these among them.
+        simple: the network as it is in each precision, the dense one first: what there is to beat.
+        beaten: those that would be on the front for their FLOPs alone, slower and less accurate than a simple version.
     """
 
     search: StoredSearch
@@ -40,13 +42,32 @@ class Overview:
     versions: tuple[Version, ...]
     good: tuple[Version, ...]
     front: tuple[Version, ...]
+    simple: tuple[Version, ...]
+    beaten: tuple[Version, ...]
 
     @classmethod
     def of(cls, search: StoredSearch, budget: Budget | None = None) -> Self:
         """Returns the overview of a search under its own budget or another."""
-        limits, dense, versions = budget or search.budget, Version(-1, search.baseline.evaluation), search.versions
+        limits, simple, versions = budget or search.budget, search.baseline.lines_to_beat, search.versions
+        dense = simple[0]
         good = feasible(versions, limits, dense.measured)
-        return cls(search, limits, dense, tuple(versions), tuple(good), tuple(pareto(good)))
+        front = front_within(versions, simple, limits, dense.measured)
+        return cls(search, limits, dense, tuple(versions), tuple(good), front.versions, tuple(simple), front.beaten)
+
+    @property
+    def lines(self) -> list[Version]:
+        """The simple versions that are not on the front, the dense network last: they stand below it."""
+        below = [version for version in self.simple if version not in self.front]
+        return sorted(below, key=lambda version: version is self.dense)
+
+    @property
+    def behind(self) -> dict[str, list[Version]]:
+        """The versions of the front that a simple version is faster and more accurate than, by that one's name.
+
+        It breaks a limit on something else: within the budget it would be on the front instead of them.
+        """
+        found = {line.title: [each for each in self.front if beats(line, each)] for line in self.simple}
+        return {name: versions for name, versions in found.items() if versions}
 
     @property
     def complete(self) -> list[Version]:
@@ -66,11 +87,13 @@ class Overview:
     @property
     def groups(self) -> dict[str, list[Version]]:
         """The fully measured versions in the groups that pictures tell apart, the dense network last."""
-        within, front = ({version.number for version in some} for some in (self.good, self.front))
+        simple = [version for version in self.simple if version is not self.dense]
+        good = [*feasible(simple, self.budget, self.dense.measured), *self.good]
+        within, front = ({version.number for version in some} for some in (good, self.front))
         return {
-            OVER: [version for version in self.complete if version.number not in within],
-            WITHIN: [version for version in self.good if version.number not in front],
-            FRONT: list(self.front),
+            OVER: [version for version in [*simple, *self.complete] if version.number not in within],
+            WITHIN: [version for version in good if version.number not in front],
+            FRONT: [version for version in self.front if version is not self.dense],
             DENSE: [self.dense],
         }
 
@@ -87,7 +110,13 @@ class Overview:
     @cached_property
     def growth(self) -> list[tuple[int, float]]:
         """The hypervolume after each trial that was fully measured: the trial and a share, 0 to 1."""
-        return growth(self.complete, self.budget, self.dense.measured)
+        begin = feasible(self.simple, self.budget, self.dense.measured)
+        return growth(self.complete, self.budget, self.dense.measured, begin)
+
+    @property
+    def hypervolume(self) -> float:
+        """The share of the budget's box that the front dominates, 0 to 1."""
+        return self.growth[-1][1] if self.growth else 0.0
 
     @cached_property
     def importance(self) -> Importance | None:
@@ -100,6 +129,19 @@ class Overview:
         return read_profile(self.search.folder.path)
 
 
+def beaten_lines(overview: Overview) -> list[str]:
+    """Returns, in sentences, what simple versions keep from the front, and what is on it although they are better."""
+    lines = []
+    if overview.beaten:
+        many = len(overview.beaten)
+        told = "1 version with fewer FLOPs is" if many == 1 else f"{many} versions with fewer FLOPs are"
+        lines.append(f"{told} left out: slower and less accurate than the network as it is in one precision.")
+    for name, versions in overview.behind.items():
+        told = ", ".join(str(version.trial) for version in versions)
+        lines.append(f"Careful: {name}, which breaks {overview.budget}, is faster and more accurate than {told}.")
+    return lines
+
+
 def most_worth(front: Sequence[Version]) -> list[tuple[str, Version]]:
     """Returns a front's most accurate version, its knee and its fastest; one that is several of them comes once."""
     found: dict[int, tuple[list[str], Version]] = {}
@@ -109,10 +151,12 @@ def most_worth(front: Sequence[Version]) -> list[tuple[str, Version]]:
     return [(" and ".join(names), version) for names, version in found.values()]
 
 
-def growth(versions: Sequence[Version], budget: Budget, dense: Dense) -> list[tuple[int, float]]:
-    """Returns the hypervolume after each of the versions: its trial and a share, 0 to 1."""
-    front: list[Version] = []
-    share, found = 0.0, []
+def growth(
+    versions: Sequence[Version], budget: Budget, dense: Dense, begin: Sequence[Version] = ()
+) -> list[tuple[int, float]]:
+    """Returns the hypervolume after each of the versions, and those that were there before: a trial and a share."""
+    front = pareto(begin)
+    share, found = hypervolume(front, budget, dense), []
     for version in versions:
         if budget.is_met(version.measured, dense):
             before, front = front, pareto([*front, version])

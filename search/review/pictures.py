@@ -64,7 +64,7 @@ def front_picture(overview: Overview) -> Figure:
     for order, (name, versions) in enumerate(overview.groups.items(), 2):
         _scatter(axes, overview, name, versions, order)
     for (name, version), (shape, _) in zip(overview.notable, NOTABLE_SHAPES, strict=False):
-        label = f"{name}: trial {version.number}"
+        label = f"{name}: {version.title}"
         ring: dict[str, Any] = {"s": 170, "facecolors": "none", "edgecolors": BLACK, "linewidths": 1.6}
         axes.scatter(*place(version), marker=shape, label=label, zorder=7, **ring)
     for line in limit_lines(overview.budget, overview.dense):
@@ -157,7 +157,7 @@ def layers_picture(overview: Overview) -> Figure | None:
     if len(found.versions) <= _FEW:
         for (row, column), value in np.ndenumerate(found.kept):
             _write(upper, row, column, str(value), drawn.cmap(found.share[row, column]))
-    lower.set_xticks(range(len(found.versions)), [f"trial {v.number}" for v in found.versions], rotation=90, fontsize=8)
+    lower.set_xticks(range(len(found.versions)), [each.title for each in found.versions], rotation=90, fontsize=8)
     figure.suptitle("Layers along the front, the fastest version first", x=0.01, ha="left")
     return figure
 
@@ -212,7 +212,7 @@ def exits_picture(overview: Overview) -> Figure | None:
         color = PRECISIONS["fp32"] if name == "end" else SERIES[index % len(SERIES)]
         axes.bar(range(len(versions)), values, bottom=bottom, color=color, edgecolor="white", label=name)
         bottom += values
-    axes.set_xticks(range(len(versions)), [f"trial {v.number}" for v in versions], rotation=90, fontsize=8)
+    axes.set_xticks(range(len(versions)), [each.title for each in versions], rotation=90, fontsize=8)
     axes.set(ylabel="answered there, %", ylim=(0, 100))
     figure.suptitle("Where inputs leave, the fastest version of the front first", x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=6, fontsize="small", frameon=False)

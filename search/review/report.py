@@ -9,7 +9,7 @@ from search.review.caveats import caveats
 from search.review.importance import IMPORTANCE
 from search.review.layers import layers_of
 from search.review.noise import half_width
-from search.review.overview import NOTABLE, Overview
+from search.review.overview import NOTABLE, Overview, beaten_lines
 from search.text import (
     accuracy_doubt,
     count,
@@ -104,9 +104,9 @@ def _question(overview: Overview) -> Section:
 
 
 def front_of(overview: Overview, name: Callable[[Version], str] | None = None) -> Table:
-    """Returns the front and the dense network as a table; `name` replaces a version's number."""
+    """Returns the front and the simple versions below it as a table; `name` replaces a version's number."""
     rows = []
-    for version in [*overview.front, overview.dense]:
+    for version in [*overview.front, *overview.lines]:
         number, *rest = front_row(version, overview.dense)
         rows.append([name(version) if name else number, *rest])
     return Table(headings(overview.dense), rows)
@@ -119,14 +119,14 @@ def _front(overview: Overview) -> Section:
         f"{len(overview.front)} versions within {overview.budget} that no other beats in accuracy, latency and FLOPs"
         " together."
     )
-    return Section("Front", [line], tables=[front_of(overview)], pictures=["Front"])
+    return Section("Front", [line, *beaten_lines(overview)], tables=[front_of(overview)], pictures=["Front"])
 
 
 def _worth(overview: Overview) -> Section:
     if not overview.front:
         return Section("Worth deploying", ["None."])
     chosen = overview.notable
-    names = [f"{name}: trial {version.number}" for name, version in chosen]
+    names = [f"{name}: {version.title}" for name, version in chosen]
     facts = Table(["", "dense", *names], _facts(overview, [overview.dense, *(version for _, version in chosen)]))
     commands = [
         f"{name}: python -m search pick --search {overview.search.folder.name} --budget '{overview.budget}'"
@@ -175,7 +175,7 @@ def _of_dense(channels: int | None, precision: str) -> str:
 
 
 def _progress(overview: Overview) -> list[str]:
-    share = overview.growth[-1][1] if overview.growth else 0.0
+    share = overview.hypervolume
     ended = len(overview.ended_early)
     early = f" {ended} of which were ended early," if ended else ""
     return [
@@ -228,10 +228,10 @@ def to_json(overview: Overview) -> dict[str, Any]:
         "target": overview.dense.measured["latency"].target,
         "environment": search.baseline.environment,
         "trials": search.finished,
-        "hypervolume": overview.growth[-1][1] if overview.growth else 0.0,
-        "front": [version.number for version in overview.front],
+        "hypervolume": overview.hypervolume,
+        "front": [version.trial for version in overview.front],
         "worth": [
-            {"why": name, "trial": version.number, **version.evaluation.to_dict()} for name, version in overview.notable
+            {"why": name, "trial": version.trial, **version.evaluation.to_dict()} for name, version in overview.notable
         ],
         "dense": search.baseline.to_dict(),
         "importance": overview.importance.to_dict() if overview.importance else None,

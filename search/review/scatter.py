@@ -23,7 +23,7 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
     side, corner, floor, limit = _LINES[ascii_only]
     columns = max(min(width - _MARGIN - 3, _MOST_WIDTH), _LEAST_WIDTH)
     places = {name: [place(version) for version in versions] for name, versions in overview.groups.items()}
-    shown = [at for name in (OVER, WITHIN, FRONT) for at in places[name]]
+    shown = [at for name in (OVER, WITHIN, FRONT) for at in places[name]] or places[DENSE]
     left, right = min(at[0] for at in shown), max(at[0] for at in shown)
     lines = [line for line in limit_lines(overview.budget, overview.dense) if line.axis == "x"]
     right = max([right, *(line.value for line in lines if line.value < 2 * right)])
