@@ -130,9 +130,8 @@ def recover_more(bench: Workbench, search: StoredSearch, version: Version, more:
     if not bench.may_recover(candidate):
         raise BundleError(f"--finetune recovers a pruned version, got trial {version.number}, which lacks nothing")
     latency = bench.latency_evaluator(search.baseline.reference_seconds)
-    settled = GateSolver(bench, latency, search.baseline.evaluation.measurements).resettle(candidate, more)
-    evaluation = bench.evaluate(settled.candidate, latency, lambda _measured: False, more)
-    return Version(version.number, settled.stamped(evaluation))
+    gates = GateSolver(bench, latency, search.baseline.evaluation.measurements)
+    return Version(version.number, gates.measure(gates.resettle(candidate, more), lambda _measured: False, more))
 
 
 def _finetuned(evaluation: Evaluation) -> FinetuneSection | None:

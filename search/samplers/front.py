@@ -13,7 +13,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
-from search.samplers.acquisition import Forecast, choose_by_hypervolume, open_points
+from search.samplers.acquisition import Forecast, choose_by_hypervolume, likely, open_points
 from search.samplers.beliefs import Beliefs, Functions, Scale, believe
 from search.samplers.codec import Array, Codec
 from search.samplers.evolution import evolve, mutated, non_dominated, offspring, ranked
@@ -27,6 +27,9 @@ PROPOSAL = "front:proposal"
 """The system attribute of a trial that says what proposed it, and what was expected of it."""
 ALONE = "evolution"
 """Proposes where surrogates tell too little."""
+_SAFE = 0.8
+"""What is proposed keeps the constraints with this probability, where there is such a row: a version that breaks one is
+a trial that is nearly lost."""
 _KNOWN = 100
 """Evolution on surrogates begins with so many of the best rows that were measured, and as many changed ones."""
 
@@ -161,6 +164,9 @@ class FrontSampler(BaseSampler):
         )
         taken = [proposal.row for proposal in chosen]
         rest = _fresh(np.vstack([children, codec.random(8, self._rng)]), observed, taken)
+        if chosen:
+            box = _Box.around(observed, beliefs, meaning)
+            rest = rest[likely(Forecast.of(beliefs, rest).keeps(box.allowed), _SAFE, batch - len(chosen))]
         origin = ALONE if are_bad else "exploration"
         return chosen + [_Proposal(row, origin) for row in rest[: batch - len(chosen)]]
 
@@ -187,6 +193,8 @@ class FrontSampler(BaseSampler):
         if not len(pool):
             return []
         forecast = Forecast.of(beliefs, pool)
+        safe = likely(forecast.keeps(box.allowed), _SAFE, 2 * count)
+        pool, forecast = pool[safe], forecast.some(safe)
         return [
             _Proposal(pool[place], "surrogate", _costs(beliefs, forecast, place))
             for place in self._winning(observed, beliefs, forecast, box, count)
@@ -248,6 +256,7 @@ class _Box:
         reference: the worst costs that count.
         least: costs that nothing is below; minus infinity where nobody knows.
         limits: the highest costs that count, on the scales; infinite where there is none.
+        allowed: the highest costs that keep the constraints, on the scales; infinite where there is none.
         spans: how far objectives vary, on the scales.
     """
 
@@ -256,6 +265,7 @@ class _Box:
     reference: Array
     least: Array
     limits: Array
+    allowed: Array
     spans: Array
 
     @classmethod
@@ -281,7 +291,8 @@ class _Box:
             np.stack([_on(scale, column) for scale, column in zip(scales, front.T, strict=True)], axis=1),
             reference,
             least,
-            np.array([float(_on(scale, np.array([limit]))[0]) for scale, limit in zip(scales, limits, strict=True)]),
+            _each_on(scales, limits),
+            _each_on(scales, observed.limits),
             np.maximum(spans, 1e-9),
         )
 
@@ -305,6 +316,11 @@ def _on(scale: Scale, costs: Array) -> Array:
     """Returns places on a scale; what is infinite or unknown stays so."""
     usable = np.isfinite(costs)
     return np.asarray(np.where(usable, scale.forward(np.where(usable, costs, 1.0)), costs))
+
+
+def _each_on(scales: Sequence[Scale], costs: Array) -> Array:
+    """Returns the place of one cost on each scale, `(m,)`."""
+    return np.array([float(_on(scale, np.array([cost]))[0]) for scale, cost in zip(scales, costs, strict=True)])
 
 
 def _best(observed: Observed, beliefs: Beliefs) -> Array:
