@@ -50,6 +50,15 @@ class Forecast:
                 found += log_ndtr((limit - mean) / np.maximum(deviation, 1e-9))
         return np.asarray(np.exp(found))
 
+    def wary(self, missed: Array) -> "Forecast":
+        """Returns the same as it has to be read where earlier forecasts were wrong.
+
+        Args:
+            missed: by how much measurements were worse than forecasts of them, on the scales: the mean, at least 0,
+                and the standard deviation, `(2, m)`.
+        """
+        return Forecast(self.means + missed[0], np.hypot(self.deviations, missed[1]), self.possible)
+
     def some(self, places: NDArray[np.int64]) -> "Forecast":
         """Returns what is expected of some of the rows."""
         return Forecast(self.means[places], self.deviations[places], self.possible[places])

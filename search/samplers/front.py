@@ -30,6 +30,8 @@ ALONE = "evolution"
 _SAFE = 0.8
 """What is proposed keeps the constraints with this probability, where there is such a row: a version that breaks one is
 a trial that is nearly lost."""
+_LAST, _FEWEST = 20, 4
+"""So many of the last proposals tell how far off surrogates are of what they propose, where there are some."""
 _KNOWN = 100
 """Evolution on surrogates begins with so many of the best rows that were measured, and as many changed ones."""
 
@@ -156,7 +158,9 @@ class FrontSampler(BaseSampler):
         self.foresight = foresight(trials, observed, codec)
         parents = _best(observed, beliefs)
         are_bad = beliefs.are_bad
-        chosen = [] if are_bad else self._by_surrogates(observed, beliefs, codec, meaning, parents, batch - explored)
+        missed = _missed(_foretold(trials, observed, codec), beliefs)
+        wanted = 0 if are_bad else batch - explored
+        chosen = self._by_surrogates(observed, beliefs, codec, meaning, parents, missed, wanted) if wanted else []
         children = (
             mutated(parents[self._rng.integers(0, min(len(parents), 20), 32)], codec, self._rng, 2.0)
             if chosen
@@ -165,8 +169,9 @@ class FrontSampler(BaseSampler):
         taken = [proposal.row for proposal in chosen]
         rest = _fresh(np.vstack([children, codec.random(8, self._rng)]), observed, taken)
         if chosen:
-            box = _Box.around(observed, beliefs, meaning)
-            rest = rest[likely(Forecast.of(beliefs, rest).keeps(box.allowed), _SAFE, batch - len(chosen))]
+            allowed = _Box.around(observed, beliefs, meaning).allowed
+            chances = Forecast.of(beliefs, rest).wary(missed).keeps(allowed)
+            rest = rest[likely(chances, _SAFE, batch - len(chosen))]
         origin = ALONE if are_bad else "exploration"
         return chosen + [_Proposal(row, origin) for row in rest[: batch - len(chosen)]]
 
@@ -180,6 +185,7 @@ class FrontSampler(BaseSampler):
         codec: Codec,
         meaning: Meaning | None,
         parents: Array,
+        missed: Array,
         count: int,
     ) -> list[_Proposal]:
         """Returns the rows that add most as far as the surrogates can tell; fewer where they see nothing to win."""
@@ -193,7 +199,7 @@ class FrontSampler(BaseSampler):
         if not len(pool):
             return []
         forecast = Forecast.of(beliefs, pool)
-        safe = likely(forecast.keeps(box.allowed), _SAFE, 2 * count)
+        safe = likely(forecast.wary(missed).keeps(box.allowed), _SAFE, 2 * count)
         pool, forecast = pool[safe], forecast.some(safe)
         return [
             _Proposal(pool[place], "surrogate", _costs(beliefs, forecast, place))
@@ -350,6 +356,15 @@ def foresight(trials: Sequence[FrozenTrial], observed: Observed, codec: Codec) -
 
     They are where surrogates are most hopeful, so they are wrong there more often than on what is left out at random.
     """
+    return {
+        f"objective {place}": held_out("before measuring", *each.T)
+        for place, each in enumerate(_foretold(trials, observed, codec))
+        if len(each) > 2
+    }
+
+
+def _foretold(trials: Sequence[FrozenTrial], observed: Observed, codec: Codec) -> list[Array]:
+    """Returns for each objective the costs that were expected of proposals and those that were measured, `(n, 2)`."""
     measured = {_key(row): costs for row, costs in zip(observed.rows, observed.costs, strict=True)}
     pairs: list[list[tuple[float, float]]] = [[] for _ in observed.costs.T]
     for trial in trials:
@@ -360,11 +375,17 @@ def foresight(trials: Sequence[FrozenTrial], observed: Observed, codec: Codec) -
         for place, told in enumerate(expected):
             if costs is not None and not np.isnan(costs[place]):
                 pairs[place].append((told, float(costs[place])))
-    return {
-        f"objective {place}": held_out("before measuring", *np.array(each).T)
-        for place, each in enumerate(pairs)
-        if len(each) > 2
-    }
+    return [np.array(each).reshape(-1, 2) for each in pairs]
+
+
+def _missed(foretold: Sequence[Array], beliefs: Beliefs) -> Array:
+    """Returns by how much the last proposals were worse than they were told, mean and deviation, on the scales."""
+    missed = np.zeros((2, len(foretold)))
+    for place, (pairs, belief) in enumerate(zip(foretold, beliefs.objectives, strict=True)):
+        if len(pairs) >= _FEWEST:
+            told, measured = belief.scale.forward(pairs[-_LAST:].T)
+            missed[:, place] = max(float((measured - told).mean()), 0.0), float((measured - told).std())
+    return missed
 
 
 def _fresh(rows: Array, observed: Observed, taken: Sequence[Array] = (), at_least_one: bool = True) -> Array:
