@@ -32,6 +32,8 @@ AIM = 0.97
 """Thresholds aim at about this share of a limit: what decides is counted and timed on other images."""
 NARROW = 0.1
 """A limit on latency or FLOPs that is missed by less than this share, or its timing's interval, is missed narrowly."""
+_MOST_NARROW = 0.25
+"""Of a limit: however wide the interval, more is no narrow miss."""
 _ROUNDS = 2
 """So often is a version solved again that misses a limit narrowly."""
 _LEAST_MARGIN = 0.01
@@ -83,7 +85,11 @@ def _narrow(limit: Constraint, measured: Mapping[str, Measurement]) -> float:
     """Returns the share of a limit by which it may be missed narrowly."""
     if limit.measured_as not in _SOLVED:
         return 0.0
-    return max(NARROW, measured[limit.measured_as].notes.get("half_width", 0.0))
+    return float(np.clip(_half_width(measured[limit.measured_as]), NARROW, _MOST_NARROW))
+
+
+def _half_width(measured: Measurement) -> float:
+    return measured.notes.get("half_width", 0.0)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class _Asked:
         before = dict(zip(self.costs, told["costs"], strict=True))
         known = [metric for metric in before if metric in measured]
         found = {metric: self._correction(metric) * measured[metric].value / before[metric] for metric in known}
-        left = margin(measured["latency"].notes["half_width"])
+        left = margin(_half_width(measured["latency"])) if "latency" in measured else self.margin
         seconds = self.costs["latency"]
         if seconds.limit is not None:
             seconds = replace(seconds, limit=seconds.limit * (1 - left) / (1 - self.margin))

@@ -108,16 +108,14 @@ def lucky(folder, tmp_path) -> Path:
     runs = tmp_path / "runs"
     shutil.copytree(folder / "one", runs / "one")
     search = SearchFolder(runs / "one")
-    versions = stored(runs).versions
-    for kind, accuracy in (("fp32", 0.999), ("int8", 0.985)):
-        found = next(each for each in versions if each.is_complete and majority(each) == kind)
-        measured = {
-            **found.measured,
-            "accuracy": replace(found.measured["accuracy"], value=accuracy),
-            "size": replace(found.measured["size"], value=1.0),
-        }
+    versions = [each for each in stored(runs).versions if each.is_complete]
+    first = {kind: next(each.number for each in versions if majority(each) == kind) for kind in ("fp32", "int8")}
+    accuracies = {first["fp32"]: 0.999, first["int8"]: 0.985}
+    for each in versions:
+        accuracy = replace(each.measured["accuracy"], value=accuracies.get(each.number, 0.5))
+        evaluation = replace(each.evaluation, measurements={**each.measured, "accuracy": accuracy})
         with search.lock():
-            keep_recovered(search.create(), found.number, replace(found.evaluation, measurements=measured))
+            keep_recovered(search.create(), each.number, evaluation)
     with search.lock():
         slow(search, "fp32")
     return runs
@@ -143,7 +141,7 @@ def picked(runs: Path, out: Path, capsys, *more: str) -> tuple[int, str, str]:
 
 
 def test_a_pick_that_falls_back_says_so(lucky, tmp_path, capsys) -> None:
-    first, second = sorted((each for each in stored(lucky).versions if accurate(each)), key=lambda v: majority(v))
+    first, second = sorted((each for each in stored(lucky).versions if accurate(each)), key=majority)
     code, text, _ = picked(lucky, tmp_path / "deploy", capsys)
     assert code == 0
     assert f"Picked trial {second.number} by accuracy" in text
