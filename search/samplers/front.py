@@ -1,7 +1,7 @@
 """A sampler for searches of a few hundred dear trials: surrogates, evolution on them, and the hypervolume to be won."""
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,21 +17,18 @@ from search.samplers.acquisition import Forecast, choose_by_hypervolume, likely,
 from search.samplers.beliefs import Beliefs, Functions, Scale, believe
 from search.samplers.codec import Array, Codec
 from search.samplers.evolution import evolve, mutated, non_dominated, offspring, ranked
+from search.samplers.foresight import PROPOSAL, foresight, foretold, key_of, missed_by, origins
 from search.samplers.objectives import Observed, observe
 from search.samplers.structure import Meaning
-from search.samplers.surrogate import HeldOut, held_out
+from search.samplers.surrogate import HeldOut
 
 STARTUP = 10
 """So many trials are drawn at random where no others came before."""
-PROPOSAL = "front:proposal"
-"""The system attribute of a trial that says what proposed it, and what was expected of it."""
 ALONE = "evolution"
 """Proposes where surrogates tell too little."""
 _SAFE = 0.8
 """What is proposed keeps the constraints with this probability, where there is such a row: a version that breaks one is
 a trial that is nearly lost."""
-_LAST, _FEWEST = 20, 4
-"""So many of the last proposals tell how far off surrogates are of what they propose, where there are some."""
 _KNOWN = 100
 """Evolution on surrogates begins with so many of the best rows that were measured, and as many changed ones."""
 
@@ -158,7 +155,7 @@ class FrontSampler(BaseSampler):
         self.foresight = foresight(trials, observed, codec)
         parents = _best(observed, beliefs)
         are_bad = beliefs.are_bad
-        missed = _missed(_foretold(trials, observed, codec), beliefs)
+        missed = missed_by(foretold(trials, observed, codec), beliefs)
         wanted = 0 if are_bad else batch - explored
         chosen = self._by_surrogates(observed, beliefs, codec, meaning, parents, missed, wanted) if wanted else []
         children = (
@@ -346,63 +343,17 @@ def _costs(beliefs: Beliefs, forecast: Forecast, place: int) -> tuple[float, ...
     return tuple(float(belief.scale.back(np.array([mean]))[0]) for belief, mean in pairs)
 
 
-def origins(trials: Sequence[FrozenTrial]) -> Counter[str]:
-    """Returns how many trials were proposed in each way."""
-    return Counter(trial.system_attrs[PROPOSAL]["origin"] for trial in trials if PROPOSAL in trial.system_attrs)
-
-
-def foresight(trials: Sequence[FrozenTrial], observed: Observed, codec: Codec) -> dict[str, HeldOut]:
-    """Returns how well proposals were told before anyone measured them, by objective.
-
-    They are where surrogates are most hopeful, so they are wrong there more often than on what is left out at random.
-    """
-    return {
-        f"objective {place}": held_out("before measuring", *each.T)
-        for place, each in enumerate(_foretold(trials, observed, codec))
-        if len(each) > 2
-    }
-
-
-def _foretold(trials: Sequence[FrozenTrial], observed: Observed, codec: Codec) -> list[Array]:
-    """Returns for each objective the costs that were expected of proposals and those that were measured, `(n, 2)`."""
-    measured = {_key(row): costs for row, costs in zip(observed.rows, observed.costs, strict=True)}
-    pairs: list[list[tuple[float, float]]] = [[] for _ in observed.costs.T]
-    for trial in trials:
-        expected = trial.system_attrs.get(PROPOSAL, {}).get("costs")
-        if not expected or not all(name in trial.params for name in codec.names):
-            continue
-        costs = measured.get(_key(codec.encode([trial.params])[0]))
-        for place, told in enumerate(expected):
-            if costs is not None and not np.isnan(costs[place]):
-                pairs[place].append((told, float(costs[place])))
-    return [np.array(each).reshape(-1, 2) for each in pairs]
-
-
-def _missed(foretold: Sequence[Array], beliefs: Beliefs) -> Array:
-    """Returns by how much the last proposals were worse than they were told, mean and deviation, on the scales."""
-    missed = np.zeros((2, len(foretold)))
-    for place, (pairs, belief) in enumerate(zip(foretold, beliefs.objectives, strict=True)):
-        if len(pairs) >= _FEWEST:
-            told, measured = belief.scale.forward(pairs[-_LAST:].T)
-            missed[:, place] = max(float((measured - told).mean()), 0.0), float((measured - told).std())
-    return missed
-
-
 def _fresh(rows: Array, observed: Observed, taken: Sequence[Array] = (), at_least_one: bool = True) -> Array:
     """Returns the rows that nobody tried, in their order; if there are none, the last one where one is needed."""
-    seen = {_key(row) for row in (*observed.spent, *taken)}
+    seen = {key_of(row) for row in (*observed.spent, *taken)}
     places = []
     for place, row in enumerate(rows):
-        if _key(row) not in seen:
-            seen.add(_key(row))
+        if key_of(row) not in seen:
+            seen.add(key_of(row))
             places.append(place)
     if not places and at_least_one:
         return rows[-1:]
     return rows[places]
-
-
-def _key(row: Array) -> bytes:
-    return np.round(row, 6).tobytes()
 
 
 def front(seed: int, meaning: Meaning | None = None) -> BaseSampler:
