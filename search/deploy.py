@@ -106,16 +106,16 @@ def measure_afresh(
     evaluator = bench.latency_evaluator(search.baseline.reference_seconds)
     # One that was recovered since the search may break a limit as it is: it is timed, so that all can be told.
     first: Version | None = foremost(versions, tried, prefer, budget, dense) or versions[0]
-    while len(tried) < ATTEMPTS and first is not None:
+    while first is not None and len(tried) < ATTEMPTS:
         again = _timed_again(bench, first, evaluator, budget, dense)
         tried.append(again)
         first = foremost(versions, tried, prefer, budget, dense)
-        if first is not None and first.number == again.version.number:
-            return Afresh(tuple(tried), again, untried(versions, tried))
+        if first is not None and first.number in {each.version.number for each in tried}:
+            break
         why = broken_limits(again.renewed, budget, dense) or "another version is better now"
         say(f"trial {again.version.number} measured again: {why}")
-    best = foremost([again.version for again in tried], tried, prefer, budget, dense)
-    taken = next((again for again in tried if best is not None and again.version.number == best.number), None)
+    best = foremost([each.version for each in tried], tried, prefer, budget, dense)
+    taken = next((each for each in tried if best is not None and each.version.number == best.number), None)
     return Afresh(tuple(tried), taken, untried(versions, tried))
 
 

@@ -26,7 +26,7 @@ STARTUP = 10
 """So many trials are drawn at random where no others came before."""
 ALONE = "evolution"
 """Proposes where surrogates tell too little."""
-_SAFE = 0.8
+_SAFE = 0.9
 """What is proposed keeps the constraints with this probability, where there is such a row: a version that breaks one is
 a trial that is nearly lost."""
 _KNOWN = 100
