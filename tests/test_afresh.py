@@ -13,6 +13,7 @@ from search.budget import Budget
 from search.cli import run
 from search.front import Version
 from search.store import SearchFolder, keep_recovered
+from spaces.candidate import NEVER_EXIT, Candidate
 from tests.searches import measurement, stored, version
 
 DENSE = version(-1, 0.90, 1e-3, 1000.0).measured
@@ -100,7 +101,7 @@ def test_the_mean_of_two_measurements_has_the_samples_of_both() -> None:
 
 
 @pytest.fixture
-def lucky(folder, tmp_path) -> Path:
+def lucky(folder, bench, tmp_path) -> Path:
     """Returns the folder of a search whose most accurate version, of fp32, and one of int8 come before all others.
 
     By its baseline the fp32 reference takes twenty times as long as when the version was measured: so does the version.
@@ -109,11 +110,10 @@ def lucky(folder, tmp_path) -> Path:
     shutil.copytree(folder / "one", runs / "one")
     search = SearchFolder(runs / "one")
     versions = [each for each in stored(runs).versions if each.is_complete]
-    first = {kind: next(each.number for each in versions if majority(each) == kind) for kind in ("fp32", "int8")}
-    accuracies = {first["fp32"]: 0.999, first["int8"]: 0.985}
-    for each in versions:
-        accuracy = replace(each.measured["accuracy"], value=accuracies.get(each.number, 0.5))
-        evaluation = replace(each.evaluation, measurements={**each.measured, "accuracy": accuracy})
+    given = [(whole(bench, "fp32"), 0.999), (whole(bench, "int8"), 0.985), *[(None, 0.5)] * len(versions)]
+    for each, (candidate, accuracy) in zip(versions, given, strict=False):
+        measured = {**each.measured, "accuracy": replace(each.measured["accuracy"], value=accuracy)}
+        evaluation = replace(each.evaluation, candidate=candidate or each.evaluation.candidate, measurements=measured)
         with search.lock():
             keep_recovered(search.create(), each.number, evaluation)
     with search.lock():
@@ -121,9 +121,10 @@ def lucky(folder, tmp_path) -> Path:
     return runs
 
 
-def majority(one: Version) -> str:
-    kinds = list(one.evaluation.candidate.precision.values())
-    return max(set(kinds), key=kinds.count)
+def whole(bench, precision: str) -> Candidate:
+    """Returns the network as it is in one precision, without exits."""
+    choices = bench.space.candidate(bench.space.uniform(1.0, precision, 1.0))
+    return bench.space.settled(choices, dict.fromkeys(choices.thresholds, NEVER_EXIT))
 
 
 def slow(search: SearchFolder, precision: str) -> None:
@@ -141,7 +142,7 @@ def picked(runs: Path, out: Path, capsys, *more: str) -> tuple[int, str, str]:
 
 
 def test_a_pick_that_falls_back_says_so(lucky, tmp_path, capsys) -> None:
-    first, second = sorted((each for each in stored(lucky).versions if accurate(each)), key=majority)
+    first, second = (next(each for each in stored(lucky).versions if accuracy(each) == at) for at in (0.999, 0.985))
     code, text, _ = picked(lucky, tmp_path / "deploy", capsys)
     assert code == 0
     assert f"Picked trial {second.number} by accuracy" in text
@@ -157,8 +158,8 @@ def test_a_pick_that_falls_back_says_so(lucky, tmp_path, capsys) -> None:
     assert told["slack"]["trial"] == first.number
 
 
-def accurate(one: Version) -> bool:
-    return "accuracy" in one.measured and one.measured["accuracy"].value in (0.999, 0.985)
+def accuracy(one: Version) -> float:
+    return one.measured["accuracy"].value if "accuracy" in one.measured else 0.0
 
 
 def test_a_pick_that_finds_nothing_says_what_it_tried(lucky, tmp_path, capsys) -> None:
