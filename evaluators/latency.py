@@ -33,6 +33,19 @@ CLOCKS = {
 
 
 @dataclass(frozen=True)
+class Paths:
+    """What ways out of a network cost.
+
+    Args:
+        seconds: of a batch that leaves as one at each exit and, last, of one that goes to the end.
+        half_width: of the 95% interval of their mean, as a share of it.
+    """
+
+    seconds: tuple[float, ...]
+    half_width: float
+
+
+@dataclass(frozen=True)
 class Reference:
     """What candidates are timed beside: a dense network of one precision, and how long a batch took it.
 
@@ -310,6 +323,10 @@ class LatencyEvaluator:
         return _Found.of(timing, subject.artifact.is_dynamic, shares, launches, proof, before, after)
 
     def paths(self, subject: Deployed, profiles: Profiles = FIRST, shares: Sequence[float] = ()) -> tuple[float, ...]:
+        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end."""
+        return self.timed_paths(subject, profiles, shares).seconds
+
+    def timed_paths(self, subject: Deployed, profiles: Profiles = FIRST, shares: Sequence[float] = ()) -> Paths:
         """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end.
 
         Args:
@@ -326,7 +343,8 @@ class LatencyEvaluator:
         reference_s = self.references[precision].seconds
         waits = zip(timing.per_input, timing.waits_s, strict=True)
         each = np.array([self._waited(ratio, wait, reference_s) for ratio, wait in waits])
-        return tuple(np.average(each.reshape(len(places), len(starts)), axis=1, weights=counts).tolist())
+        means = np.average(each.reshape(len(places), len(starts)), axis=1, weights=counts)
+        return Paths(tuple(means.tolist()), timing.half_width)
 
     def same_twice(self, precision: str, images: Images) -> float:
         """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""

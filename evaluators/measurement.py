@@ -3,8 +3,9 @@
 This module imports nothing heavy: a budget is parsed against it before torch is loaded.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 Unit = Literal["s", "ratio", "flop", "count", "byte", "joule"]
@@ -106,3 +107,22 @@ class Measurement:
         """Returns the measurement that `to_dict` described."""
         lines = {name: tuple(content.get(name, ())) for name in ("remarks", "unproven")}
         return cls(**{**content, **lines})
+
+
+def scaled(measured: Measurement, factor: float) -> Measurement:
+    """Returns a measurement whose every statistic is so many times as large."""
+    others = {name: factor * value for name, value in measured.others.items()}
+    return replace(measured, value=factor * measured.value, others=others)
+
+
+def mean_of(one: Measurement, two: Measurement) -> Measurement:
+    """Returns the mean of two measurements of the same thing, all else being the second's."""
+    others = {name: (one.others[name] + value) / 2 for name, value in two.others.items() if name in one.others}
+    return replace(
+        two,
+        value=(one.value + two.value) / 2,
+        n=one.n + two.n,
+        spread=math.hypot(one.spread, two.spread) / 2,
+        others=others,
+        protocol=f"mean of two, {one.value:.6g} and {two.value:.6g}; {two.protocol}",
+    )

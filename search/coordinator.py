@@ -21,7 +21,7 @@ from search.environment import environment
 from search.evaluation import Evaluation
 from search.final import REACH
 from search.front import OBJECTIVES, Version
-from search.gating import GateSolver, Settled
+from search.gating import GateSolver, Settled, is_hopeless
 from search.interrupts import Interrupts
 from search.samplers import INFORMED, sampler
 from search.samplers.codec import Codec
@@ -190,7 +190,7 @@ class Coordinator:
             with self._interrupts.allowed():
                 settled = self._settle(choices)
                 known = self._known.get(settled.candidate.key)
-                evaluation = known.evaluation if known else settled.stamped(self._measure(settled.candidate))
+                evaluation = known.evaluation if known else self._measure(settled)
         except Exception as error:
             logger.debug("trial %d failed", trial.number, exc_info=True)
             trial.set_user_attr("reason", f"{type(error).__name__}: {error}".strip()[:2000])
@@ -199,8 +199,8 @@ class Coordinator:
             telling = time.monotonic()
             if choices.is_open:
                 trial.set_user_attr("choices", choices.key)
-                self._settled[choices.key] = settled.candidate
-            self._tell(trial, evaluation, known)
+                self._settled[choices.key] = evaluation.candidate
+            self._tell(trial, evaluation, self._known.get(evaluation.candidate.key))
             self._overhead["tell"] += time.monotonic() - telling
         finished = self._stored.get_trials(deepcopy=False)[trial.number]
         self._count(finished)
@@ -211,12 +211,17 @@ class Coordinator:
         known = self._settled.get(choices.key)
         return Settled(known) if known else self._gates.settle(choices)
 
-    def _measure(self, candidate: Candidate) -> Evaluation:
-        simple = self._simple.get(candidate.key)  # measured before the first trial, and in full
-        return simple or self._bench.evaluate(candidate, self._latency, self._is_broken, screen=self._screen)
+    def _measure(self, settled: Settled) -> Evaluation:
+        """Returns what is measured of a version; what is known of it where solving it again came to an earlier one."""
+        simple = self._simple.get(settled.candidate.key)  # measured before the first trial, and in full
+        if simple:
+            return simple
+        found = self._gates.measure(settled, self._is_hopeless, screen=self._screen)
+        known = self._known.get(found.candidate.key)
+        return known.evaluation if known else found
 
-    def _is_broken(self, measured: Mapping[str, Measurement]) -> bool:
-        return any(value > 0 for value in self._budget.violations(measured, self._dense).values())
+    def _is_hopeless(self, measured: Mapping[str, Measurement]) -> bool:
+        return is_hopeless(self._budget, measured, self._dense)
 
     def _tell(self, trial: Trial, evaluation: Evaluation, known: Version | None) -> None:
         for name, violation in self._told_violations(evaluation).items():
@@ -229,7 +234,7 @@ class Coordinator:
         if Version(trial.number, evaluation).is_complete:
             self._stored.tell(trial, [evaluation.measurements[metric].value for metric in OBJECTIVES])
         else:
-            # A budget that is broken left the rest unmeasured; the constraints tell the sampler how badly.
+            # A limit that is broken by far left the rest unmeasured; the constraints tell the sampler how badly.
             self._stored.tell(trial, state=TrialState.PRUNED)
 
     def _told_violations(self, evaluation: Evaluation) -> dict[str, float]:

@@ -42,8 +42,8 @@ def recover_front(bench: Workbench, stored: optuna.Study, baseline: Baseline, sa
             candidate = waiting[0].evaluation.candidate
             with interrupts.allowed():
                 settled = gates.resettle(candidate, settings)
-                evaluation = bench.evaluate(settled.candidate, latency, lambda _measured: False, settings)
-            keep_recovered(stored, waiting[0].number, settled.stamped(evaluation))
+                evaluation = gates.measure(settled, lambda _measured: False, settings)
+            keep_recovered(stored, waiting[0].number, evaluation)
             done += 1
     return done
 

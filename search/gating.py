@@ -1,11 +1,13 @@
 """Thresholds of a candidate's exits for the study's budget: from what each exit says, and what each way out costs.
 
-They are chosen on images that no version is scored on: of many thresholds the best looks better than it is.
+They are chosen on images that no version is scored on: of many thresholds the best looks better than it is. What they
+cost there is not quite what they cost where it counts, so they aim a little below a limit, by what the timing leaves
+open; a version that misses one narrowly all the same is solved again, with what its measurement told.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,24 +21,75 @@ from evaluators.measurement import Measurement
 from evaluators.runtimes.staged import CONFIDENCES
 from evaluators.subject import Subject
 from evaluators.thresholds import Cost, Solved, Thresholds
-from search.budget import Budget
+from search.budget import Budget, Constraint
 from search.evaluation import Evaluation
+from search.screen import Screen
 from search.study import FinetuneSection
-from search.workbench import Workbench
+from search.workbench import StopEarly, Workbench
 from spaces.candidate import NEVER_EXIT, Candidate
 
 AIM = 0.97
-"""Thresholds aim at this share of a limit: the timing that decides is another one, of other images."""
+"""Thresholds aim at about this share of a limit: what decides is counted and timed on other images."""
+NARROW = 0.1
+"""A limit on latency or FLOPs that is missed by less than this share, or its timing's interval, is missed narrowly."""
+_MOST_NARROW = 0.25
+"""Of a limit: however wide the interval, more is no narrow miss."""
+_ROUNDS = 2
+"""So often is a version solved again that misses a limit narrowly."""
+_LEAST_MARGIN = 0.01
+"""Of a limit: an interval of a few turns may be narrow by luck."""
+_MOST_MARGIN = 0.1
+"""Of a limit: what lies further below is too dear a price for a timing that was disturbed."""
 _ALIKE = 0.5
 """Expected accuracies that differ by fewer images than this are alike: counting could not tell them apart."""
+_SOLVED = ("latency", "flops")
+"""What thresholds are solved for."""
 _NEAR = 0.9
 """From this share of what is aimed at on, what a version costs is not left to the formula alone."""
 
 
-def aimed(budget: Budget, metric: str, dense: Mapping[str, Measurement]) -> float:
+def aimed(budget: Budget, metric: str, dense: Mapping[str, Measurement], share: float = AIM) -> float:
     """Returns what solved thresholds may bring the mean of a cost to, in SI units; infinite where nothing limits it."""
     limits = [c for c in budget.constraints if c.measured_as == metric != "accuracy" and c.limits_default_statistic]
-    return min((AIM * limit.ceiling(dense[metric]) for limit in limits), default=float("inf"))
+    return min((share * limit.ceiling(dense[metric]) for limit in limits), default=float("inf"))
+
+
+def margin(half_width: float) -> float:
+    """Returns the share of a limit that is left open for a timing, and for the one that decides, being off.
+
+    Args:
+        half_width: of the 95% interval of what costs are told by, as a share of it; the other one's is taken to be
+            alike.
+    """
+    return float(np.clip(np.sqrt(2) * half_width, _LEAST_MARGIN, _MOST_MARGIN))
+
+
+def is_hopeless(budget: Budget, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> bool:
+    """Returns whether the rest of a version need not be measured: it breaks a limit, and not narrowly.
+
+    What a version loses that lies just outside tells a sampler what those just inside would lose.
+    """
+    return any(by > _narrow(limit, measured) for limit, by in _broken(budget, measured, dense).items())
+
+
+def _broken(
+    budget: Budget, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]
+) -> dict[Constraint, float]:
+    """Returns the limits that are broken, as far as was measured, and by which share of them."""
+    known = [limit for limit in budget.constraints if limit.measured_as in measured]
+    over = {limit: limit.violation(measured[limit.measured_as], dense[limit.measured_as]) for limit in known}
+    return {limit: by for limit, by in over.items() if by > 0}
+
+
+def _narrow(limit: Constraint, measured: Mapping[str, Measurement]) -> float:
+    """Returns the share of a limit by which it may be missed narrowly."""
+    if limit.measured_as not in _SOLVED:
+        return 0.0
+    return float(np.clip(_half_width(measured[limit.measured_as]), NARROW, _MOST_NARROW))
+
+
+def _half_width(measured: Measurement) -> float:
+    return measured.notes.get("half_width", 0.0)
 
 
 @dataclass(frozen=True)
@@ -47,11 +100,13 @@ class Settled:
         candidate: the version.
         gates: what its thresholds came to on the images that they were chosen on; None where nobody chose.
         seconds: that choosing took.
+        asked: what they were chosen from; None where nobody chose.
     """
 
     candidate: Candidate
     gates: Mapping[str, Any] | None = None
     seconds: float = 0.0
+    asked: "_Asked | None" = None
 
     def stamped(self, evaluation: Evaluation) -> Evaluation:
         """Returns what was measured of the version with how its thresholds came about."""
@@ -65,27 +120,51 @@ class _Asked:
     """What `n` images were told by a version, and what they cost where they leave.
 
     Args:
+        choices: the version's, thresholds of its exits being open.
         confidences: of each exit and, last, of the end, `(n, exits + 1)`.
         correct: whether each is right, in the same shape.
-        costs: what leaving costs, by the metric, first what is limited.
+        costs: what leaving costs, by the metric, first what is limited; a limit is what is aimed at.
         floor: the lowest accuracy; None where there is none.
-        correction: how many times as much the first cost was as it says, when it was measured.
+        margin: how far below the budget's limit on latency that is, as a share of it.
+        corrections: how many times as much costs were as they say, where they were measured, by the metric.
     """
 
+    choices: Candidate
     confidences: NDArray[np.floating]
     correct: NDArray[np.bool_]
     costs: Mapping[str, Cost]
     floor: float | None
-    correction: float = 1.0
+    margin: float
+    corrections: Mapping[str, float] = field(default_factory=dict)
+
+    def corrected(self, told: Mapping[str, Any], measured: Mapping[str, Measurement]) -> "_Asked":
+        """Returns the same in the light of what was measured of a version with the thresholds that `best` told."""
+        before = dict(zip(self.costs, told["costs"], strict=True))
+        known = [metric for metric in before if metric in measured]
+        found = {metric: self._correction(metric) * measured[metric].value / before[metric] for metric in known}
+        left = margin(_half_width(measured["latency"])) if "latency" in measured else self.margin
+        seconds = self.costs["latency"]
+        if seconds.limit is not None:
+            seconds = replace(seconds, limit=seconds.limit * (1 - left) / (1 - self.margin))
+        costs = {**self.costs, "latency": seconds}
+        return replace(self, costs=costs, margin=left, corrections={**self.corrections, **found})
+
+    def may_keep(self, told: Mapping[str, Any]) -> bool:
+        """Returns whether the thresholds that `best` told keep the budget's limits, as far as they tell."""
+        found = zip(self.costs.values(), told["costs"], strict=True)
+        return all(cost.limit is None or mean * (1 - self.margin) <= cost.limit for cost, mean in found)
+
+    def _correction(self, metric: str) -> float:
+        return self.corrections.get(metric, 1.0)
 
     def best(self) -> dict[str, Any]:
         """Returns the best thresholds by how likely answers are right, and what they come to by counting."""
         exits, likely = self.confidences[:, :-1], likelihoods(self.confidences, self.correct)
-        first, *others = self.costs.values()
-        costs = (first.times(self.correction), *others)
+        costs = tuple(cost.times(self._correction(metric)) for metric, cost in self.costs.items())
         solved = self._cheapest_alike(Thresholds(exits, likely, costs, self.floor).solve(), likely, costs)
         told = asdict(Thresholds(exits, self.correct, costs, self.floor).outcome(solved.thresholds))
-        told |= {"expected_accuracy": solved.accuracy, "images": len(exits), "correction": self.correction}
+        told |= {"expected_accuracy": solved.accuracy, "images": len(exits)}
+        told |= {"correction": self._correction(next(iter(self.costs))), "margin": self.margin}
         return told | {"ways": {metric: [float(each) for each in cost.leave] for metric, cost in self.costs.items()}}
 
     def _cheapest_alike(self, best: Solved, likely: NDArray[np.floating], costs: Sequence[Cost]) -> Solved:
@@ -133,29 +212,76 @@ class GateSolver:
             return Settled(choices)
         begin = time.perf_counter()
         compressed = self._bench.compressed(choices, more)
-        closed = dict(choices.thresholds) | dict.fromkeys(choices.active_exits, NEVER_EXIT)
-        never = self._bench.space.settled(choices, closed)
+        never = self._version(choices, {"thresholds": [NEVER_EXIT] * len(choices.active_exits)})
         # Where loading compiles, one more artifact would take longer than all else.
         compiles = self._bench.runtime.capabilities().compiles
         whole = None if compiles else self._bench.built(never, compressed, more)
-        asked = self._asked(self._bench.built(choices, compressed, more), whole)
+        asked = self._asked(choices, self._bench.built(choices, compressed, more), whole)
         told = asked.best()
-        version = self._version(choices, never, told)
+        version = self._version(choices, told)
         if not compiles and self._is_near_a_limit(told):
-            taken = self._latency.measure(self._timed(self._bench.built(version, compressed, more))).value
-            told = replace(asked, correction=taken / told["costs"][0]).best()
-            version = self._version(choices, never, told)
-        return Settled(version, told, time.perf_counter() - begin)
+            taken = self._latency.measure(self._timed(self._bench.built(version, compressed, more)))
+            asked = asked.corrected(told, {"latency": taken})
+            told = asked.best()
+            version = self._version(choices, told)
+        return Settled(version, told, time.perf_counter() - begin, asked)
 
-    def _version(self, choices: Candidate, never: Candidate, told: Mapping[str, Any]) -> Candidate:
+    def measure(
+        self,
+        settled: Settled,
+        stop: StopEarly,
+        more: FinetuneSection | None = None,
+        screen: Screen | None = None,
+    ) -> Evaluation:
+        """Returns what was measured of a version, with how its thresholds came about.
+
+        One that misses a limit narrowly is solved again with what was measured, and measured again: the evaluation is
+        of the last one.
+
+        Args:
+            settled: the version.
+            stop: see `Workbench.evaluate`.
+            more: fine-tuning that comes on top of the study's recovery.
+            screen: see `Workbench.evaluate`.
+        """
+        found = self._bench.evaluate(settled.candidate, self._latency, stop, more=more, screen=screen)
+        for _ in range(_ROUNDS):
+            again = self._again(settled, found)
+            if again is None:
+                break
+            settled = again
+            found = self._bench.evaluate(settled.candidate, self._latency, stop, more=more, screen=screen)
+        return settled.stamped(found)
+
+    def _again(self, settled: Settled, found: Evaluation) -> Settled | None:
+        """Returns a version that was measured with thresholds by what that told; None where there is no need or use."""
+        if settled.asked is None or settled.gates is None or not self._misses_narrowly(found.measurements):
+            return None
+        begin = time.perf_counter()
+        asked = settled.asked.corrected(settled.gates, found.measurements)
+        told = asked.best()
+        version = self._version(settled.asked.choices, told)
+        if version == settled.candidate or not asked.may_keep(told):
+            return None
+        spent = settled.seconds + sum(found.seconds.values()) + time.perf_counter() - begin
+        return Settled(version, {**told, "rounds": settled.gates.get("rounds", 0) + 1}, spent, asked)
+
+    def _misses_narrowly(self, measured: Mapping[str, Measurement]) -> bool:
+        """Returns whether limits are broken that thresholds are solved for, none by much, and no others."""
+        found = _broken(self._bench.study.limits, measured, self._dense)
+        broken = {limit: by for limit, by in found.items() if limit.measured_as != "accuracy"}
+        solved = all(limit.limits_default_statistic for limit in broken)
+        return bool(broken) and solved and all(by <= _narrow(limit, measured) for limit, by in broken.items())
+
+    def _version(self, choices: Candidate, told: Mapping[str, Any]) -> Candidate:
+        never = dict(choices.thresholds) | dict.fromkeys(choices.active_exits, NEVER_EXIT)
         found = dict(zip(choices.active_exits, told["thresholds"], strict=True))
-        return self._bench.space.settled(choices, {**never.thresholds, **found})
+        return self._bench.space.settled(choices, {**never, **found})
 
     def _is_near_a_limit(self, told: Mapping[str, Any]) -> bool:
-        """Returns whether batches part on the way, which costs more than their images' ways, and it may matter."""
+        """Returns whether images part on the way, which costs more than their ways do over and over, and it matters."""
         limit = self._aimed("latency")
-        parts = self._bench.target.batch > 1 and max(told["shares"]) < 1
-        return limit is not None and parts and told["costs"][0] > _NEAR * limit
+        return limit is not None and max(told["shares"]) < 1 and told["costs"][0] > _NEAR * limit
 
     def _timed(self, subject: Subject) -> Subject:
         """Returns a subject whose batches are of the images that thresholds are chosen on."""
@@ -166,17 +292,18 @@ class GateSolver:
         """Returns a version with new thresholds, where they are solved: training changes what its exits say."""
         return self.settle(candidate.reopened() if self._bench.has_gates else candidate, more)
 
-    def _asked(self, subject: Subject, whole: Subject | None) -> "_Asked":
+    def _asked(self, choices: Candidate, subject: Subject, whole: Subject | None) -> "_Asked":
         """Returns what the exits say to the images that serve for this, and what leaving there costs."""
         images = self._bench.gate_images
         logits = subject.opened.all_logits(images.images, subject.target.batch)
         confidence = CONFIDENCES[subject.artifact.confidence]
         confidences = np.stack([confidence(logits[:, place]) for place in range(logits.shape[1])], axis=1)
         correct = logits.argmax(axis=2) == images.labels[:, None]
-        return _Asked(confidences, correct, self._costs(subject, whole), self._floor)
+        costs, left = self._costs(subject, whole)
+        return _Asked(choices, confidences, correct, costs, self._floor, left)
 
-    def _costs(self, subject: Subject, whole: Subject | None) -> dict[str, Cost]:
-        """Returns what leaving costs in seconds and in FLOPs, by the metric, first what is limited.
+    def _costs(self, subject: Subject, whole: Subject | None) -> tuple[dict[str, Cost], float]:
+        """Returns what leaving costs in seconds and in FLOPs, by the metric, first what is limited, and the margin.
 
         Where images pass blocks by, it is the mean over what they do; a gate knows nothing of thresholds of exits.
 
@@ -188,7 +315,8 @@ class GateSolver:
         ways = whole.answers if whole is not None and whole.artifact.blocks else None
         stages, heads = self._bench.flops.stages(subject, ways), self._bench.flops.heads(subject)
         profiles = ways.profiles if ways else FIRST
-        paths = self._latency.paths(subject, profiles)
+        timed = self._latency.timed_paths(subject, profiles)
+        paths, left = timed.seconds, margin(timed.half_width)
         added = paths[-1] * sum(heads) / sum(stages)
         if whole is not None:
             added = paths[-1] - self._latency.paths(whole, profiles)[0]
@@ -196,13 +324,15 @@ class GateSolver:
         each = [max(added, 0.0) / len(heads)] * len(heads)
         # An engine runs a stage for as many images as it was built for, however few of them get there.
         starts = np.diff(paths).tolist() if self._bench.runtime.capabilities().compiles else ()
-        seconds = Cost(paths, each, self._aimed("latency"), subject.target.batch, starts)
+        seconds = Cost(paths, each, self._aimed("latency", 1 - left), subject.target.batch, starts)
         flops = Cost(tuple(np.cumsum(stages)), heads, self._aimed("flops"))
         found = {"latency": seconds, "flops": flops}
-        return found if seconds.limit is not None or flops.limit is None else dict(reversed(found.items()))
+        if seconds.limit is None and flops.limit is not None:
+            found = dict(reversed(found.items()))
+        return found, left
 
-    def _aimed(self, metric: str) -> float | None:
-        found = aimed(self._bench.study.limits, metric, self._dense)
+    def _aimed(self, metric: str, share: float = AIM) -> float | None:
+        found = aimed(self._bench.study.limits, metric, self._dense, share)
         return found if np.isfinite(found) else None
 
     @cached_property

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search.afresh import content, lines, slack
 from search.budget import Budget
 from search.commands import check_same_network
 from search.display import Display
@@ -43,34 +44,45 @@ def run_pick(
     if not overview.front:
         print_front(overview, console)
         return NO_VERSION
-    from search.deploy import check_out, confirm, count_pick, recover_more, write_bundle
+    from search.deploy import check_out, confirm, count_pick, measure_afresh, recover_more, write_bundle
     from search.workbench import Workbench
 
     check_out(out)
     with Display(output.beside(), output.quiet) as display:
         bench = Workbench(search.study, display.step)
         check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), bench.fingerprint)
-        ranked: Sequence[Version] = choose(overview.front, prefer)
+        versions: Sequence[Version] = [*overview.simple, *overview.good]
         if more is not None:
-            pruned = next((version for version in ranked if version.number >= 0), ranked[0])
-            ranked = [recover_more(bench, search, pruned, more)]
+            pruned = next(
+                (version for version in choose(overview.front, prefer) if version.number >= 0), overview.front[0]
+            )
+            versions = [recover_more(bench, search, pruned, more)]
         display.say("Measuring the picked version afresh, in a new process...")
-        confirmed = confirm(bench, search, ranked, limits, display.say)
-        if confirmed is None:
-            display.warn("No version tried kept the budget when measured again; search longer, or allow more.")
+        dense = overview.dense.measured
+        found = measure_afresh(bench, search, versions, limits, prefer, display.say)
+        wider = slack(found, versions if more else [*overview.simple, *overview.versions], prefer, limits, dense)
+        if found.taken is None:
+            if output.as_json:
+                failed = {"trial": None, "prefer": prefer, "budget": str(limits)}
+                write_json(failed | content(found, wider, limits, dense))
+            for line in lines(found, wider, prefer, limits, dense):
+                display.warn(line)
             return NO_VERSION
+        confirmed = confirm(bench, search, found.taken)
         used = count_pick(search, confirmed)
         write_bundle(out, bench, search, limits, confirmed)
         tracking = Tracking.of(runs, tracking_uri, remembered(search.folder.open()))
         registered = _registered(tracking, search, confirmed, out, display)
     if output.as_json:
-        write_json(_content(confirmed, prefer, limits, out, registered))
+        again = content(found, wider, limits, dense)
+        write_json(_content(confirmed, prefer, limits, out, registered) | again)
         return 0
-    lines = _confirmation(confirmed, overview.dense, prefer, limits, used)
-    lines.append(f"Wrote {out}/. Check it anywhere: {_check(out)}")
+    told = _confirmation(confirmed, overview.dense, prefer, limits, used)
+    told += lines(found, wider, prefer, limits, dense)
+    told.append(f"Wrote {out}/. Check it anywhere: {_check(out)}")
     if registered:
-        lines += [f"Registered as version {registered.version} of model {registered.name}:", f"  {registered.serve}"]
-    write_lines(console, lines)
+        told += [f"Registered as version {registered.version} of model {registered.name}:", f"  {registered.serve}"]
+    write_lines(console, told)
     return 0
 
 

@@ -13,7 +13,8 @@ from optuna.trial import TrialState
 from search.samplers.acquisition import choose_by_hypervolume, open_points
 from search.samplers.codec import Codec
 from search.samplers.evolution import evolve
-from search.samplers.front import ALONE, PROPOSAL, FrontSampler
+from search.samplers.foresight import PROPOSAL
+from search.samplers.front import ALONE, FrontSampler
 from search.samplers.knapsack import knapsacks
 from search.samplers.objectives import observe
 from search.samplers.surrogate import fit, held_out

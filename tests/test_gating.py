@@ -1,6 +1,7 @@
 """Gates: how sure an exit is, what each way out costs, and thresholds for a study's budget."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,9 @@ from evaluators.subject import Deployed, Subject
 from evaluators.target import Target, TimedBatch
 from evaluators.thresholds import Cost, Thresholds
 from evaluators.timing import Clock, Protocol
-from search.gating import GateSolver
+from search.budget import Budget
+from search.front import Version, feasible
+from search.gating import NARROW, GateSolver, is_hopeless, margin
 from search.study import Study
 from search.workbench import Workbench
 from spaces.candidate import NEVER_EXIT, OPEN_EXIT, Candidate
@@ -193,7 +196,18 @@ def under(bench, *limits: str):
     return SimpleNamespace(**parts, study=study)
 
 
-_USED = ("compressed", "built", "subject", "space", "runtime", "gate_images", "flops", "target", "has_gates")
+_USED = (
+    "compressed",
+    "built",
+    "subject",
+    "space",
+    "runtime",
+    "gate_images",
+    "flops",
+    "target",
+    "has_gates",
+    "evaluate",
+)
 
 
 @pytest.mark.parametrize("limits", [("flops<70%",), ("accuracy_drop<5%",), ("latency<1000%", "accuracy_drop<50%")])
@@ -234,6 +248,85 @@ def test_what_parted_batches_cost_more_is_measured_and_counts(bench, monkeypatch
     assert latency.measure(asked).value == pytest.approx(settled.gates["costs"][0], rel=0.1)
     far = GateSolver(under(bench, "latency<1000%"), latency, dense).settle(choices)
     assert far.gates["correction"] == 1.0
+
+
+@pytest.fixture
+def metered(bench, monkeypatch):
+    """Returns a latency evaluator on a clock without noise, one image at a time, and the dense network's figures."""
+    library, target = Metered((2.0, 3.0)), Target("onnxruntime", "meter", 1, 1)
+    monkeypatch.setattr(bench, "runtime", library)
+    monkeypatch.setattr(bench, "target", target)
+    reference = Reference(bench.subject(bench.space.dense()).artifact.deployed[0], 5.0)
+    latency = LatencyEvaluator({"fp32": reference, "int8": reference}, library, target, Protocol(limit_s=1e9, calls=40))
+    return latency, bench.evaluate(bench.space.dense(), latency, lambda _: False).measurements
+
+
+def test_a_narrow_miss_is_solved_again_and_scored(bench, metered) -> None:
+    latency, dense = metered
+    choices, near = bench.space.candidate(bench.space.uniform(0.25, "fp32", 1.0)), []
+    for percent in range(55, 68, 3):
+        part = under(bench, f"latency<{percent}.3%")
+        limit, solver = part.study.limits.constraints[0], GateSolver(part, latency, dense)
+        settled = solver.settle(choices)
+        once = bench.evaluate(settled.candidate, latency, lambda _: False).measurements
+        found = solver.measure(settled, partial(is_hopeless, part.study.limits, dense=dense))
+        if 0 < limit.violation(once["latency"], dense["latency"]) <= NARROW:
+            near.append(found)
+            assert limit.violation(found.measurements["latency"], dense["latency"]) <= 0
+            assert 1 <= found.gates["rounds"] <= 2
+            assert found.gates["correction"] > 1, "the images that count cost more"
+            assert found.measurements["accuracy"].n == len(bench.scored)
+        else:
+            assert found.candidate == settled.candidate
+            assert "rounds" not in found.gates
+    assert near, "other images leave elsewhere, so one limit or the other is missed"
+
+
+def test_what_no_thresholds_keep_is_scored_just_outside_and_given_up_far_out(bench, metered) -> None:
+    latency, dense = metered
+    choices = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+    least = (
+        GateSolver(under(bench, "flops<1%"), latency, dense).settle(choices).gates["costs"][0] / dense["flops"].value
+    )
+    for over, is_scored in ((1.05, True), (1.3, False)):
+        part = under(bench, f"flops<{100 * least / over:.4g}%")
+        solver = GateSolver(part, latency, dense)
+        found = solver.measure(solver.settle(choices), partial(is_hopeless, part.study.limits, dense=dense))
+        version = Version(0, found)
+        assert version.is_complete == is_scored
+        assert not part.study.limits.is_met(found.measurements, dense)
+        assert feasible([version], part.study.limits, dense) == []
+
+
+def test_a_miss_within_the_interval_of_its_timing_is_narrow() -> None:
+    budget = Budget.parse(["latency<1ms", "size<1KB"])
+
+    def hopeless(seconds: float, half_width: float, size: float) -> bool:
+        latency = Measurement("latency", seconds, "median", 1, 0.0, "", "", notes={"half_width": half_width})
+        measured = {"latency": latency, "size": Measurement("size", size, "total", 1, 0.0, "", "")}
+        return is_hopeless(budget, measured, measured)
+
+    assert not hopeless(1.09e-3, 0.01, 900)
+    assert hopeless(1.15e-3, 0.01, 900)
+    assert not hopeless(1.15e-3, 0.2, 900)
+    assert hopeless(0.9e-3, 0.01, 1001), "what is exact is not missed narrowly"
+
+
+def test_the_margin_follows_the_interval_of_the_timing() -> None:
+    margins = [margin(half_width) for half_width in (0.0, 0.01, 0.02, 0.05, 0.5)]
+    assert margins == sorted(margins)
+    assert 0 < margins[0] < margins[1] < margins[2] < margins[3] <= margins[4] <= 0.1
+    assert margins[2] == pytest.approx(np.hypot(0.02, 0.02))
+
+
+def test_a_timing_that_is_less_sure_leaves_more_below_the_limit(bench, metered) -> None:
+    latency, dense = metered
+    choices = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+    least = latency.timed_paths(bench.subject(choices))
+    assert least.half_width == 0
+    told = GateSolver(under(bench, "latency<80%"), latency, dense).settle(choices).gates
+    assert told["margin"] == margin(0.0)
+    assert told["costs"][0] <= 0.8 * (1 - told["margin"]) * dense["latency"].value
 
 
 def test_of_thresholds_that_are_alike_the_cheapest_are_taken(bench, dense) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
 
 from search.samplers.beliefs import Beliefs
@@ -37,12 +38,43 @@ class Forecast:
             possible += log_ndtr(-means / np.maximum(deviations, 1e-9))
         return cls(np.stack([mean for mean, _ in found], axis=1), np.stack([sd for _, sd in found], axis=1), possible)
 
+    def keeps(self, limits: Array) -> Array:
+        """Returns the probability that each row is feasible, `(n,)`.
+
+        Args:
+            limits: the highest costs that are, on the scales; infinite where there is none, `(m,)`.
+        """
+        found = self.possible.copy()
+        for mean, deviation, limit in zip(self.means.T, self.deviations.T, limits, strict=True):
+            if np.isfinite(limit):
+                found += log_ndtr((limit - mean) / np.maximum(deviation, 1e-9))
+        return np.asarray(np.exp(found))
+
+    def wary(self, missed: Array) -> "Forecast":
+        """Returns the same as it has to be read where earlier forecasts were wrong.
+
+        Args:
+            missed: by how much measurements were worse than forecasts of them, on the scales: the mean, at least 0,
+                and the standard deviation, `(2, m)`.
+        """
+        return Forecast(self.means + missed[0], np.hypot(self.deviations, missed[1]), self.possible)
+
+    def some(self, places: NDArray[np.int64]) -> "Forecast":
+        """Returns what is expected of some of the rows."""
+        return Forecast(self.means[places], self.deviations[places], self.possible[places])
+
     def beats(self, points: Array) -> Array:
         """Returns the probability that each row is feasible and at least as good as each point, `(n, points)`."""
         found = np.exp(self.possible)[:, None] * np.ones(len(points))
         for mean, deviation, places in zip(self.means.T, self.deviations.T, points.T, strict=True):
             found *= ndtr((places[None, :] - mean[:, None]) / np.maximum(deviation, 1e-9)[:, None])
         return found
+
+
+def likely(chances: Array, enough: float, fewest: int) -> NDArray[np.int64]:
+    """Returns the places, in order, of what has chance enough, and if they are fewer than asked for, of the best."""
+    found = np.flatnonzero(chances >= enough)
+    return found if len(found) >= fewest else np.sort(np.argsort(-chances, kind="stable")[:fewest])
 
 
 def open_points(low: Array, reference: Array, front: Array, rng: np.random.Generator) -> Array:

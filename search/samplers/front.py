@@ -1,7 +1,7 @@
 """A sampler for searches of a few hundred dear trials: surrogates, evolution on them, and the hypervolume to be won."""
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,20 +13,22 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
-from search.samplers.acquisition import Forecast, choose_by_hypervolume, open_points
+from search.samplers.acquisition import Forecast, choose_by_hypervolume, likely, open_points
 from search.samplers.beliefs import Beliefs, Functions, Scale, believe
 from search.samplers.codec import Array, Codec
 from search.samplers.evolution import evolve, mutated, non_dominated, offspring, ranked
+from search.samplers.foresight import PROPOSAL, foresight, foretold, key_of, missed_by, origins
 from search.samplers.objectives import Observed, observe
 from search.samplers.structure import Meaning
-from search.samplers.surrogate import HeldOut, held_out
+from search.samplers.surrogate import HeldOut
 
 STARTUP = 10
 """So many trials are drawn at random where no others came before."""
-PROPOSAL = "front:proposal"
-"""The system attribute of a trial that says what proposed it, and what was expected of it."""
 ALONE = "evolution"
 """Proposes where surrogates tell too little."""
+_SAFE = 0.9
+"""What is proposed keeps the constraints with this probability, where there is such a row: a version that breaks one is
+a trial that is nearly lost."""
 _KNOWN = 100
 """Evolution on surrogates begins with so many of the best rows that were measured, and as many changed ones."""
 
@@ -153,7 +155,9 @@ class FrontSampler(BaseSampler):
         self.foresight = foresight(trials, observed, codec)
         parents = _best(observed, beliefs)
         are_bad = beliefs.are_bad
-        chosen = [] if are_bad else self._by_surrogates(observed, beliefs, codec, meaning, parents, batch - explored)
+        missed = missed_by(foretold(trials, observed, codec), beliefs)
+        wanted = 0 if are_bad else batch - explored
+        chosen = self._by_surrogates(observed, beliefs, codec, meaning, parents, missed, wanted) if wanted else []
         children = (
             mutated(parents[self._rng.integers(0, min(len(parents), 20), 32)], codec, self._rng, 2.0)
             if chosen
@@ -161,6 +165,10 @@ class FrontSampler(BaseSampler):
         )
         taken = [proposal.row for proposal in chosen]
         rest = _fresh(np.vstack([children, codec.random(8, self._rng)]), observed, taken)
+        if chosen:
+            allowed = _Box.around(observed, beliefs, meaning).allowed
+            chances = Forecast.of(beliefs, rest).wary(missed).keeps(allowed)
+            rest = rest[likely(chances, _SAFE, batch - len(chosen))]
         origin = ALONE if are_bad else "exploration"
         return chosen + [_Proposal(row, origin) for row in rest[: batch - len(chosen)]]
 
@@ -174,6 +182,7 @@ class FrontSampler(BaseSampler):
         codec: Codec,
         meaning: Meaning | None,
         parents: Array,
+        missed: Array,
         count: int,
     ) -> list[_Proposal]:
         """Returns the rows that add most as far as the surrogates can tell; fewer where they see nothing to win."""
@@ -187,6 +196,8 @@ class FrontSampler(BaseSampler):
         if not len(pool):
             return []
         forecast = Forecast.of(beliefs, pool)
+        safe = likely(forecast.wary(missed).keeps(box.allowed), _SAFE, 2 * count)
+        pool, forecast = pool[safe], forecast.some(safe)
         return [
             _Proposal(pool[place], "surrogate", _costs(beliefs, forecast, place))
             for place in self._winning(observed, beliefs, forecast, box, count)
@@ -248,6 +259,7 @@ class _Box:
         reference: the worst costs that count.
         least: costs that nothing is below; minus infinity where nobody knows.
         limits: the highest costs that count, on the scales; infinite where there is none.
+        allowed: the highest costs that keep the constraints, on the scales; infinite where there is none.
         spans: how far objectives vary, on the scales.
     """
 
@@ -256,6 +268,7 @@ class _Box:
     reference: Array
     least: Array
     limits: Array
+    allowed: Array
     spans: Array
 
     @classmethod
@@ -281,7 +294,8 @@ class _Box:
             np.stack([_on(scale, column) for scale, column in zip(scales, front.T, strict=True)], axis=1),
             reference,
             least,
-            np.array([float(_on(scale, np.array([limit]))[0]) for scale, limit in zip(scales, limits, strict=True)]),
+            _each_on(scales, limits),
+            _each_on(scales, observed.limits),
             np.maximum(spans, 1e-9),
         )
 
@@ -307,6 +321,11 @@ def _on(scale: Scale, costs: Array) -> Array:
     return np.asarray(np.where(usable, scale.forward(np.where(usable, costs, 1.0)), costs))
 
 
+def _each_on(scales: Sequence[Scale], costs: Array) -> Array:
+    """Returns the place of one cost on each scale, `(m,)`."""
+    return np.array([float(_on(scale, np.array([cost]))[0]) for scale, cost in zip(scales, costs, strict=True)])
+
+
 def _best(observed: Observed, beliefs: Beliefs) -> Array:
     """Returns the best rows that were measured, those that keep all limits first."""
     costs = np.stack(
@@ -324,48 +343,17 @@ def _costs(beliefs: Beliefs, forecast: Forecast, place: int) -> tuple[float, ...
     return tuple(float(belief.scale.back(np.array([mean]))[0]) for belief, mean in pairs)
 
 
-def origins(trials: Sequence[FrozenTrial]) -> Counter[str]:
-    """Returns how many trials were proposed in each way."""
-    return Counter(trial.system_attrs[PROPOSAL]["origin"] for trial in trials if PROPOSAL in trial.system_attrs)
-
-
-def foresight(trials: Sequence[FrozenTrial], observed: Observed, codec: Codec) -> dict[str, HeldOut]:
-    """Returns how well proposals were told before anyone measured them, by objective.
-
-    They are where surrogates are most hopeful, so they are wrong there more often than on what is left out at random.
-    """
-    measured = {_key(row): costs for row, costs in zip(observed.rows, observed.costs, strict=True)}
-    pairs: list[list[tuple[float, float]]] = [[] for _ in observed.costs.T]
-    for trial in trials:
-        expected = trial.system_attrs.get(PROPOSAL, {}).get("costs")
-        if not expected or not all(name in trial.params for name in codec.names):
-            continue
-        costs = measured.get(_key(codec.encode([trial.params])[0]))
-        for place, told in enumerate(expected):
-            if costs is not None and not np.isnan(costs[place]):
-                pairs[place].append((told, float(costs[place])))
-    return {
-        f"objective {place}": held_out("before measuring", *np.array(each).T)
-        for place, each in enumerate(pairs)
-        if len(each) > 2
-    }
-
-
 def _fresh(rows: Array, observed: Observed, taken: Sequence[Array] = (), at_least_one: bool = True) -> Array:
     """Returns the rows that nobody tried, in their order; if there are none, the last one where one is needed."""
-    seen = {_key(row) for row in (*observed.spent, *taken)}
+    seen = {key_of(row) for row in (*observed.spent, *taken)}
     places = []
     for place, row in enumerate(rows):
-        if _key(row) not in seen:
-            seen.add(_key(row))
+        if key_of(row) not in seen:
+            seen.add(key_of(row))
             places.append(place)
     if not places and at_least_one:
         return rows[-1:]
     return rows[places]
-
-
-def _key(row: Array) -> bytes:
-    return np.round(row, 6).tobytes()
 
 
 def front(seed: int, meaning: Meaning | None = None) -> BaseSampler:

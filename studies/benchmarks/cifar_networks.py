@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     study = study_on(given.data, "studies.cifar10.model:resnet20", given.weights)
-    loaded, _ = prepare(study, False, lambda *_: None, print)
+    loaded, _ = prepare(study, False, lambda *_: None, lambda _: None)
     plans = (("mobile", Mobile(), 2 * given.minutes, 0.2), ("resnet56", grown(given.weights), given.minutes, 0.03))
     for name, network, minutes, rate in plans:
         train(network, loaded.splits.train, minutes, rate)

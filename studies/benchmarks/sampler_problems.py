@@ -14,7 +14,7 @@ from evaluators.measurement import Measurement
 from search.coordinator import measure_baseline, narrowed
 from search.evaluation import Evaluation
 from search.front import OBJECTIVES, box_share, worst_that_counts
-from search.gating import GateSolver
+from search.gating import GateSolver, is_hopeless
 from search.samplers.codec import Array, Codec
 from search.samplers.evolution import evolve
 from search.samplers.first import distributions, first_guesses
@@ -177,8 +177,8 @@ class StudyCase:
         choices = self._joint.candidate(parameters)
         if choices.key not in self._record.evaluations:
             settled = self._gates.settle(choices)
-            found = self._bench.evaluate(settled.candidate, self._latency, self._is_broken)
-            self._record.evaluations[choices.key] = _recorded(settled.stamped(found))
+            found = self._gates.measure(settled, self._is_hopeless)
+            self._record.evaluations[choices.key] = _recorded(found)
             if len(self._record.evaluations) % _WRITTEN_EVERY == 0:
                 self._record.write()
         accuracy, seconds, flops, gates = self._record.evaluations[choices.key]
@@ -186,8 +186,8 @@ class StudyCase:
         violations = self._budget.violations(self._measured(values), self._dense)
         return Told(choices.key, values, violations, _kept((seconds, flops), gates))
 
-    def _is_broken(self, measured: Mapping[str, Measurement]) -> bool:
-        return any(value > 0 for value in self._budget.violations(measured, self._dense).values())
+    def _is_hopeless(self, measured: Mapping[str, Measurement]) -> bool:
+        return is_hopeless(self._budget, measured, self._dense)
 
     def _measured(self, values: Values) -> dict[str, Measurement]:
         named = zip(OBJECTIVES, values, strict=True)
