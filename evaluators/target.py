@@ -71,6 +71,7 @@ class Capabilities:
         fp32_in: the faster types in which fp32 layers can run, all of them together: a property of a whole engine.
         storage: precisions that weights can be stored in, at no promise of speed.
         skips: whether a block that an input passes by is a part of the artifact that is not run.
+        int8_heads: whether the linear layer that an exit answers by is faster in int8 although its answer is float.
         clock: what work is told by. `cpu`: the CPU time of the calling thread, or the wall clock where several threads
             share the work; that is all a caller waits for, other programs aside. `gpu`: the device's own events; a
             caller waits for the host's part of a call as well.
@@ -87,6 +88,7 @@ class Capabilities:
     fp32_in: tuple[str, ...] = ()
     storage: tuple[str, ...] = ()
     skips: bool = False
+    int8_heads: bool = True
     clock: Literal["cpu", "gpu"] = "cpu"
 
 
@@ -270,8 +272,16 @@ class Runtime(Protocol):
         """Returns the file that is shipped for this runtime, made from a portable ONNX file."""
         ...
 
+    def joined(self, stages: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Returns the files that are shipped of portable ones, each of which reads the first output of the one before.
+
+        They are what `deployable` makes of each, but that features may pass from one to the next in another type than
+        float, and in another order of axes, where that is faster here.
+        """
+        ...
+
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> Opened:
-        """Returns an artifact, loaded from the files that `deployable` gave.
+        """Returns an artifact, loaded from the files that `deployable` or `joined` gave.
 
         Args:
             stages: the files.
@@ -292,6 +302,17 @@ class Runtime(Protocol):
     def remarks(self) -> list[str]:
         """Returns what a user should know about the measurements so far: a line that broke, a clock that moved."""
         ...
+
+
+def deployed_stages(library: Runtime, stages: Sequence[bytes], skips: bool) -> tuple[bytes, ...]:
+    """Returns the files that are shipped of an artifact's portable ones.
+
+    Args:
+        library: what will run them.
+        stages: the portable files.
+        skips: whether inputs may pass blocks by: what comes around a block is not quantized as what comes through it.
+    """
+    return tuple(library.deployable(stage) for stage in stages) if skips else library.joined(stages)
 
 
 def runtime(name: str) -> Runtime:

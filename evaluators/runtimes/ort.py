@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the embedded default target."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.cpu import cpu_name, unsigned_activations, weight_bits
 from evaluators.runtimes.local import LoadedStage, LocallyOpened
 from evaluators.runtimes.run_bundle import harmful_optimizers, session_entries
+from evaluators.runtimes.seams import integer_seams
 from evaluators.runtimes.staged import Steps
 from evaluators.target import Capabilities, Images, Watch
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _CALIBRATION_BATCH = 4
 """So many images at a time keep the memory of calibration small."""
+_INPUT_TYPES: Mapping[str, type[np.generic]] = {"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+"""What a file may read beside float32, by the name that ONNX Runtime has for it."""
 
 
 class OnnxRuntime:
@@ -45,7 +48,15 @@ class OnnxRuntime:
     def capabilities(self) -> Capabilities:
         """Returns fp32 and int8, channels in eights, and 4-bit weights as storage."""
         steps = {"fp32": 8, "int8": 8}
-        return Capabilities(("fp32", "int8"), steps, weight_bits(), dynamic_batch=True, storage=("int4",), skips=True)
+        return Capabilities(
+            ("fp32", "int8"),
+            steps,
+            weight_bits(),
+            dynamic_batch=True,
+            storage=("int4",),
+            skips=True,
+            int8_heads=False,
+        )
 
     def state(self) -> DeviceState:
         """Returns the CPU's frequency, governor and temperature, where the system tells."""
@@ -58,12 +69,20 @@ class OnnxRuntime:
         """
         return unsigned_activations(model)
 
+    def joined(self, stages: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Returns stages that hand on u8 features, channels-last as int8 convolutions compute here.
+
+        A ResNet-20 with one exit that nobody takes, batch 1: 1.088 times the time of the whole with float features,
+        1.058 with u8 ones, and 1.040 where the exit's linear layer is in float too (ONNX Runtime 1.32, x86 with VNNI).
+        """
+        return integer_seams(stages, self.deployable, channels_last=True)
+
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> LocallyOpened:
         """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
         return LocallyOpened([load(stage, threads) for stage in stages], plan, threads, confidence)
 
     def tensors(self, model: bytes) -> Watch:
-        """Returns a function from a batch to all outputs of a file, as float32; its input may be in half precision.
+        """Returns a function from a batch to all outputs of a file, as float32; its input may be half precision or u8.
 
         Half precision is rounded, and overflows, as the file says: see `rounded_halves`.
         """
@@ -71,7 +90,7 @@ class OnnxRuntime:
             model = rounded_halves(model)
         session = open_session(model, threads=1)
         source, names = session.get_inputs()[0], [output.name for output in session.get_outputs()]
-        dtype = np.float16 if source.type == "tensor(float16)" else np.float32
+        dtype = _INPUT_TYPES.get(source.type, np.float32)
 
         def watch(images: Images) -> dict[str, Images]:
             with np.errstate(over="ignore"):

@@ -15,6 +15,7 @@ from evaluators.device_state import DeviceState, cpu_state
 from evaluators.runtimes.cpu import cpu_name, unsigned_activations, weight_bits
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.run_bundle import BatchSizes, PaddedStage, openvino_has_bf16, openvino_settings
+from evaluators.runtimes.seams import integer_seams
 from evaluators.runtimes.staged import Steps
 from evaluators.target import Capabilities, Images, Proof, TargetError, TimedBatch, Watch, allows
 
@@ -91,6 +92,14 @@ class OpenVino:
         """Returns the model with u8 activations, which need no correction: 10 to 15% faster for ResNet-20."""
         return unsigned_activations(model)
 
+    def joined(self, stages: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Returns stages that hand on u8 features, in the order of axes that they have.
+
+        That takes 1% of a ResNet-20's time at batch 1 and 3% at batch 16 less than float ones; channels-last takes
+        more (OpenVINO 2026.4, x86 with VNNI).
+        """
+        return integer_seams(stages, self.deployable, channels_last=False)
+
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "OpenedModels":
         """Returns stages that are compiled for a batch size when it is first asked for."""
         wanted, able = any(allows(stage, "bf16") for stage in stages), openvino_has_bf16(self._core)
@@ -105,7 +114,7 @@ class OpenVino:
 
         def watch(images: Images) -> dict[str, Images]:
             compiled = self._compiled(model, settings, images.shape)
-            found = compiled(images)
+            found = compiled(images.astype(compiled.input(0).element_type.to_dtype(), copy=False))
             return {output.get_any_name(): found[output].astype(np.float32) for output in compiled.outputs}
 
         return watch
