@@ -140,6 +140,7 @@ class TimedBatch:
         follows: of one frame of a stream, what decides whether it is computed; None where images come alone.
         exit: where all leave, whatever they are like; None where their confidences decide.
         share: how often such images come, in any unit, and so before others that are timed.
+        others: the first images of further batches that go the same way; in a process of ours they take turns.
     """
 
     start: int
@@ -148,6 +149,7 @@ class TimedBatch:
     follows: Follows | None = None
     exit: int | None = None
     share: float = 1.0
+    others: tuple[int, ...] = ()
 
     def way(self, plan: Steps) -> Steps:
         """Returns the plan that makes its images go the way that it asks for."""
