@@ -43,10 +43,12 @@ class Reference:
     Args:
         model: the deployed file.
         seconds: its median work for `reference_batch` images when the search began, by the clock that ratios are in.
+        name: what it is; the dense network where not given.
     """
 
     model: bytes
     seconds: float
+    name: str = ""
 
 
 def reference_batch(batch: int) -> int:
@@ -315,7 +317,8 @@ class LatencyEvaluator:
 
     def _told(self, subject: Deployed, precision: str, known: bool, found: _Found) -> str:
         clock = CLOCKS[self._clock]
-        reference = f"dense {precision}, {self.references[precision].seconds * 1e3:.3f} ms of {clock}"
+        beside = self.references[precision]
+        reference = f"{beside.name or f'dense {precision}'}, {beside.seconds * 1e3:.3f} ms of {clock}"
         told = [str(self.protocol), f"reference: {reference}"]
         told += [_SUCCESSION] if subject.artifact.is_dynamic else []
         told.append("percentiles: the wall clock's, over its own median, times the latency")

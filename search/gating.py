@@ -29,8 +29,6 @@ AIM = 0.97
 """Thresholds aim at this share of a limit: the timing that decides is another one, of other images."""
 _ALIKE = 0.5
 """Expected accuracies that differ by fewer images than this are alike: counting could not tell them apart."""
-_NEAR = 0.9
-"""From this share of what is aimed at on, what a version costs is not left to the formula alone."""
 
 
 def aimed(budget: Budget, metric: str, dense: Mapping[str, Measurement]) -> float:
@@ -81,11 +79,26 @@ class _Asked:
     def best(self) -> dict[str, Any]:
         """Returns the best thresholds by how likely answers are right, and what they come to by counting."""
         exits, likely = self.confidences[:, :-1], likelihoods(self.confidences, self.correct)
-        first, *others = self.costs.values()
-        costs = (first.times(self.correction), *others)
+        costs = self._corrected()
         solved = self._cheapest_alike(Thresholds(exits, likely, costs, self.floor).solve(), likely, costs)
-        told = asdict(Thresholds(exits, self.correct, costs, self.floor).outcome(solved.thresholds))
-        told |= {"expected_accuracy": solved.accuracy, "images": len(exits), "correction": self.correction}
+        return self._told(solved.thresholds, solved.accuracy)
+
+    def best_that_pays(self) -> dict[str, Any]:
+        """Returns the best thresholds, or those that nothing reaches where no exit is faster and no less accurate."""
+        best, thresholds = self.best(), (NEVER_EXIT,) * (self.confidences.shape[1] - 1)
+        never = replace(self, correction=1.0)._told(thresholds, float(self.correct[:, -1].mean()))
+        pays = best["costs"][0] < never["costs"][0] or best["accuracy"] > never["accuracy"]
+        return best if pays else never
+
+    def _corrected(self) -> tuple[Cost, ...]:
+        first, *others = self.costs.values()
+        return (first.times(self.correction), *others)
+
+    def _told(self, thresholds: Sequence[float], expected: float) -> dict[str, Any]:
+        """Returns, for the record, what thresholds come to by counting."""
+        exits = self.confidences[:, :-1]
+        told = asdict(Thresholds(exits, self.correct, self._corrected(), self.floor).outcome(thresholds))
+        told |= {"expected_accuracy": expected, "images": len(exits), "correction": self.correction}
         return told | {"ways": {metric: [float(each) for each in cost.leave] for metric, cost in self.costs.items()}}
 
     def _cheapest_alike(self, best: Solved, likely: NDArray[np.floating], costs: Sequence[Cost]) -> Solved:
@@ -123,7 +136,8 @@ class GateSolver:
     def settle(self, choices: Candidate, more: FinetuneSection | None = None) -> Settled:
         """Returns the version that the choices come to: thresholds where they are open, else as it is.
 
-        All exits are built, asked once about the images that serve for this, and timed.
+        All exits are built, asked once about the images that serve for this, and timed. The version that they come to
+        is timed as it runs, exits in succession; where that is not what was expected, they are solved once more.
 
         Args:
             choices: of all else.
@@ -141,21 +155,15 @@ class GateSolver:
         asked = self._asked(self._bench.built(choices, compressed, more), whole)
         told = asked.best()
         version = self._version(choices, never, told)
-        if not compiles and self._is_near_a_limit(told):
+        if not compiles and version != never and next(iter(asked.costs)) == "latency":
             taken = self._latency.measure(self._timed(self._bench.built(version, compressed, more))).value
-            told = replace(asked, correction=taken / told["costs"][0]).best()
+            told = replace(asked, correction=taken / told["costs"][0]).best_that_pays()
             version = self._version(choices, never, told)
         return Settled(version, told, time.perf_counter() - begin)
 
     def _version(self, choices: Candidate, never: Candidate, told: Mapping[str, Any]) -> Candidate:
         found = dict(zip(choices.active_exits, told["thresholds"], strict=True))
         return self._bench.space.settled(choices, {**never.thresholds, **found})
-
-    def _is_near_a_limit(self, told: Mapping[str, Any]) -> bool:
-        """Returns whether batches part on the way, which costs more than their images' ways, and it may matter."""
-        limit = self._aimed("latency")
-        parts = self._bench.target.batch > 1 and max(told["shares"]) < 1
-        return limit is not None and parts and told["costs"][0] > _NEAR * limit
 
     def _timed(self, subject: Subject) -> Subject:
         """Returns a subject whose batches are of the images that thresholds are chosen on."""
