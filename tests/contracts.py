@@ -93,7 +93,7 @@ class RuntimeContract:
         strict = runtime.open(deployed, [0.999] * 2, 1, "margin")
         assert set(strict.answer(images.numpy(), batch=4)[1]) == {2}
         batches = [TimedBatch(0, 4), TimedBatch(4, 4), TimedBatch(0, 4, longest=True), TimedBatch(0, 4, exit=0)]
-        take_turn = opened.turns(images.numpy(), batches, reference, 2, Protocol())
+        take_turn = opened.turns(images.numpy(), batches, reference, 2, Protocol(burst_s=0))
         for candidate_first in (True, False):
             turn = take_turn(candidate_first)
             assert all(ratio > 0 for ratio in turn.ratios)
