@@ -188,8 +188,7 @@ def _timed_batches(subject: Deployed, leaving: Sequence[float]) -> tuple[list[Ti
     profiles, alike = subject.answers.profiles, subject.answers.alike
     each = max(_several(subject) // len(profiles), 1)
     batches = [
-        TimedBatch(start, batch, others=others[: each - 1])
-        for (start, _), others in zip(profiles, alike, strict=True)
+        TimedBatch(start, batch, others=others[: each - 1]) for (start, _), others in zip(profiles, alike, strict=True)
     ]
     return [*batches, TimedBatch(0, batch, longest=True)], [*_weights(subject, leaving), 0.0]
 
@@ -361,8 +360,7 @@ class LatencyEvaluator:
         starts, counts = zip(*profiles, strict=True)
         places = range(len(subject.artifact.exits) + 1)
         # Where images decide which blocks they pass by, each start stands for its own way.
-        each = max(_several(subject) // len(places), 1)
-        others = () if subject.artifact.blocks else _spread(subject, each)
+        others = () if subject.artifact.blocks else _spread(subject, max(_several(subject) // len(places), 1))
         batches = [TimedBatch(start, batch, exit=place, others=others) for place in places for start in starts]
         often = np.outer(shares or [1.0] * len(places), counts).ravel()
         timing = self._pair(subject, precision, batches, often.tolist())

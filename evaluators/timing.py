@@ -2,9 +2,9 @@
 
 Processors change speed by 10 to 30 percent, within seconds. So a candidate is never timed alone: it takes turns with a
 reference that runs the same kind of kernels, and what is kept of a turn is the ratio of the two's means, in the
-thread's own CPU time. The median over turns then stands still where percentiles of either side, and their ratio, wander with the
-machine: on a machine that switches between two speeds, a ratio of tenth percentiles varied by 4 to 6% at equal cost,
-the median of paired ratios by 1%. Wall-clock percentiles are kept beside it.
+thread's own CPU time. The median over turns then stands still where percentiles of either side, and their ratio, wander
+with the machine: on a machine that switches between two speeds, a ratio of tenth percentiles varied by 4 to 6% at equal
+cost, the median of paired ratios by 1%. Wall-clock percentiles are kept beside it.
 """
 
 import math
@@ -23,6 +23,8 @@ TakeTurn = Callable[[bool], "Turn"]
 _RESAMPLES = 200
 _LONGEST = 2000
 """A burst has no more calls than this."""
+_PATIENCE = 4
+"""So many times its limit a timing takes, at most, where it is not known well by then."""
 _ALONE = 4
 """An input that never occurs is timed in bursts that are so many times shorter."""
 
@@ -56,7 +58,8 @@ class Protocol:
         turns: of each side, before the timing may stop.
         half_width: it stops when the 95% interval of the ratio is this narrow, as a share of it.
         calls: it stops at this many calls of the candidate, where no burst has more than it must.
-        limit_s: it stops after this long, once either side has had two turns.
+        limit_s: after this long half as many turns and twice the interval are enough. It stops in any case after four
+            times as long, once either side has had two turns: on a busy machine a turn takes long.
     """
 
     warmups: int = 5
@@ -71,8 +74,8 @@ class Protocol:
     def __str__(self) -> str:
         return (
             f"calls back to back, as in steady use: bursts of {self.burst_s * 1e3:g} ms or {self.burst} calls in turn"
-            f" with a reference, first {self.dropped} dropped, median of the ratios of their means, until the bootstrapped 95%"
-            f" interval is within {self.half_width:.0%} or {self.limit_s:g} s are over"
+            f" with a reference, first {self.dropped} dropped, median of the ratios of their means, until the"
+            f" bootstrapped 95% interval is within {self.half_width:.0%} or {self.limit_s:g} s are over"
         )
 
     def length(self, seconds: float) -> int:
@@ -169,11 +172,13 @@ def time_pair(
     while True:
         # Who goes first alternates, so that a drift within the turn does not favour a side.
         turns.append(take_turn(len(turns) % 2 == 0))
-        late = wall() - begin >= protocol.limit_s or len(turns) * protocol.burst * len(weights) >= protocol.calls
-        if len(turns) < protocol.turns and not (late and len(turns) >= 2):
+        spent = wall() - begin
+        late = spent >= protocol.limit_s
+        over = spent >= _PATIENCE * protocol.limit_s or len(turns) * protocol.burst * len(weights) >= protocol.calls
+        if len(turns) < (protocol.turns // 2 if late else protocol.turns) and not (over and len(turns) >= 2):
             continue
         half_width = _half_width(np.array([turn.ratios for turn in turns]) @ shares, rng)
-        if late or half_width <= protocol.half_width:
+        if over or half_width <= protocol.half_width * (2 if late else 1):
             return _result(turns, shares, half_width)
 
 

@@ -4,9 +4,9 @@ They are chosen on images that no version is scored on: of many thresholds the b
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from evaluators.thresholds import Cost, Solved, Thresholds
 from search.budget import Budget
 from search.evaluation import Evaluation
 from search.study import FinetuneSection
-from search.workbench import Workbench
+from search.workbench import Compressed, Workbench
 from spaces.candidate import NEVER_EXIT, Candidate
 
 AIM = 0.97
@@ -83,12 +83,20 @@ class _Asked:
         solved = self._cheapest_alike(Thresholds(exits, likely, costs, self.floor).solve(), likely, costs)
         return self._told(solved.thresholds, solved.accuracy)
 
-    def best_that_pays(self) -> dict[str, Any]:
-        """Returns the best thresholds, or those that nothing reaches where no exit is faster and no less accurate."""
-        best, thresholds = self.best(), (NEVER_EXIT,) * (self.confidences.shape[1] - 1)
-        never = replace(self, correction=1.0)._told(thresholds, float(self.correct[:, -1].mean()))
-        pays = best["costs"][0] < never["costs"][0] or best["accuracy"] > never["accuracy"]
-        return best if pays else never
+    def outcome(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what thresholds that were found earlier come to with this correction."""
+        return self._told(told["thresholds"], told["expected_accuracy"])
+
+    def if_it_pays(self, told: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns these thresholds, or those that nothing reaches where these are no faster and no more accurate.
+
+        They are more accurate where their answers are likely to be, by more than what is alike.
+        """
+        exits = self.confidences.shape[1] - 1
+        whole = float(likelihoods(self.confidences, self.correct)[:, -1].mean())
+        never = replace(self, correction=1.0)._told((NEVER_EXIT,) * exits, whole)
+        is_better = told["expected_accuracy"] > whole + _ALIKE / len(self.correct)
+        return told if is_better or told["costs"][0] < never["costs"][0] else never
 
     def _corrected(self) -> tuple[Cost, ...]:
         first, *others = self.costs.values()
@@ -137,7 +145,8 @@ class GateSolver:
         """Returns the version that the choices come to: thresholds where they are open, else as it is.
 
         All exits are built, asked once about the images that serve for this, and timed. The version that they come to
-        is timed as it runs, exits in succession; where that is not what was expected, they are solved once more.
+        is timed as it runs, with exits in succession, and they are solved once more by what that took; where exits then
+        save nothing, the version has none.
 
         Args:
             choices: of all else.
@@ -153,13 +162,44 @@ class GateSolver:
         compiles = self._bench.runtime.capabilities().compiles
         whole = None if compiles else self._bench.built(never, compressed, more)
         asked = self._asked(self._bench.built(choices, compressed, more), whole)
-        told = asked.best()
+        told: Mapping[str, Any] = asked.best()
         version = self._version(choices, never, told)
-        if not compiles and version != never and next(iter(asked.costs)) == "latency":
-            taken = self._latency.measure(self._timed(self._bench.built(version, compressed, more))).value
-            told = replace(asked, correction=taken / told["costs"][0]).best_that_pays()
+        if not compiles and next(iter(asked.costs)) == "latency":
+            taken = partial(self._taken, choices, never, compressed, more)
+            told = self._as_it_runs(asked, told, taken)
             version = self._version(choices, never, told)
         return Settled(version, told, time.perf_counter() - begin)
+
+    def _as_it_runs(
+        self, asked: _Asked, told: Mapping[str, Any], taken: Callable[[Mapping[str, Any]], float]
+    ) -> Mapping[str, Any]:
+        """Returns thresholds by what versions take with exits in succession: solved again by what the first one took.
+
+        Args:
+            asked: about all exits.
+            told: thresholds by the formula alone.
+            taken: times the version that thresholds make.
+        """
+        if min(told["thresholds"]) >= NEVER_EXIT:
+            return told
+        found = replace(asked, correction=taken(told) / told["costs"][0])
+        again = found.best()
+        if again["thresholds"] != told["thresholds"] and min(again["thresholds"]) < NEVER_EXIT:
+            found = replace(asked, correction=taken(again) / asked.outcome(again)["costs"][0])
+            again = found.outcome(again)
+        return found.if_it_pays(again)
+
+    def _taken(
+        self,
+        choices: Candidate,
+        never: Candidate,
+        compressed: Compressed,
+        more: FinetuneSection | None,
+        told: Mapping[str, Any],
+    ) -> float:
+        """Returns the seconds of a batch of the images that thresholds are chosen on, as the version runs."""
+        subject = self._bench.built(self._version(choices, never, told), compressed, more)
+        return self._latency.measure(self._timed(subject)).value
 
     def _version(self, choices: Candidate, never: Candidate, told: Mapping[str, Any]) -> Candidate:
         found = dict(zip(choices.active_exits, told["thresholds"], strict=True))

@@ -193,7 +193,9 @@ def test_a_head_answers_in_float_where_its_answer_is_float(residual, images) -> 
     assert cut.precisions["/exit1/classifier/Gemm"] == "fp32"
     assert {given for node, given in cut.precisions.items() if "exit1" not in node} == {"int8"}
     made = converted(cut.deployed[0])
-    assert (made["QLinearAveragePool"], made["AveragePool"]) == (0, 1), "pooled in float too: nothing quantizes behind it"
+    assert (made["QLinearAveragePool"], made["AveragePool"]) == (0, 1), (
+        "pooled in float too: nothing quantizes behind it"
+    )
 
 
 def test_features_of_which_a_block_may_be_skipped_stay_float(residual, images) -> None:

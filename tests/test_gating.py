@@ -241,10 +241,12 @@ class ColdInSuccession(Metered):
         self.factor, self.staged = factor, 0
 
     def open(self, stages, thresholds, threads, confidence="softmax"):
-        self.staged += len(stages) > 1
-        if self.staged == 2:
-            self._units = tuple(self.factor * units for units in self._units)
-        return super().open(stages, thresholds, threads, confidence)
+        given, self.staged = self._units, self.staged + (len(stages) > 1)
+        if len(stages) > 1 < self.staged:
+            self._units = tuple(self.factor * units for units in given)
+        opened = super().open(stages, thresholds, threads, confidence)
+        self._units = given
+        return opened
 
 
 @pytest.mark.parametrize(("factor", "exits"), [(1.0, ("exit1",)), (4.0, ())])

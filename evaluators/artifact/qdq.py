@@ -117,7 +117,11 @@ class Quantizer:
         """Returns the nodes that run in int8 when these layers do."""
         quantized = {self._layers[layer] for layer in int8_layers}
         for node in self._nodes:
-            if node.op_type in FOLLOWING and self._is_fed_by(node, quantized) and self._is_read_in_int8(node, quantized):
+            if (
+                node.op_type in FOLLOWING
+                and self._is_fed_by(node, quantized)
+                and self._is_read_in_int8(node, quantized)
+            ):
                 quantized.add(node.name)
         return quantized
 
