@@ -72,6 +72,8 @@ class Capabilities:
         storage: precisions that weights can be stored in, at no promise of speed.
         skips: whether a block that an input passes by is a part of the artifact that is not run.
         int8_heads: whether the linear layer that an exit answers by is faster in int8 although its answer is float.
+        features: what stages hand on fastest where both ends quantize it: float, u8, or u8 with the channels as the
+            last axis, as int8 convolutions may compute.
         clock: what work is told by. `cpu`: the CPU time of the calling thread, or the wall clock where several threads
             share the work; that is all a caller waits for, other programs aside. `gpu`: the device's own events; a
             caller waits for the host's part of a call as well.
@@ -89,6 +91,7 @@ class Capabilities:
     storage: tuple[str, ...] = ()
     skips: bool = False
     int8_heads: bool = True
+    features: Literal["float", "u8", "u8 channels-last"] = "float"
     clock: Literal["cpu", "gpu"] = "cpu"
 
 
@@ -274,16 +277,8 @@ class Runtime(Protocol):
         """Returns the file that is shipped for this runtime, made from a portable ONNX file."""
         ...
 
-    def joined(self, stages: Sequence[bytes]) -> tuple[bytes, ...]:
-        """Returns the files that are shipped of portable ones, each of which reads the first output of the one before.
-
-        They are what `deployable` makes of each, but that features may pass from one to the next in another type than
-        float, and in another order of axes, where that is faster here.
-        """
-        ...
-
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> Opened:
-        """Returns an artifact, loaded from the files that `deployable` or `joined` gave.
+        """Returns an artifact, loaded from the files that `deployable` or `deployed_stages` gave.
 
         Args:
             stages: the files.
@@ -314,7 +309,12 @@ def deployed_stages(library: Runtime, stages: Sequence[bytes], skips: bool) -> t
         stages: the portable files.
         skips: whether inputs may pass blocks by: what comes around a block is not quantized as what comes through it.
     """
-    return tuple(library.deployable(stage) for stage in stages) if skips else library.joined(stages)
+    features = library.capabilities().features
+    if skips or features == "float":
+        return tuple(library.deployable(stage) for stage in stages)
+    from evaluators.runtimes.seams import integer_seams
+
+    return integer_seams(stages, library.deployable, channels_last=features == "u8 channels-last")
 
 
 def runtime(name: str) -> Runtime:

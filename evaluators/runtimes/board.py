@@ -19,8 +19,6 @@ from evaluators.timing import Protocol, TakeTurn, Turn
 
 ALIVE = 2
 """So many artifacts stay loaded on a board: a candidate and its reference."""
-_ON_CPUS = ("onnxruntime", "openvino")
-"""The runtimes that read u8 activations."""
 RETRY_AFTER_S = (0.5, 2.0, 5.0, 15.0)
 """How long to wait before each attempt to reach a board again."""
 
@@ -72,20 +70,11 @@ class Board:
 
     def deployable(self, model: bytes) -> bytes:
         """Returns the file that the board's runtime wants."""
-        if self._line.board["runtime"] in _ON_CPUS:
+        if self._line.board["runtime"] in ("onnxruntime", "openvino"):
             from evaluators.runtimes.cpu import unsigned_activations
 
             return unsigned_activations(model)
         return model
-
-    def joined(self, stages: Sequence[bytes]) -> tuple[bytes, ...]:
-        """Returns the files that the board's runtime wants of stages that feed one another."""
-        library = self._line.board["runtime"]
-        if library in _ON_CPUS:
-            from evaluators.runtimes.seams import integer_seams
-
-            return integer_seams(stages, self.deployable, channels_last=library == "onnxruntime")
-        return tuple(stages)
 
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "RemotelyOpened":
         """Returns an artifact that is loaded on the board when it is first asked."""

@@ -170,4 +170,5 @@ def _readers(graph: "GraphProto", tensor: str) -> list["NodeProto"]:
 
 
 def _initializer(graph: "GraphProto", name: str) -> "TensorProto":
-    return next(tensor for tensor in graph.initializer if tensor.name == name)
+    found: TensorProto = next(tensor for tensor in graph.initializer if tensor.name == name)
+    return found

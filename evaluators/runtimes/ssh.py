@@ -44,7 +44,6 @@ _SHIPPED = (
     "evaluators/runtimes/staged.py",
     "evaluators/runtimes/worker.py",
     "evaluators/runtimes/cpu.py",
-    "evaluators/runtimes/seams.py",
     "evaluators/runtimes/ort.py",
     "evaluators/runtimes/ov.py",
     "evaluators/runtimes/cuda.py",

@@ -103,10 +103,6 @@ class TensorRT:
         """Returns the model as it is: symmetric s8 is the form that TensorRT reads."""
         return model
 
-    def joined(self, stages: Sequence[bytes]) -> tuple[bytes, ...]:
-        """Returns the stages as they are: features stay on the device, in the buffer that the next stage reads."""
-        return tuple(stages)
-
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> OpenedEngines:  # noqa: ARG002
         """Returns engines that are built for a batch size when it is first asked for; `threads` is not used.
 
