@@ -96,7 +96,8 @@ class _Asked:
         whole = float(likelihoods(self.confidences, self.correct)[:, -1].mean())
         never = replace(self, correction=1.0)._told((NEVER_EXIT,) * exits, whole)
         is_better = told["expected_accuracy"] > whole + _ALIKE / len(self.correct)
-        return told if is_better or told["costs"][0] < never["costs"][0] else never
+        is_used = min(told["thresholds"]) < NEVER_EXIT
+        return told if is_used and (is_better or told["costs"][0] < never["costs"][0]) else never
 
     def _corrected(self) -> tuple[Cost, ...]:
         first, *others = self.costs.values()

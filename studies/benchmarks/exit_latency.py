@@ -86,7 +86,7 @@ def main() -> None:
     bench = Workbench(_study(arguments.weights, arguments.data, arguments.images), _say)
     baseline = measure_baseline(bench)
     dense = baseline.evaluation
-    print(f"\n{dense.measurements['latency'].value * 1e3:.3f} ms dense, on {bench.target}; shares of that\n")
+    print(f"\n{baseline.reference_seconds['fp32'] * 1e3:.3f} ms dense, on {bench.target}; shares of that\n")
     rows: list[Row] = []
     heads = ["precision", "exits", "budget", "used", "leave", "formula", "expected", "measured", "loop"]
     to_loop = [f"{name} to loop" for name in ("formula", "expected", "measured")]
@@ -122,7 +122,7 @@ def _rows(bench: Workbench, baseline: Baseline, dense: Evaluation) -> Iterator[R
     latency, plain = bench.latency_evaluator(baseline.reference_seconds), bench.space.dense()
     for precision in ("int8", "fp32"):
         full = Candidate(plain.channels, dict.fromkeys(plain.precision, precision), plain.thresholds)
-        whole = latency.measure(bench.subject(full)).value / dense.measurements["latency"].value
+        whole = latency.measure(bench.subject(full)).value / latency.references["fp32"].seconds
         for exits, share in zip(_VERSIONS, cycle(_SHARES), strict=False):
             thresholds = {name: OPEN_EXIT if name in exits else NEVER_EXIT for name in full.thresholds}
             open_ = Candidate(full.channels, full.precision, thresholds)
@@ -143,7 +143,7 @@ def _row(
     subject = bench.subject(version.candidate)
     plain = _loaded(bench, bench.subject(bench.space.dense()).artifact)
     ran = _ratio(_loaded(bench, subject.artifact), plain, bench.gate_images.images[:])
-    gates, dense_s = version.gates or {}, dense.measurements["latency"].value
+    gates, dense_s = version.gates or {}, latency.references["fp32"].seconds
     again = Subject(
         subject.network, subject.candidate, subject.artifact, bench.gate_images, bench.runtime, bench.target
     )
