@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact
+from evaluators.data import bytes_of
 from evaluators.device_state import DeviceState, state_moved
 from evaluators.frames import timed_frames
 from evaluators.latency_cache import LatencyCache, structure_key
@@ -17,12 +18,15 @@ from evaluators.subject import Deployed
 from evaluators.target import Images, Opened, Proof, Runtime, Spent, Target, TimedBatch
 from evaluators.timing import PairedTiming, Protocol, time_pair
 
-_TURNS_WITH_EXITS = 3
-"""With exits or blocks, every way in which a batch can shrink takes turns of its own, and each of them fewer."""
-
+_IMAGES_BYTES = 32_000_000
+_IMAGES_AT_MOST = 64
+"""So many batches at most, and so many bytes of them, are timed where images decide what they cost."""
 
 Profiles = Sequence[tuple[int, int]]
 """Batches that stand for all: their first images, and for how many each."""
+LEFT = "left at "
+"""The notes that tell the share of images that leaves at each exit, followed by its name."""
+_SUCCESSION = "different images in random order, each way through the stages as often as it occurs"
 FIRST: Profiles = ((0, 1),)
 """The first batch stands for all."""
 CLOCKS = {
@@ -52,10 +56,12 @@ class Reference:
     Args:
         model: the deployed file.
         seconds: its median work for `reference_batch` images when the search began, by the clock that ratios are in.
+        name: what it is; the dense network where not given.
     """
 
     model: bytes
     seconds: float
+    name: str = ""
 
 
 def reference_batch(batch: int) -> int:
@@ -64,30 +70,34 @@ def reference_batch(batch: int) -> int:
 
 
 def median_seconds(
-    opened: Mapping[str, Opened], images: Images, bursts: int = 60, burst: int = 5, at_least_s: float = 2.0
+    opened: Mapping[str, Opened], images: Images, bursts: int = 60, at_least_s: float = 2.0
 ) -> dict[str, Spent]:
     """Returns what each artifact takes for `images`, medians in seconds, in turn with each other.
 
     The first one's is the median over its bursts; the others' are that times the median of their ratios to it, burst by
-    burst. So a machine that changes its speed meanwhile changes that of all, and not how they compare.
+    burst. So a machine that changes its speed meanwhile changes that of all, and not how they compare. Bursts are as
+    long as those of candidates, and their first call does not count either.
 
     Args:
         opened: artifacts by name.
         images: one batch.
         bursts: of each artifact, at least.
-        burst: calls in a row, of which the first does not count.
         at_least_s: seconds that all of it takes: a speed may last for one.
     """
-    for item in opened.values():
-        item.seconds(images, 2 * burst)
+    lengths = [_burst_length(item, images) for item in opened.values()]
     rounds: list[NDArray[np.float64]] = []
     begin = time.perf_counter()
     while len(rounds) < bursts or time.perf_counter() - begin < at_least_s:
-        taken = [item.seconds(images, burst)[1:] for item in opened.values()]
-        rounds.append(np.array([np.median([(each.work, each.wall) for each in some], axis=0) for some in taken]))
+        taken = [item.seconds(images, calls)[1:] for item, calls in zip(opened.values(), lengths, strict=True)]
+        rounds.append(np.array([np.mean([(each.work, each.wall) for each in some], axis=0) for some in taken]))
     found = np.stack(rounds)  # (rounds, artifacts, work and wall)
     medians = np.median(found[:, 0], axis=0) * np.median(found / found[:, :1], axis=0)
     return {name: Spent(float(work), float(wall)) for name, (work, wall) in zip(opened, medians, strict=True)}
+
+
+def _burst_length(opened: Opened, images: Images) -> int:
+    """Returns how many calls a burst has, after some to warm up."""
+    return Protocol().length(float(np.median([spent.work for spent in opened.seconds(images, 10)])))
 
 
 def slower_launch(launches: Mapping[str, float]) -> list[str]:
@@ -129,8 +139,6 @@ class _Found:
         launches: median seconds of each way to launch a batch.
         remarks: on the precisions that layers run in.
         unproven: layers that do not tell theirs.
-        formula_ratio: with exits alone, the share that leaves at each times the ratio of a whole batch that does.
-        formula_wait_s: the same of what a caller waits beyond the work.
         states: what the device told of itself before and after.
     """
 
@@ -147,8 +155,6 @@ class _Found:
     launches: dict[str, float]
     remarks: list[str]
     unproven: list[str]
-    formula_ratio: float
-    formula_wait_s: float
     states: dict[str, dict[str, float | str]]
 
     @classmethod
@@ -156,7 +162,6 @@ class _Found:
         cls,
         timing: PairedTiming,
         dynamic: bool,
-        shares: Sequence[float],
         launches: dict[str, float],
         proof: Proof,
         before: DeviceState,
@@ -176,30 +181,60 @@ class _Found:
             launches=launches,
             remarks=[*proof.remarks(), *state_moved(before, after)],
             unproven=list(proof.unproven),
-            formula_ratio=float(np.dot(shares, timing.per_input[-len(shares) :])) if shares else 0.0,
-            formula_wait_s=float(np.dot(shares, timing.waits_s[-len(shares) :])) if shares else 0.0,
             states={"before": before.told(), "after": after.told()} if before.told() else {},
         )
 
 
-def _timed_batches(subject: Deployed) -> tuple[list[TimedBatch], list[float]]:
-    """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last."""
+def _timed_batches(subject: Deployed, leaving: Sequence[float]) -> tuple[list[TimedBatch], list[float]]:
+    """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last.
+
+    Args:
+        subject: with the images that tell how often.
+        leaving: the share of images that leaves at each exit, where other images told it; else nothing.
+    """
     batch, reuse = subject.target.batch, subject.artifact.reuse
     if reuse is not None and subject.answers.answering is not None:
         differ = bool(subject.artifact.exits or subject.artifact.blocks)
         return timed_frames(subject.answers.answering, subject.answers.profiles, reuse, differ)
     if not subject.artifact.is_dynamic:
         return [TimedBatch(0, batch)], [1.0]
-    batches = [TimedBatch(start, batch) for start, _ in subject.answers.profiles]
-    weights = [float(count) for _, count in subject.answers.profiles]
-    alone = len(subject.artifact.exits) if _leaves_alone(subject.artifact) else 0
-    paths = [*(TimedBatch(0, batch, exit=place) for place in range(alone)), TimedBatch(0, batch, longest=True)]
-    return [*batches, *paths], [*weights, *[0.0] * len(paths)]
+    profiles, alike = subject.answers.profiles, subject.answers.alike
+    each = max(_several(subject) // len(profiles), 1)
+    batches = [
+        TimedBatch(start, batch, others=others[: each - 1]) for (start, _), others in zip(profiles, alike, strict=True)
+    ]
+    return [*batches, TimedBatch(0, batch, longest=True)], [*_weights(subject, leaving), 0.0]
 
 
-def _leaves_alone(artifact: Artifact) -> bool:
-    """Returns whether the exit where an input leaves is all that decides what it costs."""
-    return bool(artifact.exits) and not artifact.blocks and artifact.reuse is None
+def _several(subject: Deployed) -> int:
+    """Returns how many batches of images are held in memory to be timed."""
+    batch = bytes_of(subject.validation.images[: subject.target.batch])
+    return min(_IMAGES_AT_MOST, max(_IMAGES_BYTES // batch, 1))
+
+
+def _spread(subject: Deployed, count: int) -> tuple[int, ...]:
+    """Returns the first images of at most so many batches from all over the validation images."""
+    batch, images = subject.target.batch, len(subject.validation)
+    starts = range(0, images - batch + 1, batch)
+    return tuple(starts[:: max(len(starts) // count, 1)][1:count])
+
+
+def _left(subject: Deployed) -> dict[str, float]:
+    """Returns the share of images that leaves at each exit, by the notes' names."""
+    if not subject.artifact.exits:
+        return {}
+    places = [*subject.artifact.exits, "end"]
+    return {f"{LEFT}{name}": share for name, share in zip(places, subject.answers.leaving, strict=True)}
+
+
+def _weights(subject: Deployed, leaving: Sequence[float]) -> list[float]:
+    """Returns how often each profile occurs: among the images, or where the exits' shares are given, as those say."""
+    profiles, batch = subject.answers.profiles, subject.target.batch
+    counts = [float(count) for _, count in profiles]
+    exits = [int(subject.answers.exits[start]) for start, _ in profiles]
+    if batch > 1 or subject.artifact.blocks or {place for place, share in enumerate(leaving) if share} != set(exits):
+        return counts
+    return [leaving[place] for place in exits]  # one image at a time, so each exit has one profile
 
 
 def _statistic(artifact: Artifact) -> str:
@@ -247,13 +282,17 @@ class LatencyEvaluator:
         self._clock = able.clock
         self._cache = cache if able.compiles else None
 
-    def measure(self, subject: Deployed) -> Measurement:
-        """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside."""
-        precision = self._majority(subject)
-        found, known = self._known(subject, precision)
+    def measure(self, subject: Deployed, leaving: Sequence[float] = ()) -> Measurement:
+        """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside.
+
+        Args:
+            subject: what is timed.
+            leaving: the share of images that leaves at each exit, where other images than the subject's told it.
+        """
+        precision = self.majority(subject)
+        found, known = self._known(subject, precision, leaving)
         reference_s = self.references[precision].seconds
         value = self._waited(found.ratio, found.wait_s, reference_s)
-        formula = self._waited(found.formula_ratio, found.formula_wait_s, reference_s)
         return Measurement(
             metric="latency",
             value=value,
@@ -275,8 +314,7 @@ class LatencyEvaluator:
                 "wall_median": found.wall_median,
                 "wall_cv": found.wall_cv,
                 "boundaries": subject.artifact.boundaries,
-                # What images one at a time, or batches that leave as one, would take: shares times paths.
-                **({"formula_s": formula} if found.formula_ratio else {}),
+                **_left(subject),
                 # How many times as long as when the search began the reference takes now.
                 **({} if known else {"drift": found.work_s / found.ratio / reference_s}),
                 **{f"seconds {way}": seconds for way, seconds in found.launches.items()},
@@ -291,16 +329,18 @@ class LatencyEvaluator:
 
     def _told(self, subject: Deployed, precision: str, known: bool, found: _Found) -> str:
         clock = CLOCKS[self._clock]
-        reference = f"dense {precision}, {self.references[precision].seconds * 1e3:.3f} ms of {clock}"
-        told = [str(self._protocol(subject)), f"reference: {reference}"]
+        beside = self.references[precision]
+        reference = f"{beside.name or f'dense {precision}'}, {beside.seconds * 1e3:.3f} ms of {clock}"
+        told = [str(self.protocol), f"reference: {reference}"]
+        told += [_SUCCESSION] if subject.artifact.is_dynamic else []
         told.append("percentiles: the wall clock's, over its own median, times the latency")
         told += [f"launched {way}, as it is deployed" for way in list(found.launches)[:1]]
         return "; ".join([*told, *(["kept from an earlier measurement of the same shapes"] if known else [])])
 
-    def _known(self, subject: Deployed, precision: str) -> tuple[_Found, bool]:
+    def _known(self, subject: Deployed, precision: str, leaving: Sequence[float]) -> tuple[_Found, bool]:
         """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
         if self._cache is None or subject.artifact.is_dynamic:
-            return self._fresh(subject, precision), False
+            return self._fresh(subject, precision, leaving), False
         reference = self.references[precision].model
         form = " ".join(field.name for field in fields(_Found))  # what another form kept cannot be read
         circumstances = (self._runtime.version(), str(subject.target), str(self.protocol), form)
@@ -308,19 +348,18 @@ class LatencyEvaluator:
         kept = self._cache.find(key)
         if kept is not None:
             return _Found(**kept), True
-        found = self._fresh(subject, precision)
+        found = self._fresh(subject, precision, leaving)
         self._cache.keep(key, asdict(found))
         return found, False
 
-    def _fresh(self, subject: Deployed, precision: str) -> _Found:
+    def _fresh(self, subject: Deployed, precision: str, leaving: Sequence[float]) -> _Found:
         before = self._runtime.state()
-        timing = self._time(subject, precision)
+        timing = self._pair(subject, precision, *_timed_batches(subject, leaving))
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.opened.proof(batch, subject.artifact.precisions)
-        shares = subject.answers.leaving if _leaves_alone(subject.artifact) else ()
         launches = subject.opened.launches(batch)
-        return _Found.of(timing, subject.artifact.is_dynamic, shares, launches, proof, before, after)
+        return _Found.of(timing, subject.artifact.is_dynamic, launches, proof, before, after)
 
     def paths(self, subject: Deployed, profiles: Profiles = FIRST, shares: Sequence[float] = ()) -> tuple[float, ...]:
         """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end."""
@@ -334,10 +373,12 @@ class LatencyEvaluator:
             profiles: what is timed: more than the first batch where images decide which blocks they pass by.
             shares: how often batches leave at each, which tells what the caches hold; equally often where not given.
         """
-        batch, precision = subject.target.batch, self._majority(subject)
+        batch, precision = subject.target.batch, self.majority(subject)
         starts, counts = zip(*profiles, strict=True)
         places = range(len(subject.artifact.exits) + 1)
-        batches = [TimedBatch(start, batch, exit=place) for place in places for start in starts]
+        # Where images decide which blocks they pass by, each start stands for its own way.
+        others = () if subject.artifact.blocks else _spread(subject, max(_several(subject) // len(places), 1))
+        batches = [TimedBatch(start, batch, exit=place, others=others) for place in places for start in starts]
         often = np.outer(shares or [1.0] * len(places), counts).ravel()
         timing = self._pair(subject, precision, batches, often.tolist())
         reference_s = self.references[precision].seconds
@@ -353,26 +394,19 @@ class LatencyEvaluator:
         turns = first.turns(images, [TimedBatch(0, count)], second, count, self.protocol)
         return time_pair(turns, [1.0], self.protocol, time.perf_counter).ratio
 
-    def _time(self, subject: Deployed, precision: str) -> PairedTiming:
-        return self._pair(subject, precision, *_timed_batches(subject))
-
     def _pair(
         self, subject: Deployed, precision: str, batches: Sequence[TimedBatch], weights: Sequence[float]
     ) -> PairedTiming:
-        protocol = self._protocol(subject)
         images, reference = subject.validation.images, self._load(precision)
         timed = [replace(batch, share=weight) for batch, weight in zip(batches, weights, strict=True)]
-        turns = subject.opened.turns(images, timed, reference, reference_batch(subject.target.batch), protocol)
-        return time_pair(turns, weights, protocol, time.perf_counter)
-
-    def _protocol(self, subject: Deployed) -> Protocol:
-        several = subject.artifact.exits or subject.artifact.blocks
-        return replace(self.protocol, turns=_TURNS_WITH_EXITS) if several else self.protocol
+        turns = subject.opened.turns(images, timed, reference, reference_batch(subject.target.batch), self.protocol)
+        return time_pair(turns, weights, self.protocol, time.perf_counter)
 
     def _load(self, precision: str) -> Opened:
         # Loaded for each timing: idle sessions beside the two that alternate would change what the caches hold.
         return self._runtime.open([self.references[precision].model], [], self._target.threads)
 
-    def _majority(self, subject: Deployed) -> str:
+    def majority(self, subject: Deployed) -> str:
+        """Returns the precision of the reference that a subject is timed beside: that of most of its layers."""
         layers = list(subject.candidate.precision.values())
         return max(self.references, key=layers.count)

@@ -1,6 +1,5 @@
 """What evaluators look at: one compressed network, its artifact, and what it answers."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +36,7 @@ class Answers:
             of a stream, the key frames' only.
         passed: the blocks that each image passed by, `(n, blocks)`; none behind its exit.
         ways: how many ways there are: more than profiles where there were too many to time each.
+        alike: for each profile, the first images of further batches that it stands for; none of a stream.
         answering: of a stream, the key frame whose answer each frame was given, `(n,)`; a key frame its own.
         clips: of a stream, the clip that each frame belongs to, `(n,)`.
     """
@@ -48,6 +48,7 @@ class Answers:
     profiles: tuple[tuple[int, int], ...]
     passed: NDArray[np.bool_]
     ways: int
+    alike: tuple[tuple[int, ...], ...] = ()
     answering: NDArray[np.int64] | None = None
     clips: NDArray[np.int64] | None = None
 
@@ -93,8 +94,10 @@ def _answers(said: tuple[Images, Routes], stages: int, labels: NDArray[np.int64]
     logits, routes = said
     classes, exits, passed = logits.argmax(axis=1), exits_of(routes), skipped_of(routes, blocks)
     ways = _ways(exits, passed, batch, stages)
-    profiles = tuple((at * batch, count) for at, count in _standing(ways, stages))
-    return Answers(classes, classes == labels, exits, stages, profiles, passed, len(set(ways)))
+    standing = _standing(ways, stages)
+    profiles = tuple((stands * batch, len(others) + 1) for stands, others in standing)
+    alike = tuple(tuple(at * batch for at in others) for _, others in standing)
+    return Answers(classes, classes == labels, exits, stages, profiles, passed, len(set(ways)), alike)
 
 
 def _ask_stream(opened: Opened, stages: int, stream: Stream, reuse: Reuse | None, blocks: int) -> Answers:
@@ -107,9 +110,9 @@ def _ask_stream(opened: Opened, stages: int, stream: Stream, reuse: Reuse | None
     classes, exits, passed = logits.argmax(axis=1)[given], exits_of(routes), skipped_of(routes, blocks)
     # From behind, because the first frame of all has no key frame before it.
     ways = _ways(exits, passed, 1, stages)[::-1]
-    kinds = tuple((int(keys[-1 - at]), count) for at, count in _standing(ways, stages))
+    kinds = tuple((int(keys[-1 - stands]), len(others) + 1) for stands, others in _standing(ways, stages))
     correct, number = classes == stream.labels, len(set(ways))
-    return Answers(classes, correct, exits[given], stages, kinds, passed[given], number, answering, stream.clips)
+    return Answers(classes, correct, exits[given], stages, kinds, passed[given], number, (), answering, stream.clips)
 
 
 def _ways(exits: NDArray[np.int64], passed: NDArray[np.bool_], batch: int, stages: int) -> list[tuple[int, ...]]:
@@ -123,17 +126,20 @@ def _ways(exits: NDArray[np.int64], passed: NDArray[np.bool_], batch: int, stage
     return [tuple(some + more) for some, more in zip(reached, left_out, strict=True)]
 
 
-def _standing(ways: Sequence[tuple[int, ...]], stages: int) -> list[tuple[int, int]]:
-    """Returns batches that stand for all, and for how many each: one of every way, or of equal shares of too many.
+def _standing(ways: Sequence[tuple[int, ...]], stages: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Returns batches that stand for all, and the others that each stands for: of every way, or of equal shares.
 
     The latter are the middle ones, by how much they leave out: the more, the fewer images reach their stages and,
     then, the more pass their blocks by. Without blocks every way is timed.
     """
-    counts = Counter(ways)
-    if len(counts) <= MOST_WAYS or len(ways[0]) == stages:
-        return [(ways.index(way), count) for way, count in counts.items()]
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index, way in enumerate(ways):
+        found.setdefault(way, []).append(index)
+    if len(found) <= MOST_WAYS or len(ways[0]) == stages:
+        return [(first, tuple(others)) for first, *others in found.values()]
     order = sorted(range(len(ways)), key=lambda index: (sum(ways[index][:stages]), -sum(ways[index][stages:])))
-    return [(int(part[len(part) // 2]), len(part)) for part in np.array_split(order, MOST_WAYS)]
+    parts = [part.tolist() for part in np.array_split(order, MOST_WAYS)]
+    return [(part.pop(len(part) // 2), tuple(part)) for part in parts]
 
 
 class Deployed:

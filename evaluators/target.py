@@ -73,6 +73,9 @@ class Capabilities:
         fp32_in: the faster types in which fp32 layers can run, all of them together: a property of a whole engine.
         storage: precisions that weights can be stored in, at no promise of speed.
         skips: whether a block that an input passes by is a part of the artifact that is not run.
+        int8_heads: whether the linear layer that an exit answers by is faster in int8 although its answer is float.
+        features: what stages hand on fastest where both ends quantize it: float, u8, or u8 with the channels as the
+            last axis, as int8 convolutions may compute.
         clock: what work is told by. `cpu`: the CPU time of the calling thread, or the wall clock where several threads
             share the work; that is all a caller waits for, other programs aside. `gpu`: the device's own events; a
             caller waits for the host's part of a call as well.
@@ -90,6 +93,8 @@ class Capabilities:
     fp32_in: tuple[str, ...] = ()
     storage: tuple[str, ...] = ()
     skips: bool = False
+    int8_heads: bool = True
+    features: Literal["float", "u8", "u8 channels-last"] = "float"
     clock: Literal["cpu", "gpu"] = "cpu"
 
 
@@ -141,6 +146,7 @@ class TimedBatch:
         follows: of one frame of a stream, what decides whether it is computed; None where images come alone.
         exit: where all leave, whatever they are like; None where their confidences decide.
         share: how often such images come, in any unit, and so before others that are timed.
+        others: the first images of further batches that go the same way; in a process of ours they take turns.
     """
 
     start: int
@@ -149,6 +155,7 @@ class TimedBatch:
     follows: Follows | None = None
     exit: int | None = None
     share: float = 1.0
+    others: tuple[int, ...] = ()
 
     def way(self, plan: Steps) -> Steps:
         """Returns the plan that makes its images go the way that it asks for."""
@@ -274,7 +281,7 @@ class Runtime(Protocol):
         ...
 
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> Opened:
-        """Returns an artifact, loaded from the files that `deployable` gave.
+        """Returns an artifact, loaded from the files that `deployable` or `deployed_stages` gave.
 
         Args:
             stages: the files.
@@ -295,6 +302,22 @@ class Runtime(Protocol):
     def remarks(self) -> list[str]:
         """Returns what a user should know about the measurements so far: a line that broke, a clock that moved."""
         ...
+
+
+def deployed_stages(library: Runtime, stages: Sequence[bytes], skips: bool) -> tuple[bytes, ...]:
+    """Returns the files that are shipped of an artifact's portable ones.
+
+    Args:
+        library: what will run them.
+        stages: the portable files.
+        skips: whether inputs may pass blocks by: what comes around a block is not quantized as what comes through it.
+    """
+    features = library.capabilities().features
+    if skips or features == "float":
+        return tuple(library.deployable(stage) for stage in stages)
+    from evaluators.runtimes.seams import integer_seams
+
+    return integer_seams(stages, library.deployable, channels_last=features == "u8 channels-last")
 
 
 def runtime(name: str) -> Runtime:

@@ -302,7 +302,8 @@ def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:
     share = percent(found.correct / found.images)
     lines = [
         f"{bundle} on {found.target}:",
-        f"  latency   {milliseconds(found.latency_s)} per batch ({tails}; {found.calls} batches)",
+        f"  latency   {milliseconds(found.latency_s)} per batch ({tails}; {found.calls} batches), as `pick` tells it:",
+        f"            {found.protocol}",
         f"  accuracy  {share} on {found.images} check images: {found.correct} right, {found.expected} when it was made",
         *(f"  launch    {milliseconds(seconds)} per batch {way}" for way, seconds in found.launches.items()),
         *(f"  {remark}" for remark in found.remarks),

@@ -14,7 +14,7 @@ import numpy as np
 
 from evaluators.accuracy import accuracy_of
 from evaluators.data import bytes_of
-from evaluators.latency import LatencyEvaluator
+from evaluators.latency import LEFT, LatencyEvaluator
 from evaluators.measurement import Measurement, mean_of, scaled
 from evaluators.remeasure import remeasure, write_job
 from evaluators.runtimes import inputs, reuse, run_bundle, staged
@@ -39,6 +39,8 @@ _DOUBTFUL = 0.03
 _CHECK_BYTES = 20_000_000
 """The bundle brings as many test images as fit in this."""
 _MARKER = "bundle.json"
+REFERENCE = "reference.onnx"
+"""The dense network that a bundle's latency is told beside; it may be left out when the bundle is shipped."""
 _SHIPPED = {run_bundle: "run.py", staged: "staged.py", inputs: "inputs.py", reuse: "reuse.py"}
 """The program that runs a bundle, by the name that each of its files has there."""
 
@@ -217,6 +219,9 @@ def write_bundle(out: Path, bench: Workbench, search: StoredSearch, budget: Budg
 
 def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: Budget, confirmed: Confirmed) -> None:
     artifact, evaluation = confirmed.subject.artifact, confirmed.version.evaluation
+    evaluator = bench.latency_evaluator(search.baseline.reference_seconds)
+    precision = evaluator.majority(confirmed.subject)
+    reference = evaluator.references[precision]
     names = ["model.onnx"] if len(artifact.stages) == 1 else [f"stage{i + 1}.onnx" for i in range(len(artifact.stages))]
     for name, stage in zip(names, artifact.deployed, strict=True):
         (folder / name).write_bytes(stage)
@@ -233,6 +238,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
         (folder / name).write_bytes(content)
     if extras:
         (folder / "runtime.pyz").write_bytes(worker_file())
+    # The portable form, which a board's runtime can read as well as this one's.
+    (folder / REFERENCE).write_bytes(bench.references()[precision].stages[0])
     preprocessing = bench.loaded.preprocessing
     contents: dict[str, Any] = {
         _MARKER: {
@@ -253,6 +260,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "image_shape": bench.data.image_shape,
             "classes": bench.data.classes,
             **({"frames": asdict(artifact.reuse)} if artifact.reuse else {}),
+            "reference": {"file": REFERENCE, "precision": precision, "seconds": reference.seconds},
+            "leaving": [value for name, value in confirmed.latency.notes.items() if name.startswith(LEFT)],
             "check": {"images": len(images), "correct": int(confirmed.answers.correct[: len(images)].sum())},
         },
         "candidate.json": evaluation.candidate.to_dict(),

@@ -16,7 +16,7 @@ from evaluators.case import Case, Finding
 from evaluators.comparison import Answered, Compared, Side, compare
 from evaluators.data import LabelledImages
 from evaluators.findings import find
-from evaluators.target import Runtime, runtime
+from evaluators.target import Runtime, deployed_stages, runtime
 from search.evaluation import Evaluation
 from search.progress import Progress
 from search.store import StoredSearch
@@ -86,7 +86,7 @@ class _Version:
     precisions: frozenset[str]
 
     def on(self, library: Runtime, name: str) -> Side:
-        files = tuple(library.deployable(stage) for stage in self.stages) if self.own else self.stages
+        files = deployed_stages(library, self.stages, skips=False) if self.own else self.stages
         return Side(name, library, files)
 
 

@@ -6,9 +6,9 @@ open; a version that misses one narrowly all the same is solved again, with what
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from search.budget import Budget, Constraint
 from search.evaluation import Evaluation
 from search.screen import Screen
 from search.study import FinetuneSection
-from search.workbench import StopEarly, Workbench
+from search.workbench import Compressed, StopEarly, Workbench
 from spaces.candidate import NEVER_EXIT, Candidate
 
 AIM = 0.97
@@ -44,8 +44,6 @@ _ALIKE = 0.5
 """Expected accuracies that differ by fewer images than this are alike: counting could not tell them apart."""
 _SOLVED = ("latency", "flops")
 """What thresholds are solved for."""
-_NEAR = 0.9
-"""From this share of what is aimed at on, what a version costs is not left to the formula alone."""
 
 
 def aimed(budget: Budget, metric: str, dense: Mapping[str, Measurement], share: float = AIM) -> float:
@@ -160,10 +158,34 @@ class _Asked:
     def best(self) -> dict[str, Any]:
         """Returns the best thresholds by how likely answers are right, and what they come to by counting."""
         exits, likely = self.confidences[:, :-1], likelihoods(self.confidences, self.correct)
-        costs = tuple(cost.times(self._correction(metric)) for metric, cost in self.costs.items())
+        costs = self._corrected()
         solved = self._cheapest_alike(Thresholds(exits, likely, costs, self.floor).solve(), likely, costs)
-        told = asdict(Thresholds(exits, self.correct, costs, self.floor).outcome(solved.thresholds))
-        told |= {"expected_accuracy": solved.accuracy, "images": len(exits)}
+        return self._told(solved.thresholds, solved.accuracy)
+
+    def outcome(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what thresholds that were found earlier come to with these corrections."""
+        return self._told(told["thresholds"], told["expected_accuracy"])
+
+    def if_it_pays(self, told: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns these thresholds, or those that nothing reaches where these are no faster and no more accurate.
+
+        They are more accurate where their answers are likely to be, by more than what is alike.
+        """
+        exits = self.confidences.shape[1] - 1
+        whole = float(likelihoods(self.confidences, self.correct)[:, -1].mean())
+        never = replace(self, corrections={})._told((NEVER_EXIT,) * exits, whole)
+        is_better = told["expected_accuracy"] > whole + _ALIKE / len(self.correct)
+        is_used = min(told["thresholds"]) < NEVER_EXIT
+        return told if is_used and (is_better or told["costs"][0] < never["costs"][0]) else never
+
+    def _corrected(self) -> tuple[Cost, ...]:
+        return tuple(cost.times(self._correction(metric)) for metric, cost in self.costs.items())
+
+    def _told(self, thresholds: Sequence[float], expected: float) -> dict[str, Any]:
+        """Returns, for the record, what thresholds come to by counting."""
+        exits = self.confidences[:, :-1]
+        told = asdict(Thresholds(exits, self.correct, self._corrected(), self.floor).outcome(thresholds))
+        told |= {"expected_accuracy": expected, "images": len(exits)}
         told |= {"correction": self._correction(next(iter(self.costs))), "margin": self.margin}
         return told | {"ways": {metric: [float(each) for each in cost.leave] for metric, cost in self.costs.items()}}
 
@@ -202,7 +224,9 @@ class GateSolver:
     def settle(self, choices: Candidate, more: FinetuneSection | None = None) -> Settled:
         """Returns the version that the choices come to: thresholds where they are open, else as it is.
 
-        All exits are built, asked once about the images that serve for this, and timed.
+        All exits are built, asked once about the images that serve for this, and timed. The version that they come to
+        is timed as it runs, with exits in succession, and they are solved once more by what that took; where exits then
+        save nothing, the version has none.
 
         Args:
             choices: of all else.
@@ -217,14 +241,42 @@ class GateSolver:
         compiles = self._bench.runtime.capabilities().compiles
         whole = None if compiles else self._bench.built(never, compressed, more)
         asked = self._asked(choices, self._bench.built(choices, compressed, more), whole)
-        told = asked.best()
+        told: Mapping[str, Any] = asked.best()
         version = self._version(choices, told)
-        if not compiles and self._is_near_a_limit(told):
-            taken = self._latency.measure(self._timed(self._bench.built(version, compressed, more)))
-            asked = asked.corrected(told, {"latency": taken})
-            told = asked.best()
+        if not compiles and next(iter(asked.costs)) == "latency":
+            asked, told = self._as_it_runs(asked, told, partial(self._taken, choices, compressed, more))
             version = self._version(choices, told)
         return Settled(version, told, time.perf_counter() - begin, asked)
+
+    def _as_it_runs(
+        self, asked: _Asked, told: Mapping[str, Any], taken: Callable[[Mapping[str, Any]], Measurement]
+    ) -> tuple[_Asked, Mapping[str, Any]]:
+        """Returns thresholds by what versions take with exits in succession: solved again by what the first one took.
+
+        Args:
+            asked: about all exits.
+            told: thresholds by the formula alone.
+            taken: times the version that thresholds make.
+
+        Returns:
+            What was asked, corrected by what the last version took, and its thresholds.
+        """
+        if min(told["thresholds"]) >= NEVER_EXIT:
+            return asked, told
+        found = asked.corrected(told, {"latency": taken(told)})
+        again = found.best()
+        if again["thresholds"] != told["thresholds"] and min(again["thresholds"]) < NEVER_EXIT:
+            found = asked.corrected(asked.outcome(again), {"latency": taken(again)})
+            again = found.outcome(again)
+        paying = found.if_it_pays(again)
+        # What exits cost more in succession says nothing of a version without any.
+        return (found if paying is again else replace(found, corrections={})), paying
+
+    def _taken(
+        self, choices: Candidate, compressed: Compressed, more: FinetuneSection | None, told: Mapping[str, Any]
+    ) -> Measurement:
+        """Returns what a batch of the images that thresholds are chosen on takes, as the version runs."""
+        return self._latency.measure(self._timed(self._bench.built(self._version(choices, told), compressed, more)))
 
     def measure(
         self,
@@ -277,11 +329,6 @@ class GateSolver:
         never = dict(choices.thresholds) | dict.fromkeys(choices.active_exits, NEVER_EXIT)
         found = dict(zip(choices.active_exits, told["thresholds"], strict=True))
         return self._bench.space.settled(choices, {**never, **found})
-
-    def _is_near_a_limit(self, told: Mapping[str, Any]) -> bool:
-        """Returns whether images part on the way, which costs more than their ways do over and over, and it matters."""
-        limit = self._aimed("latency")
-        return limit is not None and max(told["shares"]) < 1 and told["costs"][0] > _NEAR * limit
 
     def _timed(self, subject: Subject) -> Subject:
         """Returns a subject whose batches are of the images that thresholds are chosen on."""

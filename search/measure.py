@@ -1,4 +1,4 @@
-"""Measuring a bundle again, on this machine or on a board: no study, no torch, no search."""
+"""Measuring a bundle again as `pick` measured it, on this machine or on a board: no study, no torch, no search."""
 
 import json
 from dataclasses import dataclass
@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
-from evaluators.frames import Reuse, Stream, timed_frames
-from evaluators.latency import slower_launch
-from evaluators.runtimes.staged import from_json
-from evaluators.subject import Answers, ask
-from evaluators.target import Opened, Runtime, runtime
-from evaluators.timing import Floats, Protocol, weighted_percentile
+from evaluators.frames import Reuse, Stream
+from evaluators.latency import LatencyEvaluator, Reference, median_seconds, reference_batch
+from evaluators.measurement import Measurement
+from evaluators.runtimes.staged import Step, from_json
+from evaluators.subject import Deployed
+from evaluators.target import Runtime, Target, deployed_stages, runtime
+from spaces.candidate import Candidate
 from spaces.errors import UserError
 
-CALLS = 200
-"""So many batches are timed, shared out among the ways in which a batch can shrink."""
-_WARMUPS = 10
+_SLOWER = 0.1
+"""A machine whose speed has changed by this share is worth a remark."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Found:
 
     Args:
         target: what ran it.
-        latency_s: seconds per batch by the clock: the median, or with exits or frames the mean over its check images.
+        latency_s: seconds per batch as `pick` tells them: the median, or with exits, gates or frames the expected ones.
         percentiles: p90, p95 and p99 of the same.
         calls: how many batches were timed.
+        protocol: how, by which clock, and beside what.
         correct: right answers to the check images.
         images: how many check images there are.
         expected: right answers when the bundle was made.
@@ -41,6 +43,7 @@ class Found:
     latency_s: float
     percentiles: dict[str, float]
     calls: int
+    protocol: str
     correct: int
     images: int
     expected: int
@@ -48,8 +51,23 @@ class Found:
     remarks: list[str]
 
 
+@dataclass(frozen=True)
+class _Beside:
+    """What a bundle is timed beside.
+
+    Args:
+        precision: of it.
+        reference: the network, and how long a batch takes it.
+        remarks: where that was not told by `pick`.
+    """
+
+    precision: str
+    reference: Reference
+    remarks: tuple[str, ...] = ()
+
+
 def measure_bundle(folder: Path, target: str | None) -> Found:
-    """Returns a bundle's latency and accuracy.
+    """Returns a bundle's latency and accuracy, by the clock and at the speed of the machine that `pick` told them at.
 
     Args:
         folder: the bundle.
@@ -60,36 +78,77 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
         TargetError: the target is not here.
     """
     description = _read(folder)
-    batch, threads = description["target"]["batch"], description["target"]["threads"]
     library = runtime(target or description["target"]["runtime"])
-    stages = [library.deployable(_portable(folder, name)) for name in description["deployed"]]
-    blocks, plan = len(description.get("blocks", [])), description.get("steps") or description["thresholds"]
-    if blocks and not library.capabilities().skips:
+    if description.get("blocks") and not library.capabilities().skips:
         raise UserError(f"a bundle that skips blocks is measured where blocks can be skipped, got {library.name}")
-    opened = library.open(stages, from_json(plan), threads, description.get("confidence", "softmax"))
-    reuse = Reuse(**description["frames"]) if "frames" in description else None
-    check = _check(folder, reuse)
-    answers = ask(opened, len(description["exits"]) + 1, check, batch, reuse, blocks)
-    if reuse is None:
-        seconds, weights = _time(opened, answers, check, batch)
-    else:
-        seconds, weights = _time_frames(opened, answers, check, reuse)
-    launches = opened.launches(check.images[:batch])
+    subject = _subject(folder, description, library)
+    beside = _beside(folder, description, library, subject)
+    evaluator = LatencyEvaluator({beside.precision: beside.reference}, library, subject.target)
+    latency = evaluator.measure(subject, description.get("leaving", ()))
     return Found(
-        target=f"{library.version()} on {library.device()}, batch {batch}",
-        latency_s=_typical(seconds, weights, dynamic=len(stages) > 1 or reuse is not None),
-        percentiles={f"p{percent}": weighted_percentile(seconds, weights, percent) for percent in (90, 95, 99)},
-        calls=len(seconds),
-        correct=int(answers.correct.sum()),
-        images=len(check),
+        target=f"{library.version()} on {library.device()}, batch {subject.target.batch}",
+        latency_s=latency.value,
+        percentiles={name: latency.others[name] for name in ("p90", "p95", "p99")},
+        calls=latency.n,
+        protocol=latency.protocol,
+        correct=int(subject.answers.correct.sum()),
+        images=len(subject.validation),
         expected=description["check"]["correct"],
-        launches=launches,
-        remarks=[*slower_launch(launches), *_remarks(library)],
+        launches={name.removeprefix("seconds "): value for name, value in latency.notes.items() if "seconds " in name},
+        remarks=[*latency.remarks, *beside.remarks, *_speed(latency), *library.remarks()],
     )
 
 
-def _remarks(library: Runtime) -> list[str]:
-    return [*library.remarks(), "by the clock, not beside a reference: compare only what was measured in one go"]
+def _subject(folder: Path, description: dict[str, Any], library: Runtime) -> Deployed:
+    """Returns a bundle as evaluators look at it: the check images are what it is scored on."""
+    target = Target(**{**description["target"], "runtime": library.name, "device": library.device()})
+    portable = [_portable(folder, name) for name in description["deployed"]]
+    deployed = deployed_stages(library, portable, bool(description.get("blocks")))
+    reuse = Reuse(**description["frames"]) if "frames" in description else None
+    artifact = Artifact(
+        tuple(portable),
+        deployed,
+        tuple(description["exits"]),
+        tuple(description["thresholds"]),
+        confidence=description.get("confidence", "softmax"),
+        reuse=reuse,
+        blocks=tuple(description.get("blocks", ())),
+        steps=tuple(step for step in from_json(description.get("steps", ())) if isinstance(step, Step)),
+    )
+    # There is one reference, so nobody asks which precision most layers have.
+    return Deployed(Candidate({}, {}, {}), artifact, _check(folder, reuse), library, target)
+
+
+def _beside(folder: Path, description: dict[str, Any], library: Runtime, subject: Deployed) -> _Beside:
+    """Returns the reference that `pick` told the latency by; elsewhere, or without one, this machine's own clock."""
+    told = description.get("reference")
+    file = folder / (told["file"] if told else "")
+    if told is None or not file.is_file():
+        model = subject.artifact.deployed[0]
+        remark = "the bundle brings no reference: told by this machine's own clock now, so compare only figures of now"
+        reference = Reference(model, _now(model, library, subject), "its own first file")
+        return _Beside("fp32", reference, (remark,))
+    model = library.deployable(file.read_bytes())
+    if subject.target == Target(**description["target"]):
+        return _Beside(told["precision"], Reference(model, told["seconds"]))
+    remark = f"picked for {Target(**description['target'])}: told by this target's own clock now"
+    return _Beside(told["precision"], Reference(model, _now(model, library, subject)), (remark,))
+
+
+def _now(model: bytes, library: Runtime, subject: Deployed) -> float:
+    """Returns what a reference takes for its batch, in seconds of work."""
+    images = subject.validation.images[: reference_batch(subject.target.batch)]
+    return median_seconds({"it": library.open([model], [], subject.target.threads)}, images)["it"].work
+
+
+def _speed(latency: Measurement) -> list[str]:
+    drift = latency.notes["drift"]
+    if abs(drift - 1) <= _SLOWER:
+        return []
+    return [
+        f"this machine now takes {drift:.2f} times as long as when the search began; by the clock a batch takes"
+        f" {latency.notes['wall_median'] * 1e3:.3f} ms"
+    ]
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -116,33 +175,3 @@ def _check(folder: Path, reuse: Reuse | None) -> LabelledImages:
     with np.load(folder / "check.npz") as stored:
         images, labels = stored["images"], stored["labels"]
     return LabelledImages(images, labels) if reuse is None else Stream(images, labels, np.zeros(1, dtype=np.int64))
-
-
-def _time_frames(opened: Opened, answers: Answers, check: LabelledImages, reuse: Reuse) -> tuple[Floats, Floats]:
-    """Returns wall-clock seconds and the weight of each: every kind of frame as often as it occurs."""
-    assert answers.answering is not None
-    differ = answers.stages > 1 or answers.passed.shape[1] > 0
-    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, differ)
-    each = max(CALLS // len(batches), 5)
-    take_turn = opened.turns(check.images, batches, opened, 1, Protocol())
-    walls = np.array([take_turn(index % 2 == 0).walls for index in range(each)])  # (turns, kinds, calls)
-    turns, _, calls = walls.shape
-    weights = np.broadcast_to(np.array(counts)[None, :, None] / (turns * calls), walls.shape)
-    counted = weights.ravel() > 0  # the longest path is timed beside
-    return walls.ravel()[counted], weights.ravel()[counted]
-
-
-def _time(opened: Opened, answers: Answers, check: LabelledImages, batch: int) -> tuple[Floats, Floats]:
-    """Returns wall-clock seconds and the weight of each: every way in which a batch shrinks as often as it occurs."""
-    opened.seconds(check.images[:batch], _WARMUPS)
-    seconds, weights = [], []
-    each = max(CALLS // len(answers.profiles), 5)
-    for start, count in answers.profiles:
-        taken = opened.seconds(check.images[start : start + batch], each + 1)[1:]
-        seconds += [spent.wall for spent in taken]
-        weights += [count / len(taken)] * len(taken)
-    return np.array(seconds), np.array(weights)
-
-
-def _typical(seconds: Floats, weights: Floats, dynamic: bool) -> float:
-    return float(np.average(seconds, weights=weights)) if dynamic else float(np.median(seconds))

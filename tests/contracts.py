@@ -6,7 +6,7 @@ import pytest
 from evaluators.artifact.taps import find_taps, watched
 from evaluators.measurement import METRICS, Measurement
 from evaluators.subject import Evaluator, Subject
-from evaluators.target import Runtime, TimedBatch
+from evaluators.target import Runtime, TimedBatch, deployed_stages
 from evaluators.timing import Protocol
 from spaces.space import Choice, Integer, Real, Space
 
@@ -93,11 +93,21 @@ class RuntimeContract:
         strict = runtime.open(deployed, [0.999] * 2, 1, "margin")
         assert set(strict.answer(images.numpy(), batch=4)[1]) == {2}
         batches = [TimedBatch(0, 4), TimedBatch(4, 4), TimedBatch(0, 4, longest=True), TimedBatch(0, 4, exit=0)]
-        take_turn = opened.turns(images.numpy(), batches, reference, 2, Protocol())
+        take_turn = opened.turns(images.numpy(), batches, reference, 2, Protocol(burst_s=0))
         for candidate_first in (True, False):
             turn = take_turn(candidate_first)
             assert all(ratio > 0 for ratio in turn.ratios)
             assert [len(wall) for wall in turn.walls] == [1, 1, 1, 1]
+
+    def test_int8_stages_answer_as_the_whole_does(self, runtime: Runtime, builder, network, space, images) -> None:
+        cut, whole = (
+            builder.build(network, space.candidate(space.uniform(1.0, "int8", threshold))) for threshold in (0.6, 1.0)
+        )
+        stages = deployed_stages(runtime, cut.stages, skips=False)
+        for batch in (1, 5, len(images)):
+            found = runtime.open(stages, [2.0] * len(cut.exits), 1).answer(images.numpy(), batch)[0]
+            wanted = runtime.open([runtime.deployable(whole.stages[0])], [], 1).answer(images.numpy(), batch)[0]
+            np.testing.assert_allclose(found, wanted, atol=0.02 * np.ptp(wanted))
 
     def test_what_is_inside_a_file_can_be_seen(self, runtime: Runtime, builder, network, space, images) -> None:
         float_file = builder.build(network, space.candidate(space.uniform(1.0, "fp32", 1.0))).stages[0]

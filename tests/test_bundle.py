@@ -59,12 +59,33 @@ def test_a_bundle_is_measured_again(folder, tmp_path, capsys) -> None:
     assert run(["measure", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["correct"] == found["expected"]
-    assert found["calls"] >= 150
+    confirmed = json.loads((out / "evaluation.json").read_text())["confirmed"]["latency"]
+    assert found["protocol"] == confirmed["protocol"], "by the same clock, beside the same reference"
+    assert "calls back to back" in found["protocol"]
     assert 0 < found["latency_s"] <= found["percentiles"]["p99"]
+    assert found["latency_s"] == pytest.approx(confirmed["value"], rel=0.5)
     assert run(["measure", str(out)]) == 0
     assert "check images" in capsys.readouterr().out
     assert run(["measure", str(tmp_path)]) == 2
     assert "bundle.json" in capsys.readouterr().err
+
+
+def test_a_bundle_without_a_reference_is_told_by_this_machines_clock(folder, tmp_path, capsys) -> None:
+    out = tmp_path / "deploy"
+    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
+    assert run(["pick", *arguments]) == 0
+    description = json.loads((out / "bundle.json").read_text())
+    older = {name: value for name, value in description.items() if name not in ("reference", "leaving")}
+    (out / "bundle.json").write_text(json.dumps(older))
+    capsys.readouterr()
+    assert run(["measure", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "its own first file" in found["protocol"]
+    assert any("the bundle brings no reference" in remark for remark in found["remarks"])
+    elsewhere = {**description, "target": {**description["target"], "device": "another CPU"}}
+    (out / "bundle.json").write_text(json.dumps(elsewhere))
+    assert run(["measure", str(out)]) == 0
+    assert "picked for onnxruntime on another CPU" in capsys.readouterr().out
 
 
 def test_a_bundle_with_engines_falls_back_where_they_cannot_run(folder, tmp_path) -> None:

@@ -1,17 +1,26 @@
 """Early exits: cutting, gating and what they save."""
 
+import tempfile
+from collections import Counter
+
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, numpy_helper
+from torch import nn
 
 from evaluators.artifact.build import ArtifactBuilder
 from evaluators.data import LabelledImages
 from evaluators.runtimes.ort import OnnxRuntime, load
 from evaluators.runtimes.staged import StagedNetwork, largest_probability
 from evaluators.subject import ask
+from evaluators.target import deployed_stages
+from spaces.candidate import Candidate
 from spaces.errors import StructureError
 from spaces.network import ExitHead, ExitNetwork, feature_channels
 from tests import tiny
@@ -127,3 +136,87 @@ def test_deepcopies_capture_their_own_features(network, images) -> None:
     with torch.no_grad():
         twin.trunk.stem[0].weight.mul_(2.0)
         assert not torch.allclose(twin(images)[0], network(images)[0])
+
+
+def converted(stage: bytes) -> Counter[str]:
+    """Returns how many nodes of each kind change the type or the order of a stage's tensors once it is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = f"{folder}/optimized.onnx"
+        onnxruntime.InferenceSession(stage, options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(options.optimized_model_filepath).graph.node
+    return Counter(node.op_type for node in nodes)
+
+
+@pytest.fixture
+def residual():
+    """A network whose exit lies between two residual blocks, with heads that sound neither sure nor unsure."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
+    return ExitNetwork(trunk, ["1"], [ExitHead(16, 4, 2)]).eval()
+
+
+def test_int8_stages_hand_integers_on_and_answer_as_the_whole_does(residual, images) -> None:
+    builder = ArtifactBuilder(residual, images.numpy(), OnnxRuntime())
+    precision = dict.fromkeys(builder.layers, "int8")
+    cut = builder.build(residual, Candidate({}, precision, {"exit1": 0.5}))
+    (whole,) = builder.build(residual, Candidate({}, precision, {"exit1": 1.0})).deployed
+    first, second = (onnx.load_from_string(stage) for stage in cut.deployed)
+    seam, given = first.graph.output[0], second.graph.input[0]
+    assert seam.name == given.name
+    assert seam.type.tensor_type.elem_type == given.type.tensor_type.elem_type == TensorProto.UINT8
+    scales = [
+        {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer} for model in (first, second)
+    ]
+    for part in ("scale", "zero_point"):
+        np.testing.assert_array_equal(*(each[f"exit1_features/{part}"] for each in scales))
+    assert not any(node.op_type == "QuantizeLinear" and node.input[0] == given.name for node in second.graph.node)
+    assert "QuantizeLinear" not in converted(cut.deployed[1]), "nothing is left that makes integers of floats"
+    assert converted(cut.deployed[1])["Transpose"] <= converted(whole)["Transpose"], "nor that turns features around"
+    never = StagedNetwork([load(stage, 1) for stage in cut.deployed], [2.0])
+    for count in (1, len(images)):
+        batch = images.numpy()[:count]
+        np.testing.assert_array_equal(never(batch)[0], load(whole, 1)(batch)[0])
+
+
+def test_a_head_answers_in_float_where_its_answer_is_float(residual, images) -> None:
+    builder = ArtifactBuilder(residual, images.numpy(), OnnxRuntime())
+    candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), {"exit1": 0.5})
+    cut = builder.build(residual, candidate)
+    assert cut.precisions["/exit1/classifier/Gemm"] == "fp32"
+    assert {given for node, given in cut.precisions.items() if "exit1" not in node} == {"int8"}
+    made = converted(cut.deployed[0])
+    assert (made["QLinearAveragePool"], made["AveragePool"]) == (0, 1), (
+        "pooled in float too: nothing quantizes behind it"
+    )
+
+
+def test_features_of_which_a_block_may_be_skipped_stay_float(residual, images) -> None:
+    builder = ArtifactBuilder(residual, images.numpy(), OnnxRuntime())
+    stages = builder.build(residual, Candidate({}, dict.fromkeys(builder.layers, "int8"), {"exit1": 0.5})).stages
+    kinds = {
+        skips: onnx.load_from_string(deployed_stages(OnnxRuntime(), stages, skips)[1]).graph.input[0].type.tensor_type
+        for skips in (True, False)
+    }
+    assert kinds[True].elem_type == TensorProto.FLOAT
+    assert kinds[False].elem_type == TensorProto.UINT8
+
+
+@pytest.mark.parametrize("precisions", [("int8", "fp32"), ("fp32", "int8"), ("fp32", "fp32")])
+def test_features_between_precisions_are_handed_on_without_loss(precisions, residual, images) -> None:
+    builder = ArtifactBuilder(residual, images.numpy(), OnnxRuntime())
+    before, after = precisions
+    given = {layer: before if layer in ("0.0", "1.0") else after for layer in builder.layers}
+    cut = builder.build(residual, Candidate({}, given, {"exit1": 0.5}))
+    (whole,) = builder.build(residual, Candidate({}, given, {"exit1": 1.0})).deployed
+    kind = onnx.load_from_string(cut.deployed[1]).graph.input[0].type.tensor_type.elem_type
+    assert kind == (TensorProto.UINT8 if "int8" in precisions else TensorProto.FLOAT)
+    never = StagedNetwork([load(stage, 1) for stage in cut.deployed], [2.0])
+    np.testing.assert_allclose(never(images.numpy())[0], load(whole, 1)(images.numpy())[0], atol=1e-5)

@@ -123,10 +123,9 @@ def test_the_formula_and_the_measurement_agree_on_a_clock_without_noise(batch, b
     assert len(set(subject.answers.exits)) == 3, "some images leave at each exit"
     assert latency.paths(subject) == pytest.approx(tuple(batch * units for units in (2.0, 5.0, 10.0)))
     assert found.value == pytest.approx(batch * np.dot(shares, (2.0, 5.0, 10.0)))
-    assert found.notes["formula_s"] == pytest.approx(found.value)
     assert found.others["worst"] == pytest.approx(batch * 10.0)
     stages = np.dot(subject.answers.reached, (2.0, 3.0, 5.0))
-    assert found.notes["formula_s"] == pytest.approx(batch * stages), "shares times paths is reached times stages"
+    assert found.value == pytest.approx(batch * stages), "shares times paths is reached times stages"
 
 
 @settings(deadline=None)
@@ -246,8 +245,37 @@ def test_what_parted_batches_cost_more_is_measured_and_counts(bench, monkeypatch
     version = bench.subject(settled.candidate)
     asked = Subject(version.network, version.candidate, version.artifact, bench.gate_images, metered, target)
     assert latency.measure(asked).value == pytest.approx(settled.gates["costs"][0], rel=0.1)
-    far = GateSolver(under(bench, "latency<1000%"), latency, dense).settle(choices)
-    assert far.gates["correction"] == 1.0
+
+
+class ColdInSuccession(Metered):
+    """Stages that take so many times as long in a version whose exits decide as in one whose exits are being asked."""
+
+    def __init__(self, units: tuple[float, ...], factor: float) -> None:
+        super().__init__(units)
+        self.factor, self.staged = factor, 0
+
+    def open(self, stages, thresholds, threads, confidence="softmax"):
+        given, self.staged = self._units, self.staged + (len(stages) > 1)
+        if len(stages) > 1 < self.staged:
+            self._units = tuple(self.factor * units for units in given)
+        opened = super().open(stages, thresholds, threads, confidence)
+        self._units = given
+        return opened
+
+
+@pytest.mark.parametrize(("factor", "exits"), [(1.0, ("exit1",)), (4.0, ())])
+def test_an_exit_that_saves_nothing_as_it_runs_is_left_out(factor, exits, bench, monkeypatch) -> None:
+    metered, target = ColdInSuccession((2.0, 3.0), factor), Target("onnxruntime", "meter", 1, 1)
+    monkeypatch.setattr(bench, "runtime", metered)
+    monkeypatch.setattr(bench, "target", target)
+    reference = Reference(bench.subject(bench.space.dense()).artifact.deployed[0], 5.0)
+    latency = LatencyEvaluator({"fp32": reference, "int8": reference}, metered, target, Protocol(limit_s=1e9, calls=40))
+    choices = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+    dense = {"latency": Measurement("latency", 5.0, "median", 1, 0.0, "meter", "")}
+    settled = GateSolver(under(bench, "latency<1000%"), latency, dense).settle(choices)
+    assert settled.candidate.active_exits == exits
+    assert len(bench.subject(settled.candidate).artifact.deployed) == 1 + len(exits), "its stages are one file again"
+    assert settled.gates["costs"][0] == pytest.approx(5.0) or exits
 
 
 @pytest.fixture

@@ -44,7 +44,12 @@ class Accelerator(OnnxRuntime):
     def __init__(self, precisions: tuple[str, ...] = ("fp32", "fp16", "int8"), int8_channels: int = 1) -> None:
         able = super().capabilities()
         self.able = replace(
-            able, precisions=precisions, dynamic_batch=False, quantized_add="residual", int8_channels=int8_channels
+            able,
+            precisions=precisions,
+            dynamic_batch=False,
+            quantized_add="residual",
+            int8_channels=int8_channels,
+            int8_heads=True,
         )
 
     def capabilities(self) -> Capabilities:

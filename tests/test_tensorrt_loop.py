@@ -146,7 +146,7 @@ def test_a_drifting_gpu_does_not_move_the_ratio(speed: Any, pictures: Any) -> No
 
 def test_both_sides_are_warm_before_they_take_turns(gpu: ScriptedGpu, pictures: Any) -> None:
     candidate, reference = opened(gpu), opened(gpu, name="r")
-    take_turn = candidate.turns(pictures, [TimedBatch(0, 4)], reference, 1, Protocol())
+    take_turn = candidate.turns(pictures, [TimedBatch(0, 4)], reference, 1, Protocol(burst_s=0))
     assert gpu.now > 0.2
     gpu.kernels.clear()
     for first in (True, False):
@@ -166,11 +166,11 @@ def test_a_frame_that_is_answered_again_leaves_the_gpu_alone(gpu: ScriptedGpu, p
     candidate, reference = opened(gpu), opened(gpu, name="r")
     reused, computed = Follows(0, 1, 1e9, 30), Follows(0, 30, 1e9, 30)
     batches = [TimedBatch(1, 1, follows=reused), TimedBatch(1, 1, follows=computed, share=0)]
-    take_turn = candidate.turns(pictures, batches, reference, 1, Protocol())
+    take_turn = candidate.turns(pictures, batches, reference, 1, Protocol(burst_s=0))
     gpu.kernels.clear()
     turn = take_turn(True)
     assert turn.ratios == pytest.approx([0.0, 1.0])
-    assert "".join(gpu.kernels) == "rr" + "crr", "what comes before a timed frame is what comes often"
+    assert "".join(gpu.kernels) == "cc" + "rr", "what never occurs is timed over and over, what is reused runs nothing"
 
 
 def test_a_failing_launch_is_one_clear_line(gpu: ScriptedGpu, pictures: Any) -> None:

@@ -66,6 +66,25 @@ def test_the_two_sides_take_turns_and_change_who_begins() -> None:
     assert "".join(machine.log) == "ccrr" + "rrcc" + "ccrr" + "rrcc"
 
 
+def test_bursts_last_until_the_caches_are_in_the_state_of_steady_use() -> None:
+    machine = Machine(lambda _: 1.0)
+    protocol = Protocol(warmups=3, turns=2, burst_s=8.0, limit_s=1e9)
+    time_pair([machine.call("c", 2.0)], [1], machine.call("r", 1.0), protocol, machine.clock)
+    assert "".join(machine.log) == "rrr" + "ccc" + "ccccc" + "r" * 9 + "r" * 9 + "ccccc"
+
+
+def test_what_interrupts_a_burst_now_and_then_counts_as_it_does_in_a_loop() -> None:
+    machine = Machine(lambda _: 1.0)
+    costs = iter([1.0, 1.0, 1.0, 3.0] * 1000)
+
+    def interrupted() -> None:
+        machine.now += next(costs)
+
+    protocol = Protocol(warmups=0, burst=9, limit_s=1e9)
+    found = time_pair([interrupted], [1], machine.call("r", 1.0), protocol, machine.clock)
+    assert found.ratio == pytest.approx(1.5, rel=0.05)
+
+
 def test_what_a_caller_waits_beyond_the_work_stands_beside_it() -> None:
     """A GPU's events see the work; the host's part of a call shows on the wall only."""
     work, host = 0.0, 0.0
@@ -110,23 +129,45 @@ def test_inputs_count_by_weight_and_a_weightless_one_is_only_reported() -> None:
 
 def test_it_stops_at_its_time_limit_after_two_turns_of_each_input() -> None:
     machine = Machine(lambda _: 1.0)
-    limit = Protocol(warmups=0, limit_s=0.5)
+    limit = Protocol(warmups=0, limit_s=0.1)
     time_pair([machine.call("a", 1.0), machine.call("b", 1.0)], [1, 1], machine.call("r", 1.0), limit, machine.clock)
-    assert machine.log.count("a") + machine.log.count("b") == 9  # two turns of two bursts of two, and one to warm up
-    assert machine.log.count("r") == 8
+    assert (
+        machine.log.count("a") + machine.log.count("b") == 7
+    )  # two turns of one of each and one before, one to warm up
+    assert machine.log.count("r") == 4
 
 
-def test_what_comes_before_a_timed_input_is_what_comes_often() -> None:
+def test_inputs_follow_each_other_as_often_as_they_occur() -> None:
     machine = Machine(lambda _: 1.0)
     calls = [machine.call(name, 1.0) for name in ("often", "seldom", "never")]
-    protocol = Protocol(warmups=0)
-    take_turn = turns_of(calls, machine.call("r", 1.0), protocol, machine.clock, (3, 1, 0))
-    machine.log.clear()
-    for _ in range(100):
+    take_turn = turns_of(calls, machine.call("r", 1.0), Protocol(warmups=0, burst=41), machine.clock, (3, 1, 0))
+    orders = []
+    for _ in range(10):
+        machine.log.clear()
         take_turn(True)
-    assert machine.log.count("never") == 100  # as what is timed
-    assert pytest.approx(machine.log.count("often"), abs=40) == 100 + 3 * 100 * 3 / 4
-    assert machine.log.count("often") + machine.log.count("seldom") == 500
+        assert machine.log[:11] == ["never"] * 11, "what never occurs is timed alone"
+        orders.append(tuple(machine.log[12:52]))
+        assert [orders[-1].count(name) for name in ("often", "seldom")] == [30, 10]
+        assert machine.log[52:] == ["r"] * 41
+    assert len(set(orders)) == 10, "the order is another one each time"
+
+
+def test_what_an_input_costs_after_others_is_what_it_costs_in_succession() -> None:
+    machine, last = Machine(lambda _: 1.0), ["easy"]
+
+    def call(name: str, work: float, cold: float):
+        def run() -> None:
+            machine.now += work + (cold if last[0] != name else 0.0)
+            last[0] = name
+
+        return run
+
+    calls = [call("easy", 1.0, 0.0), call("hard", 4.0, 2.0)]
+    protocol = Protocol(burst=81, turns=20, limit_s=1e9, calls=10**6)
+    turns = turns_of(calls, machine.call("r", 1.0), protocol, machine.clock, (1, 1))
+    found = time_turns(turns, [1, 1], protocol, machine.clock.wall)
+    assert found.per_input == pytest.approx((1.0, 5.0), rel=0.05), "half of what is hard comes after what is easy"
+    assert found.ratio == pytest.approx(3.0, rel=0.03)
 
 
 def test_it_goes_on_until_the_interval_is_narrow() -> None:

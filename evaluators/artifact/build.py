@@ -21,7 +21,7 @@ from evaluators.artifact.template import Arrays, Template, output_channels
 from evaluators.artifact.trainable import TrainableGraph
 from evaluators.calibration.ranges import calibrated_ranges
 from evaluators.runtimes.ort import load
-from evaluators.target import ALLOWANCES, Fp32In, Runtime
+from evaluators.target import ALLOWANCES, Fp32In, Runtime, deployed_stages
 from spaces.candidate import Candidate
 from spaces.network import ExitNetwork
 
@@ -181,14 +181,16 @@ class ArtifactBuilder:
         """Returns the precision that each layer gets in the artifact.
 
         It is the candidate's, but for layers that the target would run no faster in its 8 bits: those with too few
-        channels left, and, where it asks for any number of them, grouped ones. They are fp16 if the target has it, else
-        fp32.
+        channels left, and, where it asks for any number of them, grouped ones; and the linear layers that exits answer
+        by, where the target computes what gives a float in float. They are fp16 if the target has it, else fp32.
         """
         precisions = dict.fromkeys(self.layers, "fp32") | dict(candidate.precision)
         instead = "fp16" if "fp16" in self._able.precisions else "fp32"
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        floats = () if self._able.int8_heads else self._template.answering
         for layer, weight in self._template.layer_weights.items():
-            if precisions[layer] in ("int8", "fp8") and not self._takes_8_bits(weight, shapes[weight]):
+            takes = self._takes_8_bits(weight, shapes[weight]) and not (precisions[layer] == "int8" and layer in floats)
+            if precisions[layer] in ("int8", "fp8") and not takes:
                 precisions[layer] = instead
         return precisions
 
@@ -261,7 +263,7 @@ class ArtifactBuilder:
             files.append(self._template.file(stage, nodes, values, channels, opset, self._properties))
         return Artifact(
             stages=tuple(files),
-            deployed=tuple(self._runtime.deployable(file) for file in files),
+            deployed=deployed_stages(self._runtime, files, bool(layout.blocks)),
             exits=candidate.active_exits,
             thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
             precisions=self._deployed_precisions(precisions, layout),

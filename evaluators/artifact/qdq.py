@@ -29,6 +29,8 @@ VALUE_PRESERVING = {"MaxPool", "Flatten", "Reshape", "Identity", "Transpose", "S
 """Move values without changing them, so input and output share a scale."""
 FOLLOWING = frozenset({"Add", "Concat", "GlobalAveragePool", "AveragePool"})
 """Run in int8 when everything that feeds them does, on every target; some targets run more so."""
+_POOLING = {"GlobalAveragePool", "AveragePool"}
+"""Are slower in int8 than in float, unless what reads them would have to quantize their output."""
 _JOINING = {"Add", "Concat", "Mul"}
 """Read several tensors."""
 
@@ -117,15 +119,26 @@ class Quantizer:
         """Returns the nodes that run in int8 when these layers do."""
         quantized = {self._layers[layer] for layer in int8_layers}
         for node in self._nodes:
-            if node.op_type in self._following and self._is_fed_by(node, quantized) and self._is_read_in_int8(node):
+            is_fed = node.op_type in self._following and self._is_fed_by(node, quantized)
+            if is_fed and self._is_read_in_int8(node, quantized):
                 quantized.add(node.name)
         return quantized
 
-    def _is_read_in_int8(self, node: NodeProto) -> bool:
-        """Returns whether what comes next may be int8 too; a concatenation in front of a float node gains nothing."""
+    def _is_read_in_int8(self, node: NodeProto, quantized: AbstractSet[str]) -> bool:
+        """Returns whether what comes next may be int8 too: in front of a float node some operators gain nothing."""
         following = {reader.op_type for reader in self._consumers.get(node.output[0], [])}
-        able = {*LAYER_OPS, *ABSORBED, *VALUE_PRESERVING, *self._following}
-        return node.op_type != "Concat" or not following.isdisjoint(able)
+        if node.op_type == "Concat":
+            return not following.isdisjoint({*LAYER_OPS, *ABSORBED, *VALUE_PRESERVING, *self._following})
+        readers = self._readers(node.output[0]) if node.op_type in _POOLING else []
+        return not readers or any(reader.op_type in self._following or reader.name in quantized for reader in readers)
+
+    def _readers(self, tensor: str) -> list[NodeProto]:
+        """Returns the nodes that read a tensor, behind those that only move its values."""
+        found: list[NodeProto] = []
+        for reader in self._consumers.get(tensor, []):
+            moved = [each for name in reader.output for each in self._readers(name)]
+            found += moved if reader.op_type in VALUE_PRESERVING else [reader]
+        return found
 
     def boundaries(self, precisions: Mapping[str, str], among: AbstractSet[str]) -> int:
         """Returns how many layers read from a node of another precision.

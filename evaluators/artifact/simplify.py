@@ -123,7 +123,7 @@ def _folded_constants(
     """Returns the nodes that depend on an input or a parameter, and the values of all that the others gave."""
     values, left = dict(constants), []
     for node in nodes:
-        is_known = all(name in values for name in node.input if name) and not outputs.intersection(node.output)
+        is_known = all(name in values for name in node.input if name) and outputs.isdisjoint(node.output)
         found = _evaluated(node, values) if is_known else None
         if found is None:
             left.append(node)

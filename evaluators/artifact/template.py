@@ -21,6 +21,7 @@ from evaluators.artifact.exporter import (
     cut_name,
     export_structure,
     gate_logits_name,
+    logits_name,
 )
 from evaluators.artifact.layout import Layout, Stage, lay_out
 from evaluators.artifact.simplify import simplified
@@ -89,6 +90,8 @@ class Template:
         self.layer_weights = {layer: _weight(node) for layer, node in found.items()}
         self.grouped = frozenset(node.input[1] for node in found.values() if _groups(node) > 1)
         self.exit_names = network.exit_names
+        answers = {logits_name(name) for name in network.exit_names}
+        self.answering = frozenset(layer for layer, node in found.items() if node.output[0] in answers)
         self._position = {output: index for index, node in enumerate(self.nodes) for output in node.output}
         self._layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], Layout] = {}
         self.layout(self.exit_names, network.skip_blocks)

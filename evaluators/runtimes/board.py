@@ -270,7 +270,8 @@ def _needed(
 ) -> tuple[Images, Sequence[TimedBatch]]:
     """Returns the images that turns need, those of the reference first, and where the batches lie among them.
 
-    Few images are sent whole: then they are the same for every candidate, and cross the network once.
+    Few images are sent whole: then they are the same for every candidate, and cross the network once. Of many, one
+    batch stands for all that go its way.
     """
     if bytes_of(images) <= SMALL_BYTES:
         return images[:], batches
@@ -279,7 +280,7 @@ def _needed(
         parts.append(images[batch.start : batch.start + batch.count])
         behind = end + len(parts[-1])
         follows = replace(batch.follows, key=behind) if batch.follows else None
-        moved.append(replace(batch, start=end, follows=follows))
+        moved.append(replace(batch, start=end, follows=follows, others=()))
         parts += [images[batch.follows.key : batch.follows.key + 1]] if batch.follows else []
         end = behind + (1 if batch.follows else 0)
     return np.concatenate(parts), moved

@@ -1,6 +1,7 @@
 """Artifacts that run in this process."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,10 +83,12 @@ class LocallyOpened:
 
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
         network = StagedNetwork(self._network.stages, batch.way(self._network.plan), self._kind)
-        chosen = images[batch.start : batch.start + batch.count]
         if batch.follows is not None:
+            chosen = images[batch.start : batch.start + batch.count]
             return following(network, images[batch.follows.key : batch.follows.key + 1], chosen, batch.follows)
-        return lambda: network(chosen)
+        starts = (batch.start, *batch.others)
+        several = cycle([np.array(images[start : start + batch.count]) for start in starts])
+        return lambda: network(next(several))
 
 
 def following(network: Network, key: Images, frame: Images, follows: Follows) -> Call:

@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the embedded default target."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ _INT8_OPERATORS = ("Mul", "Sigmoid", "LeakyRelu", "PRelu", "HardSwish", "HardSig
 """What stands between int8 layers and is no slower between Q/DQ than in float; `integer_form` writes some anew."""
 _CALIBRATION_BATCH = 4
 """So many images at a time keep the memory of calibration small."""
+_INPUT_TYPES: Mapping[str, type[np.generic]] = {"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+"""What a file may read beside float32, by the name that ONNX Runtime has for it."""
 
 
 class OnnxRuntime:
@@ -46,7 +48,11 @@ class OnnxRuntime:
         return cpu_name()
 
     def capabilities(self) -> Capabilities:
-        """Returns fp32 and int8, channels in eights, and 4-bit weights as storage."""
+        """Returns fp32 and int8, channels in eights, and 4-bit weights as storage.
+
+        An int8 ResNet-20 with one exit that nobody takes, batch 1, takes 1.088 times as long as the whole with float
+        features, 1.058 with u8 ones, channels last, and 1.040 where the exit answers in float too (x86 with VNNI).
+        """
         steps = {"fp32": 8, "int8": 8}
         return Capabilities(
             ("fp32", "int8"),
@@ -56,6 +62,8 @@ class OnnxRuntime:
             int8_operators=_INT8_OPERATORS,
             storage=("int4",),
             skips=True,
+            int8_heads=False,
+            features="u8 channels-last",
         )
 
     def state(self) -> DeviceState:
@@ -75,7 +83,7 @@ class OnnxRuntime:
         return LocallyOpened([load(stage, threads) for stage in stages], plan, threads, confidence)
 
     def tensors(self, model: bytes) -> Watch:
-        """Returns a function from a batch to all outputs of a file, as float32; its input may be in half precision.
+        """Returns a function from a batch to all outputs of a file, as float32; its input may be half precision or u8.
 
         Half precision is rounded, and overflows, as the file says: see `rounded_halves`.
         """
@@ -83,7 +91,7 @@ class OnnxRuntime:
             model = rounded_halves(model)
         session = open_session(model, threads=1)
         source, names = session.get_inputs()[0], [output.name for output in session.get_outputs()]
-        dtype = np.float16 if source.type == "tensor(float16)" else np.float32
+        dtype = _INPUT_TYPES.get(source.type, np.float32)
 
         def watch(images: Images) -> dict[str, Images]:
             with np.errstate(over="ignore"):

@@ -88,7 +88,7 @@ class PaddedStage:
         if shape not in self.requests:
             self.requests[shape] = self._compiled(shape).create_infer_request()
         if size > count:
-            inputs = np.concatenate([inputs, np.zeros((size - count, *shape[1:]), np.float32)])
+            inputs = np.concatenate([inputs, np.zeros((size - count, *shape[1:]), inputs.dtype)])
         found = self.requests[shape].infer([inputs], share_inputs=True)
         return [found[index][:count] for index in range(len(found))]
 

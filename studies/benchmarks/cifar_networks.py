@@ -102,6 +102,7 @@ def grown(weights: Path) -> nn.Module:
     network.load_state_dict(torch.load(weights, weights_only=True), strict=False)
     for layer in (network.layer1, network.layer2, network.layer3):
         for block in list(layer)[3:]:
+            assert isinstance(block, BasicBlock)
             nn.init.constant_(block.bn2.weight, _SMALLEST_SCALE)
     return network
 

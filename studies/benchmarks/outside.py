@@ -112,7 +112,7 @@ def exported(network: nn.Module, image: Images) -> bytes:
         return Path(file).read_bytes()
 
 
-class _Reader(CalibrationDataReader):
+class _Reader(CalibrationDataReader):  # type: ignore[misc]  # the library has no types
     def __init__(self, images: Images) -> None:
         self._feeds: Iterator[dict[str, Images]] = ({INPUT: images[at : at + 1]} for at in range(len(images)))
 
