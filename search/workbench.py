@@ -39,7 +39,7 @@ from search.screen import SUBSET, Screen, mixed_if_many
 from search.skipping import skip_blocks
 from search.sources.prepared import prepare
 from search.sources.streams import with_streams
-from search.spaces_of import left_out, runnable, space_of, target_of
+from search.spaces_of import left_out, runnable, searched, space_of, target_of
 from search.study import FinetuneSection, Study
 from search.training import augmentation, exit_places, trained_network
 from spaces.candidate import FRAMES, Candidate
@@ -89,7 +89,7 @@ class Workbench:
         download: bool = False,
     ) -> None:
         check_cache()
-        self.study = study
+        self.study = study = searched(study)
         self._progress = progress
         self.runtime: Runtime = library or runtime(study.target.runtime)
         self.target = target_of(study, self.runtime)
@@ -146,7 +146,8 @@ class Workbench:
 
     def _int8_ground(self) -> Int8Ground | None:
         able = self.runtime.capabilities()
-        if self.study.recovery.qat is None or "int8" not in able.precisions:
+        offered = {each for left in self.space.precision.allowed.values() for each in left}
+        if self.study.recovery.qat is None or "int8" not in offered:
             return None
         key = repr((self.study.quantization, able.weight_bits, able.quantized_add, able.int8_channels))
         return Int8Ground(self.builder, self.builder.trainable(), self.data.calibration.images[:], key)
@@ -154,7 +155,15 @@ class Workbench:
     @cached_property
     def recovery(self) -> Recovery:
         """How pruned networks win accuracy back while the search runs: the same way for all of them."""
-        return recovery(self.ground)
+        settings = self.study.recovery
+        needed = settings if self.recovers else settings.model_copy(update={"level": "none"})
+        return recovery(replace(self.ground, settings=needed))
+
+    @property
+    def recovers(self) -> bool:
+        """Whether a version may need the recovery: it may lose channels or weights, or shared weights feel int8."""
+        shares_int8 = self.ground.int8 is not None and self.study.recovery.level == "elastic"
+        return bool(self.space.sparsity.dimensions() or self.space.patterns.dimensions() or shares_int8)
 
     def structure(self) -> dict[str, Any]:
         """Returns, JSON-ready, where exits and gates are, which layers' outputs go together, and which stay whole."""
@@ -226,7 +235,12 @@ class Workbench:
     @property
     def examines(self) -> bool:
         """Whether a search begins with a look for layers that are slower in a lower precision."""
-        return self.study.space.drop_slower and len(self.space.precision.computed) > 1
+        return self.study.space.drop_slower and len(self.space.precision.computed) > 1 and self.searches_precision
+
+    @property
+    def searches_precision(self) -> bool:
+        """Whether any layer has a choice of precisions."""
+        return bool(self.space.precision.dimensions())
 
     @property
     def examination_limit(self) -> str:
