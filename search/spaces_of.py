@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from evaluators.accuracy import wilson
 from evaluators.data import Splits
 from evaluators.target import Capabilities, Runtime, Target
 from search.sections import MasksSection
@@ -19,6 +20,11 @@ from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
 from spaces.precision import PrecisionSpace
 from spaces.space import Real
 from spaces.sparsity import SparsitySpace
+
+FEW_SCORED = 500
+"""Where versions are scored on fewer images, the search says how well they are told apart."""
+EXAMPLE = 0.9
+"""Intervals are told for this accuracy, because none is measured yet."""
 
 
 def target_of(study: Study, library: Runtime) -> Target:
@@ -157,3 +163,26 @@ def left_out(study: Study, library: Runtime, target: Target, space: JointSpace) 
         why = "frames of a stream decide who reaches them" if study.frames else "nothing else varies"
         found.append(f"thresholds of exits are searched, not solved: {why}")
     return found
+
+
+def halves_told(choosing: int, scored: int) -> list[str]:
+    """Returns, in words, what the validation images are for where some of them choose thresholds.
+
+    Where few are left to score on, what that does to the interval of an accuracy is said, too.
+    """
+    counts = f"{choosing} of the validation images choose the exits' thresholds"
+    found = [f"{counts}; every version is scored on the other {scored}"]
+    if scored < FEW_SCORED:
+        doubts = [points_known(count) for count in (scored, choosing + scored)]
+        found.append(
+            f"an accuracy of {EXAMPLE:.0%} is known to within {doubts[0]} points on {scored} images, to within"
+            f" {doubts[1]} on all {choosing + scored}; more validation images or [exits] thresholds = 'searched', which"
+            " scores on all of them, narrow it"
+        )
+    return found
+
+
+def points_known(images: int) -> str:
+    """Returns how far a true accuracy may lie from a measured one of 90%, in points at 95%, as text."""
+    low, high = wilson(EXAMPLE, images)
+    return f"{max(EXAMPLE - low, high - EXAMPLE) * 100:.1f}"

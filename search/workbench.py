@@ -39,9 +39,9 @@ from search.screen import SUBSET, Screen, mixed_if_many
 from search.skipping import skip_blocks
 from search.sources.prepared import prepare
 from search.sources.streams import with_streams
-from search.spaces_of import left_out, runnable, searched, space_of, target_of
+from search.spaces_of import halves_told, left_out, runnable, searched, space_of, target_of
 from search.study import FinetuneSection, Study
-from search.training import augmentation, exit_places, trained_network
+from search.training import UNCUT, augmentation, exit_places, trained_network
 from spaces.candidate import FRAMES, Candidate
 from spaces.grouping import find_groups
 from spaces.groups import ChannelGroup
@@ -95,7 +95,10 @@ class Workbench:
         self.target = target_of(study, self.runtime)
         self.loaded, built = prepare(study, download, progress, say)
         self.data = with_streams(study.frames, self.loaded.splits)
-        self.network: ExitNetwork = trained_network(runnable(study, self.runtime), built, self.data, progress)
+        places = exit_places(built.network.eval(), study.exits, self.data)
+        wanted = runnable(study, self.runtime)
+        self.network: ExitNetwork = trained_network(wanted, built, self.data, progress, places)
+        self.exit_places = places.only(self.network.cut_points, UNCUT)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
         if study.quantization.equalize:
@@ -107,24 +110,21 @@ class Workbench:
         progress("Finding the channels that can be cut", 0, 1)
         self.groups = find_groups(self.network, image, self.builder.disagreement)
         progress("Finding the channels that can be cut", 1, 1)
-        self.exit_places = exit_places(self.network.trunk, study.exits, self.data)
         self.space = space_of(study, self.network, self.groups, self.data, self.builder.layers, self.runtime)
         self.has_gates = bool(self.space.gates.solved and self.space.gates.exits)
         halves = self.data.validation.halves() if self.has_gates else (self.data.validation, self.data.validation)
         self.gate_images, self.scored = halves[0], mixed_if_many(halves[1])
         self._last: tuple[tuple[Candidate, FinetuneSection | None], Compressed] | None = None
         self.flops = FlopsEvaluator(self.network, image)
-        self._cheap: tuple[Evaluator, ...] = (
-            ParamsEvaluator(),
-            SizeEvaluator(),
-            self.flops,
-        )
+        self._cheap: tuple[Evaluator, ...] = (ParamsEvaluator(), SizeEvaluator(), self.flops)
         self._accuracy = AccuracyEvaluator()
         self.ground = self._recovery_ground(progress)
         self._rounding = LearnedRounding(self.ground, self.builder, study.quantization, calibration)
 
     def _recovery_ground(self, progress: Progress) -> Ground:
         augment = self.study.data.augment
+        source = source_of(load(augment)) if augment else ""
+        parts = (self.fingerprint, repr(self.space.sparsity.description), source, torch.__version__)
         return Ground(
             network=self.network,
             sparsity=self.space.sparsity,
@@ -132,14 +132,7 @@ class Workbench:
             augment=augmentation(augment) if augment else None,
             settings=self.study.recovery,
             folder=cache_folder(),
-            key="\0".join(
-                (
-                    self.fingerprint,
-                    repr(self.space.sparsity.description),
-                    source_of(load(augment)) if augment else "",
-                    torch.__version__,
-                )
-            ),
+            key="\0".join(parts),
             say=progress,
             int8=self._int8_ground(),
         )
@@ -209,12 +202,7 @@ class Workbench:
         if self.network.skip_blocks:
             image = torch.zeros(1, *self.data.image_shape)
             found.append(str(skip_blocks(self.network.trunk, self.study.skips, image)).rstrip("."))
-        if self.has_gates:
-            counts = f"{len(self.gate_images)} of the validation images"
-            found.append(
-                f"{counts} choose the exits' thresholds; every version is scored on the other {len(self.scored)}"
-            )
-        return found
+        return found + (halves_told(len(self.gate_images), len(self.scored)) if self.has_gates else [])
 
     def time_references(self) -> dict[str, Spent]:
         """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
@@ -235,12 +223,8 @@ class Workbench:
     @property
     def examines(self) -> bool:
         """Whether a search begins with a look for layers that are slower in a lower precision."""
-        return self.study.space.drop_slower and len(self.space.precision.computed) > 1 and self.searches_precision
-
-    @property
-    def searches_precision(self) -> bool:
-        """Whether any layer has a choice of precisions."""
-        return bool(self.space.precision.dimensions())
+        precision = self.space.precision
+        return self.study.space.drop_slower and len(precision.computed) > 1 and bool(precision.dimensions())
 
     @property
     def examination_limit(self) -> str:

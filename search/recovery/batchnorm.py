@@ -22,7 +22,7 @@ from spaces.network import ExitNetwork
 
 BATCH = 64
 """So many images are normalised together at most, by their own statistics."""
-CHECKED = 128
+CHECKED = 64
 """So many labelled images tell whether new statistics are better than the old ones."""
 _GROUPS = 256
 """What a norm sees is kept for so many groups of images at most, because images may be thousands."""
