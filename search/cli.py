@@ -202,7 +202,8 @@ def pick(
     prefer: Annotated[str, typer.Option(help="accuracy, latency, flops, size or knee.")] = "accuracy",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle goes.")] = Path("deploy"),
     finetune: Annotated[
-        str | None, typer.Option(metavar="LENGTH", help="Train the pick on: 10epochs, 500steps or 20min.")
+        str | None,
+        typer.Option(metavar="LENGTH", help="Train the pick on: 10epochs, 500steps or 20min of processor time."),
     ] = None,
     tracking_uri: TrackingUri = None,
     name: Search = None,

@@ -45,6 +45,7 @@ class FittingSection(Section):
     """How weights are trained: SGD with Nesterov momentum, for epochs, steps or minutes.
 
     `at_most_minutes` ends a training of epochs or steps that would take longer; the learning rate falls in time for it.
+    Minutes are of processor time, so that a busy machine trains for longer, not for less.
     """
 
     epochs: Annotated[float, Field(gt=0)] = 1

@@ -74,7 +74,8 @@ def trained_network(
         gated = with_gates(trunk, blocks, study.skips, image)
         train_gates_once(gated, data, study.skips, augment, folder / f"{study.name}-skips-{key}.pt", progress)
         gates = gated.gates
-    exits = _weighted(study.exits, places)
+    exits, seed = _weighted(study.exits, places), training.seed if training else 0
+    torch.manual_seed(seed)  # heads begin alike, whether the trunk was trained in this process or is loaded
     network = with_exits(trunk, places.after, exits, data, gates)
     settings = study.exits.model_dump_json(exclude={"thresholds", "confidence"})
     exits_key = _digest(key, settings, data.calibration.digest, *network.cut_points)
@@ -84,8 +85,7 @@ def trained_network(
         able = places if exits.after is not None else _exported(network, places, image)
         if able.after != places.after:
             return trained_network(study, built, data, progress, able)
-        seed, checkpoint = training.seed if training else 0, exits_file.with_suffix(".partial.pt")
-        train_exits(network, data, exits, augment, seed, checkpoint, progress)
+        train_exits(network, data, exits, augment, seed, exits_file.with_suffix(".partial.pt"), progress)
         save(part.state_dict(), exits_file)
     return network.eval()
 
