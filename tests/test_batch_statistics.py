@@ -40,11 +40,15 @@ def space(network: ExitNetwork):
     return sparsity_space(network, find_groups(network, torch.zeros(1, 1, 16, 16)).free, step=1, minimum=0.1)
 
 
-def level(network: ExitNetwork, space, images: int = FEW, seed: int = 0, train: LabelledImages | None = None):
-    data = train or digits()[0]
+def shuffled(seed: int) -> LabelledImages:
+    data = digits()[0]
     order = np.random.default_rng(seed).permutation(len(data))
-    data = LabelledImages(data.images[order], data.labels[order])
-    settings = RecoverySection(level="bn", images=images)
+    return LabelledImages(data.images[order], data.labels[order])
+
+
+def level(network: ExitNetwork, space, seed: int = 0, train: LabelledImages | None = None) -> BatchNormRecovery:
+    settings = RecoverySection(level="bn", images=FEW)
+    data = train or shuffled(seed)
     return BatchNormRecovery(Ground(network, space, data, None, settings, Path("none"), "key", lambda *_: None))
 
 
@@ -103,37 +107,44 @@ def test_the_source_stays_as_it_is(network, space) -> None:
     assert all(norm.track_running_stats for norm in network.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
+def error(network: ExitNetwork, target: Mapping[str, Tensor]) -> float:
+    """Returns how far statistics are from others, means in standard deviations and variances as a share."""
+    found = statistics(network)
+    units = {name: target[name.replace("_mean", "_var")] for name in target}
+    units = {name: unit.sqrt() if name.endswith("_mean") else unit for name, unit in units.items()}
+    return float(np.mean([((found[name] - value).abs() / units[name]).mean() for name, value in target.items()]))
+
+
 @pytest.mark.parametrize("kept", [0.9, 0.6])
-def test_few_images_tell_better_beside_the_whole_network(kept: float, network, space) -> None:
+def test_few_images_tell_more_beside_the_whole_network(kept: float, network, space) -> None:
     channels = {group.name: round(kept * group.channels) for group in space.groups}
+    whole = space.apply(network, channels)
+    recalibrate_batch_norm(whole, torch.from_numpy(digits()[0].images))
     found, replaced = [], []
-    for seed in range(6):
+    for seed in range(4):
         one, other = (space.apply(network, channels) for _ in range(2))
-        recovery = level(network, space, seed=seed)
-        recovery.recover(one, channels)
-        recalibrate_batch_norm(other, recovery_images(recovery._ground.train, FEW))
-        found.append(loss(one))
-        replaced.append(loss(other))
-    assert np.mean(found) < np.mean(replaced)
-    assert max(found) < loss(space.apply(network, channels))
+        level(network, space, seed=seed).recover(one, channels)
+        recalibrate_batch_norm(other, recovery_images(shuffled(seed), FEW))
+        found.append(error(one, statistics(whole)))
+        replaced.append(error(other, statistics(whole)))
+        assert loss(one) < loss(space.apply(network, channels))
+    assert np.mean(found) < 0.7 * np.mean(replaced)
 
 
 def test_what_would_raise_the_loss_is_not_taken(network, space) -> None:
-    channels = {group.name: round(0.9 * group.channels) for group in space.groups}
-    noise = np.random.default_rng(0).normal(size=(FEW, 1, 16, 16)).astype(np.float32)
+    channels = widths(space, **{"inner.0": 0.9})
+    glare = 20 + 30 * np.random.default_rng(0).random((FEW, 1, 16, 16), dtype=np.float32)
     real = digits()[0]
-    # Noise is what statistics would be measured on, and the images on which the loss is compared are real.
-    data = LabelledImages(
-        np.concatenate([noise, real.images[:64]]), np.concatenate([real.labels[:FEW], real.labels[:64]])
-    )
-    order = np.argsort(np.random.default_rng(0).permutation(len(data)))
-    shuffled = LabelledImages(data.images[order], data.labels[order])
-    settings = RecoverySection(level="bn", images=FEW)
-    ground = Ground(network, space, shuffled, None, settings, Path("none"), "key", lambda *_: None)
-    smaller = space.apply(network, channels)
-    before, alone = statistics(smaller), loss(smaller)
-    BatchNormRecovery(ground).recover(smaller, channels)
-    assert changed(smaller, before) == set() or loss(smaller) <= alone
+    # Statistics are measured on glare, and the loss is compared on digits.
+    images = np.concatenate([glare, real.images[:64]])
+    labels = np.concatenate([real.labels[:FEW], real.labels[:64]])
+    order = np.argsort(np.random.default_rng(0).permutation(len(images)))
+    smaller, replaced = (space.apply(network, channels) for _ in range(2))
+    before = statistics(smaller)
+    level(network, space, train=LabelledImages(images[order], labels[order])).recover(smaller, channels)
+    recalibrate_batch_norm(replaced, torch.from_numpy(glare))
+    assert loss(replaced) > loss(network) + 1
+    assert changed(smaller, before) == set()
 
 
 def test_a_network_without_statistics_is_left_alone() -> None:
@@ -167,6 +178,6 @@ def test_norms_of_heads_keep_statistics_too(network) -> None:
 def test_small_halves_are_told_with_their_intervals() -> None:
     first, second = halves_told(175, 175)
     assert "175 of the validation images choose" in first
-    assert "within 5.4 points on 175 images, to within 3.6 on all 350" in second
+    assert "within 5.3 points on 175 images, to within 3.6 on all 350" in second
     assert "thresholds = 'searched'" in second
     assert len(halves_told(500, 500)) == 1
