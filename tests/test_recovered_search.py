@@ -60,10 +60,10 @@ def test_every_pruned_version_of_the_front_is_recovered_in_full(search) -> None:
 def test_what_the_search_measured_at_its_own_effort_stays_in_the_journal(search) -> None:
     for trial in search.trials:
         if trial.number in search.recovered:
-            assert trial.user_attrs["evaluation"]["effort"] == "elastic 1 epoch or 30 min"
+            assert trial.user_attrs["evaluation"]["effort"] == "elastic 1 epoch or 30 CPU min"
             assert trial.user_attrs["evaluation"]["digest"] != search.recovered[trial.number].digest
     efforts = {trial.user_attrs["evaluation"]["effort"] for trial in search.trials if "evaluation" in trial.user_attrs}
-    assert efforts <= {"elastic 1 epoch or 30 min", "as given"}
+    assert efforts <= {"elastic 1 epoch or 30 CPU min", "as given"}
 
 
 def test_the_same_command_recovers_nothing_again(runs, search, monkeypatch, capsys) -> None:
