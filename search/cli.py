@@ -11,7 +11,7 @@ import typer
 
 from search.budget import Budget
 from search.output import Output
-from search.request import Ending, Request
+from search.request import Ending, Request, read_dimensions
 from spaces.errors import UserError
 
 app = typer.Typer(
@@ -135,6 +135,12 @@ def search(
     gates: Annotated[
         str | None, typer.Option(help="inner: thresholds are solved for each version; outer: they are searched.")
     ] = None,
+    search_only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="What may vary: channels, precision, exits, skips, masks, patterns, frames; else all."
+        ),
+    ] = None,
     tracking_uri: TrackingUri = None,
     name: Search = None,
     runs: Runs = RUNS,
@@ -151,7 +157,8 @@ def search(
     if gates is not None and gates not in GATES:
         raise UserError(f"gates are {' or '.join(GATES)}, got {gates!r}; leave --gates out for what the study says")
     thresholds = GATES[gates] if gates else None
-    request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds)
+    only = read_dimensions(search_only) if search_only is not None else None
+    request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only)
     request.to_study()  # a mistake in it answers before anything heavy is loaded
     from search.commands import run_search
 
@@ -195,7 +202,8 @@ def pick(
     prefer: Annotated[str, typer.Option(help="accuracy, latency, flops, size or knee.")] = "accuracy",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle goes.")] = Path("deploy"),
     finetune: Annotated[
-        str | None, typer.Option(metavar="LENGTH", help="Train the pick on: 10epochs, 500steps or 20min.")
+        str | None,
+        typer.Option(metavar="LENGTH", help="Train the pick on: 10epochs, 500steps or 20min of processor time."),
     ] = None,
     tracking_uri: TrackingUri = None,
     name: Search = None,

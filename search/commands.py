@@ -144,7 +144,8 @@ def _search(
         display.say(f"{bench.exit_places} {bench.groups}")
         check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
         put_right_running(stored)
-        display.say(f"Recovery of pruned versions: {bench.recovery.effort}.")
+        needed = f"Recovery of pruned versions: {bench.recovery.effort}."
+        display.say(needed if bench.recovers else "No version loses channels or weights, so none is recovered.")
         for remark in bench.remarks:
             display.say(f"Note: {remark}.")
         if "baseline" not in stored.user_attrs:

@@ -254,7 +254,9 @@ class Coordinator:
     def _exhausted(self) -> Outcome | None:
         if len(self._tried) < self._codec.size:
             return None
-        return Outcome(f"all {len(self._tried)} versions that the space offers were tried", 0, self._overhead)
+        count = len(self._tried)
+        told = f"all {count} versions that the space offers were" if count > 1 else "the one version of the space was"
+        return Outcome(f"{told} tried", 0, self._overhead)
 
     def _hopeless(self) -> Outcome | None:
         trials = [trial for trial in self._stored.get_trials(deepcopy=False) if is_counted(trial)]

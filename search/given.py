@@ -29,7 +29,7 @@ from search.screen import mixed_if_many
 from search.simple import Given, Simple
 from search.sources.prepared import prepare
 from search.sources.streams import with_streams
-from search.spaces_of import runnable, target_of
+from search.spaces_of import runnable, searched, target_of
 from search.study import Study
 from search.training import exit_places, trained_trunk
 from spaces.candidate import Candidate
@@ -65,7 +65,7 @@ class GivenNetwork:
         download: bool = False,
     ) -> None:
         check_cache()
-        self.study = study
+        self.study = study = searched(study)
         self.runtime: Runtime = library or runtime(study.target.runtime)
         self.target = target_of(study, self.runtime)
         self.loaded, self.built = prepare(study, download, progress, say)

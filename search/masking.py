@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evaluators.data import Splits
 from evaluators.masked_flops import MaskedFlops
 from search.progress import Progress
-from search.recovery.batchnorm import rebase_batch_norm, recalibrate_batch_norm, recovery_images
+from search.recovery.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
 from search.recovery.distillation import distillation_loss
 from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
 from search.sections import MasksSection
@@ -79,11 +79,11 @@ def train_masks_once(
         network.eval()
         return
     batches = TrainingBatches(data.train, masks.batch, masks.seed, augment)
-    images = recovery_images(data.train, _IMAGES)
+    images, check = recovery_images(data.train, _IMAGES), check_images(data.train, _IMAGES)
 
     def learn(checkpoint: Path, report: Report) -> None:
         train_masks(network, plain, batches, while_gates_learn(masks), checkpoint, report)
-        recalibrate_batch_norm(network, images)
+        refresh_statistics(network, images, check)
 
     loss_of = _MaskedLoss(network, plain, masks, torch.from_numpy(data.train.images[:1]))
 

@@ -3,11 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 
 from search.budget import Budget
+from search.sections import Dimension, dimensions
 from search.sources.names import absolute, absolute_path, data_source, model_source
 from search.study import DataSection, ExitsSection, ModelSection, Study, StudyError, TargetSection, load_study
 
@@ -28,6 +29,7 @@ class Request:
         batch: that will be deployed.
         threads: that will be deployed.
         thresholds: of exits: solved for each version, or searched.
+        only: the dimensions that are searched; None where the study says it.
     """
 
     study: str | None = None
@@ -39,6 +41,7 @@ class Request:
     batch: int | None = None
     threads: int | None = None
     thresholds: Literal["solved", "searched"] | None = None
+    only: tuple[Dimension, ...] | None = None
 
     def to_study(self) -> Study:
         """Returns the study.
@@ -52,6 +55,8 @@ class Request:
         target = {"runtime": self.target, "batch": self.batch, "threads": self.threads}
         exits = _updated(study.exits, {"thresholds": self.thresholds})
         study = study.model_copy(update={"target": _updated(study.target, target), "exits": exits})
+        if self.only is not None:
+            study = study.model_copy(update={"space": study.space.model_copy(update={"only": self.only})})
         study = study.with_budget(self.budget or study.limits)
         return study.model_copy(update={"question": _question(study)}) if given else study
 
@@ -89,6 +94,19 @@ class Request:
         if "model" in changes or "data" in changes:
             changes["name"] = _name(changes.get("model", study.model), changes.get("data", study.data))
         return study.model_copy(update=changes)
+
+
+def read_dimensions(text: str) -> tuple[Dimension, ...]:
+    """Returns the dimensions that a command line names, between commas.
+
+    Raises:
+        StudyError: one of them does not exist, or there is none.
+    """
+    try:
+        found = dimensions([name.strip() for name in text.split(",") if name.strip()])
+    except ValueError as error:
+        raise StudyError(f"--search-only takes {error}, got {text!r}; leave it out to search all") from None
+    return cast(tuple[Dimension, ...], found)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,38 @@
 """The parts of a study file that tell of training and of gates: a table each."""
 
-from typing import Annotated, Literal
+import difflib
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from search.sources.names import factory_source
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Dimension = Literal["channels", "precision", "exits", "skips", "masks", "patterns", "frames"]
+DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
+"""What may be searched, in the order in which it is written."""
 Positive = Annotated[int, Field(ge=1)]
 
 
 def function(text: str) -> str:
     """Returns the name of a function of the user's, as it is spelled in full."""
     return str(factory_source(text))
+
+
+def dimensions(names: object) -> object:
+    """Returns the dimensions of a search that are named, in their own order, each once.
+
+    Raises:
+        ValueError: one of them does not exist, or there is none.
+    """
+    if not isinstance(names, list | tuple):
+        return names
+    unknown = [str(name) for name in names if name not in DIMENSIONS]
+    if unknown or not names:
+        near = difflib.get_close_matches(unknown[0], DIMENSIONS, 1) if unknown else []
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"at least one of {', '.join(DIMENSIONS)}{meant}")
+    return tuple(name for name in DIMENSIONS if name in names)
 
 
 class Section(BaseModel):
@@ -25,6 +45,7 @@ class FittingSection(Section):
     """How weights are trained: SGD with Nesterov momentum, for epochs, steps or minutes.
 
     `at_most_minutes` ends a training of epochs or steps that would take longer; the learning rate falls in time for it.
+    Minutes are of processor time, so that a busy machine trains for longer, not for less.
     """
 
     epochs: Annotated[float, Field(gt=0)] = 1

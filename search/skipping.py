@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from evaluators.data import Splits
 from search.progress import Progress
-from search.recovery.batchnorm import rebase_batch_norm, recalibrate_batch_norm, recovery_images
+from search.recovery.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
 from search.recovery.distillation import distillation_loss
 from search.recovery.fitting import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
 from search.settling import settle, train_in_parts, while_gates_learn
@@ -67,12 +67,12 @@ def train_gates_once(
         calibrate_gates(network.eval(), calibration, skips.rate)
         return
     batches = TrainingBatches(data.train, skips.batch, skips.seed, augment)
-    images = recovery_images(data.train, _IMAGES)
+    images, check = recovery_images(data.train, _IMAGES), check_images(data.train, _IMAGES)
 
     def learn(checkpoint: Path, report: Report) -> None:
         train_gates(network, batches, while_gates_learn(skips), checkpoint, report)
         calibrate_gates(network, calibration, skips.rate)
-        recalibrate_batch_norm(network, images)
+        refresh_statistics(network, images, check)
 
     loss_of = _SkippedLoss(network, skips)
     gates = [network.gate(block) for block in network.skip_blocks]

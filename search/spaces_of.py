@@ -1,11 +1,14 @@
 """What a study's target can run, and the space that it leaves."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from evaluators.accuracy import wilson
 from evaluators.data import Splits
 from evaluators.target import Capabilities, Runtime, Target
+from search.sections import MasksSection
 from search.study import SkipsSection, Study, StudyError
 from spaces.criteria import Evidence, criterion
 from spaces.gates import GateSpace, is_of_gate
@@ -17,6 +20,11 @@ from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
 from spaces.precision import PrecisionSpace
 from spaces.space import Real
 from spaces.sparsity import SparsitySpace
+
+FEW_SCORED = 500
+"""Where versions are scored on fewer images, the search says how well they are told apart."""
+EXAMPLE = 0.9
+"""Intervals are told for this accuracy, because none is measured yet."""
 
 
 def target_of(study: Study, library: Runtime) -> Target:
@@ -57,31 +65,68 @@ def space_of(
     exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
     evidence = Evidence(torch.from_numpy(data.calibration.images[:]), torch.from_numpy(data.calibration.labels))
     scores = criterion(study.space.criterion)(network, groups.free, evidence)
-    return JointSpace(
-        SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps)),
-        _precisions(study, layers, able),
-        _gates(study, exits, network),
-        PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target))),
-    )
+    sparsity = SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps))
+    precision = _precisions(study, layers, able)
+    patterns = PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target)))
+    alone = not any(part.dimensions() for part in (sparsity, precision, patterns))
+    return JointSpace(sparsity, precision, _gates(study, exits, network, alone), patterns)
+
+
+def searched(study: Study) -> Study:
+    """Returns the study without what it does not search: nothing is placed or trained for it then.
+
+    Channels are all kept, and there are no exits, gates of blocks, masks or zeros. Frames of a stream stay what
+    versions are scored on.
+    """
+    only, nothing = study.space.only, dict[str, Any]()
+    space: dict[str, Any] = {} if "channels" in only else {"keep_at_least": 1.0}
+    space |= {} if "patterns" in only else {"patterns": ()}
+    parts = {
+        "exits": study.exits.model_copy(update=nothing if "exits" in only else {"after": ()}),
+        "skips": study.skips if "skips" in only else SkipsSection(),
+        "masks": study.masks if "masks" in only else MasksSection(),
+        "space": study.space.model_copy(update=space),
+    }
+    return study.model_copy(update=parts)
 
 
 def _precisions(study: Study, layers: Sequence[str], able: Capabilities) -> PrecisionSpace:
-    """Returns the precision of each layer; those of gates keep the reference."""
-    storage = [each for each in study.space.storage if each in able.storage]
-    held = dict.fromkeys(filter(is_of_gate, layers), able.precisions[:1])
-    return PrecisionSpace(layers, able.precisions, held, storage)
+    """Returns the precision of each layer; those of gates keep the reference.
+
+    Raises:
+        StudyError: all layers are wanted in a precision that the target does not compute in.
+    """
+    fixed = study.space.precision
+    if fixed not in ("searched", *able.precisions):
+        raise StudyError(
+            f"space.precision is one that {study.target.runtime} computes in, {' or '.join(able.precisions)},"
+            f" got {fixed!r}; leave it out to search it"
+        )
+    held: dict[str, tuple[str, ...]] = dict.fromkeys(filter(is_of_gate, layers), able.precisions[:1])
+    if fixed == "searched" and "precision" in study.space.only:
+        return PrecisionSpace(
+            layers, able.precisions, held, [each for each in study.space.storage if each in able.storage]
+        )
+    same: tuple[str, ...] = able.precisions[:1] if fixed == "searched" else (fixed,)
+    return PrecisionSpace(layers, able.precisions, dict.fromkeys(layers, same) | held)
 
 
-def _gates(study: Study, exits: Sequence[str], network: ExitNetwork) -> GateSpace:
-    """Returns the gates; beside frames of a stream, which decide who reaches the exits, all thresholds are searched."""
+def _gates(study: Study, exits: Sequence[str], network: ExitNetwork, alone: bool) -> GateSpace:
+    """Returns the gates.
+
+    Thresholds of exits are searched beside frames of a stream, which decide who reaches the exits; and where nothing
+    else varies, because solved they would be one version.
+    """
     grid = study.space.lowest_threshold, study.space.threshold_step
     frames, skips = study.frames, network.skip_blocks
     masks = [mask.site.block for mask in masks_of(network) if mask.moves]
     if frames is None:
-        return GateSpace(exits, *grid, solved=study.exits.thresholds == "solved", skips=skips, masks=masks)
+        solved = study.exits.thresholds == "solved" and not (alone and not skips and not masks)
+        return GateSpace(exits, *grid, solved=solved, skips=skips, masks=masks)
     steps = max(round(frames.highest_threshold / frames.threshold_step), 1)
     highest = round(steps * frames.threshold_step, 6)
-    return GateSpace(exits, *grid, frames=Real(0.0, highest, frames.threshold_step), skips=skips, masks=masks)
+    varies = Real(0.0, highest, frames.threshold_step) if "frames" in study.space.only else None
+    return GateSpace(exits, *grid, frames=varies, skips=skips, masks=masks)
 
 
 def runnable(study: Study, target: Runtime) -> Study:
@@ -115,5 +160,29 @@ def left_out(study: Study, library: Runtime, target: Target, space: JointSpace) 
             " ask for FLOPs in --budget to use them"
         )
     if space.gates.exits and study.exits.thresholds == "solved" and not space.gates.solved:
-        found.append("thresholds of exits are searched, not solved: frames of a stream decide who reaches them")
+        why = "frames of a stream decide who reaches them" if study.frames else "nothing else varies"
+        found.append(f"thresholds of exits are searched, not solved: {why}")
     return found
+
+
+def halves_told(choosing: int, scored: int) -> list[str]:
+    """Returns, in words, what the validation images are for where some of them choose thresholds.
+
+    Where few are left to score on, what that does to the interval of an accuracy is said, too.
+    """
+    counts = f"{choosing} of the validation images choose the exits' thresholds"
+    found = [f"{counts}; every version is scored on the other {scored}"]
+    if scored < FEW_SCORED:
+        doubts = [points_known(count) for count in (scored, choosing + scored)]
+        found.append(
+            f"an accuracy of {EXAMPLE:.0%} is known to within {doubts[0]} points on {scored} images, to within"
+            f" {doubts[1]} on all {choosing + scored}; more validation images or [exits] thresholds = 'searched', which"
+            " scores on all of them, narrow it"
+        )
+    return found
+
+
+def points_known(images: int) -> str:
+    """Returns how far a true accuracy may lie from a measured one of 90%, in points at 95%, as text."""
+    low, high = wilson(EXAMPLE, images)
+    return f"{max(EXAMPLE - low, high - EXAMPLE) * 100:.1f}"

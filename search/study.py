@@ -9,10 +9,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from search.budget import Budget
 from search.sections import (
+    DIMENSIONS,
+    Dimension,
     ExitsSection,
     FittingSection,
     FramesSection,
@@ -21,6 +23,7 @@ from search.sections import (
     Section,
     Share,
     SkipsSection,
+    dimensions,
     function,
 )
 from search.sources.names import absolute, absolute_path, data_source, factory_source, model_source
@@ -91,10 +94,15 @@ class TrainingSection(FittingSection):
 
 
 class SpaceSection(Section):
-    """What may vary."""
+    """What may vary: `only` these dimensions, and all else stays as the dense network has it.
 
+    Layers have one `precision` where it is given; where it is not searched and not given, that is the target's first.
+    """
+
+    only: Annotated[tuple[Dimension, ...], BeforeValidator(dimensions)] = DIMENSIONS
+    precision: Literal["searched", "fp32", "fp16", "fp8", "int8"] = "searched"
     criterion: Literal["l1", "l2", "fpgm", "bn_scale", "taylor", "hrank", "obd", "random"] = "l2"
-    keep_at_least: Share = 0.25
+    keep_at_least: Annotated[float, Field(gt=0, le=1)] = 0.25
     lowest_threshold: Share = 0.5
     threshold_step: Share = 0.05
     patterns: tuple[Annotated[str, Field(pattern=r"^(2:4|[1-9][0-9]?%)$")], ...] = ()
@@ -291,7 +299,10 @@ class Study(Section):
     @property
     def question_key(self) -> str:
         """Eight hexadecimal digits over all that an answer depends on, so not over the number of trials."""
-        content = self.model_dump_json(exclude={"search", "question"})
+        # A key that came later counts where it says something, so that earlier searches keep their names.
+        later = {"only", "precision"}
+        silent = {key for key in later if getattr(self.space, key) == SpaceSection.model_fields[key].default}
+        content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent})
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluators.artifact.exporter import ExportError
+from evaluators.artifact.template import Template
 from evaluators.data import LabelledImages, Splits
 from search.cache import cache_folder
 from search.exits import train_exits
@@ -20,20 +22,35 @@ from search.skipping import skip_blocks, train_gates_once, with_gates
 from search.sources.models import Built
 from search.study import ExitsSection, Study, StudyError, TrainingSection
 from spaces.cutpoints import CutPoints, check_cut_points, find_cut_points
+from spaces.errors import StructureError
 from spaces.network import HEADS, NO_GATES, ExitNetwork, feature_channels
 
+UNCUT = "the exported network cannot be cut there"
+"""Why an automatic exit is left out that autograd would have allowed."""
 
-def trained_network(study: Study, built: Built, data: Splits, progress: Progress) -> ExitNetwork:
+
+def trained_network(
+    study: Study, built: Built, data: Splits, progress: Progress, places: CutPoints | None = None
+) -> ExitNetwork:
     """Returns the study's dense network with its exits, in evaluation mode: trained now, loaded, or as it came.
 
     What is loaded was trained from the same model source, weights, data, settings and torch version.
-    An interrupted training goes on from its last whole epoch.
+    An interrupted training goes on from its last whole epoch. Automatic exits behind which the exported graph cannot be
+    cut are left out.
+
+    Args:
+        study: the question.
+        built: the network before.
+        data: of which the training and calibration images are used.
+        progress: told about the steps that take long.
+        places: where its exits sit; they are looked for where not given.
     """
     trunk, training = trained_trunk(study, built, data, progress), built.training(study.training)
     augment: Augment | None = augmentation(study.data.augment) if study.data.augment else None
     folder, key = cache_folder(), _trunk_key(study, built, data)
     image = torch.zeros(1, *data.image_shape)
-    places, blocks = exit_places(trunk, study.exits, data), skip_blocks(trunk, study.skips, image)
+    places = places or exit_places(trunk, study.exits, data)
+    blocks = skip_blocks(trunk, study.skips, image)
     if study.masks.method:
         key = _digest(key, study.masks.model_dump_json())
         file = folder / f"{study.name}-masks-{key}.pt"
@@ -44,14 +61,18 @@ def trained_network(study: Study, built: Built, data: Splits, progress: Progress
         gated = with_gates(trunk, blocks, study.skips, image)
         train_gates_once(gated, data, study.skips, augment, folder / f"{study.name}-skips-{key}.pt", progress)
         gates = gated.gates
-    network = with_exits(trunk, places.after, study.exits, data, gates)
+    exits, seed = _weighted(study.exits, places), training.seed if training else 0
+    torch.manual_seed(seed)  # heads begin alike, whether the trunk was trained in this process or is loaded
+    network = with_exits(trunk, places.after, exits, data, gates)
     settings = study.exits.model_dump_json(exclude={"thresholds", "confidence"})
     exits_key = _digest(key, settings, data.calibration.digest, *network.cut_points)
     exits_file = folder / f"{study.name}-exits-{exits_key}.pt"
     part: nn.Module = network if study.exits.training == "joint" else network.exits
     if network.cut_points and not load_weights(part, exits_file):
-        seed, checkpoint = training.seed if training else 0, exits_file.with_suffix(".partial.pt")
-        train_exits(network, data, study.exits, augment, seed, checkpoint, progress)
+        able = places if exits.after is not None else _exported(network, places, image)
+        if able.after != places.after:
+            return trained_network(study, built, data, progress, able)
+        train_exits(network, data, exits, augment, seed, exits_file.with_suffix(".partial.pt"), progress)
         save(part.state_dict(), exits_file)
     return network.eval()
 
@@ -119,6 +140,39 @@ def exit_places(trunk: nn.Module, exits: ExitsSection, data: Splits) -> CutPoint
         return find_cut_points(trunk, image, exits.shares)
     feature_channels(trunk, exits.after, image)
     return check_cut_points(trunk, image, exits.after)
+
+
+def _exported(network: ExitNetwork, places: CutPoints, image: Tensor) -> CutPoints:
+    """Returns the places behind which the exported graph can be cut, each by itself where not all can be.
+
+    Raises:
+        ExportError: the network cannot be exported, whatever exits it has.
+    """
+
+    def refusal(after: Sequence[str]) -> str:
+        heads = [
+            network.exits[name] for name, path in zip(network.exit_names, places.after, strict=True) if path in after
+        ]
+        try:
+            Template(ExitNetwork(network.trunk, after, heads, network.gates).eval(), image)
+        except (StructureError, ExportError) as error:
+            return str(error)
+        return ""
+
+    if not refusal(places.after):
+        return places
+    Template(ExitNetwork(network.trunk, (), (), network.gates).eval(), image)
+    able = [path for path in places.after if not refusal([path])]
+    return places.only([] if refusal(able) else able, UNCUT)
+
+
+def _weighted(exits: ExitsSection, places: CutPoints) -> ExitsSection:
+    """Returns the settings with the weights of the automatic exits that are there, each near a share that was asked."""
+    if exits.after is not None or len(exits.weights) != len(exits.shares) + 1:
+        return exits
+    wanted = sorted(exits.shares)
+    nearest = [min(range(len(wanted)), key=lambda place: abs(wanted[place] - share)) for share in places.shares]
+    return exits.model_copy(update={"weights": (*(exits.weights[place] for place in nearest), exits.weights[-1])})
 
 
 def with_exits(

@@ -44,9 +44,9 @@ from search.recovery.qat import NOTHING, Learned, train_int8_kept
 from search.rounding import LearnedRounding
 from search.screen import SUBSET, Screen
 from search.skipping import skip_blocks
-from search.spaces_of import left_out, runnable, space_of
+from search.spaces_of import halves_told, left_out, runnable, searched, space_of
 from search.study import FinetuneSection, Study
-from search.training import augmentation, exit_places, trained_network
+from search.training import UNCUT, augmentation, exit_places, trained_network
 from spaces.candidate import FRAMES, Candidate
 from spaces.grouping import find_groups
 from spaces.groups import ChannelGroup
@@ -95,12 +95,15 @@ class Workbench:
         download: bool = False,
         given: GivenNetwork | None = None,
     ) -> None:
-        self.study = study
+        self.study = study = searched(study)
         self._progress = progress
         self.given = given or GivenNetwork(study, progress, library, say, download)
         self.runtime, self.target = self.given.runtime, self.given.target
-        self.loaded, self.data, built = self.given.loaded, self.given.data, self.given.built
-        self.network: ExitNetwork = trained_network(runnable(study, self.runtime), built, self.data, progress)
+        self.loaded, self.data = self.given.loaded, self.given.data
+        built, wanted = self.given.built, runnable(study, self.runtime)
+        places = exit_places(built.network.eval(), study.exits, self.data)
+        self.network: ExitNetwork = trained_network(wanted, built, self.data, progress, places)
+        self.exit_places = places.only(self.network.cut_points, UNCUT)
         calibration = self.data.calibration.images[:]
         image = torch.from_numpy(calibration[:1])
         if study.quantization.equalize:
@@ -112,23 +115,20 @@ class Workbench:
         progress("Finding the channels that can be cut", 0, 1)
         self.groups = find_groups(self.network, image, self.builder.disagreement)
         progress("Finding the channels that can be cut", 1, 1)
-        self.exit_places = exit_places(self.network.trunk, study.exits, self.data)
         self.space = space_of(study, self.network, self.groups, self.data, self.builder.layers, self.runtime)
         self.has_gates = bool(self.space.gates.solved and self.space.gates.exits)
         self.gate_images, self.scored = validation_parts(self.data, self.has_gates)
         self._last: tuple[tuple[Candidate, FinetuneSection | None], Compressed] | None = None
         self.flops = FlopsEvaluator(self.network, image)
-        self._cheap: tuple[Evaluator, ...] = (
-            ParamsEvaluator(),
-            SizeEvaluator(),
-            self.flops,
-        )
+        self._cheap: tuple[Evaluator, ...] = (ParamsEvaluator(), SizeEvaluator(), self.flops)
         self._accuracy = AccuracyEvaluator()
         self.ground = self._recovery_ground(progress)
         self._rounding = LearnedRounding(self.ground, self.builder, study.quantization, calibration)
 
     def _recovery_ground(self, progress: Progress) -> Ground:
         augment = self.study.data.augment
+        source = source_of(load(augment)) if augment else ""
+        parts = (self.fingerprint, repr(self.space.sparsity.description), source, torch.__version__)
         return Ground(
             network=self.network,
             sparsity=self.space.sparsity,
@@ -136,21 +136,15 @@ class Workbench:
             augment=augmentation(augment) if augment else None,
             settings=self.study.recovery,
             folder=cache_folder(),
-            key="\0".join(
-                (
-                    self.fingerprint,
-                    repr(self.space.sparsity.description),
-                    source_of(load(augment)) if augment else "",
-                    torch.__version__,
-                )
-            ),
+            key="\0".join(parts),
             say=progress,
             int8=self._int8_ground(),
         )
 
     def _int8_ground(self) -> Int8Ground | None:
         able = self.runtime.capabilities()
-        if self.study.recovery.qat is None or "int8" not in able.precisions:
+        offered = {each for left in self.space.precision.allowed.values() for each in left}
+        if self.study.recovery.qat is None or "int8" not in offered:
             return None
         key = repr((self.study.quantization, able.weight_bits, able.quantized_add, able.int8_channels))
         return Int8Ground(self.builder, self.builder.trainable(), self.data.calibration.images[:], key)
@@ -158,7 +152,15 @@ class Workbench:
     @cached_property
     def recovery(self) -> Recovery:
         """How pruned networks win accuracy back while the search runs: the same way for all of them."""
-        return recovery(self.ground)
+        settings = self.study.recovery
+        needed = settings if self.recovers else settings.model_copy(update={"level": "none"})
+        return recovery(replace(self.ground, settings=needed))
+
+    @property
+    def recovers(self) -> bool:
+        """Whether a version may need the recovery: it may lose channels or weights, or shared weights feel int8."""
+        shares_int8 = self.ground.int8 is not None and self.study.recovery.level == "elastic"
+        return bool(self.space.sparsity.dimensions() or self.space.patterns.dimensions() or shares_int8)
 
     def structure(self) -> dict[str, Any]:
         """Returns, JSON-ready, where exits and gates are, which layers' outputs go together, and which stay whole."""
@@ -199,12 +201,7 @@ class Workbench:
         if self.network.skip_blocks:
             image = torch.zeros(1, *self.data.image_shape)
             found.append(str(skip_blocks(self.network.trunk, self.study.skips, image)).rstrip("."))
-        if self.has_gates:
-            counts = f"{len(self.gate_images)} of the validation images"
-            found.append(
-                f"{counts} choose the exits' thresholds; every version is scored on the other {len(self.scored)}"
-            )
-        return found
+        return found + (halves_told(len(self.gate_images), len(self.scored)) if self.has_gates else [])
 
     def writes(self, candidate: Candidate, form: str) -> bool:
         """Returns whether a candidate's one file is of a form, whatever its tensors are called."""
@@ -226,7 +223,8 @@ class Workbench:
     @property
     def examines(self) -> bool:
         """Whether a search begins with a look for layers that are slower in a lower precision."""
-        return self.study.space.drop_slower and len(self.space.precision.computed) > 1
+        precision = self.space.precision
+        return self.study.space.drop_slower and len(precision.computed) > 1 and bool(precision.dimensions())
 
     def examine(self, search_s: float) -> Examined:
         """Returns which layers are slower in a lower precision, measured now or kept from the same network.

@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,15 @@ class CutPoints:
         found = f"Exits after {', '.join(places)}." if places else "No exits."
         return f"{found} {self.reason}".strip() if self.reason else found
 
+    def only(self, after: Sequence[str], reason: str) -> Self:
+        """Returns those of the places that are named; with the reason where some are not."""
+        kept = [(path, share) for path, share in zip(self.after, self.shares, strict=True) if path in after]
+        gone = [path for path in self.after if path not in after]
+        told = f"{self.reason} None after {' and '.join(gone)}: {reason}.".strip() if gone else self.reason
+        return replace(
+            self, after=tuple(path for path, _ in kept), shares=tuple(share for _, share in kept), reason=told
+        )
+
 
 @dataclass(frozen=True)
 class _Output:
@@ -65,7 +74,8 @@ class _Run:
 def find_cut_points(trunk: nn.Module, image: Tensor, shares: Sequence[float]) -> CutPoints:
     """Returns where exits may sit, one near each of the wanted shares of the network's multiply-adds.
 
-    A tensor separates the network when autograd, on its way back from the logits, cannot reach the image without it.
+    A tensor separates the network when autograd, on its way back from the logits, cannot reach the image without it;
+    and when another image gives the same logits once it is put in, because autograd does not see what is detached.
     The ends of blocks are preferred to what lies inside them.
 
     Args:
@@ -74,10 +84,14 @@ def find_cut_points(trunk: nn.Module, image: Tensor, shares: Sequence[float]) ->
         shares: of the multiply-adds of convolutions and linear layers, between 0 and 1.
     """
     source = image.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        logits, run = _observed(trunk, source)
+    lost = "The way from the image to the logits cannot be followed"
+    try:
+        with torch.enable_grad():
+            logits, run = _observed(trunk, source)
+    except Exception as error:  # it runs without gradients, as every network that gets here has: only exits need them
+        return CutPoints((), (), f"{lost}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}.")
     if logits.grad_fn is None or not reaches(logits.grad_fn, source, None):
-        return CutPoints((), (), "The way from the image to the logits cannot be followed.")
+        return CutPoints((), (), f"{lost}.")
     usable = [one for one in _distinct(run, image) if EARLIEST <= one.macs / run.macs <= LATEST]
     separates: dict[str, bool] = {}
     found: dict[str, _Output] = {}
@@ -85,7 +99,8 @@ def find_cut_points(trunk: nn.Module, image: Tensor, shares: Sequence[float]) ->
         near = [one for one in usable if abs(one.macs / run.macs - share) <= _FARTHEST]
         for one in sorted(near, key=lambda one: _distance(one, run.macs, share)):
             if one.path not in separates:
-                separates[one.path] = not reaches(logits.grad_fn, source, one.edge)
+                bypassed = reaches(logits.grad_fn, source, one.edge) or _is_passed_by(trunk, one.path, image)
+                separates[one.path] = not bypassed
             if separates[one.path] and one.path not in found:
                 found[one.path] = one
                 break
@@ -110,12 +125,33 @@ def check_cut_points(trunk: nn.Module, image: Tensor, after: Sequence[str]) -> C
         logits, run = _observed(trunk, source)
     given = {one.path: one for one in run.outputs}
     for path in after if logits.grad_fn is not None else ():
-        if path in given and reaches(logits.grad_fn, source, given[path].edge):
+        if path not in given:
+            continue
+        if reaches(logits.grad_fn, source, given[path].edge) or _is_passed_by(trunk, path, image):
             raise StructureError(
                 f"an exit sits where one tensor separates the network in two, got {path!r}, which is bypassed;"
                 " move it behind the block"
             )
     return CutPoints(tuple(after), tuple(given[path].macs / run.macs if path in given else 0.0 for path in after))
+
+
+def _is_passed_by(trunk: nn.Module, path: str, image: Tensor) -> bool:
+    """Returns whether another image changes the logits although a module gives what it gave for the first one."""
+    one, other = torch.randn(2, *image.shape, generator=torch.Generator().manual_seed(0)).to(image.dtype)
+    given: list[Tensor] = []
+
+    def give(_module: nn.Module, _args: object, out: Tensor) -> Tensor:
+        given.append(out.clone())  # what follows may change it in place
+        return given[0].clone()
+
+    hook = trunk.get_submodule(path).register_forward_hook(give)
+    try:
+        with torch.no_grad():
+            expected, found = trunk(one), trunk(other)
+    finally:
+        hook.remove()
+    scale = float(expected.abs().max())
+    return not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
 
 
 def _distance(one: _Output, macs: float, share: float) -> float:
@@ -140,7 +176,7 @@ def _observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, _Run]:
         for path, module in trunk.named_modules()
     ]
     try:
-        logits: Tensor = trunk(image)
+        logits: Tensor = trunk(image.clone())  # it may be changed in place, which a leaf may not
     finally:
         for hook in hooks:
             hook.remove()

@@ -68,4 +68,4 @@ def test_what_answers_at_once_loads_nothing_heavy() -> None:
 
 def test_files_stay_readable() -> None:
     for path in modules():
-        assert len(path.read_text().splitlines()) <= 400, f"{path} wants to be two"
+        assert len(path.read_text().splitlines()) <= 500, f"{path} wants to be two"

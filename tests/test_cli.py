@@ -41,6 +41,12 @@ def study(tmp_path: Path) -> Path:
         (["--target", "ssh://"], ["ssh://[user@]host"]),
         (["--trials", "0"], ["--trials"]),
         (["--gates", "middle"], ["inner or outer", "'middle'"]),
+        (
+            ["--search-only", "chanels"],
+            ["--search-only takes at least one of channels", "did you mean 'channels'?), got 'chanels'; leave it"],
+        ),
+        (["--search-only", "depth,exits"], ["masks, patterns, frames, got 'depth,exits'"]),
+        (["--search-only", ","], ["at least one of channels", "got ','"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["no-such-command"], ["no-such-command"]),
         (["front"], ["no search in"]),
@@ -92,6 +98,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(arguments, words, tmp_path, ca
         (('after = ["pool"]', 'after = "pool"'), ["exits.after is a list in brackets", "'pool'"]),
         (("target = {batch = 4}", "target = 4"), ["target is a section with keys"]),
         (("model.source", "model.factory"), ["[model] has no key 'factory'", "source, weights"]),
+        (("search = {trials = 12}", 'space = {only = ["pecision"]}'), ["did you mean 'precision'"]),
+        (("search = {trials = 12}", "space = {only = []}"), ["space.only is at least one of channels"]),
+        (("search = {trials = 12}", 'space = {precision = "int9"}'), ["space.precision is", "'int8'", "'int9'"]),
         (("target = {", "targets = {"), ["a study has no key 'targets'", "did you mean 'target'?"]),
     ],
 )

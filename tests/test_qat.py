@@ -263,7 +263,7 @@ class TestElastic:
     def test_shared_weights_serve_two_mixes_of_precisions(self, trained, builder, data, sparsity, tmp_path, smallest):
         ground = ground_of(trained, sparsity, data, builder, tmp_path, level="elastic", elastic=self.SETTINGS)
         level = recovery(ground)
-        assert level.effort == "elastic 2 epochs or 30 min with qat (lsq)"
+        assert level.effort == "elastic 2 epochs or 30 CPU min with qat (lsq)"
         assert set(level.ranges) == set(builder.trainable().scales())
         assert level.ranges != {name: builder.ranges[name] for name in level.ranges}, "steps have learned"
         ranges = {**builder.read_ranges(level.source, data.calibration.images[:]), **level.ranges}

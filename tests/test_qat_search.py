@@ -84,7 +84,7 @@ def test_a_search_on_shared_weights_says_so_and_goes_on_in_full(runs) -> None:
         if evaluation is not None:
             int8 = "int8" in evaluation["candidate"]["precision"].values()
             shared = int8 or evaluation["effort"] != "as given"
-            assert evaluation["effort"] == ("elastic 1 epoch or 30 min with qat (lsq)" if shared else "as given")
+            assert evaluation["effort"] == ("elastic 1 epoch or 30 CPU min with qat (lsq)" if shared else "as given")
     assert search.recovered
     for evaluation in search.recovered.values():
         assert evaluation.finetune["epochs"] == 1

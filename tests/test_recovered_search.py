@@ -52,7 +52,7 @@ def test_every_pruned_version_of_the_front_is_recovered_in_full(search) -> None:
     assert pruned
     for version in pruned:
         assert version.number in search.recovered
-        assert version.evaluation.effort == "elastic 1 epoch or 30 min + finetune 1 epoch"
+        assert version.evaluation.effort == "elastic 1 epoch or 30 CPU min + finetune 1 epoch"
         assert version.evaluation.finetune["epochs"] == 1
         assert version.is_complete
 
@@ -60,10 +60,10 @@ def test_every_pruned_version_of_the_front_is_recovered_in_full(search) -> None:
 def test_what_the_search_measured_at_its_own_effort_stays_in_the_journal(search) -> None:
     for trial in search.trials:
         if trial.number in search.recovered:
-            assert trial.user_attrs["evaluation"]["effort"] == "elastic 1 epoch or 30 min"
+            assert trial.user_attrs["evaluation"]["effort"] == "elastic 1 epoch or 30 CPU min"
             assert trial.user_attrs["evaluation"]["digest"] != search.recovered[trial.number].digest
     efforts = {trial.user_attrs["evaluation"]["effort"] for trial in search.trials if "evaluation" in trial.user_attrs}
-    assert efforts <= {"elastic 1 epoch or 30 min", "as given"}
+    assert efforts <= {"elastic 1 epoch or 30 CPU min", "as given"}
 
 
 def test_the_same_command_recovers_nothing_again(runs, search, monkeypatch, capsys) -> None:
@@ -86,7 +86,7 @@ def test_the_recovered_weights_are_what_is_shipped(runs, search, monkeypatch, tm
     told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert told["confirmed"]["same_artifact"]
     assert told["search"]["effort"].endswith("+ finetune 1 epoch")
-    assert "recovery  elastic 1 epoch or 30 min + finetune 1 epoch" in capsys.readouterr().out
+    assert "recovery  elastic 1 epoch or 30 CPU min + finetune 1 epoch" in capsys.readouterr().out
 
 
 def test_a_pick_can_be_trained_on(runs, monkeypatch, tmp_path, capsys) -> None:
@@ -94,7 +94,7 @@ def test_a_pick_can_be_trained_on(runs, monkeypatch, tmp_path, capsys) -> None:
     line = ["pick", "--prefer", "flops", "--runs", "runs", "--out", str(tmp_path / "out"), "--finetune", "3epochs"]
     assert run(line) == 0
     told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert told["search"]["effort"] == "elastic 1 epoch or 30 min + finetune 3 epochs"
+    assert told["search"]["effort"] == "elastic 1 epoch or 30 CPU min + finetune 3 epochs"
     assert told["search"]["finetune"]["epochs"] == 3
     assert told["confirmed"]["same_artifact"]
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -119,6 +120,14 @@ class TestFit:
         assert fit(student, learn(student), batches, FittingSection(steps=11, batch=50)).steps == 11
         timed = fit(student, learn(student), batches, FittingSection(minutes=0.001, batch=50))
         assert timed.seconds >= 0.06
+
+    def test_waiting_for_a_processor_does_not_shorten_a_training_in_minutes(self, student, data) -> None:
+        def waits(images, labels, done, generator) -> float:
+            time.sleep(0.1)
+            return learn(student)(images, labels, done, generator)
+
+        limited = FittingSection(batch=50, at_most_minutes=0.01)  # 0.6 s; waiting takes longer
+        assert fit(student, waits, TrainingBatches(data.train, 50, 0), limited).steps == 8
 
     def test_averaged_weights_lie_between_those_of_the_steps(self, data) -> None:
         network = nn.Linear(1, 1, bias=False)

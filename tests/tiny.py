@@ -1,5 +1,7 @@
 """A network and images small enough to train in a second, with every kind of layer that slicing has to get right."""
 
+from collections import OrderedDict
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,12 @@ class TinyNetwork(nn.Module):
 
 def network() -> nn.Module:
     return TinyNetwork()
+
+
+def short() -> nn.Module:
+    """Returns a network of two layers whose feature map an exit may read."""
+    layers = {"pool": nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU()), "shrink": nn.AdaptiveAvgPool2d(2)}
+    return nn.Sequential(OrderedDict(layers | {"flatten": nn.Flatten(), "classifier": nn.Linear(64, 4)}))
 
 
 def randomized(seed: int = 0) -> nn.Module:

@@ -118,9 +118,9 @@ def recovery(ground: Ground) -> Recovery:
 
 
 def effort_of(settings: FittingSection) -> str:
-    """Returns for how long a training goes: `2 epochs`, `200 steps`, `5 min`, `20 epochs or 30 min`."""
+    """Returns for how long a training goes: `2 epochs`, `200 steps`, `5 CPU min`, `20 epochs or 30 CPU min`."""
     if settings.minutes:
-        return f"{settings.minutes:g} min"
+        return f"{settings.minutes:g} CPU min"
     steps, epochs, limit = settings.steps, settings.epochs, settings.at_most_minutes
     length = f"{steps} steps" if steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
-    return f"{length} or {limit:g} min" if limit else length
+    return f"{length} or {limit:g} CPU min" if limit else length

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from search.recovery import Ground, effort_of
-from search.recovery.batchnorm import BatchNormRecovery, recalibrate_batch_norm
+from search.recovery.batchnorm import BatchNormRecovery, refresh_statistics
 from search.recovery.distillation import all_logits, total_loss
 from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.recovery.mixed import MixedPrecision
@@ -46,7 +46,7 @@ class ElasticRecovery(BatchNormRecovery):
                 lambda part, total: ground.say("Training shared weights, once", part, total),
                 mixed,
             )
-            recalibrate_batch_norm(self.source, self._images)
+            refresh_statistics(self.source, self._images, self._check)
             save(learner.state_dict(), file)
         if mixed is not None:
             self.ranges = mixed.ranges()

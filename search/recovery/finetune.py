@@ -8,7 +8,7 @@ from torch import Tensor
 
 from evaluators.artifact.qdq import Ranges
 from search.recovery import NO_PATTERNS, NO_RANGES, Ground, effort_of
-from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
+from search.recovery.batchnorm import check_images, recovery_images, refresh_statistics
 from search.recovery.distillation import all_logits, total_loss
 from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.recovery.narrowing import Narrowing
@@ -54,7 +54,7 @@ def finetune_kept(
         network: pruned.
         channels: which it has.
         settings: for how long and how.
-        images: its batch statistics are measured on them at the end.
+        images: its batch statistics may be measured on them at the end.
         start: what was done to its weights before, as part of the content key.
         patterns: of zeros, by layer; they stay zero.
         source: what it is a slice of, where gradual pruning starts; the dense network where not given.
@@ -81,7 +81,7 @@ def finetune_kept(
         lambda part, total: ground.say("Fine-tuning a version", part, total),
         narrowing,
     )
-    recalibrate_batch_norm(network, images)
+    refresh_statistics(network, images, check_images(ground.train, len(images)))
     save(network.state_dict(), file)
     return done
 

@@ -98,7 +98,9 @@ class Fitted:
     Args:
         epochs: that were begun.
         steps: that were done, in earlier processes too.
-        seconds: that they took.
+        seconds: of processor time that they took in the thread that trains. On a quiet machine that is about what the
+            clock on the wall says; on a busy one waiting for a processor does not count, or a limit in minutes would
+            leave other weights there.
         remarks: what a user should know.
     """
 
@@ -155,10 +157,10 @@ class _Run:
             if self._reported != (reached := round(100 * self.done)):
                 self._reported = reached
                 report(reached, 100)
-            begin = time.perf_counter()
+            begin = time.thread_time()
             self._step(step, images, labels, generator)
             self.fitted.steps += 1
-            self.fitted.seconds += time.perf_counter() - begin
+            self.fitted.seconds += time.thread_time() - begin
         self.fitted.epochs += 1
 
     def _step(self, step: Step, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:

@@ -123,7 +123,7 @@ def observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, dict[str,
         hooks.append(module.register_forward_hook(lambda _module, _args, out, path=path: finish(path, out)))
     try:
         with torch.enable_grad():
-            logits: Tensor = trunk(source)
+            logits: Tensor = trunk(source.clone())  # it may be changed in place, which a leaf may not
     finally:
         for hook in hooks:
             hook.remove()
