@@ -9,7 +9,7 @@ from search.afresh import content, lines, slack
 from search.budget import Budget
 from search.commands import check_same_network
 from search.display import Display
-from search.front import PREFERENCES, Version, choose
+from search.front import PREFERENCES, Version, choose, feasible
 from search.front_command import NO_VERSION, print_front
 from search.output import SPOKEN, Output, write_json, write_lines
 from search.review.overview import Overview
@@ -51,7 +51,7 @@ def run_pick(
     with Display(output.beside(), output.quiet) as display:
         bench = Workbench(search.study, display.step)
         check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), bench.fingerprint)
-        versions: Sequence[Version] = [*overview.simple, *overview.good]
+        versions: Sequence[Version] = [*feasible(overview.simple, limits, overview.dense.measured), *overview.good]
         if more is not None:
             pruned = next(
                 (version for version in choose(overview.front, prefer) if version.number >= 0), overview.front[0]

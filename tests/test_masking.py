@@ -180,7 +180,8 @@ def in_torch(model: onnx.ModelProto, images: Tensor, names: list[str]) -> list[T
 
 
 def on_grid(kind: str, inputs: list[Tensor], axis: int) -> Tensor:
-    scale, zero = inputs[1], inputs[2].float()
+    scale = inputs[1]
+    zero = inputs[2].float() if len(inputs) > 2 else torch.zeros_like(scale)
     if scale.ndim:
         shape = [-1 if place == axis else 1 for place in range(inputs[0].ndim)]
         scale, zero = scale.reshape(shape), zero.reshape(shape)

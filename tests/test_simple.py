@@ -17,7 +17,7 @@ from evaluators.runtimes.ort import OnnxRuntime
 from search.budget import Budget
 from search.cli import run
 from search.coordinator import Coordinator, measure_baseline
-from search.deploy import confirm, write_bundle
+from search.deploy import confirm, measure_afresh, write_bundle
 from search.front import beats, front_within
 from search.given import GivenNetwork
 from search.request import Request
@@ -188,8 +188,9 @@ def test_a_simple_version_is_named_and_picked_like_a_trial(bench, folder, tmp_pa
     line = search.baseline.lines_to_beat[1]
     assert parse_side("one:int8", folder).version == line
     budget = Budget.parse(["latency<10000%"])
-    confirmed = confirm(bench, search, [line], budget, lambda _: None)
-    assert confirmed is not None
+    taken = measure_afresh(bench, search, [line], budget, "accuracy", lambda _: None).taken
+    assert taken is not None
+    confirmed = confirm(bench, search, taken)
     assert confirmed.is_same_artifact
     write_bundle(tmp_path / "bundle", bench, search, budget, confirmed)  # which lets the bundle check itself
     assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["trial"] == "int8"
@@ -221,8 +222,10 @@ def test_a_network_that_is_trained_further_has_to_beat_what_was_given_too(cache,
         stored_study.set_user_attr("baseline", baseline.to_dict())
         (search.path / "study.toml").write_text(JOINT)
     read, budget = StoredSearch.read(search), Budget.parse(["latency<10000%"])
-    confirmed = confirm(bench, read, [read.baseline.lines_to_beat[3]], budget, lambda _: None)
-    assert confirmed is not None
+    line = read.baseline.lines_to_beat[3]
+    taken = measure_afresh(bench, read, [line], budget, "accuracy", lambda _: None).taken
+    assert taken is not None
+    confirmed = confirm(bench, read, taken)
     assert confirmed.is_same_artifact
     write_bundle(tmp_path / "bundle", bench, read, budget, confirmed)
     assert (tmp_path / "bundle" / "model.onnx").read_bytes() == network.subject("int8").artifact.deployed[0]

@@ -76,7 +76,7 @@ def test_without_the_file_a_line_says_what_to_type_and_a_download_that_fails_say
     [
         ("torchvision:mobilnet_v2", "did you mean 'mobilenet_v2'"),
         ("torchvision:squeezenet1_1@IMAGENET1K_V7", "one of DEFAULT, IMAGENET1K_V1, none"),
-        ("tests.tiny:nothing", "it has network, no_network, randomized, sparsity_space, splits"),
+        ("tests.tiny:nothing", "it has network, no_network, randomized, short, sparsity_space, splits"),
         ("tests.nowhere:network", "start from the folder that has it"),
         ("/no/such/file.py:build", "check its path"),
         ("tests.tiny:no_network", r"broken on purpose at .*tiny.py:\d+"),

@@ -135,9 +135,14 @@ class Quantizer:
     def _readers(self, tensor: str) -> list[NodeProto]:
         """Returns the nodes that read a tensor, behind those that only move its values."""
         found: list[NodeProto] = []
-        for reader in self._consumers.get(tensor, []):
-            moved = [each for name in reader.output for each in self._readers(name)]
-            found += moved if reader.op_type in VALUE_PRESERVING else [reader]
+        todo, seen = [tensor], {tensor}
+        while todo:
+            for reader in self._consumers.get(todo.pop(), []):
+                if reader.op_type in VALUE_PRESERVING:
+                    todo += [name for name in reader.output if name not in seen]
+                    seen.update(reader.output)
+                else:
+                    found.append(reader)
         return found
 
     def boundaries(self, precisions: Mapping[str, str], among: AbstractSet[str]) -> int:
@@ -150,9 +155,10 @@ class Quantizer:
         layers = among & set(self._layers.values())
         return sum(self._is_boundary(node, precisions) for node in self._nodes if node.name in layers)
 
-    def _source(self, tensor: str) -> NodeProto | None:
+    def _source(self, tensor: str, between: AbstractSet[str] = ABSORBED | VALUE_PRESERVING) -> NodeProto | None:
+        """Returns the node that a tensor comes from, behind those that stand in between."""
         node = self._producers.get(tensor)
-        while node is not None and node.op_type in ABSORBED | VALUE_PRESERVING:
+        while node is not None and node.op_type in between:
             node = self._producers.get(node.input[0])
         return node
 
@@ -161,7 +167,8 @@ class Quantizer:
         return all(source is not None and source.name in quantized for source in sources)
 
     def _is_boundary(self, node: NodeProto, precisions: Mapping[str, str]) -> bool:
-        source = self._source(node.input[0])
+        # Pooling runs in what comes before it or in float: either way the layer before it is what matters.
+        source = self._source(node.input[0], ABSORBED | VALUE_PRESERVING | _POOLING)
         before = precisions.get(source.name, "fp32") if source is not None else "fp32"
         return before != precisions.get(node.name, "fp32")
 

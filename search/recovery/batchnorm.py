@@ -188,6 +188,10 @@ def refresh_statistics(network: nn.Module, images: Tensor, check: Checked) -> No
     seen = _observed(network, images)
     measured = {name: (each.mean + each.shift, each.spreads.mean(0)) for name, each in seen.items()}
     _keep_best(network, [{}, {name: _pooled(each) for name, each in seen.items()}, measured], check)
+    for norm in _norms(
+        network
+    ).values():  # a training that was interrupted has counted other batches than a straight one
+        norm.get_buffer("num_batches_tracked").zero_()
 
 
 def recalibrate_batch_norm(network: nn.Module, images: Tensor) -> None:
