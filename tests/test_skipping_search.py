@@ -213,7 +213,7 @@ def test_a_bundle_skips_the_same_blocks_elsewhere(bench, candidate, tmp_path, ca
     version = Version(0, bench.evaluate(candidate, latency, lambda _: False))
     found = measure_afresh(bench, search, [version], budget, "accuracy", lambda _: None)
     assert found.taken is not None
-    confirmed = confirm(bench, found.taken)
+    confirmed = confirm(bench, search, found.taken)
     assert confirmed.is_same_artifact
     out = tmp_path / "deploy"
     write_bundle(out, bench, search, budget, confirmed)  # which lets it check itself
