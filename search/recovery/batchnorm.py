@@ -24,6 +24,8 @@ BATCH = 64
 """So many images are normalised together at most, by their own statistics."""
 CHECKED = 64
 """So many labelled images tell whether new statistics are better than the old ones."""
+_CLEARLY = 0.02
+"""By less than this share so few images cannot tell two losses apart."""
 _GROUPS = 256
 """What a norm sees is kept for so many groups of images at most, because images may be thousands."""
 _TRAINED_BATCH = 128
@@ -154,7 +156,8 @@ def correct_statistics(
     cutting has changed little, `b` is 1, and it is the mean of both weighted by the images behind each; where the
     features have nothing in common with what they were, `b` is 0, and only what was measured counts. A channel whose
     features are the same in both keeps what is stored. Variances go by the same rule on a logarithmic scale, on which
-    they stay positive. Positions in an image are not counted: they are too much alike.
+    they stay positive. Positions in an image are not counted: they are too much alike. Where `check` says that what was
+    measured alone is better still, that is kept: heavy cuts leave little in common with the source.
 
     Running averages with momentum `m` weigh batches by `m (1 - m)^i`, which is as good as the mean of `2 / m - 1`
     equal ones: 19 at 0.1. A batch of a training that nobody knows is taken to be of 128 images.
@@ -170,7 +173,9 @@ def correct_statistics(
     """
     found = {name: (seen, source[name].without(dropped.get(name))) for name, seen in _observed(network, images).items()}
     norms = {name: _corrected(*pair) for name, pair in found.items()}
-    _keep_best(network, [{}, {name: new for name, new in norms.items() if new is not None}], check)
+    changed = {name: new for name, new in norms.items() if new is not None}
+    measured = {name: _measured(found[name][0]) for name in changed}
+    _keep_best(network, [{}, changed, measured], check)
 
 
 def refresh_statistics(network: nn.Module, images: Tensor, check: Checked) -> None:
@@ -186,7 +191,7 @@ def refresh_statistics(network: nn.Module, images: Tensor, check: Checked) -> No
         check: other images, where there are enough.
     """
     seen = _observed(network, images)
-    measured = {name: (each.mean + each.shift, each.spreads.mean(0)) for name, each in seen.items()}
+    measured = {name: _measured(each) for name, each in seen.items()}
     _keep_best(network, [{}, {name: _pooled(each) for name, each in seen.items()}, measured], check)
     for norm in _norms(
         network
@@ -201,7 +206,7 @@ def recalibrate_batch_norm(network: nn.Module, images: Tensor) -> None:
     training leaves them: statistics of positions that are masked away would be those of zeros.
     """
     seen = _observed(network, images)
-    _store(network, {name: (each.mean + each.shift, each.spreads.mean(0)) for name, each in seen.items()})
+    _store(network, {name: _measured(each) for name, each in seen.items()})
 
 
 Statistics = tuple[Tensor, Tensor]
@@ -234,6 +239,11 @@ def _slope(own: Tensor, source: Tensor) -> Tensor:
     return torch.where(power > 0, slope, 0.0).clamp(0.0, 1.0)
 
 
+def _measured(seen: Seen) -> Statistics:
+    """Returns the statistics of the images that were seen, whatever is stored."""
+    return seen.mean + seen.shift, seen.spreads.mean(0)
+
+
 def _pooled(seen: Seen) -> Statistics:
     """Returns the mean of stored and measured statistics, by the images that stand behind each."""
     share = seen.images / (seen.stands_for + seen.images)
@@ -242,16 +252,17 @@ def _pooled(seen: Seen) -> Statistics:
 
 
 def _keep_best(network: nn.Module, choices: Sequence[Mapping[str, Statistics]], check: Checked) -> None:
-    """Leaves a network with those statistics that give the least loss; the first of equals."""
+    """Leaves a network with those statistics that give the least loss, each choice having to better those before it."""
     if not any(choices):
         return
     stored = {name: _stored(norm) for name, norm in _norms(network).items()}
-    losses: list[float] = []
+    best, least = choices[0], np.inf
     for choice in choices:
         _store(network, {**stored, **choice})
-        losses.append(check.loss(network))
-    finite = [loss if np.isfinite(loss) else np.inf for loss in losses]
-    _store(network, {**stored, **choices[int(np.argmin(finite))]})
+        loss = check.loss(network)
+        if loss < (1 - _CLEARLY) * least:
+            best, least = choice, loss
+    _store(network, {**stored, **best})
 
 
 def _store(network: nn.Module, statistics: Mapping[str, Statistics]) -> None:
@@ -284,7 +295,7 @@ def rebase_batch_norm(network: nn.Module, images: Tensor) -> None:
             unit = norm.weight / (each.variance + norm.eps).sqrt()
             norm.bias.add_(unit * each.shift)
             norm.weight.copy_(unit * (variance + norm.eps).sqrt())
-    _store(network, {name: (each.mean + each.shift, each.spreads.mean(0)) for name, each in seen.items()})
+    _store(network, {name: _measured(each) for name, each in seen.items()})
 
 
 def _norms(network: nn.Module) -> dict[str, _BatchNorm]:

@@ -108,10 +108,11 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--runtime", default="onnxruntime", choices=list(TOOLS))
     parser.add_argument("--seconds", type=float, default=600.0, help="limit for one network")
-    parser.add_argument("--out", type=Path, help="JSON; rows that it holds already are not measured again")
+    parser.add_argument("--out", type=Path, help="JSON; what it holds already is not measured again")
     given = parser.parse_args()
     batches = [int(batch) for batch in given.batches.split(",")]
-    rows = [Row(**each) for each in json.loads(given.out.read_text())] if given.out and given.out.is_file() else []
+    known = [Row(**each) for each in json.loads(given.out.read_text())] if given.out and given.out.is_file() else []
+    rows = [row for row in known if not row.error]
     for model in given.models.split(","):
         if not set(batches) <= {row.batch for row in rows if row.model == model}:
             rows += _in_own_process(model, batches, given.runtime, given.seconds)
