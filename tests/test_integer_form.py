@@ -59,6 +59,17 @@ class Padded(nn.Module):
         return F.relu(self.conv(F.pad(x, (0, 1, 0, 1))))
 
 
+class OptionA(nn.Module):
+    """A residual block whose shortcut takes every second pixel and pads the channels with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shrink = nn.Conv2d(16, 32, 3, 2, 1), nn.Conv2d(32, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shrink(F.relu(self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8)))))
+
+
 class FromItsInput(nn.Module):
     """Flattens by a batch size that it reads from the images."""
 
@@ -113,6 +124,7 @@ BETWEEN = {
     "hard gates": [nn.Hardswish(), Gate(nn.Hardsigmoid())],
     "soft gates": [nn.SiLU(), Gate(nn.Sigmoid())],
     "padding of its own": [nn.ReLU6(), Padded()],
+    "a shortcut that pads channels": [nn.ReLU(), OptionA()],
     "shuffled channels": [nn.ReLU(), Shuffled()],
 }
 
@@ -123,7 +135,7 @@ def test_nothing_of_an_int8_network_runs_in_float_but_its_ends(name: str, tmp_pa
     found = optimized(deployed, tmp_path)
     assert found["QuantizeLinear"] == 1  # the images
     assert found["DequantizeLinear"] == 0
-    floats = {"Conv", "FusedConv", "Gemm", "Pad", "Relu", "Sigmoid", "HardSigmoid", "HardSwish", "Mul", "Add", "Concat"}
+    floats = {"Conv", "FusedConv", "Gemm", "Relu", "Sigmoid", "HardSigmoid", "HardSwish", "Mul", "Add", "Concat"}
     sizes = {"Add", "Mul", "Concat"} if found["Shape"] else set()  # of what is reshaped
     assert (floats - sizes).isdisjoint(found)
     exact, other, answer = (np.asarray(load(file, 1)(IMAGES)[0]) for file in (dense, portable, deployed))
@@ -178,6 +190,7 @@ def graph(*nodes: onnx.NodeProto) -> bytes:
     constants = {"low": 0.0, "below": -1.0, "six": 6.0, "scale": 0.1}
     stored = [numpy_helper.from_array(np.float32(value), name) for name, value in constants.items()]
     stored.append(numpy_helper.from_array(np.int8(0), "zero"))
+    stored.append(numpy_helper.from_array(np.array([0, 0, 1, 1, 0, 0, 1, 1]), "pads"))
     pair = [
         helper.make_node("QuantizeLinear", ["y", "scale", "zero"], ["y/q"], "quantize"),
         helper.make_node("DequantizeLinear", ["y/q", "scale", "zero"], ["z"], "dequantize"),
@@ -215,6 +228,8 @@ def node(kind: str, *inputs: str, out: str = "y", **attributes: object) -> onnx.
         ([node("Relu", "x", out="a"), node("ReduceMean", "a", axes=[2, 3])], 0),
         ([node("Relu", "x", out="a"), node("GlobalAveragePool", "a")], 0),
         ([node("Relu", "x", out="a"), node("MaxPool", "a", kernel_shape=[2, 2])], 0),
+        ([node("Relu", "x", out="a"), node("Pad", "a", "pads")], 0),
+        ([node("Relu", "x", out="a"), node("Pad", "a", "pads", "below")], 128),
     ],
 )
 def test_what_is_never_negative_has_all_steps_above_zero(nodes: list[onnx.NodeProto], zero_point: int) -> None:

@@ -37,6 +37,14 @@ _JOINING = {"Add", "Concat", "Mul"}
 _TINY = 1e-8
 
 
+def moves_values(node: NodeProto) -> bool:
+    """Returns whether a node gives only values that it read, or zeros, so that input and output share a scale."""
+    if node.op_type != "Pad":
+        return node.op_type in VALUE_PRESERVING
+    mode = next((attribute.s for attribute in node.attribute if attribute.name == "mode"), b"constant")
+    return mode != b"constant" or not any(node.input[2:])
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A weight on its grid.
@@ -138,7 +146,7 @@ class Quantizer:
         todo, seen = [tensor], {tensor}
         while todo:
             for reader in self._consumers.get(todo.pop(), []):
-                if reader.op_type in VALUE_PRESERVING:
+                if moves_values(reader):
                     todo += [name for name in reader.output if name not in seen]
                     seen.update(reader.output)
                 else:
@@ -155,10 +163,10 @@ class Quantizer:
         layers = among & set(self._layers.values())
         return sum(self._is_boundary(node, precisions) for node in self._nodes if node.name in layers)
 
-    def _source(self, tensor: str, between: AbstractSet[str] = ABSORBED | VALUE_PRESERVING) -> NodeProto | None:
-        """Returns the node that a tensor comes from, behind those that stand in between."""
+    def _source(self, tensor: str, between: AbstractSet[str] = ABSORBED) -> NodeProto | None:
+        """Returns the node that a tensor comes from, behind those in between and those that only move values."""
         node = self._producers.get(tensor)
-        while node is not None and node.op_type in between:
+        while node is not None and (node.op_type in between or moves_values(node)):
             node = self._producers.get(node.input[0])
         return node
 
@@ -168,7 +176,7 @@ class Quantizer:
 
     def _is_boundary(self, node: NodeProto, precisions: Mapping[str, str]) -> bool:
         # Pooling runs in what comes before it or in float: either way the layer before it is what matters.
-        source = self._source(node.input[0], ABSORBED | VALUE_PRESERVING | _POOLING)
+        source = self._source(node.input[0], ABSORBED | _POOLING)
         before = precisions.get(source.name, "fp32") if source is not None else "fp32"
         return before != precisions.get(node.name, "fp32")
 
@@ -220,17 +228,17 @@ class Quantizer:
     def _spread(self, tensors: set[str]) -> set[str]:
         spread = set(tensors)
         for node in reversed(self._nodes):
-            if node.op_type in VALUE_PRESERVING and not spread.isdisjoint(node.output):
+            if moves_values(node) and not spread.isdisjoint(node.output):
                 spread.add(node.input[0])
         for node in self._nodes:
-            if node.op_type in VALUE_PRESERVING and node.input[0] in spread:
+            if moves_values(node) and node.input[0] in spread:
                 spread.update(node.output)
         return spread
 
     def origin(self, tensor: str) -> str:
         """Returns the tensor whose scale an activation has: values that only move share one."""
         node = self._producers.get(tensor)
-        while node is not None and node.op_type in VALUE_PRESERVING:
+        while node is not None and moves_values(node):
             tensor = node.input[0]
             node = self._producers.get(tensor)
         return tensor

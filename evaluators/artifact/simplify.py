@@ -147,7 +147,10 @@ def _evaluated(node: NodeProto, values: Mapping[str, NDArray[np.generic]]) -> Ar
 def _folded_pads(
     nodes: Sequence[NodeProto], constants: Mapping[str, NDArray[np.generic]], outputs: AbstractSet[str]
 ) -> list[NodeProto]:
-    """Returns the nodes without pads of zeros that only convolutions read, which pad their input themselves."""
+    """Returns the nodes without pads of zeros that only convolutions read, which pad their input themselves.
+
+    Other pads of zeros do not say so.
+    """
     readers: dict[str, list[NodeProto]] = {}
     for node in nodes:
         for name in node.input:
@@ -156,6 +159,8 @@ def _folded_pads(
     left = []
     for original in nodes:
         node = _reading(original, names)
+        if node.op_type == "Pad" and len(node.input) > 2 and not np.any(constants.get(node.input[2], 1)):
+            del node.input[2:]  # zero is what goes without saying
         pads = _zeros_around(node, constants)
         following = readers.get(original.output[0], [])
         if pads and original.output[0] not in outputs and all(_pads_itself(reader, original) for reader in following):
@@ -173,11 +178,10 @@ def _zeros_around(node: NodeProto, constants: Mapping[str, NDArray[np.generic]])
     mode = next((attribute.s for attribute in node.attribute if attribute.name == "mode"), b"constant")
     if node.op_type != "Pad" or mode != b"constant" or node.input[1] not in constants or len(node.input) > 3:
         return None
-    value = constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1)
     pads = constants[node.input[1]].tolist()
     axes = len(pads) // 2
     ends = [*pads[:2], *pads[axes : axes + 2]]
-    is_spatial = value is not None and not np.any(value) and not any(ends) and min(pads) >= 0
+    is_spatial = not any(node.input[2:]) and not any(ends) and min(pads) >= 0
     return [*pads[2:axes], *pads[axes + 2 :]] if is_spatial else None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evaluators.artifact.exporter import INPUT, OUTPUT, cut_name, logits_name
 from evaluators.artifact.operators import Attributes, Operation, as_tensor
-from evaluators.artifact.qdq import VALUE_PRESERVING, Placement, Quantizer, output_axis
+from evaluators.artifact.qdq import Placement, Quantizer, moves_values, output_axis
 from evaluators.artifact.template import LAYER_OPS, TRANSPOSED, BatchNormFold, Template
 
 State = Mapping[str, Tensor]
@@ -112,7 +112,7 @@ class TrainableGraph:
         moved = {
             name
             for node in self._template.nodes
-            if node.op_type in VALUE_PRESERVING and node.input[0] in placement.tensors
+            if moves_values(node) and node.input[0] in placement.tensors
             for name in node.output
         }
         return {name: self._quantizer.origin(name) for name in sorted(placement.tensors - moved)}

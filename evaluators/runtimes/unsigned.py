@@ -50,6 +50,7 @@ def make_unsigned(graph: "GraphProto") -> bool:
     quantizers = [node for node in quantizers if values[node.input[2]].data_type == TensorProto.INT8]
     _move_zero_points(graph, quantizers)
     _move_clips(graph, quantizers)
+    _pad_integers(graph)
     _read_shapes_of_integers(graph)
     return bool(quantizers)
 
@@ -93,6 +94,8 @@ class _Signs:
         if node.op_type == "Clip":
             low = node.input[1] if len(node.input) > 1 else ""
             return self.is_non_negative(node.input[0]) or (low in self._values and self.is_non_negative(low))
+        if node.op_type == "Pad":
+            return all(self.is_non_negative(name) for name in (node.input[0], *filter(None, node.input[2:3])))
         if node.op_type in _SIGN_KEEPING:
             return self.is_non_negative(node.input[0])
         if node.op_type == "Max":
@@ -141,6 +144,36 @@ def _integer_clip(quantizer: "NodeProto", steps: NDArray[np.uint8], graph: "Grap
     )
     quantizer.output[0] = f"{result}/unclipped"
     return helper.make_node("Clip", [quantizer.output[0], *names], [result], f"{result}/Clip")
+
+
+def _pad_integers(graph: "GraphProto") -> None:
+    """Lets pads of zeros between equal scales pad the integers, by their zero point."""
+    from onnx import numpy_helper
+
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    readers = Counter(name for node in graph.node for name in node.input) + Counter(out.name for out in graph.output)
+    gone: set[str] = set()
+    for quantizer in (node for node in graph.node if node.op_type == "QuantizeLinear"):
+        pad = producers.get(quantizer.input[0])
+        source = producers.get(pad.input[0]) if pad is not None and pad.op_type == "Pad" else None
+        if pad is None or source is None or source.op_type != "DequantizeLinear" or readers[pad.output[0]] > 1:
+            continue
+        mode = next((attribute.s for attribute in pad.attribute if attribute.name == "mode"), b"constant")
+        grids = zip(source.input[1:], quantizer.input[1:], strict=True)
+        if (
+            mode == b"constant"
+            and not any(pad.input[2:])
+            and all(np.array_equal(values[a], values[b]) for a, b in grids)
+        ):
+            inputs = [source.input[0], pad.input[1], quantizer.input[2]]
+            gone |= {quantizer.name} | ({source.name} if readers[source.output[0]] == 1 else set())
+            del pad.input[:]
+            pad.input.extend(inputs)
+            pad.output[0] = quantizer.output[0]
+    nodes = [node for node in graph.node if node.name not in gone]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _read_shapes_of_integers(graph: "GraphProto") -> None:

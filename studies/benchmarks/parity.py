@@ -224,9 +224,9 @@ class _Comparison:
         answers = {name: self._tool.loaded(file, batch) for name, file in self._files.items()}
         logits = {name: answer(images) for name, answer in answers.items()}
         calls = {name: partial(answer, images) for name, answer in answers.items()}
-        found = outside.timed(calls, turn_s=0.03)
+        found = outside.timed(calls, turn_s=0.03, at_most_s=20)
         del calls["dense"]  # what counts is told by the two alone, in turn with nothing else
-        pair = outside.timed(calls, turn_s=0.03)
+        pair = outside.timed(calls, turn_s=0.03, at_most_s=20)
         return Row(
             self._model,
             batch,
