@@ -125,7 +125,8 @@ def lines(afresh: Afresh, wider: Slack | None, prefer: str, budget: Budget, dens
         return []
     told = ["Measured again, and not taken:", *(f"  {_told(each, prefer, budget, dense)}" for each in others)]
     if afresh.taken is None:
-        more = f"; {afresh.untried} more that kept it in the search were not tried" if afresh.untried else ""
+        verb = "was" if afresh.untried == 1 else "were"
+        more = f"; {afresh.untried} more that kept it in the search {verb} not tried" if afresh.untried else ""
         told.append(f"No version that was measured again keeps {budget}{more}.")
     elif others[0] is afresh.tried[0]:
         told.append(_instead(afresh.taken, others[0]))

@@ -15,7 +15,7 @@ from search.output import SPOKEN, Output, write_json, write_lines
 from search.review.overview import Overview
 from search.store import StoredSearch, find_search
 from search.study import finetuning
-from search.text import milliseconds, percent, points, size
+from search.text import limited, milliseconds, percent, points, size, violation_line
 from search.tracking import Tracking, remembered
 from spaces.errors import UserError
 
@@ -140,6 +140,7 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
         f"  recovery  {confirmed.version.evaluation.effort}",
         f"  size      {size(searched['size'].value)}; dense {size(dense.measured['size'].value)}",
     ]
+    lines += _other_limits(confirmed, dense, limits)
     if abs(confirmed.speed - 1) > 0.1:
         lines.append(
             f"  This machine now takes {confirmed.speed:.2f} times as long as when the search began; by the clock a"
@@ -151,3 +152,19 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
     if used > 1:
         lines.append(f"  {used} versions of this search have now seen the test images: the figure is less blind.")
     return lines
+
+
+def _other_limits(confirmed: "Confirmed", dense: Version, limits: Budget) -> list[str]:
+    """Returns what a pick comes to by limits that its other lines do not show, and which the test images break."""
+    now = {**confirmed.version.measured, "latency": confirmed.latency}
+    shown = [
+        f"{limited(limit, now[limit.measured_as], dense.measured[limit.measured_as])} (asked: {limit})"
+        for limit in limits.constraints
+        if limit.measured_as != "accuracy" and not (limit.measured_as == "latency" and limit.limits_default_statistic)
+    ]
+    broken = [
+        f"  Careful: on the test images {violation_line(limit, confirmed.test, confirmed.dense_test)}."
+        for limit in limits.constraints
+        if limit.measured_as == "accuracy" and limit.violation(confirmed.test, confirmed.dense_test) > 0
+    ]
+    return [*([f"  limits    {'; '.join(shown)}"] if shown else []), *broken]

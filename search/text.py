@@ -134,8 +134,13 @@ def kept_channels(candidate: Candidate, dense: Candidate) -> str:
 
 
 def int8_layers(candidate: Candidate) -> str:
-    """Returns how many layers are int8, of how many: `20/24`; `16+4/24` where four more are stored in int4."""
-    chosen = list(candidate.precision.values())
+    """Returns how many layers are int8, of how many: `20/24`; `16+4/24` where four more are stored in int4.
+
+    Heads of exits that never answer are not deployed.
+    """
+    heads = {layer for layer in candidate.precision if layer.startswith("exits.")}
+    idle = {layer for layer in heads if layer.split(".")[1] not in candidate.active_exits}
+    chosen = [precision for layer, precision in candidate.precision.items() if layer not in idle]
     stored = f"+{chosen.count('int4')}" if "int4" in chosen else ""
     return f"{chosen.count('int8')}{stored}/{len(chosen)}"
 
@@ -147,11 +152,14 @@ def exit_shares(accuracy: Measurement) -> str:
 
 def violation_line(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:
     """Returns by how much a version oversteps a limit: `latency 5.6 ms, 12% over latency<5ms`."""
-    value = constraint.value(measured, dense)
-    shows = {"s": milliseconds, "byte": size, "ratio": percent, "joule": millijoules}
-    shown = shows.get(constraint.metric.unit, count)(value)
     side = "over" if constraint.metric.sign > 0 else "under"
-    return f"{constraint.name} {shown}, {constraint.violation(measured, dense):.0%} {side} {constraint}"
+    return f"{limited(constraint, measured, dense)}, {constraint.violation(measured, dense):.0%} {side} {constraint}"
+
+
+def limited(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:
+    """Returns what a limit is about, and its value: `latency.p99 5.6 ms`."""
+    shows = {"s": milliseconds, "byte": size, "ratio": percent, "joule": millijoules}
+    return f"{constraint.name} {shows.get(constraint.metric.unit, count)(constraint.value(measured, dense))}"
 
 
 def broken_limits(version: Version, budget: Budget, dense: Mapping[str, Measurement]) -> str:
@@ -165,6 +173,7 @@ def broken_limits(version: Version, budget: Budget, dense: Mapping[str, Measurem
 
 
 HEADINGS = ("trial", "accuracy", "points", "latency", "speed", "FLOPs", "size", "kept", "int8", "exits")
+_POINTS = HEADINGS.index("points")
 _FITTING = ((80, 10), (72, 9), (58, 7), (0, 5))
 """How many of the columns fit from which width on."""
 _KEYS, _BEHIND = "keys", HEADINGS.index("speed") + 1
@@ -188,23 +197,29 @@ def front_table(
     if _has_frames(dense):
         columns = 1 + next(columns for least, columns in _FITTING if width >= least + len(_KEYS) + 1)
     rows = [front_row(version, dense) for version in [*front, *below]]
-    columns = _whole([headings(dense), *rows], columns, width)
+    shown = _whole([headings(dense), *rows], columns, width)
     table = Table(title=title, title_justify="left", caption=_caption(front, dense, below), caption_justify="left")
     table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
-    for heading in headings(dense)[:columns]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    for at in shown:
+        table.add_column(headings(dense)[at], justify="right", no_wrap=True)
     for place, row in enumerate(rows):
         is_last = place == len(front) - 1 and bool(below)
-        table.add_row(*row[:columns], style="dim" if place >= len(front) else None, end_section=is_last)
+        table.add_row(*(row[at] for at in shown), style="dim" if place >= len(front) else None, end_section=is_last)
     return table
 
 
-def _whole(rows: Sequence[Sequence[str]], columns: int, width: int) -> int:
-    """Returns how many of the first columns fit as a whole: a figure that is cut is none."""
+def _whole(rows: Sequence[Sequence[str]], columns: int, width: int) -> list[int]:
+    """Returns which of the first columns are shown: a figure that is cut is none.
+
+    Points follow from the accuracy, so they give way first; then the last columns do.
+    """
     widths = [max(map(len, cells)) + 2 for cells in zip(*rows, strict=True)]
-    while columns > 1 and sum(widths[:columns]) > width:
-        columns -= 1
-    return columns
+    shown = list(range(columns))
+    for gone in [_POINTS, *reversed(range(1, columns))]:
+        if sum(widths[at] for at in shown) - 1 <= width:
+            break
+        shown = [at for at in shown if at != gone]
+    return shown
 
 
 def headings(dense: Version) -> list[str]:
