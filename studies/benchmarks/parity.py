@@ -4,9 +4,9 @@ python -m studies.benchmarks.parity [--models resnet18,vgg16] [--batches 1,16] [
 
 On ONNX Runtime the other file is `quantize_static`'s after its own pre-processing (Q/DQ, u8 activations, s8 weights per
 channel, min-max); on OpenVINO it is NNCF's post-training quantization with its defaults (`pip install nncf`). Both are
-calibrated on the same images. Each network has random weights, 224 pixels and a process of its own. Files take turns by
-a timer that shares no code with evaluators/: one thread, calls back to back, the process's CPU time, the median of the
-turns' ratios. A row above the bound shows which operators differ in the two optimized graphs.
+calibrated on the same images. Each network has random weights, 224 pixels (Inception 299) and a process of its own.
+Files take turns by a timer that shares no code with evaluators/: one thread, calls back to back, the process's CPU
+time, the median of the turns' ratios. A row above the bound shows which operators differ in the optimized graphs.
 """
 
 import argparse
@@ -35,6 +35,8 @@ from studies.benchmarks.coverage import all_models, random_network
 from studies.benchmarks.markdown import print_table
 
 SIZE = 224
+_SIZES = {"inception_v3": 299}
+"""What does not take 224 pixels."""
 CALIBRATION = 8
 BOUND = 1.05
 """So many times as long as the other tool's file may ours take."""
@@ -161,8 +163,8 @@ class _Tool(Protocol):
         """Returns the other tool's int8 form of a float file."""
         ...
 
-    def loaded(self, file: Any, batch: int) -> Answer:
-        """Returns a file, or the other tool's form, as a function of a batch."""
+    def loaded(self, file: Any, shape: tuple[int, ...]) -> Answer:
+        """Returns a file, or the other tool's form, as a function of a batch of this shape."""
         ...
 
 
@@ -172,7 +174,7 @@ class _StaticQuantization:
     def quantized(self, dense: bytes, images: outside.Images) -> Any:
         return outside.statically_quantized(outside.preprocessed(dense), images)
 
-    def loaded(self, file: Any, batch: int) -> Answer:  # noqa: ARG002
+    def loaded(self, file: Any, shape: tuple[int, ...]) -> Answer:  # noqa: ARG002
         made = outside.session(file)
         name = made.get_inputs()[0].name
         return lambda images: made.run(None, {name: images})[0]
@@ -192,9 +194,9 @@ class _Nncf:
         with outside.quiet():
             return nncf.quantize(self._core.read_model(dense), nncf.Dataset(list(images[:, None])))
 
-    def loaded(self, file: Any, batch: int) -> Answer:
+    def loaded(self, file: Any, shape: tuple[int, ...]) -> Answer:
         model = self._core.read_model(file) if isinstance(file, bytes) else file.clone()
-        model.reshape([batch, 3, SIZE, SIZE])
+        model.reshape(list(shape))
         one_thread = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
         compiled = self._core.compile_model(model, "CPU", one_thread)
         return lambda images: compiled(images)[0]
@@ -209,7 +211,8 @@ class _Comparison:
 
     def __init__(self, model: str, name: str) -> None:
         self._model, self._tool = model, TOOLS[name]()
-        network, calibration = random_network(model, SIZE), _images(CALIBRATION)
+        self._size = _SIZES.get(model, SIZE)
+        network, calibration = random_network(model, self._size), _images(CALIBRATION, self._size)
         trunk = ExitNetwork(network, [], []).eval()
         builder = ArtifactBuilder(trunk, calibration, runtime(name))
         ours = builder.build(trunk, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).deployed[0]
@@ -220,8 +223,8 @@ class _Comparison:
 
     def row(self, batch: int) -> Row:
         """Returns what the files take, and how much noise is in their answers."""
-        images = _images(batch)
-        answers = {name: self._tool.loaded(file, batch) for name, file in self._files.items()}
+        images = _images(batch, self._size)
+        answers = {name: self._tool.loaded(file, images.shape) for name, file in self._files.items()}
         logits = {name: answer(images) for name, answer in answers.items()}
         calls = {name: partial(answer, images) for name, answer in answers.items()}
         found = outside.timed(calls, turn_s=0.03, at_most_s=20)
@@ -240,9 +243,9 @@ class _Comparison:
         )
 
 
-def _images(count: int) -> outside.Images:
-    """Returns noise, which is what the random networks' statistics are of, `(count, 3, 224, 224)`."""
-    made: outside.Images = torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).numpy()
+def _images(count: int, size: int) -> outside.Images:
+    """Returns noise, which is what the random networks' statistics are of, `(count, 3, size, size)`."""
+    made: outside.Images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1)).numpy()
     return made
 
 
