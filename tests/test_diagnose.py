@@ -81,8 +81,13 @@ def without_shuffles(file: bytes) -> bytes:
     model = onnx.load_from_string(file)
     makers = {name: node for node in model.graph.node for name in node.output}
     readers = {name: node for node in model.graph.node for name in node.input}
+    rounding = ("QuantizeLinear", "DequantizeLinear")
     for node in [node for node in model.graph.node if node.op_type == "Transpose"]:
         before, behind = makers[node.input[0]], readers[node.output[0]]
+        while before.op_type in rounding:
+            before = makers[before.input[0]]
+        while behind.op_type in rounding:
+            behind = readers[behind.output[0]]
         if before.op_type == behind.op_type == "Reshape":
             behind.CopyFrom(helper.make_node("Identity", [before.input[0]], behind.output[:1], behind.name))
     return model.SerializeToString()
