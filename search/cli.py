@@ -63,6 +63,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the resu
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON; all else goes to standard error.")]
 
 RUNS = Path("runs")
+_INTERRUPTED = 130
 ANY = Budget.parse(["latency<100%"])
 """A study needs a budget, also where nothing depends on it."""
 GATES: Mapping[str, Literal["solved", "searched"]] = {"inner": "solved", "outer": "searched"}
@@ -78,8 +79,7 @@ def run(arguments: list[str]) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("Interrupted; nothing that was finished is lost, and the same command goes on.\n")
-        return 130
+        result = _INTERRUPTED
     except BrokenPipeError:
         return 0
     except Exception as error:
@@ -87,6 +87,8 @@ def run(arguments: list[str]) -> int:
         if message is None:
             raise
         return _complain(message())
+    if result == _INTERRUPTED:  # typer turns Ctrl-C into this code, wherever it came, and says nothing
+        sys.stderr.write("Interrupted; nothing that was finished is lost, and the same command goes on.\n")
     return result if isinstance(result, int) else 0
 
 

@@ -208,7 +208,7 @@ def _recover(
     try:
         done = recover_front(bench, stored, baseline, display.say)
     except KeyboardInterrupt:
-        return replace(outcome, reason="interrupted; the same command goes on from here", code=130)
+        return replace(outcome, reason="interrupted", code=130)
     if done:
         return replace(outcome, reason=f"{outcome.reason}, and {done} versions of the front were recovered in full")
     return outcome

@@ -158,7 +158,7 @@ class Coordinator:
                         return stop
             except KeyboardInterrupt:
                 put_right_running(self._stored)
-                return Outcome("interrupted; the same command goes on from here", 130, self._overhead)
+                return Outcome("interrupted", 130, self._overhead)
         return Outcome(f"all {trials} trials are done", 0, self._overhead)
 
     def _told_sampler(self) -> list[str]:

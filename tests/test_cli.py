@@ -162,3 +162,11 @@ def test_doctor_tells_what_each_target_can_do(capsys) -> None:
     text = capsys.readouterr().out
     for word in ("onnxruntime", "fp32", "int8", "tensorrt", "torch"):
         assert word in text
+
+
+def test_an_interrupt_before_the_first_trial_says_that_the_same_command_goes_on(tmp_path, capsys) -> None:
+    (tmp_path / "stopping.py").write_text("def build():\n    raise KeyboardInterrupt\n")
+    study = tmp_path / "study.toml"
+    study.write_text(tiny.STUDY.replace("tests.tiny:network", "stopping.py:build"))
+    assert run(["--study", str(study), "--runs", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
