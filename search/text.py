@@ -216,7 +216,7 @@ def _whole(rows: Sequence[Sequence[str]], columns: int, width: int) -> list[int]
     widths = [max(map(len, cells)) + 2 for cells in zip(*rows, strict=True)]
     shown = list(range(columns))
     for gone in [_POINTS, *reversed(range(1, columns))]:
-        if sum(widths[at] for at in shown) - 1 <= width:
+        if sum(widths[at] for at in shown) <= width:
             break
         shown = [at for at in shown if at != gone]
     return shown

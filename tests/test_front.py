@@ -1,12 +1,17 @@
+from dataclasses import replace
+from io import StringIO
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from evaluators.measurement import METRICS, Measurement
 from search.budget import Budget
 from search.evaluation import Evaluation
 from search.front import Version, choose, feasible, hypervolume, nearest_miss, pareto
+from search.text import front_table
 from spaces.candidate import Candidate
 
 UNITS = {"accuracy": 0.01, "latency": 0.001, "flops": 1e6, "size": 1e3}
@@ -96,3 +101,18 @@ def test_the_nearest_miss_oversteps_least() -> None:
     assert miss[0].number == 1
     assert miss[1] == {"latency<2ms": pytest.approx(0.5)}
     assert nearest_miss([], budget, DENSE) is None
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 81, 100])
+def test_a_table_cuts_no_figure_and_keeps_exits_rather_than_points(width) -> None:
+    shown = version(149, accuracy=99, latency=11.59, flops=40, size=843)
+    accuracy = replace(shown.measured["accuracy"], notes={"exit1": 0.85, "end": 0.13}, n=175)
+    measured = {**shown.measured, "accuracy": accuracy}
+    candidate = Candidate({"g": 8}, {f"layer{index}": "int8" for index in range(24)}, {})
+    wide = Version(149, Evaluation(candidate, measured, "none", ""))
+    console = Console(width=width, file=StringIO(), force_terminal=False)
+    console.print(front_table([wide], replace(wide, number=-1), "front", width))
+    told = console.file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told
+    assert "11.59 ms" in told
+    assert ("85% 13%" in told) == (width >= 80)
