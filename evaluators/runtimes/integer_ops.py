@@ -4,12 +4,11 @@ Seen in 1.32, one thread, batch 1: a linear layer whose bias is float runs in fl
 time), and so do hard gates (a sixth of MobileNetV3-Small's).
 """
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evaluators.runtimes.unsigned import make_unsigned
+from evaluators.runtimes.unsigned import count_readers, make_unsigned
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
@@ -88,7 +87,7 @@ def _compute_hard_gates(graph: "GraphProto") -> None:
     """
     sources = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     quantized = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
-    readers = Counter(name for node in graph.node for name in node.input) + Counter(out.name for out in graph.output)
+    readers = count_readers(graph)
     idle: set[str] = set()
     nodes: list[NodeProto] = []
     for node in graph.node:

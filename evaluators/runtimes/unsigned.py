@@ -55,6 +55,11 @@ def make_unsigned(graph: "GraphProto") -> bool:
     return bool(quantizers)
 
 
+def count_readers(graph: "GraphProto") -> Counter[str]:
+    """Returns how many nodes read each tensor; whoever takes a graph's output counts as one more."""
+    return Counter(name for node in graph.node for name in node.input) + Counter(out.name for out in graph.output)
+
+
 def _move_zero_points(graph: "GraphProto", quantizers: "Sequence[NodeProto]") -> None:
     from onnx import numpy_helper
 
@@ -114,7 +119,7 @@ def _move_clips(graph: "GraphProto", quantizers: "Sequence[NodeProto]") -> None:
 
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
-    readers = Counter(name for node in graph.node for name in node.input)
+    readers = count_readers(graph)
     gone: set[str] = set()
     behind: dict[str, list[NodeProto]] = {}
     for quantizer in quantizers:
@@ -152,7 +157,7 @@ def _pad_integers(graph: "GraphProto") -> None:
 
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
-    readers = Counter(name for node in graph.node for name in node.input) + Counter(out.name for out in graph.output)
+    readers = count_readers(graph)
     gone: set[str] = set()
     for quantizer in (node for node in graph.node if node.op_type == "QuantizeLinear"):
         pad = producers.get(quantizer.input[0])

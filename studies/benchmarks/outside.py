@@ -88,12 +88,6 @@ def session(model: bytes | str, threads: int = 1) -> onnxruntime.InferenceSessio
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def call_of(made: onnxruntime.InferenceSession, images: Images) -> Call:
-    """Returns a call that answers these images."""
-    name = made.get_inputs()[0].name
-    return lambda: made.run(None, {name: images})
-
-
 def exported(network: nn.Module, image: Images) -> bytes:
     """Returns a network as torch's own exporter writes it, for batches of any size."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
