@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from evaluators.runtimes import board as board_module
 from evaluators.runtimes.board import Board, _needed
 from evaluators.runtimes.ort import OnnxRuntime
-from evaluators.runtimes.ssh import _SHIPPED, SSH_COMMAND, Address, ConnectionLostError, Line, worker_file
+from evaluators.runtimes.ssh import SSH_COMMAND, Address, ConnectionLostError, Line, worker_file, worker_files
 from evaluators.runtimes.worker import Worker, choose_runtime
 from evaluators.target import Follows, TargetError, TimedBatch, runtime
 from evaluators.timing import Protocol
@@ -281,14 +281,24 @@ def test_a_digest_is_never_a_path(tmp_path) -> None:
 
 def test_the_worker_is_one_file_that_runs_on_older_pythons() -> None:
     assert worker_file() == worker_file()
-    for name in _SHIPPED:
-        tree = ast.parse((ROOT / name).read_text(), feature_version=(3, 10))
+    for name, text in worker_files().items():
+        tree = ast.parse(text, feature_version=(3, 10))
         for node in tree.body:
             if isinstance(node, ast.ImportFrom) and node.module == "typing":
                 assert "Self" not in {alias.name for alias in node.names}, name
             if isinstance(node, ast.Import | ast.ImportFrom):
                 top = (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
                 assert top in {*sys.stdlib_module_names, "numpy", "onnxruntime", "evaluators", "spaces"}, (name, top)
+
+
+def test_the_worker_brings_what_it_imports_and_needs_no_torch(tmp_path) -> None:
+    (tmp_path / "worker.pyz").write_bytes(worker_file())
+    loading = "import evaluators.runtimes.worker, evaluators.runtimes.ort, evaluators.runtimes.trt_report"
+    code = f"import sys; sys.path[:0] = ['worker.pyz']; {loading}; print(sorted(sys.modules))"
+    ran = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = ast.literal_eval(ran.stdout)
+    assert "evaluators.runtimes.ort" in loaded
+    assert {name.partition(".")[0] for name in loaded}.isdisjoint({"torch", "optuna", "search"})
 
 
 def test_openvino_runs_on_a_board(server, builder, network, space, images) -> None:

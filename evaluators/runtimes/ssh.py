@@ -3,6 +3,7 @@
 Keys, agents, known hosts and host names are ssh's own business: what `ssh HOST` does is done here, with its settings.
 """
 
+import ast
 import base64
 import hashlib
 import io
@@ -16,7 +17,7 @@ import subprocess
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,29 +30,10 @@ SSH_COMMAND = "DEPLOYFRONT_SSH_COMMAND"
 """An environment variable that replaces `ssh`, as in `ssh -F my-config`."""
 
 _PACKAGES = Path(__file__).parent.parent.parent
-_SHIPPED = (
-    "spaces/__init__.py",
-    "spaces/errors.py",
-    "evaluators/__init__.py",
-    "evaluators/device_state.py",
-    "evaluators/target.py",
-    "evaluators/timing.py",
-    "evaluators/runtimes/__init__.py",
-    "evaluators/runtimes/local.py",
-    "evaluators/runtimes/inputs.py",
-    "evaluators/runtimes/reuse.py",
-    "evaluators/runtimes/run_bundle.py",
-    "evaluators/runtimes/staged.py",
-    "evaluators/runtimes/worker.py",
-    "evaluators/runtimes/cpu.py",
-    "evaluators/runtimes/ort.py",
-    "evaluators/runtimes/ov.py",
-    "evaluators/runtimes/cuda.py",
-    "evaluators/runtimes/engines.py",
-    "evaluators/runtimes/trt_devices.py",
-    "evaluators/runtimes/trt_report.py",
-    "evaluators/runtimes/trt.py",
-)
+_OWN = ("evaluators", "spaces")
+"""Packages that a board need not have: the worker brings what it imports of them."""
+_LEFT_OUT = "evaluators.runtimes.board"
+"""What drives a board; a board drives none."""
 _FOLDER = '"${XDG_CACHE_HOME:-$HOME/.cache}"/deployfront'
 _JOB_TIMEOUT_S = 600.0
 """Building an engine on a small board takes minutes."""
@@ -124,13 +106,46 @@ def _positive(text: str) -> float:
     return seconds
 
 
+def worker_files() -> dict[str, str]:
+    """Returns the source of the worker, of every runtime and of all that these import, by path."""
+    waiting = ["evaluators.runtimes.worker", *(place.partition(":")[0] for place in RUNTIMES.values())]
+    found: dict[str, str] = {}
+    while waiting:
+        module = waiting.pop()
+        if module == _LEFT_OUT:
+            continue
+        parts = module.split(".")
+        names = [
+            *("/".join((*parts[:count], "__init__.py")) for count in range(1, len(parts) + 1)),
+            "/".join(parts) + ".py",
+        ]
+        for name in names:
+            if name not in found and (_PACKAGES / name).is_file():
+                found[name] = (_PACKAGES / name).read_text()
+                waiting += _own_imports(ast.parse(found[name]))
+    return dict(sorted(found.items()))
+
+
+def _own_imports(node: ast.AST) -> Iterator[str]:
+    """Yields the modules of this project that code imports when it runs, and names that may be modules."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in _OWN:
+        yield str(node.module)
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in _OWN)
+    for child in ast.iter_child_nodes(node):
+        yield from _own_imports(child)
+
+
 @cache
 def worker_file() -> bytes:
     """Returns the worker and all that it imports, as one file that Python runs."""
     file = io.BytesIO()
+    main = "from evaluators.runtimes.worker import main\n\nmain()\n"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        main = "from evaluators.runtimes.worker import main\n\nmain()\n"
-        for name, text in [("__main__.py", main), *((name, (_PACKAGES / name).read_text()) for name in _SHIPPED)]:
+        for name, text in {"__main__.py": main, **worker_files()}.items():
             archive.writestr(zipfile.ZipInfo(name), text)  # without a time, so that equal content is an equal file
     return file.getvalue()
 
