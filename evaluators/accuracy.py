@@ -5,10 +5,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators.frames import KEY_FRAMES
+from evaluators.deployed import Answers, Deployed
 from evaluators.measurement import Measurement
-from evaluators.subject import Answers, Deployed
-from evaluators.target import Target
+from evaluators.runtimes.base import Target
+from evaluators.streams import KEY_FRAMES
 
 
 def accuracy_of(answers: Answers, target: Target, images: str) -> Measurement:

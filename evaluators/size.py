@@ -1,7 +1,7 @@
 """How large the deployed artifact is."""
 
+from evaluators.deployed import Deployed, Subject
 from evaluators.measurement import Measurement
-from evaluators.subject import Deployed, Subject
 
 
 class SizeEvaluator:

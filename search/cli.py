@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from search.budget import Budget
-from search.output import Output
-from search.request import Ending, Request, read_dimensions
+from search.config.budget import Budget
+from search.config.overrides import Ending, Request, read_dimensions
+from search.console.output import Output
 from spaces.errors import UserError
 
 app = typer.Typer(
@@ -162,7 +162,7 @@ def search(
     only = read_dimensions(search_only) if search_only is not None else None
     request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only)
     request.to_study()  # a mistake in it answers before anything heavy is loaded
-    from search.commands import run_search
+    from search.commands.run import run_search
 
     output, ending = Output(quiet, as_json), Ending(trials, timeout, patience)
     return run_search(request, ending, sampler, seed, name, runs, download, tracking_uri, output)
@@ -193,7 +193,7 @@ def front(
     limits = _limits(budget)
     if as_json and as_csv:
         raise UserError("the front is written in one form, got --json and --csv; leave one out")
-    from search.front_command import show_front
+    from search.commands.front import show_front
 
     return show_front(limits, name, runs, "json" if as_json else "csv" if as_csv else "table")
 
@@ -215,7 +215,7 @@ def pick(
 ) -> int:
     """Takes a version of the front, measures it afresh, writes it as a bundle and registers it as a model."""
     limits = _limits(budget)
-    from search.pick_command import run_pick
+    from search.commands.pick import run_pick
 
     return run_pick(limits, prefer, out, name, runs, finetune, tracking_uri, Output(quiet, as_json))
 
@@ -233,7 +233,7 @@ def report(
 ) -> int:
     """Writes a search as one page: question, front, the versions most worth deploying, caveats."""
     limits = _limits(budget)
-    from search.review_commands import run_report
+    from search.commands.report import run_report
 
     return run_report(limits, name, runs, out, Output(quiet, as_json))
 
@@ -246,7 +246,7 @@ def compare(
     as_json: AsJson = False,
 ) -> int:
     """Shows two versions or two searches side by side, layer by layer, and which differences may be noise."""
-    from search.review_commands import run_compare
+    from search.commands.report import run_compare
 
     return run_compare(first, second, runs, Output(as_json=as_json))
 
@@ -260,7 +260,7 @@ def sync(
     as_json: AsJson = False,
 ) -> int:
     """Completes what MLflow shows of a search from its journal; nothing is written twice."""
-    from search.review_commands import run_sync
+    from search.commands.report import run_sync
 
     return run_sync(name, runs, tracking_uri, Output(quiet, as_json))
 
@@ -281,7 +281,7 @@ def profile(
     request = Request(study, ANY, model, weights, data)
     if name is not None and request != Request(budget=ANY):
         raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
-    from search.commands import run_profile
+    from search.commands.run import run_profile
 
     return run_profile(request, name, runs, download, Output(quiet, as_json))
 
@@ -318,7 +318,7 @@ def diagnose(
     network in one --precision, a --trial of a search, or a --file, whose tensors are found by their names, and else its
     logits alone.
     """
-    from search.wanted import Wanted
+    from search.diagnosis.request import Wanted
 
     wanted = Wanted(precision, trial, file, against_target, images)
     wanted.check()
@@ -328,7 +328,7 @@ def diagnose(
         raise UserError(f"a search has a study, got {'--search' if name else '--trial'} and another; leave one out")
     if not named and wanted.own_study is not None:
         request = replace(request, study=wanted.own_study)
-    from search.diagnose_command import run_diagnose
+    from search.commands.diagnose import run_diagnose
 
     return run_diagnose(request, wanted, name, runs, download, Output(quiet, as_json))
 
@@ -341,7 +341,7 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the UI listens, on this machine only.")] = 5000,
 ) -> int:
     """Opens MLflow's UI on what was logged."""
-    from search.ui import serve
+    from search.commands.ui import serve
 
     return serve(name, runs, port, tracking_uri)
 
@@ -353,7 +353,7 @@ def measure(
     as_json: AsJson = False,
 ) -> int:
     """Measures a bundle again, here or on a board; exit code 1 where it answers otherwise than it should."""
-    from search.commands import run_measure
+    from search.commands.run import run_measure
 
     return run_measure(bundle, target, as_json)
 
@@ -361,7 +361,7 @@ def measure(
 @app.command()
 def doctor(target: Target = None, as_json: AsJson = False) -> int:
     """Tells which targets exist on this machine, what each can do, and why one is missing."""
-    from search.doctor import examine
+    from search.commands.doctor import examine
 
     examine(target, Output(as_json=as_json))
     return 0

@@ -4,7 +4,7 @@ import os
 import platform
 from importlib import metadata
 
-from evaluators.device_state import DeviceState
+from evaluators.runtimes.device_state import DeviceState
 
 _PACKAGES = (
     "torch",

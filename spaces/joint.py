@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from spaces.candidate import ALWAYS_RUN, NEVER_EXIT, Candidate
-from spaces.gates import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace, uniform
-from spaces.masks.mask import move_masks
-from spaces.network import ExitNetwork
+from spaces.channels import SparsitySpace
+from spaces.dimensions import Choice, Dimension, Integer, Real, Value
+from spaces.dynamic.exit_network import ExitNetwork
+from spaces.dynamic.masks.base import move_masks
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PREFIX, PrecisionSpace
-from spaces.space import Choice, Dimension, Integer, Real, Value
-from spaces.sparsity import SparsitySpace
+from spaces.thresholds import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace, uniform
 
 NO_PATTERNS = PatternSpace({})
 """Every layer is dense."""

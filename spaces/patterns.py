@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from spaces.dimensions import Choice, Dimension, Value
+from spaces.dynamic.exit_network import layer_name
 from spaces.errors import UserError
-from spaces.groups import ChannelGroup
-from spaces.network import layer_name
-from spaces.space import Choice, Dimension, Value
+from spaces.pruning.groups import ChannelGroup
 
 PREFIX = "pattern."
 DENSE = "dense"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from spaces.space import Choice, Dimension, Value
+from spaces.dimensions import Choice, Dimension, Value
 
 PREFIX = "precision."
 

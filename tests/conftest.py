@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from evaluators.artifact.build import ArtifactBuilder
-from evaluators.runtimes import trt
-from evaluators.runtimes.ort import OnnxRuntime
+from evaluators.artifact_builder import ArtifactBuilder
+from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
+from evaluators.runtimes.tensorrt_gpu import runtime as trt
 from search.cli import run
-from search.study import Study
-from search.workbench import Workbench
-from spaces.gates import GateSpace
-from spaces.grouping import find_groups
+from search.config.study import Study
+from search.pipeline.workbench import Workbench
+from spaces.dynamic.exit_network import ExitHead, ExitNetwork
 from spaces.joint import JointSpace
-from spaces.network import ExitHead, ExitNetwork
 from spaces.precision import PrecisionSpace
-from tests import tiny
-from tests.scripted_gpu import ScriptedGpu
-from tests.scripted_tensorrt import ScriptedTensorRT
-from tests.tiny import sparsity_space
+from spaces.pruning.prunable import find_groups
+from spaces.thresholds import GateSpace
+from tests.helpers import tiny
+from tests.helpers.scripted_gpu import ScriptedGpu
+from tests.helpers.scripted_tensorrt import ScriptedTensorRT
+from tests.helpers.tiny import sparsity_space
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ LAYERS = ("search", "evaluators", "spaces")
 FENCES = {
     "optuna": ("search/",),
     "mlflow": ("search/",),
-    "tensorrt": ("evaluators/runtimes/trt.py",),
-    "openvino": ("evaluators/runtimes/ov.py", "evaluators/runtimes/run_bundle.py"),
-    "onnxruntime": ("evaluators/runtimes/ort.py", "evaluators/runtimes/run_bundle.py"),
+    "tensorrt": ("evaluators/runtimes/tensorrt_gpu/runtime.py",),
+    "openvino": ("evaluators/runtimes/openvino_cpu.py", "evaluators/bundle/run.py"),
+    "onnxruntime": ("evaluators/runtimes/onnxruntime_cpu.py", "evaluators/bundle/run.py"),
     "torch_pruning": ("spaces/",),
 }
-LIGHT = ("search/cli.py", "search/budget.py", "search/study.py", "search/__main__.py")
+LIGHT = ("search/cli.py", "search/config/budget.py", "search/config/study.py", "search/__main__.py")
 
 
 def modules() -> list[Path]:

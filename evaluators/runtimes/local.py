@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evaluators.runtimes.reuse import FrameReuse
-from evaluators.runtimes.staged import Network, Routes, StagedNetwork, Steps
-from evaluators.target import Follows, Images, Proof, Spent, TimedBatch
-from evaluators.timing import Call, Clock, Protocol, TakeTurn, turns_of
+from evaluators.inference.frame_reuse import FrameReuse
+from evaluators.inference.staged import Network, Routes, StagedNetwork, Steps
+from evaluators.runtimes.base import Follows, Images, Proof, Spent, TimedBatch
+from evaluators.runtimes.paired_timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 if TYPE_CHECKING:
     from evaluators.data import ImageStore

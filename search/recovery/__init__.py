@@ -11,17 +11,17 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators.artifact.build import ArtifactBuilder
-from evaluators.artifact.qdq import Ranges
-from evaluators.artifact.trainable import TrainableGraph
+from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
-from search.recovery.fitting import Augment
-from search.study import FittingSection, RecoverySection
-from spaces.network import ExitNetwork
-from spaces.sparsity import SparsitySpace
+from evaluators.quantization.int8 import Ranges
+from evaluators.quantization.trainable_graph import TrainableGraph
+from search.config.study import FittingSection, RecoverySection
+from search.training.loop import Augment
+from spaces.channels import SparsitySpace
+from spaces.dynamic.exit_network import ExitNetwork
 
 RECOVERIES: Mapping[str, str] = {
-    "none": "search.recovery.nothing:Nothing",
+    "none": "search.recovery.none:Nothing",
     "bn": "search.recovery.batchnorm:BatchNormRecovery",
     "finetune": "search.recovery.finetune:FinetuneRecovery",
     "elastic": "search.recovery.elastic:ElasticRecovery",

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evaluators.artifact.qdq import Ranges
 from evaluators.data import LabelledImages
+from evaluators.quantization.int8 import Ranges
 from search.recovery import NO_PATTERNS, NO_RANGES, Ground
-from search.recovery.distillation import all_logits
-from spaces.groups import dropped_positions
-from spaces.masks.mask import masks_of
-from spaces.network import ExitNetwork
+from search.training.distillation import all_logits
+from spaces.dynamic.exit_network import ExitNetwork
+from spaces.dynamic.masks.base import masks_of
+from spaces.pruning.groups import dropped_positions
 
 BATCH = 64
 """So many images are normalised together at most, by their own statistics."""

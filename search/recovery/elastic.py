@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from search.config.study import ElasticSection
 from search.recovery import Ground, effort_of
 from search.recovery.batchnorm import BatchNormRecovery, refresh_statistics
-from search.recovery.distillation import all_logits, total_loss
-from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
-from search.recovery.mixed import MixedPrecision
-from search.study import ElasticSection
-from spaces.network import ExitNetwork
-from spaces.space import Integer
-from spaces.sparsity import PREFIX, SparsitySpace
+from search.recovery.mixed_precision import MixedPrecision
+from search.training.distillation import all_logits, total_loss
+from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from spaces.channels import PREFIX, SparsitySpace
+from spaces.dimensions import Integer
+from spaces.dynamic.exit_network import ExitNetwork
 
 
 class ElasticRecovery(BatchNormRecovery):

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluators.artifact.qdq import Ranges
+from evaluators.quantization.int8 import Ranges
+from search.config.study import FinetuneSection
 from search.recovery import NO_PATTERNS, NO_RANGES, Ground, effort_of
 from search.recovery.batchnorm import check_images, recovery_images, refresh_statistics
-from search.recovery.distillation import all_logits, total_loss
-from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
-from search.recovery.narrowing import Narrowing
-from search.study import FinetuneSection
-from spaces.network import ExitNetwork
+from search.recovery.gradual_pruning import Narrowing
+from search.training.distillation import all_logits, total_loss
+from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from spaces.dynamic.exit_network import ExitNetwork
 
 
 class FinetuneRecovery:

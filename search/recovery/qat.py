@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from evaluators.artifact.qdq import NO_GRIDS, Grids, Placement, Ranges
-from evaluators.artifact.template import TRANSPOSED
-from evaluators.artifact.trainable import Rounding, TrainableGraph
+from evaluators.graph.template import TRANSPOSED
+from evaluators.quantization.int8 import NO_GRIDS, Grids, Placement, Ranges
+from evaluators.quantization.trainable_graph import Rounding, TrainableGraph
+from search.config.study import QatSection
 from search.recovery import NO_PATTERNS, NO_RANGES, Ground, Int8Ground
-from search.recovery.distillation import total_loss
-from search.recovery.fitting import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.recovery.quantizers import method
-from search.study import QatSection
+from search.training.distillation import total_loss
+from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.candidate import Candidate
-from spaces.network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork
 from spaces.patterns import layer_weights
 
 

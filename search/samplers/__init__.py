@@ -5,16 +5,16 @@ from collections.abc import Mapping
 
 from optuna.samplers import BaseSampler
 
-from search.objects import resolve
-from search.samplers.structure import Meaning
+from search.loading.user_code import resolve
+from search.samplers.hypervolume.prior import Meaning
 from spaces.errors import UserError
 
 SAMPLERS: Mapping[str, str] = {
-    "front": "search.samplers.front:front",
-    "tpe": "search.samplers.stock:tpe",
-    "nsga2": "search.samplers.stock:nsga2",
-    "gp": "search.samplers.stock:gp",
-    "random": "search.samplers.stock:uniform",
+    "front": "search.samplers.hypervolume.sampler:front",
+    "tpe": "search.samplers.optuna_samplers:tpe",
+    "nsga2": "search.samplers.optuna_samplers:nsga2",
+    "gp": "search.samplers.optuna_samplers:gp",
+    "random": "search.samplers.optuna_samplers:uniform",
 }
 """Every sampler, by the name that `--sampler` takes; loaded when asked for."""
 

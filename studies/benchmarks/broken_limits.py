@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from search.front import Version
-from search.store import SearchFolder, StoredSearch
+from search.results.pareto import Version
+from search.results.store import SearchFolder, StoredSearch
 from studies.benchmarks.markdown import print_table
 
 SKIPPED = 20

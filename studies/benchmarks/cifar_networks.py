@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluators.data import LabelledImages
-from search.recovery.fitting import TrainingBatches
-from search.sources.prepared import prepare
-from search.study import DataSection, ModelSection, Study, load_study
+from search.config.study import DataSection, ModelSection, Study, load_study
+from search.loading.prepare import prepare
+from search.training.loop import TrainingBatches
 from studies.cifar10.data import augment
 from studies.cifar10.model import BasicBlock, ResNet20
 

@@ -23,14 +23,14 @@ import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evaluators.artifact.build import ArtifactBuilder
-from evaluators.runtimes.ort import OnnxRuntime, load
+from evaluators.artifact_builder import ArtifactBuilder
+from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from search.environment import environment
 from spaces.candidate import Candidate
-from spaces.cutpoints import find_cut_points
-from spaces.grouping import find_groups, halves
-from spaces.network import ExitHead, ExitNetwork, feature_channels
-from spaces.slicing import sliced
+from spaces.dynamic.cut_points import find_cut_points
+from spaces.dynamic.exit_network import ExitHead, ExitNetwork, feature_channels
+from spaces.pruning.prunable import find_groups, halves
+from spaces.pruning.slicing import sliced
 
 SHARES = (1 / 3, 2 / 3)
 IMAGES = 8

@@ -18,17 +18,17 @@ from itertools import cycle
 from pathlib import Path
 
 from evaluators.artifact import Artifact
-from evaluators.latency import LatencyEvaluator
-from evaluators.runtimes import run_bundle
-from evaluators.runtimes.staged import Floats, Network
-from evaluators.subject import Subject
-from search.coordinator import measure_baseline
-from search.evaluation import Evaluation
-from search.gating import GateSolver, Settled
-from search.request import Request
-from search.store import Baseline
-from search.study import Study
-from search.workbench import Workbench
+from evaluators.bundle import run as run_bundle
+from evaluators.deployed import Subject
+from evaluators.inference.staged import Floats, Network
+from evaluators.latency.evaluator import LatencyEvaluator
+from search.config.overrides import Request
+from search.config.study import Study
+from search.loop.coordinator import measure_baseline
+from search.pipeline.exit_thresholds import GateSolver, Settled
+from search.pipeline.workbench import Workbench
+from search.results.evaluation import Evaluation
+from search.results.store import Baseline
 from spaces.candidate import NEVER_EXIT, OPEN_EXIT, Candidate
 from studies.benchmarks.markdown import print_table
 

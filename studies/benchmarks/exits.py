@@ -17,20 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.accuracy import accuracy_of, wilson
+from evaluators.bundle import run as run_bundle
 from evaluators.data import LabelledImages
-from evaluators.latency import LatencyEvaluator
-from evaluators.runtimes import run_bundle
-from evaluators.runtimes.staged import Network
-from evaluators.subject import Subject
-from search.coordinator import measure_baseline
-from search.deploy import Confirmed, write_bundle
-from search.evaluation import Evaluation
-from search.front import Version
-from search.gating import GateSolver
-from search.request import Request
-from search.store import Baseline, SearchFolder, StoredSearch
-from search.study import Study
-from search.workbench import Workbench
+from evaluators.deployed import Subject
+from evaluators.inference.staged import Network
+from evaluators.latency.evaluator import LatencyEvaluator
+from search.config.overrides import Request
+from search.config.study import Study
+from search.deploy.bundle import Confirmed, write_bundle
+from search.loop.coordinator import measure_baseline
+from search.pipeline.exit_thresholds import GateSolver
+from search.pipeline.workbench import Workbench
+from search.results.evaluation import Evaluation
+from search.results.pareto import Version
+from search.results.store import Baseline, SearchFolder, StoredSearch
 from spaces.candidate import OPEN_EXIT, Candidate
 
 _CHUNK = 50

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from evaluators.frames import Reuse, Stream
-from evaluators.runtimes.ort import load
-from evaluators.runtimes.reuse import FrameReuse
-from evaluators.runtimes.staged import Floats, Network, StagedNetwork
-from evaluators.subject import Answers, Deployed, Subject
-from search.request import Request
-from search.study import ExitsSection, FramesSection, RecoverySection
-from search.workbench import Workbench
+from evaluators.deployed import Answers, Deployed, Subject
+from evaluators.inference.frame_reuse import FrameReuse
+from evaluators.inference.staged import Floats, Network, StagedNetwork
+from evaluators.runtimes.onnxruntime_cpu import load
+from evaluators.streams import Reuse, Stream
+from search.config.overrides import Request
+from search.config.study import ExitsSection, FramesSection, RecoverySection
+from search.pipeline.workbench import Workbench
 from spaces.candidate import Candidate
 
 THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)

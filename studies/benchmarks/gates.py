@@ -20,30 +20,30 @@ import torch
 from torch import Tensor, nn
 
 from evaluators.accuracy import AccuracyEvaluator
-from evaluators.artifact.build import ArtifactBuilder
+from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import Splits
-from evaluators.flops import FlopsEvaluator, count_by_module
-from evaluators.latency import LatencyEvaluator, Reference
-from evaluators.masked_flops import MaskedFlops, measure_need
+from evaluators.deployed import Subject
+from evaluators.flops.evaluator import FlopsEvaluator, count_by_module
+from evaluators.flops.masked import MaskedFlops, measure_need
+from evaluators.latency.evaluator import LatencyEvaluator, Reference
+from evaluators.runtimes.base import Target
 from evaluators.runtimes.cpu import cpu_name
-from evaluators.runtimes.ort import OnnxRuntime
-from evaluators.subject import Subject
-from evaluators.target import Target
-from evaluators.timing import Protocol
-from search.masking import train_masks_once, with_masks
-from search.recovery.distillation import distillation_loss
-from search.recovery.fitting import Augment, TrainingBatches, fast_arithmetic, fit, load_weights, save
-from search.request import Request
-from search.sections import MasksSection, SkipsSection
-from search.skipping import calibrate_gates, skip_blocks, train_gates_once, with_gates
-from search.sources.prepared import prepare
-from search.training import augmentation
+from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
+from evaluators.runtimes.paired_timing import Protocol
+from search.config.overrides import Request
+from search.config.sections import MasksSection, SkipsSection
+from search.loading.prepare import prepare
+from search.training.block_gates import calibrate_gates, skip_blocks, train_gates_once, with_gates
+from search.training.dense import augmentation
+from search.training.distillation import distillation_loss
+from search.training.loop import Augment, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.masks import train_masks_once, with_masks
 from spaces.candidate import SKIP, Candidate
+from spaces.dynamic.exit_network import ExitNetwork
+from spaces.dynamic.masks import MASKS
+from spaces.dynamic.masks.base import masks_of
 from spaces.errors import UserError
-from spaces.gates import uniform
-from spaces.masks import MASKS
-from spaces.masks.mask import masks_of
-from spaces.network import ExitNetwork
+from spaces.thresholds import uniform
 from studies.benchmarks.markdown import print_table
 
 PLAIN, SKIPS = "plain", ("aig", "skipnet")

@@ -21,17 +21,17 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from evaluators.accuracy import accuracy_of
 from evaluators.runtimes.cpu import cpu_name
-from search.coordinator import measure_baseline
-from search.request import Request
-from search.samplers.first import distributions
-from search.samplers.stock import tpe
-from search.store import Baseline
-from search.study import ExitsSection
-from search.workbench import Workbench
+from search.config.overrides import Request
+from search.config.study import ExitsSection
+from search.loop.coordinator import measure_baseline
+from search.pipeline.workbench import Workbench
+from search.results.store import Baseline
+from search.samplers.distributions import distributions
+from search.samplers.optuna_samplers import tpe
 from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.channels import PREFIX as CHANNELS
+from spaces.dimensions import Value
 from spaces.precision import PREFIX as PRECISION
-from spaces.space import Value
-from spaces.sparsity import PREFIX as CHANNELS
 from studies.benchmarks.markdown import print_table
 
 Values = Mapping[str, Value]

@@ -14,9 +14,9 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search.mirror import Mirror
-from search.store import SearchFolder, StoredSearch
-from search.tracking import DATABASE, Tracking
+from search.results.store import SearchFolder, StoredSearch
+from search.tracking.mirror import Mirror
+from search.tracking.store import DATABASE, Tracking
 
 _VARIED = {"accuracy": 0.02, "latency": 0.3, "flops": 0.3}
 """By so much of itself each figure is varied."""

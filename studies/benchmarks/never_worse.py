@@ -24,8 +24,8 @@ import numpy as np
 
 from evaluators.data import LabelledImages
 from evaluators.runtimes.cpu import cpu_name
-from search.sources.prepared import prepare
-from search.study import ElasticSection, ExitsSection, Study
+from search.config.study import ElasticSection, ExitsSection, Study
+from search.loading.prepare import prepare
 from studies.benchmarks import outside
 from studies.benchmarks.cifar_networks import study_on
 from studies.benchmarks.markdown import print_table
@@ -163,7 +163,7 @@ def _bundle(folder: Path) -> Answer:
         network = _module(folder / "run.py").load(folder)
     finally:
         sys.path.remove(str(folder))
-        for name in ("staged", "inputs", "reuse"):  # the next bundle brings its own
+        for name in ("staged", "inputs", "frame_reuse", "sessions"):  # the next bundle brings its own
             sys.modules.pop(name, None)
     return lambda images: network(images)[0]
 

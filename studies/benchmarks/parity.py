@@ -25,11 +25,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from evaluators.artifact.build import ArtifactBuilder
+from evaluators.artifact_builder import ArtifactBuilder
+from evaluators.runtimes.base import runtime
 from evaluators.runtimes.cpu import cpu_name
-from evaluators.target import runtime
 from spaces.candidate import Candidate
-from spaces.network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork
 from studies.benchmarks import outside
 from studies.benchmarks.coverage import all_models, random_network
 from studies.benchmarks.markdown import print_table

@@ -15,20 +15,20 @@ from dataclasses import dataclass
 
 import torch
 
-from evaluators.artifact.qdq import NO_GRIDS
 from evaluators.data import LabelledImages
+from evaluators.quantization.int8 import NO_GRIDS
 from evaluators.runtimes.cpu import cpu_name
-from evaluators.runtimes.ort import load
+from evaluators.runtimes.onnxruntime_cpu import load
+from search.config.overrides import Request
+from search.config.study import ExitsSection, FinetuneSection, QatSection
+from search.pipeline.workbench import Workbench
 from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.finetune import finetune
-from search.recovery.fitting import TrainingBatches
 from search.recovery.qat import Int8Network, Learned, train_int8
 from search.recovery.quantizers import QUANTIZERS
-from search.request import Request
-from search.study import ExitsSection, FinetuneSection, QatSection
-from search.workbench import Workbench
+from search.training.loop import TrainingBatches
 from spaces.candidate import Candidate
-from spaces.network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork
 
 _BATCH = 250
 

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluators.artifact.build import ArtifactBuilder
-from evaluators.artifact.scheme import Scheme
-from evaluators.calibration import CALIBRATORS
+from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
+from evaluators.quantization.calibration import CALIBRATORS
+from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.cpu import cpu_name
-from search.request import Request
-from search.study import ExitsSection
-from search.workbench import Workbench
+from search.config.overrides import Request
+from search.config.study import ExitsSection
+from search.pipeline.workbench import Workbench
 from spaces.candidate import Candidate
-from spaces.network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork
 from studies.benchmarks.markdown import print_table
 
 _BATCH = 250

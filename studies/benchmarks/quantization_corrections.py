@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluators.artifact.adaround import Learning
-from evaluators.artifact.build import ArtifactBuilder
-from evaluators.artifact.equalize import equalized, find_pairs, scaled
-from evaluators.artifact.qdq import NO_GRIDS, Grids
-from evaluators.artifact.scheme import Scheme
-from evaluators.artifact.template import Template
+from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import Splits
+from evaluators.graph.template import Template
+from evaluators.quantization.adaround import Learning
+from evaluators.quantization.equalization import equalized, find_pairs, scaled
+from evaluators.quantization.int8 import NO_GRIDS, Grids
+from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.cpu import cpu_name
-from evaluators.runtimes.ort import OnnxRuntime, load
-from search.request import Request
-from search.sources.prepared import prepare
+from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
+from search.config.overrides import Request
+from search.loading.prepare import prepare
 from spaces.candidate import Candidate
-from spaces.network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork
 from studies.benchmarks.markdown import print_table
 
 _BATCH = 100

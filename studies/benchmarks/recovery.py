@@ -21,18 +21,18 @@ import torch
 from scipy.stats import spearmanr
 
 from evaluators.data import LabelledImages
-from evaluators.flops import count_by_module
+from evaluators.flops.evaluator import count_by_module
 from evaluators.runtimes.cpu import cpu_name
+from search.config.overrides import Request
+from search.config.study import ElasticSection, ExitsSection, FinetuneSection
+from search.pipeline.workbench import Workbench
 from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.elastic import random_channels, train_elastic
 from search.recovery.finetune import finetune
-from search.recovery.fitting import TrainingBatches, save
-from search.request import Request
-from search.study import ElasticSection, ExitsSection, FinetuneSection
-from search.workbench import Workbench
-from spaces.criteria import CRITERIA, Evidence, criterion
-from spaces.network import ExitNetwork
-from spaces.sparsity import SparsitySpace
+from search.training.loop import TrainingBatches, save
+from spaces.channels import SparsitySpace
+from spaces.dynamic.exit_network import ExitNetwork
+from spaces.pruning.criteria import CRITERIA, Evidence, criterion
 from studies.benchmarks.markdown import print_table
 
 KEPT = (0.7, 0.5, 0.3)

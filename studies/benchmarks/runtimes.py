@@ -14,16 +14,16 @@ import numpy as np
 import torch
 
 from evaluators.artifact import Artifact
-from evaluators.artifact.build import ArtifactBuilder
+from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
+from evaluators.deployed import ask
+from evaluators.runtimes.base import Fp32In, Runtime, TimedBatch, runtime
 from evaluators.runtimes.cpu import cpu_name
-from evaluators.subject import ask
-from evaluators.target import Fp32In, Runtime, TimedBatch, runtime
-from evaluators.timing import Protocol, time_pair
-from search.sources.prepared import prepare
-from search.study import DataSection, ModelSection, Study, load_study
+from evaluators.runtimes.paired_timing import Protocol, time_pair
+from search.config.study import DataSection, ModelSection, Study, load_study
+from search.loading.prepare import prepare
 from spaces.candidate import Candidate
-from spaces.network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork
 
 PROTOCOL = Protocol(half_width=0.01, limit_s=3.0)
 OCCASIONS = 3

@@ -11,19 +11,19 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 
 from evaluators.measurement import Measurement
-from search.coordinator import measure_baseline, narrowed
-from search.evaluation import Evaluation
-from search.front import OBJECTIVES, box_share, worst_that_counts
-from search.gating import GateSolver, is_hopeless
-from search.samplers.codec import Array, Codec
-from search.samplers.evolution import evolve
-from search.samplers.first import distributions, first_guesses
-from search.samplers.knapsack import SHARES, knapsacks
-from search.samplers.meaning import knapsack_seeds, meaning_of
-from search.samplers.structure import Meaning
-from search.store import Baseline
-from search.study import Study
-from search.workbench import Workbench
+from search.config.study import Study
+from search.loop.coordinator import measure_baseline, narrowed
+from search.loop.sampler_prior import knapsack_seeds, meaning_of
+from search.pipeline.exit_thresholds import GateSolver, is_hopeless
+from search.pipeline.workbench import Workbench
+from search.results.evaluation import Evaluation
+from search.results.pareto import OBJECTIVES, box_share, worst_that_counts
+from search.results.store import Baseline
+from search.samplers.distributions import distributions, first_guesses
+from search.samplers.hypervolume.encoding import Array, Codec
+from search.samplers.hypervolume.knapsack import SHARES, knapsacks
+from search.samplers.hypervolume.nsga2 import evolve
+from search.samplers.hypervolume.prior import Meaning
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
 _WRITTEN_EVERY = 20

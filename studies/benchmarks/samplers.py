@@ -18,10 +18,10 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
-from search.budget import Budget
-from search.request import Request
+from search.config.budget import Budget
+from search.config.overrides import Request
+from search.config.study import Study
 from search.samplers import sampler
-from search.study import Study
 from studies.benchmarks.markdown import print_table
 from studies.benchmarks.sampler_problems import Case, Record, StudyCase, SyntheticCase
 from studies.benchmarks.synthetic import Setting

@@ -22,26 +22,26 @@ import torchvision
 from torch import Tensor
 
 from evaluators.accuracy import AccuracyEvaluator
-from evaluators.artifact.build import ArtifactBuilder
+from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages, Splits
-from evaluators.flops import FlopsEvaluator
-from evaluators.latency import LatencyEvaluator, Reference
+from evaluators.deployed import Subject
+from evaluators.flops.evaluator import FlopsEvaluator
+from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.measurement import Measurement
+from evaluators.runtimes.base import Target
 from evaluators.runtimes.cpu import cpu_name
-from evaluators.runtimes.ort import OnnxRuntime
-from evaluators.subject import Subject
-from evaluators.target import Target
-from evaluators.timing import Protocol
-from search.request import Request
-from search.skipping import with_gates
-from search.sources.models import Built
-from search.sources.prepared import prepare
-from search.study import ExitsSection, SkipsSection, Study
-from search.training import trained_network
+from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
+from evaluators.runtimes.paired_timing import Protocol
+from search.config.overrides import Request
+from search.config.study import ExitsSection, SkipsSection, Study
+from search.loading.models import Built
+from search.loading.prepare import prepare
+from search.training.block_gates import with_gates
+from search.training.dense import trained_network
 from spaces.candidate import SKIP, Candidate
-from spaces.gates import uniform
-from spaces.network import ExitNetwork
-from spaces.skips.blocks import find_blocks
+from spaces.dynamic.exit_network import ExitNetwork
+from spaces.dynamic.skippable_blocks import find_blocks
+from spaces.thresholds import uniform
 
 TWO = ("layer2.1", "layer3.1")
 SHARES = (None, 0.8, 0.6, 0.4)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from search.samplers.codec import Array, Codec
-from search.samplers.structure import Aim, Link, Meaning, Structure
+from search.samplers.hypervolume.encoding import Array, Codec
+from search.samplers.hypervolume.prior import Aim, Link, Meaning, Structure
 
 PRECISIONS = ("fp32", "int8", "int4")
 STEP = 4

@@ -21,14 +21,14 @@ import torch_pruning
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from optuna.trial import FrozenTrial
 
-from evaluators.artifact.exporter import INPUT, OPSET
-from search.coordinator import Coordinator, measure_baseline
+from evaluators.graph.exporter import INPUT, OPSET
+from search.config.study import load_study
 from search.environment import environment
-from search.mirror import Follower
-from search.store import SearchFolder, StoredSearch
-from search.study import load_study
-from search.tracking import Tracking
-from search.workbench import Workbench
+from search.loop.coordinator import Coordinator, measure_baseline
+from search.pipeline.workbench import Workbench
+from search.results.store import SearchFolder, StoredSearch
+from search.tracking.mirror import Follower
+from search.tracking.store import Tracking
 from spaces.candidate import NEVER_EXIT, Candidate
 
 NAIVE_CANDIDATES = 5

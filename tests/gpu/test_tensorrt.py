@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluators.artifact.build import ArtifactBuilder
-from evaluators.runtimes import trt, trt_report
-from evaluators.runtimes.engines import WITH_GRAPH, WITHOUT_GRAPH
-from evaluators.runtimes.ort import OnnxRuntime
-from evaluators.runtimes.trt import TensorRT
-from evaluators.target import Proof, TargetError, TimedBatch
-from evaluators.timing import Protocol, time_pair
-from tests.contracts import RuntimeContract
+from evaluators.artifact_builder import ArtifactBuilder
+from evaluators.runtimes.base import Proof, TargetError, TimedBatch
+from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
+from evaluators.runtimes.paired_timing import Protocol, time_pair
+from evaluators.runtimes.tensorrt_gpu import inspector as trt_report
+from evaluators.runtimes.tensorrt_gpu import runtime as trt
+from evaluators.runtimes.tensorrt_gpu.engines import WITH_GRAPH, WITHOUT_GRAPH
+from evaluators.runtimes.tensorrt_gpu.runtime import TensorRT
+from tests.helpers.contracts import RuntimeContract
 
 MISSING = TensorRT.missing()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluators.artifact.qdq import QuantizedWeight
+from evaluators.quantization.int8 import QuantizedWeight
 
 LOWEST, HIGHEST = -128, 127
 """What s8 holds: what lies beyond is clipped."""

@@ -1,0 +1,1 @@
+"""What a deployed folder holds, and the program that runs it."""

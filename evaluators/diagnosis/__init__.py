@@ -1,0 +1,1 @@
+"""Where and why a deployed artifact differs from the trained network."""

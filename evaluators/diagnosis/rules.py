@@ -1,0 +1,242 @@
+"""What the figures of a comparison mean, in words: one rule for each thing that goes wrong."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.diagnosis.comparison import Answered
+from evaluators.diagnosis.evidence import LOW_DB, Case, Finding, ratio
+from evaluators.diagnosis.tensor_errors import Figures
+
+EXPLAINS = 0.9
+"""A permutation of channels that explains this share of the squared error is what went wrong."""
+LARGEST_HALF = float(np.finfo(np.float16).max)
+"""65504, the largest number in fp16."""
+SMALLEST_HALF = float(np.finfo(np.float16).smallest_subnormal)
+"""6e-8, the smallest number above 0 in fp16."""
+SAME_POINTS = 0.3
+"""One file on two targets gives the same accuracy within so many points."""
+
+
+def find(case: Case) -> list[Finding]:
+    """Returns everything that was found, the most important first: alarms before notes."""
+    found = [finding for rule in _RULES for finding in rule(case)]
+    return sorted(found, key=lambda finding: not finding.alarm)
+
+
+def _permuted(case: Case) -> list[Finding]:
+    moved = [layer for layer in case.layers if _explains(layer)]
+    if not moved:
+        return []
+    layer, permutation = moved[0], moved[0].permutation
+    assert permutation is not None
+    text = (
+        f"the channels of {layer.name} are in another order: a permutation explains {permutation.explained:.1%} of its"
+        f" error ({ratio(layer.sqnr_db)})"
+    )
+    shuffle = permutation.groups
+    if shuffle is not None:
+        other = layer.channels // shuffle
+        text += f"; it is a channel shuffle of {shuffle} groups that was lost, or one of {other} that is too many"
+    remedy = (
+        "write the shuffle as a Gather with constant indices or as a 1x1 convolution, or keep its nodes in fp32; or try"
+        " another version of the exporter or of the runtime"
+    )
+    return [Finding("permuted channels", True, layer.name, permutation.explained, text, remedy)]
+
+
+def _explains(layer: Figures) -> bool:
+    order = layer.permutation
+    return order is not None and not order.is_identity and order.explained >= EXPLAINS
+
+
+def _overflow(case: Case) -> list[Finding]:
+    beyond = [layer for layer in case.layers if layer.largest > LARGEST_HALF]
+    if not beyond:
+        return []
+    layer = max(beyond, key=lambda each: each.largest)
+    rest = f", and {len(beyond) - 1} more are beyond it" if len(beyond) > 1 else ""
+    text = (
+        f"{beyond[0].name} is the first beyond fp16's range: its largest value is {beyond[0].largest:.3g}, fp16 ends at"
+        f" {LARGEST_HALF:.0f}{rest}"
+    )
+    if case.halves:
+        remedy = "keep these layers in fp32, or scale the weights before them down and those behind them up"
+    else:
+        remedy = "nothing is wrong as long as they are not run in fp16"
+    return [Finding("fp16 overflow", case.halves, beyond[0].name, layer.largest, text, remedy)]
+
+
+def _not_finite(case: Case) -> list[Finding]:
+    before = next((layer for layer in case.layers if layer.not_finite_before), None)
+    if before is not None:
+        text = f"{before.name} gives {before.not_finite_before} values that are not finite already in {case.reference}"
+        remedy = "look at the network's weights and at the images: no version of it can be right"
+        return [Finding("not finite", True, before.name, before.not_finite_before, text, remedy)]
+    first = next((layer for layer in case.layers if layer.not_finite), None)
+    if first is None:
+        return []
+    text = (
+        f"{first.name} is the first with values that are infinite or not a number: {first.not_finite} in {case.version}"
+    )
+    remedy = "keep it in fp32, and see whether its range or its weights fit the precision"
+    return [Finding("not finite", True, first.name, first.not_finite, text, remedy)]
+
+
+def _chance(case: Case) -> list[Finding]:
+    answered = case.compared.answered
+    if is_chance(answered.before, answered):
+        text = (
+            f"{case.reference} itself answers {answered.before} of {answered.images} images right, which is chance"
+            f" among {answered.classes} classes"
+        )
+        remedy = "see whether the network is trained: accuracies say nothing here, the layers' figures do"
+        return [Finding("chance level", False, "", answered.before / answered.images, text, remedy)]
+    if not is_chance(answered.right, answered):
+        return []
+    only = f"; it calls every image class {answered.only}" if answered.only is not None else ""
+    text = (
+        f"accuracy is at chance level: {case.version} answers {answered.right} of {answered.images} images right"
+        f" ({case.reference}: {answered.before}), as guessing among {answered.classes} classes would{only}"
+    )
+    remedy = "rounding alone does not do that to a network; look for the first layer that is wrong"
+    return [Finding("chance level", True, "", answered.right / answered.images, text, remedy)]
+
+
+def is_chance(right: int, answered: Answered) -> bool:
+    """Returns whether guessing gets as many right, or up to two standard deviations fewer than that many."""
+    guess = 1 / answered.classes
+    return right <= answered.images * guess + 2 * float(np.sqrt(answered.images * guess * (1 - guess)))
+
+
+def _two_targets(case: Case) -> list[Finding]:
+    answered = case.compared.answered
+    apart = (answered.right - answered.before) / answered.images * 100
+    if not case.targets or abs(apart) <= SAME_POINTS:
+        return []
+    layer = case.guilty()
+    text = (
+        f"the same file is {abs(apart):.2f} points {'better' if apart > 0 else 'worse'} on {case.version} than on"
+        f" {case.reference}; they part at {layer.name}, from {ratio(layer.input_db)} at its input"
+        f" to {ratio(layer.sqnr_db)} behind it"
+    )
+    remedy = "believe neither before the layer is understood; try it in fp32, and newer versions of both"
+    return [Finding("targets differ", True, layer.name, apart, text, remedy)]
+
+
+def _noisy(case: Case) -> list[Finding]:
+    layer = case.first_low()
+    if layer is None:
+        return []
+    low, guilty = sum(each.sqnr_db < LOW_DB for each in case.layers), case.guilty()
+    text = (
+        f"{layer.name} is the first below {LOW_DB:.0f} dB: {ratio(layer.sqnr_db)}, cosine {layer.cosine:.4f}, from"
+        f" {ratio(layer.input_db)} at its input; {low} of {len(case.layers)} tensors are below"
+    )
+    if guilty is not layer:
+        text += f"; up to there {guilty.name} adds most noise of its own ({ratio(guilty.own_db)})"
+    if case.eights:
+        remedy = (
+            'try [quantization] calibrator = "percentile" or equalize = true, or leave the layer in fp16 or fp32, and'
+            " compare again"
+        )
+    else:
+        remedy = "leave the layer in fp32 and compare again"
+    return [Finding("noisy layer", True, layer.name, layer.sqnr_db, text, remedy)]
+
+
+def _vanishing(case: Case) -> list[Finding]:
+    return [*_unfolded(case), *_folded(case)]
+
+
+def _unfolded(case: Case) -> list[Finding]:
+    """Returns the finding on norms that are nodes of their own, whose variances fp16 rounds to 0."""
+    lost = {name: _vanished(values) for name, values in case.norms.items()}
+    names = [name for name, count in lost.items() if count]
+    if not names:
+        return []
+    in_half = any(case.norms[name].dtype == np.float16 for name in names)
+    first, count = _norm(names[0]), lost[names[0]]
+    text = (
+        f"{count} running variances of {first} are below fp16's smallest number ({SMALLEST_HALF:.0e}), and it is not"
+        f" folded into a layer: fp16 {'makes' if in_half else 'would make'} them 0{_more(names)}"
+    )
+    remedy = "fold batch norm into its convolution before the export, or keep it in fp32"
+    return [Finding("vanishing variance", in_half, first, _smallest(case.norms[names[0]]), text, remedy)]
+
+
+def _folded(case: Case) -> list[Finding]:
+    """Returns the finding on norms that have gone into a layer: nothing vanishes, but weights may become large."""
+    lost = {name: _vanished(values) for name, values in case.variances.items() if name not in case.norms}
+    names = [name for name, count in lost.items() if count]
+    if not names:
+        return []
+    first = _norm(names[0])
+    smallest = _smallest(case.variances[names[0]])
+    text = (
+        f"{lost[names[0]]} running variances of {first} are below fp16's smallest number, down to {smallest:.1e}; it is"
+        f" folded into its layer in fp32, so none is lost{_more(names)}"
+    )
+    remedy = "such channels hardly varied in training: prune them, or keep scales per channel, since their weights grow"
+    return [Finding("vanishing variance", False, first, smallest, text, remedy)]
+
+
+def _vanished(variances: NDArray[np.generic]) -> int:
+    return int((variances.astype(np.float64) < SMALLEST_HALF).sum())
+
+
+def _smallest(variances: NDArray[np.generic]) -> float:
+    return float(variances.astype(np.float64).min())
+
+
+def _norm(name: str) -> str:
+    return name.removesuffix(".running_var").removeprefix("trunk.")
+
+
+def _more(names: Sequence[str]) -> str:
+    return f"; so it is with {len(names) - 1} more norms" if len(names) > 1 else ""
+
+
+def _died(case: Case) -> list[Finding]:
+    layers = [layer for layer in case.until_low() if layer.died and not layer.not_finite]
+    if not layers:
+        return []
+    worst = max(layers, key=lambda layer: layer.died / layer.channels)
+    text = (
+        f"silent in {case.version} but not in {case.reference}: {worst.died} of {worst.channels} channels of"
+        f" {worst.name}, which stay below one step of the tensor's grid; {len(layers)} tensors lose some"
+    )
+    if case.eights:
+        remedy = "equalize the channels' ranges ([quantization] equalize = true), or give the layer a higher precision"
+    else:
+        remedy = "give the layer a higher precision"
+    return [Finding("silenced channels", False, worst.name, worst.died, text, remedy)]
+
+
+def _dead(case: Case) -> list[Finding]:
+    layers = [layer for layer in case.layers if layer.dead]
+    if not layers:
+        return []
+    worst = max(layers, key=lambda layer: layer.dead / layer.channels)
+    total, channels = sum(layer.dead for layer in layers), sum(layer.channels for layer in case.layers)
+    text = (
+        f"{total} of {channels} channels never vary over these images, already in {case.reference}: most in"
+        f" {worst.name}, {worst.dead} of {worst.channels}"
+    )
+    remedy = "they cost time and say nothing; a search can prune them at no loss"
+    return [Finding("dead channels", False, worst.name, worst.dead, text, remedy)]
+
+
+_RULES: Sequence[Callable[[Case], list[Finding]]] = (
+    _permuted,
+    _overflow,
+    _not_finite,
+    _two_targets,
+    _chance,
+    _noisy,
+    _vanishing,
+    _died,
+    _dead,
+)
+"""In the order of how much each explains."""

@@ -1,0 +1,1 @@
+"""Thresholds of exits; numpy alone."""

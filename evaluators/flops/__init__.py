@@ -1,0 +1,1 @@
+"""FLOPs as fvcore counts them."""

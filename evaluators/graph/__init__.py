@@ -1,0 +1,1 @@
+"""Surgery on ONNX graphs: export, slicing, cutting at exits, simplification, more outputs."""

@@ -1,0 +1,212 @@
+"""The one place that turns torch into ONNX, once per network."""
+
+import copy
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from spaces.dynamic.exit_network import ExitNetwork, layer_name
+from spaces.errors import UserError
+
+OPSET = 17
+INPUT = "images"
+OUTPUT = "logits"
+
+
+class ExportError(UserError):
+    """A network that cannot be written as ONNX."""
+
+
+class _WithCuts(nn.Module):
+    """Returns the features at each cut point and the ends of each block beside the logits of its exit or gate."""
+
+    def __init__(self, network: ExitNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features, blocks, logits = self.network.observe(images)
+        outputs: list[Tensor] = []
+        for head, feature in zip(self.network.exits.values(), features, strict=True):
+            outputs += [feature, head(feature)]
+        for gate, (source, result) in zip(self.network.gates.values(), blocks, strict=True):
+            outputs += [source, gate(source), result]
+        return (*outputs, logits)
+
+
+def cut_name(exit_name: str) -> str:
+    """Returns the name of the tensor that an exit's head reads."""
+    return f"{exit_name}_features"
+
+
+def logits_name(exit_name: str) -> str:
+    """Returns the name of an exit's output."""
+    return f"{exit_name}_logits"
+
+
+def block_ends(block: str) -> tuple[str, str]:
+    """Returns the names of the tensors that a block with a gate reads and gives."""
+    return f"{block}/source", f"{block}/result"
+
+
+def gate_logits_name(block: str) -> str:
+    """Returns the name of the output of a block's gate."""
+    return f"skip.{block}_logits"
+
+
+def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
+    """Returns the network's graph, whose initializers carry the names of its state dict but not its values.
+
+    Batch normalisation stays a node, the batch size is free. Values are random: the exporter merges tensors of equal
+    content, which would tie layers together that only happen to be equal today.
+
+    Args:
+        network: in evaluation mode.
+        image: one input, `(1, c, h, w)`.
+
+    Raises:
+        ExportError: torch cannot export it; the reason is passed on.
+    """
+    names = [name for exit_name in network.exit_names for name in (cut_name(exit_name), logits_name(exit_name))]
+    for block in network.skip_blocks:
+        source, result = block_ends(block)
+        names += [source, gate_logits_name(block), result]
+    names.append(OUTPUT)
+    scrambled = _scrambled(network)
+    try:
+        model = _export(_WithCuts(scrambled), (image,), names)
+    except Exception as error:
+        path, reason = _offender(scrambled, image) or ("", error)
+        inner = path not in ("", "trunk")  # the network as a whole is no place
+        place = f" at {layer_name(path)!r} ({type(network.get_submodule(path)).__name__})" if inner else ""
+        raise ExportError(f"the network cannot be exported to ONNX{place}: {_first_line(reason)}") from error
+    _strip_prefix(model, "network.")
+    return model
+
+
+def _export(module: nn.Module, inputs: tuple[Any, ...], outputs: Sequence[str] = ()) -> onnx.ModelProto:
+    """Returns a module as a graph, with a batch of any size where its outputs are named."""
+    file = io.BytesIO()
+    with warnings.catch_warnings(), _any_pooling(), _quiet():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            inputs,
+            cast(Any, file),
+            opset_version=OPSET,
+            dynamo=False,  # 15 to 20 times faster than the new exporter, and keeps the state dict's names
+            training=torch.onnx.TrainingMode.PRESERVE,
+            do_constant_folding=False,
+            input_names=[INPUT] if outputs else None,
+            output_names=list(outputs) or None,
+            dynamic_axes={name: {0: "batch"} for name in [INPUT, *outputs]} if outputs else None,
+        )
+    return onnx.load_from_string(file.getvalue())
+
+
+@contextmanager
+def _any_pooling() -> Iterator[None]:
+    """Lets adaptive pooling be exported at any size.
+
+    The exporter loses sight of sizes behind a padding or a slice. So even bins are written as plain pooling, uneven
+    ones as a product with constant matrices.
+    """
+    given = F.adaptive_avg_pool2d
+
+    def pool(features: Tensor, output_size: Any) -> Tensor:
+        height, width = (
+            int(wanted or size) for wanted, size in zip(_pair(output_size), features.shape[-2:], strict=True)
+        )
+        if (height, width) == (1, 1):
+            return given(features, output_size)
+        if features.shape[-2] % height == 0 and features.shape[-1] % width == 0:
+            return F.avg_pool2d(features, (int(features.shape[-2]) // height, int(features.shape[-1]) // width))
+        rows, columns = _bins(int(features.shape[-2]), height), _bins(int(features.shape[-1]), width)
+        return torch.matmul(torch.matmul(rows, features), columns.T)
+
+    F.adaptive_avg_pool2d = cast(Any, pool)
+    try:
+        yield
+    finally:
+        F.adaptive_avg_pool2d = given
+
+
+def _bins(size: int, bins: int) -> Tensor:
+    """Returns the share of each of `size` positions in each bin of adaptive average pooling, `(bins, size)`."""
+    return F.adaptive_avg_pool1d(torch.eye(size), bins).T.contiguous()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter from printing the whole graph when it fails; its own switch is switched on by itself."""
+    given = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = given
+
+
+def _offender(network: nn.Module, image: Tensor) -> tuple[str, Exception] | None:
+    """Returns the path of the innermost module that cannot be exported by itself, and the exporter's reason."""
+    inputs: dict[str, tuple[Any, ...]] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, args, path=path: inputs.setdefault(path, args) and None)
+        for path, module in network.named_modules()
+    ]
+    with torch.no_grad():
+        network(image)
+    for hook in hooks:
+        hook.remove()
+    found: tuple[str, Exception] | None = None
+    todo = [name for name, _ in network.named_children()]
+    while todo:
+        path = todo.pop(0)
+        error = _failure(network, path, inputs)
+        if error is not None:
+            found = path, error
+            todo = [f"{path}.{name}" for name, _ in network.get_submodule(path).named_children()]
+    return found
+
+
+def _failure(network: nn.Module, path: str, inputs: Mapping[str, tuple[Any, ...]]) -> Exception | None:
+    """Returns why a module cannot be exported by itself; of a list that never runs, why one of those in it cannot."""
+    module = network.get_submodule(path)
+    if path not in inputs:
+        failures = (_failure(network, f"{path}.{name}", inputs) for name, _ in module.named_children())
+        return next((failure for failure in failures if failure is not None), None)
+    try:
+        _export(module, inputs[path])
+    except Exception as error:
+        return error
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].partition("  [Caused by")[0] if lines else type(error).__name__
+
+
+def _scrambled(network: ExitNetwork) -> ExitNetwork:
+    scrambled = copy.deepcopy(network).eval()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*scrambled.parameters(), *scrambled.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = torch.rand(tensor.shape, generator=generator) + 0.5
+    return scrambled
+
+
+def _strip_prefix(model: onnx.ModelProto, prefix: str) -> None:
+    for tensor in model.graph.initializer:
+        tensor.name = tensor.name.removeprefix(prefix)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = name.removeprefix(prefix)

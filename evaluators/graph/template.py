@@ -1,0 +1,355 @@
+"""A network's ONNX graph, parsed once: which weights go where, and where it can be cut into stages."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx
+import onnx.shape_inference
+from numpy.typing import NDArray
+from onnx import NodeProto, helper, numpy_helper
+from torch import Tensor
+
+from evaluators.graph.exporter import (
+    INPUT,
+    OPSET,
+    OUTPUT,
+    block_ends,
+    cut_name,
+    export_structure,
+    gate_logits_name,
+    logits_name,
+)
+from evaluators.graph.simplify import simplified
+from evaluators.graph.stages import Layout, Stage, lay_out
+from spaces.dynamic.exit_network import ExitNetwork, layer_name
+from spaces.errors import StructureError
+
+Arrays = dict[str, NDArray[np.generic]]
+
+LAYER_OPS = ("Conv", "Gemm", "MatMul")
+"""What a convolution or a linear layer becomes."""
+
+DEQUANTIZED = "/dq"
+"""The end of the name of a weight or an input that has been through Q/DQ."""
+QUANTIZED = "/q"
+"""The end of the name of a tensor in int8."""
+HALF = "/fp16"
+"""The end of the name of a tensor in half precision."""
+TRANSPOSED = "/transposed"
+"""The end of the name of a linear layer's weight as `(inputs, outputs)`."""
+
+
+@dataclass(frozen=True)
+class BatchNormFold:
+    """A batch normalisation that disappears into the convolution before it."""
+
+    weight: str
+    bias: str
+    has_bias: bool
+    norm: tuple[str, str, str, str]
+    epsilon: float
+
+
+class Template:
+    """The dense network's graph without its values.
+
+    A candidate's file is this graph with the compressed network's weights written in: nothing is exported again.
+
+    Args:
+        network: the network with all its exits, in evaluation mode.
+        image: one input, `(1, c, h, w)`.
+
+    Raises:
+        ExportError: torch cannot export the network.
+        StructureError: an exit sits where the graph cannot be cut in two.
+    """
+
+    def __init__(self, network: ExitNetwork, image: Tensor) -> None:
+        parameters = set(network.state_dict())
+        model = simplified(export_structure(network, image), parameters)
+        self._shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+        self._constants = {
+            tensor.name: numpy_helper.to_array(tensor)
+            for tensor in model.graph.initializer
+            if tensor.name not in parameters
+        }
+        self._infos: dict[str, onnx.ValueInfoProto] = {
+            info.name: info for info in [*model.graph.input, *model.graph.output]
+        }
+        named, self.blocks = _without_twins(
+            model.graph.node, {block: block_ends(block) for block in network.skip_blocks}
+        )
+        nodes, self._transposed = _transpose_weights(named, parameters)
+        self.nodes, self.folds = _fold_batch_norms(nodes, {info.name for info in model.graph.output}, parameters)
+        found = _layers(self.nodes, parameters)
+        self.layers = {layer: node.name for layer, node in found.items()}
+        self.layer_weights = {layer: _weight(node) for layer, node in found.items()}
+        self.grouped = frozenset(node.input[1] for node in found.values() if _groups(node) > 1)
+        self.exit_names = network.exit_names
+        answers = {logits_name(name) for name in network.exit_names}
+        self.answering = frozenset(layer for layer, node in found.items() if node.output[0] in answers)
+        self._position = {output: index for index, node in enumerate(self.nodes) for output in node.output}
+        self._layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], Layout] = {}
+        self.layout(self.exit_names, network.skip_blocks)
+
+    @cached_property
+    def constants(self) -> Arrays:
+        """What the graph holds that is no parameter, by the name of its tensor."""
+        values: Arrays = dict(self._constants)
+        for node in self.nodes:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+            elif node.op_type == "Cast" and node.input[0] in values:
+                values[node.output[0]] = values[node.input[0]]
+        return values
+
+    def weights(self, state: Mapping[str, Tensor]) -> Arrays:
+        """Returns the value of every initializer for a network's state dict, with batch normalisation folded in."""
+        arrays: Arrays = {name: tensor.detach().numpy() for name, tensor in state.items() if name in self._shapes}
+        for fold in self.folds:
+            arrays |= _folded(fold, arrays)
+        arrays |= {name + TRANSPOSED: np.ascontiguousarray(arrays[name].T) for name in self._transposed}
+        return self._constants | arrays
+
+    def layout(self, exits: Sequence[str], skips: Sequence[str] = ()) -> Layout:
+        """Returns the parts that the graph falls into when only these exits can fire and these blocks be skipped."""
+        key = tuple(exits), tuple(block for block in self.blocks if block in skips)
+        if key not in self._layouts:
+            places = {name: cut_name(name) for name in key[0]}
+            ends = {block: self.blocks[block] for block in key[1]}
+            self._layouts[key] = lay_out(places, ends, self._position.__getitem__, self._between)
+        return self._layouts[key]
+
+    @property
+    def flows(self) -> tuple[tuple[NodeProto, ...], ...]:
+        """The graph in which every block is run, and, where there are gates, the one in which they decide."""
+        return (self.nodes, self._decided()) if self.blocks else (self.nodes,)
+
+    def _decided(self) -> tuple[NodeProto, ...]:
+        nodes: dict[str, NodeProto] = {}
+        ends = {result: (block, source) for block, (source, result) in self.blocks.items()}
+        for node in self.nodes:
+            block, source = ends.get(node.output[0], ("", ""))
+            if block:
+                logits = gate_logits_name(block)
+                gate = self._between(source, [logits], block)
+                nodes |= {each.name: each for each in [*gate, *_choice(logits, source, node)]}
+            else:
+                nodes.setdefault(node.name, node)
+        return tuple(nodes.values())
+
+    def _between(self, start: str, ends: Sequence[str], place: str) -> tuple[NodeProto, ...]:
+        producers = {output: node for node in self.nodes for output in node.output}
+        wanted, todo = set(), list(ends)
+        while todo:
+            tensor = todo.pop()
+            if tensor == start:
+                continue
+            if tensor == INPUT:
+                raise StructureError(
+                    f"an exit sits where one tensor separates the network in two, got {place!r}, which is bypassed;"
+                    " move it behind the block"
+                )
+            node = producers.get(tensor)
+            if node is not None and node.name not in wanted:
+                wanted.add(node.name)
+                todo += list(node.input)
+        return tuple(node for node in self.nodes if node.name in wanted)
+
+    def file(
+        self,
+        stage: Stage,
+        nodes: Sequence[NodeProto],
+        arrays: Arrays,
+        channels: Mapping[str, int] | None = None,
+        opset: int = OPSET,
+        properties: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """Returns one stage as an ONNX file.
+
+        Args:
+            stage: which part of the graph.
+            nodes: its nodes, as they are written.
+            arrays: the value of every initializer.
+            channels: of the features between stages; left open where not given.
+            opset: that the nodes are written in.
+            properties: metadata for the runtime.
+        """
+        names = {name for node in nodes for name in node.input}
+        graph = helper.make_graph(
+            [self._fit_groups(node, arrays) for node in nodes],
+            "stage",
+            [self._info(stage.input, channels or {})],
+            [self._info(name, channels or {}) for name in stage.outputs],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_ir_version(opset))
+        helper.set_model_props(model, dict(properties or {}))
+        for name, array in arrays.items():
+            if name in names:
+                model.graph.initializer.append(numpy_helper.from_array(array, name))
+        return bytes(model.SerializeToString(deterministic=True))
+
+    def _info(self, name: str, channels: Mapping[str, int]) -> onnx.ValueInfoProto:
+        if name in (INPUT, OUTPUT) or name.endswith("_logits"):
+            return self._infos[name]
+        # Features between stages lose channels with the layer before them, so only their rank is fixed.
+        rank = len(self._infos[name].type.tensor_type.shape.dim)
+        dims: list[str | int] = ["batch", *(f"{name}_{axis}" for axis in range(1, rank))]
+        dims[1] = channels.get(name, dims[1])
+        return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
+
+    def _fit_groups(self, node: NodeProto, arrays: Arrays) -> NodeProto:
+        """Returns a grouped convolution with as many groups as it has left; any other node as it is."""
+        weight = node.input[1].removesuffix(DEQUANTIZED).removesuffix(HALF) if node.op_type == "Conv" else ""
+        if weight not in self._shapes or _groups(node) == 1:
+            return node
+        fitted = NodeProto()
+        fitted.CopyFrom(node)
+        for attribute in fitted.attribute:
+            if attribute.name == "group":
+                attribute.i = len(arrays[weight]) * attribute.i // self._shapes[weight][0]
+        return fitted
+
+
+def _without_twins(
+    nodes: Sequence[NodeProto], blocks: Mapping[str, tuple[str, str]]
+) -> tuple[list[NodeProto], dict[str, tuple[str, str]]]:
+    """Returns the nodes without copies that only give a tensor a second name, and the names of blocks' ends."""
+    names = {name for ends in blocks.values() for name in ends}
+    twins = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Identity" and node.output[0] in names}
+    left = [node for node in nodes if node.output[0] not in twins]
+    return left, {
+        block: (twins.get(source, source), twins.get(result, result)) for block, (source, result) in blocks.items()
+    }
+
+
+def _choice(logits: str, source: str, last: NodeProto) -> list[NodeProto]:
+    """Returns the last node of a block, and those that take its source where the gate's logit is below 0."""
+    ran = NodeProto()
+    ran.CopyFrom(last)
+    result = ran.output[0]
+    ran.output[0], runs, axes = f"{result}/ran", f"{result}/runs", f"{result}/axes"
+    zero, yes = f"{result}/zero", f"{result}/yes"
+    return [
+        ran,
+        helper.make_node("Constant", [], [zero], zero, value=numpy_helper.from_array(np.zeros(1, np.float32))),
+        helper.make_node("Constant", [], [axes], axes, value=numpy_helper.from_array(np.array([2, 3]))),
+        helper.make_node("GreaterOrEqual", [logits, zero], [yes], yes),
+        helper.make_node("Unsqueeze", [yes, axes], [runs], runs),
+        helper.make_node("Where", [runs, ran.output[0], source], [result], f"{result}/choice"),
+    ]
+
+
+def _ir_version(opset: int) -> int:
+    """Returns the file format that came with an opset: 9 with the float8 types of opset 19, 10 with INT4 of 21."""
+    return 10 if opset >= 21 else 9 if opset >= 19 else 8
+
+
+def output_channels(file: bytes) -> dict[str, int]:
+    """Returns the channels of each output of a stage, as far as its input's are known."""
+    inferred = onnx.shape_inference.infer_shapes(onnx.load_from_string(file))
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in inferred.graph.output}
+    return {name: dims[1].dim_value for name, dims in shapes.items() if len(dims) > 1 and dims[1].dim_value}
+
+
+def bounds_of(node: NodeProto, constants: Arrays) -> tuple[float, float]:
+    """Returns the least and the largest value that a `Relu` or `Clip` lets through, infinite where it has no bound."""
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    low, high = (*node.input[1:], "", "")[:2]
+    return float(constants.get(low, np.float32(-np.inf))), float(constants.get(high, np.float32(np.inf)))
+
+
+def _groups(node: NodeProto) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "group"), 1)
+
+
+def _weight(node: NodeProto) -> str:
+    return str(node.input[1]).removesuffix(TRANSPOSED)
+
+
+def _layers(nodes: Sequence[NodeProto], parameters: AbstractSet[str]) -> dict[str, NodeProto]:
+    """Returns the node of each convolution and linear layer whose weight is a parameter that no other node reads."""
+    readers = Counter(name for node in nodes for name in node.input)
+    return {
+        layer_name(_weight(node).removesuffix(".weight").removesuffix("_weight")): node
+        for node in nodes
+        if node.op_type in LAYER_OPS and _weight(node) in parameters and readers[node.input[1]] == 1
+    }
+
+
+def _transpose_weights(
+    nodes: Sequence[NodeProto], parameters: AbstractSet[str]
+) -> tuple[list[NodeProto], frozenset[str]]:
+    """Returns the nodes without those that transpose a weight for a product, and these weights."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    left, transposed = [], set()
+    for node in nodes:
+        following = readers.get(node.output[0], [])
+        if (
+            node.op_type == "Transpose"
+            and node.input[0] in parameters
+            and list(node.attribute[0].ints) == [1, 0]
+            and all(reader.op_type == "MatMul" and reader.input[1] == node.output[0] for reader in following)
+        ):
+            transposed.add(node.input[0])
+            for reader in following:
+                reader.input[1] = node.input[0] + TRANSPOSED
+        else:
+            left.append(node)
+    return left, frozenset(transposed)
+
+
+def _fold_batch_norms(
+    given: Sequence[NodeProto], outputs: AbstractSet[str], parameters: AbstractSet[str]
+) -> tuple[tuple[NodeProto, ...], tuple[BatchNormFold, ...]]:
+    """Returns the nodes without the batch normalisations that a convolution can take in, and those."""
+    readers = Counter(name for node in given for name in node.input)
+    convolutions = {node.output[0]: node for node in given if node.op_type == "Conv"}
+    nodes: list[NodeProto] = []
+    folds = []
+    for node in given:
+        source = node.input[0] if node.input else ""
+        convolution = convolutions.get(source)
+        if (
+            node.op_type == "BatchNormalization"
+            and convolution is not None
+            and readers[source] == 1
+            and source not in outputs
+            # A convolution that runs twice, or whose weight is computed, cannot take in a norm.
+            and all(readers[name] == 1 for name in convolution.input[1:])
+            and {*convolution.input[1:], *node.input[1:]} <= parameters
+        ):
+            folds.append(_fold_into(convolution, node))
+            convolution.output[0] = node.output[0]
+        else:
+            nodes.append(node)
+    return tuple(nodes), tuple(folds)
+
+
+def _fold_into(convolution: NodeProto, norm: NodeProto) -> BatchNormFold:
+    weight = convolution.input[1]
+    has_bias = len(convolution.input) > 2
+    if not has_bias:
+        convolution.input.append(weight.removesuffix(".weight") + ".bias")
+    epsilon = next((attribute.f for attribute in norm.attribute if attribute.name == "epsilon"), 1e-5)
+    scale, shift, mean, variance = norm.input[1:5]
+    return BatchNormFold(weight, convolution.input[2], has_bias, (scale, shift, mean, variance), epsilon)
+
+
+def _folded(fold: BatchNormFold, arrays: Arrays) -> Arrays:
+    scale, shift, mean, variance = (arrays[name].astype(np.float64) for name in fold.norm)
+    factor = scale / np.sqrt(variance + fold.epsilon)
+    weight = arrays[fold.weight].astype(np.float64)
+    bias = arrays[fold.bias].astype(np.float64) if fold.has_bias else 0.0
+    return {
+        fold.weight: (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.float32),
+        fold.bias: ((bias - mean) * factor + shift).astype(np.float32),
+    }

@@ -1,0 +1,149 @@
+"""Latency of files on disk, measured in a process of its own: `python -m evaluators.latency.remeasure FOLDER`.
+
+The folder holds what `write_job` put there. The answer is one line of JSON: the measurement, and how fast the
+references are now.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluators.artifact import Artifact
+from evaluators.data import LabelledImages
+from evaluators.deployed import Deployed
+from evaluators.inference.staged import Step, to_json
+from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
+from evaluators.measurement import Measurement
+from evaluators.runtimes.base import Target, runtime
+from evaluators.streams import Reuse, Stream
+from spaces.candidate import Candidate
+
+OCCASIONS = 3
+_IMAGES, _LABELS = "images.npy", "labels.npy"
+_AT_ONCE = 64
+_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """What a fresh process found.
+
+    Args:
+        latency: the middle one of three occasions, at the speed that the search's references had.
+        speed: how long the references take now, as a multiple of what they took then.
+    """
+
+    latency: Measurement
+    speed: float
+
+
+def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> None:
+    """Writes all that another process needs to time a subject."""
+    for index, stage in enumerate(subject.artifact.deployed):
+        (folder / f"stage{index}.onnx").write_bytes(stage)
+    for name, reference in latency.references.items():
+        (folder / f"reference-{name}.onnx").write_bytes(reference.model)
+    _write_images(folder, subject)
+    job = {
+        "candidate": subject.candidate.to_dict(),
+        "stages": len(subject.artifact.deployed),
+        "exits": subject.artifact.exits,
+        "thresholds": subject.artifact.thresholds,
+        "precisions": dict(subject.artifact.precisions),
+        "boundaries": subject.artifact.boundaries,
+        "confidence": subject.artifact.confidence,
+        "frames": _frames(subject),
+        "blocks": subject.artifact.blocks,
+        "steps": to_json(subject.artifact.steps),
+        "target": subject.target.to_dict(),
+        "references": {name: reference.seconds for name, reference in latency.references.items()},
+    }
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+
+
+def _frames(subject: Deployed) -> dict[str, Any] | None:
+    """Returns, JSON-ready, which frames of a stream are computed, and where its clips start; None where all are."""
+    if subject.artifact.reuse is None or not isinstance(subject.validation, Stream):
+        return None
+    return {"reuse": asdict(subject.artifact.reuse), "starts": subject.validation.starts.tolist()}
+
+
+def _write_images(folder: Path, subject: Deployed) -> None:
+    """Writes the validation images, a few at a time; where all of them cost the same, only the first batch."""
+    images, labels = subject.validation.images, subject.validation.labels
+    count = len(labels) if subject.artifact.is_dynamic else min(subject.target.batch, len(labels))
+    shape = (count, *images.shape[1:])
+    file = np.lib.format.open_memmap(folder / _IMAGES, mode="w+", dtype=np.float32, shape=shape)
+    for start in range(0, count, _AT_ONCE):
+        end = min(start + _AT_ONCE, count)
+        file[start:end] = images[start:end]
+    file.flush()
+    np.save(folder / _LABELS, labels[:count])
+
+
+def remeasure(folder: Path) -> Remeasured:
+    """Returns the latency of a written job, measured in a new process.
+
+    Raises:
+        RuntimeError: that process failed; its last words are passed on.
+    """
+    command = [sys.executable, "-m", "evaluators.latency.remeasure", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise RuntimeError(f"latency could not be measured in a process of its own: {last[0]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return Remeasured(Measurement.from_dict(answer["latency"]), answer["speed"])
+
+
+def _measure(folder: Path) -> dict[str, Any]:
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    target = Target(**job["target"])
+    library = runtime(target.runtime)
+    stages = tuple((folder / f"stage{index}.onnx").read_bytes() for index in range(job["stages"]))
+    images = np.load(folder / _IMAGES, mmap_mode="r")
+    validation = LabelledImages(images, np.load(folder / _LABELS))
+    reuse = None
+    if frames := job["frames"]:
+        validation = Stream(images, validation.labels, np.array(frames["starts"]))
+        reuse = Reuse(**frames["reuse"])
+    references = {
+        name: Reference((folder / f"reference-{name}.onnx").read_bytes(), seconds)
+        for name, seconds in job["references"].items()
+    }
+    artifact = Artifact(
+        stages,
+        stages,
+        tuple(job["exits"]),
+        tuple(job["thresholds"]),
+        job["precisions"],
+        boundaries=job["boundaries"],
+        confidence=job["confidence"],
+        reuse=reuse,
+        blocks=tuple(job["blocks"]),
+        steps=tuple(Step(**step) for step in job["steps"]),
+    )
+    subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
+    evaluator = LatencyEvaluator(references, library, target)
+    some = images[: reference_batch(target.batch)]
+    opened = {name: library.open([reference.model], [], target.threads) for name, reference in references.items()}
+    now = median_seconds(opened, some)
+    opened.clear()
+    found = []
+    for occasion in range(OCCASIONS):
+        time.sleep(_PAUSE_S if occasion else 0)
+        found.append(evaluator.measure(subject))
+    middle = sorted(found, key=lambda measurement: measurement.value)[OCCASIONS // 2]
+    speed = statistics.median(now[name].work / reference.seconds for name, reference in references.items())
+    return {"latency": middle.to_dict(), "speed": speed}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_measure(Path(sys.argv[1]))) + "\n")

@@ -1,0 +1,1 @@
+"""Ranges and the lower precisions that are written into ONNX files."""

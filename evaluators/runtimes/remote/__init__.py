@@ -1,0 +1,1 @@
+"""Runtimes on boards, over ssh."""

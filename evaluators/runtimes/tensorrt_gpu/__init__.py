@@ -1,0 +1,1 @@
+"""TensorRT: engines, CUDA, and what the inspector reports."""

@@ -1,0 +1,136 @@
+"""A diagnosis as people read it: findings first, then the layers."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from evaluators.diagnosis.evidence import LOW_DB, Finding, ratio
+from evaluators.diagnosis.tensor_errors import Figures
+from search.config.overrides import Request
+from search.config.study import Study
+from search.console.display import Display
+from search.console.output import Output
+from search.diagnosis.request import Wanted
+from search.report.tables import percent
+from search.results.store import StoredSearch, find_search
+
+if TYPE_CHECKING:
+    from search.diagnosis.diagnosis import Diagnosis
+
+warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
+
+ROWS = 20
+"""So many layers are shown; --json has all."""
+_CLEAN_DB = 60.0
+HEADINGS = ("layer", "input", "output", "cosine", "largest", "dead", "silent")
+
+
+def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path, download: bool, output: Output) -> int:
+    """Compares a version with its float self and shows what was found; returns the exit code."""
+    from search.diagnosis.diagnosis import diagnose, evaluation_of
+    from search.pipeline.workbench import Workbench
+
+    search = StoredSearch.read(find_search(runs, name)) if name is not None or wanted.trial is not None else None
+    evaluation = evaluation_of(wanted, search)
+    study = _study(request, search)
+    console = output.console()
+    with Display(output.beside(), output.quiet) as display:
+        bench = Workbench(study, display.step, say=display.say, download=download)
+        found = diagnose(bench, wanted, evaluation, display.step)
+    if output.as_json:
+        sys.stdout.write(found.to_json() + "\n")
+    else:
+        show(found, console)
+    return 0
+
+
+def _study(request: Request, search: StoredSearch | None) -> Study:
+    """Returns the search's study, on another target where the command line names one; or the one it asks for."""
+    if search is None:
+        return request.to_study()
+    target = search.study.target.model_copy(update={"runtime": request.target or search.study.target.runtime})
+    return search.study.model_copy(update={"target": target})
+
+
+def show(found: "Diagnosis", console: Console) -> None:
+    """Writes what was compared, what was found, and the figures of the layers."""
+    for line in [*_head(found), *_findings(found.findings)]:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(layer_table(found))
+
+
+def _head(found: "Diagnosis") -> list[str]:
+    answered = found.answered
+    before, right = answered.before / answered.images, answered.right / answered.images
+    error = (right * (1 - right) / answered.images) ** 0.5
+    return [
+        f"{found.version} against {found.reference}, {answered.images} validation images; {found.target}",
+        f"  accuracy  {percent(before)} -> {percent(right)}, standard error {error * 100:.1f} points; the same answer"
+        f" to {answered.same} of {answered.images} images",
+        *(f"  Note: {remark}." for remark in found.remarks),
+    ]
+
+
+def _findings(findings: Sequence[Finding]) -> list[str]:
+    alarms = [finding for finding in findings if finding.alarm]
+    notes = [finding for finding in findings if not finding.alarm]
+    lines = [] if alarms else [f"No alarm: every tensor is above {LOW_DB:.0f} dB, finite, and in its place."]
+    for number, finding in enumerate(alarms, 1):
+        lines += [f"{number}. {_capital(finding.text)}.", f"   -> {_capital(finding.remedy)}."]
+    for finding in notes:
+        lines += [f"Worth knowing: {finding.text}.", f"   -> {_capital(finding.remedy)}."]
+    return lines
+
+
+def _capital(text: str) -> str:
+    """Returns a sentence with a capital, but for one that begins with a layer's name, which has dots or digits."""
+    first = text.split(" ", 1)[0]
+    return text[0].upper() + text[1:] if first.isalpha() else text
+
+
+def layer_table(found: "Diagnosis") -> Table:
+    """Returns the layers that lose most in the order in which they run, for 80 characters and more."""
+    layers = found.compared.layers
+    falls = sorted(layers, key=_fall, reverse=True)[:ROWS]
+    shown = [layer for layer in layers if layer in falls]
+    title = "all tensors"
+    if len(shown) < len(layers):
+        title = f"the {len(shown)} of {len(layers)} tensors where most is lost, in order"
+    table = Table(title=title, title_justify="left", caption=_caption(found), caption_justify="left")
+    table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=heading != "layer")
+    for layer in shown:
+        table.add_row(*_row(layer), style="bold" if layer.sqnr_db < LOW_DB else None)
+    return table
+
+
+def _fall(layer: Figures) -> float:
+    """Returns by how many dB a layer's output is noisier than its input; what is exact counts as nearly so."""
+    before, behind = (min(max(ratio_db, -_CLEAN_DB), _CLEAN_DB) for ratio_db in (layer.input_db, layer.sqnr_db))
+    return before - behind
+
+
+def _caption(found: "Diagnosis") -> str:
+    return (
+        "input, output: signal to noise at a layer's input and behind it; largest: magnitude in the reference; dead:"
+        f" channels that never vary; silent: channels that do, but not in {found.version}"
+    )
+
+
+def _row(layer: Figures) -> list[str]:
+    return [
+        layer.name,
+        ratio(layer.input_db),
+        ratio(layer.sqnr_db),
+        f"{layer.cosine:.4f}",
+        f"{layer.largest:.3g}",
+        str(layer.dead or "-"),
+        str(layer.died or "-"),
+    ]

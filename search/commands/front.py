@@ -1,0 +1,115 @@
+"""`python -m search front`: the front in a terminal, as JSON or CSV."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from evaluators.streams import KEY_FRAMES
+from search.config.budget import Budget
+from search.console.output import write_json, write_lines
+from search.report.layers import left
+from search.report.overview import Overview, beaten_lines
+from search.report.tables import ZEROS, broken_limits, front_table, kept_share
+from search.report.text_plot import scatter
+from search.results.pareto import Version, nearest_miss
+from search.results.store import StoredSearch, find_search
+from search.tracking.trial_run import figures
+
+NO_VERSION = 1
+_PLOT = 60
+"""A plot is drawn where lines hold so many characters."""
+
+
+def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -> int:
+    """Shows a search's front as a table, JSON or CSV; returns the exit code."""
+    overview = Overview.of(StoredSearch.read(find_search(runs, name)), budget)
+    if form == "json":
+        write_json(front_json(overview))
+    elif form == "csv":
+        rows = [csv_row(version, overview.dense) for version in [*overview.front, *overview.lines]]
+        writer = csv.DictWriter(sys.stdout, list(rows[-1]), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        print_front(overview, Console())
+    return 0 if overview.front else NO_VERSION
+
+
+def front_json(overview: Overview) -> dict[str, Any]:
+    """Returns the front and the dense network with all that was measured, for a machine."""
+    return {
+        "search": overview.search.folder.name,
+        "budget": str(overview.budget),
+        "front": [_told(version) for version in overview.front],
+        "simple": [{**_told(version), "on_front": version in overview.front} for version in overview.simple],
+        "beaten": [_told(version) for version in overview.beaten],
+        "ended_early": [_told(version) for version in overview.ended_early],
+        "dense": overview.dense.evaluation.to_dict(),
+    }
+
+
+def _told(version: Version) -> dict[str, Any]:
+    return {"trial": version.trial, **version.evaluation.to_dict()}
+
+
+def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
+    """Returns one version's figures by their headings, which tell the units."""
+    candidate, whole = version.evaluation.candidate, dense.evaluation.candidate
+    measured = figures(version.evaluation, dense.measured)
+    lost = measured["accuracy_pct"] - figures(dense.evaluation, dense.measured)["accuracy_pct"]
+    leave = zip(whole.exits, left(version), strict=True)
+    keys = version.measured["accuracy"].notes.get(KEY_FRAMES)
+    return {
+        "trial": version.trial,
+        **measured,
+        "points": round(lost, 4),
+        "channels_pct": round(kept_share(candidate, whole) * 100, 2),
+        "int8_layers": list(candidate.precision.values()).count("int8"),
+        **{f"leave_at_{name}_pct": round(share * 100, 2) for name, share in leave},
+        **({"key_frames_pct": round(keys * 100, 2)} if keys is not None else {}),
+    }
+
+
+def print_front(overview: Overview, console: Console) -> None:
+    """Writes the front, or the nearest miss."""
+    search, budget, dense = overview.search, overview.budget, overview.dense
+    if overview.front:
+        title = (
+            f"{search.folder.name}: {_versions(len(overview.front))} within {budget}; none is beaten in accuracy,"
+            " latency and FLOPs together"
+        )
+        console.print(front_table(overview.front, dense, title, console.width, overview.lines))
+        write_lines(console, beaten_lines(overview))
+        if console.width >= _PLOT:
+            console.print()
+            console.print(scatter(overview, console.width, console.options.ascii_only), highlight=False, markup=False)
+        if any(pattern.endswith("%") for pattern in search.study.space.patterns):
+            console.print(ZEROS, highlight=False, soft_wrap=True)
+        if str(budget) != str(search.budget):
+            _say_unmeasured(overview, console)
+        return
+    console.print(f"No version keeps {budget}.", highlight=False, soft_wrap=True)
+    miss = nearest_miss([*overview.simple, *overview.versions], budget, dense.measured)
+    if miss:
+        text = f"The nearest, {miss[0].title}: {broken_limits(miss[0], budget, dense.measured)}."
+        console.print(text, highlight=False, soft_wrap=True)
+    _say_unmeasured(overview, console)
+
+
+def _say_unmeasured(overview: Overview, console: Console) -> None:
+    budget = overview.search.budget
+    told = {
+        f"not measured further: {budget} was broken": len(overview.given_up),
+        f"ended early under {budget}, after some of the images": len(overview.ended_early),
+    }
+    lines = [
+        f"{_versions(number)} {'was' if number == 1 else 'were'} {what}." for what, number in told.items() if number
+    ]
+    write_lines(console, lines)
+
+
+def _versions(number: int) -> str:
+    return "1 version" if number == 1 else f"{number} versions"

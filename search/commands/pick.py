@@ -1,0 +1,170 @@
+"""`python -m search pick`: from the front to a bundle, and into MLflow's model registry."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search.commands.front import NO_VERSION, print_front
+from search.commands.run import check_same_network
+from search.config.budget import Budget
+from search.config.study import finetuning
+from search.console.display import Display
+from search.console.output import SPOKEN, Output, write_json, write_lines
+from search.deploy.fresh_timing import content, lines, slack
+from search.report.overview import Overview
+from search.report.tables import limited, milliseconds, percent, points, size, violation_line
+from search.results.pareto import PREFERENCES, Version, choose, feasible
+from search.results.store import StoredSearch, find_search
+from search.tracking.store import Tracking, remembered
+from spaces.errors import UserError
+
+if TYPE_CHECKING:
+    from search.deploy.bundle import Confirmed
+    from search.tracking.model_registry import Registered
+
+
+def run_pick(
+    budget: Budget | None,
+    prefer: str,
+    out: Path,
+    name: str | None,
+    runs: Path,
+    finetune: str | None = None,
+    tracking_uri: str | None = None,
+    output: Output = SPOKEN,
+) -> int:
+    """Picks, confirms, writes and registers a version; returns the exit code."""
+    if prefer not in PREFERENCES:
+        raise UserError(f"a preference is one of {', '.join(PREFERENCES)}, got {prefer!r}")
+    search = StoredSearch.read(find_search(runs, name))
+    more = finetuning(finetune, search.study.recovery.final) if finetune else None
+    overview, console = Overview.of(search, budget), output.console()
+    limits = overview.budget
+    if not overview.front:
+        print_front(overview, console)
+        return NO_VERSION
+    from search.deploy.bundle import check_out, confirm, count_pick, measure_afresh, recover_more, write_bundle
+    from search.pipeline.workbench import Workbench
+
+    check_out(out)
+    with Display(output.beside(), output.quiet) as display:
+        bench = Workbench(search.study, display.step)
+        check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), bench.fingerprint)
+        versions: Sequence[Version] = [*feasible(overview.simple, limits, overview.dense.measured), *overview.good]
+        if more is not None:
+            pruned = next(
+                (version for version in choose(overview.front, prefer) if version.number >= 0), overview.front[0]
+            )
+            versions = [recover_more(bench, search, pruned, more)]
+        display.say("Measuring the picked version afresh, in a new process...")
+        dense = overview.dense.measured
+        found = measure_afresh(bench, search, versions, limits, prefer, display.say)
+        wider = slack(found, versions if more else [*overview.simple, *overview.versions], prefer, limits, dense)
+        if found.taken is None:
+            if output.as_json:
+                failed = {"trial": None, "prefer": prefer, "budget": str(limits)}
+                write_json(failed | content(found, wider, limits, dense))
+            for line in lines(found, wider, prefer, limits, dense):
+                display.warn(line)
+            return NO_VERSION
+        confirmed = confirm(bench, search, found.taken)
+        used = count_pick(search, confirmed)
+        write_bundle(out, bench, search, limits, confirmed)
+        tracking = Tracking.of(runs, tracking_uri, remembered(search.folder.open()))
+        registered = _registered(tracking, search, confirmed, out, display)
+    if output.as_json:
+        again = content(found, wider, limits, dense)
+        write_json(_content(confirmed, prefer, limits, out, registered) | again)
+        return 0
+    told = _confirmation(confirmed, overview.dense, prefer, limits, used)
+    told += lines(found, wider, prefer, limits, dense)
+    told.append(f"Wrote {out}/. Check it anywhere: {_check(out)}")
+    if registered:
+        told += [f"Registered as version {registered.version} of model {registered.name}:", f"  {registered.serve}"]
+    write_lines(console, told)
+    return 0
+
+
+def _registered(
+    tracking: Tracking, search: StoredSearch, confirmed: "Confirmed", out: Path, display: Display
+) -> "Registered | None":
+    """Registers the bundle; None, and a line on why, where MLflow cannot be reached: the bundle is there anyway."""
+    from search.tracking.mirror import reason
+    from search.tracking.model_registry import register
+
+    try:
+        return register(tracking, search, confirmed, out)
+    except Exception as error:  # whatever MLflow raises: what was asked for is the bundle
+        display.warn(
+            f"Careful: MLflow at {tracking.shown} cannot be written ({reason(error)}), so the version is not"
+            " registered; pick it again once MLflow answers."
+        )
+        return None
+
+
+def _content(
+    confirmed: "Confirmed", prefer: str, limits: Budget, out: Path, registered: "Registered | None"
+) -> dict[str, Any]:
+    """Returns what was picked, for a machine."""
+    return {
+        "trial": confirmed.version.trial,
+        "prefer": prefer,
+        "budget": str(limits),
+        "bundle": str(out),
+        "latency": confirmed.latency.to_dict(),
+        "machine_speed": confirmed.speed,
+        "test_accuracy": confirmed.test.to_dict(),
+        "dense_test_accuracy": confirmed.dense_test.to_dict(),
+        "same_artifact": confirmed.is_same_artifact,
+        "search": confirmed.version.evaluation.to_dict(),
+        "model": {"name": registered.name, "version": registered.version} if registered else None,
+    }
+
+
+def _check(out: Path) -> str:
+    return f"python {shlex.quote(str(out / 'run.py'))}  (needs onnxruntime and numpy)"
+
+
+def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: Budget, used: int) -> list[str]:
+    """Returns how a picked version's fresh figures compare with those of the search."""
+    searched, latency, test = confirmed.version.measured, confirmed.latency, confirmed.test
+    change = latency.value / searched["latency"].value - 1
+    lost = points(test.value - confirmed.dense_test.value)
+    lines = [
+        f"Picked {confirmed.version.title} by {prefer}, within {limits}:",
+        f"  latency   {milliseconds(latency.value)} measured again, {change:+.1%} against the search's"
+        f" {milliseconds(searched['latency'].value)}; dense {milliseconds(dense.measured['latency'].value)}",
+        f"  accuracy  {percent(test.value)} ± {test.spread * 100:.2f} points on {test.n} test images (validation:"
+        f" {percent(searched['accuracy'].value)}); dense {percent(confirmed.dense_test.value)}, so {lost} points",
+        f"  recovery  {confirmed.version.evaluation.effort}",
+        f"  size      {size(searched['size'].value)}; dense {size(dense.measured['size'].value)}",
+    ]
+    lines += _other_limits(confirmed, dense, limits)
+    if abs(confirmed.speed - 1) > 0.1:
+        lines.append(
+            f"  This machine now takes {confirmed.speed:.2f} times as long as when the search began; by the clock a"
+            f" batch takes {milliseconds(latency.notes['wall_median'])}."
+        )
+    lines += [f"  Careful: {remark}" for remark in latency.remarks]
+    if not confirmed.is_same_artifact:
+        lines.append("  The rebuilt files differ from those that the search measured: another version of a library?")
+    if used > 1:
+        lines.append(f"  {used} versions of this search have now seen the test images: the figure is less blind.")
+    return lines
+
+
+def _other_limits(confirmed: "Confirmed", dense: Version, limits: Budget) -> list[str]:
+    """Returns what a pick comes to by limits that its other lines do not show, and which the test images break."""
+    now = {**confirmed.version.measured, "latency": confirmed.latency}
+    shown = [
+        f"{limited(limit, now[limit.measured_as], dense.measured[limit.measured_as])} (asked: {limit})"
+        for limit in limits.constraints
+        if limit.measured_as != "accuracy" and not (limit.measured_as == "latency" and limit.limits_default_statistic)
+    ]
+    broken = [
+        f"  Careful: on the test images {violation_line(limit, confirmed.test, confirmed.dense_test)}."
+        for limit in limits.constraints
+        if limit.measured_as == "accuracy" and limit.violation(confirmed.test, confirmed.dense_test) > 0
+    ]
+    return [*([f"  limits    {'; '.join(shown)}"] if shown else []), *broken]

@@ -1,0 +1,171 @@
+"""What the screen shows while a search runs."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from search.config.budget import Budget
+from search.report.tables import milliseconds, percent
+from search.results.evaluation import Evaluation
+from search.results.pareto import Version, choose, feasible, front_within, hypervolume
+
+_PLAIN_EVERY = 10
+"""Without a terminal, a line after so many trials."""
+_PLAIN_EVERY_S = 60.0
+"""And of steps that have been seen before, at most one line in so many seconds."""
+_BAR = 40
+
+
+class Display:
+    """A live view on a terminal, now and then a line elsewhere.
+
+    Nothing is drawn while a candidate is timed: the view is refreshed between trials only.
+
+    Args:
+        console: where to write.
+        quiet: whether nothing is written but warnings.
+        clock: tells seconds.
+    """
+
+    def __init__(self, console: Console, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console
+        self._quiet, self._clock = quiet, clock
+        self._is_live = console.is_terminal and not console.is_dumb_terminal and not quiet
+        self._lines: list[str] = []
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._seen: set[str] = set()
+        self._said_at = clock()
+
+    def __enter__(self) -> "Display":
+        if self._is_live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def warn(self, text: str) -> None:
+        """Writes a line that stays, however quiet."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def say(self, text: str) -> None:
+        """Writes a line that stays."""
+        if not self._quiet:
+            self.warn(text)
+
+    def step(self, step: str, done: int, total: int) -> None:
+        """Shows how far a long step is.
+
+        Where lines stay, a step is announced and its end told once; one that comes again, as the training of each
+        version does, is mentioned now and then.
+        """
+        if self._is_live:
+            self._show(step, done, total)
+        elif self._is_worth_a_line(step, done, total):
+            self._said_at = self._clock()
+            self.say(f"{step}: {done}/{total}")
+
+    def _is_worth_a_line(self, step: str, done: int, total: int) -> bool:
+        begun, ended = f"{step} begun", f"{step} ended"
+        news = {0: begun, total: ended}.get(done)
+        if news is not None and news not in self._seen and ended not in self._seen:
+            self._seen.add(news)
+            return True
+        return self._clock() - self._said_at >= _PLAIN_EVERY_S
+
+    def show(self, lines: Sequence[str], title: str, done: int, total: int) -> None:
+        """Shows the search as it stands: some lines and a bar."""
+        if self._is_live:
+            self._lines = list(lines)
+            self._show(title, done, total)
+        elif done % _PLAIN_EVERY == 0 or done == total:
+            self._said_at = self._clock()
+            self.say(f"{title} {done}/{total}: {'; '.join(lines)}")
+
+    def _show(self, title: str, done: int, total: int) -> None:
+        lines = [*self._lines, *([bar(title, done, total, self.console.width)] if done < total else [])]
+        # A line that does not fit is cut: one that wrapped would throw the cursor off.
+        view = Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+        self._live.update(view, refresh=True)
+
+
+def bar(title: str, done: int, total: int, width: int) -> str:
+    """Returns a line that tells how far something is, with as long a bar as `width` characters leave room for."""
+    count = f"{done}/{total}"
+    room = min(width - len(title) - len(count) - 3, _BAR)
+    if room < 5:
+        return f"{title} {count}"
+    full = room * done // max(total, 1)
+    return f"{title} {'#' * full}{'.' * (room - full)} {count}"
+
+
+class SearchView:
+    """Keeps a display up to date with the trials of a search.
+
+    Args:
+        display: what draws.
+        versions: what earlier runs of the search measured.
+        budget: of the search.
+        dense: the dense network.
+        done: trials that earlier runs finished.
+        total: when the search ends.
+        simple: versions that are there before the first trial.
+    """
+
+    def __init__(
+        self,
+        display: Display,
+        versions: Sequence[Version],
+        budget: Budget,
+        dense: Version,
+        done: int,
+        total: int,
+        simple: Sequence[Version] = (),
+    ) -> None:
+        self._display = display
+        self._versions = list(versions)
+        self._budget = budget
+        self._dense = dense
+        self._simple = simple
+        self._done = done
+        self._total = total
+        self._failed = 0
+        self._begin, self._first = time.monotonic(), done
+        self._draw()
+
+    def trial_done(self, trial: FrozenTrial, seconds: float) -> None:  # noqa: ARG002  the observers' signature
+        """Takes note of a finished trial."""
+        self._done += 1
+        self._failed += trial.state == TrialState.FAIL
+        if "evaluation" in trial.user_attrs:
+            self._versions.append(Version(trial.number, Evaluation.from_dict(trial.user_attrs["evaluation"])))
+        if trial.state == TrialState.FAIL and self._failed <= 3:
+            self._display.warn(f"trial {trial.number} failed: {trial.user_attrs.get('reason', 'no reason given')}")
+        self._draw()
+
+    def _draw(self) -> None:
+        good = feasible([*self._simple, *self._versions], self._budget, self._dense.measured)
+        front = front_within(self._versions, self._simple, self._budget, self._dense.measured).versions
+        lines = [f"{len(front)} on the front, {len(good)} within {self._budget}, {self._failed} failed"]
+        if front:
+            best = choose(front, "accuracy")[0].measured
+            lines.append(
+                f"best within budget: accuracy {percent(best['accuracy'].value)}"
+                f" (dense {percent(self._dense.measured['accuracy'].value)}),"
+                f" latency {milliseconds(best['latency'].value)}"
+                f" (dense {milliseconds(self._dense.measured['latency'].value)})"
+            )
+        share = hypervolume(front, self._budget, self._dense.measured)
+        lines.append(f"hypervolume {share:.1%}{self._time_left()}")
+        self._display.show(lines, "trials", self._done, self._total)
+
+    def _time_left(self) -> str:
+        done = self._done - self._first
+        if done < 1:
+            return ""
+        left = (time.monotonic() - self._begin) / done * max(self._total - self._done, 0)
+        return f", about {left / 60:.0f} min left" if left >= 90 else f", about {left:.0f} s left"

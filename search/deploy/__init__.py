@@ -1,0 +1,1 @@
+"""From a version that was picked to a bundle: confirm, write, measure."""

@@ -1,0 +1,1 @@
+"""Diagnoses of versions and bundles."""

@@ -1,0 +1,1 @@
+"""Networks, weights and images, from wherever users keep them."""

@@ -1,0 +1,125 @@
+"""Which files are images, and which of them are the same image: found out once, and kept."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from search.cache import cache_folder
+from search.loading.image_store import in_threads, is_deep, is_transparent, open_image
+from search.progress import Progress
+
+_ORIENTATION = 0x0112
+_STEP = "Looking at the images"
+_EVERY = 500
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What is known of one file.
+
+    Args:
+        digest: SHA-256 of its content.
+        fault: why it cannot be decoded; empty where it can.
+        width: in pixels, before it is turned.
+        height: in pixels.
+        traits: what has to be converted: `grey`, `transparent`, `CMYK`, `16-bit`, `turned`.
+    """
+
+    digest: str
+    fault: str = ""
+    width: int = 0
+    height: int = 0
+    traits: tuple[str, ...] = ()
+
+
+def inspect_files(files: Sequence[Path], progress: Progress) -> list[Inspected]:
+    """Returns what is known of each file, from this look at it or from an earlier one.
+
+    A file is looked at again when its size or time of change differ. Files are decoded whole: a JPEG whose end is
+    missing has a fine beginning.
+    """
+    index = _Index(files)
+    fresh = [file for file in files if index.find(file) is None]
+    for done, (file, inspected) in enumerate(zip(fresh, in_threads(_inspect, fresh), strict=True)):
+        if done % _EVERY == 0:
+            progress(_STEP, done, len(fresh))
+        index.add(file, inspected)
+    if fresh:
+        progress(_STEP, len(fresh), len(fresh))
+        index.keep()
+    return [index.find(file) or _inspect(file) for file in files]
+
+
+class _Index:
+    """What earlier looks found, by path, size and time of change."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        top = os.path.commonpath([str(file.parent) for file in files]) if files else ""
+        self._file = cache_folder() / "images" / f"{hashlib.sha256(top.encode()).hexdigest()[:16]}.json"
+        try:
+            stored = json.loads(self._file.read_text(encoding="utf-8"))
+            self._known = {
+                key: Inspected(**content | {"traits": tuple(content["traits"])}) for key, content in stored.items()
+            }
+        except (OSError, ValueError, TypeError, KeyError):  # none, or torn: then all are looked at
+            self._known = {}
+
+    def find(self, file: Path) -> Inspected | None:
+        return self._known.get(_key(file))
+
+    def add(self, file: Path, inspected: Inspected) -> None:
+        self._known[_key(file)] = inspected
+
+    def keep(self) -> None:
+        content = {key: asdict(inspected) for key, inspected in self._known.items()}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(self._file)
+
+
+def _key(file: Path) -> str:
+    try:
+        status = file.stat()
+    except OSError:
+        return str(file)
+    return f"{file}|{status.st_size}|{status.st_mtime_ns}"
+
+
+def _inspect(file: Path) -> Inspected:
+    try:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        return Inspected("", f"{error.strerror}")
+    try:
+        image = open_image(file)
+        if image.mode == "F":
+            return Inspected(digest, "floating-point pixels")
+        return Inspected(digest, "", image.width, image.height, _traits(image))
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError and more
+        return Inspected(digest, _reason(error, file))
+
+
+def _reason(error: Exception, file: Path) -> str:
+    text = str(error).replace(repr(str(file)), "it").splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _traits(image: Image.Image) -> tuple[str, ...]:
+    traits = []
+    if is_deep(image):
+        traits.append("16-bit")
+    if image.mode in ("1", "L", "LA"):
+        traits.append("grey")
+    if is_transparent(image):
+        traits.append("transparent")
+    if image.mode == "CMYK":
+        traits.append("CMYK")
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        traits.append("turned")
+    return tuple(traits)

@@ -1,0 +1,86 @@
+"""Whether a network can be searched at all: found out before anything is trained."""
+
+import itertools
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from search.loading.user_code import UserCodeError, call
+
+_CLOSE = 1e-3
+"""Of the largest logit: by so much may answers differ that ought to be the same."""
+
+
+def check_network(network: nn.Module, images: NDArray[np.float32], classes: int, empty: Sequence[str]) -> None:
+    """Checks that a network maps images to one logit a class, and takes the same way for all of them.
+
+    Args:
+        network: in any mode; it is left in evaluation mode.
+        images: two or more.
+        classes: of the data.
+        empty: names of classes without images.
+
+    Raises:
+        UserCodeError: it does not; the user's file and line are named.
+    """
+    network.eval()
+    inputs = torch.from_numpy(images[:2])
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answers = _answers(network, inputs)
+        _check_classes(answers, len(inputs), classes, empty)
+        _check_same(network, inputs, answers, caught)
+
+
+def _answers(network: nn.Module, images: Tensor) -> Tensor:
+    shape = " ".join(map(str, images.shape))
+    found = call(lambda: network(images), f"a network maps images {shape} to logits")
+    if not isinstance(found, Tensor):
+        raise UserCodeError(
+            f"a network returns one tensor of logits, got {type(found).__name__}; return the logits only"
+        )
+    return found
+
+
+def _check_classes(answers: Tensor, count: int, classes: int, empty: Sequence[str]) -> None:
+    if tuple(answers.shape) == (count, classes):
+        return
+    missing = f" (no images of {', '.join(map(repr, empty))}: remove the folder if it is no class)" if empty else ""
+    raise UserCodeError(
+        f"a network gives {classes} logits an image, one for each class of the data{missing}, got an output of shape"
+        f" {tuple(answers.shape)} for {count} images; let its factory take `num_classes`, or bring the matching data"
+    )
+
+
+def _check_same(network: nn.Module, images: Tensor, answers: Tensor, caught: Sequence[warnings.WarningMessage]) -> None:
+    """Checks that the way through the network does not depend on what is in an image, as an export freezes it."""
+    try:
+        traced = torch.jit.trace(network, images[:1], check_trace=False)
+        inputs = [images, -images, torch.zeros_like(images), 10 * images]
+        pairs = [(_answers(network, some), traced(some)) for some in inputs]
+    except UserCodeError:
+        raise
+    except Exception:
+        return  # the exporter says better why it cannot follow
+    again = _answers(network, images)
+    if not _close(answers, again):
+        raise UserCodeError(
+            "a network answers the same image alike every time, got two answers; leave chance out in evaluation mode"
+        )
+    if all(itertools.starmap(_close, pairs)):
+        return
+    branches = [item for item in caught if issubclass(item.category, torch.jit._trace.TracerWarning)]
+    place = f" at {branches[-1].filename}:{branches[-1].lineno}" if branches else ""
+    raise UserCodeError(
+        f"a network takes the same way for every image, got one whose forward decides by what it sees{place};"
+        " replace the decision, or move it out of the network"
+    )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    largest = float(one.abs().max().nan_to_num()) + 1e-12
+    return bool(torch.allclose(one, other, rtol=0, atol=_CLOSE * largest, equal_nan=True))

@@ -1,0 +1,52 @@
+"""A study's images and network, fetched in the order in which each needs the other."""
+
+from search.config.references import data_source, model_source
+from search.config.study import Study, TrainingSection
+from search.loading.images import Loaded, load_data
+from search.loading.models import Built, build_model, find_weights, usual_preprocessing
+from search.loading.network_checks import check_network
+from search.progress import Progress, Say
+
+
+def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple[Loaded, Built]:
+    """Returns the images, as the network wants them, and the network, built for their classes.
+
+    Args:
+        study: names both.
+        download: whether weights and images that are not here may be fetched.
+        progress: told about the steps that take long.
+        say: told what the user should know.
+
+    Raises:
+        SourceError: there is no such network, or there are no such images.
+        UserCodeError: a factory of the user's own fails, or the network cannot be searched.
+    """
+    is_folder = data_source(study.data.source).kind in ("imagefolder", "imagenet")
+    file = find_weights(study.model, download, say)  # before time is spent on images
+    loaded = load_data(study.data, usual_preprocessing(study.model, is_folder), download, progress, say)
+    classes = loaded.splits.classes
+    seed = study.training.seed if study.training else 0
+    built = build_model(study.model, file, classes, seed)
+    check_network(built.network, loaded.splits.calibration.images[:2], classes, loaded.empty)
+    _say_training(study, built, classes, say)
+    return loaded, built
+
+
+def _say_training(study: Study, built: Built, classes: int, say: Say) -> None:
+    training = built.training(study.training)
+    if built.fitted.renewed:
+        say(
+            f"The weights are for {built.fitted.had} classes, the data has {classes}: the last layer,"
+            f" {built.fitted.renewed}, begins anew."
+        )
+    if training and built.has_weights:
+        say(f"The network is trained further from its weights, on the train images, {_how(study, training)}.")
+    if training is None and not built.has_weights:
+        is_factory = model_source(study.model.source).is_factory
+        taken = "is taken as its factory returns it" if is_factory else "is not trained, so its accuracy will be chance"
+        say(f"Careful: no weights are given and there is no [training]: the network {taken}.")
+
+
+def _how(study: Study, training: TrainingSection) -> str:
+    text = f"{training.epochs} epochs at a rate of up to {training.learning_rate:g}"
+    return text if study.training else f"{text}, as nothing is said in [training]"

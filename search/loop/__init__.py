@@ -1,0 +1,1 @@
+"""Ask, evaluate, tell: the loop of trials."""

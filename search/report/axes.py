@@ -1,0 +1,91 @@
+"""What the front's picture shows, whoever draws it: its title, the budget's lines, the view."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from search.config.budget import Budget
+from search.report.overview import Overview
+from search.results.pareto import Version
+
+_ENOUGH = 8
+"""With fewer versions, all are in view."""
+
+
+@dataclass(frozen=True)
+class LimitLine:
+    """A limit of the budget on one of the picture's axes, in the units of the picture.
+
+    Args:
+        axis: `x` is latency in ms, `y` accuracy in %.
+        value: where it lies.
+        label: the limit.
+    """
+
+    axis: str
+    value: float
+    label: str
+
+
+def place(version: Version) -> tuple[float, float]:
+    """Returns where a version is drawn: latency in ms, accuracy in %."""
+    return version.measured["latency"].value * 1e3, version.measured["accuracy"].value * 100
+
+
+def flops_share(version: Version, dense: Version) -> float:
+    """Returns a version's FLOPs as a share of the dense network's."""
+    return version.measured["flops"].value / dense.measured["flops"].value
+
+
+def caption(overview: Overview) -> list[str]:
+    """Returns the picture's title and, below it, how to read it and what is not shown."""
+    lines = [
+        f"{overview.search.study.name}: {len(overview.front)} versions on the front within {overview.budget}",
+        f"{overview.dense.measured['latency'].target}; the larger a point, the more FLOPs",
+    ]
+    given_up = len(overview.given_up)
+    told = f"{given_up} more broke {overview.search.budget} and {'was' if given_up == 1 else 'were'} not scored"
+    ended = len(overview.ended_early)
+    early = f"{ended} {'was' if ended == 1 else 'were'} ended early, after some of the images"
+    return [*lines, *([told] if given_up else []), *([early] if ended else [])]
+
+
+def limit_lines(budget: Budget, dense: Version) -> list[LimitLine]:
+    """Returns the budget's limits on latency and accuracy."""
+    lines = []
+    for constraint in budget.constraints:
+        base = dense.measured[constraint.measured_as]
+        if constraint.name == "latency":
+            lines.append(LimitLine("x", constraint.ceiling(base) * 1e3, str(constraint)))
+        elif constraint.measured_as == "accuracy":
+            lines.append(LimitLine("y", constraint.floor(base) * 100, str(constraint)))
+    return lines
+
+
+def stairs(front: Sequence[Version]) -> list[tuple[float, float]]:
+    """Returns the corners of the line below which no version of the front lies: accuracy for each latency."""
+    corners: list[tuple[float, float]] = []
+    for latency, accuracy in sorted(map(place, front), key=lambda at: (at[0], -at[1])):
+        if not corners or accuracy > corners[-1][1]:
+            corners += [(latency, corners[-1][1])] if corners else []
+            corners.append((latency, accuracy))
+    return corners
+
+
+def accuracy_view(overview: Overview) -> tuple[float, float] | None:
+    """Returns the accuracies, in %, between which most of the front lies; None where that is all there is.
+
+    One version far below would otherwise press all others together: it is left out of the view, and the caller says so.
+    """
+    values = np.array([place(version)[1] for version in overview.complete])
+    if len(values) < _ENOUGH:
+        return None
+    top = float(max(values.max(), place(overview.dense)[1]))
+    bulk = float(np.quantile(values, 0.1))
+    lowest = bulk - max(top - bulk, 1.0)
+    if values.min() >= lowest:
+        return None
+    bottom = float(values[values >= lowest].min())
+    margin = 0.08 * (top - bottom)
+    return bottom - margin, top + margin

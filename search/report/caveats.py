@@ -1,0 +1,171 @@
+"""What a reader of a search's figures should know before believing them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from optuna.trial import TrialState
+
+from evaluators.accuracy import wilson
+from search.config.budget import Constraint
+from search.report.overview import Overview
+from search.report.significance import difference, half_width
+from search.report.tables import broken_limits, milliseconds, percent
+from search.results.pareto import Version, nearest_miss
+from search.results.store import StoredSearch
+
+SAME_TWICE = 0.05
+WIDE = 0.1
+"""A latency known less well than to within so much is called noisy."""
+_REASONS = 3
+
+
+def caveats(overview: Overview) -> list[str]:
+    """Returns the caveats as sentences: what is infeasible, failed, noisy, too close to call, or unconfirmed."""
+    return [
+        *_infeasible(overview),
+        *_ended_early(overview),
+        *_failed(overview),
+        *_noisy(overview),
+        *_close_to_limits(overview),
+        *_hard_to_tell_apart(overview),
+        *_remarks(overview),
+        *_efforts(overview),
+        *_unconfirmed(overview),
+    ]
+
+
+def trials(versions: list[Version]) -> str:
+    """Returns versions as words: `trial 3`, `trials 3, 7 and 9`, `plain int8 and trial 3`."""
+    numbers = [str(version.number) for version in sorted(versions, key=lambda each: each.number) if version.number >= 0]
+    names = [version.title for version in versions if version.number < 0]
+    told = f"trials {', '.join(numbers[:-1])} and {numbers[-1]}" if len(numbers) > 1 else f"trial {''.join(numbers)}"
+    return " and ".join([*names, *([told] if numbers else [])])
+
+
+def _infeasible(overview: Overview) -> Iterator[str]:
+    all_ = len(overview.versions)
+    broke = all_ - len(overview.good) - len(overview.ended_early)
+    if not overview.good and not overview.front:
+        miss = nearest_miss([*overview.simple, *overview.versions], overview.budget, overview.dense.measured)
+        near = f" The nearest, {miss[0].title}: {_broken(overview, miss[0])}." if miss else ""
+        yield f"No version keeps {overview.budget}.{near}"
+    elif broke:
+        cut = len(overview.given_up)
+        verb, pronoun = ("does", "it") if broke == 1 else ("do", "they")
+        unscored = f"{cut} of them, not measured further," if cut < broke else f"not measured further, {pronoun}"
+        told = f"; {unscored} may have any accuracy" if cut else ""
+        yield f"{broke} of {all_} versions {verb} not keep {overview.budget}{told}."
+
+
+def _ended_early(overview: Overview) -> Iterator[str]:
+    ended = overview.ended_early
+    if ended:
+        fewest, most = (some(version.measured["accuracy"].n for version in ended) for some in (min, max))
+        count = str(most) if fewest == most else f"{fewest} to {most}"
+        yield (
+            f"{len(ended)} of {len(overview.versions)} versions were ended early, after {count} of"
+            f" {overview.dense.measured['accuracy'].n} images: even the highest accuracy that these left likely (99%)"
+            f" broke {overview.search.budget} or was that of a version which is no slower and has no more FLOPs. Their"
+            " accuracies are estimates, and none of them counts as within the budget."
+        )
+
+
+def _broken(overview: Overview, version: Version) -> str:
+    return broken_limits(version, overview.budget, overview.dense.measured)
+
+
+def _failed(overview: Overview) -> Iterator[str]:
+    reasons = Counter(
+        str(trial.user_attrs.get("reason", "no reason given"))
+        for trial in overview.search.trials
+        if trial.state == TrialState.FAIL and "interrupted" not in trial.user_attrs
+    )
+    if reasons:
+        told = "; ".join(f"{count} times: {reason}" for reason, count in reasons.most_common(_REASONS))
+        yield f"{sum(reasons.values())} trials failed ({told})."
+
+
+def _noisy(overview: Overview) -> Iterator[str]:
+    off = abs(overview.search.baseline.same_twice - 1)
+    if off > SAME_TWICE:
+        yield f"The machine was noisy: the same network timed against itself differed by {off:.0%}."
+    wide = [version for version in overview.front if half_width(version.measured["latency"]) > WIDE]
+    if wide:
+        yield f"The latency of {trials(wide)} is known to within more than {WIDE:.0%} only."
+
+
+def _close_to_limits(overview: Overview) -> Iterator[str]:
+    for constraint in overview.budget.constraints:
+        close = [version for version in overview.front if _may_break(version, constraint, overview.dense)]
+        if close:
+            verb = "keeps" if len(close) == 1 else "keep"
+            yield f"{trials(close).capitalize()} {verb} {constraint} by less than the measurement's 95% interval."
+
+
+def _may_break(version: Version, constraint: Constraint, dense: Version) -> bool:
+    """Returns whether the worse end of the measurement's interval breaks the limit."""
+    found = version.measured[constraint.measured_as]
+    worse = found
+    if constraint.measured_as == "accuracy":
+        worse = replace(found, value=wilson(found.value, found.n)[0])
+    elif constraint.measured_as == "latency":
+        factor = 1 + half_width(found)
+        others = {name: value * factor for name, value in found.others.items()}
+        worse = replace(found, value=found.value * factor, others=others)
+    return constraint.violation(worse, dense.measured[constraint.measured_as]) > 0
+
+
+def _hard_to_tell_apart(overview: Overview) -> Iterator[str]:
+    if len(overview.front) < 2:
+        return
+    best, *others = overview.front
+    first = best.measured["accuracy"]
+    alike = [version for version in others if difference(first, version.measured["accuracy"]).is_noise]
+    if alike:
+        yield (
+            f"On {first.n} validation images the accuracy of {trials(alike)} cannot be told from that of the most"
+            f" accurate, {best.title}: the 95% intervals of the differences contain 0."
+        )
+
+
+def _remarks(overview: Overview) -> Iterator[str]:
+    told: dict[str, list[Version]] = {}
+    for version in (*(each for each in overview.front if each is not overview.dense), overview.dense):
+        for measurement in version.measured.values():
+            for remark in measurement.remarks:
+                told.setdefault(remark, []).append(version)
+            if measurement.unproven:
+                text = "the runtime does not tell in which precision some layers ran"
+                told.setdefault(text, []).append(version)
+    for remark, versions in told.items():
+        own = [version for version in versions if version is not overview.dense]
+        where = trials(list({version.number: version for version in own}.values())) if own else "dense network"
+        yield f"{where.capitalize()}: {remark}."
+
+
+def _efforts(overview: Overview) -> Iterator[str]:
+    efforts = Counter(version.evaluation.effort for version in overview.front)
+    if len(efforts) > 1:
+        told = ", ".join(f"{count} with {effort!r}" for effort, count in efforts.items())
+        yield f"The front mixes efforts at winning accuracy back, so not all of it compares: {told}."
+
+
+def _unconfirmed(overview: Overview) -> Iterator[str]:
+    found = {pick["trial"]: pick for pick in picks(overview.search)}
+    for number, pick in found.items():
+        latency = f", latency {milliseconds(pick['latency_s'])}" if "latency_s" in pick else ""
+        name = f"Trial {number}" if isinstance(number, int) else str(number)
+        yield f"{name} was picked and measured again: {percent(pick['test_accuracy'])} on test images{latency}."
+    if any(version.trial not in found for version in overview.front):
+        none = "No other version" if found else "No version"
+        yield f"{none} has been confirmed: pick measures one again in a new process, and on test images."
+
+
+def picks(search: StoredSearch) -> list[dict[str, Any]]:
+    """Returns what `pick` noted of each version that it has confirmed, the first pick first."""
+    file = search.folder.path / "picks.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,275 @@
+"""Two versions or two searches side by side, with what chance may have done told apart from what differs."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from search.report.layers import Layer, layers_of
+from search.report.overview import Overview
+from search.report.palette import PRECISIONS
+from search.report.significance import EXACT, Difference, difference
+from search.report.tables import count, exit_shares, milliseconds, percent, points, size, threshold
+from search.results.pareto import Version
+from search.results.store import SearchFolder, StoredSearch, find_search
+from spaces.errors import UserError
+
+_METRICS = ("accuracy", "latency", "flops", "params", "size")
+_SIMPLE = ("dense", *PRECISIONS, *(f"given-{precision}" for precision in PRECISIONS))
+"""The names of versions that are no trials."""
+_WHOLE_SEARCH = "all"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared.
+
+    Args:
+        overview: of its search.
+        version: of it; None for the search as a whole.
+    """
+
+    overview: Overview
+    version: Version | None
+
+    @property
+    def name(self) -> str:
+        """The search, and the trial where it is about one."""
+        if self.version is None:
+            return self.overview.search.folder.name
+        return f"{self.overview.search.folder.name}: {self.version.title}"
+
+
+def parse_side(text: str, runs: Path) -> Side:
+    """Returns what a user names: `SEARCH`, `SEARCH:TRIAL`, `SEARCH:dense`, `SEARCH:int8`, or without a search.
+
+    Raises:
+        UserError: there is no such search or trial, or it was not measured.
+    """
+    search, colon, trial = text.rpartition(":")
+    if not colon and not (runs / text).is_dir() and (text.isdigit() or text in _SIMPLE):
+        search, trial = find_search(runs, None).name, text
+    elif not colon:
+        search, trial = text, _WHOLE_SEARCH
+    overview = Overview.of(StoredSearch.read(SearchFolder(runs / search)))
+    if trial == _WHOLE_SEARCH:
+        return Side(overview, None)
+    found = [version for version in [*overview.simple, *overview.versions] if str(version.trial) == trial]
+    if not found:
+        known = ", ".join(str(version.trial) for version in overview.front) or "none on the front"
+        raise UserError(f"a side is SEARCH or SEARCH:TRIAL with a measured trial, got {text!r}; the front has {known}")
+    return Side(overview, found[0])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of both.
+
+    Args:
+        metric: a name in `METRICS`.
+        first: as text.
+        second: as text.
+        difference: of the second from the first; None where one of them was not measured.
+        verdict: in words.
+    """
+
+    metric: str
+    first: str
+    second: str
+    difference: Difference | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """What one layer became in both."""
+
+    name: str
+    first: str
+    second: str
+
+    @property
+    def differs(self) -> bool:
+        """Whether it became something else."""
+        return self.first != self.second
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides and how they differ.
+
+    Args:
+        first: the name of what is compared with.
+        second: and of what is compared.
+        facts: rows of text about both: budgets, targets, counts, efforts.
+        figures: of the versions.
+        layers: of the versions, in the network's order.
+        remarks: what to know before believing it.
+    """
+
+    first: str
+    second: str
+    facts: tuple[tuple[str, str, str], ...]
+    figures: tuple[Figure, ...]
+    layers: tuple[LayerPair, ...]
+    remarks: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready copy."""
+        return asdict(self)
+
+    def parts(self) -> Iterator[Table | str]:
+        """Yields what a terminal shows: the tables, then the remarks."""
+        yield f"A  {self.first}\nB  {self.second}"
+        yield _table("", ["", "A", "B"], [list(row) for row in self.facts])
+        yield _table(
+            "", ["", "A", "B", "B against A"], [[f.metric, f.first, f.second, f.verdict] for f in self.figures]
+        )
+        different = [layer for layer in self.layers if layer.differs]
+        same = len(self.layers) - len(different)
+        if different:
+            rows = [[layer.name, layer.first, layer.second] for layer in different]
+            yield _table(f"layers that differ; {same} are the same", ["layer", "A", "B"], rows)
+        elif same:
+            yield f"All {same} layers are the same."
+        yield from self.remarks
+
+
+def _table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if 0 < place < 3 else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def compare(first: Side, second: Side) -> Comparison:
+    """Returns how `second` differs from `first`: two versions, or two searches by their most accurate versions.
+
+    Raises:
+        UserError: one is a version and the other a search, or a search has no front to compare.
+    """
+    if (first.version is None) != (second.version is None):
+        raise UserError(
+            f"two versions or two searches are compared, got {first.name!r} and {second.name!r};"
+            " write both as SEARCH:TRIAL or both as SEARCH"
+        )
+    if first.version is None:
+        return _searches(first, second)
+    return _versions(first, second, ())
+
+
+def _searches(first: Side, second: Side) -> Comparison:
+    """Returns the comparison of two searches: their fronts as a whole, and their most accurate versions."""
+    sides = (first.overview, second.overview)
+    for overview in sides:
+        if not overview.front:
+            raise UserError(f"searches are compared by their fronts, got {overview.search.folder.name} without one")
+    a, b = (Side(overview, overview.front[0]) for overview in sides)
+    rows = [(name, one, other) for (name, one), (_, other) in zip(_counts(sides[0]), _counts(sides[1]), strict=True)]
+    found = _versions(a, b, tuple(rows))
+    remark = "Figures and layers are those of each search's most accurate version."
+    if str(sides[0].budget) != str(sides[1].budget):
+        remark += " The budgets differ, and with them the boxes that hypervolumes are shares of."
+    return Comparison(first.name, second.name, found.facts, found.figures, found.layers, (remark, *found.remarks))
+
+
+def _counts(overview: Overview) -> list[tuple[str, str]]:
+    """Returns what a search was asked and how much it found."""
+    return [
+        ("study", overview.search.study.name),
+        ("budget", str(overview.budget)),
+        ("trials", str(overview.search.finished)),
+        ("within the budget", str(len(overview.good))),
+        ("on the front", str(len(overview.front))),
+        ("hypervolume", f"{overview.hypervolume:.1%}"),
+        ("most accurate", overview.front[0].title),
+    ]
+
+
+def _versions(first: Side, second: Side, facts: tuple[tuple[str, str, str], ...]) -> Comparison:
+    a, b = first.version, second.version
+    assert a is not None
+    assert b is not None
+    rows = [
+        *facts,
+        ("target", _target(a), _target(b)),
+        ("recovery", a.evaluation.effort, b.evaluation.effort),
+        ("exits", _exits(a), _exits(b)),
+    ]
+    machine, remarks = _machine(first, second)
+    figures = tuple(_figure(metric, a, b, machine) for metric in _METRICS)
+    layers = _layer_pairs(_layers(first), _layers(second))
+    early = tuple(
+        f"{side.name} was ended early, so its accuracy is an estimate: {version.evaluation.ended}."
+        for side, version in ((first, a), (second, b))
+        if version.evaluation.ended
+    )
+    return Comparison(first.name, second.name, tuple(rows), figures, layers, (*remarks, *early))
+
+
+def _target(version: Version) -> str:
+    latency = version.measured.get("latency")
+    return latency.target if latency else "not measured"
+
+
+def _exits(version: Version) -> str:
+    accuracy, candidate = version.measured.get("accuracy"), version.evaluation.candidate
+    if not candidate.active_exits:
+        return "-"
+    thresholds = " ".join(threshold(candidate.thresholds[name]) for name in candidate.active_exits)
+    return f"from {thresholds}: {exit_shares(accuracy)}" if accuracy else f"from {thresholds}"
+
+
+def _machine(first: Side, second: Side) -> tuple[float, tuple[str, ...]]:
+    """Returns by what share the machine itself may differ between the two latencies, and what to say about it."""
+    a, b = first.overview.search.baseline, second.overview.search.baseline
+    own = max(abs(a.same_twice - 1), abs(b.same_twice - 1))
+    if first.overview.search.folder == second.overview.search.folder:
+        return own, ()
+    dense = [side.evaluation.measurements["latency"] for side in (a, b)]
+    if dense[0].target != dense[1].target:
+        return own, ("The targets differ, so latencies compare devices as well as versions.",)
+    if a.evaluation.measurements["flops"].value != b.evaluation.measurements["flops"].value:
+        return own, ("The dense networks differ, so nothing tells how fast the machine was in each search.",)
+    apart = abs(math.log(dense[1].value / dense[0].value))
+    text = f"The same dense network took {milliseconds(dense[0].value)} in A and {milliseconds(dense[1].value)} in B:"
+    return math.hypot(own, apart), (f"{text} so much of a difference in latency is counted as noise.",)
+
+
+def _figure(metric: str, first: Version, second: Version, machine: float) -> Figure:
+    a, b = first.measured.get(metric), second.measured.get(metric)
+    first_text, second_text = (_value(metric, found.value) if found else "not measured" for found in (a, b))
+    if a is None or b is None:
+        return Figure(metric, first_text, second_text, None, "")
+    found = difference(a, b, machine)
+    return Figure(metric, first_text, second_text, found, _verdict(metric, found))
+
+
+def _value(metric: str, value: float) -> str:
+    shown = {"accuracy": percent, "latency": milliseconds, "size": size}
+    return shown.get(metric, count)(value)
+
+
+def _verdict(metric: str, found: Difference) -> str:
+    if metric in EXACT:
+        return "the same" if found.is_noise else f"{found.change:+.1%}"
+    change = f"{points(found.change)} points" if metric == "accuracy" else f"{found.change:+.1%}"
+    noise = f"{found.noise * 100:.2f} points" if metric == "accuracy" else f"{found.noise:.1%}"
+    return f"{change}, within noise (± {noise})" if found.is_noise else f"{change} (noise ± {noise})"
+
+
+def _layers(side: Side) -> list[Layer]:
+    assert side.version is not None
+    whole = side.overview.dense.evaluation.candidate
+    return layers_of(side.version.evaluation.candidate, whole, side.overview.search.members)
+
+
+def _layer_pairs(first: list[Layer], second: list[Layer]) -> tuple[LayerPair, ...]:
+    a, b = ({layer.name: str(layer) for layer in some} for some in (first, second))
+    return tuple(LayerPair(name, a.get(name, "absent"), b.get(name, "absent")) for name in dict.fromkeys([*a, *b]))

@@ -1,0 +1,40 @@
+"""What stands under the pointer: a version in a few lines."""
+
+from search.report.layers import layers_of
+from search.report.tables import exit_shares, int8_layers, kept_channels, milliseconds, percent, size, threshold
+from search.results.pareto import Version
+
+_LAYERS = 24
+"""So many layers of a version are named at most."""
+_PER_LINE = 2
+
+
+def hover(version: Version, dense: Version) -> str:
+    """Returns a version as lines of plotly's HTML: what was measured of it, then the candidate."""
+    measured, candidate = version.measured, version.evaluation.candidate
+    accuracy, latency = measured["accuracy"], measured["latency"]
+    lines = [
+        "<b>dense network</b>" if version is dense else f"<b>{version.title}</b>",
+        f"accuracy {percent(accuracy.value)}, latency {milliseconds(latency.value)} ± {milliseconds(latency.spread)}",
+        f"FLOPs {measured['flops'].value / dense.measured['flops'].value:.1%} of dense, {size(measured['size'].value)}",
+        f"channels {kept_channels(candidate, dense.evaluation.candidate)}, int8 layers {int8_layers(candidate)}",
+    ]
+    if candidate.active_exits:
+        thresholds = ", ".join(
+            f"{name} from {threshold(candidate.thresholds[name])}" for name in candidate.active_exits
+        )
+        lines.append(f"{thresholds}: {exit_shares(accuracy)} leave there")
+    if candidate.active_skips:
+        lines.append(f"{len(candidate.active_skips)} blocks that an image may pass by")
+    if candidate.masks:
+        lines.append(f"masks in {len(candidate.masks)} blocks: they save FLOPs, and no time")
+    return "<br>".join([*lines, *_layer_lines(version, dense)])
+
+
+def _layer_lines(version: Version, dense: Version) -> list[str]:
+    """Returns the layers, a few on each line."""
+    layers = layers_of(version.evaluation.candidate, dense.evaluation.candidate, {})
+    told = [f"{layer.name} {layer}" for layer in layers[:_LAYERS] if str(layer) != "-"]
+    lines = ["; ".join(told[start : start + _PER_LINE]) for start in range(0, len(told), _PER_LINE)]
+    more = len(layers) - _LAYERS
+    return [f"<i>{line}</i>" for line in lines] + ([f"<i>and {more} more layers</i>"] if more > 0 else [])

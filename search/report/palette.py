@@ -1,0 +1,61 @@
+"""Colours and shapes that stay apart for the colour-blind: no two things differ by colour alone.
+
+Source: Okabe and Ito, Color Universal Design, 2008; cividis: Nunez, Anderton and Renslow, 2018.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from search.report.overview import DENSE, FRONT, OVER, WITHIN
+
+BLACK, GREY, LIGHT = "#000000", "#767676", "#d9d9d9"
+ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#e69f00",
+    "#56b4e9",
+    "#009e73",
+    "#f0e442",
+    "#0072b2",
+    "#d55e00",
+    "#cc79a7",
+)
+SEQUENTIAL = "cividis"
+"""The colour map of shares; plotly and matplotlib know it by this name."""
+LIMIT = BLUE
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one group is drawn.
+
+    Args:
+        color: hexadecimal.
+        plotly: the shape's name there.
+        matplotlib: and there.
+        text: and on a terminal.
+    """
+
+    color: str
+    plotly: str
+    matplotlib: str
+    text: str
+
+
+MARKS: Mapping[str, Mark] = {
+    OVER: Mark(GREY, "x-thin-open", "x", "x"),
+    WITHIN: Mark(SKY, "circle", "o", "o"),
+    FRONT: Mark(VERMILION, "diamond", "D", "#"),
+    DENSE: Mark(BLACK, "star", "*", "D"),
+}
+NOTABLE_SHAPES = (("^", "triangle-up"), ("s", "square"), ("v", "triangle-down"))
+"""Of the versions most worth deploying, in matplotlib and plotly."""
+PRECISIONS: Mapping[str, str] = {
+    "fp32": LIGHT,
+    "bf16": "#a6a6a6",
+    "fp16": SKY,
+    "fp8": YELLOW,
+    "int8": ORANGE,
+    "int4": GREEN,
+}
+"""Each stands for itself as a word, too."""
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
+"""Of stacked bars, whose parts are also separated and named."""

@@ -1,0 +1,239 @@
+"""A search as a report: what was asked, what was found, what to doubt."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from search.report.caveats import caveats
+from search.report.importance import IMPORTANCE
+from search.report.layers import layers_of
+from search.report.overview import NOTABLE, Overview, beaten_lines
+from search.report.significance import half_width
+from search.report.tables import (
+    accuracy_doubt,
+    count,
+    examined_layers,
+    exit_shares,
+    front_row,
+    headings,
+    milliseconds,
+    percent,
+    points,
+    size,
+)
+from search.results.pareto import Version
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows of text."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report.
+
+    Args:
+        heading: its title.
+        lines: sentences, each a paragraph, or points of a list.
+        is_list: whether they are points.
+        tables: below them.
+        pictures: headings of pictures below those, where a form shows pictures.
+    """
+
+    heading: str
+    lines: Sequence[str] = ()
+    is_list: bool = False
+    tables: Sequence[Table] = ()
+    pictures: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report in parts."""
+
+    title: str
+    sections: Sequence[Section] = field(default_factory=tuple)
+
+    def to_markdown(self) -> str:
+        """Returns the report as Markdown, without the pictures."""
+        parts = [f"# {self.title}"]
+        for section in self.sections:
+            if not section.lines and not section.tables:
+                continue  # pictures only
+            parts.append(f"## {section.heading}")
+            parts += ["\n".join(f"- {line}" for line in section.lines)] if section.is_list else section.lines
+            parts += [markdown(table) for table in section.tables]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown(table: Table) -> str:
+    """Returns a table as Markdown."""
+    lines = [table.headings, ["---"] * len(table.headings), *table.rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def report_of(overview: Overview) -> Report:
+    """Returns the report of a search."""
+    search = overview.search
+    sections = [
+        _question(overview),
+        _front(overview),
+        _worth(overview),
+        Section("How the search went", _progress(overview), pictures=("Progress", "All that was weighed")),
+        Section("Along the front", pictures=("Layers along the front", "Where inputs leave", "Which channels matter")),
+        _importance(overview),
+        _dense(overview),
+        Section("Caveats", caveats(overview), is_list=True),
+        Section("How it was measured", _protocol(overview), is_list=True, tables=[_environment(overview)]),
+    ]
+    return Report(f"{search.study.name} within {overview.budget}", sections)
+
+
+def _question(overview: Overview) -> Section:
+    study = overview.search.study
+    lines = [
+        f"{study.question}",
+        f"Budget: {overview.budget}. Device: {overview.dense.measured['latency'].target}."
+        f" Search: {overview.search.folder.name}, {overview.search.finished} trials.",
+    ]
+    return Section("Question", lines)
+
+
+def front_of(overview: Overview, name: Callable[[Version], str] | None = None) -> Table:
+    """Returns the front and the simple versions below it as a table; `name` replaces a version's number."""
+    rows = []
+    for version in [*overview.front, *overview.lines]:
+        number, *rest = front_row(version, overview.dense)
+        rows.append([name(version) if name else number, *rest])
+    return Table(headings(overview.dense), rows)
+
+
+def _front(overview: Overview) -> Section:
+    if not overview.front:
+        return Section("Front", [f"No version keeps {overview.budget}."], pictures=["Front"])
+    line = (
+        f"{len(overview.front)} versions within {overview.budget} that no other beats in accuracy, latency and FLOPs"
+        " together."
+    )
+    return Section("Front", [line, *beaten_lines(overview)], tables=[front_of(overview)], pictures=["Front"])
+
+
+def _worth(overview: Overview) -> Section:
+    if not overview.front:
+        return Section("Worth deploying", ["None."])
+    chosen = overview.notable
+    names = [f"{name}: {version.title}" for name, version in chosen]
+    facts = Table(["", "dense", *names], _facts(overview, [overview.dense, *(version for _, version in chosen)]))
+    commands = [
+        f"{name}: python -m search pick --search {overview.search.folder.name} --budget '{overview.budget}'"
+        f" --prefer {NOTABLE[name.split(' and ')[0]]}"
+        for name, _ in chosen
+    ]
+    return Section("Worth deploying", commands, is_list=True, tables=[facts, layer_table(overview, chosen, names)])
+
+
+def _facts(overview: Overview, versions: Sequence[Version]) -> list[list[str]]:
+    """Returns a row for each figure, a column for each version."""
+    dense = overview.dense.measured
+    columns = []
+    for version in versions:
+        measured = version.measured
+        accuracy, latency = measured["accuracy"], measured["latency"]
+        columns.append({
+            "accuracy": f"{percent(accuracy.value)} ± {accuracy_doubt(accuracy) * 100:.1f} points",
+            "against dense": points(accuracy.value - dense["accuracy"].value),
+            "latency": f"{milliseconds(latency.value)} ± {half_width(latency):.1%}",
+            "speed": f"{dense['latency'].value / latency.value:.2f}x",
+            "longest path": milliseconds(latency.others.get("worst", latency.value)),
+            "FLOPs": f"{count(measured['flops'].value)} ({measured['flops'].value / dense['flops'].value:.1%})",
+            "parameters": count(measured["params"].value),
+            "size": size(measured["size"].value),
+            "leave at exits": exit_shares(accuracy),
+            "recovery": version.evaluation.effort,
+        })  # fmt: skip
+    return [[name, *(column[name] for column in columns)] for name in columns[0]]
+
+
+def layer_table(overview: Overview, chosen: Sequence[tuple[str, Version]], names: Sequence[str]) -> Table:
+    """Returns what each layer became in some versions: channels kept of the dense network's, precision, zeros."""
+    whole, members = overview.dense.evaluation.candidate, overview.search.members
+    columns = [layers_of(version.evaluation.candidate, whole, members) for _, version in chosen]
+    dense = layers_of(whole, whole, members)
+    rows = [
+        [layer.name, _of_dense(layer.of, layer.precision), *(str(column[row]) for column in columns)]
+        for row, layer in enumerate(dense)
+    ]
+    return Table(["layer", "dense", *names], rows)
+
+
+def _of_dense(channels: int | None, precision: str) -> str:
+    return " ".join(part for part in ("" if channels is None else str(channels), precision) if part) or "-"
+
+
+def _progress(overview: Overview) -> list[str]:
+    share = overview.hypervolume
+    ended = len(overview.ended_early)
+    early = f" {ended} of which were ended early," if ended else ""
+    return [
+        f"{len(overview.versions)} different versions were measured,{early} {len(overview.good)} keep the budget,"
+        f" {len(overview.front)} are on the front, which dominates {share:.1%} of the budget's box (hypervolume)."
+    ]
+
+
+def _importance(overview: Overview) -> Section:
+    found = overview.importance
+    if found is None:
+        return Section(IMPORTANCE)
+    lines = [
+        "What each change comes to, on average over all that was measured, the dense network's latency being 100%;"
+        " of latency the longest path's.",
+        f"Surrogates tell these: of what was held out R² {found.latency_r2:.2f} for latency, {found.accuracy_r2:.2f}"
+        " for accuracy; near 0 or below, the effects are noise.",
+    ]
+    rows = [[each.name, each.change, f"{each.latency * 100:+.1f}%", points(each.accuracy)] for each in found.effects]
+    return Section(
+        IMPORTANCE, lines, tables=[Table(["layer", "change", "latency", "accuracy"], rows)], pictures=(IMPORTANCE,)
+    )
+
+
+def _dense(overview: Overview) -> Section:
+    baseline = overview.search.baseline
+    lines = [examined_layers(baseline.examined)] if baseline.examined else []
+    lines.append(f"A reference timed against itself came to {baseline.same_twice:.3f} of its own time; 1 is best.")
+    return Section("Dense baseline", lines, tables=[Table(["", "dense"], _facts(overview, [overview.dense]))])
+
+
+def _protocol(overview: Overview) -> list[str]:
+    measured = overview.dense.measured
+    return [f"{name}: {measured[name].protocol}." for name in ("latency", "accuracy", "flops", "size")]
+
+
+def _environment(overview: Overview) -> Table:
+    rows = [[name, value] for name, value in overview.search.baseline.environment.items() if value]
+    return Table(["environment", ""], rows)
+
+
+def to_json(overview: Overview) -> dict[str, Any]:
+    """Returns what a report says, for a machine."""
+    search = overview.search
+    return {
+        "search": search.folder.name,
+        "study": search.study.name,
+        "question": search.study.question,
+        "budget": str(overview.budget),
+        "target": overview.dense.measured["latency"].target,
+        "environment": search.baseline.environment,
+        "trials": search.finished,
+        "hypervolume": overview.hypervolume,
+        "front": [version.trial for version in overview.front],
+        "worth": [
+            {"why": name, "trial": version.trial, **version.evaluation.to_dict()} for name, version in overview.notable
+        ],
+        "dense": search.baseline.to_dict(),
+        "importance": overview.importance.to_dict() if overview.importance else None,
+        "caveats": caveats(overview),
+    }

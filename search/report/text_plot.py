@@ -1,0 +1,71 @@
+"""The front as a plot of characters."""
+
+from search.report.axes import accuracy_view, limit_lines, place
+from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
+from search.report.palette import MARKS
+
+HEIGHT, _LEAST_WIDTH, _MOST_WIDTH = 10, 40, 72
+_MARGIN = 9
+"""Characters left of the plot, for the accuracies."""
+_LINES = {False: ("│", "└", "─", "┊"), True: ("|", "+", "-", ":")}
+
+
+def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
+    """Returns accuracy over latency as lines of text.
+
+    The dense network is drawn where it is not too far off to the right, and told in words in any case.
+
+    Args:
+        overview: with a front.
+        width: of a line, characters.
+        ascii_only: whether nothing but ASCII can be shown.
+    """
+    side, corner, floor, limit = _LINES[ascii_only]
+    columns = max(min(width - _MARGIN - 3, _MOST_WIDTH), _LEAST_WIDTH)
+    places = {name: [place(version) for version in versions] for name, versions in overview.groups.items()}
+    shown = [at for name in (OVER, WITHIN, FRONT) for at in places[name]] or places[DENSE]
+    left, right = min(at[0] for at in shown), max(at[0] for at in shown)
+    lines = [line for line in limit_lines(overview.budget, overview.dense) if line.axis == "x"]
+    right = max([right, *(line.value for line in lines if line.value < 2 * right)])
+    low, high = accuracy_view(overview) or (min(at[1] for at in shown), max(at[1] for at in shown))
+    high = min(high, 100.0)
+    height = HEIGHT if high > low else 1
+    cells = [[" "] * columns for _ in range(height)]
+
+    def put(latency: float, accuracy: float, mark: str) -> None:
+        column = round((latency - left) / ((right - left) or 1) * (columns - 1))
+        row = round((high - accuracy) / ((high - low) or 1) * (height - 1))
+        if 0 <= column < columns and 0 <= row < height:
+            cells[row][column] = mark
+
+    for line in lines:
+        for row in range(height):
+            put(line.value, high - row * (high - low) / max(height - 1, 1), limit)
+    for name in (OVER, WITHIN, DENSE, FRONT):
+        for at in places[name]:
+            put(*at, MARKS[name].text)
+    labels = {height - 1: f"{low:.2f}%", 0: f"{high:.2f}%"}
+    rows = [f"{labels.get(row, ''):>{_MARGIN}}{side}{''.join(cells[row])}".rstrip() for row in range(height)]
+    scale = f"{left:.2f} ms"
+    ends = f"{'':>{_MARGIN}} {scale}{f'{right:.2f} ms':>{columns - len(scale)}}"
+    return "\n".join(
+        [
+            *rows,
+            f"{'':>{_MARGIN}}{corner}{floor * columns}",
+            ends,
+            *_legend(overview, lines != [], limit, left <= place(overview.dense)[0] <= right, width),
+        ]
+    )
+
+
+def _legend(overview: Overview, has_limit: bool, limit: str, has_dense: bool, width: int) -> list[str]:
+    """Returns what the marks mean, in a line or two."""
+    marks = {MARKS[name].text: name for name in (FRONT, WITHIN, OVER) if overview.groups[name]}
+    told = [f"{mark} {name}" for mark, name in marks.items()]
+    if has_limit:
+        told.append(f"{limit} limit")
+    latency, accuracy = place(overview.dense)
+    dense = f"{MARKS[DENSE].text} dense," if has_dense else "dense:"
+    marks_told, dense_told = f"{'':>{_MARGIN}} {'  '.join(told)}", f"{dense} {latency:.2f} ms, {accuracy:.2f}%"
+    whole = f"{marks_told}  {dense_told}"
+    return [whole] if len(whole) <= width else [marks_told, f"{'':>{_MARGIN}} {dense_told}"]

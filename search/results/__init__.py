@@ -1,0 +1,1 @@
+"""What trials leave, and the front that they make."""

@@ -1,0 +1,192 @@
+"""Which versions are worth deploying: the feasible ones that no other beats in everything."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.measurement import METRICS, Measurement
+from search.config.budget import Budget
+from search.results.evaluation import Evaluation
+
+OBJECTIVES = ("accuracy", "latency", "flops")
+PREFERENCES = ("accuracy", "latency", "flops", "size", "knee")
+_ACCURACY_SPAN = 0.10
+"""Without an accuracy limit, hypervolume counts versions down to this far below the dense network."""
+
+Dense = Mapping[str, Measurement]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A candidate that a trial measured, or the network as it is in one precision, which is measured before all trials.
+
+    Args:
+        number: of the trial; below 0 where it is none.
+        evaluation: what it found.
+        name: where it is no trial.
+    """
+
+    number: int
+    evaluation: Evaluation
+    name: str = ""
+
+    @property
+    def trial(self) -> int | str:
+        """The number of its trial, or its name where it is none: `149`, `dense`, `int8`."""
+        return self.number if self.number >= 0 else self.name or "dense"
+
+    @property
+    def title(self) -> str:
+        """What it is called in a sentence: `trial 149`, `dense`, `plain int8`, `given-int8`."""
+        if self.number >= 0:
+            return f"trial {self.number}"
+        return str(self.trial) if self.number == -1 or "-" in self.name else f"plain {self.trial}"
+
+    @property
+    def measured(self) -> Mapping[str, Measurement]:
+        """The measurements, by metric."""
+        return self.evaluation.measurements
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every objective was measured, on all of the images."""
+        return not self.evaluation.ended and all(metric in self.measured for metric in OBJECTIVES)
+
+    def costs(self) -> NDArray[np.float64]:
+        """Returns the objectives, less being better, `(3,)`."""
+        return np.array([METRICS[metric].sign * self.measured[metric].value for metric in OBJECTIVES])
+
+
+def feasible(versions: Sequence[Version], budget: Budget, dense: Dense) -> list[Version]:
+    """Returns the fully measured versions that keep every limit."""
+    return [version for version in versions if version.is_complete and budget.is_met(version.measured, dense)]
+
+
+def pareto(versions: Sequence[Version]) -> list[Version]:
+    """Returns the non-dominated versions, the most accurate first; of equals the first trial.
+
+    Each version has to be fully measured.
+    """
+    if not versions:
+        return []
+    ordered = sorted(versions, key=lambda version: (*version.costs(), version.number))
+    costs = np.stack([version.costs() for version in ordered])
+    kept = []
+    for index, cost in enumerate(costs):
+        no_worse = (costs <= cost).all(axis=1)
+        better = (costs < cost).any(axis=1)
+        earlier_equal = (costs[:index] == cost).all(axis=1).any()
+        if not (no_worse & better).any() and not earlier_equal:
+            kept.append(ordered[index])
+    return kept
+
+
+@dataclass(frozen=True)
+class Front:
+    """What is worth deploying within a budget, and what a simple version keeps from it.
+
+    Args:
+        versions: the front, the most accurate first, simple versions among them.
+        beaten: versions that would be on it for their FLOPs alone: a simple one within the budget is faster and more
+            accurate.
+    """
+
+    versions: tuple[Version, ...]
+    beaten: tuple[Version, ...]
+
+
+def front_within(versions: Sequence[Version], simple: Sequence[Version], budget: Budget, dense: Dense) -> Front:
+    """Returns the front of the versions that keep every limit.
+
+    Args:
+        versions: what trials measured.
+        simple: the network as it is in each precision. A trial of the same candidate is not counted beside it.
+        budget: the limits.
+        dense: the dense network's measurements.
+    """
+    same = {version.evaluation.candidate.key for version in simple}
+    lines = feasible(simple, budget, dense)
+    others = [version for version in versions if version.evaluation.candidate.key not in same]
+    front = pareto([*lines, *feasible(others, budget, dense)])
+    beaten = [version for version in front if any(beats(line, version) for line in lines)]
+    return Front(tuple(version for version in front if version not in beaten), tuple(beaten))
+
+
+def beats(one: Version, other: Version) -> bool:
+    """Returns whether one version is both faster and more accurate than another."""
+    mine, its = one.measured, other.measured
+    return mine["latency"].value < its["latency"].value and mine["accuracy"].value > its["accuracy"].value
+
+
+def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> float:
+    """Returns the share of the budget's box that these feasible versions dominate, 0 to 1.
+
+    The box spans from a perfect network at no cost to the worst that counts: the budget's limits, or without one the
+    dense network's latency and FLOPs, and ten points below its accuracy.
+    """
+    worst = worst_that_counts(budget, dense)
+    scaled = [
+        [
+            (1 - version.measured["accuracy"].value) / (1 - worst["accuracy"]),
+            version.measured["latency"].value / worst["latency"],
+            version.measured["flops"].value / worst["flops"],
+        ]
+        for version in versions
+    ]
+    return box_share(np.array(scaled).reshape(-1, len(OBJECTIVES)))
+
+
+def box_share(costs: NDArray[np.float64]) -> float:
+    """Returns the share of the unit box, 1 being the worst that counts, which costs `(n, m)` dominate."""
+    from pymoo.indicators.hv import HV
+
+    inside = costs[(costs < 1).all(axis=1)]
+    return float(HV(ref_point=np.ones(costs.shape[1]))(inside)) if len(inside) else 0.0
+
+
+def worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:
+    """Returns the worst value of each objective that hypervolume counts."""
+    worst = {metric: dense[metric].value for metric in OBJECTIVES}
+    worst["accuracy"] -= _ACCURACY_SPAN
+    for metric in OBJECTIVES:
+        limits = [
+            limit for limit in budget.constraints if limit.measured_as == metric and limit.limits_default_statistic
+        ]
+        if metric == "accuracy":
+            worst[metric] = max((limit.floor(dense[metric]) for limit in limits), default=worst[metric])
+        else:
+            worst[metric] = min((limit.ceiling(dense[metric]) for limit in limits), default=worst[metric])
+    worst["accuracy"] = min(worst["accuracy"], 1 - 1e-9)
+    return worst
+
+
+def choose(front: Sequence[Version], prefer: str) -> list[Version]:
+    """Returns the front's versions in order of preference, the best first.
+
+    `knee` is the version closest to the front's ideal point, every objective scaled to the front's range.
+    """
+    if prefer == "knee":
+        costs = np.stack([version.costs() for version in front])
+        span = np.ptp(costs, axis=0)
+        distance = np.linalg.norm((costs - costs.min(axis=0)) / np.where(span > 0, span, 1), axis=1)
+        return [front[index] for index in np.argsort(distance, kind="stable")]
+    sign = METRICS[prefer].sign
+    return sorted(front, key=lambda version: (sign * version.measured[prefer].value, version.measured["latency"].value))
+
+
+def nearest_miss(versions: Sequence[Version], budget: Budget, dense: Dense) -> tuple[Version, dict[str, float]] | None:
+    """Returns the version that oversteps its limits the least, and by how much; None where nothing was measured.
+
+    Versions whose every limit was measured come before those that were given up on.
+    """
+    misses = []
+    for version in versions:
+        broken = {name: value for name, value in budget.violations(version.measured, dense).items() if value > 0}
+        if broken:
+            misses.append((not version.is_complete, sum(broken.values()), version.number, version, broken))
+    if not misses:
+        return None
+    *_, version, broken = min(misses, key=lambda miss: (miss[1], miss[0], miss[2]))
+    return version, broken

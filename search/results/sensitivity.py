@@ -1,0 +1,68 @@
+"""What a sensitivity profile says; `search.pipeline.sensitivity_profiler` measures it, with torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+EIGHTHS = 8
+"""Tables and pictures have a column for each eighth of the channels."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One width of one group, all others being dense.
+
+    Args:
+        group: its name.
+        channels: that it keeps.
+        share: of its channels that it keeps.
+        loss: change of the cross-entropy against the dense network, in nats.
+        divergence: of the dense network's answers from this network's (KL), in nats.
+        flops: of the whole network, as a share of the dense one's.
+    """
+
+    group: str
+    channels: int
+    share: float
+    loss: float
+    divergence: float
+    flops: float
+
+    @property
+    def eighth(self) -> int:
+        """The share in eighths, to the nearest; 8 at full width only."""
+        return min(round(self.share * EIGHTHS), EIGHTHS - 1) if self.share < 1 else EIGHTHS
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The sensitivity of a network's groups.
+
+    Args:
+        effort: the recovery that came before every figure.
+        images: calibration images behind every figure.
+        floor: divergence, in nats, of the unpruned network after the same recovery: what is not pruning's doing.
+        points: for each group its widths, the dense one first.
+    """
+
+    effort: str
+    images: int
+    floor: float
+    points: tuple[Point, ...]
+
+    @property
+    def groups(self) -> dict[str, list[Point]]:
+        """The points of each group, widest first."""
+        found: dict[str, list[Point]] = {}
+        for point in self.points:
+            found.setdefault(point.group, []).append(point)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready copy."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Returns the profile that `to_dict` described."""
+        return cls(**{**content, "points": tuple(Point(**point) for point in content["points"])})

@@ -1,1 +1,0 @@
-"""A finished search as people look at it: pictures, a page, a report, comparisons."""

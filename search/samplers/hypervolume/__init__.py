@@ -1,0 +1,1 @@
+"""The sampler of expected hypervolume improvement, with Gaussian processes."""

@@ -1,1 +1,0 @@
-"""Where a study's network and images come from."""

@@ -1,0 +1,227 @@
+"""MLflow, as a mirror of the journal: written after it, never read back for a result."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlparse
+
+from mlflow.entities import Metric, Param, Run
+from optuna.trial import FrozenTrial
+
+from search.report.overview import Overview
+from search.results.evaluation import Evaluation
+from search.results.store import StoredSearch
+from search.tracking.store import Tracking, quiet
+from search.tracking.summary_run import write_summary
+from search.tracking.trial_run import (
+    EFFORT,
+    FRONT,
+    NAME,
+    ROLE,
+    SEARCH,
+    TRIAL,
+    chunks,
+    figures_and_margins,
+    logged,
+    run_name,
+)
+
+PAUSE_S = 60.0
+"""After a failure MLflow is left alone for so long."""
+_METRICS, _PARAMS = 1000, 100
+"""A server takes so many at once at most."""
+
+Say = Callable[[str], None]
+
+
+class Mirror:
+    """Writes a search to MLflow: one summary run, and one flat run for each trial.
+
+    A trial's run is whole when it has ended; one that a crash left open is completed, so that nothing is there twice.
+
+    Args:
+        tracking: where MLflow keeps its runs.
+        search: as its journal has it.
+
+    Raises:
+        Exception: whatever MLflow raises where it cannot be reached.
+    """
+
+    def __init__(self, tracking: Tracking, search: StoredSearch) -> None:
+        self._tracking, self._search = tracking, search
+        with quiet():
+            self._client = tracking.client()
+            self.experiment_id = tracking.experiment(self._client, search.study.name)
+
+    def write(self, trials: Sequence[FrozenTrial]) -> int:
+        """Writes the finished trials that are not there yet; returns how many it wrote."""
+        there = self._trial_runs()
+        missing = [trial for trial in trials if trial.state.is_finished() and not _is_whole(there.get(trial.number))]
+        for trial in missing:
+            begun = there.get(trial.number)
+            self.write_one(trial, begun.info.run_id if begun else None)
+        return len(missing)
+
+    def write_one(self, trial: FrozenTrial, run_id: str | None = None) -> None:
+        """Writes one finished trial, into a run that was begun for it or a new one."""
+        content = logged(trial, self._search)
+        with quiet():
+            if run_id is None:
+                run: Run = self._client.create_run(
+                    self.experiment_id, start_time=content.begin, tags=dict(content.tags), run_name=content.name
+                )
+                run_id = run.info.run_id
+            self._log(run_id, content.metrics, content.params, content.end)
+            self._client.set_terminated(run_id, content.status, content.end)
+
+    def _log(
+        self, run_id: str, metrics: Mapping[str, float], params: Mapping[str, str], at: int, step: int = 0
+    ) -> None:
+        points = [Metric(name, value, at, step) for name, value in metrics.items()]
+        first, *more = chunks([Param(*pair) for pair in params.items()], _PARAMS) or [[]]
+        self._client.log_batch(run_id, metrics=points, params=first)
+        for some in more:
+            self._client.log_batch(run_id, params=some)
+
+    def finish(self) -> str:
+        """Writes the summary, marks the front and what was recovered in full; returns the summary's run id."""
+        overview = Overview.of(self._search)
+        with quiet():
+            runs = self._trial_runs()
+            self._mark(runs, {version.number for version in overview.front})
+            earlier = list(self._runs("summary"))
+            addresses = {number: run.info.run_id for number, run in runs.items()}
+            run_id = write_summary(self._client, self.experiment_id, overview, addresses, self._tracking.web)
+            for run in earlier:
+                self._delete(run)
+        return run_id
+
+    def _delete(self, run: Run) -> None:
+        """Deletes a run, and its files where they lie here: MLflow would keep them for good."""
+        self._client.delete_run(run.info.run_id)
+        files = urlparse(run.info.artifact_uri)
+        if files.scheme == "file" and Path(files.path).parent.name == run.info.run_id:
+            shutil.rmtree(Path(files.path).parent, ignore_errors=True)
+
+    def _mark(self, runs: Mapping[int, Run], front: set[int]) -> None:
+        recovered = self._search.recovered
+        for number, run in runs.items():
+            if number in recovered and run.data.tags.get(EFFORT) != recovered[number].effort:
+                self._write_recovered(run.info.run_id, recovered[number])
+            on_front = number in front
+            if run.data.tags.get(FRONT) != str(on_front).lower():
+                self._client.set_tag(run.info.run_id, FRONT, str(on_front).lower())
+                self._client.set_tag(run.info.run_id, NAME, run_name(number, on_front))
+
+    def _write_recovered(self, run_id: str, evaluation: Evaluation) -> None:
+        """Writes what a version came to after the search as a second step of its trial's metrics."""
+        self._log(run_id, figures_and_margins(evaluation, self._search), {}, int(time.time() * 1000), 1)
+        self._client.set_tag(run_id, EFFORT, evaluation.effort)
+
+    def _trial_runs(self) -> dict[int, Run]:
+        """Returns the run of each trial; of two that a lost answer brought about, the other is deleted."""
+        found: dict[int, Run] = {}
+        for run in self._runs("trial"):
+            number = int(run.data.tags[TRIAL])
+            kept = found.setdefault(number, run)
+            if kept is not run:
+                found[number], other = (run, kept) if _is_whole(run) and not _is_whole(kept) else (kept, run)
+                self._delete(other)
+        return found
+
+    def _runs(self, role: str) -> Iterator[Run]:
+        query = f"tags.{SEARCH} = '{self._search.folder.name}' and tags.{ROLE} = '{role}'"
+        token: str | None = None
+        while True:
+            page = self._client.search_runs([self.experiment_id], query, max_results=_METRICS, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+def _is_whole(run: Run | None) -> bool:
+    return run is not None and run.info.status != "RUNNING"
+
+
+class Follower:
+    """Keeps the mirror up to date with the trials of a search, and never ends one.
+
+    Where MLflow cannot be reached it says so once, tries again later, and then writes what is missing.
+
+    Args:
+        tracking: where MLflow keeps its runs.
+        search: as its journal has it.
+        say: takes the warning.
+    """
+
+    def __init__(self, tracking: Tracking, search: StoredSearch, say: Say) -> None:
+        self._tracking, self._search, self._say = tracking, search, say
+        self._mirror: Mirror | None = None
+        self._behind = list(search.trials)
+        self._not_before = 0.0
+        self._warned = False
+        self.seconds = 0.0
+
+    def begin(self) -> None:
+        """Writes what a stopped process did not get to."""
+        self._try(self._catch_up)
+
+    def trial_done(self, trial: FrozenTrial, seconds: float) -> None:  # noqa: ARG002  the observers' signature
+        """Writes one trial, and those before it that could not be written."""
+        begin = time.monotonic()
+        self._behind.append(trial)
+        if begin >= self._not_before:
+            self._try(self._catch_up)
+        self.seconds += time.monotonic() - begin
+
+    def finish(self, search: StoredSearch) -> bool:
+        """Writes all that is missing, and the summary, of a search that is read again at its end; returns whether."""
+        self._search, self._behind = search, list(search.trials)
+        return self._try(self._write_all)
+
+    def _catch_up(self) -> None:
+        if self._mirror is None:
+            self._mirror = Mirror(self._tracking, self._search)
+        # One trial alone is new; where there are more, some may have been written before MLflow was lost.
+        if len(self._behind) == 1 and not self._warned:
+            self._mirror.write_one(self._behind[0])
+        else:
+            self._mirror.write(self._behind)
+        self._behind, self._warned = [], False
+
+    def _write_all(self) -> None:
+        self._mirror = Mirror(self._tracking, self._search)
+        self._mirror.write(self._behind)
+        self._mirror.finish()
+
+    def _try(self, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except Exception as error:  # MLflow is a mirror: whatever is wrong with it, the search goes on
+            self._not_before = time.monotonic() + PAUSE_S
+            if not self._warned:
+                self._say(
+                    f"Careful: MLflow at {self._tracking.shown} cannot be written ({reason(error)}); the search goes"
+                    f" on. Later: python -m search sync --search {self._search.folder.name}"
+                )
+            self._warned = True
+            return False
+        return True
+
+
+def reason(error: Exception) -> str:
+    """Returns what is wrong in a few words: the innermost cause, which says more than MLflow's retries do."""
+    cause: BaseException = error
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__ or cause
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:160]
+
+
+def mirror_all(tracking: Tracking, search: StoredSearch) -> int:
+    """Completes the mirror of a search from its journal; returns how many trials were missing."""
+    mirror = Mirror(tracking, search)
+    written = mirror.write(search.trials)
+    mirror.finish()
+    return written

@@ -1,0 +1,140 @@
+"""The picked version in MLflow's model registry, where `mlflow models serve` finds it."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema, TensorSpec
+from numpy.typing import NDArray
+
+from search.results.store import StoredSearch
+from search.tracking.store import VARIABLE, Tracking, quiet
+from search.tracking.trial_run import ROLE, SEARCH, TRIAL, figures_and_margins
+
+if TYPE_CHECKING:
+    from search.deploy.bundle import Confirmed
+
+ALIAS = "deploy"
+"""Points at the version that was picked last."""
+_SERVED = Path(__file__).with_name("pyfunc_model.py")
+"""Is copied into the model, and imported there only."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model version.
+
+    Args:
+        name: of the model, which is the study's.
+        version: its number, one more than the one before.
+        tracking: where it is.
+    """
+
+    name: str
+    version: str
+    tracking: Tracking
+
+    @property
+    def serve(self) -> str:
+        """The command that serves it."""
+        uri = f"models:/{self.name}@{ALIAS}"
+        return f"MLFLOW_TRACKING_URI={self.tracking.shown} mlflow models serve -m {uri} --env-manager local"
+
+
+def register(tracking: Tracking, search: StoredSearch, confirmed: "Confirmed", bundle: Path) -> Registered:
+    """Registers a bundle as the next version of the study's model and moves the alias to it; returns it.
+
+    Versions of earlier picks stay. The run that belongs to it has the search's figures and what was confirmed.
+
+    Raises:
+        Exception: whatever MLflow raises where it cannot be reached.
+    """
+    with quiet(), _active(tracking):
+        client = tracking.client()
+        experiment = tracking.experiment(client, search.study.name)
+        version, folder = confirmed.version, search.folder.name
+        tags = {SEARCH: folder, ROLE: "pick", TRIAL: str(version.trial)}
+        name = f"pick: {version.title} of {folder}"
+        run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+        with mlflow.start_run(run_id=run_id):
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(_SERVED),
+                artifacts={"bundle": str(bundle)},
+                signature=_signature(bundle),
+                input_example=_example(bundle),
+                pip_requirements=_requirements(bundle),
+                registered_model_name=search.study.name,
+            )
+            mlflow.log_metrics(_metrics(search, confirmed), model_id=info.model_id)
+        number = info.registered_model_version
+        _describe(client, search, confirmed, str(number))
+    return Registered(search.study.name, str(number), tracking)
+
+
+@contextmanager
+def _active(tracking: Tracking) -> Iterator[None]:
+    """Points MLflow's fluent functions, which alone log models, at the tracking store; they speak up on stderr."""
+    before = os.environ.get(VARIABLE)
+    mlflow.set_tracking_uri(tracking.uri)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # which is how MLflow forgets it
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+def _describe(client: MlflowClient, search: StoredSearch, confirmed: "Confirmed", number: str) -> None:
+    name, evaluation = search.study.name, confirmed.version.evaluation
+    tags = {SEARCH: search.folder.name, TRIAL: str(confirmed.version.trial), "effort": evaluation.effort}
+    for key, value in (tags | {"target": confirmed.latency.target, "budget": str(search.budget)}).items():
+        client.set_model_version_tag(name, number, key, value)
+    client.update_registered_model(name, search.study.question)
+    client.update_model_version(name, number, f"{confirmed.version.title.capitalize()} of search {search.folder.name}.")
+    client.set_registered_model_alias(name, ALIAS, number)
+
+
+def _metrics(search: StoredSearch, confirmed: "Confirmed") -> dict[str, float]:
+    """Returns the search's figures, and beside them those that were measured afresh."""
+    return figures_and_margins(confirmed.version.evaluation, search) | {
+        "confirmed_latency_ms": confirmed.latency.value * 1e3,
+        "test_accuracy_pct": confirmed.test.value * 100,
+        "dense_test_accuracy_pct": confirmed.dense_test.value * 100,
+    }
+
+
+def _example(bundle: Path) -> NDArray[np.float32]:
+    images: NDArray[np.float32] = np.load(bundle / "check.npz")["images"]
+    return images[:1]
+
+
+def _signature(bundle: Path) -> ModelSignature:
+    shape = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["image_shape"]
+    images = TensorSpec(np.dtype(np.float32), (-1, *shape))
+    return ModelSignature(Schema([images]), Schema([ColSpec("long", "class"), ColSpec("string", "exit")]))
+
+
+def _requirements(bundle: Path) -> list[str]:
+    """Returns what the bundle needs where it is served, as it was measured here."""
+    library = str(json.loads((bundle / "bundle.json").read_text(encoding="utf-8")).get("library", "")).partition(" ")[0]
+    packages = ["mlflow", "numpy", "pandas", "onnxruntime", *([library] if library in ("openvino", "tensorrt") else [])]
+    return [requirement for package in packages if (requirement := _pinned(package))]
+
+
+def _pinned(package: str) -> str | None:
+    try:
+        return f"{package}=={version(package)}"
+    except PackageNotFoundError:  # measured on a board, perhaps
+        return None

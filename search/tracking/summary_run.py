@@ -1,0 +1,117 @@
+"""The run that sums a search up: its report, its pictures, its front with links to the trials."""
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from search.report.html_page import page
+from search.report.matplotlib_figures import save_pictures
+from search.report.overview import Overview
+from search.report.report import Table, front_of, markdown, report_of
+from search.results.pareto import Version
+from search.tracking.store import PAGE
+from search.tracking.trial_run import NOTE, ROLE, SEARCH, chunks
+
+TABLE = "front.json"
+_AT_ONCE = 1000
+_NOTE_LENGTH = 7500
+"""MLflow keeps 8000 characters of a note."""
+
+
+def write_summary(
+    client: MlflowClient, experiment: str, overview: Overview, runs: Mapping[int, str], web: str | None
+) -> str:
+    """Writes a search's summary run; returns its id.
+
+    Args:
+        client: of MLflow.
+        experiment: the id of the search's.
+        overview: of the search.
+        runs: the run id of each trial.
+        web: where a browser finds the UI, if that is known; the page links there.
+    """
+    search = overview.search
+
+    def address(version: Version) -> str:
+        return f"#/experiments/{experiment}/runs/{runs[version.number]}" if version.number in runs else ""
+
+    tags = {SEARCH: search.folder.name, ROLE: "summary", "budget": str(overview.budget)}
+    run_id = str(client.create_run(experiment, tags=tags, run_name=f"{search.folder.name}: summary").info.run_id)
+    _log_figures(client, run_id, overview)
+    with tempfile.TemporaryDirectory() as folder:
+        link = (lambda version: f"{web}/{address(version)}" if address(version) else "") if web else None
+        write_files(Path(folder), overview, link)
+        client.log_artifacts(run_id, folder)
+    table = front_of(overview)
+    client.log_table(run_id, {name: [row[i] for row in table.rows] for i, name in enumerate(table.headings)}, TABLE)
+    client.set_tag(run_id, NOTE, note(overview, address))
+    client.set_terminated(run_id)
+    return run_id
+
+
+def _log_figures(client: MlflowClient, run_id: str, overview: Overview) -> None:
+    """Logs the counts, and the hypervolume after each trial, which MLflow draws as a line."""
+    now = int(time.time() * 1000)
+    counts = {
+        "trials": overview.search.finished,
+        "feasible_trials": len(overview.good),
+        "front_trials": len(overview.front),
+        "early_trials": len(overview.ended_early),
+    }
+    told = {_metric_name(f"sampler_{name}"): value for name, value in _flat(overview.search.report).items()}
+    metrics = [Metric(name, float(value), now, 0) for name, value in (counts | told).items()]
+    metrics += [Metric("hypervolume_pct", share * 100, now, trial) for trial, share in overview.growth]
+    for some in chunks(metrics, _AT_ONCE):
+        client.log_batch(run_id, metrics=some)
+
+
+def _metric_name(name: str) -> str:
+    """Returns a name that MLflow takes: limits such as `size<80%` are parts of some."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name)
+
+
+def _flat(report: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a sampler's report, each under all of its headings."""
+    found: dict[str, float] = {}
+    for name, content in report.items():
+        if isinstance(content, dict):
+            found |= {f"{name}_{inner}": value for inner, value in _flat(content).items()}
+        elif isinstance(content, int | float):
+            found[name] = float(content)
+    return found
+
+
+def write_files(folder: Path, overview: Overview, link: Callable[[Version], str] | None) -> None:
+    """Writes the report as a page and as Markdown, the pictures, the study and the machine."""
+    search = overview.search
+    (folder / PAGE).write_text(page(overview, link), encoding="utf-8")
+    (folder / "report.md").write_text(report_of(overview).to_markdown(), encoding="utf-8")
+    save_pictures(overview, folder)
+    (folder / "study.json").write_text(search.study.model_dump_json(indent=2), encoding="utf-8")
+    lines = [f"{name}: {value}" for name, value in search.baseline.environment.items()]
+    (folder / "environment.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def note(overview: Overview, address: Callable[[Version], str]) -> str:
+    """Returns the front as Markdown, which MLflow shows first: as many rows as a note holds, with links to the runs."""
+    head = (
+        f"**{len(overview.front)} versions within `{overview.budget}` that no other beats** in accuracy, latency and"
+        f" FLOPs together. Latency per batch on {overview.dense.measured['latency'].target}. The report with its"
+        f" pictures is under Artifacts: {PAGE}."
+    )
+    table = front_of(overview)
+    rows = [list(row) for row in table.rows]
+    for row, version in zip(rows, overview.front, strict=False):
+        row[0] = f"[{row[0]}]({address(version)})" if address(version) else row[0]
+    front, below = rows[: len(overview.front)], rows[len(overview.front) :]
+    shown = len(front)
+    while shown and len(markdown(Table(table.headings, [*front[:shown], *below]))) + len(head) > _NOTE_LENGTH:
+        shown -= 1
+    left = f"\n\nand {len(front) - shown} more, see {TABLE}" if shown < len(front) else ""
+    return f"{head}\n\n{markdown(Table(table.headings, [*front[:shown], *below]))}{left}\n"

@@ -1,0 +1,1 @@
+"""Trains the parts of networks that a study names; knows no candidates."""

@@ -1,0 +1,249 @@
+"""Training the heads of exits: on a frozen trunk, then perhaps with it, and last how sure they sound."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from evaluators.data import LabelledImages, Splits
+from search.config.study import ExitsSection
+from search.progress import Progress
+from search.training.distillation import distillation_loss
+from search.training.loop import Augment, TrainingBatches, fast_arithmetic, fit, save
+from spaces.dynamic.exit_network import ExitNetwork
+
+_TEMPERATURES = (0.1, 10.0)
+"""Between these a head's temperature is looked for."""
+_STEP = "Training the exits, once"
+_PARTS = 5
+"""So many times a head's training is kept."""
+
+
+def train_exits(
+    network: ExitNetwork,
+    data: Splits,
+    exits: ExitsSection,
+    augment: Augment | None,
+    seed: int,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> None:
+    """Trains the heads as the study says, in place, and calibrates them; in joint training the trunk learns, too.
+
+    Raises:
+        DivergedError: the loss of joint training is not finite for the second time.
+    """
+    train_heads(network, data.train, exits, augment, seed, progress, checkpoint)
+    if exits.training == "joint":
+        train_jointly(network, data.train, exits, augment, checkpoint, progress)
+    calibrate_heads(network, data.calibration)
+    for name in network.exit_names:
+        _remove(_beside(checkpoint, name))
+
+
+def train_heads(
+    network: ExitNetwork,
+    data: LabelledImages,
+    exits: ExitsSection,
+    augment: Augment | None,
+    seed: int,
+    progress: Progress,
+    checkpoint: Path | None = None,
+) -> None:
+    """Trains the heads on the frozen trunk, whose features are computed once per augmentation.
+
+    At most `exits.images` random images take part: the features of all are in memory together. Beside `checkpoint` the
+    features of each augmentation are kept until the heads are trained, and each head until the caller has the result:
+    an interrupted training goes on from there.
+    Source: Kaya et al., Shallow-Deep Networks, 2019, IC-only training.
+    """
+    files = {name: _beside(checkpoint, name) for name in network.exit_names}
+    kept = {name: _read(file) for name, file in files.items()}
+    views = 4 if augment else 1
+    if not all(state and state["is_done"] for state in kept.values()):
+        found = []
+        for view in range(views):
+            progress(_STEP, view, views + 1)
+            file = _beside(checkpoint, f"view{view}")
+            seen = _read(file)
+            if seen is None:
+                batches = TrainingBatches(data, 125, seed, augment if view else None, _some(data, exits, seed))
+                seen = _pooled(network, batches, view)
+                _keep(seen, file)
+            found.append(seen)
+        labels = torch.cat([seen["labels"] for seen in found])
+        features = {name: torch.cat([seen[name] for seen in found]) for name in network.exit_names}
+    for name, head in network.exits.items():
+        if (state := kept[name]) and state["is_done"]:
+            head.load_state_dict(state["head"])
+        else:
+            _fit_head(head, features.pop(name), labels, exits, seed, files[name], state)
+    for view in range(views):
+        _remove(_beside(checkpoint, f"view{view}"))
+    progress(_STEP, views + 1, views + 1)
+
+
+def _some(data: LabelledImages, exits: ExitsSection, seed: int) -> NDArray[np.int64]:
+    """Returns the images that take part, in random order."""
+    return np.random.default_rng(seed).permutation(len(data))[: exits.images]
+
+
+def _pooled(network: ExitNetwork, batches: TrainingBatches, view: int) -> dict[str, Tensor]:
+    """Returns what each head sees of an augmentation's features, by its name, and the labels."""
+    features: dict[str, list[Tensor]] = {name: [] for name in (*network.exit_names, "labels")}
+    with torch.no_grad():
+        for images, classes in batches.epoch(view):
+            for (name, head), feature in zip(network.exits.items(), network.run_trunk(images)[0], strict=True):
+                # A head begins by pooling, so what it sees of a feature map is small.
+                features[name].append(head.get_submodule("pool")(feature))
+            features["labels"].append(classes)
+    return {name: torch.cat(parts) for name, parts in features.items()}
+
+
+def _fit_head(
+    head: nn.Module,
+    features: Tensor,
+    labels: Tensor,
+    exits: ExitsSection,
+    seed: int,
+    file: Path | None,
+    state: dict[str, Any] | None,
+) -> None:
+    optimizer = torch.optim.AdamW(head.parameters(), exits.learning_rate, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    steps = exits.epochs * len(labels) // 250
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    if state is not None:
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"])
+    head.train()
+    for step in range(state["steps"] if state else 0, steps):
+        chosen = torch.randint(len(labels), (250,), generator=generator)
+        loss = F.cross_entropy(head(features[chosen]), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % max(steps // _PARTS, 1) == 0:
+            learned = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            _keep(_state(head, generator, step + 1) | learned, file)
+    head.eval()
+    _keep(_state(head, generator, steps) | {"is_done": True}, file)
+
+
+def _state(head: nn.Module, generator: torch.Generator, steps: int) -> dict[str, Any]:
+    """Returns how far a head is, whatever its optimizer has in mind."""
+    return {"head": head.state_dict(), "generator": generator.get_state(), "steps": steps, "is_done": False}
+
+
+def _beside(checkpoint: Path | None, name: str) -> Path | None:
+    """Returns the file of a part of a training; none where nothing is kept."""
+    return checkpoint.with_suffix(f".{name}.pt") if checkpoint is not None else None
+
+
+def _keep(content: dict[str, Any], file: Path | None) -> None:
+    if file is not None:
+        save(content, file)
+
+
+def _read(file: Path | None) -> dict[str, Any] | None:
+    if file is None or not file.is_file():
+        return None
+    try:
+        content: dict[str, Any] = torch.load(file, weights_only=True)
+    except Exception:  # torn by the crash that it is there for
+        return None
+    return content
+
+
+def _remove(file: Path | None) -> None:
+    if file is not None:
+        file.unlink(missing_ok=True)
+
+
+def train_jointly(
+    network: ExitNetwork,
+    data: LabelledImages,
+    exits: ExitsSection,
+    augment: Augment | None,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> None:
+    """Trains trunk and heads together, in place, on the weighted sum of their losses.
+
+    The network's end learns from the labels, each exit from labels and end. An interrupted training goes on from its
+    last whole epoch.
+    Source: Teerapittayanon et al., BranchyNet, 2016; Huang et al., Multi-Scale Dense Networks, 2018; Phuong & Lampert,
+    Distillation-Based Training for Multi-Exit Architectures, 2019.
+
+    Raises:
+        DivergedError: the loss is not finite for the second time.
+    """
+    settings = exits.joint
+    weights = exits.weights or (1.0,) * (len(network.cut_points) + 1)
+
+    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+        with fast_arithmetic():
+            *early, last = (logits.float() for logits in _answers(network, images))
+        losses = [distillation_loss(each, last, labels, settings.distillation, settings.temperature) for each in early]
+        losses.append(F.cross_entropy(last, labels))
+        loss = torch.stack([weight * each for weight, each in zip(weights, losses, strict=True)]).sum()
+        loss.backward()
+        return float(loss.detach())
+
+    batches = TrainingBatches(data, settings.batch, settings.seed, augment)
+    fit(
+        network,
+        step,
+        batches,
+        settings,
+        checkpoint,
+        lambda done, total: progress("Training network and exits together, once", done, total),
+    )
+
+
+def _answers(network: ExitNetwork, images: Tensor) -> list[Tensor]:
+    """Returns the logits of each exit and, last, of the trunk, where every image skips what it may."""
+    features, last = network.run_trunk(images)
+    return [*(head(feature) for head, feature in zip(network.exits.values(), features, strict=True)), last]
+
+
+def calibrate_heads(network: ExitNetwork, data: LabelledImages) -> dict[str, float]:
+    """Returns the temperature of each head, after dividing its logits by it, in place.
+
+    It is the one with which the softmax gives the labels of the calibration images the highest likelihood, so that a
+    confidence is about the share of right answers. Weights and bias of the last layer are divided, so nothing changes
+    when the network runs. A head that does not end in a linear layer keeps the temperature 1.
+    Source: Guo et al., On Calibration of Modern Neural Networks, 2017.
+    """
+    with torch.no_grad():
+        *found, _ = _answers(network, torch.from_numpy(data.images[:]))
+    labels = torch.from_numpy(data.labels)
+    temperatures = {}
+    for (name, head), logits in zip(network.exits.items(), found, strict=True):
+        last = list(head.modules())[-1]
+        temperatures[name] = temperature(logits, labels) if isinstance(last, nn.Linear) else 1.0
+        with torch.no_grad():
+            for parameter in last.parameters():
+                parameter.div_(temperatures[name])
+    return temperatures
+
+
+def temperature(logits: Tensor, labels: Tensor) -> float:
+    """Returns what logits `(n, classes)` are best divided by: the likelihood of the labels `(n,)` is highest then.
+
+    One more image is taken to be of any class, or images that are all answered right would make a head certain.
+    """
+    exact, unsure = logits.double(), 1 / (len(labels) + 1)
+
+    def loss(logarithm: float) -> float:
+        return float(F.cross_entropy(exact / np.exp(logarithm), labels, label_smoothing=unsure))
+
+    return float(np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded").x))

@@ -1,0 +1,129 @@
+"""Channels kept per dependency group, in steps that the target likes."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spaces.dimensions import Dimension, Integer, Value
+from spaces.dynamic.exit_network import ExitNetwork
+from spaces.pruning.criteria import Scores
+from spaces.pruning.groups import ChannelGroup
+from spaces.pruning.slicing import sliced
+
+PREFIX = "channels."
+CHOICES = 4
+"""A group's step is narrowed until it has so many widths to choose from."""
+
+
+def _in_units(step: int, group: ChannelGroup) -> int:
+    """Returns a step of layers' channels in the group's own, each of which may stand for several."""
+    return step // math.gcd(step, group.width)
+
+
+class SparsitySpace:
+    """How many channels each group keeps; which ones follows from their scores, most important first.
+
+    Args:
+        groups: the dense network's dependency groups.
+        scores: of each group's channels, by a criterion.
+        step: channels come in multiples of it, as the target's kernels want.
+        minimum: the smallest share of its channels that a group may keep, rounded up to a step.
+        widest: the multiple that the most demanding of the target's precisions wants; `step` where not given.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        scores: Scores,
+        step: int,
+        minimum: float,
+        widest: int | None = None,
+    ) -> None:
+        self.groups = tuple(groups)
+        self.finest = step
+        self.widest = widest or step
+        self.minimum = minimum
+        self._scores = dict(scores)
+        self._order = {group.name: np.argsort(-scores[group.name], kind="stable") for group in groups}
+
+    @property
+    def description(self) -> dict[str, list[int]]:
+        """All that decides which slices there are: the order of each group's channels, its step and its minimum."""
+        orders = {name: [int(channel) for channel in order] for name, order in self._order.items()}
+        return orders | {"": [n for group in self.groups for n in (self.step(group), self.smallest(group))]}
+
+    def dimensions(self) -> dict[str, Dimension]:
+        """Returns one dimension per group that has a choice: its kept channels."""
+        sizes = [(group, self.smallest(group), group.channels, self.step(group)) for group in self.groups]
+        return {
+            PREFIX + group.name: Integer(low, low + (high - low) // step * step, step)
+            for group, low, high, step in sizes
+            if high - low >= step
+        }
+
+    def step(self, group: ChannelGroup) -> int:
+        """Returns the multiple in which the channels of `group` come.
+
+        Precision is chosen per layer and channels per group, so the step cannot follow the precision: it is the widest,
+        so that no layer is padded in any precision, and halved as long as it does not divide the group's channels or
+        leaves it fewer than `CHOICES` widths. What is padded then is measured, padding included.
+        Source: TensorRT documentation, Optimizing performance: channels are padded to 4 in TF32, 8 in FP16, 32 in INT8.
+        """
+        wanted = self.widest
+        while wanted > self.finest and not self._is_fitting(group, _in_units(wanted, group)):
+            wanted = max(wanted // 2, self.finest)
+        return _in_units(wanted, group)
+
+    def _is_fitting(self, group: ChannelGroup, step: int) -> bool:
+        widths = (group.channels - self._lowest(group, step)) // step + 1
+        return group.channels % step == 0 and widths >= CHOICES
+
+    def smallest(self, group: ChannelGroup) -> int:
+        """Returns the fewest channels that `group` may keep.
+
+        What remains above it up to the full width divides by the step, so that the dense width is always on offer.
+        """
+        return self._lowest(group, self.step(group))
+
+    def _lowest(self, group: ChannelGroup, step: int) -> int:
+        steps = int(np.ceil(max(group.channels * self.minimum, 1) / step - 1e-9))
+        return min(steps * step + group.channels % step, group.channels)
+
+    def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Returns the kept channels of every group."""
+        free = self.dimensions()
+        return {
+            group.name: values[PREFIX + group.name] if PREFIX + group.name in free else group.channels
+            for group in self.groups
+        }
+
+    def kept(self, channels: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
+        """Returns the indices of the channels that stay, ascending, for each group that loses some.
+
+        Raises:
+            ValueError: a group keeps none of its channels, or more than it has.
+        """
+        kept = {}
+        for group in self.groups:
+            count = channels.get(group.name, group.channels)
+            if not 1 <= count <= group.channels:
+                raise ValueError(f"group {group.name!r} keeps 1 to {group.channels} channels, got {count}")
+            if count < group.channels:
+                kept[group.name] = np.sort(self._order[group.name][:count])
+        return kept
+
+    def lost(self, name: str, count: int) -> float:
+        """Returns the share of a group's importance, by its scores, that goes when it keeps `count` channels."""
+        falling = self._scores[name][self._order[name]]
+        total = float(falling.sum())
+        return float(falling[count:].sum()) / total if total > 0 else 1 - count / len(falling)
+
+    def apply(self, network: ExitNetwork, channels: Mapping[str, int]) -> ExitNetwork:
+        """Returns a smaller copy of `network`, whose weights are slices of its own.
+
+        Raises:
+            ValueError: a group keeps none of its channels, or more than it has.
+        """
+        return sliced(network, self.groups, self.kept(channels))

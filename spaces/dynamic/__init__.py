@@ -1,0 +1,1 @@
+"""Networks whose path depends on the input: exits, gates around blocks, masks inside them."""

@@ -1,0 +1,174 @@
+"""What masks of every kind have in common: they sit in a residual block, and tell what of it an image needs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spaces.candidate import ALWAYS_RUN
+from spaces.dynamic.masks.hard_gate import OPEN, SHUT, Gate
+from spaces.dynamic.masks.residual_blocks import Site
+
+NAME = "mask"
+"""A mask is a part of its block, by this name."""
+
+
+class Mask(nn.Module):
+    """The gates of one residual block.
+
+    A subclass computes decisions in `look`, which is given the block's input, and applies them by what it hangs on the
+    block's layers in `attach`. After each forward `needed` tells, by the path of each convolution, the share of its
+    multiply-adds that each image needs, `(n,)`, with the gradients of the decisions.
+
+    Args:
+        site: the block.
+        keep: the share of the network's FLOPs that is aimed at.
+    """
+
+    moves: ClassVar[bool] = True
+    """Whether the threshold can be another one than that of the training."""
+    factors: ClassVar[int] = 1
+    """How many gates multiply: where a training holds shares to what is aimed at, each has this root of it."""
+
+    def __init__(self, site: Site, keep: float) -> None:
+        super().__init__()
+        self.site = site
+        self.keep = keep
+        self.needed: dict[str, Tensor] = {}
+        self.opened: dict[str, Tensor] = {}
+        """The share of each kind of gate that is open, `(n,)`."""
+
+    def attach(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:  # noqa: ARG002  for subclasses
+        """Hangs the mask on its block.
+
+        Args:
+            block: that the mask is a part of already.
+            layers: the block's modules, by their paths in the trunk.
+        """
+        block.register_forward_pre_hook(self._before)
+
+    def _before(self, _block: nn.Module, args: tuple[Any, ...]) -> None:
+        self.needed, self.opened = {}, {}
+        self.look(args[0])
+
+    def look(self, features: Tensor) -> None:
+        """Decides, from the block's input `(n, c, h, w)`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy takes along: not the gradients of the last forward."""
+        return {name: _detached(value) for name, value in self.__dict__.items()}
+
+    @property
+    def gates(self) -> list[Gate]:
+        """All gates."""
+        return [module for module in self.modules() if isinstance(module, Gate)]
+
+    def move(self, threshold: float) -> None:
+        """Opens the gates from another logit on."""
+        for gate in self.gates:
+            gate.threshold.fill_(threshold)
+
+    def open(self) -> None:
+        """Opens everything: the block is what it was without the mask."""
+        self.move(OPEN)
+
+    def close(self) -> None:
+        """Closes all that can be closed."""
+        self.move(SHUT)
+
+    def go_on(self, done: float) -> None:
+        """Is told the share of the training that is behind, 0 to 1."""
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value) is list:
+        return [_detached(each) for each in value]
+    return {name: _detached(each) for name, each in value.items()} if type(value) is dict and _holds(value) else value
+
+
+def _holds(value: dict[Any, Any]) -> bool:
+    """Returns whether a dictionary holds tensors that some forward came to, and no parameters or modules."""
+    return any(isinstance(each, Tensor) and each.grad_fn is not None for each in value.values())
+
+
+def insert_masks(trunk: nn.Module, sites: Sequence[Site], kind: type[Mask], keep: float) -> nn.Module:
+    """Puts an untrained mask into each of some blocks, in place, and returns the trunk.
+
+    Args:
+        trunk: the network.
+        sites: its blocks.
+        kind: of mask.
+        keep: the share of the network's FLOPs that is aimed at.
+    """
+    for site in sites:
+        block = trunk.get_submodule(site.block)
+        mask = kind(site, keep)
+        block.add_module(NAME, mask)
+        mask.attach(
+            block, {path: module for path, module in trunk.named_modules() if path.startswith(f"{site.block}.")}
+        )
+    return trunk.eval()
+
+
+def move_masks(network: nn.Module, thresholds: Mapping[str, float]) -> None:
+    """Lets masks open from other logits on, in place: by their blocks' paths, everything at the lowest on offer."""
+    for mask in masks_of(network):
+        threshold = thresholds.get(mask.site.block)
+        if threshold is not None:
+            mask.move(OPEN if threshold <= ALWAYS_RUN else threshold)
+
+
+def masks_of(network: nn.Module) -> list[Mask]:
+    """Returns the masks of a network, in the order of its modules."""
+    return [module for module in network.modules() if isinstance(module, Mask)]
+
+
+def needed(masks: Sequence[Mask]) -> dict[str, Tensor]:
+    """Returns the share of its multiply-adds that each image needs of each masked convolution in the last forward."""
+    return {path: share for mask in masks for path, share in mask.needed.items()}
+
+
+def each_opened(masks: Sequence[Mask]) -> Iterator[tuple[Mask, str, Tensor]]:
+    """Yields every mask's gates with the share that each image opened in the last forward."""
+    for mask in masks:
+        for kind, share in mask.opened.items():
+            yield mask, kind, share
+
+
+class LogitNorm(nn.BatchNorm2d):
+    """Normalises the logits `(n, gates, h, w)` of some gates; their mean begins at `bias`.
+
+    Logits that differ little between images are all open without noise where they are mostly open with it, and all
+    closed a little later. So that a gate closes for some images first, its logits have a standard deviation of 1.
+    """
+
+    def __init__(self, gates: int, bias: float) -> None:
+        super().__init__(gates)
+        nn.init.constant_(self.bias, bias)
+
+
+def grid_of(size: tuple[int, int]) -> int:
+    """Returns the side of a tile for feature maps of a size, so that there are about eight tiles in a row.
+
+    The last maps of small images have four: as DGNet has it (4, 2, 2 for 32, 16 and 8 pixels; 8, 4, 2, 1 for 56 to 7).
+    """
+    side = max(size)
+    return max(round(side / 8), 2 if side == 8 else 1)
+
+
+def spread(tiles: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns decisions on tiles `(n, 1, a, b)` for positions, `(n, 1, *size)`."""
+    return nn.functional.interpolate(tiles, size=size, mode="nearest")
+
+
+def average(features: Tensor) -> Tensor:
+    """Returns the mean of everything but the first axis, `(n,)`."""
+    return features.flatten(1).mean(dim=1)
+
+
+def constant(value: float, like: Tensor) -> Tensor:
+    """Returns the same share for every image of a batch, `(n,)`."""
+    return torch.full((like.shape[0],), value)

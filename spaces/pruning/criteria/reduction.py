@@ -1,0 +1,75 @@
+"""From scores of single layers to scores of a group: every layer that holds a channel has the same say."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from spaces.dynamic.exit_network import ExitNetwork
+from spaces.pruning.criteria import Evidence, Scores
+from spaces.pruning.groups import ChannelGroup, Member
+
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+def score_groups(
+    groups: Sequence[ChannelGroup], score_member: Callable[[Member], NDArray[np.float64] | None]
+) -> Scores:
+    """Returns the scores of every group as the mean over its members, each of which is first divided by its own mean.
+
+    So no layer outweighs the others by its size or scale. Source: Fang et al., DepGraph, 2023.
+
+    Args:
+        groups: dependency groups.
+        score_member: returns `(channels,)`, or None where a criterion has nothing to say about a member.
+    """
+    return {group.name: _mean_of([score_member(member) for member in group.members], group) for group in groups}
+
+
+def _mean_of(found: Sequence[NDArray[np.float64] | None], group: ChannelGroup) -> NDArray[np.float64]:
+    scores = [normalized(score) for score in found if score is not None]
+    return normalized(np.mean(scores, axis=0)) if scores else np.ones(group.channels)
+
+
+def normalized(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns scores whose mean is 1; all ones where every score is 0."""
+    mean = float(scores.mean())
+    return scores / mean if mean > _TINY else np.ones_like(scores)
+
+
+def rows(value: Tensor, member: Member) -> NDArray[np.float64]:
+    """Returns what of a layer's weight belongs to each channel of a group, `(channels, values)`.
+
+    Args:
+        value: of the shape of the layer's weight.
+        member: the layer's place in the group.
+    """
+    weight = value.detach().double()
+    flat = (weight if member.axis == "out" or weight.ndim == 1 else weight.transpose(0, 1)).flatten(
+        1 if weight.ndim > 1 else 0
+    )
+    array = flat.reshape(len(flat), -1).numpy()
+    return np.asarray(array[member.positions].reshape(len(member.positions), -1))
+
+
+def weight_of(modules: Mapping[str, nn.Module], member: Member) -> Tensor | None:
+    """Returns the weight of a convolution or linear layer; None for a batch norm, whose scale is no filter."""
+    module = modules[member.path]
+    return module.weight if isinstance(module, nn.Conv2d | nn.Linear) else None
+
+
+def loss_gradients(network: nn.Module, evidence: Evidence, batch: int) -> Iterator[dict[str, Tensor]]:
+    """Yields the gradient of the cross-entropy with respect to every parameter, by name, for one batch after another.
+
+    Every exit counts as much as the network's end. Batch norm uses its running statistics, as in the artifact.
+    """
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    answers = network.answers if isinstance(network, ExitNetwork) else network
+    with torch.enable_grad():
+        for images, labels in zip(evidence.images.split(batch), evidence.labels.split(batch), strict=True):
+            losses = [F.cross_entropy(logits, labels) for logits in answers(images)]
+            found = torch.autograd.grad(torch.stack(losses).mean(), parameters, allow_unused=True)
+            yield {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}

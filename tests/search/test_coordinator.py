@@ -1,0 +1,160 @@
+"""The way of trials through a search: failures, limits, samplers, known candidates."""
+
+import time
+from dataclasses import replace
+
+import pytest
+from optuna.trial import TrialState
+
+from search.loop.coordinator import Coordinator, narrowed
+from search.loop.sampler_prior import meaning_of
+from search.results.store import SearchFolder
+from search.samplers.distributions import first_guesses
+from spaces.candidate import NEVER_EXIT
+from tests.helpers.searches import finished, stored
+
+
+class Wrecked:
+    """A workbench whose evaluations fail as told, and otherwise those of a real one."""
+
+    def __init__(self, bench, reasons) -> None:
+        self._bench, self._reasons = bench, reasons
+
+    def __getattr__(self, name):
+        return getattr(self._bench, name)
+
+    def evaluate(self, candidate, latency, stop, **more):
+        reason = next(self._reasons)
+        if reason:
+            raise RuntimeError(reason)
+        return self._bench.evaluate(candidate, latency, stop, **more)
+
+
+@pytest.fixture
+def coordinate(bench, tmp_path, folder):
+    """Returns a function that searches with evaluations that fail for the given reasons."""
+    baseline = replace(stored(folder).baseline, simple=())  # what is known already would not be evaluated
+    search = SearchFolder(tmp_path / "wrecked")
+
+    def make(reasons, sampler="random"):
+        with search.lock():
+            return Coordinator(Wrecked(bench, iter(reasons)), search.create(), baseline, sampler, 0, []), search
+
+    return make
+
+
+def test_a_failed_trial_is_kept_with_its_reason_and_the_search_goes_on(coordinate) -> None:
+    coordinator, search = coordinate(["no memory", None, "no luck", None, None])
+    assert coordinator.run(5, None).code == 0
+    trials = search.open().trials[:5]
+    assert [trial.state == TrialState.FAIL for trial in trials] == [True, False, True, False, False]
+    assert trials[0].user_attrs["reason"] == "RuntimeError: no memory"
+
+
+def test_ten_equal_failures_stop_the_search_with_their_reason(coordinate) -> None:
+    coordinator, search = coordinate([None, "other", *["disk full"] * 50])
+    outcome = coordinator.run(100, None)
+    assert outcome.code == 1
+    assert "disk full" in outcome.reason
+    tried = [trial for trial in finished(search.open().trials) if "duplicate_of" not in trial.user_attrs]
+    assert len(tried) == 12
+
+
+def test_ten_different_failures_do_not(coordinate) -> None:
+    coordinator, _ = coordinate(f"reason {index}" for index in range(100))
+    assert coordinator.run(15, None).code == 0
+
+
+def test_the_time_limit_ends_a_search(coordinate) -> None:
+    coordinator, search = coordinate([None] * 1000)
+    begin = time.monotonic()
+    assert "2 s are up" in coordinator.run(1000, 2.0).reason
+    assert time.monotonic() - begin < 30
+    assert 1 <= len(finished(search.open().trials)) < 1000
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random", "front"])
+def test_every_sampler_proposes_beyond_the_first_guesses(sampler, bench, tmp_path, folder) -> None:
+    count = len(first_guesses(bench.space)) + 4
+    search = SearchFolder(tmp_path / sampler)
+    with search.lock():
+        coordinator = Coordinator(bench, search.create(), stored(folder).baseline, sampler, 0, [])
+        assert coordinator.run(count, None).code == 0
+    assert len(finished(search.open().trials)) == count
+
+
+def test_a_known_candidate_is_told_from_memory(bench, tmp_path, folder) -> None:
+    search = SearchFolder(tmp_path / "twice")
+    with search.lock():
+        study = search.create()
+        coordinator = Coordinator(bench, study, stored(folder).baseline, "random", 0, [])
+        guess = narrowed(bench.space, stored(folder).baseline.examined).uniform(1.0, "int8", 1.0)
+        study.enqueue_trial(guess)
+        study.enqueue_trial(guess)
+        coordinator.run(2, None)
+        first, second = study.trials[:2]
+    assert second.user_attrs["duplicate_of"] == first.number
+    assert second.values == first.values
+    assert second.constraints == first.constraints
+
+
+def test_the_same_choices_are_solved_once_and_come_to_the_same_version_in_a_later_run(bench, tmp_path, folder) -> None:
+    search = SearchFolder(tmp_path / "choices")
+    baseline = stored(folder).baseline
+    guess = narrowed(bench.space, baseline.examined).uniform(0.8, "int8", 1.0)
+    space = narrowed(bench.space, baseline.examined)
+    for count in (1, len(first_guesses(space)) + 2):  # the second time what the first one found is in the journal
+        with search.lock():
+            study = search.create()
+            study.enqueue_trial(guess)
+            Coordinator(bench, study, baseline, "random", 0, []).run(count, None)
+    trials = [trial for trial in search.open().trials if trial.params == guess and trial.state.is_finished()]
+    first, second = trials[0], trials[-1]
+    assert first.number != second.number
+    assert second.user_attrs["duplicate_of"] == first.number
+    assert second.user_attrs["choices"] == first.user_attrs["choices"]
+    evaluation = first.user_attrs["evaluation"]
+    assert evaluation["gates"]["images"] == len(bench.gate_images)
+    assert "thresholds" in evaluation["seconds"]
+
+
+def test_choices_that_differ_in_a_head_that_is_not_there_come_to_one_version(bench) -> None:
+    one = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+    two = replace(one, precision={**one.precision, "exits.exit1.classifier": "int8"})
+    assert one.key != two.key
+    never = dict.fromkeys(one.thresholds, NEVER_EXIT)
+    assert bench.space.settled(one, never) == bench.space.settled(two, never) == bench.space.dense()
+
+
+def test_patience_ends_a_search_that_wins_nothing_and_says_so(coordinate) -> None:
+    coordinator, search = coordinate(f"reason {index}" for index in range(100))
+    outcome = coordinator.run(60, None, patience=7)
+    assert outcome.code == 0
+    assert outcome.reason == "the last 7 trials won nothing"
+    assert len(finished(search.open().trials)) == 7
+
+
+def test_our_sampler_knows_the_study_and_reports_on_itself(bench, tmp_path, folder) -> None:
+    baseline = stored(folder).baseline
+    space = narrowed(bench.space, baseline.examined)
+    meaning = meaning_of(bench, space, baseline)
+    assert meaning.structure.names <= set(space.dimensions())
+    assert meaning.structure.flops.sum() == pytest.approx(baseline.evaluation.measurements["flops"].value, rel=0.1)
+    search = SearchFolder(tmp_path / "front")
+    with search.lock():
+        study = search.create()
+        study.set_user_attr("study", bench.study.model_dump(mode="json"))
+        study.set_user_attr("baseline", baseline.to_dict())
+        coordinator = Coordinator(bench, study, baseline, "front", 0, [])
+        seeds = len(first_guesses(space)) + len(coordinator._seeds)
+        outcome = coordinator.run(seeds + 8, None)
+    assert any("proposals of the sampler" in remark for remark in outcome.remarks)
+    report = stored(search.path.parent, "front").report
+    proposed = sum(report["proposals"].values())
+    assert proposed >= 8  # more where two seeds are the same version
+    for more in (0, 3):  # a run without proposals leaves the report as it was
+        with search.lock():
+            Coordinator(bench, search.create(), baseline, "front", 0, []).run(seeds + 8 + more, None)
+        again = stored(search.path.parent, "front").report
+        assert sum(again["proposals"].values()) == proposed + more
+        assert again["held_out"] == report["held_out"] or more

@@ -1,0 +1,206 @@
+"""From a command line with a network and a folder of one's own to a picked version; and what `init` writes."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from search.cli import run
+from search.config.overrides import Request
+from search.config.study import Study, load_study
+from search.loading import image_store as images_module
+from search.pipeline.workbench import Workbench
+from tests.helpers.pictures import troubled_folder, write_folder
+
+NETWORK = """
+from torch import nn
+
+
+def build(num_classes):
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(128, num_classes))
+"""
+STUDY = """
+name = "trees"
+question = "Which?"
+budget = ["latency<1000%"]
+model.source = "net.py:build"
+data.source = "imagefolder:trees"
+training = {epochs = 6, batch = 16, learning_rate = 0.05}
+exits.after = []
+search.trials = 3
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, cache) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NETWORK)
+    (tmp_path / "study.toml").write_text(STUDY)
+    return tmp_path
+
+
+def test_a_folder_with_trouble_gets_from_a_study_to_a_picked_version(home, capsys, monkeypatch) -> None:
+    troubled_folder(home / "trees")
+    assert run(["--study", "study.toml"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "Skipped 1 of 200",
+        "ash/000.png",
+        "No images of 'dogwood'",
+        "laid on white",
+        "5 classes",
+        "Input: 8x8",
+    ):
+        assert words in text
+    (folder,) = home.glob("runs/trees-*")
+    record = json.loads((folder / "splits.json").read_text())
+    assert record["corrupt"] == ["ash/000.png"]
+    # Paths hold from everywhere, so a version is picked, and the search goes on, from another folder.
+    monkeypatch.chdir("/")
+    assert run(["pick", "--runs", str(home / "runs"), "--out", str(home / "deploy")]) == 0
+    assert "test images" in capsys.readouterr().out
+    assert run(["--study", str(folder / "study.toml"), "--runs", str(home / "runs")]) == 0
+    assert re.search(r"Going on with search trees-\w+-front-0: \d trials are there", capsys.readouterr().out)
+    done = subprocess.run([sys.executable, home / "deploy" / "run.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_search_without_a_study_file_needs_a_model_data_and_a_budget(home, capsys) -> None:
+    write_folder(home / "trees", each=30)
+    torch.manual_seed(0)
+    namespace: dict = {}
+    exec(NETWORK, namespace)
+    state = namespace["build"](4).state_dict()
+    state["5.weight"].zero_()  # always the same class
+    torch.save({"state_dict": state}, home / "net.pt")
+    command = ["--model", "net.py:build", "--weights", "net.pt", "--data", "imagefolder:trees", "--trials", "2"]
+    assert run([*command, "--budget", "latency<1000%", "--batch", "2", "--threads", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "CAREFUL: that is hardly better than guessing among 4 classes" in text
+    assert "[training]" in text
+    (folder,) = home.glob("runs/build-trees-*")
+    written = Study.parse((folder / "study.toml").read_text(), "written")
+    assert written.training is None
+    assert written.model.weights == str(home / "net.pt")
+    assert (written.target.batch, written.target.threads) == (2, 2)
+    assert "build for trees keeps latency<1000% on onnxruntime, 2 at a time" in written.question
+
+
+def test_the_command_line_replaces_what_a_study_says(home, monkeypatch) -> None:
+    study = Request(study="study.toml", data="cifar10:there", batch=4).to_study()
+    assert study.data.source == f"cifar10:{home}/there"
+    assert study.name == "build-there"
+    assert study.model == load_study("study.toml").model
+    assert study.target.batch == 4
+    weighted = Request(study="study.toml", weights="net.pt").to_study()
+    assert weighted.training is None
+    assert weighted.model.weights == f"{home}/net.pt"
+    other = Request(study="study.toml", model="torchvision:resnet18").to_study()
+    assert other.exits.after is None
+    assert other.name == "resnet18-trees"
+    assert Request(study="study.toml").to_study() == load_study("study.toml")
+
+
+def test_a_study_survives_being_written(home) -> None:
+    for study in (load_study("digits"), load_study("study.toml")):
+        assert Study.parse(study.to_toml(), "written") == study
+
+
+def test_images_that_are_read_again_each_time_give_the_same_search(home, monkeypatch) -> None:
+    write_folder(home / "trees", each=20)
+    kept = Workbench(load_study("study.toml"), lambda *_: None)
+    monkeypatch.setattr(images_module, "KEPT_BYTES", 0)
+    lazy = Workbench(load_study("study.toml"), lambda *_: None)
+    assert lazy.data.validation.images._kept is None
+    assert lazy.fingerprint == kept.fingerprint
+    assert lazy.builder.ranges == kept.builder.ranges
+    dense = kept.space.dense()
+    answers = [bench.subject(dense).answers.classes for bench in (kept, lazy)]
+    np.testing.assert_array_equal(*answers)
+
+
+def test_fewer_images_than_a_batch_are_one(home) -> None:
+    write_folder(home / "trees", each=4)
+    text = STUDY.replace("batch = 16", "batch = 64").replace("after = []", 'after = ["2"]')
+    bench = Workbench(Study.parse(text, "small", home), lambda *_: None)
+    assert len(bench.data.train) < 64
+    assert bench.network.exit_names == ("exit1",)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("    raise ValueError('no such file: w.bin')", ["ValueError: no such file: w.bin", "net.py:4"]),
+        ("    return nn.Sequential(nn.Flatten(), nn.Linear(192, 9))", ["4 logits an image", "(2, 9)"]),
+        ("    return nn.Sequential(nn.Flatten(), nn.Linear(99, 4))", ["maps images 2 3 8 8", "cannot be multiplied"]),
+        ("    return 7", ["torch.nn.Module, got int"]),
+        ("    return nn.(", ["SyntaxError", "net.py:4"]),
+    ],
+)
+def test_what_is_wrong_with_a_users_network_is_one_line(home, capsys, body, words) -> None:
+    write_folder(home / "trees", each=20)
+    (home / "net.py").write_text(f"from torch import nn\n\ndef build(num_classes):\n{body}\n")
+    assert run(["--study", "study.toml"]) == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+    assert error.count("\n") == 1
+    assert not list(home.rglob("journal.log"))
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_trained(home, capsys, monkeypatch) -> None:
+    write_folder(home / "trees", each=20)
+    (home / "file").write_text("no folder")
+    monkeypatch.setenv("DEPLOYFRONT_CACHE", str(home / "file" / "cache"))
+    assert run(["--study", "study.toml"]) == 2
+    written = capsys.readouterr()
+    assert "DEPLOYFRONT_CACHE" in written.err
+    assert "Training" not in written.out
+
+
+def test_init_writes_a_study_that_loads_and_says_every_key(home, capsys) -> None:
+    assert run(["init", "mine"]) == 0
+    assert "--study mine/study.toml" in capsys.readouterr().out
+    study = load_study("mine/study.toml")
+    assert study.name == "mine"
+    assert study.model.source == f"{home}/mine/model.py:build"
+    text = (home / "mine" / "study.toml").read_text()
+    for name, section in Study.model_fields.items():
+        assert name in text
+        for kind in (section.annotation, *getattr(section.annotation, "__args__", ())):
+            for key in getattr(kind, "model_fields", ()):
+                told = f"\n{key} = ", f"\n# {key} = ", f"[{name}.{key}]"
+                assert any(words in text for words in told), key
+    # What stands behind a # is what holds without it.
+    told = [line for line in text.splitlines() if " = " in line or line.startswith(("[", "# ["))]
+    shown = "\n".join(line.removeprefix("# ") for line in told)
+    defaults = tomllib.loads(shown)
+    assert defaults["data"]["train"] == study.data.train
+    assert defaults["exits"]["images"] == study.exits.images
+    assert defaults["recovery"] == study.recovery.model_dump(exclude_none=True)
+    assert defaults["space"] == study.space.model_dump(mode="json")
+
+
+def test_what_init_writes_fits_together(home) -> None:
+    from search.loading.prepare import prepare
+
+    run(["init", "mine"])
+    loaded, built = prepare(load_study("mine/study.toml"), False, lambda *_: None, lambda _: None)
+    assert loaded.splits.classes == 10
+    assert loaded.splits.image_shape == (1, 32, 32)
+    assert built.training(None) is None
+
+
+def test_init_leaves_what_is_there_alone(home, capsys) -> None:
+    assert run(["init", str(home)]) == 2
+    assert "new or an empty folder" in capsys.readouterr().err
+    assert (home / "study.toml").read_text() == STUDY
+    assert run(["init", str(home / "net.py")]) == 2
+    assert "writable folder" in capsys.readouterr().err

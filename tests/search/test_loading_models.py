@@ -1,0 +1,229 @@
+"""Networks by name: weights that fit, or are refused in one line; networks that cannot be searched."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from search.config.references import SourceError
+from search.config.study import ModelSection, Study
+from search.loading.models import NEW_LAYER, build_model, find_weights, usual_preprocessing
+from search.loading.network_checks import check_network
+from search.loading.user_code import UserCodeError
+from search.loading.weights import fit, last_layer, read_weights
+from search.progress import Say
+from search.training.dense import trained_network
+from tests.helpers import tiny
+
+SMALL = "squeezenet1_1"
+"""The quickest of torchvision's to build."""
+
+
+def build(source: str, classes: int = 4, weights: Path | None = None, say: Say = lambda _: None, download=False):
+    section = ModelSection(source=source, weights=str(weights) if weights else None)
+    return build_model(section, find_weights(section, download, say), classes, 0)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty cache of torch hub's, and no way to the network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def pretrained(hub: Path, name: str) -> dict[str, torch.Tensor]:
+    """Puts weights where torch hub would have those of a torchvision model, and returns them."""
+    from torchvision.models import get_model, get_model_weights
+
+    torch.manual_seed(1)
+    state = get_model(name, weights=None).state_dict()
+    torch.save(state, hub / get_model_weights(name).DEFAULT.url.rpartition("/")[2])
+    return state
+
+
+def test_weights_are_taken_from_hubs_cache_for_as_many_classes(hub) -> None:
+    state, said = pretrained(hub, SMALL), []
+    built = build(f"torchvision:{SMALL}", classes=1000, say=said.append)
+    assert all(torch.equal(value, state[key]) for key, value in built.network.state_dict().items())
+    assert said == ["Weights: SqueezeNet1_1_Weights.IMAGENET1K_V1."]
+    assert built.training(None) is None
+
+
+def test_another_number_of_classes_makes_the_last_layer_anew_and_trains_it(hub) -> None:
+    state = pretrained(hub, SMALL)
+    built = build(f"torchvision:{SMALL}@IMAGENET1K_V1", classes=5)
+    assert (built.fitted.renewed, built.fitted.had) == ("classifier.1", 1000)
+    own = built.network.state_dict()
+    assert own["classifier.1.weight"].shape[0] == 5
+    assert all(torch.equal(own[key], state[key]) for key in own if not key.startswith("classifier.1"))
+    assert built.training(None) == NEW_LAYER
+
+
+def test_without_the_file_a_line_says_what_to_type_and_a_download_that_fails_says_why(hub) -> None:
+    with pytest.raises(SourceError, match=r"add --download .* --weights FILE"):
+        build(f"torchvision:{SMALL}")
+    with pytest.raises(SourceError, match="check the connection"):
+        build(f"torchvision:{SMALL}", download=True)
+    assert list(hub.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("torchvision:mobilnet_v2", "did you mean 'mobilenet_v2'"),
+        ("torchvision:squeezenet1_1@IMAGENET1K_V7", "one of DEFAULT, IMAGENET1K_V1, none"),
+        ("tests.helpers.tiny:nothing", "it has network, no_network, randomized, short, sparsity_space, splits"),
+        ("tests.nowhere:network", "start from the folder that has it"),
+        ("/no/such/file.py:build", "check its path"),
+        ("tests.helpers.tiny:no_network", r"broken on purpose at .*tiny.py:\d+"),
+        ("tests.helpers.tiny:splits", r"torch\.nn\.Module, got Splits"),
+    ],
+)
+def test_a_network_that_cannot_be_had_is_one_line(source, words, hub) -> None:
+    with pytest.raises((SourceError, UserCodeError), match=words) as raised:
+        build(source)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_of_the_users_own_is_a_factory_and_may_import_its_neighbour(tmp_path) -> None:
+    (tmp_path / "neighbour_of_net.py").write_text("from torch import nn\nlayer = nn.Linear\n")
+    (tmp_path / "net.py").write_text(
+        "from neighbour_of_net import layer\ndef make(num_classes):\n    return layer(3, num_classes)\n"
+    )
+    built = build(f"{tmp_path}/net.py:make", classes=7)
+    assert built.network.out_features == 7
+    assert build(f"{tmp_path}/net.py:make", classes=7).key == built.key
+    assert build(f"{tmp_path}/net.py:make", classes=8).key != built.key
+
+
+def test_input_is_as_the_weights_were_trained() -> None:
+    found = usual_preprocessing(ModelSection(source="torchvision:mobilenet_v2@IMAGENET1K_V2"), is_folder=False)
+    assert (found.size, found.resize, found.interpolation) == (224, 232, "BILINEAR")
+    assert found.mean == (0.485, 0.456, 0.406)
+    own = ModelSection(source="torchvision:inception_v3", weights="mine.pt")
+    assert usual_preprocessing(own, is_folder=True).size == 299
+    assert usual_preprocessing(own, is_folder=False) is None
+    assert usual_preprocessing(ModelSection(source="tests.helpers.tiny:network"), is_folder=True) is None
+
+
+def test_prefixes_and_nests_are_understood(tmp_path) -> None:
+    network = tiny.randomized()
+    state = network.state_dict()
+    prefixed = {f"module._orig_mod.{key}": value for key, value in state.items()}
+    for index, content in enumerate((state, {"state_dict": prefixed, "epoch": 3}, {"model": {"state_dict": prefixed}})):
+        torch.save(content, tmp_path / f"{index}.pt")
+        fresh = tiny.TinyNetwork()
+        fit(fresh, read_weights(tmp_path / f"{index}.pt"), 4, "them")
+        assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
+
+
+def test_versions_of_layers_survive_a_prefix(tmp_path) -> None:
+    # MNASNet refuses weights that do not say their version.
+    from torchvision.models import mnasnet0_5
+
+    torch.save(nn.DataParallel(mnasnet0_5(weights=None, num_classes=4)).state_dict(), tmp_path / "net.pt")
+    build("torchvision:mnasnet0_5", weights=tmp_path / "net.pt")
+
+
+def test_old_densenet_keys_and_training_heads_are_understood() -> None:
+    from torchvision.models import densenet121, googlenet
+
+    dense = densenet121(num_classes=4)
+    old = {
+        key.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): value
+        for key, value in dense.state_dict().items()
+    }
+    fit(densenet121(num_classes=4), old, 4, "them")
+    full = googlenet(num_classes=4, aux_logits=True, init_weights=False)
+    fit(googlenet(num_classes=4, aux_logits=False, init_weights=False), full.state_dict(), 4, "them")
+
+
+def test_differing_keys_are_listed_and_shortened() -> None:
+    state = tiny.randomized().state_dict()
+    del state["hidden.weight"]
+    state["inner.0.weight"] = torch.zeros(3, 3)
+    state |= {f"extra{index}": torch.zeros(1) for index in range(6)}
+    with pytest.raises(SourceError) as raised:
+        fit(tiny.TinyNetwork(), state, 4, "net.pt")
+    message = str(raised.value)
+    assert "1 missing: hidden.weight" in message
+    assert "6 unexpected: extra0, extra1, extra2, extra3 and 2 more" in message
+    assert "inner.0.weight (3, 3) for (24, 16, 3, 3)" in message
+
+
+def test_files_that_hold_no_weights_are_refused(tmp_path) -> None:
+    with pytest.raises(SourceError, match="existing file"):
+        read_weights(tmp_path / "none.pt")
+    torch.save(tiny.randomized(), tmp_path / "pickled.pt")
+    with pytest.raises(SourceError, match=r"torch.save\(network.state_dict"):
+        read_weights(tmp_path / "pickled.pt")  # a whole network is code, which is not run
+    torch.save({"epoch": 3}, tmp_path / "epoch.pt")
+    with pytest.raises(SourceError, match="with epoch"):
+        read_weights(tmp_path / "epoch.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(SourceError, match=r"state dict that torch\.save wrote"):
+        read_weights(tmp_path / "text.pt")
+
+
+def test_the_last_layer_is_the_one_that_gives_the_classes() -> None:
+    assert last_layer(tiny.TinyNetwork(), 4) == "classifier"
+    assert last_layer(tiny.TinyNetwork(), 5) == ""
+
+
+class Peeking(nn.Module):
+    def forward(self, images):
+        logits = images.flatten(1)[:, :4]
+        return logits * 2 if images.mean() > 0 else logits - 1
+
+
+class Rolling(nn.Module):
+    def forward(self, images):
+        return images.flatten(1)[:, :4] + torch.rand(1)
+
+
+class Failing(nn.Module):
+    def forward(self, images):
+        return images.no_such_method()
+
+
+class Twofold(nn.Module):
+    def forward(self, images):
+        return images, images
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (Peeking(), r"decides by what it sees at .*test_sources_models.py:\d+"),
+        (Rolling(), "same image alike"),
+        (Failing(), r"no_such_method.* at .*test_sources_models.py:\d+"),
+        (Twofold(), "got tuple"),
+        (nn.Flatten(), r"4 logits an image.*\(no images of 'dogwood': .*\(2, 64\) for 2 images"),
+    ],
+)
+def test_a_network_that_cannot_be_searched_says_where(network, words) -> None:
+    images = np.random.default_rng(0).normal(size=(3, 1, 8, 8)).astype(np.float32)
+    with pytest.raises(UserCodeError, match=words):
+        check_network(network, images, 4, ["dogwood"])
+
+
+def test_a_network_that_can_be_searched_passes() -> None:
+    from torchvision.models import shufflenet_v2_x0_5
+
+    images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
+    check_network(shufflenet_v2_x0_5(num_classes=4), images, 4, [])
+
+
+def test_without_training_the_network_is_taken_as_it_is(cache, tmp_path) -> None:
+    torch.save(tiny.randomized().state_dict(), tmp_path / "net.pt")
+    text = tiny.STUDY.replace("training = {epochs = 4, batch = 50, learning_rate = 0.05}\n", "")
+    study = Study.parse(text, "test")
+    assert study.training is None
+    built = build("tests.helpers.tiny:network", weights=tmp_path / "net.pt")
+    network = trained_network(study, built, tiny.splits(), lambda *_: None)
+    for key, value in tiny.randomized().state_dict().items():
+        assert torch.equal(network.trunk.state_dict()[key], value)

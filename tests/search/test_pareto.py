@@ -1,0 +1,118 @@
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from evaluators.measurement import METRICS, Measurement
+from search.config.budget import Budget
+from search.report.tables import front_table
+from search.results.evaluation import Evaluation
+from search.results.pareto import Version, choose, feasible, hypervolume, nearest_miss, pareto
+from spaces.candidate import Candidate
+
+UNITS = {"accuracy": 0.01, "latency": 0.001, "flops": 1e6, "size": 1e3}
+
+
+def version(number: int, **values: float) -> Version:
+    measurements = {
+        metric: Measurement(metric, value * UNITS[metric], METRICS[metric].statistics[0], 1, 0.0, "test", "test")
+        for metric, value in values.items()
+    }
+    return Version(number, Evaluation(Candidate({"g": number + 1}, {}, {}), measurements, "none", ""))
+
+
+DENSE = version(0, accuracy=99, latency=10, flops=40, size=1000).measured
+points = st.tuples(st.integers(80, 90), st.integers(1, 9), st.integers(1, 9))
+
+
+def made(rows: list[tuple[int, int, int]]) -> list[Version]:
+    return [version(i, accuracy=a, latency=t, flops=f, size=1) for i, (a, t, f) in enumerate(rows)]
+
+
+def costs(versions: list[Version]) -> set[tuple[float, ...]]:
+    return {tuple(version.costs()) for version in versions}
+
+
+@given(st.lists(points, max_size=20))
+def test_a_front_is_exactly_what_nothing_dominates(rows: list[tuple[int, int, int]]) -> None:
+    versions = made(rows)
+    expected = {
+        tuple(one.costs())
+        for one in versions
+        if not any((o.costs() <= one.costs()).all() and (o.costs() < one.costs()).any() for o in versions)
+    }
+    front = pareto(versions)
+    assert costs(front) == expected
+    assert len(front) == len(expected)
+
+
+@given(st.lists(points, max_size=15), st.randoms())
+def test_a_front_is_free_of_order_and_idempotent(rows: list[tuple[int, int, int]], random: object) -> None:
+    versions = made(rows)
+    shuffled = versions.copy()
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert pareto(shuffled) == pareto(versions)
+    assert pareto(pareto(versions)) == pareto(versions)
+
+
+@given(st.lists(points, min_size=1, max_size=10), points)
+def test_another_version_never_lowers_the_hypervolume(rows: list[tuple[int, int, int]], extra: tuple[int, ...]) -> None:
+    budget = Budget.parse(["latency<9ms,accuracy>80%"])
+    before = hypervolume(pareto(made(rows)), budget, DENSE)
+    after = hypervolume(pareto(made([*rows, extra])), budget, DENSE)  # type: ignore[list-item]
+    assert -1e-12 <= before <= after + 1e-12 <= 1 + 1e-9
+
+
+def test_hypervolume_of_one_version_is_its_box() -> None:
+    budget = Budget.parse(["latency<8ms,accuracy>90%"])
+    found = hypervolume([version(0, accuracy=95, latency=2, flops=10, size=1)], budget, DENSE)
+    assert found == pytest.approx(0.5 * 0.75 * 0.75)
+
+
+def test_only_whole_measurements_within_the_budget_are_feasible() -> None:
+    versions = [
+        version(0, accuracy=95, latency=6, flops=10),
+        version(1, latency=4, flops=10),
+        version(2, accuracy=95, latency=4, flops=10),
+    ]
+    assert [one.number for one in feasible(versions, Budget.parse(["latency<5ms"]), DENSE)] == [2]
+
+
+def test_choice_follows_the_preference() -> None:
+    front = [
+        version(0, accuracy=99, latency=9, flops=30, size=10),
+        version(1, accuracy=98, latency=3, flops=12, size=30),
+        version(2, accuracy=80, latency=2, flops=10, size=20),
+    ]
+    first = {name: choose(front, name)[0].number for name in ("accuracy", "latency", "flops", "size", "knee")}
+    assert first == {"accuracy": 0, "latency": 2, "flops": 2, "size": 0, "knee": 1}
+    assert np.all(np.diff([one.measured["latency"].value for one in choose(front, "latency")]) > 0)
+
+
+def test_the_nearest_miss_oversteps_least() -> None:
+    budget = Budget.parse(["latency<2ms"])
+    versions = [version(0, accuracy=99, latency=9, flops=1), version(1, accuracy=95, latency=3, flops=1)]
+    miss = nearest_miss(versions, budget, DENSE)
+    assert miss is not None
+    assert miss[0].number == 1
+    assert miss[1] == {"latency<2ms": pytest.approx(0.5)}
+    assert nearest_miss([], budget, DENSE) is None
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 81, 100])
+def test_a_table_cuts_no_figure_and_keeps_exits_rather_than_points(width) -> None:
+    shown = version(149, accuracy=99, latency=11.59, flops=40, size=843)
+    accuracy = replace(shown.measured["accuracy"], notes={"exit1": 0.85, "end": 0.13}, n=175)
+    measured = {**shown.measured, "accuracy": accuracy}
+    candidate = Candidate({"g": 8}, {f"layer{index}": "int8" for index in range(24)}, {})
+    wide = Version(149, Evaluation(candidate, measured, "none", ""))
+    console = Console(width=width, file=StringIO(), force_terminal=False)
+    console.print(front_table([wide], replace(wide, number=-1), "front", width))
+    told = console.file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told
+    assert "11.59 ms" in told
+    assert ("85% 13%" in told) == (width >= 80)

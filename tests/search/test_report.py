@@ -1,0 +1,281 @@
+"""A search as people look at it: pictures, page, report, comparison, and what they say of noise."""
+
+import io
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluators.accuracy import wilson
+from search.cli import run
+from search.config.budget import Budget
+from search.report.axes import stairs
+from search.report.caveats import caveats
+from search.report.compare import Side, compare, parse_side
+from search.report.html_page import page
+from search.report.layers import heat_map, layers_of, left, parallel_axes
+from search.report.matplotlib_figures import profile_picture, save_pictures
+from search.report.overview import Overview, growth, most_worth, write_profile
+from search.report.report import report_of
+from search.report.significance import difference
+from search.report.tables import accuracy_doubt, threshold
+from search.report.text_plot import HEIGHT, scatter
+from search.results.pareto import feasible, hypervolume, pareto
+from search.results.sensitivity import Point, Profile
+from search.results.store import SearchFolder
+from spaces.candidate import Candidate
+from tests.helpers.searches import measurement, stored, version
+
+DENSE = version(-1, 0.9, 10e-3, 100)
+DENSE_MEASURED = DENSE.measured
+BUDGET = Budget.parse(["latency<8ms"])
+figures = st.tuples(st.integers(50, 100), st.integers(1, 10), st.integers(1, 100))
+PROFILE = Profile("bn", 40, 0.0, (Point("stem.0", 16, 1.0, 0, 0, 1.0), Point("stem.0", 8, 0.5, 0.1, 0.2, 0.6)))
+
+
+@pytest.fixture(scope="module")
+def overview(folder, tmp_path_factory) -> Overview:
+    """Of the finished search, of which nothing has been picked."""
+    return Overview.of(replace(stored(folder), folder=SearchFolder(tmp_path_factory.mktemp("review") / "one")))
+
+
+@given(st.lists(figures, min_size=1, max_size=12))
+def test_hypervolume_grows_to_that_of_the_front(found) -> None:
+    versions = [version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)]
+    steps = growth(versions, BUDGET, DENSE_MEASURED)
+    shares = [share for _, share in steps]
+    assert [number for number, _ in steps] == list(range(len(found)))
+    assert shares == sorted(shares)
+    front = pareto(feasible(versions, BUDGET, DENSE_MEASURED))
+    assert shares[-1] == pytest.approx(hypervolume(front, BUDGET, DENSE_MEASURED))
+
+
+@given(st.lists(figures, min_size=1, max_size=12))
+def test_the_versions_most_worth_deploying_are_on_the_front_and_named_once(found) -> None:
+    versions = [version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)]
+    front = pareto(versions)
+    worth = most_worth(front)
+    numbers = [each.number for _, each in worth]
+    assert len(set(numbers)) == len(numbers) <= 3
+    assert set(numbers) <= {each.number for each in front}
+    assert [name for names, _ in worth for name in names.split(" and ")] != []
+    assert sorted(name for names, _ in worth for name in names.split(" and ")) == ["fastest", "knee", "most accurate"]
+
+
+@given(st.lists(figures, min_size=1, max_size=12))
+def test_the_line_of_the_front_never_falls(found) -> None:
+    front = pareto([version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)])
+    corners = stairs(front)
+    assert corners == sorted(corners)
+    assert [y for _, y in corners] == sorted(y for _, y in corners)
+    for each in front:
+        at = (each.measured["latency"].value * 1e3, each.measured["accuracy"].value * 100)
+        assert any(x <= at[0] and y >= at[1] for x, y in corners)
+
+
+def test_shares_differ_as_newcombe_says() -> None:
+    """His own example: 56 of 70 against 48 of 80 differ by 0.2, between 0.0524 and 0.3339."""
+    found = difference(measurement("accuracy", 48 / 80, n=80), measurement("accuracy", 56 / 70, n=70))
+    assert found.change == pytest.approx(0.2)
+    assert found.change - found.noise == pytest.approx(0.0524, abs=5e-5)
+    assert not found.is_noise
+    other = difference(measurement("accuracy", 56 / 70, n=70), measurement("accuracy", 48 / 80, n=80))
+    assert other.change == pytest.approx(-0.2)
+    assert not other.is_noise
+    assert difference(measurement("accuracy", 1.0, n=40), measurement("accuracy", 0.975, n=40)).is_noise
+
+
+def test_latencies_differ_where_their_intervals_and_the_machine_leave_no_other_way() -> None:
+    first = replace(measurement("latency", 1e-3), notes={"half_width": 0.03})
+    second = replace(measurement("latency", 1.06e-3), notes={"half_width": 0.04})
+    assert not difference(first, second).is_noise  # 6% against 5%
+    assert difference(first, second).noise == pytest.approx(0.05)
+    assert difference(first, second, machine=0.05).is_noise
+    assert not difference(measurement("size", 100), measurement("size", 101)).is_noise
+
+
+def test_accuracy_is_doubted_even_where_every_image_was_right() -> None:
+    assert accuracy_doubt(measurement("accuracy", 1.0, n=175)) == pytest.approx(1 - wilson(1.0, 175)[0])
+    assert 0.02 < accuracy_doubt(measurement("accuracy", 1.0, n=175)) < 0.022
+
+
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_threshold_below_1_is_shown_below_1(value) -> None:
+    assert float(threshold(value)) == pytest.approx(value, rel=0.005, abs=1e-300)
+    assert float(threshold(value)) < 1
+    assert threshold(0.99986) == "0.99986"
+    assert threshold(0.9514678) == "0.951"
+
+
+def test_layers_follow_their_groups_and_leave_with_their_exits() -> None:
+    dense = Candidate({"a": 16}, {"a": "fp32", "b": "fp32", "exits.exit1.classifier": "fp32"}, {"exit1": 1.0})
+    small = Candidate(
+        {"a": 8}, {"a": "int8", "b": "fp32", "exits.exit1.classifier": "int8"}, {"exit1": 1.0}, {"b": "2:4"}
+    )
+    assert [str(layer) for layer in layers_of(small, dense, {"b": "a"})] == ["8/16 int8", "8/16 fp32 2:4", "-"]
+    leaving = replace(small, thresholds={"exit1": 0.9})
+    assert [str(layer) for layer in layers_of(leaving, dense, {})] == ["8/16 int8", "fp32 2:4", "int8"]
+
+
+def test_every_layer_whose_channels_go_together_is_known(overview) -> None:
+    assert overview.search.members == {
+        "stem.0": "stem.0", "outer.0": "stem.0", "depthwise.0": "stem.0", "inner.0": "inner.0",
+        "pointwise.0": "pointwise.0", "hidden": "hidden",
+    }  # fmt: skip
+
+
+def test_heat_maps_have_a_column_for_each_version_up_to_forty() -> None:
+    versions = [version(i, 0.9, 1e-3 * (i + 1), 10) for i in range(100)]
+    found = heat_map(versions, DENSE)
+    assert len(found.versions) == 40
+    assert (found.versions[0].number, found.versions[-1].number) == (0, 99)
+    assert found.share.shape == (len(found.groups), 40)
+    assert heat_map([], DENSE).share.shape == (len(found.groups), 0)
+    assert {len(axis.values) for axis in parallel_axes(versions, DENSE)} == {100}
+
+
+def test_what_leaves_at_an_exit_is_told_by_the_networks_own_order() -> None:
+    made = version(0, 0.9, 1e-3, 10)
+    thresholds = {"exit1": 1.0, "exit2": 0.5}  # the first is turned off, so the second is the first that fires
+    candidate = replace(made.evaluation.candidate, thresholds=thresholds)
+    measured = dict(made.measured) | {"accuracy": replace(made.measured["accuracy"], notes={"exit1": 0.25})}
+    made = replace(made, evaluation=replace(made.evaluation, candidate=candidate, measurements=measured))
+    assert left(made) == [0.0, 0.25]
+
+
+def test_the_page_has_everything_and_needs_nothing(overview, tmp_path) -> None:
+    text = page(overview, lambda each: f"http://mlflow.example/#/runs/{each.number}")
+    assert text.count("plotly.js v") == 1
+    outside = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", outside)
+    assert "<script src" not in text
+    for heading in ("Front", "All that was weighed", "Layers along the front", "Progress", "Where inputs leave"):
+        assert f">{heading}</h" in outside
+    for each in overview.front:
+        assert f'href="http://mlflow.example/#/runs/{each.number}"' in outside
+    assert overview.search.study.question in outside
+    save_pictures(overview, tmp_path)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"front.png", "parallel.png", "layers.png", "hypervolume.png", "exits.png"}
+    assert len(text) + sum(file.stat().st_size for file in tmp_path.iterdir()) < 10e6
+
+
+def test_a_profile_that_was_measured_is_shown(folder, overview, tmp_path) -> None:
+    search = replace(overview.search, folder=SearchFolder(tmp_path))
+    assert Overview.of(search).profile is None
+    write_profile(tmp_path, PROFILE)
+    shown = Overview.of(search)
+    assert shown.profile == PROFILE
+    assert "Which channels matter" in page(shown)
+    save_pictures(shown, tmp_path)
+    assert (tmp_path / "profile.png").is_file()
+
+
+def test_names_are_text_on_the_page(overview) -> None:
+    study = overview.search.study.model_copy(update={"question": "Is <b> & 'b' worth it?"})
+    text = page(replace(overview, search=replace(overview.search, study=study)))
+    assert "Is &lt;b&gt; &amp; &#x27;b&#x27; worth it?" in text
+
+
+def test_a_report_says_what_was_asked_found_and_to_be_doubted(overview) -> None:
+    text = report_of(overview).to_markdown()
+    for words in ("## Question", "## Front", "## Worth deploying", "## Dense baseline", "## Caveats"):
+        assert words in text
+    assert overview.search.study.question in text
+    assert str(overview.budget) in text
+    assert overview.dense.measured["latency"].protocol in text
+    for name, each in overview.notable:
+        assert f"{name}: trial {each.number}" in text
+    for layer in overview.dense.evaluation.candidate.precision:
+        assert f"| {layer} |" in text
+    assert "No version has been confirmed" in text
+
+
+def test_caveats_name_what_may_break_a_limit_or_is_known_badly(overview) -> None:
+    front = list(overview.front)
+    latency = front[0].measured["latency"]
+    doubtful = replace(latency, notes={**latency.notes, "half_width": 0.5}, remarks=("the clock moved",))
+    measured = dict(front[0].measured) | {"latency": doubtful}
+    front[0] = replace(front[0], evaluation=replace(front[0].evaluation, measurements=measured))
+    tight = Budget.parse([f"latency<{latency.value * 1.2e6:.6f}us"])
+    told = "\n".join(caveats(replace(overview, budget=tight, front=(front[0],))))
+    assert f"Trial {front[0].number} keeps {tight} by less than the measurement's 95% interval" in told
+    assert f"trial {front[0].number} is known to within more than 10% only" in told
+    assert f"Trial {front[0].number}: the clock moved" in told
+    nothing = Overview.of(overview.search, Budget.parse(["latency<1us"]))
+    assert "No version keeps latency<1us. The nearest" in caveats(nothing)[0]
+    assert "None." in report_of(nothing).to_markdown()
+    assert "plotly.js v" in page(nothing)
+
+
+def test_a_pick_is_told_as_confirmed(overview, tmp_path) -> None:
+    number = overview.front[0].number
+    (tmp_path / "picks.jsonl").write_text(json.dumps({"trial": number, "test_accuracy": 0.975}) + "\n")
+    told = caveats(replace(overview, search=replace(overview.search, folder=SearchFolder(tmp_path))))
+    assert f"Trial {number} was picked and measured again: 97.50% on test images." in told
+    assert any(line.startswith("No other version has been confirmed") for line in told)
+
+
+def test_a_version_compared_with_itself_is_the_same(overview) -> None:
+    best = overview.front[0]
+    found = compare(Side(overview, best), Side(overview, best))
+    assert f"All {len(found.layers)} layers are the same." in found.parts()
+    assert all(figure.difference.is_noise for figure in found.figures if figure.difference)
+
+
+def test_versions_are_compared_layer_by_layer(overview) -> None:
+    best = overview.front[0]
+    found = compare(Side(overview, overview.dense), Side(overview, best))
+    kept = best.evaluation.candidate.channels
+    for group, channels in overview.dense.evaluation.candidate.channels.items():
+        (pair,) = [pair for pair in found.layers if pair.name == group]
+        assert pair.differs == (kept[group] != channels or best.evaluation.candidate.precision[group] != "fp32")
+    assert next(figure for figure in found.figures if figure.metric == "size").verdict.startswith("-")
+    json.dumps(found.to_dict())
+
+
+def test_compare_takes_searches_versions_and_trials_of_the_latest(folder, capsys) -> None:
+    runs = ["--runs", str(folder)]
+    assert run(["compare", "one", "one", *runs]) == 0
+    assert "hypervolume" in capsys.readouterr().out
+    assert run(["compare", "one:dense", "dense", *runs, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["first"] == "one: dense"
+    trial = parse_side("one", folder).overview.front[0].number
+    assert parse_side(str(trial), folder).version == parse_side(f"one:{trial}", folder).version
+    for sides, words in ((["one", "one:dense"], "both"), (["one:999", "dense"], "one:999"), (["two", "one"], "two")):
+        assert run(["compare", *sides, *runs]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+
+
+def test_report_is_written_where_it_is_asked_for(folder, tmp_path, capsys) -> None:
+    arguments = ["report", "--runs", str(folder), "--search", "one"]
+    assert run([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["search"] == "one"
+    assert found["caveats"]
+    assert [file.rsplit(".", 1)[1] for file in found["files"]] == ["html", "md"]
+    assert run([*arguments, "--out", str(tmp_path / "new" / "it.md"), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "new" / "it.md").read_text().startswith("# tiny within")
+    assert run([*arguments, "--out", str(tmp_path / "it.pdf")]) == 2
+    assert ".html or .md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [30, 80, 300])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_the_plot_of_characters_fits_and_shows_the_front(overview, width, ascii_only) -> None:
+    lines = scatter(overview, width, ascii_only).splitlines()
+    assert max(map(len, lines[: HEIGHT + 2])) <= max(width, 60)
+    assert max(map(len, lines)) <= max(width, 80)
+    assert sum(line.count("#") for line in lines[:HEIGHT]) >= 1
+    assert not ascii_only or all(character.isascii() for line in lines for character in line)
+
+
+def test_a_profile_without_any_loss_is_drawn() -> None:
+    groups = {"stem": [Point("stem", 16, 1.0, 0.0, 0.0, 1.0), Point("stem", 8, 0.5, -0.01, 0.0, 0.6)]}
+    profile_picture(groups, "nothing is lost").savefig(io.BytesIO())
