@@ -49,7 +49,7 @@ class ArtifactBuilder:
     Raises:
         ExportError: torch cannot export the network.
         StructureError: an exit sits where the graph cannot be cut in two.
-        CalibratorError: the scheme names a calibrator that does not exist.
+        UnknownNameError: the scheme names a calibrator that does not exist.
         ActivationError: the scheme's calibrator needs a histogram of an activation that is not finite.
     """
 

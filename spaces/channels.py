@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from spaces.dimensions import Dimension, Integer, Value
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.pruning.criteria import Scores
+from spaces.pruning.criteria.base import Scores
 from spaces.pruning.groups import ChannelGroup
 from spaces.pruning.slicing import sliced
 

@@ -21,7 +21,8 @@ from evaluators.deployed import Deployed
 from evaluators.inference.staged import Step, to_json
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
-from evaluators.runtimes.base import Target, runtime
+from evaluators.runtimes.base import Target
+from evaluators.runtimes.registry import runtime
 from evaluators.streams import Reuse, Stream
 from spaces.candidate import Candidate
 

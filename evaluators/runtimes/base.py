@@ -1,6 +1,5 @@
 """Where a network will run, and what can run there."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -25,14 +24,6 @@ Watch = Callable[[Images], dict[str, Images]]
 
 Fp32In = Literal["fp32", "tf32", "bf16"]
 """What all fp32 layers of a file together run in."""
-
-RUNTIMES: Mapping[str, str] = {
-    "onnxruntime": "evaluators.runtimes.onnxruntime_cpu:OnnxRuntime",
-    "tensorrt": "evaluators.runtimes.tensorrt_gpu.runtime:TensorRT",
-    "openvino": "evaluators.runtimes.openvino_cpu:OpenVino",
-}
-"""Every runtime, by the name a target gives it; loaded when asked for."""
-
 
 ALLOWANCES: Mapping[str, Mapping[str, str]] = {"fp32": {}, "tf32": {"allow_tf32": "1"}, "bf16": {"allow_bf16": "1"}}
 """Metadata of an ONNX file, by what its fp32 layers may run in; a runtime that has no such type never sees it."""
@@ -318,25 +309,3 @@ def deployed_stages(library: Runtime, stages: Sequence[bytes], skips: bool) -> t
     from evaluators.runtimes.onnx_rewrites.stage_boundaries import integer_seams
 
     return integer_seams(stages, library.deployable, channels_last=features == "u8 channels-last")
-
-
-def runtime(name: str) -> Runtime:
-    """Returns the runtime called `name`, here, or for `ssh://[user@]host` the one on that board.
-
-    Raises:
-        TargetError: there is no such runtime, it is not installed here, or the board cannot be reached.
-    """
-    if name.startswith("ssh://"):
-        from evaluators.runtimes.remote.runtime import Board
-
-        return Board(name)
-    if name not in RUNTIMES:
-        raise TargetError(
-            f"a target is ssh://[user@]host or one of {', '.join(RUNTIMES)}, got {name!r}; see: python -m search doctor"
-        )
-    module, _, attribute = RUNTIMES[name].partition(":")
-    found: type[Runtime] = getattr(importlib.import_module(module), attribute)
-    reason = found.missing()
-    if reason:
-        raise TargetError(f"target {name!r} is not available here: {reason}")
-    return found()

@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from evaluators.runtimes.base import RUNTIMES, TargetError, runtime
+from evaluators.runtimes.base import TargetError
+from evaluators.runtimes.registry import RUNTIMES, runtime
 from search.cache import cache_folder
 from search.console.output import Output, write_json, write_lines
 from search.environment import environment

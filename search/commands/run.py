@@ -15,11 +15,11 @@ from search.config.overrides import Ending, Request
 from search.config.study import Study
 from search.console.display import Display, SearchView
 from search.console.output import SPOKEN, Output, write_json, write_lines
+from search.registries import SAMPLERS
 from search.report.overview import Overview, write_profile
 from search.report.tables import examined_layers, milliseconds, percent, simple_lines
 from search.results.simple_versions import Given
 from search.results.store import Baseline, SearchFolder, StoredSearch, StoreError, given_of, keep_given, keep_sampler
-from search.samplers import check_sampler
 from search.tracking.store import Tracking, quiet, remember, remembered
 from spaces.errors import UserError
 
@@ -49,8 +49,7 @@ def run_search(
 ) -> int:
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
     study = request.to_study()
-    sampler = sampler or study.search.sampler
-    check_sampler(sampler)
+    sampler = SAMPLERS.known(sampler or study.search.sampler)
     folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler}-{seed}"))
     _check_same_question(folder, study)
     _check_reachable(tracking_uri, runs)
@@ -125,7 +124,7 @@ def _search(
     tracking_uri: str | None,
 ) -> int:
     trials = ending.trials or study.search.trials
-    from evaluators.runtimes.base import runtime
+    from evaluators.runtimes.registry import runtime
 
     library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written
     with folder.lock():

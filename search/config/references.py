@@ -1,25 +1,17 @@
 """How a study names its network and its images. Nothing heavy is imported here: the command line reads these."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from search.registries import DATA_SETS
 from spaces.errors import UserError
 
 TORCHVISION = "torchvision"
-DATA_KINDS: Mapping[str, str] = {
-    "imagefolder": "search.loading.image_folder:image_folder",
-    "cifar10": "search.loading.torchvision_datasets:cifar10",
-    "cifar100": "search.loading.torchvision_datasets:cifar100",
-    "fashion-mnist": "search.loading.torchvision_datasets:fashion_mnist",
-    "imagenet": "search.loading.torchvision_datasets:imagenet",
-}
-"""Every kind of data set that is read by us, and what finds its images; loaded when asked for."""
-
 _FACTORY = "package.module:function or path/file.py:function"
 _MODELS = f"a model is torchvision:NAME[@WEIGHTS], {_FACTORY}"
-_DATA = f"data is {', '.join(f'{kind}:PATH' for kind in DATA_KINDS)}, {_FACTORY}"
+_DATA = f"data is {', '.join(f'{kind}:PATH' for kind in DATA_SETS)}, {_FACTORY}"
 
 
 class SourceError(UserError):
@@ -31,7 +23,7 @@ class Source:
     """What a text such as `imagefolder:/data/flowers` or `mine/model.py:build` says.
 
     Args:
-        kind: `torchvision` or one of `DATA_KINDS`; `module` and `file` for a factory.
+        kind: `torchvision` or one of `DATA_SETS`; `module` and `file` for a factory.
         place: after the kind, or the module or file of a factory.
         attribute: the factory's name.
     """
@@ -71,7 +63,7 @@ def data_source(text: str) -> Source:
     Raises:
         SourceError: the text names none.
     """
-    return _parse(text, DATA_KINDS, _DATA)
+    return _parse(text, DATA_SETS, _DATA)
 
 
 def factory_source(text: str) -> Source:
@@ -83,7 +75,7 @@ def factory_source(text: str) -> Source:
     return _parse(text, (), f"a function is {_FACTORY}")
 
 
-def _parse(text: str, kinds: Collection[str], rule: str) -> Source:
+def _parse(text: str, kinds: Container[str], rule: str) -> Source:
     kind, _, place = text.partition(":")
     if kind in kinds and place:
         return Source(kind, place)

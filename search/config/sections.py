@@ -6,6 +6,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from search.config.references import factory_source
+from spaces.dynamic.block_gates import BLOCK_GATES
+from spaces.dynamic.masks import MASKS
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Dimension = Literal["channels", "precision", "exits", "skips", "masks", "patterns", "frames"]
@@ -103,7 +105,7 @@ class SkipsSection(FittingSection):
     """
 
     blocks: Literal["all"] | tuple[str, ...] = ()
-    gate: Literal["aig", "skipnet"] = "aig"
+    gate: Annotated[str, AfterValidator(BLOCK_GATES.check)] = "aig"
     rate: Share = 0.6
     weight: Annotated[float, Field(ge=0)] = 10.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -120,7 +122,7 @@ class MasksSection(FittingSection):
     `distillation` is the share of the network as it was in the loss. The last 15% of a training leave the gates alone.
     """
 
-    method: Literal["dgnet", "dynconv", "cgnet", "lccl", "dgc"] | None = None
+    method: Annotated[str, AfterValidator(MASKS.check)] | None = None
     blocks: Literal["all"] | tuple[str, ...] = "all"
     keep: Share = 0.55
     weight: Annotated[float, Field(ge=0)] = 20.0

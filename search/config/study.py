@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
+from evaluators.quantization.calibration import CALIBRATORS
 from search.config.budget import Budget
 from search.config.errors import StudyError, plain
 from search.config.references import absolute, absolute_path, data_source, factory_source, model_source
@@ -28,6 +29,8 @@ from search.config.sections import (
     dimensions,
     function,
 )
+from search.registries import QUANTIZERS, RECOVERIES, SAMPLERS
+from spaces.pruning.criteria import CRITERIA
 
 __all__ = [
     "DataSection",
@@ -101,7 +104,7 @@ class SpaceSection(Section):
 
     only: Annotated[tuple[Dimension, ...], BeforeValidator(dimensions)] = DIMENSIONS
     precision: Literal["searched", "fp32", "fp16", "fp8", "int8"] = "searched"
-    criterion: Literal["l1", "l2", "fpgm", "bn_scale", "taylor", "hrank", "obd", "random"] = "l2"
+    criterion: Annotated[str, AfterValidator(CRITERIA.check)] = "l2"
     keep_at_least: Annotated[float, Field(gt=0, le=1)] = 0.25
     lowest_threshold: Share = 0.5
     threshold_step: Share = 0.05
@@ -115,7 +118,7 @@ class SpaceSection(Section):
 class QuantizationSection(Section):
     """How int8 is made: see `evaluators.quantization.scheme.Scheme`, which has the same keys."""
 
-    calibrator: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
+    calibrator: Annotated[str, AfterValidator(CALIBRATORS.check)] = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     weights: Literal["per-channel", "per-tensor"] = "per-channel"
     ranges: Literal["data", "batchnorm"] = "data"
@@ -183,13 +186,13 @@ class QatSection(FittingSection):
     learning_rate: Annotated[float, Field(gt=0)] = 0.002
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.7
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    quantizer: Literal["lsq", "pact", "dorefa"] = "lsq"
+    quantizer: Annotated[str, AfterValidator(QUANTIZERS.check)] = "lsq"
 
 
 class RecoverySection(Section):
     """How accuracy is won back after pruning: the same way for every candidate, then more for the front's."""
 
-    level: Literal["none", "bn", "finetune", "elastic"] = "elastic"
+    level: Annotated[str, AfterValidator(RECOVERIES.check)] = "elastic"
     images: Positive = 256
     finetune: FinetuneSection = FinetuneSection()
     elastic: ElasticSection = ElasticSection()
@@ -206,7 +209,7 @@ class SearchSection(Section):
     trials: Positive = 100
     patience: Positive | None = None
     """So many trials in a row that win nothing end a search."""
-    sampler: Literal["front", "tpe", "nsga2", "gp", "random"] = "front"
+    sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = "front"
     profile: bool = False
     early: bool = True
 

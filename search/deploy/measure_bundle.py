@@ -13,7 +13,8 @@ from evaluators.deployed import Deployed
 from evaluators.inference.staged import Step, from_json
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
-from evaluators.runtimes.base import Runtime, Target, deployed_stages, runtime
+from evaluators.runtimes.base import Runtime, Target, deployed_stages
+from evaluators.runtimes.registry import runtime
 from evaluators.streams import Reuse, Stream
 from spaces.candidate import Candidate
 from spaces.errors import UserError

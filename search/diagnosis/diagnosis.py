@@ -16,7 +16,8 @@ from evaluators.diagnosis.comparison import Answered, Compared, Side, compare
 from evaluators.diagnosis.evidence import Case, Finding
 from evaluators.diagnosis.rules import find
 from evaluators.diagnosis.taps import has_halves, norm_variances
-from evaluators.runtimes.base import Runtime, deployed_stages, runtime
+from evaluators.runtimes.base import Runtime, deployed_stages
+from evaluators.runtimes.registry import runtime
 from search.config.study import FinetuneSection
 from search.diagnosis.request import Wanted
 from search.pipeline.workbench import Workbench

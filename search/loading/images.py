@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.data import LabelledImages, Splits
-from search.config.references import DATA_KINDS, SourceError, data_source
+from search.config.references import SourceError, data_source
 from search.config.study import DataSection
 from search.loading.image_folder import Found, Pool
 from search.loading.image_store import ArrayReader, FileReader, Preprocessing, StoredImages
 from search.loading.inspection import Inspected, inspect_files
 from search.loading.splits import PLANS, SPLITS, draw_all, stratified, wanted
-from search.loading.user_code import UserCodeError, call, load, resolve
+from search.loading.user_code import UserCodeError, call, load
 from search.progress import Progress, Say
+from search.registries import DATA_SETS
 
 FAULTY = 0.01
 """So large a share of files that cannot be decoded means that something is wrong with all of them."""
@@ -69,7 +70,7 @@ def load_data(data: DataSection, usual: Preprocessing | None, download: bool, pr
     if source.is_factory:
         return _from_factory(data)
     try:
-        found: Found = resolve(DATA_KINDS[source.kind])(source.place, download)
+        found: Found = DATA_SETS[source.kind](source.place, download)
     except OSError as error:
         raise SourceError(f"data lies in a readable folder, got {data.source!r}: {error}") from None
     for remark in found.remarks:

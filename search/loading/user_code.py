@@ -27,12 +27,6 @@ class UserCodeError(UserError):
     """A study's own function that cannot be found, fails, or returns something else than it should."""
 
 
-def resolve(reference: str) -> Any:
-    """Returns the object that `module:attribute` names in one of our tables."""
-    module, _, attribute = reference.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def load(reference: str) -> Callable[..., Any]:
     """Returns the function that `package.module:function` or `path/file.py:function` names.
 

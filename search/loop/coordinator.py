@@ -7,6 +7,7 @@ import time
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import optuna
@@ -21,18 +22,18 @@ from search.environment import environment
 from search.loop.front_recovery import REACH
 from search.loop.interrupts import Interrupts
 from search.loop.patience import Stall
-from search.loop.sampler_prior import knapsack_seeds, meaning_of
+from search.loop.sampler_prior import meaning_of
 from search.pipeline.early_stopping import Screen, most_asked, saved_seconds
 from search.pipeline.exit_thresholds import GateSolver, Settled, is_hopeless
 from search.pipeline.workbench import Workbench
+from search.registries import SAMPLERS
 from search.results.evaluation import Evaluation
 from search.results.pareto import OBJECTIVES, Version
 from search.results.simple_versions import Given, Simple
 from search.results.store import REPORT, Baseline, versions_of
-from search.samplers import INFORMED, sampler
+from search.samplers.base import InformedSampler
 from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Codec
-from search.samplers.hypervolume.sampler import FrontSampler
 from spaces.candidate import Candidate
 from spaces.dimensions import Value
 from spaces.joint import JointSpace
@@ -112,10 +113,10 @@ class Coordinator:
         self._screen = screen_of(bench, self._dense, ChainMap(self._known, {line.title: line for line in lines}))
         self._settled = settled_choices(stored.get_trials(deepcopy=False), self._known.values())
         self._codec = Codec(self._distributions)
-        meaning = meaning_of(bench, self._space, baseline) if sampler_name in INFORMED else None
-        if meaning is not None:
-            self._seeds = [*seeds, *knapsack_seeds(meaning, self._codec)]
-        stored.sampler = sampler(sampler_name, seed + len(stored.get_trials(deepcopy=False)), meaning)
+        drawn = seed + len(stored.get_trials(deepcopy=False))
+        stored.sampler = SAMPLERS[sampler_name](drawn, partial(meaning_of, bench, self._space, baseline))
+        if isinstance(stored.sampler, InformedSampler):
+            self._seeds = [*seeds, *stored.sampler.initial_proposals(self._distributions)]
         self._stall = Stall(self._budget, self._dense, lines)
         self._tried: set[str] = set()
         self._overhead = {"ask": 0.0, "tell": 0.0}
@@ -164,7 +165,7 @@ class Coordinator:
     def _told_sampler(self) -> list[str]:
         """Returns what our sampler says of itself, and keeps it; where it proposed nothing, what is kept stays."""
         made = self._stored.sampler
-        if not isinstance(made, FrontSampler) or not made.has_proposed:
+        if not isinstance(made, InformedSampler) or not made.has_proposed:
             return []
         trials = self._stored.get_trials(deepcopy=False)
         self._stored.set_user_attr(REPORT, made.report(trials))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,7 @@ from search.pipeline.workbench import Workbench
 from search.results.pareto import OBJECTIVES, worst_that_counts
 from search.results.sensitivity import Profile
 from search.results.store import Baseline
-from search.samplers.hypervolume.encoding import Array, Codec
-from search.samplers.hypervolume.knapsack import SHARES, knapsacks
+from search.samplers.hypervolume.encoding import Array
 from search.samplers.hypervolume.prior import Aim, Kind, Link, Meaning, Structure
 from spaces import channels as sparsity
 from spaces import precision
@@ -32,8 +30,6 @@ _HALF_WIDTH = 0.3
 """Without a profile, half of all channels are taken to cost so much of the logarithm of accuracy."""
 _ROUNDING = 10.0
 """And noise in weights so many times its share of their power."""
-_EXITS_SAVE = 1.25
-"""Where thresholds are solved, a network that takes so much longer than the limit may keep it yet."""
 
 
 def meaning_of(bench: Workbench, space: JointSpace, baseline: Baseline) -> Meaning:
@@ -41,18 +37,6 @@ def meaning_of(bench: Workbench, space: JointSpace, baseline: Baseline) -> Meani
     dense = baseline.evaluation.measurements
     structure = _structure(bench, space, baseline.reference_seconds, Profiler(bench).known)
     return Meaning(structure, _aims(bench, dense), _links(bench.study.limits, dense), bench.has_gates)
-
-
-def knapsack_seeds(meaning: Meaning, codec: Codec) -> list[dict[str, Any]]:
-    """Returns configurations of least estimated damage for several shares of what the limits allow.
-
-    Args:
-        meaning: of the study.
-        codec: of its space.
-    """
-    allowed = min(aim.worst / aim.dense for aim in meaning.aims if aim.kind != "accuracy")
-    times = [share * allowed * (_EXITS_SAVE if meaning.is_solved else 1.0) for share in SHARES]
-    return knapsacks(meaning.structure, codec, times)
 
 
 def _aims(bench: Workbench, dense: Mapping[str, Measurement]) -> tuple[Aim, ...]:

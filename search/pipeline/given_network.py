@@ -20,7 +20,8 @@ from evaluators.latency.cache import LatencyCache
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.quantization.equalization import equalized
 from evaluators.quantization.scheme import Scheme
-from evaluators.runtimes.base import Runtime, Spent, Target, runtime
+from evaluators.runtimes.base import Runtime, Spent, Target
+from evaluators.runtimes.registry import runtime
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from search.cache import cache_folder, check_cache
 from search.config.study import Study

@@ -17,7 +17,8 @@ from spaces.dynamic.masks.base import masks_of
 from spaces.joint import JointSpace
 from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
 from spaces.precision import PrecisionSpace
-from spaces.pruning.criteria import Evidence, criterion
+from spaces.pruning.criteria import CRITERIA
+from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.groups import Groups
 from spaces.thresholds import GateSpace, is_of_gate
 
@@ -64,7 +65,7 @@ def space_of(
     steps = [able.channel_steps[precision] for precision in able.precisions]
     exits = network.exit_names if study.target.batch == 1 or able.dynamic_batch else ()
     evidence = Evidence(torch.from_numpy(data.calibration.images[:]), torch.from_numpy(data.calibration.labels))
-    scores = criterion(study.space.criterion)(network, groups.free, evidence)
+    scores = CRITERIA[study.space.criterion](network, groups.free, evidence)
     sparsity = SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps))
     precision = _precisions(study, layers, able)
     patterns = PatternSpace(offered_patterns(network, groups.free, min(steps), _patterns(study, target)))

@@ -18,7 +18,7 @@ from evaluators.data import LabelledImages
 from evaluators.flops.pruned import ScaledFlops
 from search.pipeline.workbench import Workbench
 from search.progress import Progress
-from search.recovery import Recovery
+from search.recovery.base import Recovery
 from search.recovery.batchnorm import BatchNormRecovery
 from search.results.sensitivity import Point, Profile
 from spaces.channels import PREFIX, SparsitySpace

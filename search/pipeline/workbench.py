@@ -39,11 +39,12 @@ from search.pipeline.given_network import (
 )
 from search.pipeline.search_space import halves_told, left_out, runnable, searched, space_of
 from search.progress import Progress, Say
-from search.recovery import Ground, Int8Ground, Recovery, effort_of, recovery
 from search.recovery.adaround_cache import LearnedRounding
+from search.recovery.base import Ground, Int8Ground, Recovery, effort_of
 from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import NOTHING, Learned, train_int8_kept
+from search.registries import RECOVERIES
 from search.results.evaluation import Evaluation
 from search.training.block_gates import skip_blocks
 from search.training.dense import UNCUT, augmentation, exit_places, trained_network
@@ -154,7 +155,8 @@ class Workbench:
         """How pruned networks win accuracy back while the search runs: the same way for all of them."""
         settings = self.study.recovery
         needed = settings if self.recovers else settings.model_copy(update={"level": "none"})
-        return recovery(replace(self.ground, settings=needed))
+        made: Recovery = RECOVERIES[needed.level](replace(self.ground, settings=needed))
+        return made
 
     @property
     def recovers(self) -> bool:

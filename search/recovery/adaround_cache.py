@@ -12,7 +12,7 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.quantization.adaround import Learning
 from evaluators.quantization.int8 import NO_GRIDS, Grids, QuantizedWeight, Ranges
 from search.config.study import QuantizationSection
-from search.recovery import Ground
+from search.recovery.base import Ground
 from search.training.loop import save
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork

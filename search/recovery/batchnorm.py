@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from evaluators.data import LabelledImages
 from evaluators.quantization.int8 import Ranges
-from search.recovery import NO_PATTERNS, NO_RANGES, Ground
+from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground
 from search.training.distillation import all_logits
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import masks_of

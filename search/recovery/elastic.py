@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from search.config.study import ElasticSection
-from search.recovery import Ground, effort_of
+from search.recovery.base import Ground, effort_of
 from search.recovery.batchnorm import BatchNormRecovery, refresh_statistics
 from search.recovery.mixed_precision import MixedPrecision
 from search.training.distillation import all_logits, total_loss

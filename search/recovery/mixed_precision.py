@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from evaluators.quantization.int8 import Ranges
 from evaluators.quantization.trainable_graph import Rounding
-from search.recovery import Int8Ground
-from search.recovery.quantizers import method
+from search.recovery.base import Int8Ground
+from search.recovery.quantizers.base import Method
 from search.recovery.quantizers.grid import LargestScaled
+from search.registries import QUANTIZERS
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.errors import UserError
@@ -39,7 +40,7 @@ class MixedPrecision(nn.Module):
             )
         self.network = network
         self._int8 = int8
-        made = method(quantizer)
+        made: Method = QUANTIZERS[quantizer]()
         self._steps = {name: made.activation(*int8.builder.ranges[name]) for name in int8.graph.scales()}
         self.activations = nn.ModuleList(self._steps.values())
 

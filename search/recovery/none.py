@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from evaluators.quantization.int8 import Ranges
-from search.recovery import NO_PATTERNS, NO_RANGES, Ground
+from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground
 from spaces.dynamic.exit_network import ExitNetwork
 
 

@@ -14,8 +14,9 @@ from evaluators.graph.template import TRANSPOSED
 from evaluators.quantization.int8 import NO_GRIDS, Grids, Placement, Ranges
 from evaluators.quantization.trainable_graph import Rounding, TrainableGraph
 from search.config.study import QatSection
-from search.recovery import NO_PATTERNS, NO_RANGES, Ground, Int8Ground
-from search.recovery.quantizers import method
+from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground, Int8Ground
+from search.recovery.quantizers.base import Method
+from search.registries import QUANTIZERS
 from search.training.distillation import total_loss
 from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.candidate import Candidate
@@ -67,7 +68,7 @@ class Int8Network(nn.Module):
         self.network = network
         self._graph = graph
         self._tensors = graph.rounded_tensors(placement)
-        made = method(quantizer)
+        made: Method = QUANTIZERS[quantizer]()
         origins = sorted(set(self._tensors.values()))
         # Modules are registered by number: tensors' names have dots.
         self._steps = {name: made.activation(*ranges[name]) for name in origins}

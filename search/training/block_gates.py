@@ -13,7 +13,7 @@ from search.recovery.batchnorm import check_images, rebase_batch_norm, recovery_
 from search.training.distillation import distillation_loss
 from search.training.frozen_gates import settle, train_in_parts, while_gates_learn
 from search.training.loop import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
-from spaces.dynamic.block_gates import gate
+from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.exit_network import Decide, ExitNetwork, decided
 from spaces.dynamic.skippable_blocks import Blocks, check_blocks, find_blocks
 
@@ -45,7 +45,8 @@ def with_gates(trunk: nn.Module, blocks: Blocks, skips: SkipsSection, image: Ten
     bare = ExitNetwork(trunk, (), (), {block: nn.Identity() for block in blocks.gated}).eval()
     with torch.no_grad():
         _, seen, _ = bare.observe(image)
-    gates = {block: gate(skips.gate, source.shape[1]) for block, (source, _) in zip(blocks.gated, seen, strict=True)}
+    make = BLOCK_GATES[skips.gate]
+    gates = {block: make(source.shape[1]) for block, (source, _) in zip(blocks.gated, seen, strict=True)}
     return ExitNetwork(trunk, (), (), gates).eval()
 
 

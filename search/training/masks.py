@@ -15,7 +15,7 @@ from search.recovery.batchnorm import check_images, rebase_batch_norm, recovery_
 from search.training.distillation import distillation_loss
 from search.training.frozen_gates import settle, train_in_parts, while_gates_learn
 from search.training.loop import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
-from spaces.dynamic.masks import mask_class
+from spaces.dynamic.masks import MASKS
 from spaces.dynamic.masks.base import LogitNorm, Mask, each_opened, insert_masks, masks_of, needed
 from spaces.dynamic.masks.hard_gate import Noise
 from spaces.dynamic.masks.residual_blocks import find_sites
@@ -49,7 +49,7 @@ def with_masks(trunk: nn.Module, masks: MasksSection, image: Tensor) -> nn.Modul
     torch.manual_seed(masks.seed)
     trunk = copy.deepcopy(trunk).eval()
     sites = find_sites(trunk, image, None if masks.blocks == "all" else masks.blocks)
-    return insert_masks(trunk, sites, mask_class(masks.method), masks.keep)
+    return insert_masks(trunk, sites, MASKS[masks.method], masks.keep)
 
 
 def train_masks_once(

@@ -82,12 +82,12 @@ def train_method(ground: Ground, method: str, keep: float, epochs: float, rate: 
     if method == PLAIN:
         network = ExitNetwork(_trained_plainly(ground, file, epochs, rate), (), ())
     elif method in SKIPS:
-        skips = SkipsSection(blocks="all", gate=method, rate=keep, epochs=epochs, learning_rate=rate)  # type: ignore[arg-type]
+        skips = SkipsSection(blocks="all", gate=method, rate=keep, epochs=epochs, learning_rate=rate)
         trunk = copy.deepcopy(ground.trunk)
         network = with_gates(trunk, skip_blocks(trunk, skips, image), skips, image)
         train_gates_once(network, ground.data, skips, ground.augment, file, tell)
     else:
-        masks = MasksSection(method=method, keep=keep, epochs=epochs, learning_rate=rate)  # type: ignore[arg-type]
+        masks = MasksSection(method=method, keep=keep, epochs=epochs, learning_rate=rate)
         masked = with_masks(ground.trunk, masks, image)
         train_masks_once(masked, ground.trunk, ground.data, masks, ground.augment, file, tell)
         network = ExitNetwork(masked, (), ())
@@ -107,10 +107,10 @@ def kept_method(ground: Ground, method: str, keep: float) -> ExitNetwork:
     network = ExitNetwork(trunk, (), ())
     part: nn.Module = trunk
     if method in SKIPS:
-        skips = SkipsSection(blocks="all", gate=method, rate=keep)  # type: ignore[arg-type]
+        skips = SkipsSection(blocks="all", gate=method, rate=keep)
         part = network = with_gates(trunk, skip_blocks(trunk, skips, image), skips, image)
     elif method != PLAIN:
-        part = with_masks(ground.trunk, MasksSection(method=method, keep=keep), image)  # type: ignore[arg-type]
+        part = with_masks(ground.trunk, MasksSection(method=method, keep=keep), image)
         network = ExitNetwork(part, (), ())
     file = ground.file(method, keep)
     if not load_weights(part, file):

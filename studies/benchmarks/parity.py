@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from evaluators.artifact_builder import ArtifactBuilder
-from evaluators.runtimes.base import runtime
 from evaluators.runtimes.cpu import cpu_name
+from evaluators.runtimes.registry import runtime
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from studies.benchmarks import outside

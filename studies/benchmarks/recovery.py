@@ -32,7 +32,8 @@ from search.recovery.finetune import finetune
 from search.training.loop import TrainingBatches, save
 from spaces.channels import SparsitySpace
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.pruning.criteria import CRITERIA, Evidence, criterion
+from spaces.pruning.criteria import CRITERIA
+from spaces.pruning.criteria.base import Evidence
 from studies.benchmarks.markdown import print_table
 
 KEPT = (0.7, 0.5, 0.3)
@@ -80,7 +81,7 @@ class Ground:
 
     def space(self, name: str, step: int) -> SparsitySpace:
         """Returns the space in which a criterion ranks the channels."""
-        return SparsitySpace(self.groups, criterion(name)(self.network, self.groups, self.evidence), step, 0.1)
+        return SparsitySpace(self.groups, CRITERIA[name](self.network, self.groups, self.evidence), step, 0.1)
 
     def batches(self, size: int, seed: int = 0) -> TrainingBatches:
         """Returns the training set."""

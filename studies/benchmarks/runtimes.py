@@ -17,9 +17,10 @@ from evaluators.artifact import Artifact
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
 from evaluators.deployed import ask
-from evaluators.runtimes.base import Fp32In, Runtime, TimedBatch, runtime
+from evaluators.runtimes.base import Fp32In, Runtime, TimedBatch
 from evaluators.runtimes.cpu import cpu_name
 from evaluators.runtimes.paired_timing import Protocol, time_pair
+from evaluators.runtimes.registry import runtime
 from search.config.study import DataSection, ModelSection, Study, load_study
 from search.loading.prepare import prepare
 from spaces.candidate import Candidate

@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution
 from evaluators.measurement import Measurement
 from search.config.study import Study
 from search.loop.coordinator import measure_baseline, narrowed
-from search.loop.sampler_prior import knapsack_seeds, meaning_of
+from search.loop.sampler_prior import meaning_of
 from search.pipeline.exit_thresholds import GateSolver, is_hopeless
 from search.pipeline.workbench import Workbench
 from search.results.evaluation import Evaluation
@@ -169,7 +169,7 @@ class StudyCase:
         self._joint = narrowed(self._bench.space, self._baseline.examined)
         self.space = distributions(self._joint)
         self.meaning = meaning_of(self._bench, self._joint, self._baseline)
-        self.warm = [*first_guesses(self._joint), *knapsack_seeds(self.meaning, Codec(self.space))]
+        self.warm = [*first_guesses(self._joint), *FrontSampler(0, self.meaning).initial_proposals(self.space)]
         self._worst = worst_that_counts(self._budget, self._dense)
 
     def evaluate(self, parameters: Mapping[str, Any]) -> Told:

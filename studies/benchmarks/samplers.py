@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from search.config.budget import Budget
 from search.config.overrides import Request
 from search.config.study import Study
-from search.samplers import sampler
+from search.registries import SAMPLERS
 from studies.benchmarks.markdown import print_table
 from studies.benchmarks.sampler_problems import Case, Record, StudyCase, SyntheticCase
 from studies.benchmarks.synthetic import Setting
@@ -76,7 +76,7 @@ class Trace:
 
 def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
     """Returns what an arm does with a case."""
-    made: BaseSampler = sampler(arm.sampler, seed, case.meaning)
+    made: BaseSampler = SAMPLERS[arm.sampler](seed, lambda: case.meaning)
     study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=made)
     for values in case.warm if arm.is_warm else ():
         study.enqueue_trial(dict(values), skip_if_exists=True)

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from evaluators.runtimes.base import Follows, TargetError, TimedBatch, runtime
+from evaluators.runtimes.base import Follows, TargetError, TimedBatch
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.registry import runtime
 from evaluators.runtimes.remote import runtime as board_module
 from evaluators.runtimes.remote.connection import (
     SSH_COMMAND,

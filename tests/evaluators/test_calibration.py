@@ -13,7 +13,7 @@ from scipy.stats import entropy
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.inference.staged import StagedNetwork
-from evaluators.quantization.calibration import CALIBRATORS, CalibratorError, calibrator
+from evaluators.quantization.calibration import CALIBRATORS
 from evaluators.quantization.calibration.clipping import cuts, first_bins
 from evaluators.quantization.calibration.entropy import divergences
 from evaluators.quantization.calibration.histogram import BINS, Histogram
@@ -22,6 +22,7 @@ from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, activation_ranges, load
 from search.config.study import QuantizationSection, Study
 from search.pipeline.workbench import Workbench
+from spaces.registry import UnknownNameError
 from tests.helpers import tiny
 
 EACH = pytest.mark.parametrize("name", CALIBRATORS)
@@ -42,7 +43,7 @@ def tail(bins: int = 2500, decay: float = 150) -> np.ndarray:
 
 
 def calibrated(name: str, histogram: Histogram, scheme: Scheme | None = None) -> tuple[float, float]:
-    return histogram.clipped(calibrator(name)(histogram, scheme or Scheme()))
+    return histogram.clipped(CALIBRATORS[name](histogram, scheme or Scheme()))
 
 
 def sqnr(values: np.ndarray, limits: tuple[float, float]) -> float:
@@ -92,14 +93,14 @@ def test_bins_are_rounded_to_the_nearest_level(kept: int) -> None:
 def test_a_percentile_is_the_first_edge_with_enough_below() -> None:
     histogram = by_hand(np.array([90, 5, 0, 4, 0, 1]))
     for percentile, edge in ((60, 1), (90, 1), (90.1, 2), (95, 2), (95.1, 4), (99, 4), (99.1, 6), (100, 6)):
-        assert calibrator("percentile")(histogram, Scheme(percentile=percentile)) == edge
+        assert CALIBRATORS["percentile"](histogram, Scheme(percentile=percentile)) == edge
 
 
 @settings(deadline=None)
 @given(ACTIVATIONS, st.floats(51, 100))
 def test_a_percentile_keeps_its_share_inside_and_no_bin_more(values: np.ndarray, percentile: float) -> None:
     histogram = Histogram.of(values)
-    edge = calibrator("percentile")(histogram, Scheme(percentile=percentile))
+    edge = CALIBRATORS["percentile"](histogram, Scheme(percentile=percentile))
     magnitudes, share = np.abs(values.astype(np.float64)), percentile / 100
     assert np.mean(magnitudes < edge) >= share
     assert edge <= histogram.width or np.mean(magnitudes < edge - histogram.width) < share
@@ -113,13 +114,13 @@ def test_mse_is_the_best_of_all_thresholds() -> None:
         scale = threshold / 127
         return float(tail() @ (np.minimum(np.rint(middles / scale), 127) * scale - middles) ** 2)
 
-    assert calibrator("mse")(histogram, Scheme()) == min(range(128, 2501), key=error)
+    assert CALIBRATORS["mse"](histogram, Scheme()) == min(range(128, 2501), key=error)
 
 
 def test_mse_clips_a_gaussian_where_the_literature_does() -> None:
     """Source: Banner et al., Post Training 4-Bit Quantization, 2019: 3.92 standard deviations at 8 bits."""
     values = np.random.default_rng(0).normal(size=2**21).astype(np.float32)
-    assert calibrator("mse")(Histogram.of(values), Scheme()) == pytest.approx(3.92, rel=0.03)
+    assert CALIBRATORS["mse"](Histogram.of(values), Scheme()) == pytest.approx(3.92, rel=0.03)
 
 
 def divergence(counts: np.ndarray, kept: int) -> float:
@@ -142,13 +143,13 @@ def test_entropy_is_the_divergence_that_scipy_computes() -> None:
     even = np.r_[counts[1], counts[1:]]  # zeros, which every grid holds, do not count
     best = min(reversed(kept), key=lambda bins: divergence(even, bins))
     spike = np.r_[10**6, counts[1:]]
-    assert calibrator("entropy")(by_hand(spike), Scheme()) == best
+    assert CALIBRATORS["entropy"](by_hand(spike), Scheme()) == best
 
 
 def test_entropy_keeps_all_where_nothing_is_lost() -> None:
     sparse = np.zeros(3000, dtype=np.int64)
     sparse[[100, 1000, 2999]] = 7
-    assert calibrator("entropy")(by_hand(sparse), Scheme()) == 3000
+    assert CALIBRATORS["entropy"](by_hand(sparse), Scheme()) == 3000
 
 
 @EACH
@@ -213,7 +214,7 @@ def test_histograms_and_the_graph_tell_the_same_extremes(model, images) -> None:
 
 
 def test_a_calibrator_that_does_not_exist_is_one_line(network, images) -> None:
-    with pytest.raises(CalibratorError, match="one of minmax, entropy, percentile, mse, got 'median'; see"):
+    with pytest.raises(UnknownNameError, match="one of minmax, entropy, percentile, mse, got 'median'; see"):
         ArtifactBuilder(network, images.numpy(), OnnxRuntime(), scheme=Scheme(calibrator="median"))
 
 
@@ -221,7 +222,7 @@ def test_a_study_may_name_every_calibrator() -> None:
     assert get_args(QuantizationSection.model_fields["calibrator"].annotation) == tuple(CALIBRATORS)
     section = QuantizationSection(calibrator="percentile", percentile=99.0)
     assert (
-        calibrator(Scheme(**section.model_dump()).calibrator)(by_hand(np.ones(100, int)), Scheme(percentile=99)) == 99
+        CALIBRATORS[Scheme(**section.model_dump()).calibrator](by_hand(np.ones(100, int)), Scheme(percentile=99)) == 99
     )
 
 

@@ -10,10 +10,11 @@ from evaluators.deployed import Deployed, Subject
 from evaluators.flops.evaluator import FlopsEvaluator, count_by_module
 from evaluators.latency.cache import LatencyCache, is_two_in_four
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
-from evaluators.runtimes.base import RUNTIMES, Target, TargetError, runtime
+from evaluators.runtimes.base import Target, TargetError
 from evaluators.runtimes.device_state import DeviceState
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.registry import RUNTIMES, runtime
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from spaces.candidate import Candidate
 from tests.helpers.contracts import EvaluatorContract, RuntimeContract

@@ -18,8 +18,9 @@ from evaluators.latency.cache import structure_key
 from evaluators.latency.slow_layers import Examined, Slower
 from evaluators.quantization.int4 import LARGEST
 from evaluators.quantization.int8 import quantize_weight
-from evaluators.runtimes.base import TargetError, runtime
+from evaluators.runtimes.base import TargetError
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
+from evaluators.runtimes.registry import runtime
 from evaluators.runtimes.tensorrt_gpu.capabilities import capabilities as gpu_capabilities
 from search.config.study import Study, StudyError
 from search.loop.coordinator import narrowed

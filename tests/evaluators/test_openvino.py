@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.bundle.run import BatchSizes, PaddedStage
-from evaluators.runtimes.base import TargetError, runtime
+from evaluators.runtimes.base import TargetError
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
+from evaluators.runtimes.registry import runtime
 from search.cli import run
 from search.config.study import Study, StudyError
 from search.pipeline.workbench import Workbench

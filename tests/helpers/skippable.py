@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spaces.dynamic.block_gates import gate
+from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
 
 BLOCKS = ("first", "second", "last")
@@ -57,7 +57,7 @@ def gated(blocks: Sequence[str] = BLOCKS, exits: Sequence[str] = (), kind: str =
             nn.init.normal_(norm.running_mean, 0, 0.1)
             nn.init.uniform_(norm.running_var, 0.5, 1.5)
     widths = {"stem": 8, "first": 8, "second": 8, "down": 16, "last": 16}
-    gates = {block: gate(kind, widths[block]) for block in blocks}
+    gates = {block: BLOCK_GATES[kind](widths[block]) for block in blocks}
     heads = [ExitHead(widths[after], 4, 2) for after in exits]
     made = ExitNetwork(trunk, exits, heads, gates).eval()
     images = torch.randn(64, 1, 8, 8)

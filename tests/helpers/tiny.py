@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from evaluators.data import LabelledImages, Splits
 from spaces.channels import SparsitySpace
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.pruning.criteria import Evidence, criterion
+from spaces.pruning.criteria import CRITERIA
+from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.groups import ChannelGroup
 
 
@@ -65,7 +66,7 @@ def randomized(seed: int = 0) -> nn.Module:
 def sparsity_space(network: ExitNetwork, groups: list[ChannelGroup], step: int, minimum: float) -> SparsitySpace:
     """Returns the space in which channels are ranked by their L2 norms."""
     nothing = Evidence(torch.empty(0), torch.empty(0))
-    return SparsitySpace(groups, criterion("l2")(network, groups, nothing), step, minimum)
+    return SparsitySpace(groups, CRITERIA["l2"](network, groups, nothing), step, minimum)
 
 
 def splits() -> Splits:

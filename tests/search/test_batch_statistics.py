@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evaluators.data import LabelledImages
 from search.config.study import RecoverySection
 from search.pipeline.search_space import halves_told
-from search.recovery import Ground
+from search.recovery.base import Ground
 from search.recovery.batchnorm import (
     BatchNormRecovery,
     check_images,

@@ -14,12 +14,12 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.quantization.int8 import NO_GRIDS
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from search.config.study import ElasticSection, FittingSection, QatSection, RecoverySection
-from search.recovery import Ground, Int8Ground, recovery
+from search.recovery.base import Ground, Int8Ground
 from search.recovery.batchnorm import recalibrate_batch_norm
 from search.recovery.elastic import train_elastic
 from search.recovery.mixed_precision import MixedPrecision
 from search.recovery.qat import Int8Network, Learned, train_int8, train_int8_kept
-from search.recovery.quantizers import QUANTIZERS, method
+from search.registries import QUANTIZERS, RECOVERIES
 from search.training.loop import TrainingBatches, fit
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
@@ -90,11 +90,11 @@ class QuantizerContract:
     name: str
 
     def test_a_range_gives_exactly_the_step(self, builder) -> None:
-        quantizer = method(self.name).activation(-0.3, 1.7)
+        quantizer = QUANTIZERS[self.name]().activation(-0.3, 1.7)
         low, high = quantizer.range()
         assert np.float32(max(-low, high) / 127) == np.float32(quantizer.step().item())
         assert torch.equal(quantizer(torch.zeros(1, 3)), torch.zeros(1, 3))
-        dead = method(self.name).activation(0.0, 0.0)
+        dead = QUANTIZERS[self.name]().activation(0.0, 0.0)
         assert torch.isfinite(dead(torch.tensor([[1.0]]))).all()
 
     def test_gradients_reach_every_parameter(self, trained, builder, data) -> None:
@@ -262,7 +262,7 @@ class TestElastic:
 
     def test_shared_weights_serve_two_mixes_of_precisions(self, trained, builder, data, sparsity, tmp_path, smallest):
         ground = ground_of(trained, sparsity, data, builder, tmp_path, level="elastic", elastic=self.SETTINGS)
-        level = recovery(ground)
+        level = RECOVERIES[ground.settings.level](ground)
         assert level.effort == "elastic 2 epochs or 30 CPU min with qat (lsq)"
         assert set(level.ranges) == set(builder.trainable().scales())
         assert level.ranges != {name: builder.ranges[name] for name in level.ranges}, "steps have learned"
@@ -277,7 +277,7 @@ class TestElastic:
             (stage,) = builder.build(network, candidate, ranges).deployed
             found = answers(stage, data.validation.images[:]).argmax(1)
             assert (found == data.validation.labels).mean() > floor
-        again = recovery(ground)
+        again = RECOVERIES[ground.settings.level](ground)
         assert same(again.source, level.source)
         assert again.ranges == level.ranges
 

@@ -9,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evaluators.quantization.int8 import quantize_weight
-from search.recovery.quantizers import QUANTIZERS, method
 from search.recovery.quantizers.dorefa import DoReFaActivation, DoReFaWeight
 from search.recovery.quantizers.grid import LargestScaled, rounded
 from search.recovery.quantizers.lsq import LsqActivation, LsqWeight, gradient_scale
 from search.recovery.quantizers.pact import PactActivation
+from search.registries import QUANTIZERS
 
 
 def gradients(values: torch.Tensor, step: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +93,7 @@ class TestFormulas:
 def test_a_grid_holds_the_rounded_weight(name: str, axis: int, limit: int, per_channel: bool, seed: int) -> None:
     torch.manual_seed(seed)
     weight = torch.randn(4, 6) * torch.tensor([1.0, 0.1, 5.0, 0.0]).view(-1, 1)
-    quantizer = method(name).weight(weight, axis, limit, per_channel)
+    quantizer = QUANTIZERS[name]().weight(weight, axis, limit, per_channel)
     begun = quantizer.start(weight)
     grid = quantizer.grid(begun)
     shape = (-1, 1) if axis == 0 else (1, -1)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from search.config.study import ElasticSection, FinetuneSection, FittingSection, RecoverySection, StudyError, finetuning
-from search.recovery import RECOVERIES, Ground, recovery
+from search.recovery.base import Ground
 from search.recovery.elastic import SharedWeights, random_channels, train_elastic
 from search.recovery.finetune import finetune
+from search.registries import RECOVERIES
 from search.training.distillation import distillation_loss
 from search.training.loop import DivergedError, TrainingBatches, fit, rate_at
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
@@ -267,7 +268,7 @@ class TestElastic:
         ground = ground_of(trained, space, data, "bn")
         plain, elastic = space.apply(trained, channels), space.apply(shared, channels)
         for network in (plain, elastic):
-            recovery(ground).recover(network, channels)
+            RECOVERIES[ground.settings.level](ground).recover(network, channels)
         assert accuracy(elastic, data.validation) > accuracy(plain, data.validation)
         assert accuracy(shared, data.validation) > 0.9
 
@@ -300,7 +301,7 @@ class RecoveryContract:
         channels = {group.name: space.smallest(group) for group in space.groups}
         found = []
         for _ in range(2):
-            level = recovery(ground)
+            level = RECOVERIES[ground.settings.level](ground)
             network = space.apply(level.source, channels)
             level.recover(network, channels)
             assert not network.training

@@ -27,7 +27,7 @@ from search.training.block_gates import SampledGates, calibrate_gates, rate_loss
 from search.training.loop import TrainingBatches
 from spaces.candidate import ALWAYS_RUN, Candidate
 from spaces.dynamic.exit_network import ExitNetwork, decided
-from spaces.pruning.criteria import Evidence
+from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.criteria.reduction import loss_gradients
 from tests.helpers import skippable, tiny
 from tests.helpers.searches import stored

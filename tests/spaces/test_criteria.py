@@ -11,8 +11,10 @@ from torch import nn
 
 from search.config.study import SpaceSection, Study, StudyError
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.pruning.criteria import CRITERIA, CriterionError, Evidence, criterion
+from spaces.pruning.criteria import CRITERIA
+from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.prunable import find_groups
+from spaces.registry import UnknownNameError
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,7 +37,7 @@ class CriterionContract:
     name: str
 
     def test_scores_every_channel_of_every_group(self, network, groups, evidence) -> None:
-        found = criterion(self.name)(network, groups, evidence)
+        found = CRITERIA[self.name](network, groups, evidence)
         assert set(found) == {group.name for group in groups}
         for group in groups:
             scores = found[group.name]
@@ -45,7 +47,7 @@ class CriterionContract:
 
     def test_repeats_and_changes_nothing(self, network, groups, evidence) -> None:
         before = copy.deepcopy(network.state_dict())
-        first, second = (criterion(self.name)(network, groups, evidence) for _ in range(2))
+        first, second = (CRITERIA[self.name](network, groups, evidence) for _ in range(2))
         for name, scores in first.items():
             np.testing.assert_array_equal(scores, second[name])
         assert not network.training
@@ -91,8 +93,8 @@ def test_every_criterion_keeps_the_contract() -> None:
 
 
 def test_an_unknown_criterion_is_refused() -> None:
-    with pytest.raises(CriterionError, match="got 'l3'"):
-        criterion("l3")
+    with pytest.raises(UnknownNameError, match="got 'l3'"):
+        CRITERIA["l3"]
 
 
 def test_a_bad_criterion_ends_a_study_before_anything_is_trained() -> None:
@@ -133,7 +135,7 @@ def test_magnitude_is_the_norm_of_a_channel_in_both_layers(pair, name, power) ->
     network, (group,), evidence = pair
     first, second = network.trunk.first.weight[:, 0, 0, 0], network.trunk.second.weight
     expected = halves(first.abs(), second.norm(p=power, dim=0))
-    np.testing.assert_allclose(criterion(name)(network, [group], evidence)[group.name], expected, rtol=1e-5)
+    np.testing.assert_allclose(CRITERIA[name](network, [group], evidence)[group.name], expected, rtol=1e-5)
 
 
 def test_fpgm_gives_a_copied_filter_the_lowest_score(pair) -> None:
@@ -141,7 +143,7 @@ def test_fpgm_gives_a_copied_filter_the_lowest_score(pair) -> None:
     with torch.no_grad():
         network.trunk.first.weight.copy_(torch.tensor([1.0, 1.0, 9.0, -9.0]).view(4, 1, 1, 1))
         network.trunk.second.weight.copy_(torch.tensor([[1.0, 1.0, 9.0, -9.0]] * 2))
-    scores = criterion("fpgm")(network, [group], evidence)[group.name]
+    scores = CRITERIA["fpgm"](network, [group], evidence)[group.name]
     assert scores[0] == scores[1] == scores.min()
     assert scores[0] == pytest.approx(4 * (0 + 8 + 10) / (2 * (0 + 8 + 10) + (8 + 8 + 18) + (10 + 10 + 18)))
 
@@ -153,7 +155,7 @@ def test_taylor_is_the_change_of_the_loss_to_first_order(pair) -> None:
     loss = F.cross_entropy(network(evidence.images)[-1], evidence.labels)
     first, second = (p * g for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
     expected = halves(first[:, 0, 0, 0].square(), second.sum(0).square())
-    np.testing.assert_allclose(criterion("taylor")(network, [group], evidence)[group.name], expected, rtol=1e-4)
+    np.testing.assert_allclose(CRITERIA["taylor"](network, [group], evidence)[group.name], expected, rtol=1e-4)
 
 
 def test_obd_is_half_the_mean_squared_gradient_times_the_squared_weight(pair) -> None:
@@ -166,7 +168,7 @@ def test_obd_is_half_the_mean_squared_gradient_times_the_squared_weight(pair) ->
             total += gradient.square() / len(evidence.labels)
     first, second = (0.5 * h * p.square() for h, p in zip(fisher, parameters, strict=True))
     expected = halves(first[:, 0, 0, 0], second.sum(0))
-    np.testing.assert_allclose(criterion("obd")(network, [group], evidence)[group.name], expected, rtol=1e-4)
+    np.testing.assert_allclose(CRITERIA["obd"](network, [group], evidence)[group.name], expected, rtol=1e-4)
 
 
 def test_hrank_is_the_rank_of_the_feature_maps() -> None:
@@ -185,7 +187,7 @@ def test_hrank_is_the_rank_of_the_feature_maps() -> None:
     network = ExitNetwork(trunk, [], []).eval()
     image = torch.eye(3)[None, None]  # full rank where the channel's sign lets it through a ReLU
     groups = find_groups(network, image).free
-    scores = criterion("hrank")(network, groups, Evidence(image, torch.tensor([0])))[groups[0].name]
+    scores = CRITERIA["hrank"](network, groups, Evidence(image, torch.tensor([0])))[groups[0].name]
     np.testing.assert_allclose(scores, np.array([3, 3, 0, 3]) / 2.25)
 
 
@@ -194,6 +196,6 @@ def test_batch_norm_scale_reads_the_scales(network, groups, evidence) -> None:
     norm = changed.trunk.inner[1]
     with torch.no_grad():
         norm.weight[:] = torch.linspace(-1, 2, norm.num_features)
-    scores = criterion("bn_scale")(changed, groups, evidence)["inner.0"]
+    scores = CRITERIA["bn_scale"](changed, groups, evidence)["inner.0"]
     expected = norm.weight.detach().abs().double().numpy()
     np.testing.assert_allclose(scores, expected / expected.mean(), rtol=1e-6)

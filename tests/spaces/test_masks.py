@@ -15,7 +15,7 @@ from evaluators.flops.masked import MaskedFlops, measure_need
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.dynamic.masks import MASKS, mask_class
+from spaces.dynamic.masks import MASKS
 from spaces.dynamic.masks.base import Mask, each_opened, insert_masks, masks_of, needed
 from spaces.dynamic.masks.hard_gate import Gate, Noise
 from spaces.dynamic.masks.residual_blocks import Conv, Site, find_sites
@@ -39,7 +39,7 @@ def plain() -> nn.Module:
 def masked(plain: nn.Module, kind: str, keep: float = 0.5) -> nn.Module:
     torch.manual_seed(2)
     network = copy.deepcopy(plain)
-    return insert_masks(network, find_sites(network, IMAGES[:1]), mask_class(kind), keep)
+    return insert_masks(network, find_sites(network, IMAGES[:1]), MASKS[kind], keep)
 
 
 class MaskContract:
@@ -143,7 +143,7 @@ class MaskContract:
             assert torch.equal(other(IMAGES), network(IMAGES))
 
     def test_a_higher_threshold_opens_less(self, plain: nn.Module) -> None:
-        if not mask_class(self.kind).moves:
+        if not MASKS[self.kind].moves:
             pytest.skip("this method has no threshold to move")
         network = self.undecided(masked(plain, self.kind))
         flops, means = MaskedFlops(plain, network, IMAGES[:1]), []

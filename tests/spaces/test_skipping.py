@@ -28,7 +28,7 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from evaluators.runtimes.remote.worker import Worker
 from evaluators.runtimes.tensorrt_gpu.runtime import TensorRT
 from spaces.candidate import ALWAYS_RUN, Candidate
-from spaces.dynamic.block_gates import GATES
+from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.skippable_blocks import check_blocks, find_blocks
 from spaces.errors import StructureError
@@ -230,7 +230,7 @@ def test_the_longest_path_runs_every_block(network, builder, pictures) -> None:
     np.testing.assert_allclose(logits, in_torch(network, pictures, {})[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", sorted(GATES))
+@pytest.mark.parametrize("kind", sorted(BLOCK_GATES))
 def test_int8_files_stay_close_whoever_skips_what(kind, pictures) -> None:
     network = skippable.gated(kind=kind)
     builder = ArtifactBuilder(network, pictures.numpy(), OnnxRuntime())
@@ -241,7 +241,7 @@ def test_int8_files_stay_close_whoever_skips_what(kind, pictures) -> None:
         assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kind", sorted(GATES))
+@pytest.mark.parametrize("kind", sorted(BLOCK_GATES))
 def test_slices_of_gated_networks_are_what_nothing_reads_the_dropped_channels_of(kind, pictures) -> None:
     network = skippable.gated(kind=kind)
     groups = find_groups(network, pictures[:1])

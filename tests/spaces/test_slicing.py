@@ -16,7 +16,8 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.runtimes.onnxruntime_cpu import load
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork, feature_channels
 from spaces.joint import JointSpace
-from spaces.pruning.criteria import Evidence, criterion
+from spaces.pruning.criteria import CRITERIA
+from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.prunable import find_groups
 from studies.digits.model import resnet20
 from tests.helpers.tiny import sparsity_space
@@ -107,7 +108,7 @@ def test_importance_ranks_channels_by_their_norm(network, space) -> None:
         module = dict(weakened.named_modules())[member.path]
         if isinstance(module, nn.Conv2d):
             (module.weight.data if member.axis == "out" else module.weight.data.transpose(0, 1))[7] *= 1e-3
-    assert np.argmin(criterion("l2")(weakened, [group], Evidence(torch.empty(0), torch.empty(0)))[group.name]) == 7
+    assert np.argmin(CRITERIA["l2"](weakened, [group], Evidence(torch.empty(0), torch.empty(0)))[group.name]) == 7
     kept = sparsity_space(weakened, [group], step=4, minimum=0.25).kept({"inner.0": 20})
     assert 7 not in kept["inner.0"]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators.quantization.calibration import calibrator
+from evaluators.quantization.calibration import CALIBRATORS
 from evaluators.quantization.calibration.histogram import Histogram
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.onnxruntime_cpu import activation_ranges, activations
@@ -28,10 +28,10 @@ def calibrated_ranges(
         scheme: names the calibrator.
 
     Raises:
-        CalibratorError: there is no such calibrator.
+        UnknownNameError: there is no such calibrator.
         ActivationError: an activation is not finite.
     """
-    threshold = calibrator(scheme.calibrator)
+    threshold = CALIBRATORS[scheme.calibrator]
     if scheme.calibrator == "minmax":  # asks for no histogram, only for what the graph can tell by itself
         return activation_ranges(model, tensors, images)
     found = histograms(model, tensors, images)

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import IO, Any, Self
 from urllib.parse import parse_qs, urlsplit
 
-from evaluators.runtimes.base import RUNTIMES, TargetError
+from evaluators.runtimes.base import TargetError
+from evaluators.runtimes.registry import RUNTIMES
 
 SSH_COMMAND = "DEPLOYFRONT_SSH_COMMAND"
 """An environment variable that replaces `ssh`, as in `ssh -F my-config`."""
@@ -32,8 +33,6 @@ SSH_COMMAND = "DEPLOYFRONT_SSH_COMMAND"
 _PACKAGES = Path(__file__).parent.parent.parent.parent
 _OWN = ("evaluators", "spaces")
 """Packages that a board need not have: the worker brings what it imports of them."""
-_LEFT_OUT = "evaluators.runtimes.remote.runtime"
-"""What drives a board; a board drives none."""
 _FOLDER = '"${XDG_CACHE_HOME:-$HOME/.cache}"/deployfront'
 _JOB_TIMEOUT_S = 600.0
 """Building an engine on a small board takes minutes."""
@@ -108,13 +107,10 @@ def _positive(text: str) -> float:
 
 def worker_files() -> dict[str, str]:
     """Returns the source of the worker, of every runtime and of all that these import, by path."""
-    waiting = ["evaluators.runtimes.remote.worker", *(place.partition(":")[0] for place in RUNTIMES.values())]
+    waiting = ["evaluators.runtimes.remote.worker", *map(RUNTIMES.module, RUNTIMES)]
     found: dict[str, str] = {}
     while waiting:
-        module = waiting.pop()
-        if module == _LEFT_OUT:
-            continue
-        parts = module.split(".")
+        parts = waiting.pop().split(".")
         names = [
             *("/".join((*parts[:count], "__init__.py")) for count in range(1, len(parts) + 1)),
             "/".join(parts) + ".py",

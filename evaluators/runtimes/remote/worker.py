@@ -10,7 +10,6 @@ import argparse
 import base64
 import errno
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -24,8 +23,9 @@ from typing import Any, TextIO
 import numpy as np
 
 from evaluators.inference.staged import from_json
-from evaluators.runtimes.base import RUNTIMES, Follows, Opened, Runtime, TimedBatch, Watch
+from evaluators.runtimes.base import Follows, Opened, Runtime, TimedBatch, Watch
 from evaluators.runtimes.paired_timing import Protocol, TakeTurn
+from evaluators.runtimes.registry import RUNTIMES
 from spaces.errors import UserError
 
 Content = dict[str, Any]
@@ -191,15 +191,13 @@ def choose_runtime(name: str) -> Runtime:
     """
     reasons = []
     for candidate in sorted(RUNTIMES, key=lambda known: known != "tensorrt") if name == "auto" else [name]:
-        module, _, attribute = RUNTIMES[candidate].partition(":")
         try:
-            found = getattr(importlib.import_module(module), attribute)
+            found = RUNTIMES[candidate]
             reason = found.missing()
         except ImportError as error:
             reason = f"{error}; install it for {sys.executable}"
         if reason is None:
-            runtime: Runtime = found()
-            return runtime
+            return found()
         reasons.append(f"{candidate}: {reason}")
     raise UserError(f"a board has a runtime, got none that works: {'; '.join(reasons)}")
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
+from search.samplers.base import MakesPrior
 from search.samplers.hypervolume.acquisition import Forecast, choose_by_hypervolume, likely, open_points
 from search.samplers.hypervolume.calibration_error import PROPOSAL, foresight, foretold, key_of, missed_by, origins
 from search.samplers.hypervolume.encoding import Array, Codec
 from search.samplers.hypervolume.gaussian_process import HeldOut
+from search.samplers.hypervolume.knapsack import SHARES, knapsacks
 from search.samplers.hypervolume.models import Beliefs, Functions, Scale, believe
 from search.samplers.hypervolume.nsga2 import evolve, mutated, non_dominated, offspring, ranked
 from search.samplers.hypervolume.observations import Observed, observe
@@ -26,6 +28,8 @@ STARTUP = 10
 """So many trials are drawn at random where no others came before."""
 ALONE = "evolution"
 """Proposes where surrogates tell too little."""
+_EXITS_SAVE = 1.25
+"""Where thresholds are solved, a network that takes so much longer than the limit may keep it yet."""
 _SAFE = 0.9
 """What is proposed keeps the constraints with this probability, where there is such a row: a version that breaks one is
 a trial that is nearly lost."""
@@ -107,6 +111,18 @@ class FrontSampler(BaseSampler):
         told: Any = {"origin": proposal.origin, "costs": list(proposal.costs)}
         study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, told)
         return codec.decode(proposal.row)
+
+    def initial_proposals(self, distributions: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
+        """Returns configurations of least estimated damage for several shares of what the limits allow.
+
+        Args:
+            distributions: of the space.
+        """
+        if self._meaning is None:
+            return []
+        allowed = min(aim.worst / aim.dense for aim in self._meaning.aims if aim.kind != "accuracy")
+        times = [share * allowed * (_EXITS_SAVE if self._meaning.is_solved else 1.0) for share in SHARES]
+        return knapsacks(self._meaning.structure, Codec(distributions), times)
 
     def report(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
         """Returns, JSON-ready, where proposals came from and how the last surrogates did on what was held out.
@@ -356,6 +372,11 @@ def _fresh(rows: Array, observed: Observed, taken: Sequence[Array] = (), at_leas
     return rows[places]
 
 
-def front(seed: int, meaning: Meaning | None = None) -> BaseSampler:
-    """Returns our own sampler."""
-    return FrontSampler(seed, meaning)
+def front(seed: int, prior: MakesPrior | None = None) -> BaseSampler:
+    """Returns the sampler of expected hypervolume improvement.
+
+    Args:
+        seed: of its draws.
+        prior: makes what is known of the problem without measuring.
+    """
+    return FrontSampler(seed, prior() if prior else None)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from spaces.dynamic.block_gates import OPEN_BIAS
+from spaces.dynamic.block_gates.base import OPEN_BIAS
 
 
 class SkipNetGate(nn.Module):

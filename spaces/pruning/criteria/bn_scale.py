@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spaces.pruning.criteria import Evidence, Scores
+from spaces.pruning.criteria.base import Evidence, Scores
 from spaces.pruning.criteria.l2 import scores as l2_scores
 from spaces.pruning.criteria.reduction import rows, score_groups
 from spaces.pruning.groups import ChannelGroup, Member

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from spaces.pruning.criteria import Evidence, Scores
+from spaces.pruning.criteria.base import Evidence, Scores
 from spaces.pruning.criteria.reduction import rows, score_groups, weight_of
 from spaces.pruning.groups import ChannelGroup, Member
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spaces.pruning.criteria import Evidence, Scores
+from spaces.pruning.criteria.base import Evidence, Scores
 from spaces.pruning.criteria.l2 import scores as l2_scores
 from spaces.pruning.criteria.reduction import score_groups
 from spaces.pruning.groups import ChannelGroup, Member

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from spaces.pruning.criteria import Evidence, Scores
+from spaces.pruning.criteria.base import Evidence, Scores
 from spaces.pruning.criteria.reduction import rows, score_groups, weight_of
 from spaces.pruning.groups import ChannelGroup, Member
 

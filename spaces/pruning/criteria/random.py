@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from spaces.pruning.criteria import Evidence, Scores
+from spaces.pruning.criteria.base import Evidence, Scores
 from spaces.pruning.criteria.reduction import normalized
 from spaces.pruning.groups import ChannelGroup
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.pruning.criteria import Evidence, Scores
+from spaces.pruning.criteria.base import Evidence, Scores
 from spaces.pruning.groups import ChannelGroup, Member
 
 _TINY = float(np.finfo(np.float64).tiny)

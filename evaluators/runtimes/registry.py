@@ -1,0 +1,39 @@
+"""Every runtime, by the name that `--target` gives it; a library is imported when it is asked for."""
+
+from collections.abc import Callable
+
+from evaluators.runtimes.base import Runtime, TargetError
+from spaces.registry import Registry, nearest
+
+RUNTIMES: Registry[type[Runtime]] = Registry(
+    "a target",
+    {
+        "onnxruntime": "evaluators.runtimes.onnxruntime_cpu:OnnxRuntime",
+        "tensorrt": "evaluators.runtimes.tensorrt_gpu.runtime:TensorRT",
+        "openvino": "evaluators.runtimes.openvino_cpu:OpenVino",
+    },
+)
+"""What runs on this machine."""
+
+REMOTE: Registry[Callable[[str], Runtime]] = Registry("a remote target", {"ssh": "evaluators.runtimes.remote.runtime:Board"})
+"""What runs on another one, by the scheme of its URL."""
+
+
+def runtime(name: str) -> Runtime:
+    """Returns the runtime called `name`, here, or for `ssh://[user@]host` the one on that board.
+
+    Raises:
+        TargetError: there is no such runtime, it is not installed here, or the board cannot be reached.
+    """
+    scheme, separator, _ = name.partition("://")
+    if separator and scheme in REMOTE:
+        return REMOTE[scheme](name)
+    if name not in RUNTIMES:
+        near = nearest(name, RUNTIMES)
+        remedy = f"did you mean {near!r}?" if near else "see: python -m search doctor"
+        raise TargetError(f"a target is ssh://[user@]host or one of {', '.join(RUNTIMES)}, got {name!r}; {remedy}")
+    found = RUNTIMES[name]
+    reason = found.missing()
+    if reason:
+        raise TargetError(f"target {name!r} is not available here: {reason}")
+    return found()

@@ -1,0 +1,19 @@
+"""What a method of fake quantization is."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from search.recovery.quantizers.grid import ActivationQuantizer, WeightQuantizer
+
+
+class Method(Protocol):
+    """Makes the quantizers of one network."""
+
+    def activation(self, low: float, high: float) -> ActivationQuantizer:
+        """Returns the quantizer of a tensor whose values lay between `low` and `high`, 0 included."""
+        ...
+
+    def weight(self, weight: Tensor, axis: int, limit: int, per_channel: bool) -> WeightQuantizer:
+        """Returns the quantizer of a folded weight; see `WeightQuantizer`."""
+        ...

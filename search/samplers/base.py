@@ -1,0 +1,46 @@
+"""What the loop of trials asks of samplers beyond what Optuna does."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from search.samplers.hypervolume.prior import Meaning
+
+MakesPrior = Callable[[], Meaning]
+"""Makes what is known of the problem without measuring; that takes a moment, so only who uses it calls it."""
+
+
+class SamplerFactory(Protocol):
+    """Makes a sampler: what a line of `SAMPLERS` names."""
+
+    def __call__(self, seed: int, prior: MakesPrior | None = None) -> BaseSampler:
+        """Returns a sampler.
+
+        Args:
+            seed: of its draws.
+            prior: see `MakesPrior`; samplers may ignore it.
+        """
+        ...
+
+
+@runtime_checkable
+class InformedSampler(Protocol):
+    """A sampler that knows versions to begin with, and tells how it did; any other sampler does without both."""
+
+    has_proposed: bool
+    """Whether it has proposed anything since it was made."""
+
+    def initial_proposals(self, distributions: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
+        """Returns configurations that are worth trying before anything was measured."""
+        ...
+
+    def report(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """Returns, JSON-ready, how its proposals came about and how good its predictions were."""
+        ...
+
+    def remarks(self, trials: Sequence[FrozenTrial], objectives: Sequence[str]) -> list[str]:
+        """Returns the same in words."""
+        ...

@@ -1,0 +1,85 @@
+"""Tables of implementations by name: what a study, a command line or a board may ask for."""
+
+import difflib
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Generic, TypeVar, cast
+
+from spaces.errors import UserError
+
+Item = TypeVar("Item")
+
+
+class UnknownNameError(UserError):
+    """A name that a registry does not have."""
+
+
+class Registry(Generic[Item]):
+    """Implementations by name, each imported when it is asked for.
+
+    CRITERIA: Registry[Criterion] = Registry("a criterion", {"l1": "spaces.pruning.criteria.l1:scores"})
+    CRITERIA["l1"]       # the function; its module is imported now
+    CRITERIA["l3"]       # UnknownNameError: a criterion is one of l1, got 'l3'; did you mean 'l1'?
+    CRITERIA.check       # the validator of a key of a study file
+
+    To add an implementation is a file and a line of the table.
+
+    Args:
+        kind: what they are, for messages, such as "a criterion".
+        entries: `"package.module:attribute"` by name.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Item:
+        """Returns the implementation called `name`.
+
+        Raises:
+            UnknownNameError: there is none; the nearest name is told.
+            ImportError: it needs a library that is not installed.
+        """
+        module, _, attribute = self._entries[self.known(name)].partition(":")
+        return cast(Item, getattr(importlib.import_module(module), attribute))
+
+    def known(self, name: str) -> str:
+        """Returns the name.
+
+        Raises:
+            UnknownNameError: nothing is called so.
+        """
+        if name not in self._entries:
+            near = nearest(name, self._entries)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise UnknownNameError(f"{self.kind} is one of {', '.join(self._entries)}, got {name!r}{hint}")
+        return name
+
+    def module(self, name: str) -> str:
+        """Returns the name of the module that has an implementation, without importing it."""
+        return self._entries[name].partition(":")[0]
+
+    def check(self, name: str) -> str:
+        """Returns the name, for pydantic, which tells the key and the value itself.
+
+        Raises:
+            ValueError: there is no such implementation.
+        """
+        if name not in self._entries:
+            near = nearest(name, self._entries)
+            raise ValueError(f"one of {', '.join(self._entries)}{f' (did you mean {near!r}?)' if near else ''}")
+        return name
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Returns the known name that a misspelt one resembles most; None where none is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
