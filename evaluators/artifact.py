@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from evaluators.inference.frame_reuse import Reuse
 from evaluators.inference.staged import Step, Steps
-from evaluators.streams import Reuse
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
+from evaluators.inference.frame_reuse import Reuse
 from evaluators.inference.staged import Routes, exits_of, skipped_of
 from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Images, Opened, Runtime, Target
-from evaluators.streams import Reuse, Stream
+from evaluators.streams import Stream
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 

@@ -8,25 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.data import LabelledImages
-from evaluators.inference.frame_reuse import is_key, thumbnail
+from evaluators.inference.frame_reuse import Reuse, is_key, thumbnail
 from evaluators.runtimes.base import Follows, TimedBatch
 
 KEY_FRAMES = "key frames"
 """The note of an accuracy that tells the share of the frames that were computed."""
 _AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """When a frame is answered as the last key frame was.
-
-    Args:
-        threshold: the mean absolute difference of thumbnails, in units of the network's input, from which it is not.
-        max_age: so many frames after a key frame the next one is, whatever it looks like.
-    """
-
-    threshold: float
-    max_age: int
 
 
 @dataclass(frozen=True)

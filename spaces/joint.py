@@ -8,8 +8,8 @@ from spaces.dimensions import Choice, Dimension, Integer, Real, Value
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import move_masks
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
-from spaces.precision import PREFIX, PrecisionSpace
-from spaces.thresholds import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace, uniform
+from spaces.precision import PREFIX, PrecisionSpace, uniform
+from spaces.thresholds import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace
 
 NO_PATTERNS = PatternSpace({})
 """Every layer is dense."""

@@ -1,30 +1,15 @@
 """When an input may leave early or pass a block by, a threshold each; and when a frame need not be computed at all."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from spaces.candidate import ALWAYS_RUN, FRAMES, MASK, NEVER_EXIT, OPEN_EXIT, SKIP
 from spaces.dimensions import Dimension, Real, Value
-from spaces.dynamic.masks.base import NAME
 
 PREFIX = "threshold."
 FRAMES_THRESHOLD, SKIP_THRESHOLD, MASK_THRESHOLD = PREFIX + FRAMES, PREFIX + SKIP, PREFIX + MASK
 TRAINED = 0.0
 """The logit from which a gate was trained to run its block, or a mask's gates to be open."""
 _HIGHEST, _STEP = 4.0, 0.5
-
-
-def is_of_gate(name: str) -> bool:
-    """Returns whether a layer, or a group of channels, is inside the gate of a block or a mask: narrow as it is."""
-    return name.startswith("skips.") or f".{NAME}." in name
-
-
-def uniform(layers: Iterable[str], precision: str, reference: str = "fp32") -> dict[str, str]:
-    """Returns all layers in one precision but those of gates, which decide in the reference precision.
-
-    What gates cost is little, and in 8 bits close decisions turn over: ResNet-20 on CIFAR-10 with the top-k gates of
-    dynamic group convolution, all in int8, loses 14.6 points of accuracy; with gates in fp32 it loses 0.1.
-    """
-    return {layer: reference if is_of_gate(layer) else precision for layer in layers}
 
 
 class GateSpace:

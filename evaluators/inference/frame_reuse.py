@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -91,3 +92,16 @@ def _cells(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64
 def difference(first: Floats, second: Floats) -> float:
     """Returns the mean absolute difference of two thumbnails, in units of the network's input."""
     return float(np.abs(first - second).mean())
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """When a frame is answered as the last key frame was.
+
+    Args:
+        threshold: the mean absolute difference of thumbnails, in units of the network's input, from which it is not.
+        max_age: so many frames after a key frame the next one is, whatever it looks like.
+    """
+
+    threshold: float
+    max_age: int

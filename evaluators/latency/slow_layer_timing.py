@@ -24,7 +24,7 @@ from evaluators.runtimes.paired_timing import Protocol, time_pair
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.errors import UserError
-from spaces.thresholds import uniform
+from spaces.precision import uniform
 
 PROTOCOL = Protocol(half_width=0.01, limit_s=0.4)
 _TURNS = 10

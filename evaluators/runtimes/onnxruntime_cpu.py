@@ -19,7 +19,6 @@ from evaluators.runtimes.onnx_rewrites.integer_operators import integer_form
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-    from studies.recurrent.loops import File
 
 _INT8_OPERATORS = ("Mul", "Sigmoid", "LeakyRelu", "PRelu", "HardSwish", "HardSigmoid")
 """What stands between int8 layers and is no slower between Q/DQ than in float; `integer_form` writes some anew."""
@@ -117,18 +116,6 @@ def load(model: bytes, threads: int) -> LoadedStage:
 
     def run(inputs: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
         outputs: Sequence[NDArray[np.float32]] = session.run(names, {name: inputs})
-        return outputs
-
-    return run
-
-
-def load_file(model: bytes, threads: int) -> "File":
-    """Returns a file as a function from its inputs, in their order, to its outputs."""
-    session = open_session(model, threads)
-    inputs, names = [given.name for given in session.get_inputs()], [output.name for output in session.get_outputs()]
-
-    def run(*given: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
-        outputs: Sequence[NDArray[np.float32]] = session.run(names, dict(zip(inputs, given, strict=True)))
         return outputs
 
     return run

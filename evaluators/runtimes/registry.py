@@ -15,7 +15,9 @@ RUNTIMES: Registry[type[Runtime]] = Registry(
 )
 """What runs on this machine."""
 
-REMOTE: Registry[Callable[[str], Runtime]] = Registry("a remote target", {"ssh": "evaluators.runtimes.remote.runtime:Board"})
+REMOTE: Registry[Callable[[str], Runtime]] = Registry(
+    "a remote target", {"ssh": "evaluators.runtimes.remote.runtime:Board"}
+)
 """What runs on another one, by the scheme of its URL."""
 
 

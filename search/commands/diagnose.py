@@ -17,8 +17,8 @@ from search.config.study import Study
 from search.console.display import Display
 from search.console.output import Output
 from search.diagnosis.request import Wanted
-from search.report.tables import percent
 from search.results.store import StoredSearch, find_search
+from search.units import percent
 
 if TYPE_CHECKING:
     from search.diagnosis.diagnosis import Diagnosis

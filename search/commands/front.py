@@ -10,12 +10,14 @@ from rich.console import Console
 from evaluators.streams import KEY_FRAMES
 from search.config.budget import Budget
 from search.console.output import write_json, write_lines
+from search.report.describe import ZEROS, kept_share
 from search.report.layers import left
 from search.report.overview import Overview, beaten_lines
-from search.report.tables import ZEROS, broken_limits, front_table, kept_share
+from search.report.tables import front_table
 from search.report.text_plot import scatter
 from search.results.pareto import Version, nearest_miss
 from search.results.store import StoredSearch, find_search
+from search.results.violations import broken_limits
 from search.tracking.trial_run import figures
 
 NO_VERSION = 1

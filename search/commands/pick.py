@@ -13,10 +13,11 @@ from search.console.display import Display
 from search.console.output import SPOKEN, Output, write_json, write_lines
 from search.deploy.fresh_timing import content, lines, slack
 from search.report.overview import Overview
-from search.report.tables import limited, milliseconds, percent, points, size, violation_line
 from search.results.pareto import PREFERENCES, Version, choose, feasible
 from search.results.store import StoredSearch, find_search
+from search.results.violations import limited, violation_line
 from search.tracking.store import Tracking, remembered
+from search.units import milliseconds, percent, points, size
 from spaces.errors import UserError
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from search.config.study import Study
 from search.console.display import Display, SearchView
 from search.console.output import SPOKEN, Output, write_json, write_lines
 from search.registries import SAMPLERS
+from search.report.describe import examined_layers, simple_lines
 from search.report.overview import Overview, write_profile
-from search.report.tables import examined_layers, milliseconds, percent, simple_lines
 from search.results.simple_versions import Given
 from search.results.store import Baseline, SearchFolder, StoredSearch, StoreError, given_of, keep_given, keep_sampler
 from search.tracking.store import Tracking, quiet, remember, remembered
+from search.units import milliseconds, percent
 from spaces.errors import UserError
 
 if TYPE_CHECKING:

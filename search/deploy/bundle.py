@@ -27,10 +27,10 @@ from search.deploy.fresh_timing import Afresh, Again, foremost, untried
 from search.environment import environment
 from search.pipeline.exit_thresholds import GateSolver
 from search.pipeline.workbench import Workbench
-from search.report.tables import broken_limits
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
 from search.results.store import StoredSearch
+from search.results.violations import broken_limits
 from spaces.errors import UserError
 
 ATTEMPTS = 5

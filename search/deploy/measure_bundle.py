@@ -10,12 +10,13 @@ import numpy as np
 from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
 from evaluators.deployed import Deployed
+from evaluators.inference.frame_reuse import Reuse
 from evaluators.inference.staged import Step, from_json
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Runtime, Target, deployed_stages
 from evaluators.runtimes.registry import runtime
-from evaluators.streams import Reuse, Stream
+from evaluators.streams import Stream
 from spaces.candidate import Candidate
 from spaces.errors import UserError
 

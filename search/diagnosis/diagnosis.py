@@ -26,7 +26,7 @@ from search.results.evaluation import Evaluation
 from search.results.store import StoredSearch
 from spaces.candidate import Candidate
 from spaces.errors import UserError
-from spaces.thresholds import uniform
+from spaces.precision import uniform
 
 _STEP = "Comparing"
 

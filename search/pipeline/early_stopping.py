@@ -13,8 +13,8 @@ from evaluators.deployed import Answers, Subject
 from evaluators.measurement import Measurement
 from evaluators.statistics import Paired
 from search.config.budget import Budget
-from search.report.tables import percent
 from search.results.pareto import Version, feasible, pareto
+from search.units import percent
 
 ERROR = 0.01
 """So often, at most, is a version more accurate on all images than the bound that it was ended by."""

@@ -35,7 +35,7 @@ from search.results.simple_versions import Given, Simple
 from search.training.dense import exit_places, trained_trunk
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.thresholds import uniform
+from spaces.precision import uniform
 
 AS_GIVEN = "as given"
 """The effort at winning accuracy back that a network which lacks nothing has behind it."""

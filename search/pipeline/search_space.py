@@ -12,7 +12,7 @@ from search.config.sections import MasksSection
 from search.config.study import SkipsSection, Study, StudyError
 from spaces.channels import SparsitySpace
 from spaces.dimensions import Real
-from spaces.dynamic.exit_network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork, is_of_gate
 from spaces.dynamic.masks.base import masks_of
 from spaces.joint import JointSpace
 from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
@@ -20,7 +20,7 @@ from spaces.precision import PrecisionSpace
 from spaces.pruning.criteria import CRITERIA
 from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.groups import Groups
-from spaces.thresholds import GateSpace, is_of_gate
+from spaces.thresholds import GateSpace
 
 FEW_SCORED = 500
 """Where versions are scored on fewer images, the search says how well they are told apart."""

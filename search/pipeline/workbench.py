@@ -13,6 +13,7 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.deployed import Evaluator, Subject
 from evaluators.flops.evaluator import FlopsEvaluator
 from evaluators.graph.digest import form_of
+from evaluators.inference.frame_reuse import Reuse
 from evaluators.latency.cache import LatencyCache
 from evaluators.latency.evaluator import LatencyEvaluator
 from evaluators.latency.slow_layer_timing import PlacementExaminer
@@ -23,7 +24,6 @@ from evaluators.quantization.int8 import Ranges
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.base import Runtime, Spent
 from evaluators.size import ParamsEvaluator, SizeEvaluator
-from evaluators.streams import Reuse
 from search.cache import cache_folder
 from search.config.study import FinetuneSection, Study
 from search.loading.user_code import load, source_of
@@ -41,11 +41,11 @@ from search.pipeline.search_space import halves_told, left_out, runnable, search
 from search.progress import Progress, Say
 from search.recovery.adaround_cache import LearnedRounding
 from search.recovery.base import Ground, Int8Ground, Recovery, effort_of
-from search.recovery.batchnorm import recovery_images
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import NOTHING, Learned, train_int8_kept
 from search.registries import RECOVERIES
 from search.results.evaluation import Evaluation
+from search.training.batchnorm import recovery_images
 from search.training.block_gates import skip_blocks
 from search.training.dense import UNCUT, augmentation, exit_places, trained_network
 from spaces.candidate import FRAMES, Candidate

@@ -16,7 +16,7 @@ from search.recovery.base import Ground
 from search.training.loop import save
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.thresholds import uniform
+from spaces.precision import uniform
 
 
 class LearnedRounding:

@@ -11,8 +11,9 @@ from torch.func import functional_call
 
 from search.config.study import ElasticSection
 from search.recovery.base import Ground, effort_of
-from search.recovery.batchnorm import BatchNormRecovery, refresh_statistics
+from search.recovery.batchnorm import BatchNormRecovery
 from search.recovery.mixed_precision import MixedPrecision
+from search.training.batchnorm import refresh_statistics
 from search.training.distillation import all_logits, total_loss
 from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.channels import PREFIX, SparsitySpace

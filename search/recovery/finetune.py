@@ -9,8 +9,8 @@ from torch import Tensor
 from evaluators.quantization.int8 import Ranges
 from search.config.study import FinetuneSection
 from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground, effort_of
-from search.recovery.batchnorm import check_images, recovery_images, refresh_statistics
 from search.recovery.gradual_pruning import Narrowing
+from search.training.batchnorm import check_images, recovery_images, refresh_statistics
 from search.training.distillation import all_logits, total_loss
 from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.dynamic.exit_network import ExitNetwork

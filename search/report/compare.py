@@ -9,13 +9,14 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from search.report.describe import exit_shares
 from search.report.layers import Layer, layers_of
 from search.report.overview import Overview
 from search.report.palette import PRECISIONS
 from search.report.significance import EXACT, Difference, difference
-from search.report.tables import count, exit_shares, milliseconds, percent, points, size, threshold
 from search.results.pareto import Version
 from search.results.store import SearchFolder, StoredSearch, find_search
+from search.units import count, milliseconds, percent, points, size, threshold
 from spaces.errors import UserError
 
 _METRICS = ("accuracy", "latency", "flops", "params", "size")

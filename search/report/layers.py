@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from search.report.tables import kept_share
+from search.report.describe import kept_share
 from search.results.pareto import Version
 from spaces.candidate import Candidate
 

@@ -5,23 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from search.report.caveats import caveats
+from search.report.describe import accuracy_doubt, examined_layers, exit_shares
 from search.report.importance import IMPORTANCE
 from search.report.layers import layers_of
 from search.report.overview import NOTABLE, Overview, beaten_lines
 from search.report.significance import half_width
-from search.report.tables import (
-    accuracy_doubt,
-    count,
-    examined_layers,
-    exit_shares,
-    front_row,
-    headings,
-    milliseconds,
-    percent,
-    points,
-    size,
-)
+from search.report.tables import front_row, headings
 from search.results.pareto import Version
+from search.units import count, milliseconds, percent, points, size
 
 
 @dataclass(frozen=True)

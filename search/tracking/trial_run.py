@@ -7,10 +7,10 @@ from typing import TypeVar
 from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.measurement import Measurement
-from search.report.tables import broken_limits
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
 from search.results.store import StoredSearch
+from search.results.violations import broken_limits
 
 SEARCH, ROLE, TRIAL, FRONT, EFFORT = "search", "role", "trial", "front", "effort"
 NAME, NOTE = "mlflow.runName", "mlflow.note.content"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from evaluators.data import Splits
 from search.config.study import SkipsSection
 from search.progress import Progress
-from search.recovery.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
+from search.training.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
 from search.training.distillation import distillation_loss
 from search.training.frozen_gates import settle, train_in_parts, while_gates_learn
 from search.training.loop import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights

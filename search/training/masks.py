@@ -11,7 +11,7 @@ from evaluators.data import Splits
 from evaluators.flops.masked import MaskedFlops
 from search.config.sections import MasksSection
 from search.progress import Progress
-from search.recovery.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
+from search.training.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
 from search.training.distillation import distillation_loss
 from search.training.frozen_gates import settle, train_in_parts, while_gates_learn
 from search.training.loop import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights

@@ -6,6 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from spaces.dynamic.masks.base import NAME
 from spaces.errors import StructureError
 
 _TRUNK = "trunk."
@@ -209,3 +210,8 @@ def feature_channels(trunk: nn.Module, cut_points: Sequence[str], image: Tensor)
             shape = tuple(feature.shape)
             raise StructureError(f"an exit reads a feature map (n, c, h, w), got shape {shape} at {path!r}")
     return [feature.shape[1] for feature in features]
+
+
+def is_of_gate(name: str) -> bool:
+    """Returns whether a layer, or a group of channels, is inside the gate of a block or a mask: narrow as it is."""
+    return name.startswith("skips.") or f".{NAME}." in name

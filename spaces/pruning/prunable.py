@@ -8,11 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spaces.dynamic.exit_network import ExitNetwork, layer_name
+from spaces.dynamic.exit_network import ExitNetwork, is_of_gate, layer_name
 from spaces.pruning.dependency_graph import dependency_groups
 from spaces.pruning.groups import ChannelGroup, Groups, WholeGroup, dropped_positions
 from spaces.pruning.slicing import sliced
-from spaces.thresholds import is_of_gate
 
 Refusal = tuple[str, str]
 """Why channels cannot be cut: the reason, and what exactly."""

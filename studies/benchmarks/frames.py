@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evaluators.deployed import Answers, Deployed, Subject
-from evaluators.inference.frame_reuse import FrameReuse
+from evaluators.inference.frame_reuse import FrameReuse, Reuse
 from evaluators.inference.staged import Floats, Network, StagedNetwork
 from evaluators.runtimes.onnxruntime_cpu import load
-from evaluators.streams import Reuse, Stream
+from evaluators.streams import Stream
 from search.config.overrides import Request
 from search.config.study import ExitsSection, FramesSection, RecoverySection
 from search.pipeline.workbench import Workbench

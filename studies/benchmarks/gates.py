@@ -43,7 +43,7 @@ from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks import MASKS
 from spaces.dynamic.masks.base import masks_of
 from spaces.errors import UserError
-from spaces.thresholds import uniform
+from spaces.precision import uniform
 from studies.benchmarks.markdown import print_table
 
 PLAIN, SKIPS = "plain", ("aig", "skipnet")

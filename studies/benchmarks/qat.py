@@ -22,10 +22,10 @@ from evaluators.runtimes.onnxruntime_cpu import load
 from search.config.overrides import Request
 from search.config.study import ExitsSection, FinetuneSection, QatSection
 from search.pipeline.workbench import Workbench
-from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.finetune import finetune
 from search.recovery.qat import Int8Network, Learned, train_int8
 from search.registries import QUANTIZERS
+from search.training.batchnorm import recalibrate_batch_norm, recovery_images
 from search.training.loop import TrainingBatches
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork

@@ -26,9 +26,9 @@ from evaluators.runtimes.cpu import cpu_name
 from search.config.overrides import Request
 from search.config.study import ElasticSection, ExitsSection, FinetuneSection
 from search.pipeline.workbench import Workbench
-from search.recovery.batchnorm import recalibrate_batch_norm, recovery_images
 from search.recovery.elastic import random_channels, train_elastic
 from search.recovery.finetune import finetune
+from search.training.batchnorm import recalibrate_batch_norm, recovery_images
 from search.training.loop import TrainingBatches, save
 from spaces.channels import SparsitySpace
 from spaces.dynamic.exit_network import ExitNetwork

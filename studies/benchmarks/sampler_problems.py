@@ -20,10 +20,11 @@ from search.results.evaluation import Evaluation
 from search.results.pareto import OBJECTIVES, box_share, worst_that_counts
 from search.results.store import Baseline
 from search.samplers.distributions import distributions, first_guesses
-from search.samplers.hypervolume.encoding import Array, Codec
+from search.samplers.hypervolume.encoding import Array
 from search.samplers.hypervolume.knapsack import SHARES, knapsacks
 from search.samplers.hypervolume.nsga2 import evolve
 from search.samplers.hypervolume.prior import Meaning
+from search.samplers.hypervolume.sampler import FrontSampler
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
 _WRITTEN_EVERY = 20

@@ -41,7 +41,7 @@ from search.training.dense import trained_network
 from spaces.candidate import SKIP, Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.skippable_blocks import find_blocks
-from spaces.thresholds import uniform
+from spaces.precision import uniform
 
 TWO = ("layer2.1", "layer3.1")
 SHARES = (None, 0.8, 0.6, 0.4)

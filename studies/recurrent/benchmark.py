@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evaluators.data import LabelledImages, Splits
 from evaluators.runtimes.cpu import cpu_name
-from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load_file
+from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.paired_timing import Protocol
 from search.config.sections import FittingSection
 from search.training.loop import TrainingBatches
@@ -30,7 +30,7 @@ from studies.benchmarks.markdown import print_table
 from studies.digits.data import augment, splits
 from studies.recurrent.gru import GruClassifier
 from studies.recurrent.loops import EveryStep, File, Loop, PredictedLoop, SkipLoop
-from studies.recurrent.measuring import Skimming, skimming, time_beside
+from studies.recurrent.measuring import Skimming, load_file, skimming, time_beside
 from studies.recurrent.onnx_files import head_file, predictor_file, skip_step_file, step_file, whole_file
 from studies.recurrent.skip_predictor import SkipPredictor, skimmed
 from studies.recurrent.skip_rnn import SkipGruClassifier

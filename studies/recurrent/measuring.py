@@ -1,13 +1,14 @@
 """What skipped updates of a recurrent network's state cost in accuracy and save in time, in the deployed loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.runtimes.onnxruntime_cpu import open_session
 from evaluators.runtimes.paired_timing import Clock, PairedTiming, Protocol, time_pair, turns_of
-from studies.recurrent.loops import Loop
+from studies.recurrent.loops import File, Loop
 
 Floats = NDArray[np.float32]
 
@@ -62,3 +63,15 @@ def time_beside(
     calls = [lambda sequence=sequences[kind]: loop(sequence) for kind in kinds]
     turns = turns_of(calls, lambda: rival(sequences[0]), protocol, clock, shares)
     return time_pair(turns, shares, protocol, clock.wall)
+
+
+def load_file(model: bytes, threads: int) -> "File":
+    """Returns a file as a function from its inputs, in their order, to its outputs."""
+    session = open_session(model, threads)
+    inputs, names = [given.name for given in session.get_inputs()], [output.name for output in session.get_outputs()]
+
+    def run(*given: NDArray[np.float32]) -> Sequence[NDArray[np.float32]]:
+        outputs: Sequence[NDArray[np.float32]] = session.run(names, dict(zip(inputs, given, strict=True)))
+        return outputs
+
+    return run

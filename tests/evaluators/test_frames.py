@@ -12,13 +12,13 @@ from evaluators.accuracy import accuracy_of
 from evaluators.data import LabelledImages
 from evaluators.deployed import Subject, ask
 from evaluators.flops.evaluator import FlopsEvaluator
-from evaluators.inference.frame_reuse import FrameReuse, difference, thumbnail
+from evaluators.inference.frame_reuse import FrameReuse, Reuse, difference, thumbnail
 from evaluators.inference.staged import StagedNetwork
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.latency.remeasure import remeasure, write_job
 from evaluators.runtimes.base import Target
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from evaluators.streams import KEY_FRAMES, Reuse, Stream, timed_frames
+from evaluators.streams import KEY_FRAMES, Stream, timed_frames
 from spaces.candidate import Candidate
 from spaces.dimensions import Real
 from spaces.thresholds import GateSpace

@@ -25,7 +25,8 @@ from evaluators.runtimes.tensorrt_gpu.capabilities import capabilities as gpu_ca
 from search.config.study import Study, StudyError
 from search.loop.coordinator import narrowed
 from search.pipeline.workbench import Workbench
-from search.report.tables import front_table, int8_layers
+from search.report.describe import int8_layers
+from search.report.tables import front_table
 from search.results.pareto import Version
 from search.samplers.distributions import first_guesses
 from spaces.candidate import NEVER_EXIT, Candidate

@@ -34,7 +34,7 @@ from evaluators.runtimes.base import Target
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from search.loop.coordinator import Coordinator, narrowed
-from search.report.tables import examined_layers
+from search.report.describe import examined_layers
 from search.results.store import Baseline, SearchFolder
 from search.samplers.distributions import distributions, first_guesses
 from spaces.candidate import Candidate

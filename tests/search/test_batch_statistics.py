@@ -14,13 +14,8 @@ from evaluators.data import LabelledImages
 from search.config.study import RecoverySection
 from search.pipeline.search_space import halves_told
 from search.recovery.base import Ground
-from search.recovery.batchnorm import (
-    BatchNormRecovery,
-    check_images,
-    recalibrate_batch_norm,
-    recovery_images,
-    refresh_statistics,
-)
+from search.recovery.batchnorm import BatchNormRecovery
+from search.training.batchnorm import check_images, recalibrate_batch_norm, recovery_images, refresh_statistics
 from spaces.dynamic.exit_network import ConvolutionalExitHead, ExitHead, ExitNetwork
 from spaces.patterns import apply_patterns
 from spaces.pruning.prunable import find_groups

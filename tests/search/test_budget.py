@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from evaluators.measurement import METRICS, Measurement, UnitError
 from search.config.budget import BUDGET_METRICS, Budget, BudgetError, Constraint
 from search.pipeline.exit_thresholds import AIM, aimed
-from search.report.tables import violation_line
 from search.results.pareto import worst_that_counts
+from search.results.violations import violation_line
 
 
 def measured(metric: str, value: float, **others: float) -> Measurement:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evaluators.data import Splits
 from search.config.sections import FittingSection, MasksSection, SkipsSection
-from search.recovery.batchnorm import rebase_batch_norm, recalibrate_batch_norm
+from search.training.batchnorm import rebase_batch_norm, recalibrate_batch_norm
 from search.training.block_gates import skip_blocks, train_gates_once, with_gates
 from search.training.frozen_gates import settle, while_gates_learn
 from search.training.loop import TrainingBatches, save

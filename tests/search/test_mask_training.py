@@ -10,7 +10,7 @@ from torch import nn
 from evaluators.data import Splits
 from evaluators.flops.masked import MaskedFlops, measure_need
 from search.config.sections import MasksSection
-from search.recovery.batchnorm import recalibrate_batch_norm
+from search.training.batchnorm import recalibrate_batch_norm
 from search.training.masks import train_masks_once, with_masks
 from spaces.dynamic.masks.base import LogitNorm, masks_of
 from tests.helpers import tiny

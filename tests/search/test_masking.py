@@ -23,11 +23,11 @@ from search.pipeline.workbench import Workbench
 from search.training.loop import TrainingBatches
 from search.training.masks import bounds_loss, train_masks, with_masks
 from spaces.candidate import ALWAYS_RUN, Candidate
-from spaces.dynamic.exit_network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork, is_of_gate
 from spaces.dynamic.masks.base import masks_of
+from spaces.precision import uniform
 from spaces.pruning.prunable import find_groups, halves
 from spaces.pruning.slicing import sliced
-from spaces.thresholds import is_of_gate, uniform
 from tests.helpers import skippable, tiny
 from tests.helpers.searches import finished, stored
 from tests.spaces.test_masks import MaskContract

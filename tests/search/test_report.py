@@ -15,17 +15,18 @@ from search.config.budget import Budget
 from search.report.axes import stairs
 from search.report.caveats import caveats
 from search.report.compare import Side, compare, parse_side
+from search.report.describe import accuracy_doubt
 from search.report.html_page import page
 from search.report.layers import heat_map, layers_of, left, parallel_axes
 from search.report.matplotlib_figures import profile_picture, save_pictures
 from search.report.overview import Overview, growth, most_worth, write_profile
 from search.report.report import report_of
 from search.report.significance import difference
-from search.report.tables import accuracy_doubt, threshold
 from search.report.text_plot import HEIGHT, scatter
 from search.results.pareto import feasible, hypervolume, pareto
 from search.results.sensitivity import Point, Profile
 from search.results.store import SearchFolder
+from search.units import threshold
 from spaces.candidate import Candidate
 from tests.helpers.searches import measurement, stored, version
 

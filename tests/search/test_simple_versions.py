@@ -23,8 +23,8 @@ from search.loop.coordinator import Coordinator, measure_baseline
 from search.pipeline.given_network import GivenNetwork
 from search.pipeline.workbench import Workbench
 from search.report.compare import parse_side
+from search.report.describe import simple_lines
 from search.report.overview import Overview
-from search.report.tables import simple_lines
 from search.results.pareto import beats, front_within
 from search.results.simple_versions import Given
 from search.results.store import Baseline, SearchFolder, StoredSearch, given_of, keep_given

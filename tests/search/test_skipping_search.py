@@ -19,10 +19,10 @@ from search.config.budget import Budget
 from search.config.study import ElasticSection, FinetuneSection, SkipsSection, Study
 from search.deploy.bundle import confirm, measure_afresh, write_bundle
 from search.pipeline.workbench import Workbench
-from search.recovery.batchnorm import recalibrate_batch_norm
 from search.recovery.elastic import train_elastic
 from search.recovery.finetune import finetune
 from search.results.pareto import Version
+from search.training.batchnorm import recalibrate_batch_norm
 from search.training.block_gates import SampledGates, calibrate_gates, rate_loss, skip_blocks, train_gates, with_gates
 from search.training.loop import TrainingBatches
 from spaces.candidate import ALWAYS_RUN, Candidate

@@ -11,7 +11,7 @@ import torch
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.deployed import Subject, ask
 from evaluators.flops.evaluator import FlopsEvaluator
-from evaluators.inference.frame_reuse import FrameReuse
+from evaluators.inference.frame_reuse import FrameReuse, Reuse
 from evaluators.inference.staged import StagedNetwork, exits_of, leaving_at, skipped_of
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.quantization.equalization import equalized
@@ -20,7 +20,7 @@ from evaluators.runtimes.base import Target, TimedBatch
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from evaluators.runtimes.openvino_cpu import OpenVino
 from evaluators.runtimes.paired_timing import Protocol
-from evaluators.streams import Reuse, Stream
+from evaluators.streams import Stream
 from search.config.overrides import Request
 from search.config.study import ExitsSection, Study
 from search.diagnosis.diagnosis import Wanted, diagnose

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators.data import LabelledImages, Splits
-from evaluators.streams import KEY_FRAMES, Reuse, Stream
+from evaluators.inference.frame_reuse import Reuse
+from evaluators.streams import KEY_FRAMES, Stream
 from search.cli import run
 from search.config.study import FramesSection, Study, StudyError
 from search.loading.streams import CLIP, NOISE, crop_at, moving_crops, with_streams

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evaluators.data import LabelledImages
-from evaluators.runtimes.onnxruntime_cpu import load_file
 from evaluators.runtimes.paired_timing import Protocol
 from search.config.sections import FittingSection
 from search.training.loop import TrainingBatches
 from studies.digits.data import splits
 from studies.recurrent.gru import GruClassifier
 from studies.recurrent.loops import EveryStep, PredictedLoop, SkipLoop, steps_to_skip
-from studies.recurrent.measuring import skimming, time_beside
+from studies.recurrent.measuring import load_file, skimming, time_beside
 from studies.recurrent.onnx_files import head_file, predictor_file, skip_step_file, step_file, whole_file
 from studies.recurrent.skip_predictor import SkipPredictor, skimmed
 from studies.recurrent.skip_rnn import SkipGruClassifier, straight_through_round
