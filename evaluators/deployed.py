@@ -93,7 +93,9 @@ def ask(
 def _answers(said: tuple[Images, Routes], stages: int, labels: NDArray[np.int64], batch: int, blocks: int) -> Answers:
     """Returns what logits and routes to some images come to."""
     logits, routes = said
-    classes, exits, passed = logits.argmax(axis=1), exits_of(routes), skipped_of(routes, blocks)
+    classes = logits.argmax(axis=1)
+    exits = exits_of(routes)
+    passed = skipped_of(routes, blocks)
     ways = _ways(exits, passed, batch, stages)
     standing = _standing(ways, stages)
     profiles = tuple((stands * batch, len(others) + 1) for stands, others in standing)
@@ -108,7 +110,9 @@ def _ask_stream(opened: Opened, stages: int, stream: Stream, reuse: Reuse | None
     parts = [opened.answer(stream.images[keys[at : at + _AT_ONCE]], 1) for at in range(0, len(keys), _AT_ONCE)]
     logits = np.concatenate([part for part, _ in parts])
     routes = np.concatenate([part for _, part in parts])
-    classes, exits, passed = logits.argmax(axis=1)[given], exits_of(routes), skipped_of(routes, blocks)
+    classes = logits.argmax(axis=1)[given]
+    exits = exits_of(routes)
+    passed = skipped_of(routes, blocks)
     # From behind, because the first frame of all has no key frame before it.
     ways = _ways(exits, passed, 1, stages)[::-1]
     kinds = tuple((int(keys[-1 - stands]), len(others) + 1) for stands, others in _standing(ways, stages))

@@ -11,7 +11,7 @@ import typer
 
 from search.config.budget import Budget
 from search.config.overrides import Ending, Request, read_dimensions
-from search.console.output import Output
+from search.report.output import Output
 from spaces.errors import UserError
 
 app = typer.Typer(
@@ -173,7 +173,7 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the study.")],
 ) -> int:
     """Writes a study to start from: study.toml, model.py and data.py, which run as they are."""
-    from search.template import write_template
+    from search.config.template import write_template
 
     write_template(folder)
     here = shlex.quote(str(folder / "study.toml"))
@@ -318,7 +318,7 @@ def diagnose(
     network in one --precision, a --trial of a search, or a --file, whose tensors are found by their names, and else its
     logits alone.
     """
-    from search.diagnosis.request import Wanted
+    from search.config.diagnosis_request import Wanted
 
     wanted = Wanted(precision, trial, file, against_target, images)
     wanted.check()

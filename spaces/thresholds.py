@@ -6,7 +6,9 @@ from spaces.candidate import ALWAYS_RUN, FRAMES, MASK, NEVER_EXIT, OPEN_EXIT, SK
 from spaces.dimensions import Dimension, Real, Value
 
 PREFIX = "threshold."
-FRAMES_THRESHOLD, SKIP_THRESHOLD, MASK_THRESHOLD = PREFIX + FRAMES, PREFIX + SKIP, PREFIX + MASK
+FRAMES_THRESHOLD = PREFIX + FRAMES
+SKIP_THRESHOLD = PREFIX + SKIP
+MASK_THRESHOLD = PREFIX + MASK
 TRAINED = 0.0
 """The logit from which a gate was trained to run its block, or a mask's gates to be open."""
 _HIGHEST, _STEP = 4.0, 0.5

@@ -1,6 +1,9 @@
-"""The arrow points down, and each heavy library has one door."""
+"""The arrow points down, there are no circles, and each heavy library has one door. ARCHITECTURE.md has the order."""
 
 import ast
+import re
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,30 +18,42 @@ FENCES = {
     "onnxruntime": ("evaluators/runtimes/onnxruntime_cpu.py", "evaluators/bundle/run.py"),
     "torch_pruning": ("spaces/",),
 }
-LIGHT = ("search/cli.py", "search/config/budget.py", "search/config/study.py", "search/__main__.py")
+LIGHT = ("search.cli", "search.config.budget", "search.config.study", "search.__main__")
+HEAVY = ("torch", "optuna", "mlflow", "onnx", "numpy", "rich")
 
 
-def modules() -> list[Path]:
-    return [path for folder in (*LAYERS, "studies") for path in (ROOT / folder).rglob("*.py")]
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path, top_level_only: bool = False) -> set[str]:
+MODULES: Mapping[str, Path] = {
+    _name(path): path for folder in (*LAYERS, "studies") for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imports(path: Path, at_once_only: bool = False) -> Iterator[str]:
+    """Yields what a file imports, in full; `from package import module` yields the module."""
     tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    found = set()
-    for node in nodes:
+    for node in tree.body if at_once_only else ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-    return found
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down_and_respect_the_fences(path: Path) -> None:
-    name = str(path.relative_to(ROOT))
-    layer = name.split("/")[0]
-    for imported in imports(path):
+def rooms(layer: str) -> list[str]:
+    """Returns the rooms of a layer in the order in which they may be imported, as ARCHITECTURE.md lists them."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    section = text.split(f"\n### {layer}:")[1].split("\n#")[0]
+    return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down_and_respect_the_fences(module: str) -> None:
+    name, layer = str(MODULES[module].relative_to(ROOT)), module.split(".")[0]
+    for imported in imports(MODULES[module]):
         top = imported.split(".")[0]
         if top in LAYERS and layer in LAYERS:
             assert LAYERS.index(top) >= LAYERS.index(layer), f"{name} imports {imported}, which lies above it"
@@ -48,24 +63,56 @@ def test_imports_point_down_and_respect_the_fences(path: Path) -> None:
             assert name.startswith(FENCES[top]), f"{name} imports {imported}, which belongs in {FENCES[top]}"
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rooms_import_only_what_stands_above_them_in_the_list(layer: str) -> None:
+    order = [*rooms(layer), "__main__"]
+    there = {name.split(".")[1] for name in MODULES if name.startswith(f"{layer}.")}
+    assert there | {"__main__"} == set(order), "every room has its place, and no other is listed"
+    for module, path in MODULES.items():
+        own = module.split(".")[1:2]
+        for imported in imports(path):
+            other = imported.split(".")[1:2]
+            if own and other and own != other and module.startswith(f"{layer}.") and imported.startswith(f"{layer}."):
+                assert order.index(other[0]) < order.index(own[0]), f"{module} imports {imported}"
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    graph = {module: {name for name in imports(path) if name in MODULES} - {module} for module, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_root_of_search_has_few_entries() -> None:
+    found = {path.name for path in (ROOT / "search").iterdir()} - {"__pycache__", "py.typed"}
+    assert len(found - {"__init__.py", "__main__.py", "cli.py"}) <= 12
+
+
 def test_what_answers_at_once_loads_nothing_heavy() -> None:
-    todo, seen = [ROOT / path for path in LIGHT], set()
+    todo, seen = list(LIGHT), set[str]()
     while todo:
-        path = todo.pop()
-        if path in seen:
+        module = todo.pop()
+        if module in seen:
             continue
-        seen.add(path)
-        for imported in imports(path, top_level_only=True):
-            assert imported.split(".")[0] not in ("torch", "optuna", "mlflow", "onnx", "numpy", "rich"), (
-                path,
-                imported,
-            )
-            own = ROOT / (imported.replace(".", "/") + ".py")
-            if own.is_file():
-                todo.append(own)
+        seen.add(module)
+        parents = [module.rsplit(".", count)[0] for count in range(1, module.count(".") + 1)]
+        todo += [parent for parent in parents if parent in MODULES]
+        for imported in imports(MODULES[module], at_once_only=True):
+            assert imported.split(".")[0] not in HEAVY, (module, imported)
+            if imported in MODULES:
+                todo.append(imported)
     assert len(seen) > len(LIGHT)
 
 
 def test_files_stay_readable() -> None:
-    for path in modules():
+    for path in MODULES.values():
         assert len(path.read_text().splitlines()) <= 500, f"{path} wants to be two"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_line_assigns_at_most_two_things(module: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            for target in node.targets:
+                assert not isinstance(target, ast.Tuple) or len(target.elts) < 3, f"{module}:{node.lineno}"

@@ -128,7 +128,9 @@ def _load_compiled(bundle: Path, description: dict[str, Any]) -> StagedNetwork |
     except ImportError as error:
         sys.stderr.write(f"OpenVINO cannot be used here: {error}; ONNX Runtime takes over\n")
         return None
-    core, sizes, target = openvino.Core(), BatchSizes(), description["target"]
+    core = openvino.Core()
+    sizes = BatchSizes()
+    target = description["target"]
     settings = openvino_settings(target["threads"], target.get("fp32_in") == "bf16" and openvino_has_bf16(core))
 
     def compiled(file: bytes, shape: tuple[int, ...]) -> Any:
@@ -176,7 +178,9 @@ def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
 
 def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, Routes, float]:
     """Returns logits, routes and the median seconds per full batch."""
-    logits, routes, seconds = [], [], []
+    logits = []
+    routes = []
+    seconds = []
     for start in range(0, len(images), batch):
         begin = time.perf_counter()
         found, left = network(images[start : start + batch])
@@ -284,7 +288,9 @@ def _answer_images(network: Network, images: Floats, batch: int, library: str) -
 
 def _answer_stream(network: FrameReuse, frames: Floats, library: str) -> tuple[Floats, Routes]:
     """Returns logits and routes of frames, and says how many are key frames and what a frame takes."""
-    answers, computed, seconds = [], 0, []
+    answers = []
+    computed = 0
+    seconds = []
     for index in range(len(frames)):
         begin = time.perf_counter()
         key, is_new = network.frame(frames[index : index + 1])
@@ -300,7 +306,9 @@ def _answer_stream(network: FrameReuse, frames: Floats, library: str) -> tuple[F
 def _stats(network: Network, description: dict[str, Any], path: Path) -> int:
     """Writes how many inputs take which way, and what they take: file by file, so that a folder may be large."""
     batch = description["target"]["batch"]
-    routes, seconds, files = [np.empty(0, np.int64)], 0.0, 0
+    routes = [np.empty(0, np.int64)]
+    seconds = 0.0
+    files = 0
     waiting = np.empty((0, *description["image_shape"]), np.float32)
     for _, images, _ in read_all(path, description):
         files += 1

@@ -114,7 +114,10 @@ class Thresholds:
         # A confidence that was rounded to 1 is less: the threshold 1 turns an exit off.
         self._confidences = np.minimum(confidences.astype(np.float32), _HIGHEST).astype(np.float64)
         self._correct = correct.astype(np.float64)
-        self._costs, self._floor, self._price, self._is_frugal = tuple(costs), floor, price, is_frugal
+        self._costs = tuple(costs)
+        self._floor = floor
+        self._price = price
+        self._is_frugal = is_frugal
         self._scales = [_STEPS / (max(cost.leave) or 1.0) for cost in costs]
         whole = zip(costs, self._scales, strict=True)
         self._units = [(np.rint(np.multiply(c.leave, s)), np.rint(np.multiply(c.heads, s))) for c, s in whole]
@@ -179,7 +182,9 @@ class Thresholds:
 
     def _descend(self, chosen: list[float]) -> list[float]:
         """Returns thresholds that no change of a single one betters, nor any of the tried changes of two at once."""
-        exits, at, since = range(len(chosen)), 0, 0
+        exits = range(len(chosen))
+        at = 0
+        since = 0
         pairs = list(combinations(exits, 2))
         moves = [*combinations(exits, 1), *pairs]
         while since < len(moves):

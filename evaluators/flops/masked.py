@@ -58,7 +58,9 @@ class Need:
 
 def measure_need(network: nn.Module, flops: MaskedFlops, images: NDArray[np.float32]) -> Need:
     """Returns what images need of a network with masks, in evaluation mode."""
-    answers, counts, opened = [], [], dict[str, list[Tensor]]()
+    answers = []
+    counts = []
+    opened = dict[str, list[Tensor]]()
     with torch.no_grad():
         for batch in _batches(images):
             answers.append(network(batch).argmax(dim=1))

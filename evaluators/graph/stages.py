@@ -97,7 +97,9 @@ def lay_out(
     gate_at = {source: block for block, (source, _) in blocks.items()}
     block_of = {ends: block for block, ends in blocks.items()}
     ends = sorted({*exit_at, *(tensor for pair in blocks.values() for tensor in pair)}, key=position)
-    layout, start, told = Layout(), INPUT, True
+    layout = Layout()
+    start = INPUT
+    told = True
 
     def add(source: str, outputs: Sequence[str], place: str) -> int:
         layout.stages.append(Stage(between(source, outputs, place), source, tuple(outputs)))
@@ -105,7 +107,9 @@ def lay_out(
 
     place = ""
     for end in [*ends, OUTPUT]:
-        block, exit_name, gated = block_of.get((start, end)), exit_at.get(end), gate_at.get(end)
+        block = block_of.get((start, end))
+        exit_name = exit_at.get(end)
+        gated = gate_at.get(end)
         place = exit_name or place
         exit_logits = [logits_name(exit_name)] if exit_name else []
         logits = [*exit_logits, *([gate_logits_name(gated)] if gated else [])]

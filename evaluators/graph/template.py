@@ -232,7 +232,9 @@ def _choice(logits: str, source: str, last: NodeProto) -> list[NodeProto]:
     ran = NodeProto()
     ran.CopyFrom(last)
     result = ran.output[0]
-    ran.output[0], runs, axes = f"{result}/ran", f"{result}/runs", f"{result}/axes"
+    ran.output[0] = f"{result}/ran"
+    runs = f"{result}/runs"
+    axes = f"{result}/axes"
     zero, yes = f"{result}/zero", f"{result}/yes"
     return [
         ran,

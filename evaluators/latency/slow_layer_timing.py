@@ -60,9 +60,14 @@ class PlacementExaminer:
         images: ImageStore,
         cache: LatencyCache,
     ) -> None:
-        self._builder, self._network, self._dense = builder, network, dense
+        self._builder = builder
+        self._network = network
+        self._dense = dense
         self._precisions = tuple(precisions)
-        self._runtime, self._target, self._images, self._cache = runtime, target, images[: target.batch], cache
+        self._runtime = runtime
+        self._target = target
+        self._images = images[: target.batch]
+        self._cache = cache
         self._refused: dict[str, None] = {}
 
     def examine(self, progress: Step, limit_s: float) -> Examined:

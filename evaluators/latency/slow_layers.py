@@ -214,7 +214,9 @@ class Hunt:
         self.has_lost_whole = False
         self.spent = 0
         self.is_cut = False
-        self._times, self._timings, self._is_late = times, timings, is_late
+        self._times = times
+        self._timings = timings
+        self._is_late = is_late
 
     def run(self, layers: Group) -> list[Lost]:
         """Returns the groups that lose, each with the most cautious of its timings."""

@@ -87,7 +87,9 @@ def clipped(given: Moments, low: float, high: float) -> Moments:
     mean = given.mean.astype(np.float64)
     deviation = np.sqrt(np.maximum(given.variance.astype(np.float64), 1e-24))
     a, b = (low - mean) / deviation, (high - mean) / deviation
-    below, above, inside = ndtr(a), ndtr(-b), ndtr(b) - ndtr(a)
+    below = ndtr(a)
+    above = ndtr(-b)
+    inside = ndtr(b) - ndtr(a)
     at_low, at_high = _density(a), _density(b)
     first = mean * inside + deviation * (at_low - at_high) + _finite(low) * below + _finite(high) * above
     # About the new mean, not about 0: squares of a large mean would leave nothing of a small variance.

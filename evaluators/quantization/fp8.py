@@ -68,7 +68,10 @@ class Float8Writer:
 def _pair(tensor: str, ranges: Ranges, values: Arrays) -> list[NodeProto]:
     low, high = ranges[tensor.removesuffix(DEQUANTIZED)]
     name = f"{tensor}/fp8"
-    scale, zero_point, quantized, result = f"{name}/scale", f"{name}/zero_point", f"{name}/q", name + DEQUANTIZED
+    scale = f"{name}/scale"
+    zero_point = f"{name}/zero_point"
+    quantized = f"{name}/q"
+    result = name + DEQUANTIZED
     values[scale] = np.array(max(-low, high, _TINY) / LARGEST, dtype=np.float32)
     values[zero_point] = np.zeros((), dtype=_E4M3)
     return [

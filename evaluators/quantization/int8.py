@@ -199,7 +199,9 @@ class Quantizer:
         return len(self._layers_before(tensor).difference(*others))
 
     def _layers_before(self, tensor: str) -> set[str]:
-        seen, found, todo = set(), set(), [tensor]
+        seen = set()
+        found = set()
+        todo = [tensor]
         while todo:
             node = self._producers.get(todo.pop())
             if node is None or node.name in seen:
@@ -282,7 +284,9 @@ class Quantizer:
         return nodes, values
 
     def _pair(self, tensor: str, source: str, result: str, ranges: Ranges, values: Arrays) -> list[NodeProto]:
-        scale, zero_point, quantized = f"{tensor}/scale", f"{tensor}/zero_point", tensor + QUANTIZED
+        scale = f"{tensor}/scale"
+        zero_point = f"{tensor}/zero_point"
+        quantized = tensor + QUANTIZED
         values[scale] = self._scale(tensor, ranges)
         values[zero_point] = np.array(0, dtype=np.int8)
         return [

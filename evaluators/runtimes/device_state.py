@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 _NVML = "libnvidia-ml.so.1"
-_SM, _MEMORY, _GPU = 1, 2, 0
+_SM = 1
+_MEMORY = 2
+_GPU = 0
 """Values of NVML's nvmlClockType_t and nvmlTemperatureSensors_t. Source: NVML API reference."""
 _UNKNOWN_PSTATE = 32
 ROOT = Path("/")

@@ -236,7 +236,9 @@ class _Turns:
         beside: int,
     ) -> None:
         self._candidate, self._reference = tuple(candidate), reference
-        self._clock, self._shares, self._beside = clock, shares, beside
+        self._clock = clock
+        self._shares = shares
+        self._beside = beside
         self._dropped, self._rng = protocol.dropped, np.random.default_rng(0)
         counted = length - protocol.dropped
         often = np.maximum(np.rint(shares * counted), 1).astype(int) * (shares > 0)

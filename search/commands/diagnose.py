@@ -12,16 +12,16 @@ from rich.table import Table
 
 from evaluators.diagnosis.evidence import LOW_DB, Finding, ratio
 from evaluators.diagnosis.tensor_errors import Figures
+from search.config.diagnosis_request import Wanted
 from search.config.overrides import Request
 from search.config.study import Study
-from search.console.display import Display
-from search.console.output import Output
-from search.diagnosis.request import Wanted
+from search.config.units import percent
+from search.report.display import Display
+from search.report.output import Output
 from search.results.store import StoredSearch, find_search
-from search.units import percent
 
 if TYPE_CHECKING:
-    from search.diagnosis.diagnosis import Diagnosis
+    from search.pipeline.diagnosis import Diagnosis
 
 warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
 
@@ -33,7 +33,7 @@ HEADINGS = ("layer", "input", "output", "cosine", "largest", "dead", "silent")
 
 def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path, download: bool, output: Output) -> int:
     """Compares a version with its float self and shows what was found; returns the exit code."""
-    from search.diagnosis.diagnosis import diagnose, evaluation_of
+    from search.pipeline.diagnosis import diagnose, evaluation_of
     from search.pipeline.workbench import Workbench
 
     search = StoredSearch.read(find_search(runs, name)) if name is not None or wanted.trial is not None else None
@@ -103,7 +103,9 @@ def layer_table(found: "Diagnosis") -> Table:
     if len(shown) < len(layers):
         title = f"the {len(shown)} of {len(layers)} tensors where most is lost, in order"
     table = Table(title=title, title_justify="left", caption=_caption(found), caption_justify="left")
-    table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
+    table.box = box.SIMPLE_HEAD
+    table.pad_edge = False
+    table.padding = (0, 0, 0, 1)
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=heading != "layer")
     for layer in shown:

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from evaluators.runtimes.base import TargetError
 from evaluators.runtimes.registry import RUNTIMES, runtime
-from search.cache import cache_folder
-from search.console.output import Output, write_json, write_lines
-from search.environment import environment
+from search.config.cache import cache_folder
+from search.config.environment import environment
+from search.report.output import Output, write_json, write_lines
 
 
 def examine(target: str | None, output: Output) -> None:

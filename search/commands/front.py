@@ -9,9 +9,9 @@ from rich.console import Console
 
 from evaluators.streams import KEY_FRAMES
 from search.config.budget import Budget
-from search.console.output import write_json, write_lines
 from search.report.describe import ZEROS, kept_share
 from search.report.layers import left
+from search.report.output import write_json, write_lines
 from search.report.overview import Overview, beaten_lines
 from search.report.tables import front_table
 from search.report.text_plot import scatter
@@ -77,7 +77,9 @@ def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
 
 def print_front(overview: Overview, console: Console) -> None:
     """Writes the front, or the nearest miss."""
-    search, budget, dense = overview.search, overview.budget, overview.dense
+    search = overview.search
+    budget = overview.budget
+    dense = overview.dense
     if overview.front:
         title = (
             f"{search.folder.name}: {_versions(len(overview.front))} within {budget}; none is beaten in accuracy,"

@@ -9,15 +9,15 @@ from search.commands.front import NO_VERSION, print_front
 from search.commands.run import check_same_network
 from search.config.budget import Budget
 from search.config.study import finetuning
-from search.console.display import Display
-from search.console.output import SPOKEN, Output, write_json, write_lines
+from search.config.units import milliseconds, percent, points, size
 from search.deploy.fresh_timing import content, lines, slack
+from search.report.display import Display
+from search.report.output import SPOKEN, Output, write_json, write_lines
 from search.report.overview import Overview
 from search.results.pareto import PREFERENCES, Version, choose, feasible
 from search.results.store import StoredSearch, find_search
 from search.results.violations import limited, violation_line
 from search.tracking.store import Tracking, remembered
-from search.units import milliseconds, percent, points, size
 from spaces.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,7 +129,9 @@ def _check(out: Path) -> str:
 
 def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: Budget, used: int) -> list[str]:
     """Returns how a picked version's fresh figures compare with those of the search."""
-    searched, latency, test = confirmed.version.measured, confirmed.latency, confirmed.test
+    searched = confirmed.version.measured
+    latency = confirmed.latency
+    test = confirmed.test
     change = latency.value / searched["latency"].value - 1
     lost = points(test.value - confirmed.dense_test.value)
     lines = [

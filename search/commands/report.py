@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from search.config.budget import Budget
-from search.console.output import Output, write_json, write_lines
 from search.report.compare import Comparison, compare, parse_side
+from search.report.output import Output, write_json, write_lines
 from search.report.overview import Overview
 from search.report.report import report_of, to_json
 from search.results.store import StoredSearch, find_search

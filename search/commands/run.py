@@ -12,16 +12,16 @@ from rich.console import Console
 
 from search.commands.front import NO_VERSION, front_json, print_front
 from search.config.overrides import Ending, Request
+from search.config.registries import SAMPLERS
 from search.config.study import Study
-from search.console.display import Display, SearchView
-from search.console.output import SPOKEN, Output, write_json, write_lines
-from search.registries import SAMPLERS
+from search.config.units import milliseconds, percent
 from search.report.describe import examined_layers, simple_lines
+from search.report.display import Display, SearchView
+from search.report.output import SPOKEN, Output, write_json, write_lines
 from search.report.overview import Overview, write_profile
 from search.results.simple_versions import Given
 from search.results.store import Baseline, SearchFolder, StoredSearch, StoreError, given_of, keep_given, keep_sampler
 from search.tracking.store import Tracking, quiet, remember, remembered
-from search.units import milliseconds, percent
 from spaces.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from search.registries import DATA_SETS
+from search.config.registries import DATA_SETS
 from spaces.errors import UserError
 
 TORCHVISION = "torchvision"

@@ -15,6 +15,7 @@ from evaluators.quantization.calibration import CALIBRATORS
 from search.config.budget import Budget
 from search.config.errors import StudyError, plain
 from search.config.references import absolute, absolute_path, data_source, factory_source, model_source
+from search.config.registries import QUANTIZERS, RECOVERIES, SAMPLERS
 from search.config.sections import (
     DIMENSIONS,
     Dimension,
@@ -29,7 +30,6 @@ from search.config.sections import (
     dimensions,
     function,
 )
-from search.registries import QUANTIZERS, RECOVERIES, SAMPLERS
 from spaces.pruning.criteria import CRITERIA
 
 __all__ = [

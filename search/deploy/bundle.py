@@ -22,9 +22,9 @@ from evaluators.latency.remeasure import remeasure, write_job
 from evaluators.measurement import Measurement, mean_of, scaled
 from evaluators.runtimes.remote.connection import worker_file
 from search.config.budget import Budget
+from search.config.environment import environment
 from search.config.study import FinetuneSection
 from search.deploy.fresh_timing import Afresh, Again, foremost, untried
-from search.environment import environment
 from search.pipeline.exit_thresholds import GateSolver
 from search.pipeline.workbench import Workbench
 from search.results.evaluation import Evaluation

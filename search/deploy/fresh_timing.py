@@ -11,9 +11,9 @@ from typing import Any
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget, Constraint
+from search.config.units import milliseconds, percent, points
 from search.results.pareto import Dense, Version, choose, front_within
 from search.results.violations import broken_limits
-from search.units import milliseconds, percent, points
 
 _ROOM = 1.03
 """A wider limit leaves so much for the next timing."""

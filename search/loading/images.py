@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.data import LabelledImages, Splits
+from search.config.progress import Progress, Say
 from search.config.references import SourceError, data_source
+from search.config.registries import DATA_SETS
 from search.config.study import DataSection
 from search.loading.image_folder import Found, Pool
 from search.loading.image_store import ArrayReader, FileReader, Preprocessing, StoredImages
 from search.loading.inspection import Inspected, inspect_files
 from search.loading.splits import PLANS, SPLITS, draw_all, stratified, wanted
 from search.loading.user_code import UserCodeError, call, load
-from search.progress import Progress, Say
-from search.registries import DATA_SETS
 
 FAULTY = 0.01
 """So large a share of files that cannot be decoded means that something is wrong with all of them."""
@@ -105,7 +105,11 @@ def _inspected(found: Found, data: DataSection, progress: Progress, say: Say) ->
     """Returns what is fit for use of each pool."""
     plan = PLANS[frozenset(found.pools)]
     seen: set[str] = set()
-    sound, faults, traits, looked_at, copies = {}, {}, Counter[str](), 0, 0
+    sound = {}
+    faults = {}
+    traits = Counter[str]()
+    looked_at = 0
+    copies = 0
     for part, pool in found.pools.items():
         rng = np.random.default_rng(data.seed)
         indices = np.sort(stratified(pool.labels, wanted(plan[part], _caps(data)), rng))

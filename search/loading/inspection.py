@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from search.cache import cache_folder
+from search.config.cache import cache_folder
+from search.config.progress import Progress
 from search.loading.image_store import in_threads, is_deep, is_transparent, open_image
-from search.progress import Progress
 
 _ORIENTATION = 0x0112
 _STEP = "Looking at the images"

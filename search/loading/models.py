@@ -12,12 +12,12 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
+from search.config.progress import Say
 from search.config.references import Source, SourceError, model_source
 from search.config.study import ModelSection, TrainingSection
 from search.loading.image_store import Preprocessing
 from search.loading.user_code import UserCodeError, call, load, source_of
 from search.loading.weights import Fitted, fit, read_weights
-from search.progress import Say
 
 NO_WEIGHTS = "none"
 """After the @ of a torchvision model: it begins untrained."""

@@ -1,11 +1,11 @@
 """A study's images and network, fetched in the order in which each needs the other."""
 
+from search.config.progress import Progress, Say
 from search.config.references import data_source, model_source
 from search.config.study import Study, TrainingSection
 from search.loading.images import Loaded, load_data
 from search.loading.models import Built, build_model, find_weights, usual_preprocessing
 from search.loading.network_checks import check_network
-from search.progress import Progress, Say
 
 
 def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple[Loaded, Built]:

@@ -60,7 +60,9 @@ def imagenet(place: str, download: bool) -> Found:  # noqa: ARG001  its licence 
     """Returns ImageNet's images as torchvision stores them: what there is of train/ and val/, and meta.bin."""
     from torchvision.datasets import ImageNet
 
-    pools, reasons, classes = {}, [], ()
+    pools = {}
+    reasons = []
+    classes = ()
     for part, name in (("train", "train"), ("validation", "val")):
         try:
             found = ImageNet(place, split=name)

@@ -18,7 +18,8 @@ from evaluators.latency.slow_layers import Examined
 from evaluators.measurement import Measurement
 from evaluators.streams import Stream
 from search.config.budget import Budget
-from search.environment import environment
+from search.config.environment import environment
+from search.config.registries import SAMPLERS
 from search.loop.front_recovery import REACH
 from search.loop.interrupts import Interrupts
 from search.loop.patience import Stall
@@ -26,7 +27,6 @@ from search.loop.sampler_prior import meaning_of
 from search.pipeline.early_stopping import Screen, most_asked, saved_seconds
 from search.pipeline.exit_thresholds import GateSolver, Settled, is_hopeless
 from search.pipeline.workbench import Workbench
-from search.registries import SAMPLERS
 from search.results.evaluation import Evaluation
 from search.results.pareto import OBJECTIVES, Version
 from search.results.simple_versions import Given, Simple

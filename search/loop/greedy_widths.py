@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from evaluators.flops.pruned import ScaledFlops
+from search.config.progress import Progress
 from search.pipeline.sensitivity_profiler import Profiler
 from search.pipeline.workbench import Workbench
-from search.progress import Progress
 from search.results.sensitivity import Point, Profile
 from spaces.candidate import NEVER_EXIT
 from spaces.channels import PREFIX

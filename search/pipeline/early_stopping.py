@@ -13,8 +13,8 @@ from evaluators.deployed import Answers, Subject
 from evaluators.measurement import Measurement
 from evaluators.statistics import Paired
 from search.config.budget import Budget
+from search.config.units import percent
 from search.results.pareto import Version, feasible, pareto
-from search.units import percent
 
 ERROR = 0.01
 """So often, at most, is a version more accurate on all images than the bound that it was ended by."""
@@ -82,8 +82,12 @@ class Screen:
         batch: int,
         reach: float = 0.0,
     ) -> None:
-        self._budget, self._dense, self._right = budget, dense, right
-        self._versions, self._total, self._batch = versions, total, batch
+        self._budget = budget
+        self._dense = dense
+        self._right = right
+        self._versions = versions
+        self._total = total
+        self._batch = batch
         limits = [limit for limit in budget.constraints if limit.measured_as == "accuracy"]
         self._limit = max(limits, key=lambda limit: limit.floor(dense["accuracy"]), default=None)
         self._floor = self._limit.floor(dense["accuracy"]) if self._limit else 0.0

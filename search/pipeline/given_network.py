@@ -23,13 +23,13 @@ from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.base import Runtime, Spent, Target
 from evaluators.runtimes.registry import runtime
 from evaluators.size import ParamsEvaluator, SizeEvaluator
-from search.cache import cache_folder, check_cache
+from search.config.cache import cache_folder, check_cache
+from search.config.progress import Progress, Say
 from search.config.study import Study
 from search.loading.prepare import prepare
 from search.loading.streams import with_streams
 from search.pipeline.early_stopping import mixed_if_many
 from search.pipeline.search_space import runnable, searched, target_of
-from search.progress import Progress, Say
 from search.results.evaluation import Evaluation
 from search.results.simple_versions import Given, Simple
 from search.training.dense import exit_places, trained_trunk

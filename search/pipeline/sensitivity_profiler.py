@@ -16,8 +16,8 @@ from torch import Tensor
 
 from evaluators.data import LabelledImages
 from evaluators.flops.pruned import ScaledFlops
+from search.config.progress import Progress
 from search.pipeline.workbench import Workbench
-from search.progress import Progress
 from search.recovery.base import Recovery
 from search.recovery.batchnorm import BatchNormRecovery
 from search.results.sensitivity import Point, Profile

@@ -24,7 +24,9 @@ from evaluators.quantization.int8 import Ranges
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.base import Runtime, Spent
 from evaluators.size import ParamsEvaluator, SizeEvaluator
-from search.cache import cache_folder
+from search.config.cache import cache_folder
+from search.config.progress import Progress, Say
+from search.config.registries import RECOVERIES
 from search.config.study import FinetuneSection, Study
 from search.loading.user_code import load, source_of
 from search.pipeline.early_stopping import SUBSET, Screen
@@ -38,12 +40,10 @@ from search.pipeline.given_network import (
     validation_parts,
 )
 from search.pipeline.search_space import halves_told, left_out, runnable, searched, space_of
-from search.progress import Progress, Say
 from search.recovery.adaround_cache import LearnedRounding
 from search.recovery.base import Ground, Int8Ground, Recovery, effort_of
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import NOTHING, Learned, train_int8_kept
-from search.registries import RECOVERIES
 from search.results.evaluation import Evaluation
 from search.training.batchnorm import recovery_images
 from search.training.block_gates import skip_blocks

@@ -105,6 +105,8 @@ def effort_of(settings: FittingSection) -> str:
     """Returns for how long a training goes: `2 epochs`, `200 steps`, `5 CPU min`, `20 epochs or 30 CPU min`."""
     if settings.minutes:
         return f"{settings.minutes:g} CPU min"
-    steps, epochs, limit = settings.steps, settings.epochs, settings.at_most_minutes
+    steps = settings.steps
+    epochs = settings.epochs
+    limit = settings.at_most_minutes
     length = f"{steps} steps" if steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
     return f"{length} or {limit:g} CPU min" if limit else length

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from evaluators.quantization.int8 import Ranges
 from evaluators.quantization.trainable_graph import Rounding
+from search.config.registries import QUANTIZERS
 from search.recovery.base import Int8Ground
 from search.recovery.quantizers.base import Method
 from search.recovery.quantizers.grid import LargestScaled
-from search.registries import QUANTIZERS
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.errors import UserError

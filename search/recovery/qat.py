@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from evaluators.graph.template import TRANSPOSED
 from evaluators.quantization.int8 import NO_GRIDS, Grids, Placement, Ranges
 from evaluators.quantization.trainable_graph import Rounding, TrainableGraph
+from search.config.registries import QUANTIZERS
 from search.config.study import QatSection
 from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground, Int8Ground
 from search.recovery.quantizers.base import Method
-from search.registries import QUANTIZERS
 from search.training.distillation import total_loss
 from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.candidate import Candidate

@@ -10,12 +10,12 @@ from optuna.trial import TrialState
 
 from evaluators.accuracy import wilson
 from search.config.budget import Constraint
+from search.config.units import milliseconds, percent
 from search.report.overview import Overview
 from search.report.significance import difference, half_width
 from search.results.pareto import Version, nearest_miss
 from search.results.store import StoredSearch
 from search.results.violations import broken_limits
-from search.units import milliseconds, percent
 
 SAME_TWICE = 0.05
 WIDE = 0.1

@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from search.config.units import count, milliseconds, percent, points, size, threshold
 from search.report.describe import exit_shares
 from search.report.layers import Layer, layers_of
 from search.report.overview import Overview
@@ -16,7 +17,6 @@ from search.report.palette import PRECISIONS
 from search.report.significance import EXACT, Difference, difference
 from search.results.pareto import Version
 from search.results.store import SearchFolder, StoredSearch, find_search
-from search.units import count, milliseconds, percent, points, size, threshold
 from spaces.errors import UserError
 
 _METRICS = ("accuracy", "latency", "flops", "params", "size")

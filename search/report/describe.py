@@ -4,8 +4,8 @@ from evaluators.accuracy import wilson
 from evaluators.latency.slow_layers import Examined, Slower, Whole
 from evaluators.measurement import Measurement
 from evaluators.streams import KEY_FRAMES
+from search.config.units import milliseconds, percent, size
 from search.results.simple_versions import Given
-from search.units import milliseconds, percent, size
 from spaces.candidate import Candidate
 
 ZEROS = (
@@ -36,7 +36,9 @@ def examined_layers(examined: Examined) -> str:
 
 def _as_a_whole(whole: Whole, left_out: int) -> str:
     """Returns what a network's time in one precision is to that in another, and to how many layers it is offered."""
-    name, times, half_width = whole.precision, 1 / whole.ratio, whole.half_width / whole.ratio
+    name = whole.precision
+    times = 1 / whole.ratio
+    half_width = whole.half_width / whole.ratio
     if not whole.is_slower:
         return f"{name} as a whole takes {times:.2f} ± {half_width:.2f} of {whole.instead}'s time here"
     offered = whole.layers - left_out

@@ -1,9 +1,9 @@
 """What stands under the pointer: a version in a few lines."""
 
+from search.config.units import milliseconds, percent, size, threshold
 from search.report.describe import exit_shares, int8_layers, kept_channels
 from search.report.layers import layers_of
 from search.results.pareto import Version
-from search.units import milliseconds, percent, size, threshold
 
 _LAYERS = 24
 """So many layers of a version are named at most."""

@@ -13,7 +13,10 @@ from search.results.pareto import Dense, Version, beats, choose, feasible, front
 from search.results.sensitivity import Profile
 from search.results.store import StoredSearch
 
-OVER, WITHIN, FRONT, DENSE = "over the budget", "within the budget", "front", "dense"
+OVER = "over the budget"
+WITHIN = "within the budget"
+FRONT = "front"
+DENSE = "dense"
 """The groups that every picture tells apart."""
 PROFILE = "profile.json"
 """The sensitivity profile in a search's folder, where one was measured."""
@@ -48,7 +51,9 @@ class Overview:
     @classmethod
     def of(cls, search: StoredSearch, budget: Budget | None = None) -> Self:
         """Returns the overview of a search under its own budget or another."""
-        limits, simple, versions = budget or search.budget, search.baseline.lines_to_beat, search.versions
+        limits = budget or search.budget
+        simple = search.baseline.lines_to_beat
+        versions = search.versions
         dense = simple[0]
         good = feasible(versions, limits, dense.measured)
         front = front_within(versions, simple, limits, dense.measured)

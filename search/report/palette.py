@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 from search.report.overview import DENSE, FRONT, OVER, WITHIN
 
-BLACK, GREY, LIGHT = "#000000", "#767676", "#d9d9d9"
-ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    "#e69f00",
-    "#56b4e9",
-    "#009e73",
-    "#f0e442",
-    "#0072b2",
-    "#d55e00",
-    "#cc79a7",
-)
+BLACK = "#000000"
+GREY = "#767676"
+LIGHT = "#d9d9d9"
+ORANGE = "#e69f00"
+SKY = "#56b4e9"
+GREEN = "#009e73"
+YELLOW = "#f0e442"
+BLUE = "#0072b2"
+VERMILION = "#d55e00"
+PURPLE = "#cc79a7"
 SEQUENTIAL = "cividis"
 """The colour map of shares; plotly and matplotlib know it by this name."""
 LIMIT = BLUE

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from search.config.units import count, milliseconds, percent, points, size
 from search.report.caveats import caveats
 from search.report.describe import accuracy_doubt, examined_layers, exit_shares
 from search.report.importance import IMPORTANCE
@@ -12,7 +13,6 @@ from search.report.overview import NOTABLE, Overview, beaten_lines
 from search.report.significance import half_width
 from search.report.tables import front_row, headings
 from search.results.pareto import Version
-from search.units import count, milliseconds, percent, points, size
 
 
 @dataclass(frozen=True)

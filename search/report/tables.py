@@ -6,9 +6,9 @@ from rich import box
 from rich.table import Table
 
 from evaluators.streams import KEY_FRAMES
+from search.config.units import milliseconds, percent, points, size
 from search.report.describe import accuracy_doubt, exit_shares, int8_layers, kept_channels
 from search.results.pareto import Version
-from search.units import milliseconds, percent, points, size
 
 HEADINGS = ("trial", "accuracy", "points", "latency", "speed", "FLOPs", "size", "kept", "int8", "exits")
 _POINTS = HEADINGS.index("points")
@@ -37,7 +37,9 @@ def front_table(
     rows = [front_row(version, dense) for version in [*front, *below]]
     shown = _whole([headings(dense), *rows], columns, width)
     table = Table(title=title, title_justify="left", caption=_caption(front, dense, below), caption_justify="left")
-    table.box, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0, 0, 1)
+    table.box = box.SIMPLE_HEAD
+    table.pad_edge = False
+    table.padding = (0, 0, 0, 1)
     for at in shown:
         table.add_column(headings(dense)[at], justify="right", no_wrap=True)
     for place, row in enumerate(rows):

@@ -4,7 +4,9 @@ from search.report.axes import accuracy_view, limit_lines, place
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.report.palette import MARKS
 
-HEIGHT, _LEAST_WIDTH, _MOST_WIDTH = 10, 40, 72
+HEIGHT = 10
+_LEAST_WIDTH = 40
+_MOST_WIDTH = 72
 _MARGIN = 9
 """Characters left of the plot, for the accuracies."""
 _LINES = {False: ("│", "└", "─", "┊"), True: ("|", "+", "-", ":")}

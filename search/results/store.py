@@ -34,7 +34,9 @@ REPORT = "sampler"
 """The study's attribute in which a sampler says how its surrogates did and where its proposals came from."""
 _BEGUN = b'"baseline"'
 """What a journal holds once the dense network was measured."""
-_RECOVERED, _SAMPLER, _GIVEN = "recovered.", "sampler.", "given"
+_RECOVERED = "recovered."
+_SAMPLER = "sampler."
+_GIVEN = "given"
 
 
 class StoreError(UserError):

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget, Constraint
+from search.config.units import count, millijoules, milliseconds, percent, size
 from search.results.pareto import Version
-from search.units import count, millijoules, milliseconds, percent, size
 
 
 def violation_line(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:

@@ -157,7 +157,9 @@ class Follower:
     """
 
     def __init__(self, tracking: Tracking, search: StoredSearch, say: Say) -> None:
-        self._tracking, self._search, self._say = tracking, search, say
+        self._tracking = tracking
+        self._search = search
+        self._say = say
         self._mirror: Mirror | None = None
         self._behind = list(search.trials)
         self._not_before = 0.0

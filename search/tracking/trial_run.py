@@ -12,7 +12,11 @@ from search.results.pareto import Version
 from search.results.store import StoredSearch
 from search.results.violations import broken_limits
 
-SEARCH, ROLE, TRIAL, FRONT, EFFORT = "search", "role", "trial", "front", "effort"
+SEARCH = "search"
+ROLE = "role"
+TRIAL = "trial"
+FRONT = "front"
+EFFORT = "effort"
 NAME, NOTE = "mlflow.runName", "mlflow.note.content"
 """Tags, the last two being MLflow's own."""
 _SCALES = {

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from evaluators.data import LabelledImages, Splits
 from evaluators.graph.exporter import ExportError
 from evaluators.graph.template import Template
-from search.cache import cache_folder
+from search.config.cache import cache_folder
+from search.config.progress import Progress
 from search.config.study import ExitsSection, Study, StudyError, TrainingSection
 from search.loading.models import Built
 from search.loading.user_code import call, load, source_of
-from search.progress import Progress
 from search.training.block_gates import skip_blocks, train_gates_once, with_gates
 from search.training.exit_heads import train_exits
 from search.training.loop import Augment, Fitted, TrainingBatches, fast_arithmetic, fit, load_weights, save

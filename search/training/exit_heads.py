@@ -11,8 +11,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from evaluators.data import LabelledImages, Splits
+from search.config.progress import Progress
 from search.config.study import ExitsSection
-from search.progress import Progress
 from search.training.distillation import distillation_loss
 from search.training.loop import Augment, TrainingBatches, fast_arithmetic, fit, save
 from spaces.dynamic.exit_network import ExitNetwork

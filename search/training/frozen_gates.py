@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from search.config.progress import Progress
 from search.config.sections import FittingSection
-from search.progress import Progress
 from search.training.loop import Fitted, Report, TrainingBatches, fit, load_weights, save
 
 _SHARE = 0.15

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from evaluators.data import Splits
 from evaluators.flops.masked import MaskedFlops
+from search.config.progress import Progress
 from search.config.sections import MasksSection
-from search.progress import Progress
 from search.training.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
 from search.training.distillation import distillation_loss
 from search.training.frozen_gates import settle, train_in_parts, while_gates_learn

@@ -111,7 +111,10 @@ def train(network: nn.Module, data: LabelledImages, minutes: float, rate: float)
     """Trains in place for so many processor minutes: SGD, one cosine, images shifted and mirrored."""
     parameters = list(network.parameters())
     optimizer = torch.optim.SGD(parameters, rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    batches, begin, epoch, share = TrainingBatches(data, 128, 0, augment), time.process_time(), 0, 0.0
+    batches = TrainingBatches(data, 128, 0, augment)
+    begin = time.process_time()
+    epoch = 0
+    share = 0.0
     network.train()
     while share < 1:
         for images, labels in batches.epoch(epoch):

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from search.environment import environment
+from search.config.environment import environment
 from spaces.candidate import Candidate
 from spaces.dynamic.cut_points import find_cut_points
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork, feature_channels

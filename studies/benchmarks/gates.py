@@ -162,7 +162,9 @@ class Bench:
     def row(self, name: str, network: ExitNetwork, asked: float | None) -> list[str]:
         """Returns a row of the table."""
         told = json.loads(self._ground.file(name, asked or 0).with_suffix(".json").read_text())
-        accuracy, latency, flops = {}, {}, None
+        accuracy = {}
+        latency = {}
+        flops = None
         builder = ArtifactBuilder(network, self._ground.data.calibration.images[:], self._runtime)
         for precision in ("fp32", "int8"):
             skips = {SKIP + block: 0.0 for block in network.skip_blocks}

@@ -129,7 +129,9 @@ def _in_own_process(model: str, batches: Sequence[int], name: str, seconds: floa
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(model, batches, name, sender))
-    begin, rows, error = time.monotonic(), list[Row](), f"not done in {seconds:.0f} s"
+    begin = time.monotonic()
+    rows = list[Row]()
+    error = f"not done in {seconds:.0f} s"
     process.start()
     sender.close()
     try:

@@ -20,11 +20,11 @@ from evaluators.quantization.int8 import NO_GRIDS
 from evaluators.runtimes.cpu import cpu_name
 from evaluators.runtimes.onnxruntime_cpu import load
 from search.config.overrides import Request
+from search.config.registries import QUANTIZERS
 from search.config.study import ExitsSection, FinetuneSection, QatSection
 from search.pipeline.workbench import Workbench
 from search.recovery.finetune import finetune
 from search.recovery.qat import Int8Network, Learned, train_int8
-from search.registries import QUANTIZERS
 from search.training.batchnorm import recalibrate_batch_norm, recovery_images
 from search.training.loop import TrainingBatches
 from spaces.candidate import Candidate

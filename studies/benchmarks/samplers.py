@@ -20,8 +20,8 @@ from optuna.trial import TrialState
 
 from search.config.budget import Budget
 from search.config.overrides import Request
+from search.config.registries import SAMPLERS
 from search.config.study import Study
-from search.registries import SAMPLERS
 from studies.benchmarks.markdown import print_table
 from studies.benchmarks.sampler_problems import Case, Record, StudyCase, SyntheticCase
 from studies.benchmarks.synthetic import Setting

@@ -22,8 +22,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from optuna.trial import FrozenTrial
 
 from evaluators.graph.exporter import INPUT, OPSET
+from search.config.environment import environment
 from search.config.study import load_study
-from search.environment import environment
 from search.loop.coordinator import Coordinator, measure_baseline
 from search.pipeline.workbench import Workbench
 from search.results.store import SearchFolder, StoredSearch

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from evaluators.data import LabelledImages, Splits
 
-CALIBRATION, VALIDATION, TEST = 97, 350, 350
+CALIBRATION = 97
+VALIDATION = 350
+TEST = 350
 _SEED = 0
 
 

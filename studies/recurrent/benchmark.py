@@ -103,7 +103,9 @@ class Bench:
     """All networks of one seed."""
 
     def __init__(self, task: Task, data: Splits, seed: int) -> None:
-        self.task, self.data, self.seed = task, data, seed
+        self.task = task
+        self.data = data
+        self.seed = seed
         torch.manual_seed(seed)
         self.plain = GruClassifier(task.features, HIDDEN, data.classes)
         train_classifier(self.plain, task.in_steps, self._batches(), self._settings(task.epochs[0], 0.3))

@@ -67,7 +67,9 @@ class SkipLoop:
 
     def __call__(self, sequence: Floats) -> Read:
         """Returns what is said of a sequence `(t, 1, features)`."""
-        state, index, length = self._first, 0, len(sequence)
+        state = self._first
+        index = 0
+        length = len(sequence)
         updates = np.zeros(length, np.bool_)
         while index < length:
             state, increment = self._step(sequence[index : index + 1], state)
@@ -88,7 +90,9 @@ class PredictedLoop:
     """
 
     def __init__(self, step: File, head: File, predictor: File, hidden: int, threshold: float) -> None:
-        self._step, self._head, self._predictor = step, head, predictor
+        self._step = step
+        self._head = head
+        self._predictor = predictor
         self._threshold = threshold
         self._first = np.zeros((1, 1, hidden), np.float32)
 
@@ -113,7 +117,9 @@ def steps_to_skip(increment: float, most: int) -> int:
         increment: of the probability, 0 to 1.
         most: steps that are left.
     """
-    step, total, count = np.float32(increment), np.float32(increment), 0
+    step = np.float32(increment)
+    total = np.float32(increment)
+    count = 0
     while total <= 0.5 and count < most:
         total, count = total + step, count + 1
     return count

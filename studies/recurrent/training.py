@@ -17,7 +17,9 @@ InSteps = Callable[[Tensor], Tensor]
 """From images `(n, c, h, w)` to sequences `(n, t, features)`."""
 _DISTILLATION, _TEMPERATURE = 0.5, 2.0
 """The plain network's share in what a Skip RNN learns, and what softens both answers."""
-_STEPS, _BATCH, _LEARNING_RATE = 1500, 1000, 0.01
+_STEPS = 1500
+_BATCH = 1000
+_LEARNING_RATE = 0.01
 """How a predictor is trained."""
 _RATES = (0.0, 0.3, 0.6)
 """Shares of the updates that are skipped at random for the states that a predictor learns on."""

@@ -11,7 +11,7 @@ import pytest
 from evaluators.measurement import Measurement
 from evaluators.runtimes import device_state
 from evaluators.runtimes.device_state import DeviceState, cpu_state, gpu_state, state_moved
-from search.environment import environment
+from search.config.environment import environment
 
 NVML = """
 #include <string.h>

@@ -18,8 +18,8 @@ from evaluators.diagnosis.rules import find, is_chance
 from evaluators.diagnosis.taps import norm_variances
 from evaluators.runtimes.cpu import weight_bits
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
-from search.diagnosis.diagnosis import diagnose
-from search.diagnosis.request import Wanted
+from search.config.diagnosis_request import Wanted
+from search.pipeline.diagnosis import diagnose
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from tests.helpers import zoo

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from search.console.display import Display, bar
-from search.console.output import Output
+from search.report.display import Display, bar
+from search.report.output import Output
 
 
 class Clock:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from search.config.progress import Say
 from search.config.references import SourceError
 from search.config.study import ModelSection, Study
 from search.loading.models import NEW_LAYER, build_model, find_weights, usual_preprocessing
 from search.loading.network_checks import check_network
 from search.loading.user_code import UserCodeError
 from search.loading.weights import fit, last_layer, read_weights
-from search.progress import Say
 from search.training.dense import trained_network
 from tests.helpers import tiny
 

@@ -13,12 +13,12 @@ from torch import nn
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.quantization.int8 import NO_GRIDS
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
+from search.config.registries import QUANTIZERS, RECOVERIES
 from search.config.study import ElasticSection, FittingSection, QatSection, RecoverySection
 from search.recovery.base import Ground, Int8Ground
 from search.recovery.elastic import train_elastic
 from search.recovery.mixed_precision import MixedPrecision
 from search.recovery.qat import Int8Network, Learned, train_int8, train_int8_kept
-from search.registries import QUANTIZERS, RECOVERIES
 from search.training.batchnorm import recalibrate_batch_norm
 from search.training.loop import TrainingBatches, fit
 from spaces.candidate import Candidate

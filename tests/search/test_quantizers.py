@@ -9,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evaluators.quantization.int8 import quantize_weight
+from search.config.registries import QUANTIZERS
 from search.recovery.quantizers.dorefa import DoReFaActivation, DoReFaWeight
 from search.recovery.quantizers.grid import LargestScaled, rounded
 from search.recovery.quantizers.lsq import LsqActivation, LsqWeight, gradient_scale
 from search.recovery.quantizers.pact import PactActivation
-from search.registries import QUANTIZERS
 
 
 def gradients(values: torch.Tensor, step: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:

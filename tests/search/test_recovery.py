@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from search.config.registries import RECOVERIES
 from search.config.study import ElasticSection, FinetuneSection, FittingSection, RecoverySection, StudyError, finetuning
 from search.recovery.base import Ground
 from search.recovery.elastic import SharedWeights, random_channels, train_elastic
 from search.recovery.finetune import finetune
-from search.registries import RECOVERIES
 from search.training.distillation import distillation_loss
 from search.training.loop import DivergedError, TrainingBatches, fit, rate_at
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from evaluators.accuracy import wilson
 from search.cli import run
 from search.config.budget import Budget
+from search.config.units import threshold
 from search.report.axes import stairs
 from search.report.caveats import caveats
 from search.report.compare import Side, compare, parse_side
@@ -26,7 +27,6 @@ from search.report.text_plot import HEIGHT, scatter
 from search.results.pareto import feasible, hypervolume, pareto
 from search.results.sensitivity import Point, Profile
 from search.results.store import SearchFolder
-from search.units import threshold
 from spaces.candidate import Candidate
 from tests.helpers.searches import measurement, stored, version
 

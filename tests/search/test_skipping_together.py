@@ -23,7 +23,7 @@ from evaluators.runtimes.paired_timing import Protocol
 from evaluators.streams import Stream
 from search.config.overrides import Request
 from search.config.study import ExitsSection, Study
-from search.diagnosis.diagnosis import Wanted, diagnose
+from search.pipeline.diagnosis import Wanted, diagnose
 from search.pipeline.exit_thresholds import GateSolver
 from search.pipeline.workbench import Workbench
 from search.recovery.qat import Int8Network

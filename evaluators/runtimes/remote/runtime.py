@@ -275,7 +275,9 @@ def _needed(
     """
     if bytes_of(images) <= SMALL_BYTES:
         return images[:], batches
-    parts, moved, end = [images[:reference_batch]], [], min(reference_batch, len(images))
+    parts = [images[:reference_batch]]
+    moved = []
+    end = min(reference_batch, len(images))
     for batch in batches:
         parts.append(images[batch.start : batch.start + batch.count])
         behind = end + len(parts[-1])

@@ -183,7 +183,9 @@ class OpenedEngines:
         confidence: str = "softmax",
     ) -> None:
         self.gpu_s = 0.0  # of all calls so far, copies included
-        self._load, self._stream, self._wall = load, stream, wall
+        self._load = load
+        self._stream = stream
+        self._wall = wall
         self._inspect = inspect
         self._thresholds, self._kind = tuple(thresholds), confidence
         self._loaded: dict[Shape, Sequence[EngineStage]] = {}

@@ -228,7 +228,9 @@ def fit(columns: Array, values: Array, doubts: Array) -> Surrogate:
         attempts.append(attempt(kernel, kernel(inner, lengths, lengths), noise, _COMMON))
     closest = min(attempts, key=lambda each: each.error)
     best = closest if closest.error < _CLEARLY * best.error else best
-    kernel, inverse, errors = best.kernel, best.inverse, best.errors
+    kernel = best.kernel
+    inverse = best.inverse
+    errors = best.errors
     expected = 1 / np.diag(inverse)
     spread = float(np.sqrt(np.median(errors**2 / expected) / 0.455))  # the median of a squared normal number
     spread = min(max(spread, 0.1), 10.0)

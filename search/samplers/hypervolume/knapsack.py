@@ -161,7 +161,9 @@ class _Solver:
         """A layer's cell has the width of its group."""
         places = {pair: len(self._cells) + place for place, pair in enumerate(self._widths)}
         rules: dict[tuple[int, int], int] = {}
-        data, rows, columns = [], [], []
+        data = []
+        rows = []
+        columns = []
         for place, cell in enumerate(self._cells):
             group = self._group_of[cell.layer]
             if group < 0:

@@ -252,7 +252,9 @@ def _look_at_constraint(values: Array, codec: Codec, meaning: Meaning | None) ->
 
 
 def _belief(rows: Array, costs: Array, look: _Look) -> Belief:
-    scale, features, formula = look.scale, look.columns, look.formula
+    scale = look.scale
+    features = look.columns
+    formula = look.formula
     known: NDArray[np.bool_] = ~np.isnan(costs)
     places = scale.forward(costs[known])
     left = places - look.known(rows, known)

@@ -21,15 +21,23 @@ def evolve(
     rows = np.unique(start, axis=0)
     costs, broken = judge(rows)
     order = ranked(costs, broken, population)
-    rows, costs, broken = rows[order], costs[order], broken[order]
+    rows = rows[order]
+    costs = costs[order]
+    broken = broken[order]
     for _ in range(generations):
         children = offspring(rows, codec, rng, population)
         more, theirs = judge(children)
-        rows, costs, broken = np.vstack([rows, children]), np.vstack([costs, more]), np.concatenate([broken, theirs])
+        rows = np.vstack([rows, children])
+        costs = np.vstack([costs, more])
+        broken = np.concatenate([broken, theirs])
         _, first = np.unique(rows, axis=0, return_index=True)
-        rows, costs, broken = rows[first], costs[first], broken[first]
+        rows = rows[first]
+        costs = costs[first]
+        broken = broken[first]
         order = ranked(costs, broken, population)
-        rows, costs, broken = rows[order], costs[order], broken[order]
+        rows = rows[order]
+        costs = costs[order]
+        broken = broken[order]
     return rows, costs, broken
 
 

@@ -65,7 +65,10 @@ class _Reads:
     def __init__(
         self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
     ) -> None:
-        self._kernel, self._stride, self._padding, self._dilation = kernel, stride, padding, dilation
+        self._kernel = kernel
+        self._stride = stride
+        self._padding = padding
+        self._dilation = dilation
 
     @classmethod
     def of(cls, conv: nn.Module) -> "_Reads":

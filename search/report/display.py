@@ -9,9 +9,9 @@ from rich.live import Live
 from rich.text import Text
 
 from search.config.budget import Budget
+from search.config.units import milliseconds, percent
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version, choose, feasible, front_within, hypervolume
-from search.units import milliseconds, percent
 
 _PLAIN_EVERY = 10
 """Without a terminal, a line after so many trials."""

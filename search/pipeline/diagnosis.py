@@ -18,10 +18,10 @@ from evaluators.diagnosis.rules import find
 from evaluators.diagnosis.taps import has_halves, norm_variances
 from evaluators.runtimes.base import Runtime, deployed_stages
 from evaluators.runtimes.registry import runtime
+from search.config.diagnosis_request import Wanted
+from search.config.progress import Progress
 from search.config.study import FinetuneSection
-from search.diagnosis.request import Wanted
 from search.pipeline.workbench import Workbench
-from search.progress import Progress
 from search.results.evaluation import Evaluation
 from search.results.store import StoredSearch
 from spaces.candidate import Candidate

@@ -1,1 +1,0 @@
-"""Diagnoses of versions and bundles."""
