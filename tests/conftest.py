@@ -13,7 +13,7 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.tensorrt_gpu import runtime as trt
 from search.cli import run
 from search.config.study import Study
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
 from spaces.joint import JointSpace
 from spaces.precision import PrecisionSpace
@@ -65,8 +65,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bench(cache: Path) -> Workbench:
-    return Workbench(Study.parse(tiny.STUDY, "the tests' study"), lambda *_: None)
+def pipeline(cache: Path) -> CompressionPipeline:
+    return build_pipeline(Study.parse(tiny.STUDY, "the tests' study"), lambda *_: None)
 
 
 @pytest.fixture

@@ -34,15 +34,15 @@ HEADINGS = ("layer", "input", "output", "cosine", "largest", "dead", "silent")
 def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path, download: bool, output: Output) -> int:
     """Compares a version with its float self and shows what was found; returns the exit code."""
     from search.pipeline.diagnosis import diagnose, evaluation_of
-    from search.pipeline.workbench import Workbench
+    from search.pipeline.pipeline import build_pipeline
 
     search = StoredSearch.read(find_search(runs, name)) if name is not None or wanted.trial is not None else None
     evaluation = evaluation_of(wanted, search)
     study = _study(request, search)
     console = output.console()
     with Display(output.beside(), output.quiet) as display:
-        bench = Workbench(study, display.step, say=display.say, download=download)
-        found = diagnose(bench, wanted, evaluation, display.step)
+        pipeline = build_pipeline(study, display.step, say=display.say, download=download)
+        found = diagnose(pipeline, wanted, evaluation, display.step)
     if output.as_json:
         sys.stdout.write(found.to_json() + "\n")
     else:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.commands.front import NO_VERSION, print_front
-from search.commands.run import check_same_network
 from search.config.budget import Budget
 from search.config.study import finetuning
 from search.config.units import milliseconds, percent, points, size
 from search.deploy.fresh_timing import content, lines, slack
+from search.loop.resume import check_same_network
 from search.report.display import Display
 from search.report.output import SPOKEN, Output, write_json, write_lines
 from search.report.overview import Overview
@@ -46,21 +46,21 @@ def run_pick(
         print_front(overview, console)
         return NO_VERSION
     from search.deploy.bundle import check_out, confirm, count_pick, measure_afresh, recover_more, write_bundle
-    from search.pipeline.workbench import Workbench
+    from search.pipeline.pipeline import build_pipeline
 
     check_out(out)
     with Display(output.beside(), output.quiet) as display:
-        bench = Workbench(search.study, display.step)
-        check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), bench.fingerprint)
+        pipeline = build_pipeline(search.study, display.step)
+        check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), pipeline.fingerprint)
         versions: Sequence[Version] = [*feasible(overview.simple, limits, overview.dense.measured), *overview.good]
         if more is not None:
             pruned = next(
                 (version for version in choose(overview.front, prefer) if version.number >= 0), overview.front[0]
             )
-            versions = [recover_more(bench, search, pruned, more)]
+            versions = [recover_more(pipeline, search, pruned, more)]
         display.say("Measuring the picked version afresh, in a new process...")
         dense = overview.dense.measured
-        found = measure_afresh(bench, search, versions, limits, prefer, display.say)
+        found = measure_afresh(pipeline, search, versions, limits, prefer, display.say)
         wider = slack(found, versions if more else [*overview.simple, *overview.versions], prefer, limits, dense)
         if found.taken is None:
             if output.as_json:
@@ -69,9 +69,9 @@ def run_pick(
             for line in lines(found, wider, prefer, limits, dense):
                 display.warn(line)
             return NO_VERSION
-        confirmed = confirm(bench, search, found.taken)
+        confirmed = confirm(pipeline, search, found.taken)
         used = count_pick(search, confirmed)
-        write_bundle(out, bench, search, limits, confirmed)
+        write_bundle(out, pipeline, search, limits, confirmed)
         tracking = Tracking.of(runs, tracking_uri, remembered(search.folder.open()))
         registered = _registered(tracking, search, confirmed, out, display)
     if output.as_json:

@@ -27,7 +27,7 @@ from spaces.errors import UserError
 if TYPE_CHECKING:
     from search.loop.coordinator import Outcome
     from search.pipeline.given_network import GivenNetwork
-    from search.pipeline.workbench import Workbench
+    from search.pipeline.pipeline import CompressionPipeline
     from search.results.sensitivity import Profile
 
 warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
@@ -101,19 +101,6 @@ def _check_same_question(folder: SearchFolder, study: Study) -> None:
         )
 
 
-def check_same_network(folder: SearchFolder, then: str | None, now: str) -> None:
-    """Checks that a search goes on with the network and the images that it began with.
-
-    Raises:
-        StoreError: others lie there now.
-    """
-    if then not in (None, now):
-        raise StoreError(
-            f"a search goes on with the network and the images that it began with, got others for {folder.path};"
-            " give another --search, or bring the earlier ones back"
-        )
-
-
 def _search(
     folder: SearchFolder,
     study: Study,
@@ -129,39 +116,42 @@ def _search(
 
     library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written
     with folder.lock():
-        from search.loop.coordinator import Coordinator, is_counted, measure_baseline, put_right_running
+        from search.loop.baseline import measure_baseline
+        from search.loop.coordinator import Coordinator
         from search.loop.greedy_widths import greedy_seeds
+        from search.loop.resume import check_same_network, is_counted, put_right_running
         from search.pipeline.given_network import GivenNetwork
+        from search.pipeline.pipeline import build_pipeline
         from search.pipeline.sensitivity_profiler import Profiler
-        from search.pipeline.workbench import Workbench
         from search.tracking.mirror import Follower
 
         display.say(f"Searching study {study.name} within {study.limits} on {study.target.runtime}.")
         given = GivenNetwork(study, display.step, library, display.say, download)
         stored = folder.create()
         simple = None if "baseline" in stored.user_attrs else _measure_given(given, stored, display)
-        bench = Workbench(study, display.step, library, display.say, download, given)
-        display.say(f"{bench.exit_places} {bench.groups}")
-        check_same_network(folder, stored.user_attrs.get("fingerprint"), bench.fingerprint)
+        pipeline = build_pipeline(study, display.step, library, display.say, download, given)
+        display.say(f"{pipeline.exit_places} {pipeline.groups}")
+        check_same_network(folder, stored.user_attrs.get("fingerprint"), pipeline.fingerprint)
         put_right_running(stored)
-        needed = f"Recovery of pruned versions: {bench.recovery.effort}."
-        display.say(needed if bench.recovers else "No version loses channels or weights, so none is recovered.")
-        for remark in bench.remarks:
+        effort = f"Recovery of pruned versions: {pipeline.compressor.recovery.effort}."
+        none = "No version loses channels or weights, so none is recovered."
+        display.say(effort if pipeline.compressor.may_be_needed else none)
+        for remark in pipeline.remarks:
             display.say(f"Note: {remark}.")
         if "baseline" not in stored.user_attrs:
             display.say("Measuring the dense network...")
             (folder.path / "study.toml").write_text(_AS_SEARCHED + study.to_toml(), encoding="utf-8")
-            bench.loaded.write(folder.path)
+            pipeline.given.loaded.write(folder.path)
             stored.set_user_attr("study", study.model_dump(mode="json"))
-            stored.set_user_attr("fingerprint", bench.fingerprint)
-            stored.set_user_attr("structure", bench.structure())
-            baseline = measure_baseline(bench, simple, trials, ending.timeout_s)
+            stored.set_user_attr("fingerprint", pipeline.fingerprint)
+            stored.set_user_attr("structure", pipeline.structure())
+            baseline = measure_baseline(pipeline, simple, trials, ending.timeout_s, display.step)
             stored.set_user_attr("baseline", baseline.to_dict())
         keep_sampler(stored, sampler)
         tracking = Tracking.of(folder.path.parent, tracking_uri, remembered(stored))
         remember(stored, tracking, folder.path.parent)
         search = StoredSearch.read(folder)
-        _say_baseline(search.baseline, bench.data.classes, display)
+        _say_baseline(search.baseline, pipeline.data.classes, display)
         mirror = Follower(tracking, search, display.warn)
         mirror.begin()
         done = sum(is_counted(trial) for trial in search.trials)
@@ -169,12 +159,12 @@ def _search(
             display.say(f"Going on with search {folder.name}: {done} trials are there")
         lines = search.baseline.lines_to_beat
         view = SearchView(display, search.versions, search.budget, lines[0], done, trials, lines)
-        seeds = greedy_seeds(bench, display.step, display.say) if study.search.profile else []
-        coordinator = Coordinator(bench, stored, search.baseline, sampler, seed, [mirror, view], seeds)
+        seeds = greedy_seeds(pipeline, display.step, display.say) if study.search.profile else []
+        coordinator = Coordinator(pipeline, stored, search.baseline, sampler, seed, [mirror, view], seeds)
         outcome = coordinator.run(trials, ending.timeout_s, ending.patience)
         if outcome.code == 0:
-            outcome = _recover(bench, stored, search.baseline, outcome, display)
-        if profiled := Profiler(bench).known:
+            outcome = _recover(pipeline, stored, search.baseline, outcome, display)
+        if profiled := Profiler(pipeline).known:
             write_profile(folder.path, profiled)
         mirror.finish(StoredSearch.read(folder))
     display.say(f"Ended: {outcome.reason}.")
@@ -200,13 +190,13 @@ def _measure_given(given: "GivenNetwork", stored: optuna.Study, display: Display
 
 
 def _recover(
-    bench: "Workbench", stored: optuna.Study, baseline: Baseline, outcome: "Outcome", display: Display
+    pipeline: "CompressionPipeline", stored: optuna.Study, baseline: Baseline, outcome: "Outcome", display: Display
 ) -> "Outcome":
     """Recovers the front in full where the study asks for it; returns how the search ended then."""
     from search.loop.front_recovery import recover_front
 
     try:
-        done = recover_front(bench, stored, baseline, display.say)
+        done = recover_front(pipeline, stored, baseline, display.say)
     except KeyboardInterrupt:
         return replace(outcome, reason="interrupted", code=130)
     if done:
@@ -247,14 +237,14 @@ def run_profile(request: Request, name: str | None, runs: Path, download: bool, 
     folder = SearchFolder(runs / name) if name else None
     study = StoredSearch.read(folder).study if folder else request.to_study()
     from search.loop.greedy_widths import greedy_versions
+    from search.pipeline.pipeline import build_pipeline
     from search.pipeline.sensitivity_profiler import Profiler
-    from search.pipeline.workbench import Workbench
     from search.report.heat_map import heat_maps
 
     console = output.console()
     with Display(output.beside(), output.quiet) as display:
-        bench = Workbench(study, display.step, say=display.say, download=download)
-        profiler = Profiler(bench)
+        pipeline = build_pipeline(study, display.step, say=display.say, download=download)
+        profiler = Profiler(pipeline)
         if not profiler.groups:
             raise UserError(f"a profile needs a group of channels that may shrink, got none in study {study.name!r}")
         found = profiler.run(display.step)
@@ -262,7 +252,7 @@ def run_profile(request: Request, name: str | None, runs: Path, download: bool, 
     _write_picture(found, f"{study.name}: one group at a time, after recovery {found.effort!r}", picture)
     if folder:
         write_profile(folder.path, found)
-    greedy = greedy_versions(bench, found)
+    greedy = greedy_versions(pipeline, found)
     if output.as_json:
         proposals = [{"flops": share, "channels": kept} for share, kept in greedy]
         content = {"study": study.name, "picture": str(picture), **found.to_dict(), "greedy": proposals}

@@ -25,8 +25,8 @@ from search.config.budget import Budget
 from search.config.environment import environment
 from search.config.study import FinetuneSection
 from search.deploy.fresh_timing import Afresh, Again, foremost, untried
-from search.pipeline.exit_thresholds import GateSolver
-from search.pipeline.workbench import Workbench
+from search.pipeline.exit_thresholds import ExitThresholdSolver
+from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
 from search.results.store import StoredSearch
@@ -93,12 +93,17 @@ def check_out(folder: Path) -> None:
 
 
 def measure_afresh(
-    bench: Workbench, search: StoredSearch, versions: Sequence[Version], budget: Budget, prefer: str, say: Say
+    pipeline: CompressionPipeline,
+    search: StoredSearch,
+    versions: Sequence[Version],
+    budget: Budget,
+    prefer: str,
+    say: Say,
 ) -> Afresh:
     """Returns which of the versions comes first by a preference once those that do are timed again, in a new process.
 
     Args:
-        bench: builds them.
+        pipeline: builds them.
         search: that measured them.
         versions: to choose from.
         budget: to keep.
@@ -106,11 +111,11 @@ def measure_afresh(
         say: told about each that is not taken.
     """
     dense, tried = search.baseline.evaluation.measurements, list[Again]()
-    evaluator = bench.latency_evaluator(search.baseline.reference_seconds)
+    evaluator = pipeline.references.latency_evaluator(search.baseline.reference_seconds)
     # One that was recovered since the search may break a limit as it is: it is timed, so that all can be told.
     first: Version | None = foremost(versions, tried, prefer, budget, dense) or versions[0]
     while first is not None and len(tried) < ATTEMPTS:
-        again = _timed_again(bench, search, first, evaluator, budget)
+        again = _timed_again(pipeline, search, first, evaluator, budget)
         tried.append(again)
         first = foremost(versions, tried, prefer, budget, dense)
         if first is not None and first.number in {each.version.number for each in tried}:
@@ -123,10 +128,10 @@ def measure_afresh(
 
 
 def _timed_again(
-    bench: Workbench, search: StoredSearch, version: Version, evaluator: LatencyEvaluator, budget: Budget
+    pipeline: CompressionPipeline, search: StoredSearch, version: Version, evaluator: LatencyEvaluator, budget: Budget
 ) -> Again:
     """Returns a version's fresh latency; where that breaks a limit by no more than chance, the mean of two timings."""
-    subject, dense = _rebuilt(bench, search, version), search.baseline.evaluation.measurements
+    subject, dense = _rebuilt(pipeline, search, version), search.baseline.evaluation.measurements
     with tempfile.TemporaryDirectory() as folder:
         write_job(Path(folder), subject, evaluator)
         one = remeasure(Path(folder))
@@ -139,42 +144,44 @@ def _timed_again(
     return Again(version, mean_of(one.latency, two.latency), two.speed, 2)
 
 
-def _rebuilt(bench: Workbench, search: StoredSearch, version: Version) -> Subject:
+def _rebuilt(pipeline: CompressionPipeline, search: StoredSearch, version: Version) -> Subject:
     given = search.baseline.given_precision(version)
     if given:
-        return bench.given.subject(given)
-    return bench.subject(version.evaluation.candidate, _finetuned(version.evaluation))
+        return pipeline.given.subject(given)
+    return pipeline.deployed(version.evaluation.candidate, _finetuned(version.evaluation))
 
 
-def confirm(bench: Workbench, search: StoredSearch, again: Again) -> Confirmed:
+def confirm(pipeline: CompressionPipeline, search: StoredSearch, again: Again) -> Confirmed:
     """Returns a version that was timed again, with what it says to the test images: they are used for this one only."""
-    subject = _rebuilt(bench, search, again.version)
-    answers = subject.answers_to(bench.data.test)
-    dense_answers = bench.subject(bench.space.dense()).answers_to(bench.data.test)
+    subject = _rebuilt(pipeline, search, again.version)
+    answers = subject.answers_to(pipeline.data.test)
+    dense_answers = pipeline.deployed(pipeline.space.dense()).answers_to(pipeline.data.test)
     return Confirmed(
         version=again.version,
         subject=subject,
         latency=again.latency,
         speed=again.speed,
-        test=accuracy_of(answers, bench.target, "test"),
-        dense_test=accuracy_of(dense_answers, bench.target, "test"),
+        test=accuracy_of(answers, pipeline.target, "test"),
+        dense_test=accuracy_of(dense_answers, pipeline.target, "test"),
         answers=answers,
     )
 
 
-def recover_more(bench: Workbench, search: StoredSearch, version: Version, more: FinetuneSection) -> Version:
-    """Returns a version with further fine-tuning, measured again; see `Workbench.may_recover`.
+def recover_more(
+    pipeline: CompressionPipeline, search: StoredSearch, version: Version, more: FinetuneSection
+) -> Version:
+    """Returns a version with further fine-tuning, measured again; see `Compressor.may_recover`.
 
     Raises:
         BundleError: the version has all of its channels and weights, so there is nothing to win back.
         DivergedError: the loss is not finite for the second time.
     """
     candidate = version.evaluation.candidate
-    if not bench.may_recover(candidate):
+    if not pipeline.compressor.may_recover(candidate):
         raise BundleError(f"--finetune recovers a pruned version, got {version.title}, which lacks nothing")
-    latency = bench.latency_evaluator(search.baseline.reference_seconds)
-    gates = GateSolver(bench, latency, search.baseline.evaluation.measurements)
-    return Version(version.number, gates.measure(gates.resettle(candidate, more), lambda _measured: False, more))
+    latency = pipeline.references.latency_evaluator(search.baseline.reference_seconds)
+    solver = ExitThresholdSolver(pipeline, latency, search.baseline.evaluation.measurements)
+    return Version(version.number, solver.evaluate(solver.resolve_again(candidate, more), (), more))
 
 
 def _finetuned(evaluation: Evaluation) -> FinetuneSection | None:
@@ -197,7 +204,9 @@ def _pick(confirmed: Confirmed) -> dict[str, float | str]:
     return {"trial": confirmed.version.trial, "test_accuracy": test, "latency_s": latency}
 
 
-def write_bundle(out: Path, bench: Workbench, search: StoredSearch, budget: Budget, confirmed: Confirmed) -> None:
+def write_bundle(
+    out: Path, pipeline: CompressionPipeline, search: StoredSearch, budget: Budget, confirmed: Confirmed
+) -> None:
     """Writes the bundle, replacing an earlier one only when the new one is whole and answers as measured.
 
     Raises:
@@ -209,7 +218,7 @@ def write_bundle(out: Path, bench: Workbench, search: StoredSearch, budget: Budg
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
             made = Path(folder) / "bundle"
             made.mkdir()
-            _write_files(made, bench, search, budget, confirmed)
+            _write_files(made, pipeline, search, budget, confirmed)
             _run_once(made)
             if out.exists():
                 shutil.rmtree(out)
@@ -218,9 +227,11 @@ def write_bundle(out: Path, bench: Workbench, search: StoredSearch, budget: Budg
         raise BundleError(f"a bundle goes into a writable folder, got {out}: {error.strerror}") from error
 
 
-def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: Budget, confirmed: Confirmed) -> None:
+def _write_files(
+    folder: Path, pipeline: CompressionPipeline, search: StoredSearch, budget: Budget, confirmed: Confirmed
+) -> None:
     artifact, evaluation = confirmed.subject.artifact, confirmed.version.evaluation
-    evaluator = bench.latency_evaluator(search.baseline.reference_seconds)
+    evaluator = pipeline.references.latency_evaluator(search.baseline.reference_seconds)
     precision = evaluator.majority(confirmed.subject)
     reference = evaluator.references[precision]
     names = ["model.onnx"] if len(artifact.stages) == 1 else [f"stage{i + 1}.onnx" for i in range(len(artifact.stages))]
@@ -231,25 +242,25 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
         (folder / "portable").mkdir()
         for name, stage in zip(names, artifact.stages, strict=True):
             (folder / "portable" / name).write_bytes(stage)
-    test = bench.data.test
+    test = pipeline.data.test
     images = test.head(max(min(len(test), _CHECK_BYTES * len(test) // bytes_of(test.images)), 1))
     np.savez_compressed(folder / "check.npz", images=images.images[:], labels=images.labels)
-    extras = bench.runtime.extras(artifact.deployed, bench.data.calibration.images[: bench.target.batch])
+    extras = pipeline.runtime.extras(artifact.deployed, pipeline.data.calibration.images[: pipeline.target.batch])
     for name, content in extras.items():
         (folder / name).write_bytes(content)
     if extras:
         (folder / "runtime.pyz").write_bytes(worker_file())
     # The portable form, which a board's runtime can read as well as this one's.
-    (folder / REFERENCE).write_bytes(bench.references()[precision].stages[0])
-    preprocessing = bench.loaded.preprocessing
+    (folder / REFERENCE).write_bytes(pipeline.references.artifacts[precision].stages[0])
+    preprocessing = pipeline.given.loaded.preprocessing
     contents: dict[str, Any] = {
         _MARKER: {
             "format": 1,
             "study": search.study.name,
             "search": search.folder.name,
             "trial": confirmed.version.trial,
-            "target": bench.target.to_dict(),
-            "library": bench.runtime.version(),
+            "target": pipeline.target.to_dict(),
+            "library": pipeline.runtime.version(),
             "deployed": names,
             "extras": sorted(extras),
             "exits": artifact.exits,
@@ -258,8 +269,8 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "preprocessing": asdict(preprocessing) if preprocessing else None,
             "blocks": artifact.blocks,
             "steps": staged.to_json(artifact.steps),
-            "image_shape": bench.data.image_shape,
-            "classes": bench.data.classes,
+            "image_shape": pipeline.data.image_shape,
+            "classes": pipeline.data.classes,
             **({"frames": asdict(artifact.reuse)} if artifact.reuse else {}),
             "reference": {"file": REFERENCE, "precision": precision, "seconds": reference.seconds},
             "leaving": [value for name, value in confirmed.latency.notes.items() if name.startswith(LEFT)],
@@ -278,7 +289,7 @@ def _write_files(folder: Path, bench: Workbench, search: StoredSearch, budget: B
             "dense": search.baseline.evaluation.to_dict(),
             "dense_test_accuracy": confirmed.dense_test.to_dict(),
         },
-        "environment.json": environment(bench.runtime.device(), bench.runtime.state()),
+        "environment.json": environment(pipeline.runtime.device(), pipeline.runtime.state()),
     }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -2,41 +2,36 @@
 
 import json
 import logging
-import math
 import time
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from evaluators.latency.evaluator import LatencyEvaluator
-from evaluators.latency.slow_layers import Examined
 from evaluators.measurement import Measurement
 from evaluators.streams import Stream
 from search.config.budget import Budget
-from search.config.environment import environment
 from search.config.registries import SAMPLERS
-from search.loop.front_recovery import REACH
+from search.loop.front_recovery import RECOVERABLE
 from search.loop.interrupts import Interrupts
 from search.loop.patience import Stall
+from search.loop.resume import is_counted, put_right_running, resolved_choices, without_slow_precisions
 from search.loop.sampler_prior import meaning_of
-from search.pipeline.early_stopping import Screen, most_asked, saved_seconds
-from search.pipeline.exit_thresholds import GateSolver, Settled, is_hopeless
-from search.pipeline.workbench import Workbench
+from search.pipeline.early_stopping import AccuracyScreen, EarlyStopping, LimitsBroken, max_screened, saved_seconds
+from search.pipeline.exit_thresholds import ExitThresholdSolver, ResolvedCandidate
+from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import OBJECTIVES, Version
-from search.results.simple_versions import Given, Simple
 from search.results.store import REPORT, Baseline, versions_of
 from search.samplers.base import InformedSampler
 from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Codec
 from spaces.candidate import Candidate
 from spaces.dimensions import Value
-from spaces.joint import JointSpace
 
 REPEATED_FAILURES = 10
 """So many failures in a row, all for one reason, end a search."""
@@ -75,7 +70,7 @@ class Coordinator:
     """Runs the trials of one search and writes each to its journal.
 
     Args:
-        bench: builds and measures candidates.
+        pipeline: builds and measures candidates.
         stored: Optuna's study; the truth.
         baseline: the dense network.
         sampler_name: proposes candidates.
@@ -86,7 +81,7 @@ class Coordinator:
 
     def __init__(
         self,
-        bench: Workbench,
+        pipeline: CompressionPipeline,
         stored: optuna.Study,
         baseline: Baseline,
         sampler_name: str,
@@ -94,27 +89,28 @@ class Coordinator:
         observers: list[Observer],
         seeds: Sequence[Mapping[str, Value]] = (),
     ) -> None:
-        self._bench = bench
+        self._pipeline = pipeline
         self._seeds: Sequence[Mapping[str, Value]] = seeds
         self._stored = stored
         self._dense = baseline.evaluation.measurements
-        self._budget: Budget = bench.study.limits
+        self._budget: Budget = pipeline.study.limits
         self._observers = observers
-        self._latency: LatencyEvaluator = bench.latency_evaluator(baseline.reference_seconds)
-        self._gates = GateSolver(bench, self._latency, self._dense)
+        self._latency = pipeline.references.latency_evaluator(baseline.reference_seconds)
+        self._thresholds = ExitThresholdSolver(pipeline, self._latency, self._dense)
         # From the journal, so that a search that goes on has the space that it began with.
-        self._space = narrowed(bench.space, baseline.examined)
+        self._space = without_slow_precisions(pipeline.space, baseline.examined)
         self._distributions = distributions(self._space)
         self._known: dict[str, Version] = {
             version.evaluation.candidate.key: version for version in versions_of(stored.get_trials(deepcopy=False))
         }
         self._simple = {each.evaluation.candidate.key: each.evaluation for each in baseline.simple if each.is_own}
         lines = baseline.lines_to_beat
-        self._screen = screen_of(bench, self._dense, ChainMap(self._known, {line.title: line for line in lines}))
-        self._settled = settled_choices(stored.get_trials(deepcopy=False), self._known.values())
+        screen = accuracy_screen(pipeline, self._dense, ChainMap(self._known, {line.title: line for line in lines}))
+        self._stopping: list[EarlyStopping] = [LimitsBroken(self._budget, self._dense), *([screen] if screen else [])]
+        self._resolved = resolved_choices(stored.get_trials(deepcopy=False), self._known.values())
         self._codec = Codec(self._distributions)
         drawn = seed + len(stored.get_trials(deepcopy=False))
-        stored.sampler = SAMPLERS[sampler_name](drawn, partial(meaning_of, bench, self._space, baseline))
+        stored.sampler = SAMPLERS[sampler_name](drawn, partial(meaning_of, pipeline, self._space, baseline))
         if isinstance(stored.sampler, InformedSampler):
             self._seeds = [*seeds, *stored.sampler.initial_proposals(self._distributions)]
         self._stall = Stall(self._budget, self._dense, lines)
@@ -189,9 +185,9 @@ class Coordinator:
         try:
             choices = self._space.candidate(trial.params)
             with self._interrupts.allowed():
-                settled = self._settle(choices)
-                known = self._known.get(settled.candidate.key)
-                evaluation = known.evaluation if known else self._measure(settled)
+                resolved = self._resolve(choices)
+                known = self._known.get(resolved.candidate.key)
+                evaluation = known.evaluation if known else self._evaluate(resolved)
         except Exception as error:
             logger.debug("trial %d failed", trial.number, exc_info=True)
             trial.set_user_attr("reason", f"{type(error).__name__}: {error}".strip()[:2000])
@@ -200,7 +196,7 @@ class Coordinator:
             telling = time.monotonic()
             if choices.is_open:
                 trial.set_user_attr("choices", choices.key)
-                self._settled[choices.key] = evaluation.candidate
+                self._resolved[choices.key] = evaluation.candidate
             self._tell(trial, evaluation, self._known.get(evaluation.candidate.key))
             self._overhead["tell"] += time.monotonic() - telling
         finished = self._stored.get_trials(deepcopy=False)[trial.number]
@@ -208,21 +204,18 @@ class Coordinator:
         for observer in self._observers:
             observer.trial_done(finished, time.monotonic() - begin)
 
-    def _settle(self, choices: Candidate) -> Settled:
-        known = self._settled.get(choices.key)
-        return Settled(known) if known else self._gates.settle(choices)
+    def _resolve(self, choices: Candidate) -> ResolvedCandidate:
+        known = self._resolved.get(choices.key)
+        return ResolvedCandidate(known) if known else self._thresholds.resolve(choices)
 
-    def _measure(self, settled: Settled) -> Evaluation:
+    def _evaluate(self, resolved: ResolvedCandidate) -> Evaluation:
         """Returns what is measured of a version; what is known of it where solving it again came to an earlier one."""
-        simple = self._simple.get(settled.candidate.key)  # measured before the first trial, and in full
+        simple = self._simple.get(resolved.candidate.key)  # measured before the first trial, and in full
         if simple:
             return simple
-        found = self._gates.measure(settled, self._is_hopeless, screen=self._screen)
-        known = self._known.get(found.candidate.key)
-        return known.evaluation if known else found
-
-    def _is_hopeless(self, measured: Mapping[str, Measurement]) -> bool:
-        return is_hopeless(self._budget, measured, self._dense)
+        evaluation = self._thresholds.evaluate(resolved, self._stopping)
+        known = self._known.get(evaluation.candidate.key)
+        return known.evaluation if known else evaluation
 
     def _tell(self, trial: Trial, evaluation: Evaluation, known: Version | None) -> None:
         for name, violation in self._told_violations(evaluation).items():
@@ -273,109 +266,18 @@ class Coordinator:
         return None
 
 
-def screen_of(bench: Workbench, dense: Mapping[str, Measurement], known: Mapping[str, Version]) -> Screen | None:
+def accuracy_screen(
+    pipeline: CompressionPipeline, dense: Mapping[str, Measurement], known: Mapping[str, Version]
+) -> AccuracyScreen | None:
     """Returns what ends hopeless versions early; None where the study wants none, or there are too few images.
 
     Frames of a stream are alike, so the first ones do not stand for the others: a stream is asked in one go.
     """
-    count = most_asked(len(bench.scored), bench.target.batch)
-    if not count or not bench.study.search.early or isinstance(bench.scored, Stream):
+    count = max_screened(len(pipeline.scored), pipeline.target.batch)
+    if not count or not pipeline.study.search.early or isinstance(pipeline.scored, Stream):
         return None
-    reach = REACH if bench.study.recovery.final else 0.0
-    right = bench.subject(bench.space.dense()).first_answers(count).correct
-    return Screen(bench.study.limits, dense, right, known, len(bench.scored), bench.target.batch, reach)
-
-
-def settled_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version]) -> dict[str, Candidate]:
-    """Returns what the choices of earlier trials came to once thresholds were solved, by the key of the choices.
-
-    Timings decide with, so the same choices may come to other thresholds a second time: they are solved once.
-    """
-    candidates = {version.number: version.evaluation.candidate for version in versions}
-    numbers = {
-        trial.user_attrs["choices"]: trial.user_attrs.get("duplicate_of", trial.number)
-        for trial in trials
-        if "choices" in trial.user_attrs
-    }
-    return {key: candidates[number] for key, number in numbers.items() if number in candidates}
-
-
-def is_counted(trial: FrozenTrial) -> bool:
-    """Returns whether a trial counts towards `--trials`: finished, and not cut short from outside."""
-    return trial.state.is_finished() and "interrupted" not in trial.user_attrs
-
-
-def narrowed(space: JointSpace, examined: Examined | None) -> JointSpace:
-    """Returns the space without the precisions in which a layer was slower."""
-    if examined is None:
-        return space
-    return space.narrowed(examined.allowed(space.precision.layers, space.precision.computed))
-
-
-def put_right_running(stored: optuna.Study) -> None:
-    """Gives up trials that a stopped process left running, and queues the same proposals again."""
-    for trial in stored.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if "evaluation" in trial.user_attrs:  # it was measured, and stopped on the way into the journal
-            version = Version(trial.number, Evaluation.from_dict(trial.user_attrs["evaluation"]))
-            whole = version.is_complete
-            values = [version.measured[metric].value for metric in OBJECTIVES] if whole else None
-            state = TrialState.COMPLETE if whole else TrialState.PRUNED
-            stored._storage.set_trial_state_values(trial._trial_id, state, values)
-            continue
-        stored._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
-        stored._storage.set_trial_user_attr(trial._trial_id, "reason", "interrupted")
-        stored._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        if trial.params:
-            stored.enqueue_trial(trial.params, skip_if_exists=False)
-
-
-def measure_baseline(
-    bench: Workbench, given: Given | None = None, trials: int | None = None, timeout_s: float | None = None
-) -> Baseline:
-    """Returns the dense network's figures, on the same target and by the same protocol as every candidate.
-
-    Args:
-        bench: measures it.
-        given: what was measured of the network before exits, gates and masks; none where not given.
-        trials: how many the search will have; as many as the study says where not given.
-        timeout_s: how long it will take at most.
-    """
-    same = given is not None and bench.has_references(given.forms)
-    spent = given.spent if given and same else bench.time_references()
-    seconds = {name: taken.work for name, taken in spent.items()}
-    latency = bench.latency_evaluator(seconds)
-    simple = simple_versions(bench, latency, given, same)
-    dense = simple[0].evaluation
-    precision = bench.space.precision.precisions[0]
-    twice = latency.same_twice(precision, bench.data.validation.images[: bench.target.batch])
-    walls = {name: taken.wall for name, taken in spent.items()}
-    search_s = min((trials or bench.study.search.trials) * sum(dense.seconds.values()), timeout_s or math.inf)
-    examined = bench.examine(search_s) if bench.examines else None
-    machine = environment(bench.runtime.device(), bench.runtime.state())
-    return Baseline(dense, seconds, twice, machine, walls, examined, tuple(simple))
-
-
-def simple_versions(bench: Workbench, latency: LatencyEvaluator, given: Given | None, same: bool) -> list[Simple]:
-    """Returns the network as it is in each precision: the search's own, then as it was given where that is another.
-
-    Args:
-        bench: measures them, in full.
-        latency: of this search.
-        given: what was measured before; of a file that is the same, accuracy and latency hold.
-        same: whether its latencies were told beside the references of this search.
-    """
-    own, others = [], []
-    for precision in bench.space.precision.computed:
-        candidate, earlier = bench.space.whole(precision), given.of(precision) if given else None
-        is_known = same and given is not None and bench.writes(candidate, given.forms[precision])
-        if earlier and is_known and earlier.measurements["accuracy"].n == len(bench.scored):
-            subject = bench.subject(candidate)
-            measured = {**earlier.measurements, **bench.costs(subject)}
-            found = replace(earlier, candidate=candidate, measurements=measured, digest=subject.artifact.digest)
-        else:
-            found = bench.evaluate(candidate, latency, lambda _measured: False)
-            if earlier:
-                before = earlier if same else bench.given.simple(precision, latency).evaluation
-                others.append(Simple(precision, replace(before, candidate=candidate), is_own=False))
-        own.append(Simple(precision, found))
-    return [*own, *others]
+    recoverable = RECOVERABLE if pipeline.study.recovery.final else 0.0
+    dense_correct = pipeline.deployed(pipeline.space.dense()).first_answers(count).correct
+    return AccuracyScreen(
+        pipeline.study.limits, dense, dense_correct, known, len(pipeline.scored), pipeline.target.batch, recoverable
+    )

@@ -7,18 +7,18 @@ import optuna
 from search.config.budget import Budget
 from search.config.study import FinetuneSection
 from search.loop.interrupts import Interrupts
-from search.pipeline.exit_thresholds import GateSolver
-from search.pipeline.workbench import Workbench
+from search.pipeline.exit_thresholds import ExitThresholdSolver
+from search.pipeline.pipeline import CompressionPipeline
 from search.results.pareto import Version, pareto
 from search.results.store import Baseline, keep_recovered, versions_of_study
 
-REACH = 0.05
+RECOVERABLE = 0.05
 """So much accuracy below the budget's limit may be won back: a version that lacks more is not tried."""
 
 Say = Callable[[str], None]
 
 
-def recover_front(bench: Workbench, stored: optuna.Study, baseline: Baseline, say: Say) -> int:
+def recover_front(pipeline: CompressionPipeline, stored: optuna.Study, baseline: Baseline, say: Say) -> int:
     """Fine-tunes versions as `[recovery.final]` says and measures them again; returns how many were.
 
     These are the ones on the front of all that keep the budget in everything but accuracy, and in that almost: the
@@ -29,34 +29,33 @@ def recover_front(bench: Workbench, stored: optuna.Study, baseline: Baseline, sa
         DivergedError: a fine-tuning's loss is not finite for the second time.
         KeyboardInterrupt: the user has had enough; each version that was done is kept.
     """
-    final = bench.study.recovery.final
+    final = pipeline.study.recovery.final
     if final is None:
         return 0
     settings = FinetuneSection.model_validate(final.model_dump(exclude={"versions"}))
-    latency = bench.latency_evaluator(baseline.reference_seconds)
-    gates = GateSolver(bench, latency, baseline.evaluation.measurements)
+    latency = pipeline.references.latency_evaluator(baseline.reference_seconds)
+    solver = ExitThresholdSolver(pipeline, latency, baseline.evaluation.measurements)
     done = 0
     with Interrupts() as interrupts:
-        while waiting := _waiting(bench, stored, baseline, final.versions):
+        while waiting := _waiting(pipeline, stored, baseline, final.versions):
             say(f"Recovering trial {waiting[0].number} in full; {len(waiting)} versions wait.")
             candidate = waiting[0].evaluation.candidate
             with interrupts.allowed():
-                settled = gates.resettle(candidate, settings)
-                evaluation = gates.measure(settled, lambda _measured: False, settings)
+                evaluation = solver.evaluate(solver.resolve_again(candidate, settings), (), settings)
             keep_recovered(stored, waiting[0].number, evaluation)
             done += 1
     return done
 
 
-def _waiting(bench: Workbench, stored: optuna.Study, baseline: Baseline, most: int) -> list[Version]:
+def _waiting(pipeline: CompressionPipeline, stored: optuna.Study, baseline: Baseline, most: int) -> list[Version]:
     """Returns the versions that are to be recovered and have not been, of `most` in all."""
     versions = versions_of_study(stored)
     already = sum(version.evaluation.finetune is not None for version in versions)
-    front = pareto([version for version in versions if _is_within_reach(version, bench.study.limits, baseline)])
+    front = pareto([version for version in versions if _is_within_reach(version, pipeline.study.limits, baseline)])
     waiting = [
         version
         for version in front
-        if version.evaluation.finetune is None and bench.may_recover(version.evaluation.candidate)
+        if version.evaluation.finetune is None and pipeline.compressor.may_recover(version.evaluation.candidate)
     ]
     return waiting[: max(most - already, 0)]
 
@@ -65,4 +64,4 @@ def _is_within_reach(version: Version, budget: Budget, baseline: Baseline) -> bo
     dense, measured = baseline.evaluation.measurements, version.measured
     costs = Budget(tuple(constraint for constraint in budget.constraints if constraint.measured_as != "accuracy"))
     floor = max((c.floor(dense["accuracy"]) for c in budget.constraints if c.measured_as == "accuracy"), default=0.0)
-    return version.is_complete and costs.is_met(measured, dense) and measured["accuracy"].value >= floor - REACH
+    return version.is_complete and costs.is_met(measured, dense) and measured["accuracy"].value >= floor - RECOVERABLE

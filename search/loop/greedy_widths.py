@@ -6,8 +6,8 @@ import torch
 
 from evaluators.flops.pruned import ScaledFlops
 from search.config.progress import Progress
+from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.sensitivity_profiler import Profiler
-from search.pipeline.workbench import Workbench
 from search.results.sensitivity import Point, Profile
 from spaces.candidate import NEVER_EXIT
 from spaces.channels import PREFIX
@@ -22,36 +22,38 @@ AFFORDABLE_S = 600.0
 """A search measures the profile that a study asks for where that takes no longer."""
 
 
-def greedy_seeds(bench: Workbench, progress: Progress, say: Callable[[str], None]) -> list[dict[str, Value]]:
+def greedy_seeds(
+    pipeline: CompressionPipeline, progress: Progress, say: Callable[[str], None]
+) -> list[dict[str, Value]]:
     """Returns values of the space for the greedy widths: the target's last precision, without exits and with them.
 
     Where thresholds are solved, exits are no choice. Nothing where there is one group only, or where the profile would
     take too long: `say` tells the user then.
     """
-    profiler = Profiler(bench)
+    profiler = Profiler(pipeline)
     if len(profiler.groups) < 2:
         return []
     seconds = profiler.expected_seconds()
     if seconds > AFFORDABLE_S:
         say(
             f"A sensitivity profile, which gives the search a good start, would take about {seconds / 60:.0f} min;"
-            f" measure it once with: python -m search profile --study {bench.study.name}"
+            f" measure it once with: python -m search profile --study {pipeline.study.name}"
         )
         return []
-    precision = bench.space.precision.computed[-1]
-    found = greedy_versions(bench, profiler.run(progress))
-    thresholds = (NEVER_EXIT, _THRESHOLD) if bench.space.gates.dimensions() else (NEVER_EXIT,)
+    precision = pipeline.space.precision.computed[-1]
+    found = greedy_versions(pipeline, profiler.run(progress))
+    thresholds = (NEVER_EXIT, _THRESHOLD) if pipeline.space.gates.dimensions() else (NEVER_EXIT,)
     return [
-        bench.space.uniform(1.0, precision, threshold) | {PREFIX + name: count for name, count in kept.items()}
+        pipeline.space.uniform(1.0, precision, threshold) | {PREFIX + name: count for name, count in kept.items()}
         for _, kept in found
         for threshold in thresholds
     ]
 
 
-def greedy_versions(bench: Workbench, found: Profile) -> list[tuple[float, dict[str, int]]]:
+def greedy_versions(pipeline: CompressionPipeline, found: Profile) -> list[tuple[float, dict[str, int]]]:
     """Returns the greedy channels per group, each with its share of the dense network's FLOPs."""
-    image = torch.from_numpy(bench.data.calibration.images[:1])
-    flops = ScaledFlops(bench.network, bench.space.sparsity.groups, image)
+    image = torch.from_numpy(pipeline.data.calibration.images[:1])
+    flops = ScaledFlops(pipeline.network, pipeline.space.sparsity.groups, image)
     return [(flops.count(kept) / flops.count({}), kept) for kept in greedy_widths(found, flops)]
 
 

@@ -11,8 +11,8 @@ from evaluators.flops.pruned import ScaledFlops
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
 from search.pipeline.exit_thresholds import aimed
+from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.sensitivity_profiler import Profiler
-from search.pipeline.workbench import Workbench
 from search.results.pareto import OBJECTIVES, worst_that_counts
 from search.results.sensitivity import Profile
 from search.results.store import Baseline
@@ -32,17 +32,17 @@ _ROUNDING = 10.0
 """And noise in weights so many times its share of their power."""
 
 
-def meaning_of(bench: Workbench, space: JointSpace, baseline: Baseline) -> Meaning:
+def meaning_of(pipeline: CompressionPipeline, space: JointSpace, baseline: Baseline) -> Meaning:
     """Returns what a sampler may know of a study beforehand; a sensitivity profile where one was measured."""
     dense = baseline.evaluation.measurements
-    structure = _structure(bench, space, baseline.reference_seconds, Profiler(bench).known)
-    return Meaning(structure, _aims(bench, dense), _links(bench.study.limits, dense), bench.has_gates)
+    structure = _structure(pipeline, space, baseline.reference_seconds, Profiler(pipeline).known)
+    return Meaning(structure, _aims(pipeline, dense), _links(pipeline.study.limits, dense), pipeline.solves_thresholds)
 
 
-def _aims(bench: Workbench, dense: Mapping[str, Measurement]) -> tuple[Aim, ...]:
-    worst = worst_that_counts(bench.study.limits, dense)
+def _aims(pipeline: CompressionPipeline, dense: Mapping[str, Measurement]) -> tuple[Aim, ...]:
+    worst = worst_that_counts(pipeline.study.limits, dense)
     kinds: Mapping[str, Kind] = {"accuracy": "accuracy", "latency": "latency", "flops": "flops"}
-    chance, limits = 1 / bench.data.classes, bench.study.limits
+    chance, limits = 1 / pipeline.data.classes, pipeline.study.limits
     return tuple(
         Aim(kinds[name], dense[name].value, worst[name], min(chance, worst[name]), aimed(limits, name, dense))
         for name in OBJECTIVES
@@ -63,9 +63,11 @@ def _links(budget: Budget, dense: Mapping[str, Measurement]) -> dict[str, Link]:
     return found
 
 
-def _structure(bench: Workbench, space: JointSpace, seconds: Mapping[str, float], profile: Profile | None) -> Structure:
-    image = torch.from_numpy(bench.data.calibration.images[:1])
-    flops = ScaledFlops(bench.network, space.sparsity.groups, image)
+def _structure(
+    pipeline: CompressionPipeline, space: JointSpace, seconds: Mapping[str, float], profile: Profile | None
+) -> Structure:
+    image = torch.from_numpy(pipeline.data.calibration.images[:1])
+    flops = ScaledFlops(pipeline.network, space.sparsity.groups, image)
     dimensions = space.dimensions()
     paths = {layer_name(path): path for path in flops.dense}
     layers = [name for name in space.precision.layers if name in paths]
@@ -76,8 +78,8 @@ def _structure(bench: Workbench, space: JointSpace, seconds: Mapping[str, float]
     chosen = [precision.PREFIX + name for name in layers]
     reference = next(iter(space.precision.precisions))
     exits = tuple(gates.PREFIX + name for name in space.gates.exits if gates.PREFIX + name in dimensions)
-    ways = len(bench.network.exit_names) if bench.has_gates else len(exits)
-    depths = [bench.flops.exits_before(paths[name]) for name in layers]
+    ways = len(pipeline.network.exit_names) if pipeline.solves_thresholds else len(exits)
+    depths = [pipeline.flops.exits_before(paths[name]) for name in layers]
     return Structure(
         channels=tuple(sparsity.PREFIX + group.name for group in free),
         full=np.array([float(group.channels) for group in free]),
@@ -91,7 +93,7 @@ def _structure(bench: Workbench, space: JointSpace, seconds: Mapping[str, float]
         },
         exits=exits,
         exit_after=tuple(sum(depth <= number for depth in depths) for number in range(ways)),
-        damage=_damage(bench, space, profile, {name: paths[name] for name in layers}),
+        damage=_damage(pipeline, space, profile, {name: paths[name] for name in layers}),
     )
 
 
@@ -104,7 +106,7 @@ def _row(shares: Mapping[str, float], columns: Mapping[str, int]) -> Array:
 
 
 def _damage(
-    bench: Workbench, space: JointSpace, profile: Profile | None, paths: Mapping[str, str]
+    pipeline: CompressionPipeline, space: JointSpace, profile: Profile | None, paths: Mapping[str, str]
 ) -> dict[str, tuple[float, ...]]:
     """Returns estimates for each value of each dimension: widths from a profile or scores, precisions from rounding."""
     found: dict[str, tuple[float, ...]] = {}
@@ -119,7 +121,7 @@ def _damage(
         else:
             weight = 4 * _HALF_WIDTH / len(widths)
             found[name] = tuple(weight * space.sparsity.lost(group, count) ** 2 for count in counts)
-    weights = dict(bench.network.named_parameters())
+    weights = dict(pipeline.network.named_parameters())
     for name in space.precision.dimensions():
         layer = name.removeprefix(precision.PREFIX)
         if layer in paths:

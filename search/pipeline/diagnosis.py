@@ -21,7 +21,7 @@ from evaluators.runtimes.registry import runtime
 from search.config.diagnosis_request import Wanted
 from search.config.progress import Progress
 from search.config.study import FinetuneSection
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
 from search.results.store import StoredSearch
 from spaces.candidate import Candidate
@@ -91,11 +91,13 @@ class _Version:
         return Side(name, library, files)
 
 
-def diagnose(bench: Workbench, wanted: Wanted, evaluation: Evaluation | None, progress: Progress) -> Diagnosis:
+def diagnose(
+    pipeline: CompressionPipeline, wanted: Wanted, evaluation: Evaluation | None, progress: Progress
+) -> Diagnosis:
     """Returns how a version of a study's network differs from its float self, or from itself on another target.
 
     Args:
-        bench: the study's.
+        pipeline: the study's.
         wanted: what is compared.
         evaluation: of the candidate, where it is a trial's or a bundle's.
         progress: told how far it is.
@@ -104,17 +106,17 @@ def diagnose(bench: Workbench, wanted: Wanted, evaluation: Evaluation | None, pr
         FileError: a file cannot be compared with this network.
         TargetError: the other target is not here.
     """
-    candidate = _candidate(bench, wanted, evaluation)
-    subject = bench.subject(candidate, _finetuned(evaluation))
-    exact = bench.builder.build(subject.network, replace(candidate, precision={}))
+    candidate = _candidate(pipeline, wanted, evaluation)
+    subject = pipeline.deployed(candidate, _finetuned(evaluation))
+    exact = pipeline.builder.build(subject.network, replace(candidate, precision={}))
     version = _version(wanted, subject.artifact)
-    reference, examined = _sides(bench, wanted, version, exact)
+    reference, examined = _sides(pipeline, wanted, version, exact)
     compared = compare(
         reference,
         examined,
         exact.stages,
-        _some(bench.data.validation, wanted.images),
-        bench.data.classes,
+        _some(pipeline.data.validation, wanted.images),
+        pipeline.data.classes,
         lambda done, total: progress(_STEP, done, total),
     )
     norms = {layer: values for stage in version.stages for layer, values in norm_variances(stage).items()}
@@ -128,11 +130,11 @@ def diagnose(bench: Workbench, wanted: Wanted, evaluation: Evaluation | None, pr
         variances=_variances(subject.network.state_dict()) if version.own or not norms else {},
         norms={name.removeprefix("trunk."): values for name, values in norms.items()},
     )
-    remarks = _remarks(bench, wanted, version, compared, evaluation)
+    remarks = _remarks(pipeline, wanted, version, compared, evaluation)
     return Diagnosis(
         reference.name,
         examined.name,
-        f"{bench.runtime.version()} on {bench.target.device}",
+        f"{pipeline.runtime.version()} on {pipeline.target.device}",
         remarks,
         compared,
         tuple(find(case)),
@@ -166,12 +168,12 @@ def _described(bundle: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _candidate(bench: Workbench, wanted: Wanted, evaluation: Evaluation | None) -> Candidate:
+def _candidate(pipeline: CompressionPipeline, wanted: Wanted, evaluation: Evaluation | None) -> Candidate:
     """Returns the version to build, in which every block is run; a uniform one and a single file have no exits."""
     if evaluation is not None:
         return evaluation.candidate.without_skips()
-    dense = bench.space.dense()
-    precision = uniform(bench.builder.layers, wanted.precision or "int8")
+    dense = pipeline.space.dense()
+    precision = uniform(pipeline.builder.layers, wanted.precision or "int8")
     return Candidate(dense.channels, precision, dense.thresholds)
 
 
@@ -210,12 +212,12 @@ def _portable(bundle: Path, name: str) -> Path:
     return portable if portable.is_file() else bundle / name
 
 
-def _sides(bench: Workbench, wanted: Wanted, version: _Version, exact: Artifact) -> tuple[Side, Side]:
+def _sides(pipeline: CompressionPipeline, wanted: Wanted, version: _Version, exact: Artifact) -> tuple[Side, Side]:
     if wanted.other_target is None:
-        return Side("fp32", bench.runtime, exact.deployed), version.on(bench.runtime, version.name)
+        return Side("fp32", pipeline.runtime, exact.deployed), version.on(pipeline.runtime, version.name)
     other = runtime(wanted.other_target)
-    here, there = (f"{version.name} on {library.name}" for library in (bench.runtime, other))
-    return version.on(bench.runtime, here), version.on(other, there)
+    here, there = (f"{version.name} on {library.name}" for library in (pipeline.runtime, other))
+    return version.on(pipeline.runtime, here), version.on(other, there)
 
 
 def _some(data: LabelledImages, count: int) -> LabelledImages:
@@ -231,13 +233,13 @@ def _variances(state: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
 
 
 def _remarks(
-    bench: Workbench, wanted: Wanted, version: _Version, compared: Compared, evaluation: Evaluation | None
+    pipeline: CompressionPipeline, wanted: Wanted, version: _Version, compared: Compared, evaluation: Evaluation | None
 ) -> tuple[str, ...]:
-    able = bench.runtime.capabilities().precisions
+    able = pipeline.runtime.capabilities().precisions
     foreign = sorted(version.precisions - {*able, "fp32"})
     found = [
-        f"a search on {bench.runtime.name} here would not offer {precision}, which brings this device nothing: it was"
-        " computed in float and rounded as the file says"
+        f"a search on {pipeline.runtime.name} here would not offer {precision}, which brings this device nothing:"
+        " it was computed in float and rounded as the file says"
         for precision in foreign
     ]
     if compared.unmatched:
@@ -245,6 +247,6 @@ def _remarks(
         found.append(f"{count} of {total} tensors are not in {version.name} under their names, or in another shape")
     if evaluation is not None and evaluation.candidate.active_skips:
         found.append("every block was run, also those that images may pass by")
-    if wanted.images > len(bench.data.validation):
-        found.append(f"there are no more than {len(bench.data.validation)} validation images")
+    if wanted.images > len(pipeline.data.validation):
+        found.append(f"there are no more than {len(pipeline.data.validation)} validation images")
     return tuple(found)

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,9 @@ from evaluators.data import LabelledImages
 from evaluators.deployed import Answers, Subject
 from evaluators.measurement import Measurement
 from evaluators.statistics import Paired
-from search.config.budget import Budget
+from search.config.budget import Budget, Constraint
 from search.config.units import percent
+from search.pipeline.threshold_problem import half_width
 from search.results.pareto import Version, feasible, pareto
 
 ERROR = 0.01
@@ -24,21 +26,94 @@ ENOUGH = 2 * FEWEST
 """With fewer in all, all of them are asked at once."""
 SUBSET = "subset"
 """The step of an evaluation in which some of the images are asked."""
+NARROW = 0.1
+"""A limit on latency or FLOPs that is missed by less than this share, or its timing's interval, is missed narrowly."""
+SOLVED_FOR = ("latency", "flops")
+"""What thresholds of exits are solved for."""
+_MOST_NARROW = 0.25
+"""Of a limit: however wide the interval, more is no narrow miss."""
 _WITHOUT_FRONT = 0.25
 _OTHERS = ("latency", "flops")
 
 
 @dataclass(frozen=True)
-class Ended:
-    """An evaluation that ends early.
+class Stop:
+    """Why an evaluation ends early.
 
     Args:
-        accuracy: as far as it is known.
         reason: for people.
+        estimates: what is known of metrics that would have come later, by metric.
     """
 
-    accuracy: Measurement
     reason: str
+    estimates: Mapping[str, Measurement] = field(default_factory=dict)
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether any of what was measured is an estimate."""
+        return bool(self.estimates)
+
+
+class EarlyStopping(Protocol):
+    """What may end an evaluation early."""
+
+    step: ClassVar[str | None]
+    """Under which name its time is noted; None where it takes none."""
+
+    def is_due(self, metric: str, deployed: Subject) -> bool:
+        """Returns whether it is asked before a metric is measured."""
+        ...
+
+    def should_stop(self, deployed: Subject, measured: Mapping[str, Measurement]) -> Stop | None:
+        """Returns why the rest is not measured; None where it is.
+
+        Args:
+            deployed: the candidate.
+            measured: what is known already, by metric.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LimitsBroken:
+    """Ends an evaluation where a limit is broken, and not narrowly: the rest of the version need not be measured.
+
+    What a version loses that lies just outside tells a sampler what those just inside would lose.
+
+    Args:
+        budget: of the search.
+        dense: the dense network's measurements.
+    """
+
+    budget: Budget
+    dense: Mapping[str, Measurement]
+    step: ClassVar[str | None] = None
+
+    def is_due(self, metric: str, deployed: Subject) -> bool:  # noqa: ARG002
+        """Returns True: limits are looked at before every metric."""
+        return True
+
+    def should_stop(self, deployed: Subject, measured: Mapping[str, Measurement]) -> Stop | None:  # noqa: ARG002
+        """Returns the limit that is broken by more than a narrow miss."""
+        broken = violations(self.budget, measured, self.dense).items()
+        far = [limit for limit, by in broken if by > narrow(limit, measured)]
+        return Stop(f"breaks {far[0]}") if far else None
+
+
+def violations(
+    budget: Budget, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]
+) -> dict[Constraint, float]:
+    """Returns the limits that are broken, as far as was measured, and by which share of them."""
+    known = [limit for limit in budget.constraints if limit.measured_as in measured]
+    over = {limit: limit.violation(measured[limit.measured_as], dense[limit.measured_as]) for limit in known}
+    return {limit: by for limit, by in over.items() if by > 0}
+
+
+def narrow(limit: Constraint, measured: Mapping[str, Measurement]) -> float:
+    """Returns the share of a limit by which it may be missed narrowly."""
+    if limit.measured_as not in SOLVED_FOR:
+        return 0.0
+    return float(np.clip(half_width(measured[limit.measured_as]), NARROW, _MOST_NARROW))
 
 
 def mixed_if_many(images: LabelledImages) -> LabelledImages:
@@ -46,7 +121,7 @@ def mixed_if_many(images: LabelledImages) -> LabelledImages:
     return images.mixed() if len(images) >= ENOUGH else images
 
 
-def most_asked(total: int, batch: int) -> int:
+def max_screened(total: int, batch: int) -> int:
     """Returns how many images a screen asks at most, in whole batches: from half of them on little is saved.
 
     It is 0 where they are asked at once.
@@ -55,7 +130,7 @@ def most_asked(total: int, batch: int) -> int:
     return count if total >= ENOUGH and count < total else 0
 
 
-class Screen:
+class AccuracyScreen:
     """Decides on the first of the scored images whether the others are asked: the same way whoever proposes.
 
     It asks as many as tell neighbours of the front apart: so many that the standard error of an accuracy is what they
@@ -65,50 +140,59 @@ class Screen:
     Args:
         budget: of the search.
         dense: the dense network's measurements.
-        right: whether it has the first images right: as many as are asked at most.
+        dense_correct: whether it has the first images right: as many as are asked at most.
         versions: what was measured, by key; grows as the search goes on.
         total: how many images are scored.
         batch: that is deployed; a subset is made of whole ones.
-        reach: so much accuracy may be won back after the search, so that a version that lacks less is not hopeless.
+        recoverable: so much accuracy may be won back after the search: a version that lacks less is not hopeless.
     """
+
+    step: ClassVar[str | None] = SUBSET
 
     def __init__(
         self,
         budget: Budget,
         dense: Mapping[str, Measurement],
-        right: NDArray[np.bool_],
+        dense_correct: NDArray[np.bool_],
         versions: Mapping[str, Version],
         total: int,
         batch: int,
-        reach: float = 0.0,
+        recoverable: float = 0.0,
     ) -> None:
         self._budget = budget
         self._dense = dense
-        self._right = right
+        self._dense_correct = dense_correct
         self._versions = versions
         self._total = total
         self._batch = batch
         limits = [limit for limit in budget.constraints if limit.measured_as == "accuracy"]
         self._limit = max(limits, key=lambda limit: limit.floor(dense["accuracy"]), default=None)
         self._floor = self._limit.floor(dense["accuracy"]) if self._limit else 0.0
-        self._reach = reach
+        self._recoverable = recoverable
 
-    def judge(self, subject: Subject, measured: Mapping[str, Measurement]) -> Ended | None:
+    def is_due(self, metric: str, deployed: Subject) -> bool:
+        """Returns whether all images would be asked next.
+
+        Where the path depends on the input, costs follow from answers to all images, so it comes before FLOPs.
+        """
+        return metric == ("flops" if deployed.artifact.is_dynamic else "accuracy")
+
+    def should_stop(self, deployed: Subject, measured: Mapping[str, Measurement]) -> Stop | None:
         """Returns why an evaluation ends here, and the accuracy so far; None where it goes on.
 
         Args:
-            subject: whose first images are asked; those that are asked later add to them.
+            deployed: whose first images are asked; those that are asked later add to them.
             measured: what is known already; without latency and FLOPs only a limit can end it.
         """
         front = pareto(feasible(list(self._versions.values()), self._budget, self._dense))
-        answers = subject.first_answers(self.images(front))
-        pair = Paired.of(answers.correct, self._right, self._dense["accuracy"].value, self._total)
+        answers = deployed.first_answers(self.images(front))
+        pair = Paired.of(answers.correct, self._dense_correct, self._dense["accuracy"].value, self._total)
         highest = pair.most_accurate(ERROR)
         why = self._broken(highest) or _dominated(highest, measured, front)
         if not why:
             return None
-        told = f"at most {percent(highest)} accurate ({1 - ERROR:.0%}) by {pair.asked} of {self._total} images, {why}"
-        return Ended(_estimate(pair, answers, subject, highest), told)
+        bound = f"at most {percent(highest)} accurate ({1 - ERROR:.0%}) by {pair.asked} of {self._total} images"
+        return Stop(f"{bound}, {why}", {"accuracy": _estimate(pair, answers, deployed, highest)})
 
     def images(self, front: Sequence[Version]) -> int:
         """Returns how many images are asked first, in whole batches, where this is the front so far."""
@@ -118,12 +202,16 @@ class Screen:
             self._dense["accuracy"].value,
             self._floor if self._limit else None,
         )
-        return min(self._batch * math.ceil(wanted / self._batch), len(self._right))
+        return min(self._batch * math.ceil(wanted / self._batch), len(self._dense_correct))
 
     def _broken(self, highest: float) -> str:
-        if self._limit is None or highest >= self._floor - self._reach:
+        if self._limit is None or highest >= self._floor - self._recoverable:
             return ""
-        more = f", or {percent(self._floor - self._reach)} before it is recovered in full" if self._reach else ""
+        more = (
+            f", or {percent(self._floor - self._recoverable)} before it is recovered in full"
+            if self._recoverable
+            else ""
+        )
         return f"where {self._limit} asks for {percent(self._floor)}{more}"
 
 

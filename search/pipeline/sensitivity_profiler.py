@@ -17,7 +17,7 @@ from torch import Tensor
 from evaluators.data import LabelledImages
 from evaluators.flops.pruned import ScaledFlops
 from search.config.progress import Progress
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import CompressionPipeline
 from search.recovery.base import Recovery
 from search.recovery.batchnorm import BatchNormRecovery
 from search.results.sensitivity import Point, Profile
@@ -51,13 +51,15 @@ class Profiler:
     statistics are measured anew.
     """
 
-    def __init__(self, bench: Workbench) -> None:
-        trains = bench.study.recovery.level == "finetune"
-        self._recovery: Recovery = BatchNormRecovery(bench.ground) if trains else bench.recovery
-        self._network, self._sparsity = bench.network, bench.space.sparsity
-        self._images, self._labels = _shuffled(bench.data.calibration)
+    def __init__(self, pipeline: CompressionPipeline) -> None:
+        trains = pipeline.study.recovery.level == "finetune"
+        self._recovery: Recovery = (
+            BatchNormRecovery(pipeline.compressor.context) if trains else pipeline.compressor.recovery
+        )
+        self._network, self._sparsity = pipeline.network, pipeline.space.sparsity
+        self._images, self._labels = _shuffled(pipeline.data.calibration)
         self._tried = widths(self._sparsity)
-        self._file = _file(bench, self._recovery.effort, self._tried)
+        self._file = _file(pipeline, self._recovery.effort, self._tried)
         self._known = _read(self._file)
 
     @property
@@ -139,11 +141,11 @@ def _shuffled(data: LabelledImages) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images[chosen]), torch.from_numpy(data.labels[chosen])
 
 
-def _file(bench: Workbench, effort: str, tried: Mapping[str, list[int]]) -> Path:
+def _file(pipeline: CompressionPipeline, effort: str, tried: Mapping[str, list[int]]) -> Path:
     """Returns where the profile of this network, at this effort, on these images and widths is kept."""
-    settings = bench.study.recovery.model_dump_json(exclude={"final"})
-    content = "\0".join((bench.ground.key, effort, settings, str(IMAGES), json.dumps(tried)))
-    return bench.ground.folder / "profiles" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    settings = pipeline.study.recovery.model_dump_json(exclude={"final"})
+    content = "\0".join((pipeline.compressor.context.key, effort, settings, str(IMAGES), json.dumps(tried)))
+    return pipeline.compressor.context.folder / "profiles" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
 
 
 def _read(file: Path) -> Profile | None:

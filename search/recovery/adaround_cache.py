@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.quantization.adaround import Learning
-from evaluators.quantization.int8 import NO_GRIDS, Grids, QuantizedWeight, Ranges
+from evaluators.quantization.int8 import Grids, QuantizedWeight, Ranges
 from search.config.study import QuantizationSection
 from search.recovery.base import Ground
 from search.training.loop import save
@@ -42,19 +42,16 @@ class LearnedRounding:
         self._images = images
         self._dense: Grids | None = None
 
-    def grids(self, network: ExitNetwork, candidate: Candidate, ranges: Ranges, pruned: bool, tuned: bool) -> Grids:
-        """Returns the weights of a version's int8 layers; none where they go to the nearest step.
+    def learn(self, network: ExitNetwork, candidate: Candidate, ranges: Ranges, is_pruned: bool) -> Grids:
+        """Returns the weights of a version's int8 layers, as they are rounded.
 
         Args:
             network: compressed and recovered.
             candidate: its precisions.
             ranges: of the activations.
-            pruned: whether it lacks channels or weights.
-            tuned: whether it was fine-tuned on top of the search's recovery.
+            is_pruned: whether it lacks channels or weights.
         """
-        if not self.is_due(candidate, pruned, tuned):
-            return NO_GRIDS
-        if pruned:
+        if is_pruned:
             return self._kept(network, candidate, ranges)
         if self._dense is None:
             whole = replace(candidate, precision=uniform(self._builder.layers, "int8"))

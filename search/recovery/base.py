@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,10 @@ class Ground:
 class Recovery(Protocol):
     """One level of effort: where a pruned network's weights come from, and what is done with them."""
 
+    trains_per_candidate: ClassVar[bool]
+    """Whether weights of each candidate are trained."""
+    shares_weights: ClassVar[bool]
+    """Whether one training serves all candidates."""
     effort: str
     """What is written into every record."""
     source: ExitNetwork

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import ClassVar
 
 from evaluators.quantization.int8 import Ranges
 from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground
@@ -12,6 +13,9 @@ from spaces.pruning.groups import dropped_positions
 
 class BatchNormRecovery:
     """Measures the batch statistics of a pruned network on some training images."""
+
+    trains_per_candidate: ClassVar[bool] = False
+    shares_weights: ClassVar[bool] = False
 
     effort = "bn"
     ranges: Ranges = NO_RANGES

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from spaces.dynamic.exit_network import ExitNetwork
 
 class ElasticRecovery(BatchNormRecovery):
     """Trains shared weights once; after that a candidate needs its slice and fresh batch statistics only."""
+
+    trains_per_candidate: ClassVar[bool] = False
+    shares_weights: ClassVar[bool] = True
 
     def __init__(self, ground: Ground) -> None:
         super().__init__(ground)

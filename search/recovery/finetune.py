@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from spaces.dynamic.exit_network import ExitNetwork
 
 class FinetuneRecovery:
     """Fine-tunes every candidate for itself, and keeps the weights by their channels."""
+
+    trains_per_candidate: ClassVar[bool] = True
+    shares_weights: ClassVar[bool] = False
 
     ranges: Ranges = NO_RANGES
 

@@ -1,6 +1,7 @@
 """No recovery: what pruning alone leaves."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from evaluators.quantization.int8 import Ranges
 from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground
@@ -9,6 +10,9 @@ from spaces.dynamic.exit_network import ExitNetwork
 
 class Nothing:
     """Leaves weights and statistics as the dense network had them."""
+
+    trains_per_candidate: ClassVar[bool] = False
+    shares_weights: ClassVar[bool] = False
 
     effort = "none"
     ranges: Ranges = NO_RANGES

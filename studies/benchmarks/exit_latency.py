@@ -22,11 +22,13 @@ from evaluators.bundle import run as run_bundle
 from evaluators.deployed import Subject
 from evaluators.inference.staged import Floats, Network
 from evaluators.latency.evaluator import LatencyEvaluator
+from search.config.budget import Budget
 from search.config.overrides import Request
 from search.config.study import Study
-from search.loop.coordinator import measure_baseline
-from search.pipeline.exit_thresholds import GateSolver, Settled
-from search.pipeline.workbench import Workbench
+from search.loop.baseline import measure_baseline
+from search.pipeline.exit_thresholds import ExitThresholdSolver, ResolvedCandidate
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
+from search.pipeline.threshold_problem import ResolvedThresholds
 from search.results.evaluation import Evaluation
 from search.results.store import Baseline
 from spaces.candidate import NEVER_EXIT, OPEN_EXIT, Candidate
@@ -60,7 +62,7 @@ class Row:
     precision: str
     asked: tuple[str, ...]
     budget: str
-    version: Settled
+    version: ResolvedCandidate
     expected: float
     formula: float
     measured: float
@@ -68,8 +70,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """Returns the row of the table."""
-        gates = self.version.gates or {}
-        shares = " ".join(f"{share:.0%}" for share in gates["shares"])
+        shares = " ".join(f"{share:.0%}" for share in _thresholds(self.version).shares)
         differences = (f"{each / self.ran - 1:+.1%}" for each in (self.formula, self.expected, self.measured))
         used = ", ".join(self.version.candidate.active_exits) or "none"
         seconds = (f"{each:.3f}" for each in (self.formula, self.expected, self.measured, self.ran))
@@ -83,14 +84,14 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=10_000, help="that train the heads")
     arguments = parser.parse_args()
-    bench = Workbench(_study(arguments.weights, arguments.data, arguments.images), _say)
-    baseline = measure_baseline(bench)
+    pipeline = build_pipeline(_study(arguments.weights, arguments.data, arguments.images), _say)
+    baseline = measure_baseline(pipeline)
     dense = baseline.evaluation
-    print(f"\n{baseline.reference_seconds['fp32'] * 1e3:.3f} ms dense, on {bench.target}; shares of that\n")
+    print(f"\n{baseline.reference_seconds['fp32'] * 1e3:.3f} ms dense, on {pipeline.target}; shares of that\n")
     rows: list[Row] = []
     heads = ["precision", "exits", "budget", "used", "leave", "formula", "expected", "measured", "loop"]
     to_loop = [f"{name} to loop" for name in ("formula", "expected", "measured")]
-    print_table([*heads, *to_loop], _told(_rows(bench, baseline, dense), rows))
+    print_table([*heads, *to_loop], _told(_rows(pipeline, baseline, dense), rows))
     for name in ("formula", "expected", "measured"):
         close = sum(abs(getattr(row, name) / row.ran - 1) <= _CLOSE for row in rows)
         print(f"\n{name}: {close} of {len(rows)} versions within {_CLOSE:.0%} of the loop")
@@ -118,19 +119,19 @@ def _told(rows: Iterable[Row], kept: list[Row]) -> Iterator[list[str]]:
         yield row.cells()
 
 
-def _rows(bench: Workbench, baseline: Baseline, dense: Evaluation) -> Iterator[Row]:
-    latency, plain = bench.latency_evaluator(baseline.reference_seconds), bench.space.dense()
+def _rows(pipeline: CompressionPipeline, baseline: Baseline, dense: Evaluation) -> Iterator[Row]:
+    latency, plain = pipeline.references.latency_evaluator(baseline.reference_seconds), pipeline.space.dense()
     for precision in ("int8", "fp32"):
         full = Candidate(plain.channels, dict.fromkeys(plain.precision, precision), plain.thresholds)
-        whole = latency.measure(bench.subject(full)).value / latency.references["fp32"].seconds
+        whole = latency.measure(pipeline.deployed(full)).value / latency.references["fp32"].seconds
         for exits, share in zip(_VERSIONS, cycle(_SHARES), strict=False):
             thresholds = {name: OPEN_EXIT if name in exits else NEVER_EXIT for name in full.thresholds}
             open_ = Candidate(full.channels, full.precision, thresholds)
-            yield _row(bench, latency, dense, precision, exits, f"{100 * share * whole:.1f}%", open_)
+            yield _row(pipeline, latency, dense, precision, exits, f"{100 * share * whole:.1f}%", open_)
 
 
 def _row(
-    bench: Workbench,
+    pipeline: CompressionPipeline,
     latency: LatencyEvaluator,
     dense: Evaluation,
     precision: str,
@@ -138,33 +139,43 @@ def _row(
     budget: str,
     open_: Candidate,
 ) -> Row:
-    bench.study = bench.study.model_copy(update={"budget": (f"latency<{budget}",)})
-    version = GateSolver(bench, latency, dense.measurements).settle(open_)
-    subject = bench.subject(version.candidate)
-    plain = _loaded(bench, bench.subject(bench.space.dense()).artifact)
-    ran = _ratio(_loaded(bench, subject.artifact), plain, bench.gate_images.images[:])
-    gates, dense_s = version.gates or {}, latency.references["fp32"].seconds
+    limit = Budget.parse([f"latency<{budget}"])
+    version = ExitThresholdSolver(pipeline, latency, dense.measurements, limit).resolve(open_)
+    subject = pipeline.deployed(version.candidate)
+    plain = _loaded(pipeline, pipeline.deployed(pipeline.space.dense()).artifact)
+    ran = _ratio(_loaded(pipeline, subject.artifact), plain, pipeline.threshold_images.images[:])
+    thresholds, dense_s = _thresholds(version), latency.references["fp32"].seconds
     again = Subject(
-        subject.network, subject.candidate, subject.artifact, bench.gate_images, bench.runtime, bench.target
+        subject.network,
+        subject.candidate,
+        subject.artifact,
+        pipeline.threshold_images,
+        pipeline.runtime,
+        pipeline.target,
     )
     return Row(
         precision=precision,
         asked=exits,
         budget=budget,
         version=version,
-        expected=gates["costs"][0] / dense_s,
-        formula=gates["costs"][0] / gates["correction"] / dense_s,
+        expected=thresholds.first_cost / dense_s,
+        formula=thresholds.first_cost / thresholds.correction / dense_s,
         measured=latency.measure(again).value / dense_s,
         ran=ran,
     )
 
 
-def _loaded(bench: Workbench, artifact: Artifact) -> Network:
+def _thresholds(version: ResolvedCandidate) -> ResolvedThresholds:
+    assert version.thresholds is not None, "all of these have thresholds to be chosen"
+    return version.thresholds
+
+
+def _loaded(pipeline: CompressionPipeline, artifact: Artifact) -> Network:
     """Returns an artifact as its bundle's `run.py` loads it."""
     names = [f"stage{index}.onnx" for index in range(len(artifact.deployed))]
     described = {
-        "target": bench.target.to_dict(),
-        "library": bench.runtime.version(),
+        "target": pipeline.target.to_dict(),
+        "library": pipeline.runtime.version(),
         "deployed": names,
         "thresholds": artifact.thresholds,
         "confidence": artifact.confidence,

@@ -25,9 +25,9 @@ from evaluators.latency.evaluator import LatencyEvaluator
 from search.config.overrides import Request
 from search.config.study import Study
 from search.deploy.bundle import Confirmed, write_bundle
-from search.loop.coordinator import measure_baseline
-from search.pipeline.exit_thresholds import GateSolver
-from search.pipeline.workbench import Workbench
+from search.loop.baseline import measure_baseline
+from search.pipeline.exit_thresholds import ExitThresholdSolver
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
 from search.results.store import Baseline, SearchFolder, StoredSearch
@@ -66,16 +66,16 @@ def main() -> None:
     for confidence, share in product(arguments.confidences, arguments.shares):
         exits = study.exits.model_copy(update={"confidence": confidence})
         asked = study.model_copy(update={"exits": exits, "budget": (f"latency<{share}",)})
-        _measure(Workbench(asked, _say), arguments.out / f"{confidence}-{share.rstrip('%')}")
+        _measure(build_pipeline(asked, _say), arguments.out / f"{confidence}-{share.rstrip('%')}")
 
 
 def _accuracy_as_it_came(study: Study) -> float:
     """Returns the accuracy on the test images before network and exits learned together, fp32."""
-    bench = Workbench(
+    pipeline = build_pipeline(
         study.model_copy(update={"exits": study.exits.model_copy(update={"after": (), "weights": ()})}), _say
     )
-    answers = bench.subject(bench.space.dense()).answers_to(bench.data.test)
-    return accuracy_of(answers, bench.target, "test").value
+    answers = pipeline.deployed(pipeline.space.dense()).answers_to(pipeline.data.test)
+    return accuracy_of(answers, pipeline.target, "test").value
 
 
 def _say(step: str, done: int, total: int) -> None:
@@ -83,35 +83,37 @@ def _say(step: str, done: int, total: int) -> None:
         print(f"{step}: done", flush=True)
 
 
-def _measure(bench: Workbench, out: Path) -> None:
-    baseline = measure_baseline(bench)
-    latency = bench.latency_evaluator(baseline.reference_seconds)
-    print(f"\nThresholds for {bench.study.limits}, {bench.study.exits.confidence}, on {bench.target}\n")
-    for precision in bench.space.precision.precisions:
-        dense = bench.space.dense()
+def _measure(pipeline: CompressionPipeline, out: Path) -> None:
+    baseline = measure_baseline(pipeline)
+    latency = pipeline.references.latency_evaluator(baseline.reference_seconds)
+    print(f"\nThresholds for {pipeline.study.limits}, {pipeline.study.exits.confidence}, on {pipeline.target}\n")
+    for precision in pipeline.space.precision.precisions:
+        dense = pipeline.space.dense()
         full = Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds)
-        whole = bench.evaluate(full, latency, lambda _measured: False)
+        whole = pipeline.evaluate(full, latency)
         open_ = Candidate(full.channels, full.precision, dict.fromkeys(full.thresholds, OPEN_EXIT))
-        settled = GateSolver(bench, latency, whole.measurements).settle(open_)
-        version = settled.stamped(bench.evaluate(settled.candidate, latency, lambda _measured: False))
+        settled = ExitThresholdSolver(pipeline, latency, whole.measurements).resolve(open_)
+        version = settled.stamped(pipeline.evaluate(settled.candidate, latency))
         bundles = [
-            _write(bench, baseline, each, out / f"{precision}-{name}")
+            _write(pipeline, baseline, each, out / f"{precision}-{name}")
             for name, each in (("full", whole), ("exits", version))
         ]
-        ran = run_in_turn(run_bundle.load(bundles[0]), run_bundle.load(bundles[1]), bench.data.test)
-        _print(precision, bench, latency, whole, version, ran)
+        ran = run_in_turn(run_bundle.load(bundles[0]), run_bundle.load(bundles[1]), pipeline.data.test)
+        _print(precision, pipeline, latency, whole, version, ran)
 
 
-def _write(bench: Workbench, baseline: Baseline, evaluation: Evaluation, out: Path) -> Path:
+def _write(pipeline: CompressionPipeline, baseline: Baseline, evaluation: Evaluation, out: Path) -> Path:
     """Returns the folder of a bundle of a version that was measured."""
     folder = SearchFolder(out.parent)
     folder.path.mkdir(parents=True, exist_ok=True)
-    (folder.path / "study.toml").write_text(bench.study.to_toml(), encoding="utf-8")
-    subject = bench.subject(evaluation.candidate)
-    answers = subject.answers_to(bench.data.test)
-    test = accuracy_of(answers, bench.target, "test")
+    (folder.path / "study.toml").write_text(pipeline.study.to_toml(), encoding="utf-8")
+    subject = pipeline.deployed(evaluation.candidate)
+    answers = subject.answers_to(pipeline.data.test)
+    test = accuracy_of(answers, pipeline.target, "test")
     confirmed = Confirmed(Version(0, evaluation), subject, evaluation.measurements["latency"], 1.0, test, test, answers)
-    write_bundle(out, bench, StoredSearch(folder, bench.study, baseline, (), {}), bench.study.limits, confirmed)
+    write_bundle(
+        out, pipeline, StoredSearch(folder, pipeline.study, baseline, (), {}), pipeline.study.limits, confirmed
+    )
     return out
 
 
@@ -139,21 +141,21 @@ def run_in_turn(full: Network, gated: Network, data: LabelledImages) -> tuple[Ra
 
 def _print(
     precision: str,
-    bench: Workbench,
+    pipeline: CompressionPipeline,
     latency: LatencyEvaluator,
     whole: Evaluation,
     version: Evaluation,
     ran: tuple[Ran, Ran],
 ) -> None:
     full, gated = ran
-    subject = bench.subject(version.candidate)
+    subject = pipeline.deployed(version.candidate)
     shares = [float((gated.exits == place).mean()) for place in range(len(version.candidate.active_exits) + 1)]
     paths, dense = latency.paths(subject, shares=shares), whole.measurements["latency"].value
     formula = sum(share * path for share, path in zip(shares, paths, strict=True)) / dense
     measured = gated.seconds / full.seconds
     print(f"| {precision}: exit | right, alone | right, of those that leave | leave | path, of the full latency |")
     print("|---|---|---|---|---|")
-    alone = _alone(subject, bench.data.test)
+    alone = _alone(subject, pipeline.data.test)
     for place, name in enumerate([*version.candidate.active_exits, "end"]):
         here = gated.exits == place
         right = f"{gated.correct[here].mean():.2%}" if here.any() else "-"

@@ -17,7 +17,7 @@ from evaluators.runtimes.onnxruntime_cpu import load
 from evaluators.streams import Stream
 from search.config.overrides import Request
 from search.config.study import ExitsSection, FramesSection, RecoverySection
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from spaces.candidate import Candidate
 
 THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
@@ -62,31 +62,31 @@ def main() -> None:
     frames = FramesSection(frames=arguments.frames, max_age=arguments.max_age)
     without = {"exits": ExitsSection(after=()), "recovery": RecoverySection()}  # nothing has to be trained
     study = study.model_copy(update={"frames": frames, **without})
-    bench = Workbench(study, lambda *_: None)
-    stream = bench.data.test
+    pipeline = build_pipeline(study, lambda *_: None)
+    stream = pipeline.data.test
     assert isinstance(stream, Stream)
-    print(f"{len(stream)} frames in {len(stream.starts)} clips, max age {frames.max_age}; {bench.target}")
+    print(f"{len(stream)} frames in {len(stream.starts)} clips, max age {frames.max_age}; {pipeline.target}")
     held = Stream(stream.images[:], stream.labels, stream.starts)
-    for precision in bench.space.precision.precisions:
+    for precision in pipeline.space.precision.precisions:
         print(f"\n{precision}\n")
-        _print(measure(bench, held, precision, frames.max_age))
+        _print(measure(pipeline, held, precision, frames.max_age))
 
 
-def measure(bench: Workbench, stream: Stream, precision: str, max_age: int) -> list[Row]:
+def measure(pipeline: CompressionPipeline, stream: Stream, precision: str, max_age: int) -> list[Row]:
     """Returns a row for each threshold, all from one answer of the network to each frame."""
-    dense = bench.space.dense()
-    made = bench.subject(Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds))
+    dense = pipeline.space.dense()
+    made = pipeline.deployed(Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds))
     every = made.answers_to(stream)
-    bare = _expected(bench, made, None, stream)
+    bare = _expected(pipeline, made, None, stream)
     reuses = [Reuse(threshold, max_age) for threshold in THRESHOLDS]
-    return [_row(made, stream, every, reuse, _expected(bench, made, reuse, stream) / bare) for reuse in reuses]
+    return [_row(made, stream, every, reuse, _expected(pipeline, made, reuse, stream) / bare) for reuse in reuses]
 
 
-def _expected(bench: Workbench, made: Subject, reuse: Reuse | None, stream: Stream) -> float:
+def _expected(pipeline: CompressionPipeline, made: Subject, reuse: Reuse | None, stream: Stream) -> float:
     """Returns the time per frame as the search measures it, as a ratio to the reference."""
     artifact = replace(made.artifact, reuse=reuse)
-    subject = Deployed(made.candidate, artifact, stream, bench.runtime, bench.target)
-    evaluator = bench.latency_evaluator(dict.fromkeys(bench.space.precision.precisions, 1.0))
+    subject = Deployed(made.candidate, artifact, stream, pipeline.runtime, pipeline.target)
+    evaluator = pipeline.references.latency_evaluator(dict.fromkeys(pipeline.space.precision.precisions, 1.0))
     return evaluator.measure(subject).notes["ratio"]
 
 

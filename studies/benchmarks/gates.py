@@ -241,8 +241,8 @@ def main() -> None:
             parser.error("a method is named")
         train_method(ground, given.method, given.share, given.epochs, given.rate)
         return
-    bench = Bench(ground)
-    rows = [bench.row(method, kept_method(ground, method, asked or 0.0), asked) for method, asked in _kept(ground)]
+    pipeline = Bench(ground)
+    rows = [pipeline.row(method, kept_method(ground, method, asked or 0.0), asked) for method, asked in _kept(ground)]
     print_table(HEADS, rows)
     print(f"\nOne thread, batch 1, torch {torch.__version__}, {OnnxRuntime().version()}, {cpu_name()}, seed 0.")
 

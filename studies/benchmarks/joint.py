@@ -23,8 +23,8 @@ from evaluators.accuracy import accuracy_of
 from evaluators.runtimes.cpu import cpu_name
 from search.config.overrides import Request
 from search.config.study import ExitsSection
-from search.loop.coordinator import measure_baseline
-from search.pipeline.workbench import Workbench
+from search.loop.baseline import measure_baseline
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.store import Baseline
 from search.samplers.distributions import distributions
 from search.samplers.optuna_samplers import tpe
@@ -51,26 +51,26 @@ class Measured:
     """Candidates of one study, each measured once.
 
     Args:
-        bench: builds and measures them.
+        pipeline: builds and measures them.
         file: where the baseline and all measurements are kept.
     """
 
-    def __init__(self, bench: Workbench, file: Path) -> None:
-        self.bench = bench
+    def __init__(self, pipeline: CompressionPipeline, file: Path) -> None:
+        self.pipeline = pipeline
         self._file = file
         self._kept = json.loads(file.read_text()) if file.is_file() else {"baseline": None, "points": {}}
         if self._kept["baseline"] is None:
-            self._kept["baseline"] = measure_baseline(bench).to_dict()
+            self._kept["baseline"] = measure_baseline(pipeline).to_dict()
             self._write()
         self.baseline = Baseline.from_dict(self._kept["baseline"])
         self._dense = self.baseline.evaluation.measurements
-        self._latency = bench.latency_evaluator(self.baseline.reference_seconds)
+        self._latency = pipeline.references.latency_evaluator(self.baseline.reference_seconds)
 
     def point(self, candidate: Candidate) -> Point:
         """Returns what a candidate measures, now or before."""
         points = self._kept["points"]
         if candidate.key not in points:
-            found = self.bench.evaluate(candidate, self._latency, lambda _measured: False).measurements
+            found = self.pipeline.evaluate(candidate, self._latency).measurements
             latency = found["latency"].value / self._dense["latency"].value
             points[candidate.key] = [found["accuracy"].value, latency, candidate.to_dict()]
             self._write()
@@ -116,7 +116,7 @@ class Search:
         for _ in range(evaluations):
             trial = study.ask(dict(free))
             values = values_of(trial.params)
-            point = self.measured.point(self.measured.bench.space.candidate(values))
+            point = self.measured.point(self.measured.pipeline.space.candidate(values))
             trial.set_constraint("latency", point.latency / self.limit - 1)
             study.tell(trial, [point.accuracy, point.latency])
             tried.append((values, point))
@@ -132,7 +132,7 @@ class Ways:
     """Three ways to spend the same number of evaluations on the same space."""
 
     def __init__(self, search: Search, evaluations: int) -> None:
-        space = search.measured.bench.space
+        space = search.measured.pipeline.space
         self._search, self._evaluations = search, evaluations
         every = distributions(space)
         self._channels = {name: each for name, each in every.items() if name.startswith(CHANNELS)}
@@ -140,7 +140,7 @@ class Ways:
         self._lowest = space.precision.precisions[-1]
 
     def _uniform(self, keep: float, precision: str) -> dict[str, Value]:
-        return self._search.measured.bench.space.uniform(keep, precision, NEVER_EXIT)
+        return self._search.measured.pipeline.space.uniform(keep, precision, NEVER_EXIT)
 
     def _start(self, keep: float, precision: str, names: Mapping[str, BaseDistribution]) -> dict[str, Value]:
         return {name: value for name, value in self._uniform(keep, precision).items() if name in names}
@@ -192,25 +192,25 @@ def _row(ways: Ways, search: Search, way: str, seed: int) -> list[str]:
     if found is None:
         return [way, str(seed), "none within the limit", "", "", ""]
     values, point = found
-    bench = search.measured.bench
-    candidate = bench.space.candidate(values)
-    test = accuracy_of(bench.subject(candidate).answers_to(bench.data.test), bench.target, "test").value
-    kept = sum(candidate.channels.values()) / sum(bench.space.dense().channels.values())
+    pipeline = search.measured.pipeline
+    candidate = pipeline.space.candidate(values)
+    test = accuracy_of(pipeline.deployed(candidate).answers_to(pipeline.data.test), pipeline.target, "test").value
+    kept = sum(candidate.channels.values()) / sum(pipeline.space.dense().channels.values())
     given = list(candidate.precision.values())
     cells = [f"{100 * point.accuracy:.2f}", f"{100 * test:.2f}", f"{point.latency:.3f}"]
     return [way, str(seed), *cells, f"{kept:.0%} of the channels, {given.count('int8')}/{len(given)} layers int8"]
 
 
-def _bench(data: str, weights: str, shared: Path | None) -> Workbench:
+def _pipeline(data: str, weights: str, shared: Path | None) -> CompressionPipeline:
     study = Request(study="cifar10", weights=weights, data=data).to_study()
     recovery = study.recovery.model_copy(update={"level": "bn"} if shared else {})
     study = study.model_copy(update={"exits": ExitsSection(after=()), "recovery": recovery})
-    bench = Workbench(study, lambda *_: None, say=lambda text: print(text))
+    pipeline = build_pipeline(study, lambda *_: None, say=lambda text: print(text))
     if shared is not None:
-        network = copy.deepcopy(bench.network)
+        network = copy.deepcopy(pipeline.network)
         network.load_state_dict(torch.load(shared, weights_only=True))
-        bench.recovery.source = network.eval()
-    return bench
+        pipeline.compressor.recovery.source = network.eval()
+    return pipeline
 
 
 def main() -> None:
@@ -226,8 +226,8 @@ def main() -> None:
     given = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    bench = _bench(given.data, given.weights, given.shared)
-    search = Search(Measured(bench, given.out), given.limit)
+    pipeline = _pipeline(given.data, given.weights, given.shared)
+    search = Search(Measured(pipeline, given.out), given.limit)
     ways = Ways(search, given.evaluations)
     heads = ["way", "seed", "validation %", "test %", "latency of dense", "what it is"]
     rows = [
@@ -236,7 +236,7 @@ def main() -> None:
     dense = search.measured.baseline.evaluation.measurements
     print(f"\nDense: {dense['accuracy'].value:.2%} of the validation images, {dense['latency'].value * 1e3:.3f} ms.\n")
     print_table(heads, rows)
-    print(f"\n{given.evaluations} evaluations each, {bench.target}; torch {torch.__version__}, {cpu_name()}.")
+    print(f"\n{given.evaluations} evaluations each, {pipeline.target}; torch {torch.__version__}, {cpu_name()}.")
 
 
 if __name__ == "__main__":

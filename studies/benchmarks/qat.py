@@ -22,7 +22,7 @@ from evaluators.runtimes.onnxruntime_cpu import load
 from search.config.overrides import Request
 from search.config.registries import QUANTIZERS
 from search.config.study import ExitsSection, FinetuneSection, QatSection
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.recovery.finetune import finetune
 from search.recovery.qat import Int8Network, Learned, train_int8
 from search.training.batchnorm import recalibrate_batch_norm, recovery_images
@@ -39,18 +39,18 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 class Ground:
     """The study's network with all that training it in int8 needs."""
 
-    bench: Workbench
+    pipeline: CompressionPipeline
 
     def accuracy(self, logits: Logits) -> float:
         """Returns the top-1 accuracy on all images that nothing was trained on."""
-        parts = (self.bench.data.validation, self.bench.data.test)
+        parts = (self.pipeline.data.validation, self.pipeline.data.test)
         with torch.no_grad():
             return sum(_right(logits, part) for part in parts) / sum(len(part) for part in parts)
 
     def deployed(self, network: ExitNetwork, candidate: Candidate, learned: Learned | None) -> float:
         """Returns the accuracy of the int8 file, whose ranges are the network's own unless they were learned."""
-        builder = self.bench.builder
-        ranges = builder.read_ranges(network, self.bench.data.calibration.images[:])
+        builder = self.pipeline.builder
+        ranges = builder.read_ranges(network, self.pipeline.data.calibration.images[:])
         if learned is not None:
             ranges = {**ranges, **learned.ranges}
         (stage,) = builder.build(network, candidate, ranges, learned.grids if learned else NO_GRIDS).deployed
@@ -59,21 +59,23 @@ class Ground:
 
     def candidate(self, keep: float) -> Candidate:
         """Returns the version that keeps this share of every group's channels, in int8."""
-        space = self.bench.space
+        space = self.pipeline.space
         return space.candidate(space.uniform(keep, "int8", 1.0))
 
     def pruned(self, candidate: Candidate, steps: int) -> ExitNetwork:
         """Returns its network, fine-tuned in float if it is pruned."""
-        network = self.bench.space.apply(self.bench.network, candidate)
-        if self.bench.is_pruned(candidate) and steps:
+        network = self.pipeline.space.apply(self.pipeline.network, candidate)
+        if self.pipeline.compressor.plan(candidate).is_pruned and steps:
             settings = FinetuneSection(steps=steps)
-            finetune(network, self.bench.network, self.batches(settings.batch), settings)
-            recalibrate_batch_norm(network, recovery_images(self.bench.data.train, self.bench.study.recovery.images))
+            finetune(network, self.pipeline.network, self.batches(settings.batch), settings)
+            recalibrate_batch_norm(
+                network, recovery_images(self.pipeline.data.train, self.pipeline.study.recovery.images)
+            )
         return network
 
     def batches(self, size: int) -> TrainingBatches:
         """Returns the training set."""
-        return TrainingBatches(self.bench.data.train, size, 0, self.bench.ground.augment)
+        return TrainingBatches(self.pipeline.data.train, size, 0, self.pipeline.compressor.context.augment)
 
 
 def _right(logits: Logits, data: LabelledImages) -> int:
@@ -92,7 +94,7 @@ def rows(ground: Ground, keep: float, finetuning: int, settings: QatSection, qua
     _print_row(f"{keep:.0%}", "fp32", floating, None, None)
     plain = ground.deployed(network, candidate, None)
     _print_row("", "int8, not trained", plain, plain, None)
-    int8 = ground.bench.ground.int8
+    int8 = ground.pipeline.compressor.context.int8
     assert int8 is not None
     for name in quantizers:
         trained = copy.deepcopy(network)
@@ -100,7 +102,7 @@ def rows(ground: Ground, keep: float, finetuning: int, settings: QatSection, qua
         ranges = int8.builder.read_ranges(trained, int8.calibration)
         learner = Int8Network(trained, int8.graph, placement, name, ranges)
         begin = time.process_time()
-        done = train_int8(learner, ground.bench.network, ground.batches(settings.batch), settings)
+        done = train_int8(learner, ground.pipeline.network, ground.batches(settings.batch), settings)
         step = (time.process_time() - begin) / done.steps
         inside = ground.accuracy(lambda images, learner=learner: learner.logits(images)[-1])  # type: ignore[misc]
         deployed = ground.deployed(trained, candidate, learner.learned())
@@ -129,7 +131,7 @@ def main() -> None:
     study = Request(study="cifar10", weights=given.weights, data=given.data).to_study()
     recovery = study.recovery.model_copy(update={"qat": settings})
     study = study.model_copy(update={"exits": ExitsSection(after=()), "recovery": recovery})
-    ground = Ground(Workbench(study, lambda *_: None, say=lambda text: print(text)))
+    ground = Ground(build_pipeline(study, lambda *_: None, say=lambda text: print(text)))
     print("\n| channels | | deployed | in training | CPU seconds a step |\n|---|---|---|---|---|")
     for keep in given.keep:
         rows(ground, keep, given.finetune, settings, given.quantizers)

@@ -23,7 +23,7 @@ from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.cpu import cpu_name
 from search.config.overrides import Request
 from search.config.study import ExitsSection
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from studies.benchmarks.markdown import print_table
@@ -45,19 +45,19 @@ class Ground:
         study = Request(study="cifar10", weights=weights, data=data).to_study()
         section = study.data.model_copy(update={"calibration": calibration or study.data.calibration})
         study = study.model_copy(update={"exits": ExitsSection(after=()), "data": section})
-        self.bench = Workbench(study, lambda *_: None, say=lambda text: print(text))
-        self.network: ExitNetwork = self.bench.network
-        self.calibration: NDArray[np.float32] = self.bench.data.calibration.images[:]
-        self.parts: tuple[LabelledImages, ...] = (self.bench.data.validation, self.bench.data.test)
+        self.pipeline = build_pipeline(study, lambda *_: None, say=lambda text: print(text))
+        self.network: ExitNetwork = self.pipeline.network
+        self.calibration: NDArray[np.float32] = self.pipeline.data.calibration.images[:]
+        self.parts: tuple[LabelledImages, ...] = (self.pipeline.data.validation, self.pipeline.data.test)
         self.images = sum(len(part) for part in self.parts)
 
     def builder(self, scheme: Scheme, calibration: NDArray[np.float32]) -> ArtifactBuilder:
         """Returns what writes the network's files."""
-        return ArtifactBuilder(self.network, calibration, self.bench.runtime, scheme=scheme)
+        return ArtifactBuilder(self.network, calibration, self.pipeline.runtime, scheme=scheme)
 
     def accuracy(self, files: Sequence[bytes]) -> float:
         """Returns the top-1 accuracy of deployed files on all images that nothing was trained on."""
-        opened = self.bench.runtime.open(files, [], self.bench.target.threads)
+        opened = self.pipeline.runtime.open(files, [], self.pipeline.target.threads)
         right = 0
         for part in self.parts:
             logits, _ = opened.answer(part.images, _BATCH)
@@ -73,7 +73,7 @@ class Ground:
         """Prints what the figures were measured on."""
         print(
             f"\n{len(self.calibration)} training images to calibrate on, {self.images} scored; {cpu_name()}, "
-            f"{self.bench.target.threads} thread, {self.bench.runtime.version()}, torch {torch.__version__}."
+            f"{self.pipeline.target.threads} thread, {self.pipeline.runtime.version()}, torch {torch.__version__}."
         )
 
 

@@ -106,29 +106,29 @@ class Bench:
         return Bench(made, self.data)
 
 
-def corrections_table(bench: Bench, steps: int) -> list[Row]:
+def corrections_table(pipeline: Bench, steps: int) -> list[Row]:
     """Returns how roundings and bias corrections do together."""
     schemes = Scheme(), Scheme(bias_correction="batchnorm"), Scheme(bias_correction="data")
     rows: list[Row] = [("rounding", "bias correction", "accuracy", "error of logits")]
-    for name, grids in {"nearest": NO_GRIDS, f"adaround, {steps} steps": bench.learned(steps)}.items():
-        rows += [(name, scheme.bias_correction, *bench.score(scheme, grids).cells) for scheme in schemes]
+    for name, grids in {"nearest": NO_GRIDS, f"adaround, {steps} steps": pipeline.learned(steps)}.items():
+        rows += [(name, scheme.bias_correction, *pipeline.score(scheme, grids).cells) for scheme in schemes]
     return rows
 
 
-def ranges_table(bench: Bench) -> list[Row]:
+def ranges_table(pipeline: Bench) -> list[Row]:
     """Returns how ranges with and without images do."""
     schemes = Scheme(), Scheme(ranges="batchnorm"), Scheme(ranges="batchnorm", bias_correction="batchnorm")
     rows: list[Row] = [("ranges", "bias correction", "accuracy", "error of logits")]
-    return rows + [(scheme.ranges, scheme.bias_correction, *bench.score(scheme).cells) for scheme in schemes]
+    return rows + [(scheme.ranges, scheme.bias_correction, *pipeline.score(scheme).cells) for scheme in schemes]
 
 
 def equalization_table(benches: Mapping[str, Bench]) -> list[Row]:
     """Returns what equalization does for networks whose channels are alike, and are not."""
     rows: list[Row] = [("network", "weights", "equalize", "accuracy", "error of logits")]
-    for name, bench in benches.items():
+    for name, pipeline in benches.items():
         for base in (Scheme(weights="per-tensor"), Scheme(weights="per-channel")):
             for scheme in (base, replace(base, equalize=True)):
-                rows.append((name, scheme.weights, "yes" if scheme.equalize else "no", *bench.score(scheme).cells))
+                rows.append((name, scheme.weights, "yes" if scheme.equalize else "no", *pipeline.score(scheme).cells))
     return rows
 
 
@@ -137,7 +137,7 @@ def _print(rows: Sequence[Row]) -> None:
     print()
 
 
-def _bench(data: str, weights: str) -> Bench:
+def _pipeline(data: str, weights: str) -> Bench:
     study = Request(study="cifar10", weights=weights, data=data).to_study()
     loaded, built = prepare(study, False, lambda *_: None, lambda text: print(text))
     return Bench(ExitNetwork(built.network.eval(), [], []).eval(), loaded.splits)
@@ -150,13 +150,13 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="a state dict of the study's ResNet-20")
     parser.add_argument("--steps", type=int, default=Scheme().rounding_steps, help="of AdaRound, for each layer")
     given = parser.parse_args()
-    bench = _bench(given.data, given.weights)
-    right = bench.float_accuracy()
-    print(f"\nIn float: {100 * right:.2f}% of {len(bench.data.validation)} validation images.\n")
-    _print(ranges_table(bench))
-    ill = {f"rescaled by up to {most}": bench.rescaled(most) for most in (10, 1000)}
-    _print(equalization_table({"as trained": bench} | ill))
-    _print(corrections_table(bench, given.steps))
+    pipeline = _pipeline(given.data, given.weights)
+    right = pipeline.float_accuracy()
+    print(f"\nIn float: {100 * right:.2f}% of {len(pipeline.data.validation)} validation images.\n")
+    _print(ranges_table(pipeline))
+    ill = {f"rescaled by up to {most}": pipeline.rescaled(most) for most in (10, 1000)}
+    _print(equalization_table({"as trained": pipeline} | ill))
+    _print(corrections_table(pipeline, given.steps))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {cpu_name()}, seed 0.")
 
 

@@ -25,7 +25,7 @@ from evaluators.flops.evaluator import count_by_module
 from evaluators.runtimes.cpu import cpu_name
 from search.config.overrides import Request
 from search.config.study import ElasticSection, ExitsSection, FinetuneSection
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.recovery.elastic import random_channels, train_elastic
 from search.recovery.finetune import finetune
 from search.training.batchnorm import recalibrate_batch_norm, recovery_images
@@ -65,13 +65,13 @@ class Results:
 class Ground:
     """The study's network, its images, and pruned networks by their channels."""
 
-    def __init__(self, bench: Workbench) -> None:
-        self.bench = bench
-        self.network = ExitNetwork(bench.network.trunk, [], []).eval()
-        calibration = bench.data.calibration
+    def __init__(self, pipeline: CompressionPipeline) -> None:
+        self.pipeline = pipeline
+        self.network = ExitNetwork(pipeline.network.trunk, [], []).eval()
+        calibration = pipeline.data.calibration
         self.evidence = Evidence(torch.from_numpy(calibration.images[:]), torch.from_numpy(calibration.labels))
-        self.groups = bench.space.sparsity.groups
-        self.images = recovery_images(bench.data.train, bench.study.recovery.images)
+        self.groups = pipeline.space.sparsity.groups
+        self.images = recovery_images(pipeline.data.train, pipeline.study.recovery.images)
         self.image = self.evidence.images[:1]
         self.dense_flops = self.flops(self.network)
 
@@ -85,11 +85,11 @@ class Ground:
 
     def batches(self, size: int, seed: int = 0) -> TrainingBatches:
         """Returns the training set."""
-        return TrainingBatches(self.bench.data.train, size, seed, self.bench.ground.augment)
+        return TrainingBatches(self.pipeline.data.train, size, seed, self.pipeline.compressor.context.augment)
 
     def accuracy(self, network: ExitNetwork) -> float:
         """Returns the top-1 accuracy on all images that nothing was trained on."""
-        parts = (self.bench.data.validation, self.bench.data.test)
+        parts = (self.pipeline.data.validation, self.pipeline.data.test)
         return sum(_right(network, part) for part in parts) / sum(len(part) for part in parts)
 
     def recalibrated(self, network: ExitNetwork) -> ExitNetwork:
@@ -154,7 +154,7 @@ def _pruned(ground: Ground, space: SparsitySpace, share: float, how: str, settin
 
 def effort_table(ground: Ground, results: Results, out: Path, minutes: float, candidates: int, final: float) -> None:
     """Prints what each recovery brings at equal training time, and how well it ranks versions of equal FLOPs."""
-    space = ground.space("l2", ground.bench.space.sparsity.finest)
+    space = ground.space("l2", ground.pipeline.space.sparsity.finest)
     shared = _shared_weights(ground, space, out, minutes)
     each, full = FinetuneSection(minutes=minutes / candidates), FinetuneSection(epochs=final)
     arms: dict[str, tuple[ExitNetwork, FinetuneSection | None]] = {
@@ -235,9 +235,9 @@ def _hypervolume(accuracies: Mapping[str, float], shares: Mapping[str, float]) -
     return float(HV(ref_point=np.ones(2))(points))
 
 
-def _bench(data: str, weights: str) -> Workbench:
+def _pipeline(data: str, weights: str) -> CompressionPipeline:
     study = Request(study="cifar10", weights=weights, data=data).to_study()
-    return Workbench(
+    return build_pipeline(
         study.model_copy(update={"exits": ExitsSection(after=())}), lambda *_: None, say=lambda text: print(text)
     )
 
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--final", type=float, default=2, help="epochs of fine-tuning in a recovery in full")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    ground = Ground(_bench(given.data, given.weights))
+    ground = Ground(_pipeline(given.data, given.weights))
     results = Results(given.out / f"{given.table}.json")
     if given.table == "criteria":
         criteria_table(ground, results, given.epochs)

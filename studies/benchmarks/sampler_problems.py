@@ -12,10 +12,12 @@ from optuna.distributions import BaseDistribution
 
 from evaluators.measurement import Measurement
 from search.config.study import Study
-from search.loop.coordinator import measure_baseline, narrowed
+from search.loop.baseline import measure_baseline
+from search.loop.resume import without_slow_precisions
 from search.loop.sampler_prior import meaning_of
-from search.pipeline.exit_thresholds import GateSolver, is_hopeless
-from search.pipeline.workbench import Workbench
+from search.pipeline.early_stopping import LimitsBroken
+from search.pipeline.exit_thresholds import ExitThresholdSolver
+from search.pipeline.pipeline import build_pipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import OBJECTIVES, box_share, worst_that_counts
 from search.results.store import Baseline
@@ -158,18 +160,18 @@ class StudyCase:
     """
 
     def __init__(self, study: Study, record: Record) -> None:
-        self._bench = Workbench(study, lambda step, done, total: print(f"{step}: {done}/{total}", flush=True))
+        self._pipeline = build_pipeline(study, lambda step, done, total: print(f"{step}: {done}/{total}", flush=True))
         self._record = record
         if record.baseline is None:
-            record.baseline = measure_baseline(self._bench).to_dict()
+            record.baseline = measure_baseline(self._pipeline).to_dict()
             record.write()
         self._baseline = Baseline.from_dict(record.baseline)
-        self._budget, self._dense = self._bench.study.limits, self._baseline.evaluation.measurements
-        self._latency = self._bench.latency_evaluator(self._baseline.reference_seconds)
-        self._gates = GateSolver(self._bench, self._latency, self._dense)
-        self._joint = narrowed(self._bench.space, self._baseline.examined)
+        self._budget, self._dense = self._pipeline.study.limits, self._baseline.evaluation.measurements
+        self._latency = self._pipeline.references.latency_evaluator(self._baseline.reference_seconds)
+        self._solver = ExitThresholdSolver(self._pipeline, self._latency, self._dense)
+        self._joint = without_slow_precisions(self._pipeline.space, self._baseline.examined)
         self.space = distributions(self._joint)
-        self.meaning = meaning_of(self._bench, self._joint, self._baseline)
+        self.meaning = meaning_of(self._pipeline, self._joint, self._baseline)
         self.warm = [*first_guesses(self._joint), *FrontSampler(0, self.meaning).initial_proposals(self.space)]
         self._worst = worst_that_counts(self._budget, self._dense)
 
@@ -177,8 +179,8 @@ class StudyCase:
         """Returns what the parameters come to, from the record where they were evaluated before."""
         choices = self._joint.candidate(parameters)
         if choices.key not in self._record.evaluations:
-            settled = self._gates.settle(choices)
-            found = self._gates.measure(settled, self._is_hopeless)
+            stopping = [LimitsBroken(self._budget, self._dense)]
+            found = self._solver.evaluate(self._solver.resolve(choices), stopping)
             self._record.evaluations[choices.key] = _recorded(found)
             if len(self._record.evaluations) % _WRITTEN_EVERY == 0:
                 self._record.write()
@@ -186,9 +188,6 @@ class StudyCase:
         values = (accuracy, seconds, flops)
         violations = self._budget.violations(self._measured(values), self._dense)
         return Told(choices.key, values, violations, _kept((seconds, flops), gates))
-
-    def _is_hopeless(self, measured: Mapping[str, Measurement]) -> bool:
-        return is_hopeless(self._budget, measured, self._dense)
 
     def _measured(self, values: Values) -> dict[str, Measurement]:
         named = zip(OBJECTIVES, values, strict=True)

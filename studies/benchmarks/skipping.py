@@ -107,12 +107,12 @@ class Bench:
         return Measured(*measured)
 
 
-def rows(name: str, bench: Bench, shares: Sequence[float | None] = SHARES) -> Iterator[list[str]]:
+def rows(name: str, pipeline: Bench, shares: Sequence[float | None] = SHARES) -> Iterator[list[str]]:
     """Yields the table's rows for one network with gates."""
-    dense = bench.measure("fp32", {}).flops.value
+    dense = pipeline.measure("fp32", {}).flops.value
     for precision in PRECISIONS:
         for share in shares:
-            found = bench.measure(precision, bench.thresholds(share) if share else {})
+            found = pipeline.measure(precision, pipeline.thresholds(share) if share else {})
             notes = found.flops.notes
             ran = f"{notes['blocks_run']:.0%} ± {notes['blocks_run_std']:.0%}" if "blocks_run" in notes else "100%"
             yield [
@@ -137,8 +137,8 @@ def sizes(names: Sequence[str]) -> None:
         trunk = torchvision.models.get_model(name).eval()
         blocks = find_blocks(trunk, image)
         network = with_gates(trunk, blocks, SkipsSection(blocks="all"), image)
-        bench = Bench(network, Splits(noise, noise.head(20), noise, noise, classes=1000))
-        table += rows(f"{name} ({len(blocks.gated)})", bench, [0.6])
+        pipeline = Bench(network, Splits(noise, noise.head(20), noise, noise, classes=1000))
+        table += rows(f"{name} ({len(blocks.gated)})", pipeline, [0.6])
     _print(table)
 
 

@@ -24,8 +24,9 @@ from optuna.trial import FrozenTrial
 from evaluators.graph.exporter import INPUT, OPSET
 from search.config.environment import environment
 from search.config.study import load_study
-from search.loop.coordinator import Coordinator, measure_baseline
-from search.pipeline.workbench import Workbench
+from search.loop.baseline import measure_baseline
+from search.loop.coordinator import Coordinator
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.store import SearchFolder, StoredSearch
 from search.tracking.mirror import Follower
 from search.tracking.store import Tracking
@@ -67,27 +68,29 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     study = load_study("digits")
-    bench = Workbench(study, lambda step, done, total: print(f"{step}: {done}/{total}") if done == total else None)
+    pipeline = build_pipeline(
+        study, lambda step, done, total: print(f"{step}: {done}/{total}") if done == total else None
+    )
     with tempfile.TemporaryDirectory() as runs:
-        watch, mirror, overhead = _search(bench, Path(runs), trials)
-    machine = environment(bench.runtime.device())
+        watch, mirror, overhead = _search(pipeline, Path(runs), trials)
+    machine = environment(pipeline.runtime.device())
     print(
         f"\n{machine['device']}, {machine['cores']} cores, torch {machine['torch']}, onnxruntime"
         f" {machine['onnxruntime']}; {len(watch.seconds)} measured trials of {trials}\n"
     )
     _print_steps(watch, mirror, overhead, trials)
-    _print_building(bench, watch)
+    _print_building(pipeline, watch)
 
 
-def _search(bench: Workbench, runs: Path, trials: int) -> tuple[Stopwatch, Follower, dict[str, float]]:
+def _search(pipeline: CompressionPipeline, runs: Path, trials: int) -> tuple[Stopwatch, Follower, dict[str, float]]:
     folder = SearchFolder(runs / "throughput")
     with folder.lock():
         stored = folder.create()
-        stored.set_user_attr("study", bench.study.model_dump(mode="json"))
-        stored.set_user_attr("baseline", measure_baseline(bench).to_dict())
+        stored.set_user_attr("study", pipeline.study.model_dump(mode="json"))
+        stored.set_user_attr("baseline", measure_baseline(pipeline).to_dict())
         search = StoredSearch.read(folder)
         watch, mirror = Stopwatch(), Follower(Tracking.of(runs), search, print)
-        coordinator = Coordinator(bench, stored, search.baseline, "tpe", 0, [watch, mirror])
+        coordinator = Coordinator(pipeline, stored, search.baseline, "tpe", 0, [watch, mirror])
         outcome = coordinator.run(trials, None)
     return watch, mirror, outcome.overhead_s
 
@@ -112,16 +115,16 @@ def _print_steps(watch: Stopwatch, mirror: Follower, overhead: dict[str, float],
     )
 
 
-def _print_building(bench: Workbench, watch: Stopwatch) -> None:
+def _print_building(pipeline: CompressionPipeline, watch: Stopwatch) -> None:
     """Builds the same candidates both ways, in turn, and prints the paired ratio."""
     rng = np.random.default_rng(0)
     naive, ours = [], []
     for _ in range(NAIVE_CANDIDATES):
-        candidate = _random_candidate(bench, rng)
+        candidate = _random_candidate(pipeline, rng)
         begin = time.perf_counter()
-        _build_naively(bench, candidate)
+        _build_naively(pipeline, candidate)
         between = time.perf_counter()
-        bench.builder.build(bench.space.apply(bench.network, candidate), candidate)
+        pipeline.builder.build(pipeline.space.apply(pipeline.network, candidate), candidate)
         naive.append(between - begin)
         ours.append(time.perf_counter() - between)
     ratio = statistics.median(slow / fast for slow, fast in zip(naive, ours, strict=True))
@@ -133,19 +136,19 @@ def _print_building(bench: Workbench, watch: Stopwatch) -> None:
     print(f"\nInside the search the artifact alone takes {build * 1e3:.0f} ms.")
 
 
-def _random_candidate(bench: Workbench, rng: np.random.Generator) -> Candidate:
-    values = bench.space.uniform(float(rng.uniform(0.4, 0.9)), "int8", 1.0)
-    candidate = bench.space.candidate(values)
-    return bench.space.settled(candidate, dict.fromkeys(candidate.thresholds, NEVER_EXIT))
+def _random_candidate(pipeline: CompressionPipeline, rng: np.random.Generator) -> Candidate:
+    values = pipeline.space.uniform(float(rng.uniform(0.4, 0.9)), "int8", 1.0)
+    candidate = pipeline.space.candidate(values)
+    return pipeline.space.settled(candidate, dict.fromkeys(candidate.thresholds, NEVER_EXIT))
 
 
-def _build_naively(bench: Workbench, candidate: Candidate) -> bytes:
+def _build_naively(pipeline: CompressionPipeline, candidate: Candidate) -> bytes:
     """Returns the candidate as the libraries' own examples build it, one export and one calibration each."""
-    trunk, image = copy.deepcopy(bench.network.trunk), torch.from_numpy(bench.data.calibration.images[:1])
+    trunk, image = copy.deepcopy(pipeline.network.trunk), torch.from_numpy(pipeline.data.calibration.images[:1])
     graph = torch_pruning.DependencyGraph().build_dependency(trunk, image)
     modules = dict(trunk.named_modules())
-    for group in bench.space.sparsity.groups:
-        kept = bench.space.sparsity.kept(candidate.channels).get(group.name)
+    for group in pipeline.space.sparsity.groups:
+        kept = pipeline.space.sparsity.kept(candidate.channels).get(group.name)
         if kept is not None:
             gone = np.setdiff1d(np.arange(group.channels), kept).tolist()
             graph.get_pruning_group(modules[group.name], torch_pruning.prune_conv_out_channels, idxs=gone).prune()
@@ -164,7 +167,7 @@ def _build_naively(bench: Workbench, candidate: Candidate) -> bytes:
         quantize_static(
             str(exported),
             str(quantized),
-            _Reader(bench.data.calibration.images[:]),
+            _Reader(pipeline.data.calibration.images[:]),
             QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,

@@ -181,7 +181,7 @@ def ratio(loop: Loop, rival: Loop | File, sequences: NDArray[np.float32]) -> str
     return f"{timing.ratio:.2f} ± {timing.ratio * timing.half_width:.2f}"
 
 
-def bench(task: Task, seeds: int) -> None:
+def pipeline(task: Task, seeds: int) -> None:
     """Prints what all settings do, mean over seeds, and what is chosen for each seed, with its time."""
     data, chosen = splits(task.size), []
     settings: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
@@ -246,7 +246,7 @@ def main() -> None:
         heads = ["state", "updates", "every step = 1", "one file = 1", "every step / one file", "predictor, no skips"]
         print_table(heads, sizes(given.sizes))
     else:
-        bench(TASKS[given.task], given.seeds)
+        pipeline(TASKS[given.task], given.seeds)
     print(f"\nOne thread, torch {torch.__version__}, {OnnxRuntime().version()}, {cpu_name()}.", flush=True)
 
 

@@ -11,7 +11,7 @@ from evaluators.quantization.adaround import Learning, LinearProblem, learned_st
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from search.config.study import FinetuneSection, Study
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from tests.helpers import tiny
@@ -98,17 +98,17 @@ def test_it_is_learned_once_for_whole_networks_and_for_pruned_ones_only_in_full(
     monkeypatch.setenv("DEPLOYFRONT_CACHE", str(tmp_path))
     text = tiny.STUDY + 'quantization = {rounding = "adaround", rounding_steps = 20}\n'
     steps: list[str] = []
-    bench = Workbench(Study.parse(text, "test"), lambda step, done, total: steps.append(step))
+    pipeline = build_pipeline(Study.parse(text, "test"), lambda step, done, total: steps.append(step))
     learning, more = "Learning how to round weights", FinetuneSection(steps=2)
-    whole, pruned = (bench.space.candidate(bench.space.uniform(kept, "int8", 1.0)) for kept in (1.0, 0.5))
-    assert bench.effort(whole) == "as given + adaround"
-    assert bench.effort(pruned) == "bn"
-    assert bench.effort(pruned, more) == "bn + finetune 2 steps + adaround"
-    assert bench.effort(bench.space.dense()) == "as given"
+    whole, pruned = (pipeline.space.candidate(pipeline.space.uniform(kept, "int8", 1.0)) for kept in (1.0, 0.5))
+    assert pipeline.compressor.plan(whole).effort == "as given + adaround"
+    assert pipeline.compressor.plan(pruned).effort == "bn"
+    assert pipeline.compressor.plan(pruned, more).effort == "bn + finetune 2 steps + adaround"
+    assert pipeline.compressor.plan(pipeline.space.dense()).effort == "as given"
 
     def artifact(candidate: Candidate, finetune: FinetuneSection | None = None) -> tuple[str, bool]:
         steps.clear()
-        return bench.subject(candidate, finetune).artifact.digest, learning in steps
+        return pipeline.deployed(candidate, finetune).artifact.digest, learning in steps
 
     first, learned = artifact(whole)
     assert learned
@@ -116,10 +116,10 @@ def test_it_is_learned_once_for_whole_networks_and_for_pruned_ones_only_in_full(
     assert not artifact(pruned)[1]
     tuned, learned = artifact(pruned, more)
     assert learned
-    again = Workbench(Study.parse(text, "test"), lambda step, done, total: steps.append(step))
+    again = build_pipeline(Study.parse(text, "test"), lambda step, done, total: steps.append(step))
     steps.clear()
-    assert again.subject(whole).artifact.digest == first
-    assert again.subject(pruned, more).artifact.digest == tuned
+    assert again.deployed(whole).artifact.digest == first
+    assert again.deployed(pruned, more).artifact.digest == tuned
     assert learning not in steps
 
 

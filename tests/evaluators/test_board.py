@@ -36,7 +36,7 @@ from evaluators.runtimes.remote.worker import Worker, choose_runtime
 from search.cli import run
 from search.config.study import Study
 from search.loop.coordinator import Coordinator
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from search.results.store import SearchFolder, StoredSearch
 from tests.helpers import loopback, tiny
 from tests.helpers.contracts import RuntimeContract
@@ -160,11 +160,11 @@ def test_a_trial_whose_board_is_always_late_is_kept_with_its_reason(server, fold
     mine, search = Board(server.url()), SearchFolder(tmp_path / "late")
     study = Study.parse(tiny.STUDY, "the tests' study")
     study = study.model_copy(update={"target": study.target.model_copy(update={"runtime": server.url()})})
-    bench = Workbench(study, lambda *_: None, mine)
+    pipeline = build_pipeline(study, lambda *_: None, mine)
     baseline = StoredSearch.read(SearchFolder(folder / "one")).baseline
     patient, late = mine._address, replace(mine._address, timeout_s=1e-6)
     with search.lock():
-        coordinator = Coordinator(bench, search.create(), baseline, "random", 0, [])
+        coordinator = Coordinator(pipeline, search.create(), baseline, "random", 0, [])
         for done, address in enumerate((patient, late, patient), 1):
             mine._address = mine._line._address = address
             assert coordinator.run(done, None).code == 0

@@ -21,7 +21,7 @@ from evaluators.quantization.calibration.ranges import ActivationError, calibrat
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, activation_ranges, load
 from search.config.study import QuantizationSection, Study
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from spaces.registry import UnknownNameError
 from tests.helpers import tiny
 
@@ -226,13 +226,13 @@ def test_a_study_may_name_every_calibrator() -> None:
     )
 
 
-def test_a_studys_calibrator_reaches_the_files(bench) -> None:
+def test_a_studys_calibrator_reaches_the_files(pipeline) -> None:
     text = tiny.STUDY + 'quantization = {calibrator = "percentile", percentile = 90.0}'
-    clipped = Workbench(Study.parse(text, "the tests' study"), lambda *_: None).builder.ranges
-    pixels = np.abs(bench.data.calibration.images[:])
+    clipped = build_pipeline(Study.parse(text, "the tests' study"), lambda *_: None).builder.ranges
+    pixels = np.abs(pipeline.data.calibration.images[:])
     share = np.mean(pixels <= max(np.abs(clipped["images"])))
     assert 0.9 <= share < 0.91
-    assert max(np.abs(bench.builder.ranges["images"])) == pixels.max()
+    assert max(np.abs(pipeline.builder.ranges["images"])) == pixels.max()
 
 
 def test_activations_that_are_not_finite_are_named(model, images) -> None:

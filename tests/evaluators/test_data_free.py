@@ -33,7 +33,7 @@ from evaluators.quantization.int8 import quantize_weight
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from search.config.study import Study
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from tests.helpers import tiny, zoo
@@ -339,9 +339,9 @@ def test_in_the_runtime_the_mean_error_of_a_layer_goes_to_about_zero(images) -> 
 
 def test_a_study_says_how_int8_is_made(cache) -> None:
     text = tiny.STUDY + 'quantization = {ranges = "batchnorm", equalize = true, bias_correction = "batchnorm"}\n'
-    bench = Workbench(Study.parse(text, "test"), lambda *_: None)
-    plain = Workbench(Study.parse(tiny.STUDY, "test"), lambda *_: None)
-    assert bench.fingerprint != plain.fingerprint
-    candidate = bench.space.candidate(bench.space.uniform(0.5, "int8", 0.8))
-    found, expected = (there.subject(candidate).answers.correct.mean() for there in (bench, plain))
+    pipeline = build_pipeline(Study.parse(text, "test"), lambda *_: None)
+    plain = build_pipeline(Study.parse(tiny.STUDY, "test"), lambda *_: None)
+    assert pipeline.fingerprint != plain.fingerprint
+    candidate = pipeline.space.candidate(pipeline.space.uniform(0.5, "int8", 0.8))
+    found, expected = (there.deployed(candidate).answers.correct.mean() for there in (pipeline, plain))
     assert found > expected - 0.2  # of 40 images

@@ -23,8 +23,8 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.registry import runtime
 from evaluators.runtimes.tensorrt_gpu.capabilities import capabilities as gpu_capabilities
 from search.config.study import Study, StudyError
-from search.loop.coordinator import narrowed
-from search.pipeline.workbench import Workbench
+from search.loop.resume import without_slow_precisions
+from search.pipeline.pipeline import build_pipeline
 from search.report.describe import int8_layers
 from search.report.tables import front_table
 from search.results.pareto import Version
@@ -164,7 +164,7 @@ def test_storage_is_no_boundary_and_heads_that_never_answer_do_not_count(builder
 
 
 def test_a_study_asks_for_it_and_it_comes_after_the_target_s_own(cache) -> None:
-    plain, asking = (Workbench(Study.parse(text, "test"), lambda *_: None) for text in (tiny.STUDY, STUDY))
+    plain, asking = (build_pipeline(Study.parse(text, "test"), lambda *_: None) for text in (tiny.STUDY, STUDY))
     assert plain.space.precision.precisions == ("fp32", "int8")
     assert asking.space.precision.precisions == ("fp32", "int8", "int4")
     assert asking.space.precision.computed == ("fp32", "int8")
@@ -173,7 +173,7 @@ def test_a_study_asks_for_it_and_it_comes_after_the_target_s_own(cache) -> None:
     assert references["int4"].size < 0.9 * references["int8"].size < references["fp32"].size
     assert {guess["precision.inner.0"] for guess in first_guesses(asking.space)} == {"fp32", "int8", "int4"}
     examined = Examined((Slower(("inner.0",), "int8", "fp32", 0.9, 0.01),))
-    left = narrowed(asking.space, examined).precision
+    left = without_slow_precisions(asking.space, examined).precision
     assert left.allowed["inner.0"] == ("fp32", "int4")
     assert left.allowed["outer.0"] == left.precisions == ("fp32", "int8", "int4")
 
@@ -183,9 +183,9 @@ def test_it_is_left_out_where_the_target_does_not_read_it(cache) -> None:
         def capabilities(self):
             return replace(super().capabilities(), storage=())
 
-    bench = Workbench(Study.parse(STUDY, "test"), lambda *_: None, Unable())
-    assert bench.space.precision.precisions == ("fp32", "int8")
-    assert [line for line in bench.remarks if line.startswith("int4 storage is left out")]
+    pipeline = build_pipeline(Study.parse(STUDY, "test"), lambda *_: None, Unable())
+    assert pipeline.space.precision.precisions == ("fp32", "int8")
+    assert [line for line in pipeline.remarks if line.startswith("int4 storage is left out")]
     assert gpu_capabilities((8, 9)).storage == ()
 
 
@@ -202,16 +202,18 @@ def test_narrowing_keeps_storage_once() -> None:
     }
 
 
-def test_the_front_shows_what_is_only_stored(bench) -> None:
-    dense = bench.space.dense()
+def test_the_front_shows_what_is_only_stored(pipeline) -> None:
+    dense = pipeline.space.dense()
     mixed = replace(dense, precision=dict(dense.precision) | {"inner.0": "int4", "outer.0": "int8"})
     deployed = [layer for layer in dense.precision if not layer.startswith("exits.")]
     assert int8_layers(dense) == f"0/{len(deployed)}"
     assert int8_layers(mixed) == f"1+1/{len(deployed)}"
-    latency = bench.latency_evaluator({name: spent.work for name, spent in bench.time_references().items()})
-    first, second = (bench.evaluate(each, latency, lambda _: False) for each in (dense, mixed))
+    latency = pipeline.references.latency_evaluator(
+        {name: spent.work for name, spent in pipeline.references.time().items()}
+    )
+    first, second = (pipeline.evaluate(each, latency) for each in (dense, mixed))
     table = front_table([Version(1, second)], Version(-1, first), "front", 100)
     assert "layers in int8 + stored in int4" in str(table.caption)
     assert "int4" not in str(front_table([Version(1, first)], Version(-1, first), "front", 100).caption)
     assert first.measurements["latency"].notes["boundaries"] == 0
-    assert second.measurements["latency"].notes["boundaries"] == bench.builder.boundaries(mixed) > 0
+    assert second.measurements["latency"].notes["boundaries"] == pipeline.builder.boundaries(mixed) > 0

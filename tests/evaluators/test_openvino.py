@@ -19,7 +19,7 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.registry import runtime
 from search.cli import run
 from search.config.study import Study, StudyError
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from spaces.candidate import NEVER_EXIT, Candidate
 from tests.helpers import tiny
 from tests.helpers.contracts import RuntimeContract
@@ -187,7 +187,7 @@ def test_doctor_shows_it(capsys) -> None:
 def test_bf16_is_refused_where_the_runtime_has_none() -> None:
     study = Study.parse(tiny.STUDY.replace("batch = 4", "batch = 4, bf16 = true"), "test")
     with pytest.raises(StudyError, match=r"target\.bf16 wants OpenVINO on a CPU .*, got onnxruntime on .*; leave it"):
-        Workbench(study, lambda *_: None)
+        build_pipeline(study, lambda *_: None)
 
 
 def test_fp32_layers_run_in_one_type() -> None:
@@ -197,8 +197,10 @@ def test_fp32_layers_run_in_one_type() -> None:
 
 @needs_bf16
 def test_bf16_is_part_of_every_record_and_file(cache) -> None:
-    bench = Workbench(Study.parse(STUDY.replace("batch = 4", "batch = 4, bf16 = true"), "test"), lambda *_: None)
-    assert str(bench.target).endswith(", fp32 in BF16")
-    for artifact in bench.references().values():
+    pipeline = build_pipeline(
+        Study.parse(STUDY.replace("batch = 4", "batch = 4, bf16 = true"), "test"), lambda *_: None
+    )
+    assert str(pipeline.target).endswith(", fp32 in BF16")
+    for artifact in pipeline.references.artifacts.values():
         properties = {pair.key: pair.value for pair in onnx.load_from_string(artifact.deployed[0]).metadata_props}
         assert properties == {"allow_bf16": "1"}

@@ -33,7 +33,8 @@ from evaluators.latency.slow_layers import (
 from evaluators.runtimes.base import Target
 from evaluators.runtimes.local import LocallyOpened
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from search.loop.coordinator import Coordinator, narrowed
+from search.loop.coordinator import Coordinator
+from search.loop.resume import without_slow_precisions
 from search.report.describe import examined_layers
 from search.results.store import Baseline, SearchFolder
 from search.samplers.distributions import distributions, first_guesses
@@ -383,17 +384,17 @@ def excluding(folder) -> Baseline:
     return replace(stored(folder).baseline, examined=slower)
 
 
-def test_a_search_never_proposes_what_was_left_out(bench, excluding, tmp_path) -> None:
+def test_a_search_never_proposes_what_was_left_out(pipeline, excluding, tmp_path) -> None:
     again = Baseline.from_dict(excluding.to_dict())
     assert again == excluding
-    space = narrowed(bench.space, again.examined)
+    space = without_slow_precisions(pipeline.space, again.examined)
     assert "precision.inner.0" not in distributions(space)
     assert any("int8" in guess.values() for guess in first_guesses(space))
     search = SearchFolder(tmp_path / "narrow")
     with search.lock():
-        coordinator = Coordinator(bench, search.create(), again, "random", 0, [])
+        coordinator = Coordinator(pipeline, search.create(), again, "random", 0, [])
         assert coordinator.run(6, None).code == 0
-        more = Coordinator(bench, search.create(), again, "random", 0, [])
+        more = Coordinator(pipeline, search.create(), again, "random", 0, [])
         assert more.run(9, None).code == 0
     evaluations = [trial.user_attrs.get("evaluation") for trial in search.open().trials]
     given = [found["candidate"]["precision"] for found in evaluations if found]
@@ -402,7 +403,7 @@ def test_a_search_never_proposes_what_was_left_out(bench, excluding, tmp_path) -
     assert {each["outer.0"] for each in given} == {"fp32", "int8"}
 
 
-def test_what_was_left_out_is_still_a_legal_candidate(bench, excluding) -> None:
-    candidate = bench.space.candidate(bench.space.uniform(1.0, "int8", 1.0))
+def test_what_was_left_out_is_still_a_legal_candidate(pipeline, excluding) -> None:
+    candidate = pipeline.space.candidate(pipeline.space.uniform(1.0, "int8", 1.0))
     assert candidate.precision["inner.0"] == "int8"
-    assert bench.subject(candidate).answers.correct.any()
+    assert pipeline.deployed(candidate).answers.correct.any()

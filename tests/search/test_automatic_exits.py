@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from search.config.study import Study
 from search.loading.models import build_model
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from search.training.dense import trained_network
 from spaces.dynamic.cut_points import check_cut_points, find_cut_points
 from spaces.errors import StructureError
@@ -81,13 +81,13 @@ def test_a_network_that_gradients_cannot_pass_has_no_exits_and_says_why() -> Non
 def test_an_exit_behind_which_the_exported_graph_cannot_be_cut_is_left_out(cache: Path) -> None:
     text = tiny.STUDY.replace("tests.helpers.tiny:network", "tests.search.test_automatic_exits:unseen")
     study = Study.parse(text.replace('after = ["pool"]', "shares = [0.3, 0.6]"), "test")
-    bench = Workbench(study, lambda *_: None)
-    assert bench.network.cut_points == bench.exit_places.after == ("stem",)
-    assert "None after body.1: the exported network cannot be cut there." in str(bench.exit_places)
-    subject = bench.subject(bench.space.dense())
+    pipeline = build_pipeline(study, lambda *_: None)
+    assert pipeline.network.cut_points == pipeline.exit_places.after == ("stem",)
+    assert "None after body.1: the exported network cannot be cut there." in str(pipeline.exit_places)
+    subject = pipeline.deployed(pipeline.space.dense())
     with torch.no_grad():
-        expected = bench.network.trunk(torch.from_numpy(bench.data.test.images[:4])).numpy()
-    np.testing.assert_allclose(subject.opened.all_logits(bench.data.test.images[:4], 4)[:, -1], expected, atol=1e-4)
+        expected = pipeline.network.trunk(torch.from_numpy(pipeline.data.test.images[:4])).numpy()
+    np.testing.assert_allclose(subject.opened.all_logits(pipeline.data.test.images[:4], 4)[:, -1], expected, atol=1e-4)
 
 
 def test_fewer_exits_than_weights_keep_those_of_their_shares(cache: Path) -> None:
@@ -101,7 +101,7 @@ def test_fewer_exits_than_weights_keep_those_of_their_shares(cache: Path) -> Non
 def test_an_exit_that_was_asked_for_is_refused_before_anything_is_trained(cache: Path) -> None:
     told: list[str] = []
     with pytest.raises(StructureError, match="got 'inner', which is bypassed"):
-        Workbench(Study.parse(tiny.STUDY.replace('"pool"', '"inner"'), "test"), lambda step, *_: told.append(step))
+        build_pipeline(Study.parse(tiny.STUDY.replace('"pool"', '"inner"'), "test"), lambda step, *_: told.append(step))
     assert "Training the dense network, once" not in told
 
 

@@ -15,7 +15,7 @@ from search.cli import run
 from search.loading.image_store import Preprocessing
 
 
-def test_the_bundle_answers_as_measured_in_a_bare_interpreter(folder, tmp_path, capsys, bench) -> None:
+def test_the_bundle_answers_as_measured_in_a_bare_interpreter(folder, tmp_path, capsys, pipeline) -> None:
     out = tmp_path / "deploy"
     arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
     assert run(["pick", *arguments]) == 0
@@ -42,7 +42,7 @@ def test_the_bundle_answers_as_measured_in_a_bare_interpreter(folder, tmp_path, 
     assert done.returncode == 0, done.stderr
     accuracy = evaluation["confirmed"]["test_accuracy"]["value"]
     assert f"accuracy: {accuracy:.4%}" in done.stdout
-    assert json.loads((out / "bundle.json").read_text())["check"]["images"] == len(bench.data.test)
+    assert json.loads((out / "bundle.json").read_text())["check"]["images"] == len(pipeline.data.test)
     # A second pick may replace it; something else in the way may not be.
     assert run(["pick", *arguments]) == 0
     (tmp_path / "mine").mkdir()
@@ -147,15 +147,15 @@ def test_a_bundle_that_was_damaged_says_so(folder, tmp_path) -> None:
     assert done.returncode == 1
 
 
-def test_a_bundle_shows_who_leaves_where(folder, tmp_path, bench) -> None:
+def test_a_bundle_shows_who_leaves_where(folder, tmp_path, pipeline) -> None:
     out = tmp_path / "deploy"
     arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
     assert run(["pick", *arguments]) == 0
-    images = bench.data.test.images[:]
+    images = pipeline.data.test.images[:]
     few = tmp_path / "few"
     few.mkdir()
     np.save(few / "a.npy", images[0])
-    np.savez(few / "b.npz", images=images[1:4], labels=bench.data.test.labels[1:4])
+    np.savez(few / "b.npz", images=images[1:4], labels=pipeline.data.test.labels[1:4])
 
     def told(*given: str) -> list[str]:
         done = subprocess.run([sys.executable, str(out / "run.py"), *given], capture_output=True, text=True, check=True)

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from optuna.trial import TrialState
 
-from search.loop.coordinator import Coordinator, narrowed
+from search.loop.coordinator import Coordinator
+from search.loop.resume import without_slow_precisions
 from search.loop.sampler_prior import meaning_of
 from search.results.store import SearchFolder
 from search.samplers.distributions import first_guesses
@@ -17,28 +18,28 @@ from tests.helpers.searches import finished, stored
 class Wrecked:
     """A workbench whose evaluations fail as told, and otherwise those of a real one."""
 
-    def __init__(self, bench, reasons) -> None:
-        self._bench, self._reasons = bench, reasons
+    def __init__(self, pipeline, reasons) -> None:
+        self._pipeline, self._reasons = pipeline, reasons
 
     def __getattr__(self, name):
-        return getattr(self._bench, name)
+        return getattr(self._pipeline, name)
 
     def evaluate(self, candidate, latency, stop, **more):
         reason = next(self._reasons)
         if reason:
             raise RuntimeError(reason)
-        return self._bench.evaluate(candidate, latency, stop, **more)
+        return self._pipeline.evaluate(candidate, latency, stop, **more)
 
 
 @pytest.fixture
-def coordinate(bench, tmp_path, folder):
+def coordinate(pipeline, tmp_path, folder):
     """Returns a function that searches with evaluations that fail for the given reasons."""
     baseline = replace(stored(folder).baseline, simple=())  # what is known already would not be evaluated
     search = SearchFolder(tmp_path / "wrecked")
 
     def make(reasons, sampler="random"):
         with search.lock():
-            return Coordinator(Wrecked(bench, iter(reasons)), search.create(), baseline, sampler, 0, []), search
+            return Coordinator(Wrecked(pipeline, iter(reasons)), search.create(), baseline, sampler, 0, []), search
 
     return make
 
@@ -74,21 +75,21 @@ def test_the_time_limit_ends_a_search(coordinate) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random", "front"])
-def test_every_sampler_proposes_beyond_the_first_guesses(sampler, bench, tmp_path, folder) -> None:
-    count = len(first_guesses(bench.space)) + 4
+def test_every_sampler_proposes_beyond_the_first_guesses(sampler, pipeline, tmp_path, folder) -> None:
+    count = len(first_guesses(pipeline.space)) + 4
     search = SearchFolder(tmp_path / sampler)
     with search.lock():
-        coordinator = Coordinator(bench, search.create(), stored(folder).baseline, sampler, 0, [])
+        coordinator = Coordinator(pipeline, search.create(), stored(folder).baseline, sampler, 0, [])
         assert coordinator.run(count, None).code == 0
     assert len(finished(search.open().trials)) == count
 
 
-def test_a_known_candidate_is_told_from_memory(bench, tmp_path, folder) -> None:
+def test_a_known_candidate_is_told_from_memory(pipeline, tmp_path, folder) -> None:
     search = SearchFolder(tmp_path / "twice")
     with search.lock():
         study = search.create()
-        coordinator = Coordinator(bench, study, stored(folder).baseline, "random", 0, [])
-        guess = narrowed(bench.space, stored(folder).baseline.examined).uniform(1.0, "int8", 1.0)
+        coordinator = Coordinator(pipeline, study, stored(folder).baseline, "random", 0, [])
+        guess = without_slow_precisions(pipeline.space, stored(folder).baseline.examined).uniform(1.0, "int8", 1.0)
         study.enqueue_trial(guess)
         study.enqueue_trial(guess)
         coordinator.run(2, None)
@@ -98,32 +99,34 @@ def test_a_known_candidate_is_told_from_memory(bench, tmp_path, folder) -> None:
     assert second.constraints == first.constraints
 
 
-def test_the_same_choices_are_solved_once_and_come_to_the_same_version_in_a_later_run(bench, tmp_path, folder) -> None:
+def test_the_same_choices_are_solved_once_and_come_to_the_same_version_in_a_later_run(
+    pipeline, tmp_path, folder
+) -> None:
     search = SearchFolder(tmp_path / "choices")
     baseline = stored(folder).baseline
-    guess = narrowed(bench.space, baseline.examined).uniform(0.8, "int8", 1.0)
-    space = narrowed(bench.space, baseline.examined)
+    guess = without_slow_precisions(pipeline.space, baseline.examined).uniform(0.8, "int8", 1.0)
+    space = without_slow_precisions(pipeline.space, baseline.examined)
     for count in (1, len(first_guesses(space)) + 2):  # the second time what the first one found is in the journal
         with search.lock():
             study = search.create()
             study.enqueue_trial(guess)
-            Coordinator(bench, study, baseline, "random", 0, []).run(count, None)
+            Coordinator(pipeline, study, baseline, "random", 0, []).run(count, None)
     trials = [trial for trial in search.open().trials if trial.params == guess and trial.state.is_finished()]
     first, second = trials[0], trials[-1]
     assert first.number != second.number
     assert second.user_attrs["duplicate_of"] == first.number
     assert second.user_attrs["choices"] == first.user_attrs["choices"]
     evaluation = first.user_attrs["evaluation"]
-    assert evaluation["gates"]["images"] == len(bench.gate_images)
+    assert evaluation["gates"]["images"] == len(pipeline.threshold_images)
     assert "thresholds" in evaluation["seconds"]
 
 
-def test_choices_that_differ_in_a_head_that_is_not_there_come_to_one_version(bench) -> None:
-    one = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+def test_choices_that_differ_in_a_head_that_is_not_there_come_to_one_version(pipeline) -> None:
+    one = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0))
     two = replace(one, precision={**one.precision, "exits.exit1.classifier": "int8"})
     assert one.key != two.key
     never = dict.fromkeys(one.thresholds, NEVER_EXIT)
-    assert bench.space.settled(one, never) == bench.space.settled(two, never) == bench.space.dense()
+    assert pipeline.space.settled(one, never) == pipeline.space.settled(two, never) == pipeline.space.dense()
 
 
 def test_patience_ends_a_search_that_wins_nothing_and_says_so(coordinate) -> None:
@@ -134,18 +137,18 @@ def test_patience_ends_a_search_that_wins_nothing_and_says_so(coordinate) -> Non
     assert len(finished(search.open().trials)) == 7
 
 
-def test_our_sampler_knows_the_study_and_reports_on_itself(bench, tmp_path, folder) -> None:
+def test_our_sampler_knows_the_study_and_reports_on_itself(pipeline, tmp_path, folder) -> None:
     baseline = stored(folder).baseline
-    space = narrowed(bench.space, baseline.examined)
-    meaning = meaning_of(bench, space, baseline)
+    space = without_slow_precisions(pipeline.space, baseline.examined)
+    meaning = meaning_of(pipeline, space, baseline)
     assert meaning.structure.names <= set(space.dimensions())
     assert meaning.structure.flops.sum() == pytest.approx(baseline.evaluation.measurements["flops"].value, rel=0.1)
     search = SearchFolder(tmp_path / "front")
     with search.lock():
         study = search.create()
-        study.set_user_attr("study", bench.study.model_dump(mode="json"))
+        study.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         study.set_user_attr("baseline", baseline.to_dict())
-        coordinator = Coordinator(bench, study, baseline, "front", 0, [])
+        coordinator = Coordinator(pipeline, study, baseline, "front", 0, [])
         seeds = len(first_guesses(space)) + len(coordinator._seeds)
         outcome = coordinator.run(seeds + 8, None)
     assert any("proposals of the sampler" in remark for remark in outcome.remarks)
@@ -154,7 +157,7 @@ def test_our_sampler_knows_the_study_and_reports_on_itself(bench, tmp_path, fold
     assert proposed >= 8  # more where two seeds are the same version
     for more in (0, 3):  # a run without proposals leaves the report as it was
         with search.lock():
-            Coordinator(bench, search.create(), baseline, "front", 0, []).run(seeds + 8 + more, None)
+            Coordinator(pipeline, search.create(), baseline, "front", 0, []).run(seeds + 8 + more, None)
         again = stored(search.path.parent, "front").report
         assert sum(again["proposals"].values()) == proposed + more
         assert again["held_out"] == report["held_out"] or more

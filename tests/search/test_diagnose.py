@@ -293,17 +293,17 @@ def _rename(nodes: list[NodeProto], names: list[str], prefix: str) -> None:
             field[:] = [renamed.get(name, name) for name in field]
 
 
-def test_a_network_with_exits_is_compared_in_all_of_its_stages(bench) -> None:
-    dense = bench.space.dense()
+def test_a_network_with_exits_is_compared_in_all_of_its_stages(pipeline) -> None:
+    dense = pipeline.space.dense()
     open_exits = Candidate(dense.channels, dict.fromkeys(dense.precision, "int8"), dict.fromkeys(dense.thresholds, 0.9))
-    artifact = bench.builder.build(bench.network, open_exits)
-    exact = bench.builder.build(bench.network, replace(open_exits, precision={}))
+    artifact = pipeline.builder.build(pipeline.network, open_exits)
+    exact = pipeline.builder.build(pipeline.network, replace(open_exits, precision={}))
     assert len(artifact.stages) > 1
-    sides = [Side(name, bench.runtime, item.deployed) for name, item in (("fp32", exact), ("int8", artifact))]
-    compared = compare(*sides, exact.stages, bench.data.validation, bench.data.classes, lambda *_: None)
+    sides = [Side(name, pipeline.runtime, item.deployed) for name, item in (("fp32", exact), ("int8", artifact))]
+    compared = compare(*sides, exact.stages, pipeline.data.validation, pipeline.data.classes, lambda *_: None)
     assert compared.unmatched == ()
-    assert set(bench.builder.layers) <= {layer.name for layer in compared.layers}
-    closed = diagnose(bench, Wanted(images=80), None, lambda *_: None).compared
+    assert set(pipeline.builder.layers) <= {layer.name for layer in compared.layers}
+    closed = diagnose(pipeline, Wanted(images=80), None, lambda *_: None).compared
     at_the_end = [next(layer for layer in each.layers if layer.name == "classifier") for each in (compared, closed)]
     assert at_the_end[0].sqnr_db == pytest.approx(at_the_end[1].sqnr_db, abs=1.0)
     assert NEVER_EXIT not in open_exits.thresholds.values()

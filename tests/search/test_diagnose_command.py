@@ -16,7 +16,7 @@ def study(tmp_path):
     return ["diagnose", "--study", str(tmp_path / "study.toml"), "--runs", str(tmp_path / "runs")]
 
 
-def test_the_command_shows_findings_and_layers_within_80_columns(study, bench, capsys, monkeypatch) -> None:
+def test_the_command_shows_findings_and_layers_within_80_columns(study, pipeline, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run(study) == 0
     text = capsys.readouterr().out
@@ -29,7 +29,7 @@ def test_the_command_shows_findings_and_layers_within_80_columns(study, bench, c
     assert max(map(len, table)) <= 80
 
 
-def test_the_command_as_json_has_every_layer(study, bench, capsys) -> None:
+def test_the_command_as_json_has_every_layer(study, pipeline, capsys) -> None:
     assert run([*study, "--precision", "fp16", "--images", "20", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert (content["reference"], content["version"], content["images"]) == ("fp32", "fp16", 20)
@@ -39,7 +39,7 @@ def test_the_command_as_json_has_every_layer(study, bench, capsys) -> None:
     assert content["unmatched"] == []
 
 
-def test_the_same_file_on_the_same_target_twice_is_exact(study, bench, capsys) -> None:
+def test_the_same_file_on_the_same_target_twice_is_exact(study, pipeline, capsys) -> None:
     arguments = ["--precision", "int8", "--against-target", "onnxruntime", "--json"]
     assert run([*study, *arguments]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -65,9 +65,9 @@ def test_a_trial_and_its_bundle_are_compared_with_their_own_float_selves(folder,
     assert min(layer["sqnr_db"] or 99 for layer in bundle["layers"]) > 10
 
 
-def test_somebody_elses_file_is_compared_with_the_study(study, bench, tmp_path, capsys) -> None:
+def test_somebody_elses_file_is_compared_with_the_study(study, pipeline, tmp_path, capsys) -> None:
     file = tmp_path / "net.onnx"
-    file.write_bytes(bench.builder.build(bench.network, bench.space.dense()).stages[0])
+    file.write_bytes(pipeline.builder.build(pipeline.network, pipeline.space.dense()).stages[0])
     assert run([*study, "--file", str(file), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["version"] == "net.onnx"
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_line(arguments, words, tmp_path, capsys, monkeypatch) 
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"nothing", ["valid ONNX"]), (None, ["logits", "(64, 4)"])])
-def test_a_file_that_cannot_be_compared_is_named(content, words, study, bench, tmp_path, capsys) -> None:
+def test_a_file_that_cannot_be_compared_is_named(content, words, study, pipeline, tmp_path, capsys) -> None:
     file = tmp_path / "other.onnx"
     info = [helper.make_tensor_value_info(name, 1, ["n", 1, 8, 8]) for name in ("in", "out")]
     graph = helper.make_graph([helper.make_node("Relu", ["in"], ["out"])], "other", info[:1], info[1:])

@@ -19,9 +19,19 @@ from evaluators.streams import Stream
 from search.commands.front import front_json
 from search.config.budget import Budget
 from search.config.study import Study
-from search.loop.coordinator import Coordinator, measure_baseline, put_right_running, screen_of
-from search.pipeline.early_stopping import ENOUGH, ERROR, FEWEST, Screen, most_asked, saved_seconds, subset_size
-from search.pipeline.workbench import Workbench
+from search.loop.baseline import measure_baseline
+from search.loop.coordinator import Coordinator, accuracy_screen
+from search.loop.resume import put_right_running
+from search.pipeline.early_stopping import (
+    ENOUGH,
+    ERROR,
+    FEWEST,
+    AccuracyScreen,
+    max_screened,
+    saved_seconds,
+    subset_size,
+)
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.report.caveats import caveats
 from search.report.overview import Overview
 from search.report.report import report_of
@@ -126,10 +136,10 @@ def test_the_size_of_the_subset_is_what_tells_neighbours_of_the_front_apart() ->
 
 
 def test_few_images_are_asked_at_once_and_subsets_are_whole_batches() -> None:
-    assert most_asked(ENOUGH - 1, 4) == 0
-    assert most_asked(1000, 16) == 512
-    assert most_asked(1000, 600) == 600
-    assert most_asked(1000, 1000) == 0
+    assert max_screened(ENOUGH - 1, 4) == 0
+    assert max_screened(1000, 16) == 512
+    assert max_screened(1000, 600) == 600
+    assert max_screened(1000, 1000) == 0
 
 
 class Scripted:
@@ -162,12 +172,12 @@ def test_what_would_have_been_on_the_front_is_ended_as_rarely_as_is_said(limits)
     for number in range(600):
         right = np.zeros(TOTAL, dtype=bool)
         right[rng.permutation(TOTAL)[: round(0.9 * TOTAL)]] = True
-        screen = Screen(budget, DENSE, right[: TOTAL // 2], known, TOTAL, BATCH)
+        screen = AccuracyScreen(budget, DENSE, right[: TOTAL // 2], known, TOTAL, BATCH)
         each = version(
             100 + number, round(rng.uniform(0.8, 0.91) * TOTAL) / TOTAL, rng.uniform(4e-3, 9e-3), rng.uniform(40, 99)
         )
         costs = {name: each.measured[name] for name in ("flops", "latency")}
-        found = screen.judge(Scripted(drawn(rng, each.measured["accuracy"].value, right)), costs)
+        found = screen.should_stop(Scripted(drawn(rng, each.measured["accuracy"].value, right)), costs)
         is_good = bool(feasible([each], budget, DENSE)) and each in pareto([*front, each])
         good, ended, wrong = good + is_good, ended + (found is not None), wrong + (is_good and found is not None)
     assert wrong <= ERROR * good + 3 * math.sqrt(ERROR * good)
@@ -181,14 +191,14 @@ def test_only_versions_that_keep_the_budget_end_others_and_reach_is_left_to_thos
     better = {"a": version(1, 0.9, 8e-3, 80)}
 
     def judged(limit: str, known, measured=costs, reach=0.0):
-        screen = Screen(Budget.parse([limit]), DENSE, right, known, TOTAL, BATCH, reach)
-        return screen.judge(Scripted(correct), measured)
+        screen = AccuracyScreen(Budget.parse([limit]), DENSE, right, known, TOTAL, BATCH, reach)
+        return screen.should_stop(Scripted(correct), measured)
 
     told = judged("latency<10ms", better)
     assert "trial 1 reaches 90.00%, no slower and with no more FLOPs" in told.reason
-    assert told.accuracy.statistic == "on a subset, ended early"
-    assert told.accuracy.n == FEWEST
-    assert told.accuracy.value == pytest.approx(0.85)
+    assert told.estimates["accuracy"].statistic == "on a subset, ended early"
+    assert told.estimates["accuracy"].n == FEWEST
+    assert told.estimates["accuracy"].value == pytest.approx(0.85)
     assert judged("latency<10ms", {}) is None
     assert judged("size<1B", better) is None
     assert judged("latency<10ms", better, {}) is None, "nothing is known of its costs"
@@ -215,74 +225,74 @@ STUDY = (
 
 
 @pytest.fixture(scope="module")
-def bench(cache) -> Workbench:
-    return Workbench(Study.parse(STUDY, "the screen's study"), lambda *_: None)
+def pipeline(cache) -> CompressionPipeline:
+    return build_pipeline(Study.parse(STUDY, "the screen's study"), lambda *_: None)
 
 
 @pytest.fixture(scope="module")
-def baseline(bench):
-    return measure_baseline(bench)
+def baseline(pipeline):
+    return measure_baseline(pipeline)
 
 
 @pytest.fixture(scope="module")
-def searched(bench, baseline, tmp_path_factory):
+def searched(pipeline, baseline, tmp_path_factory):
     """Returns the folder of a search of fourteen trials, some of which were ended early, and what it said."""
     search = SearchFolder(tmp_path_factory.mktemp("screen") / "early")
     with search.lock():
         study = search.create()
-        study.set_user_attr("study", bench.study.model_dump(mode="json"))
+        study.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         study.set_user_attr("baseline", baseline.to_dict())
-        outcome = Coordinator(bench, study, baseline, "random", 0, []).run(14, None)
+        outcome = Coordinator(pipeline, study, baseline, "random", 0, []).run(14, None)
     return search, outcome
 
 
-def test_nothing_is_asked_twice_and_nothing_comes_out_otherwise(bench, baseline) -> None:
+def test_nothing_is_asked_twice_and_nothing_comes_out_otherwise(pipeline, baseline) -> None:
     for exit_from in (1.0, 0.5):  # without exits, and with all of them
-        subject = bench.subject(bench.space.settled(*settled(bench, exit_from)))
+        subject = pipeline.deployed(pipeline.space.settled(*settled(pipeline, exit_from)))
         asked: list[int] = []
         opened, answer = subject.opened, subject.opened.answer
         opened.answer = lambda images, batch, a=answer, asked=asked: (asked.append(len(images)), a(images, batch))[1]
         subject.first_answers(200)
         parts = subject.answers
-        assert asked == [200, len(bench.scored) - 200]
-        whole = subject.answers_to(bench.scored)
+        assert asked == [200, len(pipeline.scored) - 200]
+        whole = subject.answers_to(pipeline.scored)
         for name in ("classes", "correct", "exits", "passed"):
             assert (getattr(parts, name) == getattr(whole, name)).all()
         assert (parts.profiles, parts.ways) == (whole.profiles, whole.ways)
 
 
-def settled(bench, threshold: float):
-    choices = bench.space.candidate(bench.space.uniform(0.75, "int8", 1.0))
+def settled(pipeline, threshold: float):
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "int8", 1.0))
     return choices, dict.fromkeys(choices.thresholds, 0.5 if threshold < 1 else 2.0)
 
 
-def test_an_evaluation_that_is_not_ended_is_as_without_a_screen(bench, baseline) -> None:
-    latency = bench.latency_evaluator(baseline.reference_seconds)
-    screen = screen_of(bench, baseline.evaluation.measurements, {})
+def test_an_evaluation_that_is_not_ended_is_as_without_a_screen(pipeline, baseline) -> None:
+    latency = pipeline.references.latency_evaluator(baseline.reference_seconds)
+    screen = accuracy_screen(pipeline, baseline.evaluation.measurements, {})
     assert screen is not None
-    dense = bench.evaluate(bench.space.dense(), latency, lambda _: False, screen=screen)
+    dense = pipeline.evaluate(pipeline.space.dense(), latency, [screen])
     assert dense.ended == ""
     assert "subset" in dense.seconds
     assert dense.measurements["accuracy"] == baseline.evaluation.measurements["accuracy"]
 
 
-def test_versions_are_ended_recorded_and_told_as_pruned(bench, baseline, searched) -> None:
+def test_versions_are_ended_recorded_and_told_as_pruned(pipeline, baseline, searched) -> None:
     search, outcome = searched
     read = StoredSearch.read(search)
     ended = [each for each in read.versions if each.evaluation.ended]
     assert ended
     assert any(f"{len(ended)} version" in remark and "ended early" in remark for remark in outcome.remarks)
-    latency = bench.latency_evaluator(baseline.reference_seconds)
+    latency = pipeline.references.latency_evaluator(baseline.reference_seconds)
     for each in ended:
         trial = read.trials[each.number]
         assert trial.state == TrialState.PRUNED
         assert not each.is_complete
-        whole = Version(each.number, bench.evaluate(each.evaluation.candidate, latency, lambda _: False))
+        whole = Version(each.number, pipeline.evaluate(each.evaluation.candidate, latency))
         if "accuracy_drop<4%" in each.evaluation.ended:  # else a version of the front is as good in everything
             assert trial.constraints["accuracy_drop<4%"] > 0
             assert not feasible([whole], read.budget, baseline.evaluation.measurements)
         assert whole.measured["accuracy"].value <= each.measured["accuracy"].others["high"]
-    assert saved_seconds(ended, len(bench.scored)) > 0
+    assert saved_seconds(ended, len(pipeline.scored)) > 0
 
 
 def test_people_and_mlflow_are_told(searched) -> None:
@@ -305,7 +315,7 @@ def test_people_and_mlflow_are_told(searched) -> None:
     assert "accuracy_pct" not in told.metrics
 
 
-def test_a_search_that_goes_on_keeps_them(bench, baseline, searched) -> None:
+def test_a_search_that_goes_on_keeps_them(pipeline, baseline, searched) -> None:
     search, _ = searched
     before = {each.number: each.evaluation for each in StoredSearch.read(search).versions if each.evaluation.ended}
     with search.lock():
@@ -313,7 +323,7 @@ def test_a_search_that_goes_on_keeps_them(bench, baseline, searched) -> None:
         for trial in study.trials:
             if trial.number in before:
                 study.enqueue_trial(trial.params)
-        Coordinator(bench, study, baseline, "random", 0, []).run(14 + len(before), None)
+        Coordinator(pipeline, study, baseline, "random", 0, []).run(14 + len(before), None)
         running = study.ask()  # it was measured, and stopped on the way into the journal
         running.set_user_attr("evaluation", next(iter(before.values())).to_dict())
         put_right_running(study)
@@ -340,11 +350,11 @@ def test_our_sampler_learns_from_what_was_estimated(searched) -> None:
     assert not observed.is_feasible.any()
 
 
-def test_a_study_may_do_without(bench, baseline) -> None:
+def test_a_study_may_do_without(pipeline, baseline) -> None:
     class Without:
         study = Study.parse(STUDY.replace("trials = 12", "trials = 12, early = false"), "test")
 
         def __getattr__(self, name):
-            return getattr(bench, name)
+            return getattr(pipeline, name)
 
-    assert screen_of(Without(), baseline.evaluation.measurements, {}) is None
+    assert accuracy_screen(Without(), baseline.evaluation.measurements, {}) is None

@@ -1,8 +1,6 @@
 """Gates: how sure an exit is, what each way out costs, and thresholds for a study's budget."""
 
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,8 +24,10 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from evaluators.runtimes.paired_timing import Clock, Protocol
 from search.config.budget import Budget
 from search.config.study import Study
-from search.pipeline.exit_thresholds import NARROW, GateSolver, is_hopeless, margin
-from search.pipeline.workbench import Workbench
+from search.pipeline.early_stopping import NARROW, LimitsBroken
+from search.pipeline.exit_thresholds import ExitThresholdSolver
+from search.pipeline.pipeline import build_pipeline
+from search.pipeline.threshold_problem import margin
 from search.results.pareto import Version, feasible
 from spaces.candidate import NEVER_EXIT, OPEN_EXIT, Candidate
 from spaces.thresholds import GateSpace
@@ -183,68 +183,52 @@ def test_solved_gates_are_no_choice_of_the_sampler(space) -> None:
 
 
 @pytest.fixture(scope="module")
-def dense(bench):
-    latency = bench.latency_evaluator({name: taken.work for name, taken in bench.time_references().items()})
-    return latency, bench.evaluate(bench.space.dense(), latency, lambda _: False).measurements
+def dense(pipeline):
+    latency = pipeline.references.latency_evaluator(
+        {name: taken.work for name, taken in pipeline.references.time().items()}
+    )
+    return latency, pipeline.evaluate(pipeline.space.dense(), latency).measurements
 
 
-def under(bench, *limits: str):
-    """Returns the workbench's parts for a study with another budget."""
-    study = bench.study.model_copy(update={"budget": limits})
-    parts = {name: getattr(bench, name) for name in dir(bench) if name in _USED}
-    return SimpleNamespace(**parts, study=study)
-
-
-_USED = (
-    "compressed",
-    "built",
-    "subject",
-    "space",
-    "runtime",
-    "gate_images",
-    "flops",
-    "target",
-    "has_gates",
-    "evaluate",
-)
+def solver_for(pipeline, latency, dense, *limits: str) -> ExitThresholdSolver:
+    return ExitThresholdSolver(pipeline, latency, dense, Budget.parse(limits))
 
 
 @pytest.mark.parametrize("limits", [("flops<70%",), ("accuracy_drop<5%",), ("latency<1000%", "accuracy_drop<50%")])
-def test_what_is_solved_is_what_the_deployed_files_do(limits, bench, dense) -> None:
+def test_what_is_solved_is_what_the_deployed_files_do(limits, pipeline, dense) -> None:
     latency, measured = dense
-    solver = GateSolver(under(bench, *limits), latency, measured)
-    choices = bench.space.candidate(bench.space.uniform(0.75, "int8", 1.0))
-    settled = solver.settle(choices)
+    solver = solver_for(pipeline, latency, measured, *limits)
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "int8", 1.0))
+    settled = solver.resolve(choices)
     assert not settled.candidate.is_open
-    subject = bench.subject(settled.candidate)
-    answers = subject.answers_to(bench.gate_images)
-    assert answers.correct.mean() == pytest.approx(settled.gates["accuracy"])
-    present = [share for share in settled.gates["shares"] if share] or [1.0]
+    subject = pipeline.deployed(settled.candidate)
+    answers = subject.answers_to(pipeline.threshold_images)
+    assert answers.correct.mean() == pytest.approx(settled.thresholds.accuracy)
+    present = [share for share in settled.thresholds.shares if share] or [1.0]
     assert [share for share in answers.leaving if share] == pytest.approx(present)
     if limits == ("flops<70%",):
-        reached = np.dot(answers.reached, bench.flops.stages(subject))
-        assert settled.gates["costs"][0] == pytest.approx(reached)
+        reached = np.dot(answers.reached, pipeline.flops.stages(subject))
+        assert settled.thresholds.first_cost == pytest.approx(reached)
         assert reached <= 0.7 * measured["flops"].value
-    evaluation = settled.stamped(bench.evaluate(settled.candidate, latency, lambda _: False))
-    assert evaluation.gates["images"] == len(bench.gate_images)
-    assert evaluation.digest == bench.subject(evaluation.candidate).artifact.digest, "rebuilt byte for byte"
-    assert evaluation.measurements["accuracy"].n == len(bench.scored) == 40
+    evaluation = settled.stamped(pipeline.evaluate(settled.candidate, latency))
+    assert evaluation.gates["images"] == len(pipeline.threshold_images)
+    assert evaluation.digest == pipeline.deployed(evaluation.candidate).artifact.digest, "rebuilt byte for byte"
+    assert evaluation.measurements["accuracy"].n == len(pipeline.scored) == 40
     assert evaluation.measurements["accuracy"].others["low"] < evaluation.measurements["accuracy"].value
 
 
-def test_what_parted_batches_cost_more_is_measured_and_counts(bench, monkeypatch) -> None:
+def test_what_parted_batches_cost_more_is_measured_and_counts(pipeline, monkeypatch) -> None:
     metered, target = Metered((2.0, 3.0), start=4.0), Target("onnxruntime", "meter", 8, 1)
-    monkeypatch.setattr(bench, "runtime", metered)
-    monkeypatch.setattr(bench, "target", target)
-    reference = Reference(bench.subject(bench.space.dense()).artifact.deployed[0], 5.0 * (4 + 2))
+    pipeline = replace(pipeline, runtime=metered, target=target)
+    reference = Reference(pipeline.deployed(pipeline.space.dense()).artifact.deployed[0], 5.0 * (4 + 2))
     latency = LatencyEvaluator({"fp32": reference, "int8": reference}, metered, target, Protocol(limit_s=1e9, calls=40))
-    choices = bench.space.candidate(bench.space.uniform(0.75, "fp32", 1.0))
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "fp32", 1.0))
     dense = {"latency": Measurement("latency", 5.0 * (4 + 8), "median", 1, 0.0, "meter", "")}
-    settled = GateSolver(under(bench, "latency<75%"), latency, dense).settle(choices)
-    assert settled.gates["correction"] > 1.01, "a call costs as much for a few images"
-    version = bench.subject(settled.candidate)
-    asked = Subject(version.network, version.candidate, version.artifact, bench.gate_images, metered, target)
-    assert latency.measure(asked).value == pytest.approx(settled.gates["costs"][0], rel=0.1)
+    settled = solver_for(pipeline, latency, dense, "latency<75%").resolve(choices)
+    assert settled.thresholds.correction > 1.01, "a call costs as much for a few images"
+    version = pipeline.deployed(settled.candidate)
+    asked = Subject(version.network, version.candidate, version.artifact, pipeline.threshold_images, metered, target)
+    assert latency.measure(asked).value == pytest.approx(settled.thresholds.first_cost, rel=0.1)
 
 
 class ColdInSuccession(Metered):
@@ -264,44 +248,46 @@ class ColdInSuccession(Metered):
 
 
 @pytest.mark.parametrize(("factor", "exits"), [(1.0, ("exit1",)), (4.0, ())])
-def test_an_exit_that_saves_nothing_as_it_runs_is_left_out(factor, exits, bench, monkeypatch) -> None:
+def test_an_exit_that_saves_nothing_as_it_runs_is_left_out(factor, exits, pipeline, monkeypatch) -> None:
     metered, target = ColdInSuccession((2.0, 3.0), factor), Target("onnxruntime", "meter", 1, 1)
-    monkeypatch.setattr(bench, "runtime", metered)
-    monkeypatch.setattr(bench, "target", target)
-    reference = Reference(bench.subject(bench.space.dense()).artifact.deployed[0], 5.0)
+    pipeline = replace(pipeline, runtime=metered, target=target)
+    reference = Reference(pipeline.deployed(pipeline.space.dense()).artifact.deployed[0], 5.0)
     latency = LatencyEvaluator({"fp32": reference, "int8": reference}, metered, target, Protocol(limit_s=1e9, calls=40))
-    choices = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0))
     dense = {"latency": Measurement("latency", 5.0, "median", 1, 0.0, "meter", "")}
-    settled = GateSolver(under(bench, "latency<1000%"), latency, dense).settle(choices)
+    settled = solver_for(pipeline, latency, dense, "latency<1000%").resolve(choices)
     assert settled.candidate.active_exits == exits
-    assert len(bench.subject(settled.candidate).artifact.deployed) == 1 + len(exits), "its stages are one file again"
-    assert settled.gates["costs"][0] == pytest.approx(5.0) or exits
+    assert len(pipeline.deployed(settled.candidate).artifact.deployed) == 1 + len(exits), (
+        "its stages are one file again"
+    )
+    assert settled.thresholds.first_cost == pytest.approx(5.0) or exits
 
 
 @pytest.fixture
-def metered(bench, monkeypatch):
-    """Returns a latency evaluator on a clock without noise, one image at a time, and the dense network's figures."""
+def metered(pipeline):
+    """Returns the pipeline and its latency evaluator on a clock without noise, one image at a time, and the dense
+    network's figures.
+    """
     library, target = Metered((2.0, 3.0)), Target("onnxruntime", "meter", 1, 1)
-    monkeypatch.setattr(bench, "runtime", library)
-    monkeypatch.setattr(bench, "target", target)
-    reference = Reference(bench.subject(bench.space.dense()).artifact.deployed[0], 5.0)
+    pipeline = replace(pipeline, runtime=library, target=target)
+    reference = Reference(pipeline.deployed(pipeline.space.dense()).artifact.deployed[0], 5.0)
     latency = LatencyEvaluator({"fp32": reference, "int8": reference}, library, target, Protocol(limit_s=1e9, calls=40))
-    return latency, bench.evaluate(bench.space.dense(), latency, lambda _: False).measurements
+    return pipeline, latency, pipeline.evaluate(pipeline.space.dense(), latency).measurements
 
 
-def test_a_narrow_miss_is_solved_again_and_scored(bench, metered, monkeypatch) -> None:
-    latency, dense = metered
-    choices, near = bench.space.candidate(bench.space.uniform(0.25, "fp32", 1.0)), []
-    halves = bench.gate_images, bench.scored
+def test_a_narrow_miss_is_solved_again_and_scored(metered) -> None:
+    pipeline, latency, dense = metered
+    choices, near = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32", 1.0)), []
+    halves = pipeline.threshold_images, pipeline.scored
     for choosing, scored in (halves, halves[::-1]):  # in one order, if not in the other, more images go on
-        monkeypatch.setattr(bench, "gate_images", choosing)
-        monkeypatch.setattr(bench, "scored", scored)
+        part = replace(pipeline, threshold_images=choosing, scored=scored)
         for percent in range(52, 72):
-            part = under(bench, f"latency<{percent}.3%")
-            limit, solver = part.study.limits.constraints[0], GateSolver(part, latency, dense)
-            settled = solver.settle(choices)
-            once = bench.evaluate(settled.candidate, latency, lambda _: False).measurements
-            found = solver.measure(settled, partial(is_hopeless, part.study.limits, dense=dense))
+            budget = Budget.parse([f"latency<{percent}.3%"])
+            (limit,) = budget.constraints
+            solver = ExitThresholdSolver(part, latency, dense, budget)
+            settled = solver.resolve(choices)
+            once = part.evaluate(settled.candidate, latency).measurements
+            found = solver.evaluate(settled, [LimitsBroken(budget, dense)])
             if not 0 < limit.violation(once["latency"], dense["latency"]) <= NARROW:
                 assert found.candidate == settled.candidate
                 assert "rounds" not in found.gates
@@ -314,20 +300,20 @@ def test_a_narrow_miss_is_solved_again_and_scored(bench, metered, monkeypatch) -
     assert near, "other images leave elsewhere, so one limit or the other is missed"
 
 
-def test_what_no_thresholds_keep_is_scored_just_outside_and_given_up_far_out(bench, metered) -> None:
-    latency, dense = metered
-    choices = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
+def test_what_no_thresholds_keep_is_scored_just_outside_and_given_up_far_out(metered) -> None:
+    pipeline, latency, dense = metered
+    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0))
     least = (
-        GateSolver(under(bench, "flops<1%"), latency, dense).settle(choices).gates["costs"][0] / dense["flops"].value
+        solver_for(pipeline, latency, dense, "flops<1%").resolve(choices).thresholds.first_cost / dense["flops"].value
     )
     for over, is_scored in ((1.05, True), (1.3, False)):
-        part = under(bench, f"flops<{100 * least / over:.4g}%")
-        solver = GateSolver(part, latency, dense)
-        found = solver.measure(solver.settle(choices), partial(is_hopeless, part.study.limits, dense=dense))
+        budget = Budget.parse([f"flops<{100 * least / over:.4g}%"])
+        solver = ExitThresholdSolver(pipeline, latency, dense, budget)
+        found = solver.evaluate(solver.resolve(choices), [LimitsBroken(budget, dense)])
         version = Version(0, found)
         assert version.is_complete == is_scored
-        assert not part.study.limits.is_met(found.measurements, dense)
-        assert feasible([version], part.study.limits, dense) == []
+        assert not budget.is_met(found.measurements, dense)
+        assert feasible([version], budget, dense) == []
 
 
 def test_a_miss_within_the_interval_of_its_timing_is_narrow() -> None:
@@ -336,7 +322,7 @@ def test_a_miss_within_the_interval_of_its_timing_is_narrow() -> None:
     def hopeless(seconds: float, half_width: float, size: float) -> bool:
         latency = Measurement("latency", seconds, "median", 1, 0.0, "", "", notes={"half_width": half_width})
         measured = {"latency": latency, "size": Measurement("size", size, "total", 1, 0.0, "", "")}
-        return is_hopeless(budget, measured, measured)
+        return LimitsBroken(budget, measured).should_stop(None, measured) is not None
 
     assert not hopeless(1.09e-3, 0.01, 900)
     assert hopeless(1.15e-3, 0.01, 900)
@@ -351,56 +337,59 @@ def test_the_margin_follows_the_interval_of_the_timing() -> None:
     assert margins[2] == pytest.approx(np.hypot(0.02, 0.02))
 
 
-def test_a_timing_that_is_less_sure_leaves_more_below_the_limit(bench, metered) -> None:
-    latency, dense = metered
-    choices = bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0))
-    least = latency.timed_paths(bench.subject(choices))
+def test_a_timing_that_is_less_sure_leaves_more_below_the_limit(metered) -> None:
+    pipeline, latency, dense = metered
+    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0))
+    least = latency.timed_paths(pipeline.deployed(choices))
     assert least.half_width == 0
-    told = GateSolver(under(bench, "latency<80%"), latency, dense).settle(choices).gates
-    assert told["margin"] == margin(0.0)
-    assert told["costs"][0] <= 0.8 * (1 - told["margin"]) * dense["latency"].value
+    told = solver_for(pipeline, latency, dense, "latency<80%").resolve(choices).thresholds
+    assert told.margin == margin(0.0)
+    assert told.first_cost <= 0.8 * (1 - told.margin) * dense["latency"].value
 
 
-def test_of_thresholds_that_are_alike_the_cheapest_are_taken(bench, dense) -> None:
-    choices = bench.space.candidate(bench.space.uniform(0.5, "fp32", 1.0))
-    solver = GateSolver(under(bench, "flops<1000%"), *dense)
-    told = solver.settle(choices).gates
-    subject = bench.subject(choices)
-    logits = subject.opened.all_logits(bench.gate_images.images, subject.target.batch)
+def test_of_thresholds_that_are_alike_the_cheapest_are_taken(pipeline, dense) -> None:
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 1.0))
+    solver = solver_for(pipeline, *dense, "flops<1000%")
+    told = solver.resolve(choices).thresholds
+    subject = pipeline.deployed(choices)
+    logits = subject.opened.all_logits(pipeline.threshold_images.images, subject.target.batch)
     kind = CONFIDENCES[subject.artifact.confidence]
     said = np.stack([kind(logits[:, place]) for place in (0, 1)], axis=1)
-    confidences, likely = said[:, :1], likelihoods(said, logits.argmax(axis=2) == bench.gate_images.labels[:, None])
-    costs = [Cost(told["ways"]["flops"], bench.flops.heads(subject))]
+    confidences, likely = (
+        said[:, :1],
+        likelihoods(said, logits.argmax(axis=2) == pipeline.threshold_images.labels[:, None]),
+    )
+    costs = [Cost(told.paths["flops"], pipeline.flops.heads(subject))]
     best = Thresholds(confidences, likely, costs, price=0.0).solve()
     alike = best.accuracy - 0.5 / len(likely)
-    assert alike <= told["expected_accuracy"] < best.accuracy
-    assert told["costs"][0] < best.costs[0]
+    assert alike <= told.expected_accuracy < best.accuracy
+    assert told.first_cost < best.costs[0]
     solved = Thresholds(confidences, likely, costs)
     outcomes = [solved.outcome([each]) for each in (*np.unique(confidences), 1.0)]
-    assert told["costs"][0] == pytest.approx(min(each.costs[0] for each in outcomes if each.accuracy >= alike))
+    assert told.first_cost == pytest.approx(min(each.costs[0] for each in outcomes if each.accuracy >= alike))
 
 
-def test_what_is_not_open_stays_as_it_is(bench, dense) -> None:
-    solver = GateSolver(bench, *dense)
-    assert solver.settle(bench.space.dense()).candidate == bench.space.dense()
-    again = solver.resettle(bench.space.candidate(bench.space.uniform(1.0, "fp32", 1.0)), None)
+def test_what_is_not_open_stays_as_it_is(pipeline, dense) -> None:
+    solver = ExitThresholdSolver(pipeline, *dense)
+    assert solver.resolve(pipeline.space.dense()).candidate == pipeline.space.dense()
+    again = solver.resolve_again(pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0)), None)
     assert not again.candidate.is_open
 
 
-def test_every_version_is_scored_on_the_other_half(bench) -> None:
-    assert len(bench.gate_images) + len(bench.scored) == len(bench.data.validation)
-    assert any("choose the exits' thresholds" in remark for remark in bench.remarks)
+def test_every_version_is_scored_on_the_other_half(pipeline) -> None:
+    assert len(pipeline.threshold_images) + len(pipeline.scored) == len(pipeline.data.validation)
+    assert any("choose the exits' thresholds" in remark for remark in pipeline.remarks)
     searched = Study.parse(tiny.STUDY.replace("grid = 2", 'grid = 2, thresholds = "searched"'), "test")
-    other = Workbench(searched, lambda *_: None)
-    assert len(other.scored) == len(bench.data.validation)
+    other = build_pipeline(searched, lambda *_: None)
+    assert len(other.scored) == len(pipeline.data.validation)
     assert "threshold.exit1" in other.space.dimensions()
-    assert "threshold.exit1" not in bench.space.dimensions()
+    assert "threshold.exit1" not in pipeline.space.dimensions()
     # The network is the same one: how thresholds are chosen is no matter of training.
-    assert other.fingerprint == bench.fingerprint
+    assert other.fingerprint == pipeline.fingerprint
 
 
-def test_a_network_is_compressed_once_for_its_thresholds_and_its_measurement(bench) -> None:
-    choices = bench.space.candidate(bench.space.uniform(0.5, "fp32", 1.0))
-    settled = bench.space.settled(choices, dict.fromkeys(choices.thresholds, 0.8))
-    assert bench.compressed(settled) is bench.compressed(choices)
-    assert bench.compressed(replace(choices, patterns={"hidden": "50%"})) is not bench.compressed(choices)
+def test_a_network_is_compressed_once_for_its_thresholds_and_its_measurement(pipeline) -> None:
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 1.0))
+    settled = pipeline.space.settled(choices, dict.fromkeys(choices.thresholds, 0.8))
+    assert pipeline.compress(settled) is pipeline.compress(choices)
+    assert pipeline.compress(replace(choices, patterns={"hidden": "50%"})) is not pipeline.compress(choices)

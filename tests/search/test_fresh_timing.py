@@ -101,7 +101,7 @@ def test_the_mean_of_two_measurements_has_the_samples_of_both() -> None:
 
 
 @pytest.fixture
-def lucky(folder, bench, tmp_path) -> Path:
+def lucky(folder, pipeline, tmp_path) -> Path:
     """Returns the folder of a search whose most accurate version, of fp32, and one of int8 come before all others.
 
     By its baseline the fp32 reference takes twenty times as long as when the version was measured: so does the version.
@@ -110,7 +110,7 @@ def lucky(folder, bench, tmp_path) -> Path:
     shutil.copytree(folder / "one", runs / "one")
     search = SearchFolder(runs / "one")
     versions = [each for each in stored(runs).versions if each.is_complete]
-    given = [(narrower(bench, "fp32"), 0.999), (narrower(bench, "int8"), 0.985), *[(None, 0.5)] * len(versions)]
+    given = [(narrower(pipeline, "fp32"), 0.999), (narrower(pipeline, "int8"), 0.985), *[(None, 0.5)] * len(versions)]
     for each, (candidate, accuracy) in zip(versions, given, strict=False):
         measured = {**each.measured, "accuracy": replace(each.measured["accuracy"], value=accuracy)}
         evaluation = replace(each.evaluation, candidate=candidate or each.evaluation.candidate, measurements=measured)
@@ -132,10 +132,10 @@ def forget_simple(search: SearchFolder) -> None:
     study.set_user_attr("baseline", {**baseline, "evaluation": dense, "simple": []})
 
 
-def narrower(bench, precision: str) -> Candidate:
+def narrower(pipeline, precision: str) -> Candidate:
     """Returns a pruned version in one precision, without exits."""
-    choices = bench.space.candidate(bench.space.uniform(0.5, precision, 1.0))
-    return bench.space.settled(choices, dict.fromkeys(choices.thresholds, NEVER_EXIT))
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.5, precision, 1.0))
+    return pipeline.space.settled(choices, dict.fromkeys(choices.thresholds, NEVER_EXIT))
 
 
 def slow(search: SearchFolder, precision: str) -> None:

@@ -15,7 +15,7 @@ from search.cli import run
 from search.config.overrides import Request
 from search.config.study import Study, load_study
 from search.loading import image_store as images_module
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from tests.helpers.pictures import troubled_folder, write_folder
 
 NETWORK = """
@@ -115,23 +115,23 @@ def test_a_study_survives_being_written(home) -> None:
 
 def test_images_that_are_read_again_each_time_give_the_same_search(home, monkeypatch) -> None:
     write_folder(home / "trees", each=20)
-    kept = Workbench(load_study("study.toml"), lambda *_: None)
+    kept = build_pipeline(load_study("study.toml"), lambda *_: None)
     monkeypatch.setattr(images_module, "KEPT_BYTES", 0)
-    lazy = Workbench(load_study("study.toml"), lambda *_: None)
+    lazy = build_pipeline(load_study("study.toml"), lambda *_: None)
     assert lazy.data.validation.images._kept is None
     assert lazy.fingerprint == kept.fingerprint
     assert lazy.builder.ranges == kept.builder.ranges
     dense = kept.space.dense()
-    answers = [bench.subject(dense).answers.classes for bench in (kept, lazy)]
+    answers = [pipeline.deployed(dense).answers.classes for pipeline in (kept, lazy)]
     np.testing.assert_array_equal(*answers)
 
 
 def test_fewer_images_than_a_batch_are_one(home) -> None:
     write_folder(home / "trees", each=4)
     text = STUDY.replace("batch = 16", "batch = 64").replace("after = []", 'after = ["2"]')
-    bench = Workbench(Study.parse(text, "small", home), lambda *_: None)
-    assert len(bench.data.train) < 64
-    assert bench.network.exit_names == ("exit1",)
+    pipeline = build_pipeline(Study.parse(text, "small", home), lambda *_: None)
+    assert len(pipeline.data.train) < 64
+    assert pipeline.network.exit_names == ("exit1",)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from search.cli import run
 from search.config.sections import MasksSection
 from search.config.study import Study, StudyError
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.training.loop import TrainingBatches
 from search.training.masks import bounds_loss, train_masks, with_masks
 from spaces.candidate import ALWAYS_RUN, Candidate
@@ -49,12 +49,12 @@ BLOCKS = ("first", "second", "down", "last")
 
 
 @pytest.fixture(scope="module")
-def bench(cache) -> Workbench:
-    return Workbench(Study.parse(STUDY, "the tests' study"), lambda *_: None)
+def pipeline(cache) -> CompressionPipeline:
+    return build_pipeline(Study.parse(STUDY, "the tests' study"), lambda *_: None)
 
 
-def moved(bench: Workbench, threshold: float) -> Candidate:
-    dense = bench.space.dense()
+def moved(pipeline: CompressionPipeline, threshold: float) -> Candidate:
+    dense = pipeline.space.dense()
     return Candidate(dense.channels, dense.precision, dense.thresholds | {f"mask.{b}": threshold for b in BLOCKS})
 
 
@@ -86,30 +86,30 @@ def test_masks_with_skipped_blocks_or_joint_exits_are_refused(cache) -> None:
     for more in ('skips = {blocks = "all"}', None):
         text = f"{STUDY}\n{more}" if more else STUDY.replace("epochs = 5}", 'epochs = 5, training = "joint"}')
         with pytest.raises(StudyError, match="leave"):
-            Workbench(Study.parse(text, "the tests' study"), lambda *_: None)
+            build_pipeline(Study.parse(text, "the tests' study"), lambda *_: None)
 
 
-def test_a_study_says_that_masks_save_no_time(bench: Workbench) -> None:
-    assert any("[masks] save FLOPs only" in remark for remark in bench.remarks)
+def test_a_study_says_that_masks_save_no_time(pipeline: CompressionPipeline) -> None:
+    assert any("[masks] save FLOPs only" in remark for remark in pipeline.remarks)
 
 
-def test_thresholds_move_the_flops_and_the_answers_are_the_files(bench: Workbench) -> None:
-    assert {f"threshold.mask.{block}" for block in BLOCKS} <= set(bench.space.dimensions())
+def test_thresholds_move_the_flops_and_the_answers_are_the_files(pipeline: CompressionPipeline) -> None:
+    assert {f"threshold.mask.{block}" for block in BLOCKS} <= set(pipeline.space.dimensions())
     means = []
     for threshold in (ALWAYS_RUN, 0.0, 4.0):
-        subject = bench.subject(moved(bench, threshold))
-        found = bench.flops.measure(subject)
+        subject = pipeline.deployed(moved(pipeline, threshold))
+        found = pipeline.flops.measure(subject)
         means.append(found.value)
         assert "no runtime for dense" in found.protocol
         with torch.no_grad():
-            _, logits = subject.network.run_trunk(torch.from_numpy(bench.scored.images[:]))
+            _, logits = subject.network.run_trunk(torch.from_numpy(pipeline.scored.images[:]))
         assert np.mean(subject.answers.classes == logits.argmax(dim=1).numpy()) > 0.99
-    assert means[0] == pytest.approx(bench.flops.measure(bench.subject(bench.space.dense())).value)
+    assert means[0] == pytest.approx(pipeline.flops.measure(pipeline.deployed(pipeline.space.dense())).value)
     assert means[0] > means[1] > means[2]
 
 
-def test_gates_decide_in_the_reference_precision(bench: Workbench) -> None:
-    space = bench.space.precision
+def test_gates_decide_in_the_reference_precision(pipeline: CompressionPipeline) -> None:
+    space = pipeline.space.precision
     gates = [layer for layer in space.layers if is_of_gate(layer)]
     assert len(gates) >= len(BLOCKS)
     assert len(gates) < len(space.layers)
@@ -119,10 +119,10 @@ def test_gates_decide_in_the_reference_precision(bench: Workbench) -> None:
     assert uniform(space.layers, "int8") == {layer: left[-1] for layer, left in space.allowed.items()}
 
 
-def test_an_image_that_leaves_early_needs_only_what_lies_before(bench: Workbench) -> None:
-    candidate = moved(bench, 0.0)
+def test_an_image_that_leaves_early_needs_only_what_lies_before(pipeline: CompressionPipeline) -> None:
+    candidate = moved(pipeline, 0.0)
     leaving = Candidate(candidate.channels, candidate.precision, dict(candidate.thresholds) | {"exit1": 0.0})
-    stays, leaves = (bench.flops.measure(bench.subject(each)) for each in (candidate, leaving))
+    stays, leaves = (pipeline.flops.measure(pipeline.deployed(each)) for each in (candidate, leaving))
     assert leaves.value < 0.8 * stays.value
 
 

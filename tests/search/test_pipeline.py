@@ -8,30 +8,30 @@ import pytest
 from evaluators.runtimes.base import Target, allows
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from search.config.study import Study, StudyError
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from tests.helpers import tiny
 
 
-def test_compression_recovers_and_the_dense_network_is_left_alone(bench) -> None:
+def test_compression_recovers_and_the_dense_network_is_left_alone(pipeline) -> None:
     import copy
 
-    before = copy.deepcopy(bench.network.state_dict())
-    candidate = bench.space.candidate(bench.space.uniform(0.5, "fp32", 1.0))
-    recovered = bench.compress(candidate)
-    plain = bench.space.apply(bench.network, candidate)
+    before = copy.deepcopy(pipeline.network.state_dict())
+    candidate = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 1.0))
+    recovered = pipeline.compress(candidate).network
+    plain = pipeline.space.apply(pipeline.network, candidate)
     means = [name for name in recovered.state_dict() if name.endswith("running_mean")]
     assert any(not np.allclose(recovered.state_dict()[name], plain.state_dict()[name]) for name in means)
-    for name, tensor in bench.network.state_dict().items():
+    for name, tensor in pipeline.network.state_dict().items():
         assert (tensor == before[name]).all(), name
-    assert bench.compress(candidate).state_dict().keys() == recovered.state_dict().keys()
-    for name, tensor in bench.compress(candidate).state_dict().items():
+    assert pipeline.compress(candidate).network.state_dict().keys() == recovered.state_dict().keys()
+    for name, tensor in pipeline.compress(candidate).network.state_dict().items():
         assert (tensor == recovered.state_dict()[name]).all(), "recovery repeats bit for bit"
 
 
 def test_tf32_is_refused_where_the_device_has_none() -> None:
     study = Study.parse(tiny.STUDY.replace("batch = 4", "batch = 4, tf32 = true"), "test")
     with pytest.raises(StudyError, match=r"Ampere on, got onnxruntime on .*; leave it out"):
-        Workbench(study, lambda *_: None)
+        build_pipeline(study, lambda *_: None)
 
 
 def test_tf32_is_part_of_every_record(cache) -> None:
@@ -40,10 +40,10 @@ def test_tf32_is_part_of_every_record(cache) -> None:
             return replace(super().capabilities(), fp32_in=("tf32",))
 
     study = Study.parse(tiny.STUDY.replace("batch = 4", "batch = 4, tf32 = true"), "test")
-    bench = Workbench(study, lambda *_: None, Ampere())
-    assert str(bench.target).endswith(", fp32 in TF32")
-    assert Target(**bench.target.to_dict()) == bench.target
-    for artifact in bench.references().values():
+    pipeline = build_pipeline(study, lambda *_: None, Ampere())
+    assert str(pipeline.target).endswith(", fp32 in TF32")
+    assert Target(**pipeline.target.to_dict()) == pipeline.target
+    for artifact in pipeline.references.artifacts.values():
         assert all(allows(stage, "tf32") for stage in artifact.stages)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from search.cli import run
 from search.config.study import Study, StudyError
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.store import SearchFolder, StoredSearch
 from tests.helpers import tiny
 
@@ -21,43 +21,48 @@ def study_of(recovery: str, name: str) -> str:
     return text.replace('recovery = {level = "bn", images = 64}', f"recovery = {{images = 64, {recovery}}}")
 
 
-def bench_of(recovery: str) -> Workbench:
-    return Workbench(Study.parse(study_of(recovery, "tiny"), "test"), lambda *_: None)
+def bench_of(recovery: str) -> CompressionPipeline:
+    return build_pipeline(Study.parse(study_of(recovery, "tiny"), "test"), lambda *_: None)
 
 
 def test_a_version_is_trained_in_its_own_precisions_and_rebuilt_byte_for_byte(cache) -> None:
     level = f'level = "finetune", finetune = {{epochs = 1, batch = 50}}, {QAT}'
-    bench = bench_of(level)
-    dense, half = (bench.space.candidate(bench.space.uniform(keep, "int8", 0.8)) for keep in (1.0, 0.5))
-    floating = bench.space.candidate(bench.space.uniform(0.5, "fp32", 0.8))
-    assert bench.effort(bench.space.dense()) == "as given"
-    assert bench.effort(dense) == "as given + qat 1 epoch (lsq)"
-    assert bench.effort(half) == "finetune 1 epoch + qat 1 epoch (lsq)"
-    assert bench.effort(floating) == "finetune 1 epoch"
+    pipeline = bench_of(level)
+    dense, half = (pipeline.space.candidate(pipeline.space.uniform(keep, "int8", 0.8)) for keep in (1.0, 0.5))
+    floating = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 0.8))
+    assert pipeline.compressor.plan(pipeline.space.dense()).effort == "as given"
+    assert pipeline.compressor.plan(dense).effort == "as given + qat 1 epoch (lsq)"
+    assert pipeline.compressor.plan(half).effort == "finetune 1 epoch + qat 1 epoch (lsq)"
+    assert pipeline.compressor.plan(floating).effort == "finetune 1 epoch"
     plain = bench_of('level = "bn"')
-    assert bench.subject(bench.space.dense()).artifact.digest == plain.subject(bench.space.dense()).artifact.digest
+    assert (
+        pipeline.deployed(pipeline.space.dense()).artifact.digest
+        == plain.deployed(pipeline.space.dense()).artifact.digest
+    )
     again = bench_of(level)
     for candidate in (dense, half):
-        digest = bench.subject(candidate).artifact.digest
-        assert digest != plain.subject(candidate).artifact.digest
-        assert again.subject(candidate).artifact.digest == digest
-    assert all((value == again.network.state_dict()[name]).all() for name, value in bench.network.state_dict().items())
+        digest = pipeline.deployed(candidate).artifact.digest
+        assert digest != plain.deployed(candidate).artifact.digest
+        assert again.deployed(candidate).artifact.digest == digest
+    assert all(
+        (value == again.network.state_dict()[name]).all() for name, value in pipeline.network.state_dict().items()
+    )
 
 
 def test_more_fine_tuning_feels_int8_at_any_level(cache) -> None:
     from search.config.study import FinetuneSection
 
     more = FinetuneSection(epochs=2, batch=50)
-    bench, plain = bench_of(f'level = "bn", {QAT}'), bench_of('level = "bn"')
-    dense, half = (bench.space.candidate(bench.space.uniform(keep, "int8", 1.0)) for keep in (1.0, 0.5))
-    assert bench.effort(half) == "bn"
-    assert bench.effort(half, more) == "bn + finetune 2 epochs + qat 1 epoch (lsq)"
-    assert bench.effort(dense, more) == "as given + qat 1 epoch (lsq)"
-    assert bench.may_recover(dense)
-    assert not bench.may_recover(bench.space.dense())
+    pipeline, plain = bench_of(f'level = "bn", {QAT}'), bench_of('level = "bn"')
+    dense, half = (pipeline.space.candidate(pipeline.space.uniform(keep, "int8", 1.0)) for keep in (1.0, 0.5))
+    assert pipeline.compressor.plan(half).effort == "bn"
+    assert pipeline.compressor.plan(half, more).effort == "bn + finetune 2 epochs + qat 1 epoch (lsq)"
+    assert pipeline.compressor.plan(dense, more).effort == "as given + qat 1 epoch (lsq)"
+    assert pipeline.compressor.may_recover(dense)
+    assert not pipeline.compressor.may_recover(pipeline.space.dense())
     assert not plain.may_recover(dense)
-    assert bench.subject(half).artifact.digest == plain.subject(half).artifact.digest
-    assert bench.subject(dense, more).artifact.digest != bench.subject(dense).artifact.digest
+    assert pipeline.deployed(half).artifact.digest == plain.deployed(half).artifact.digest
+    assert pipeline.deployed(dense, more).artifact.digest != pipeline.deployed(dense).artifact.digest
 
 
 @pytest.fixture(scope="module")

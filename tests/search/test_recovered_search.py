@@ -9,7 +9,7 @@ import pytest
 from search.cli import run
 from search.config.study import Study
 from search.loop.front_recovery import recover_front
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from search.results.pareto import feasible, pareto
 from search.results.store import SearchFolder, StoredSearch
 from tests.helpers import tiny
@@ -76,8 +76,8 @@ def test_the_same_command_recovers_nothing_again(runs, search, monkeypatch, caps
 
 def test_recovering_goes_on_where_it_was_stopped(runs, search, cache) -> None:
     stored = SearchFolder(runs / "one").open()
-    bench = Workbench(search.study, lambda *_: None)
-    assert recover_front(bench, stored, search.baseline, lambda _: None) == 0
+    pipeline = build_pipeline(search.study, lambda *_: None)
+    assert recover_front(pipeline, stored, search.baseline, lambda _: None) == 0
 
 
 def test_the_recovered_weights_are_what_is_shipped(runs, search, monkeypatch, tmp_path, capsys) -> None:

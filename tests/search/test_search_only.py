@@ -7,8 +7,9 @@ import pytest
 from search.cli import run
 from search.config.overrides import Request
 from search.config.study import Study, StudyError
+from search.loop.baseline import find_slow_layers
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.search_space import searched
-from search.pipeline.workbench import Workbench
 from spaces.candidate import NEVER_EXIT, OPEN_EXIT
 from tests.helpers import tiny
 from tests.helpers.searches import finished, stored
@@ -20,51 +21,53 @@ def study(only: str, text: str = tiny.STUDY, more: str = "") -> Study:
     return Study.parse(f"{text}\n[space]\nonly = [{only}]\n{more}", "the tests' study")
 
 
-def bench_of(asked: Study) -> tuple[Workbench, list[str]]:
+def bench_of(asked: Study) -> tuple[CompressionPipeline, list[str]]:
     """Returns what a search of it builds on, and the steps that were told."""
     told: list[str] = []
-    return Workbench(asked, lambda step, *_: told.append(step)), told
+    return build_pipeline(asked, lambda step, *_: told.append(step)), told
 
 
-def kinds(bench: Workbench) -> set[str]:
-    return {name.partition(".")[0] for name in bench.space.dimensions()}
+def kinds(pipeline: CompressionPipeline) -> set[str]:
+    return {name.partition(".")[0] for name in pipeline.space.dimensions()}
 
 
 def test_precisions_alone_train_no_shared_weights_and_no_exits(cache: Path) -> None:
-    bench, told = bench_of(study('"precision"', ELASTIC))
-    assert kinds(bench) == {"precision"}
-    assert bench.network.exit_names == ()
-    assert bench.recovery.effort == "none"
+    pipeline, told = bench_of(study('"precision"', ELASTIC))
+    assert kinds(pipeline) == {"precision"}
+    assert pipeline.network.exit_names == ()
+    assert pipeline.compressor.recovery.effort == "none"
     assert not {"Training shared weights, once", "Training the exits, once"} & set(told)
 
 
 def test_keeping_all_channels_is_the_same_as_not_searching_them(cache: Path) -> None:
-    bench, told = bench_of(Study.parse(f"{ELASTIC}\n[space]\nkeep_at_least = 1", "the tests' study"))
-    assert kinds(bench) == {"precision"}
-    assert bench.recovery.effort == "none"
+    pipeline, told = bench_of(Study.parse(f"{ELASTIC}\n[space]\nkeep_at_least = 1", "the tests' study"))
+    assert kinds(pipeline) == {"precision"}
+    assert pipeline.compressor.recovery.effort == "none"
     assert "Training shared weights, once" not in told
 
 
 def test_shared_weights_are_trained_where_they_feel_int8(cache: Path) -> None:
     text = ELASTIC.replace("images = 64", "images = 64, qat = {}, elastic = {epochs = 1, batch = 50}")
-    bench, told = bench_of(study('"precision"', text))
-    assert bench.recovery.effort == "elastic 1 epoch or 30 CPU min with qat (lsq)"
+    pipeline, told = bench_of(study('"precision"', text))
+    assert pipeline.compressor.recovery.effort == "elastic 1 epoch or 30 CPU min with qat (lsq)"
     assert "Training shared weights, once" in told
-    assert not bench_of(study('"channels"', text))[0].recovery.effort.endswith("(lsq)"), "no layer can be int8"
+    assert not bench_of(study('"channels"', text))[0].compressor.recovery.effort.endswith("(lsq)"), (
+        "no layer can be int8"
+    )
 
 
 def test_widths_alone_are_in_the_reference_precision(cache: Path) -> None:
-    bench, _ = bench_of(study('"channels"'))
-    assert kinds(bench) == {"channels"}
-    assert set(bench.space.candidate(bench.space.uniform(0.5, "int8", 0.9)).precision.values()) == {"fp32"}
-    assert not bench.examines, "no layer has a precision to lose"
+    pipeline, _ = bench_of(study('"channels"'))
+    assert kinds(pipeline) == {"channels"}
+    assert set(pipeline.space.candidate(pipeline.space.uniform(0.5, "int8", 0.9)).precision.values()) == {"fp32"}
+    assert find_slow_layers(pipeline, lambda *_: None, 1.0) is None, "no layer has a precision to lose"
 
 
 def test_widths_alone_may_be_in_another_precision(cache: Path) -> None:
-    bench, _ = bench_of(study('"channels"', more='precision = "int8"'))
-    assert kinds(bench) == {"channels"}
-    assert set(bench.space.candidate(bench.space.uniform(0.5, "fp32", 0.9)).precision.values()) == {"int8"}
-    assert set(bench.space.dense().precision.values()) == {"fp32"}
+    pipeline, _ = bench_of(study('"channels"', more='precision = "int8"'))
+    assert kinds(pipeline) == {"channels"}
+    assert set(pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 0.9)).precision.values()) == {"int8"}
+    assert set(pipeline.space.dense().precision.values()) == {"fp32"}
 
 
 def test_a_precision_that_the_target_does_not_compute_in_is_refused(cache: Path) -> None:
@@ -73,10 +76,10 @@ def test_a_precision_that_the_target_does_not_compute_in_is_refused(cache: Path)
 
 
 def test_exits_alone_have_their_thresholds_searched(cache: Path) -> None:
-    bench, _ = bench_of(study('"exits"'))
-    assert kinds(bench) == {"threshold"}
-    assert len(bench.scored) == len(bench.data.validation)
-    assert any("searched, not solved: nothing else varies" in remark for remark in bench.remarks)
+    pipeline, _ = bench_of(study('"exits"'))
+    assert kinds(pipeline) == {"threshold"}
+    assert len(pipeline.scored) == len(pipeline.data.validation)
+    assert any("searched, not solved: nothing else varies" in remark for remark in pipeline.remarks)
     both, _ = bench_of(study('"exits", "precision"'))
     assert kinds(both) == {"precision"}
     assert set(both.space.candidate(both.space.uniform(1.0, "int8", 0.9)).thresholds.values()) == {OPEN_EXIT}
@@ -94,10 +97,10 @@ def test_what_is_not_named_is_not_there() -> None:
 
 def test_frames_stay_computed_where_only_widths_vary(cache: Path) -> None:
     text = tiny.STUDY.replace("target = {batch = 4}", "target = {batch = 1}\nframes = {frames = 120}")
-    bench, _ = bench_of(study('"channels", "exits"', text))
-    assert kinds(bench) == {"channels", "threshold"}
-    assert "threshold.frames" not in bench.space.dimensions()
-    assert set(bench.space.dense().thresholds.values()) == {NEVER_EXIT}
+    pipeline, _ = bench_of(study('"channels", "exits"', text))
+    assert kinds(pipeline) == {"channels", "threshold"}
+    assert "threshold.frames" not in pipeline.space.dimensions()
+    assert set(pipeline.space.dense().thresholds.values()) == {NEVER_EXIT}
 
 
 def test_the_question_is_another_and_the_old_one_keeps_its_name() -> None:

@@ -19,9 +19,10 @@ from search.config.budget import Budget
 from search.config.overrides import Request
 from search.config.study import Study
 from search.deploy.bundle import confirm, measure_afresh, write_bundle
-from search.loop.coordinator import Coordinator, measure_baseline
+from search.loop.baseline import measure_baseline
+from search.loop.coordinator import Coordinator
 from search.pipeline.given_network import GivenNetwork
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from search.report.compare import parse_side
 from search.report.describe import simple_lines
 from search.report.overview import Overview
@@ -89,15 +90,15 @@ def test_a_version_with_fewer_flops_that_is_worse_otherwise_is_left_out_and_said
     assert [each.number for each in tight.behind["plain int8"]] == [trial.number]
 
 
-def test_every_precision_is_measured_in_full_and_its_file_can_be_made_again(bench, folder) -> None:
+def test_every_precision_is_measured_in_full_and_its_file_can_be_made_again(pipeline, folder) -> None:
     baseline = stored(folder).baseline
     assert [(each.precision, each.is_own) for each in baseline.simple] == [("fp32", True), ("int8", True)]
     assert [line.trial for line in baseline.lines_to_beat] == ["dense", "int8"]
     for each in baseline.simple:
-        assert each.evaluation.candidate == bench.space.whole(each.precision)
-        assert each.evaluation.digest == bench.subject(each.evaluation.candidate).artifact.digest
+        assert each.evaluation.candidate == pipeline.space.whole(each.precision)
+        assert each.evaluation.digest == pipeline.deployed(each.evaluation.candidate).artifact.digest
         assert set(each.evaluation.measurements) == {"params", "size", "flops", "latency", "accuracy"}
-        assert each.evaluation.measurements["accuracy"].n == len(bench.scored)
+        assert each.evaluation.measurements["accuracy"].n == len(pipeline.scored)
     assert Baseline.from_dict(json.loads(json.dumps(baseline.to_dict()))) == baseline
     earlier = given_of(SearchFolder(folder / "one").open())
     assert earlier is not None
@@ -138,11 +139,11 @@ SEARCHED = tiny.STUDY.replace("grid = 2", 'grid = 2, thresholds = "searched"').r
 
 
 def test_as_trials_they_are_complete_whatever_limit_they_break(cache, tmp_path) -> None:
-    bench = Workbench(Study.parse(SEARCHED, "test"), lambda *_: None)
-    baseline = replace(measure_baseline(bench), examined=None)
+    pipeline = build_pipeline(Study.parse(SEARCHED, "test"), lambda *_: None)
+    baseline = replace(measure_baseline(pipeline), examined=None)
     search = SearchFolder(tmp_path / "tight")
     with search.lock():
-        Coordinator(bench, search.create(), baseline, "random", 0, []).run(4, None)
+        Coordinator(pipeline, search.create(), baseline, "random", 0, []).run(4, None)
     trials = search.open().trials
     assert [trial.state for trial in trials[:2]] == [TrialState.COMPLETE] * 2
     for trial, each in zip(trials, baseline.simple, strict=False):
@@ -151,8 +152,8 @@ def test_as_trials_they_are_complete_whatever_limit_they_break(cache, tmp_path) 
     assert trials[3].state == TrialState.PRUNED
 
 
-def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(bench, folder, tmp_path) -> None:
-    layers = tuple(layer for layer in bench.space.precision.layers if not layer.startswith("exits."))
+def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(pipeline, folder, tmp_path) -> None:
+    layers = tuple(layer for layer in pipeline.space.precision.layers if not layer.startswith("exits."))
     examined = Examined(
         (Slower(layers, "int8", "fp32", 0.3, 0.01),), 3, 1.0, wholes=(Whole("int8", "fp32", 7, 0.3, 0.01, True),)
     )
@@ -160,9 +161,9 @@ def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(bench, fol
     search = SearchFolder(tmp_path / "guarded")
     with search.lock():
         study = search.create()
-        study.set_user_attr("study", bench.study.model_dump(mode="json"))
+        study.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         study.set_user_attr("baseline", baseline.to_dict())
-        Coordinator(bench, study, baseline, "random", 0, []).run(3, None)
+        Coordinator(pipeline, study, baseline, "random", 0, []).run(3, None)
     overview = Overview.of(StoredSearch.read(search))
     given = [each.evaluation.candidate.precision for each in overview.versions]
     assert {precision[layer] for precision in given for layer in layers} == {"fp32"}
@@ -183,16 +184,16 @@ def test_an_older_journal_has_the_dense_network_to_beat(folder) -> None:
     )
 
 
-def test_a_simple_version_is_named_and_picked_like_a_trial(bench, folder, tmp_path) -> None:
+def test_a_simple_version_is_named_and_picked_like_a_trial(pipeline, folder, tmp_path) -> None:
     search = stored(folder)
     line = search.baseline.lines_to_beat[1]
     assert parse_side("one:int8", folder).version == line
     budget = Budget.parse(["latency<10000%"])
-    taken = measure_afresh(bench, search, [line], budget, "accuracy", lambda _: None).taken
+    taken = measure_afresh(pipeline, search, [line], budget, "accuracy", lambda _: None).taken
     assert taken is not None
-    confirmed = confirm(bench, search, taken)
+    confirmed = confirm(pipeline, search, taken)
     assert confirmed.is_same_artifact
-    write_bundle(tmp_path / "bundle", bench, search, budget, confirmed)  # which lets the bundle check itself
+    write_bundle(tmp_path / "bundle", pipeline, search, budget, confirmed)  # which lets the bundle check itself
     assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["trial"] == "int8"
 
 
@@ -205,8 +206,8 @@ def test_a_network_that_is_trained_further_has_to_beat_what_was_given_too(cache,
     study = Study.parse(JOINT, "test")
     network = GivenNetwork(study, lambda *_: None)
     found = network.measured(lambda *_: None)
-    bench = Workbench(study, lambda *_: None, given=network)
-    baseline = measure_baseline(bench, found)
+    pipeline = build_pipeline(study, lambda *_: None, given=network)
+    baseline = measure_baseline(pipeline, found)
     lines = baseline.lines_to_beat
     assert [line.trial for line in lines] == ["dense", "int8", "given-fp32", "given-int8"]
     for line in lines[2:]:
@@ -223,11 +224,11 @@ def test_a_network_that_is_trained_further_has_to_beat_what_was_given_too(cache,
         (search.path / "study.toml").write_text(JOINT)
     read, budget = StoredSearch.read(search), Budget.parse(["latency<10000%"])
     line = read.baseline.lines_to_beat[3]
-    taken = measure_afresh(bench, read, [line], budget, "accuracy", lambda _: None).taken
+    taken = measure_afresh(pipeline, read, [line], budget, "accuracy", lambda _: None).taken
     assert taken is not None
-    confirmed = confirm(bench, read, taken)
+    confirmed = confirm(pipeline, read, taken)
     assert confirmed.is_same_artifact
-    write_bundle(tmp_path / "bundle", bench, read, budget, confirmed)
+    write_bundle(tmp_path / "bundle", pipeline, read, budget, confirmed)
     assert (tmp_path / "bundle" / "model.onnx").read_bytes() == network.subject("int8").artifact.deployed[0]
 
 

@@ -18,7 +18,7 @@ from search.cli import run
 from search.config.budget import Budget
 from search.config.study import ElasticSection, FinetuneSection, SkipsSection, Study
 from search.deploy.bundle import confirm, measure_afresh, write_bundle
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.recovery.elastic import train_elastic
 from search.recovery.finetune import finetune
 from search.results.pareto import Version
@@ -35,18 +35,18 @@ from tests.helpers.skippable import BLOCKS
 
 
 @pytest.fixture(scope="module")
-def bench(cache) -> Workbench:
-    return Workbench(Study.parse(skippable.STUDY, "the tests' study"), lambda *_: None)
+def pipeline(cache) -> CompressionPipeline:
+    return build_pipeline(Study.parse(skippable.STUDY, "the tests' study"), lambda *_: None)
 
 
 @pytest.fixture(scope="module")
-def candidate(bench: Workbench) -> Candidate:
+def candidate(pipeline: CompressionPipeline) -> Candidate:
     """The dense network, with the thresholds at which each gate lets about half of the images run its block."""
-    images = torch.from_numpy(bench.data.validation.images[:])
+    images = torch.from_numpy(pipeline.data.validation.images[:])
     with torch.no_grad():
-        _, *gates, _ = bench.network(images)
+        _, *gates, _ = pipeline.network(images)
     medians = {f"skip.{block}": float(each.median()) for block, each in zip(BLOCKS, gates, strict=True)}
-    dense = bench.space.dense()
+    dense = pipeline.space.dense()
     return Candidate(dense.channels, dense.precision, {**dense.thresholds, **medians})
 
 
@@ -105,43 +105,43 @@ def test_calibrated_gates_run_their_blocks_for_the_share_that_was_asked_for() ->
     assert torch.equal(*first), "which images need a block more does not change"
 
 
-def test_gates_of_a_study_are_calibrated(bench: Workbench) -> None:
+def test_gates_of_a_study_are_calibrated(pipeline: CompressionPipeline) -> None:
     ran = {}
-    images = torch.from_numpy(bench.data.calibration.images[:])
+    images = torch.from_numpy(pipeline.data.calibration.images[:])
     with torch.no_grad():
-        bench.network.run_trunk(images, lambda block, logits: ran.setdefault(block, decided(block, logits)))
+        pipeline.network.run_trunk(images, lambda block, logits: ran.setdefault(block, decided(block, logits)))
     for runs in ran.values():
         assert runs.mean().item() == pytest.approx(0.6, abs=1 / len(images) + 1e-6)
 
 
-def test_trainings_that_follow_leave_gates_as_they_are(bench: Workbench) -> None:
+def test_trainings_that_follow_leave_gates_as_they_are(pipeline: CompressionPipeline) -> None:
     batches = TrainingBatches(tiny.splits().train, 50, 0)
-    tuned, elastic = copy.deepcopy(bench.network), copy.deepcopy(bench.network)
-    finetune(tuned, bench.network, batches, FinetuneSection(epochs=1, batch=50))
-    train_elastic(elastic, bench.space.sparsity, batches, ElasticSection(epochs=1, batch=50))
+    tuned, elastic = copy.deepcopy(pipeline.network), copy.deepcopy(pipeline.network)
+    finetune(tuned, pipeline.network, batches, FinetuneSection(epochs=1, batch=50))
+    train_elastic(elastic, pipeline.space.sparsity, batches, ElasticSection(epochs=1, batch=50))
     for trained in (tuned, elastic):
         for block in BLOCKS:
-            torch.testing.assert_close(trained.gate(block).state_dict(), bench.network.gate(block).state_dict())
-        assert not torch.equal(trained.trunk.last.conv1.weight, bench.network.trunk.last.conv1.weight)
+            torch.testing.assert_close(trained.gate(block).state_dict(), pipeline.network.gate(block).state_dict())
+        assert not torch.equal(trained.trunk.last.conv1.weight, pipeline.network.trunk.last.conv1.weight)
 
 
-def test_gates_are_trained_once(bench: Workbench, cache: Path) -> None:
-    assert bench.network.skip_blocks == BLOCKS
-    again = Workbench(
+def test_gates_are_trained_once(pipeline: CompressionPipeline, cache: Path) -> None:
+    assert pipeline.network.skip_blocks == BLOCKS
+    again = build_pipeline(
         Study.parse(skippable.STUDY, "the tests' study"),
         lambda step, *_: pytest.fail(step) if "Training" in step else None,
     )
-    for name, value in bench.network.state_dict().items():
+    for name, value in pipeline.network.state_dict().items():
         torch.testing.assert_close(again.network.state_dict()[name], value, rtol=0, atol=0)
-    assert "first, second, last; down always run" in bench.remarks[0]
+    assert "first, second, last; down always run" in pipeline.remarks[0]
 
 
-def test_flops_are_those_of_the_blocks_that_each_image_ran(bench: Workbench, candidate: Candidate) -> None:
-    subject = bench.subject(candidate)
-    flops = bench._cheap[2].measure(subject)
-    counts = count_by_module(ExitNetwork(bench.network.trunk, (), ()), torch.zeros(1, 1, 8, 8))
+def test_flops_are_those_of_the_blocks_that_each_image_ran(pipeline: CompressionPipeline, candidate: Candidate) -> None:
+    subject = pipeline.deployed(candidate)
+    flops = pipeline.flops.measure(subject)
+    counts = count_by_module(ExitNetwork(pipeline.network.trunk, (), ()), torch.zeros(1, 1, 8, 8))
     blocks = np.array([sum(n for path, n in counts.items() if path.startswith(f"trunk.{b}.")) for b in BLOCKS])
-    gates = sum(n for path, n in count_by_module(bench.network, torch.zeros(1, 1, 8, 8)).items() if "skips." in path)
+    gates = sum(n for path, n in count_by_module(pipeline.network, torch.zeros(1, 1, 8, 8)).items() if "skips." in path)
     ran = ~subject.answers.passed
     assert 0.2 < ran.mean() < 0.8
     assert flops.value == pytest.approx(sum(counts.values()) + gates - ((~ran) @ blocks).mean())
@@ -151,10 +151,10 @@ def test_flops_are_those_of_the_blocks_that_each_image_ran(bench: Workbench, can
     assert flops.notes["ran last"] == pytest.approx(ran[:, 2].mean())
 
 
-def test_gates_have_no_part_in_what_channels_are_ranked_by(bench: Workbench) -> None:
-    calibration = bench.data.calibration
+def test_gates_have_no_part_in_what_channels_are_ranked_by(pipeline: CompressionPipeline) -> None:
+    calibration = pipeline.data.calibration
     evidence = Evidence(torch.from_numpy(calibration.images[:]), torch.from_numpy(calibration.labels))
-    (gradients,) = loss_gradients(bench.network, evidence, len(calibration))
+    (gradients,) = loss_gradients(pipeline.network, evidence, len(calibration))
     assert any(name.startswith("exits.") for name in gradients)
     assert not any(name.startswith("skips.") for name in gradients)
 
@@ -172,17 +172,19 @@ def test_batch_statistics_are_those_of_the_images_that_get_there() -> None:
     assert skipping < 0.2 * all_run
 
 
-def test_params_leave_out_gates_that_are_not_deployed(bench: Workbench, candidate: Candidate) -> None:
-    gates = sum(parameter.numel() for parameter in bench.network.skips.parameters())
-    params = bench._cheap[0]
-    closed = bench.subject(bench.space.dense())
-    assert params.measure(bench.subject(candidate)).value - params.measure(closed).value == gates
+def test_params_leave_out_gates_that_are_not_deployed(pipeline: CompressionPipeline, candidate: Candidate) -> None:
+    gates = sum(parameter.numel() for parameter in pipeline.network.skips.parameters())
+    params = pipeline.cheap_evaluators[0]
+    closed = pipeline.deployed(pipeline.space.dense())
+    assert params.measure(pipeline.deployed(candidate)).value - params.measure(closed).value == gates
 
 
-def test_latency_is_expected_over_ways_and_the_worst_runs_all(bench: Workbench, candidate: Candidate) -> None:
-    subject = bench.subject(candidate)
-    references = bench.references()
-    latency = bench.latency_evaluator(dict.fromkeys(references, 1e-3)).measure(subject)
+def test_latency_is_expected_over_ways_and_the_worst_runs_all(
+    pipeline: CompressionPipeline, candidate: Candidate
+) -> None:
+    subject = pipeline.deployed(candidate)
+    references = pipeline.references.artifacts
+    latency = pipeline.references.latency_evaluator(dict.fromkeys(references, 1e-3)).measure(subject)
     assert "ways through the blocks" in latency.protocol
     assert latency.statistic == "expected over the validation images"
     assert latency.others["worst"] > 0
@@ -193,13 +195,13 @@ def test_a_target_that_does_not_skip_blocks_gets_a_network_without_gates(cache: 
         def capabilities(self):
             return replace(super().capabilities(), skips=False)
 
-    bench = Workbench(Study.parse(skippable.STUDY, "the tests' study"), lambda *_: None, Rigid())
-    assert bench.network.skip_blocks == ()
-    assert "[skips] is left out" in bench.remarks[0]
-    assert not any("skip" in name for name in bench.space.dimensions())
+    pipeline = build_pipeline(Study.parse(skippable.STUDY, "the tests' study"), lambda *_: None, Rigid())
+    assert pipeline.network.skip_blocks == ()
+    assert "[skips] is left out" in pipeline.remarks[0]
+    assert not any("skip" in name for name in pipeline.space.dimensions())
 
 
-def test_a_bundle_skips_the_same_blocks_elsewhere(bench, candidate, tmp_path, capsys) -> None:
+def test_a_bundle_skips_the_same_blocks_elsewhere(pipeline, candidate, tmp_path, capsys) -> None:
     (tmp_path / "study.toml").write_text(skippable.STUDY)
     here = Path.cwd()
     os.chdir(tmp_path)
@@ -209,14 +211,14 @@ def test_a_bundle_skips_the_same_blocks_elsewhere(bench, candidate, tmp_path, ca
         os.chdir(here)
     search = stored(tmp_path / "runs")
     budget = Budget.parse(["latency<1000%"])
-    latency = bench.latency_evaluator(search.baseline.reference_seconds)
-    version = Version(0, bench.evaluate(candidate, latency, lambda _: False))
-    found = measure_afresh(bench, search, [version], budget, "accuracy", lambda _: None)
+    latency = pipeline.references.latency_evaluator(search.baseline.reference_seconds)
+    version = Version(0, pipeline.evaluate(candidate, latency))
+    found = measure_afresh(pipeline, search, [version], budget, "accuracy", lambda _: None)
     assert found.taken is not None
-    confirmed = confirm(bench, search, found.taken)
+    confirmed = confirm(pipeline, search, found.taken)
     assert confirmed.is_same_artifact
     out = tmp_path / "deploy"
-    write_bundle(out, bench, search, budget, confirmed)  # which lets it check itself
+    write_bundle(out, pipeline, search, budget, confirmed)  # which lets it check itself
     done = subprocess.run([sys.executable, "-I", str(out / "run.py")], capture_output=True, text=True, check=True)
     passed = confirmed.answers.passed.sum(axis=0)
     for block, count in zip(BLOCKS, passed, strict=True):

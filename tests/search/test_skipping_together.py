@@ -24,8 +24,8 @@ from evaluators.streams import Stream
 from search.config.overrides import Request
 from search.config.study import ExitsSection, Study
 from search.pipeline.diagnosis import Wanted, diagnose
-from search.pipeline.exit_thresholds import GateSolver
-from search.pipeline.workbench import Workbench
+from search.pipeline.exit_thresholds import ExitThresholdSolver
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.recovery.qat import Int8Network
 from search.results.evaluation import Evaluation
 from search.training.exit_heads import train_exits
@@ -173,30 +173,34 @@ def test_solved_thresholds_leave_gates_of_blocks_to_the_sampler() -> None:
 
 
 @pytest.fixture(scope="module")
-def bench(cache) -> Workbench:
-    return Workbench(Study.parse(skippable.STUDY.replace("latency<1000%", "flops<85%"), "the tests"), lambda *_: None)
+def pipeline(cache) -> CompressionPipeline:
+    return build_pipeline(
+        Study.parse(skippable.STUDY.replace("latency<1000%", "flops<85%"), "the tests"), lambda *_: None
+    )
 
 
-def test_what_is_solved_beside_gates_is_what_the_deployed_files_do(bench) -> None:
-    images = torch.from_numpy(bench.data.validation.images[:])
+def test_what_is_solved_beside_gates_is_what_the_deployed_files_do(pipeline) -> None:
+    images = torch.from_numpy(pipeline.data.validation.images[:])
     with torch.no_grad():
-        _, *gates, _ = bench.network(images)
+        _, *gates, _ = pipeline.network(images)
     medians = {f"skip.{block}": float(each.median()) for block, each in zip(BLOCKS, gates, strict=True)}
-    closed = bench.space.dense()
+    closed = pipeline.space.dense()
     choices = Candidate(closed.channels, closed.precision, {"exit1": OPEN_EXIT, **medians})
-    latency = bench.latency_evaluator({name: spent.work for name, spent in bench.time_references().items()})
-    dense = bench.evaluate(closed, latency, lambda _: False).measurements
-    settled = GateSolver(bench, latency, dense).settle(choices)
+    latency = pipeline.references.latency_evaluator(
+        {name: spent.work for name, spent in pipeline.references.time().items()}
+    )
+    dense = pipeline.evaluate(closed, latency).measurements
+    settled = ExitThresholdSolver(pipeline, latency, dense).resolve(choices)
     found = settled.candidate
     assert found.active_skips == choices.active_skips, "gates of blocks stay where they were"
-    subject = bench.subject(found)
-    answers = subject.answers_to(bench.gate_images)
-    assert answers.correct.mean() == pytest.approx(settled.gates["accuracy"])
+    subject = pipeline.deployed(found)
+    answers = subject.answers_to(pipeline.threshold_images)
+    assert answers.correct.mean() == pytest.approx(settled.thresholds.accuracy)
     assert [share for share in answers.leaving if share] == pytest.approx(
-        [share for share in settled.gates["shares"] if share]
+        [share for share in settled.thresholds.shares if share]
     )
-    assert settled.gates["costs"][0] <= 0.85 * dense["flops"].value
-    assert bench.flops.measure(subject).value == pytest.approx(settled.gates["costs"][0], rel=0.1)
+    assert settled.thresholds.first_cost <= 0.85 * dense["flops"].value
+    assert pipeline.flops.measure(subject).value == pytest.approx(settled.thresholds.first_cost, rel=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -261,11 +265,11 @@ def test_latency_of_a_stream_with_gates_has_a_longest_path(streamed, network, bu
     assert found.others["worst"] > found.value
 
 
-def test_exits_learn_beside_gates_and_leave_them_alone(bench) -> None:
-    network = copy.deepcopy(bench.network)
-    train_exits(network, bench.data, ExitsSection(training="joint", epochs=1), None, 0, None, lambda *_: None)
-    torch.testing.assert_close(network.skips.state_dict(), bench.network.skips.state_dict())
-    assert not torch.equal(network.trunk.last.conv1.weight, bench.network.trunk.last.conv1.weight)
+def test_exits_learn_beside_gates_and_leave_them_alone(pipeline) -> None:
+    network = copy.deepcopy(pipeline.network)
+    train_exits(network, pipeline.data, ExitsSection(training="joint", epochs=1), None, 0, None, lambda *_: None)
+    torch.testing.assert_close(network.skips.state_dict(), pipeline.network.skips.state_dict())
+    assert not torch.equal(network.trunk.last.conv1.weight, pipeline.network.trunk.last.conv1.weight)
 
 
 def test_another_network_has_gates_around_its_own_blocks(tmp_path, monkeypatch) -> None:
@@ -276,13 +280,13 @@ def test_another_network_has_gates_around_its_own_blocks(tmp_path, monkeypatch) 
     assert Request(study="./study.toml").to_study().skips.blocks == ("first",)
 
 
-def test_a_version_that_skips_blocks_is_diagnosed_with_all_of_them_run(bench) -> None:
-    dense = bench.space.dense()
+def test_a_version_that_skips_blocks_is_diagnosed_with_all_of_them_run(pipeline) -> None:
+    dense = pipeline.space.dense()
     precision = dict.fromkeys(dense.precision, "int8")
     version = Candidate(dense.channels, precision, {"exit1": 1.0, **OPEN})
     evaluation = Evaluation(version, {}, "", {})
-    found = diagnose(bench, Wanted(trial=0, images=20), evaluation, lambda *_: None)
+    found = diagnose(pipeline, Wanted(trial=0, images=20), evaluation, lambda *_: None)
     assert any("every block was run" in remark for remark in found.remarks)
     assert {"first.conv1", "last.conv2"} <= {layer.name for layer in found.compared.layers}
-    uniform = diagnose(bench, Wanted(images=20), None, lambda *_: None)
+    uniform = diagnose(pipeline, Wanted(images=20), None, lambda *_: None)
     assert [layer.name for layer in uniform.compared.layers] == [layer.name for layer in found.compared.layers]

@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from search.loop.coordinator import is_counted, put_right_running
+from search.loop.resume import is_counted, put_right_running
 from search.results.store import SearchFolder, StoreError, check_journal, find_search
 
 
@@ -106,13 +106,13 @@ def test_the_latest_search_is_taken_unless_one_is_named(tmp_path) -> None:
         find_search(tmp_path, "third").open()
 
 
-def test_a_trial_that_was_measured_before_the_crash_is_finished_from_what_was_written(folder, bench) -> None:
+def test_a_trial_that_was_measured_before_the_crash_is_finished_from_what_was_written(folder, pipeline) -> None:
     with folder.lock():
         stored = folder.create()
-        subject = bench.space.dense()
-        seconds = {name: spent.work for name, spent in bench.time_references().items()}
-        evaluator = bench.latency_evaluator(seconds)
-        evaluation = bench.evaluate(subject, evaluator, lambda _: False)
+        subject = pipeline.space.dense()
+        seconds = {name: spent.work for name, spent in pipeline.references.time().items()}
+        evaluator = pipeline.references.latency_evaluator(seconds)
+        evaluation = pipeline.evaluate(subject, evaluator)
         stored.ask().set_user_attr("evaluation", evaluation.to_dict())
         put_right_running(folder.create())
         (trial,) = folder.open().trials

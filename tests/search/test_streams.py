@@ -18,7 +18,7 @@ from search.cli import run
 from search.config.study import FramesSection, Study, StudyError
 from search.loading.streams import CLIP, NOISE, crop_at, moving_crops, with_streams
 from search.loading.user_code import UserCodeError
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from tests.helpers import tiny
 from tests.helpers.searches import stored
 
@@ -66,18 +66,18 @@ def test_frames_have_the_inputs_size_and_the_label_of_what_they_show(frames, cou
     assert len(set(first[:count])) == len(first[:count]), "all are shown before one is shown again"
 
 
-def test_a_seed_makes_one_stream(bench) -> None:
-    images = bench.data.validation
+def test_a_seed_makes_one_stream(pipeline) -> None:
+    images = pipeline.data.validation
     one, again, other = (moving_crops(images, 90, seed) for seed in (5, 5, 6))
     np.testing.assert_array_equal(one.images[:], again.images[:])
     np.testing.assert_array_equal(one.labels, again.labels)
     assert one.digest == again.digest != other.digest
 
 
-def test_frames_that_are_made_on_demand_are_the_same(bench, monkeypatch) -> None:
-    kept = moving_crops(bench.data.validation, 90, 5)
+def test_frames_that_are_made_on_demand_are_the_same(pipeline, monkeypatch) -> None:
+    kept = moving_crops(pipeline.data.validation, 90, 5)
     monkeypatch.setattr("search.loading.streams.SMALL_BYTES", 0)
-    lazy = moving_crops(bench.data.validation, 90, 5)
+    lazy = moving_crops(pipeline.data.validation, 90, 5)
     assert not isinstance(lazy.images, np.ndarray)
     np.testing.assert_array_equal(lazy.images[np.array([70, 3])], kept.images[[70, 3]])
     np.testing.assert_array_equal(lazy.thumbnails, kept.thumbnails)
@@ -135,7 +135,7 @@ def test_what_is_no_stream_is_one_clear_line(name, words) -> None:
 def test_frames_come_one_at_a_time(cache) -> None:
     study = Study.parse(tiny.STUDY + "frames = {}\n", "test")
     with pytest.raises(StudyError, match=r"one at a time, got target.batch = 4; set it to 1"):
-        Workbench(study, lambda *_: None)
+        build_pipeline(study, lambda *_: None)
 
 
 def test_a_study_tells_its_frames_in_a_file_of_its_own() -> None:

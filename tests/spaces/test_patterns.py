@@ -16,7 +16,7 @@ from evaluators.runtimes.base import Capabilities
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from search.cli import run
 from search.config.study import FinetuneSection, Study, StudyError
-from search.pipeline.workbench import Workbench
+from search.pipeline.pipeline import build_pipeline
 from search.recovery.finetune import finetune, finetune_kept
 from search.recovery.gradual_pruning import RAMP, Narrowing, SparseRefined, ramp
 from search.results.store import SearchFolder, StoredSearch
@@ -169,16 +169,16 @@ def test_channels_narrow_step_by_step_to_the_candidates(space, network) -> None:
 
 
 @pytest.mark.parametrize("pruning", ["one-shot", "gradual"])
-def test_fine_tuning_keeps_the_zeros_and_goes_on_after_an_interrupt(pruning, bench, tmp_path, monkeypatch) -> None:
+def test_fine_tuning_keeps_the_zeros_and_goes_on_after_an_interrupt(pruning, pipeline, tmp_path, monkeypatch) -> None:
     settings = FinetuneSection(epochs=3, batch=50, learning_rate=0.02, pruning=pruning)
-    candidate = replace(bench.space.candidate(bench.space.uniform(0.5, "fp32", 1.0)), patterns=PATTERNS)
-    images = torch.from_numpy(bench.data.train.images[:64])
+    candidate = replace(pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 1.0)), patterns=PATTERNS)
+    images = torch.from_numpy(pipeline.data.train.images[:64])
     steps: list[int] = []
 
     def tune(folder, say):
-        network = bench.space.apply(bench.network, candidate)
+        network = pipeline.space.apply(pipeline.network, candidate)
         before = [parameter.clone() for parameter in network.parameters()]
-        ground = replace(bench.ground, folder=folder, say=say)
+        ground = replace(pipeline.compressor.context, folder=folder, say=say)
         finetune_kept(ground, network, candidate.channels, settings, images, "", candidate.patterns)
         assert any(not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
         return network
@@ -201,40 +201,40 @@ def test_fine_tuning_keeps_the_zeros_and_goes_on_after_an_interrupt(pruning, ben
         assert torch.equal(weight * mask_of(weight, pattern), weight)
 
 
-def test_gradual_training_starts_wide_and_ends_as_the_candidate(bench) -> None:
-    candidate = bench.space.candidate(bench.space.uniform(0.25, "fp32", 1.0))
-    narrowing = Narrowing(bench.network, {}, candidate.channels, bench.space.sparsity)
-    images = torch.from_numpy(bench.data.train.images[:8])
+def test_gradual_training_starts_wide_and_ends_as_the_candidate(pipeline) -> None:
+    candidate = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32", 1.0))
+    narrowing = Narrowing(pipeline.network, {}, candidate.channels, pipeline.space.sparsity)
+    images = torch.from_numpy(pipeline.data.train.images[:8])
     with torch.no_grad():
         wide = narrowing.logits(images, 0.0)[-1]
         narrow = narrowing.logits(images, RAMP)[-1]
-    bench.network.train()
+    pipeline.network.train()
     with torch.no_grad():
-        state = {name: value.clone() for name, value in bench.network.state_dict().items()}
-        torch.testing.assert_close(wide, bench.network.trunk(images))
-    bench.network.load_state_dict(state)
-    bench.network.eval()
-    sliced = bench.space.apply(bench.network, candidate).train()
+        state = {name: value.clone() for name, value in pipeline.network.state_dict().items()}
+        torch.testing.assert_close(wide, pipeline.network.trunk(images))
+    pipeline.network.load_state_dict(state)
+    pipeline.network.eval()
+    sliced = pipeline.space.apply(pipeline.network, candidate).train()
     with torch.no_grad():
         torch.testing.assert_close(narrow, sliced.trunk(images))
 
 
-def test_gradual_fine_tuning_learns(bench) -> None:
-    candidate = bench.space.candidate(bench.space.uniform(0.25, "fp32", 1.0))
+def test_gradual_fine_tuning_learns(pipeline) -> None:
+    candidate = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32", 1.0))
     settings = FinetuneSection(epochs=6, batch=50, learning_rate=0.02, pruning="gradual")
-    network = bench.space.apply(bench.network, candidate)
-    narrowing = Narrowing(bench.network, {}, candidate.channels, bench.space.sparsity)
-    batches = TrainingBatches(bench.data.train, settings.batch, 0)
-    before = _accuracy(network, bench)
-    finetune(network, bench.network, batches, settings, narrowing=narrowing)
-    bench.recovery.recover(network, candidate.channels)
-    assert _accuracy(network, bench) > max(before, 0.5)
+    network = pipeline.space.apply(pipeline.network, candidate)
+    narrowing = Narrowing(pipeline.network, {}, candidate.channels, pipeline.space.sparsity)
+    batches = TrainingBatches(pipeline.data.train, settings.batch, 0)
+    before = _accuracy(network, pipeline)
+    finetune(network, pipeline.network, batches, settings, narrowing=narrowing)
+    pipeline.compressor.recovery.recover(network, candidate.channels)
+    assert _accuracy(network, pipeline) > max(before, 0.5)
 
 
-def _accuracy(network: nn.Module, bench) -> float:
+def _accuracy(network: nn.Module, pipeline) -> float:
     with torch.no_grad():
-        answers = network.trunk(torch.from_numpy(bench.data.train.images)).argmax(1).numpy()
-    return float(np.mean(answers == bench.data.train.labels))
+        answers = network.trunk(torch.from_numpy(pipeline.data.train.images)).argmax(1).numpy()
+    return float(np.mean(answers == pipeline.data.train.labels))
 
 
 class Sparse(OnnxRuntime):
@@ -246,10 +246,10 @@ class Sparse(OnnxRuntime):
 
 def test_two_of_four_is_offered_where_the_target_runs_it(cache) -> None:
     study = Study.parse(tiny.STUDY + 'space = {patterns = ["2:4", "75%"]}', "test")
-    able = Workbench(study, lambda *_: None, Sparse())
+    able = build_pipeline(study, lambda *_: None, Sparse())
     assert not [remark for remark in able.remarks if "left out" in remark]
     assert able.space.patterns.patterns["pointwise.0"] == ("2:4", "75%")
-    unable = Workbench(study, lambda *_: None)
+    unable = build_pipeline(study, lambda *_: None)
     assert unable.space.patterns.patterns["pointwise.0"] == ("75%",)
     assert "2:4 is left out" in unable.remarks[0]
 
