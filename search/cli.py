@@ -246,7 +246,7 @@ def compare(
     as_json: AsJson = False,
 ) -> int:
     """Shows two versions or two searches side by side, layer by layer, and which differences may be noise."""
-    from search.commands.report import run_compare
+    from search.commands.compare import run_compare
 
     return run_compare(first, second, runs, Output(as_json=as_json))
 
@@ -260,7 +260,7 @@ def sync(
     as_json: AsJson = False,
 ) -> int:
     """Completes what MLflow shows of a search from its journal; nothing is written twice."""
-    from search.commands.report import run_sync
+    from search.commands.sync import run_sync
 
     return run_sync(name, runs, tracking_uri, Output(quiet, as_json))
 
@@ -281,7 +281,7 @@ def profile(
     request = Request(study, ANY, model, weights, data)
     if name is not None and request != Request(budget=ANY):
         raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
-    from search.commands.run import run_profile
+    from search.commands.profile import run_profile
 
     return run_profile(request, name, runs, download, Output(quiet, as_json))
 
@@ -353,7 +353,7 @@ def measure(
     as_json: AsJson = False,
 ) -> int:
     """Measures a bundle again, here or on a board; exit code 1 where it answers otherwise than it should."""
-    from search.commands.run import run_measure
+    from search.commands.measure import run_measure
 
     return run_measure(bundle, target, as_json)
 

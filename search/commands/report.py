@@ -1,15 +1,12 @@
 """`python -m search report`, `compare` and `sync`, once their arguments are read."""
 
 from pathlib import Path
-from typing import Any
 
 from search.config.budget import Budget
-from search.report.compare import Comparison, compare, parse_side
 from search.report.output import Output, write_json, write_lines
 from search.report.overview import Overview
 from search.report.report import report_of, to_json
 from search.results.store import StoredSearch, find_search
-from search.tracking.store import Tracking, remembered
 from spaces.errors import UserError
 
 _FORMS = (".html", ".md")
@@ -40,42 +37,3 @@ def _write(file: Path, overview: Overview) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"a report goes into a writable folder, got {file}: {error.strerror}") from error
-
-
-def run_compare(first: str, second: str, runs: Path, output: Output) -> int:
-    """Compares two versions or two searches; returns the exit code."""
-    found: Comparison = compare(parse_side(first, runs), parse_side(second, runs))
-    if output.as_json:
-        write_json(found.to_dict())
-        return 0
-    console = output.console()
-    for part in found.parts():
-        console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
-    return 0
-
-
-def run_sync(name: str | None, runs: Path, tracking_uri: str | None, output: Output) -> int:
-    """Completes MLflow's mirror of a search from its journal; returns the exit code."""
-    from search.tracking.mirror import mirror_all, reason
-
-    folder = find_search(runs, name)
-    stored = folder.open()
-    tracking = Tracking.of(runs, tracking_uri, remembered(stored))
-    with folder.lock():
-        search = StoredSearch.read(folder)
-        try:
-            written = mirror_all(tracking, search)
-        except Exception as error:  # MLflow has no common class for what may be wrong with it
-            raise UserError(
-                f"sync needs MLflow to answer, got {tracking.shown} ({reason(error)}); start its server, or name"
-                " another with --tracking-uri"
-            ) from error
-    found: dict[str, Any] = {
-        "search": folder.name, "tracking": tracking.shown, "trials": search.finished, "written": written
-    }  # fmt: skip
-    if output.as_json:
-        write_json(found)
-    elif not output.quiet:
-        told = f"{folder.name}: {search.finished} trials in {tracking.shown}, {written} of them written now"
-        write_lines(output.console(), [f"{told}, and the summary"])
-    return 0
