@@ -77,12 +77,14 @@ class Registry(Generic[Item]):
             ) from error
 
     def known(self, name: str) -> str:
-        """Returns the name.
+        """Returns the name of an implementation, those of the user's own being imported to see that they are there.
 
         Raises:
-            UnknownNameError: nothing is called so, and it is no `package.module:attribute`.
+            UnknownNameError: nothing is called so.
         """
-        if name not in self._entries and not is_reference(name):
+        if is_reference(name):
+            self._imported(name)
+        elif name not in self._entries:
             near = nearest(name, self._entries)
             hint = f"; did you mean {near!r}?" if near else ""
             raise UnknownNameError(f"{self.kind} is one of {', '.join(self._entries)} or {FORM}, got {name!r}{hint}")

@@ -14,9 +14,7 @@ from spaces.pruning.groups import ChannelGroup, Member
 _TINY = float(np.finfo(np.float64).tiny)
 
 
-def score_groups(
-    groups: Sequence[ChannelGroup], score_member: Callable[[Member], Floats | None]
-) -> Scores:
+def score_groups(groups: Sequence[ChannelGroup], score_member: Callable[[Member], Floats | None]) -> Scores:
     """Returns the scores of every group as the mean over its members, each of which is first divided by its own mean.
 
     So no layer outweighs the others by its size or scale. Source: Fang et al., DepGraph, 2023.
