@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -325,7 +326,8 @@ class CalibratorContract:
         builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
         space = space_of(network, builder.layers)
         (exact,) = builder.build(network, space.dense()).stages
-        found = histograms(exact, [name for name in builder.ranges if not name.startswith("exit")], images.numpy())
+        inside = {name for node in onnx.load_from_string(exact).graph.node for name in node.output}
+        found = histograms(exact, sorted(inside & builder.ranges.keys()), images.numpy())
         ranges = {name: each.clipped(calibrator(each, self.scheme)) for name, each in found.items()}
         int8 = space.candidate(space.uniform(1.0, "int8", NEVER_EXIT))
         (file,) = builder.build(network, int8, {**builder.ranges, **ranges}).stages

@@ -44,13 +44,15 @@ class Mask(nn.Module):
 
             def attach(self, block, layers):
                 super().attach(block, layers)
-                end = layers[self.site.convs[-1].end]
-                end.register_forward_hook(lambda _module, _args, out: out * self.decision)
+                layers[self.site.convs[-1].end].register_forward_hook(self.last)
 
             def look(self, features):
                 self.decision = self.gate(self.decide(features))
                 self.needed = dict.fromkeys((conv.path for conv in self.site.convs), average(self.decision))
                 self.opened["branch"] = average(self.decision)
+
+            def last(self, _module, _args, out):  # a method, so that a copy of the network has a hook of its own
+                return out * self.decision
     '''
 
     moves: ClassVar[bool] = True
