@@ -11,18 +11,16 @@ import torch
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.tensorrt_gpu import runtime as trt
+from evaluators.testing import space_of
 from search.cli import run
 from search.config.study import Study
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
-from spaces.dynamic.exit_network import ExitHead, ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork
 from spaces.joint import JointSpace
-from spaces.precision import PrecisionSpace
-from spaces.pruning.prunable import find_groups
-from spaces.thresholds import GateSpace
+from spaces.testing import exit_network
 from tests.helpers import tiny
 from tests.helpers.scripted_gpu import ScriptedGpu
 from tests.helpers.scripted_tensorrt import ScriptedTensorRT
-from tests.helpers.tiny import sparsity_space
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +35,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def network() -> ExitNetwork:
-    trunk = tiny.randomized()
-    torch.manual_seed(5)
-    return ExitNetwork(trunk, ["pool", "pointwise"], [ExitHead(16, 4, 2), ExitHead(32, 4, 2)]).eval()
+    return exit_network()
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +44,8 @@ def builder(network: ExitNetwork, images: torch.Tensor) -> ArtifactBuilder:
 
 
 @pytest.fixture(scope="session")
-def space(network: ExitNetwork, image: torch.Tensor, builder: ArtifactBuilder) -> JointSpace:
-    return JointSpace(
-        sparsity_space(network, find_groups(network, image).free, step=4, minimum=0.25),
-        PrecisionSpace(builder.layers, ("fp32", "int8")),
-        GateSpace(network.exit_names, 0.5, 0.05),
-    )
+def space(network: ExitNetwork, builder: ArtifactBuilder) -> JointSpace:
+    return space_of(network, builder.layers)
 
 
 @pytest.fixture(scope="session")

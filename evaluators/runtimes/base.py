@@ -213,7 +213,7 @@ class Opened(Protocol):
         """Returns what each of `calls` runs on one batch took."""
         ...
 
-    def launches(self, images: Images) -> dict[str, float]:
+    def launches(self, images: Images, /) -> dict[str, float]:
         """Returns the median wall-clock seconds of each way to launch a batch, the one that is deployed first.
 
         There is nothing to tell where there is one way only.
@@ -231,7 +231,7 @@ class Opened(Protocol):
         """Returns turns between some batches and the reference on the first `reference_batch` images, warmed up."""
         ...
 
-    def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
+    def proof(self, images: Images, precisions: Mapping[str, str], /) -> Proof:
         """Returns which layers do not run in the precision that they were written in, or do not tell.
 
         Args:
@@ -242,7 +242,10 @@ class Opened(Protocol):
 
 
 class Runtime(Protocol):
-    """The library that runs artifacts on a device."""
+    """The library that runs artifacts on a device.
+
+    One that runs files in this process needs a few lines: `evaluators.runtimes.local.LocalRuntime` has the rest.
+    """
 
     name: str
 
@@ -286,7 +289,7 @@ class Runtime(Protocol):
         """Returns one file, loaded to be looked into: a function from a batch to all of its outputs, as float32."""
         ...
 
-    def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
+    def extras(self, stages: Sequence[bytes], images: Images, /) -> dict[str, bytes]:
         """Returns further files for a bundle, by name, such as engines built for this device and such a batch."""
         ...
 

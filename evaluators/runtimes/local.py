@@ -1,5 +1,6 @@
-"""Artifacts that run in this process."""
+"""Runtimes of this process, and artifacts that run in it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -8,13 +9,16 @@ import numpy as np
 
 from evaluators.inference.frame_reuse import FrameReuse
 from evaluators.inference.staged import Network, Routes, StagedNetwork, Steps
-from evaluators.runtimes.base import Follows, Images, Proof, Spent, TimedBatch
+from evaluators.runtimes.base import Capabilities, Follows, Images, Proof, Spent, TimedBatch, Watch
+from evaluators.runtimes.cpu import cpu_name, weight_bits
+from evaluators.runtimes.device_state import DeviceState, cpu_state
 from evaluators.runtimes.paired_timing import Call, Clock, Protocol, TakeTurn, turns_of
 
 if TYPE_CHECKING:
     from evaluators.data import ImageStore
 
 LoadedStage = Callable[[Images], Sequence[Images]]
+"""A file as a function from a batch to its outputs, in the order in which the file has them."""
 
 
 class LocallyOpened:
@@ -59,7 +63,7 @@ class LocallyOpened:
             taken.append(Spent(self._clock.work() - work, self._clock.wall() - wall))
         return taken
 
-    def launches(self, images: Images) -> dict[str, float]:  # noqa: ARG002
+    def launches(self, _images: Images, /) -> dict[str, float]:
         """Returns nothing: on a CPU there is one way to call."""
         return {}
 
@@ -77,7 +81,7 @@ class LocallyOpened:
         shares = [batch.share for batch in batches]
         return turns_of(calls, lambda: reference._network(some), protocol, self._clock, shares)
 
-    def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:  # noqa: ARG002
+    def proof(self, _images: Images, _precisions: Mapping[str, str], /) -> Proof:
         """Returns an empty proof: a CPU runtime computes in the types that the file says."""
         return Proof()
 
@@ -89,6 +93,100 @@ class LocallyOpened:
         starts = (batch.start, *batch.others)
         several = cycle([np.array(images[start : start + batch.count]) for start in starts])
         return lambda: network(next(several))
+
+
+class LocalRuntime(ABC):
+    '''A library that runs ONNX files in this process, with what most of them have in common on a CPU.
+
+    A subclass has a name, a version and a way to load a file; it overrides the rest where it does more. It is named by
+    a line of `evaluators.runtimes.registry.RUNTIMES`.
+
+    Example:
+        """The reference implementation of ONNX: what every operator means, at no speed."""
+
+        import onnx
+        from onnx.reference import ReferenceEvaluator
+
+        from evaluators.runtimes.local import LoadedStage, LocalRuntime
+
+
+        class Reference(LocalRuntime):
+            """The evaluator that comes with the onnx package."""
+
+            name = "reference"
+
+            def version(self) -> str:
+                """Returns the library's name and version."""
+                return f"reference {onnx.__version__}"
+
+            def load(self, model: bytes, threads: int) -> LoadedStage:
+                """Returns a file as a function from a batch to its outputs; it has one thread."""
+                evaluator = ReferenceEvaluator(onnx.load_from_string(model))
+                (source,) = evaluator.input_names
+                return lambda images: evaluator.run(None, {source: images})
+    '''
+
+    name: str
+
+    @abstractmethod
+    def version(self) -> str:
+        """Returns the library's name and version."""
+
+    @abstractmethod
+    def load(self, model: bytes, threads: int) -> LoadedStage:
+        """Returns a file as a function from a batch of any size to its outputs.
+
+        Args:
+            model: what `deployable` gave.
+            threads: that run it.
+        """
+
+    @staticmethod
+    def missing() -> str | None:
+        """Returns why this runtime cannot be used here and what to do about it; None where it can."""
+        return None
+
+    def device(self) -> str:
+        """Returns the CPU's model name."""
+        return cpu_name()
+
+    def capabilities(self) -> Capabilities:
+        """Returns what holds on most CPUs: fp32, channels in eights, any batch size, blocks that can be skipped."""
+        return Capabilities(("fp32",), {"fp32": 8}, weight_bits(), dynamic_batch=True, skips=True)
+
+    def state(self) -> DeviceState:
+        """Returns the CPU's frequency, governor and temperature, where the system tells."""
+        return cpu_state()
+
+    def deployable(self, model: bytes) -> bytes:
+        """Returns the portable file as it is."""
+        return model
+
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> LocallyOpened:
+        """Returns an artifact whose files are loaded one by one."""
+        return LocallyOpened([self.load(stage, threads) for stage in stages], plan, threads, confidence)
+
+    def tensors(self, model: bytes) -> Watch:
+        """Returns a function from a batch to all outputs of a file, as float32."""
+        import onnx  # a board runs files and makes none, so it has no onnx
+
+        graph = onnx.load_from_string(model).graph
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(graph.input[0].type.tensor_type.elem_type)
+        run, names = self.load(model, 1), [output.name for output in graph.output]
+
+        def watch(images: Images) -> dict[str, Images]:
+            found = run(images.astype(dtype, copy=False))
+            return {name: np.asarray(tensor, np.float32) for name, tensor in zip(names, found, strict=True)}
+
+        return watch
+
+    def extras(self, _stages: Sequence[bytes], _images: Images, /) -> dict[str, bytes]:
+        """Returns nothing: the files themselves are all that it needs."""
+        return {}
+
+    def remarks(self) -> list[str]:
+        """Returns nothing: paired turns have taken care of a CPU whose speed moved."""
+        return []
 
 
 def following(network: Network, key: Images, frame: Images, follows: Follows) -> Call:

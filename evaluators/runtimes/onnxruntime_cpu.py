@@ -9,11 +9,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from evaluators.inference.sessions import harmful_optimizers, session_entries
-from evaluators.inference.staged import Steps
 from evaluators.runtimes.base import Capabilities, Images, Watch
-from evaluators.runtimes.cpu import cpu_name, weight_bits
-from evaluators.runtimes.device_state import DeviceState, cpu_state
-from evaluators.runtimes.local import LoadedStage, LocallyOpened
+from evaluators.runtimes.cpu import weight_bits
+from evaluators.runtimes.local import LoadedStage, LocalRuntime
 from evaluators.runtimes.onnx_rewrites.integer_operators import integer_form
 
 if TYPE_CHECKING:
@@ -28,23 +26,14 @@ _INPUT_TYPES: Mapping[str, type[np.generic]] = {"tensor(float16)": np.float16, "
 """What a file may read beside float32, by the name that ONNX Runtime has for it."""
 
 
-class OnnxRuntime:
+class OnnxRuntime(LocalRuntime):
     """Sessions of ONNX Runtime's CPU provider."""
 
     name = "onnxruntime"
 
-    @staticmethod
-    def missing() -> str | None:
-        """Returns None: importing this module has shown that it is there."""
-        return None
-
     def version(self) -> str:
         """Returns the library's name and version."""
         return f"onnxruntime {onnxruntime.__version__}"
-
-    def device(self) -> str:
-        """Returns the CPU's model name."""
-        return cpu_name()
 
     def capabilities(self) -> Capabilities:
         """Returns fp32 and int8, channels in eights, and 4-bit weights as storage.
@@ -65,10 +54,6 @@ class OnnxRuntime:
             features="u8 channels-last",
         )
 
-    def state(self) -> DeviceState:
-        """Returns the CPU's frequency, governor and temperature, where the system tells."""
-        return cpu_state()
-
     def deployable(self, model: bytes) -> bytes:
         """Returns the model with u8 activations, the only form that this runtime fuses on a CPU.
 
@@ -77,9 +62,9 @@ class OnnxRuntime:
         """
         return integer_form(model)
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> LocallyOpened:
-        """Returns one session per stage, with `threads` threads inside an operator and one operator at a time."""
-        return LocallyOpened([load(stage, threads) for stage in stages], plan, threads, confidence)
+    def load(self, model: bytes, threads: int) -> LoadedStage:
+        """Returns a session with `threads` threads inside an operator and one operator at a time."""
+        return load(model, threads)
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, as float32; its input may be half precision or u8.
@@ -99,14 +84,6 @@ class OnnxRuntime:
             return {name: tensor.astype(np.float32) for name, tensor in zip(names, found, strict=True)}
 
         return watch
-
-    def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:  # noqa: ARG002
-        """Returns nothing: sessions load from the files themselves."""
-        return {}
-
-    def remarks(self) -> list[str]:
-        """Returns nothing: paired turns have taken care of a CPU whose speed moved."""
-        return []
 
 
 def load(model: bytes, threads: int) -> LoadedStage:

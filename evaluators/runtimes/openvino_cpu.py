@@ -14,9 +14,8 @@ import numpy as np
 from evaluators.inference.sessions import BatchSizes, PaddedStage, openvino_has_bf16, openvino_settings
 from evaluators.inference.staged import Steps
 from evaluators.runtimes.base import Capabilities, Images, Proof, TargetError, TimedBatch, Watch, allows
-from evaluators.runtimes.cpu import cpu_name, weight_bits
-from evaluators.runtimes.device_state import DeviceState, cpu_state
-from evaluators.runtimes.local import LocallyOpened
+from evaluators.runtimes.cpu import weight_bits
+from evaluators.runtimes.local import LoadedStage, LocallyOpened, LocalRuntime
 from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_activations
 
 _INSTALL = "pip install 'openvino>=2025.0'"
@@ -43,7 +42,7 @@ def library() -> Any:
     return openvino
 
 
-class OpenVino:
+class OpenVino(LocalRuntime):
     """Compiled models of OpenVINO's CPU plugin, one for each stage and shape."""
 
     name = "openvino"
@@ -65,10 +64,6 @@ class OpenVino:
         """Returns the library's name and version."""
         return f"openvino {library().__version__.partition('-')[0]}"
 
-    def device(self) -> str:
-        """Returns the CPU's model name."""
-        return cpu_name()
-
     def capabilities(self) -> Capabilities:
         """Returns fp32 and int8, channels in eights, 4-bit weights as storage, and bf16 where the CPU multiplies it.
 
@@ -86,21 +81,25 @@ class OpenVino:
             features="u8",
         )
 
-    def state(self) -> DeviceState:
-        """Returns the CPU's frequency, governor and temperature, where the system tells."""
-        return cpu_state()
-
     def deployable(self, model: bytes) -> bytes:
         """Returns the model with u8 activations, which need no correction: 10 to 15% faster for ResNet-20."""
         return unsigned_activations(model)
 
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "OpenedModels":
         """Returns stages that are compiled for a batch size when it is first asked for."""
-        wanted, able = any(allows(stage, "bf16") for stage in stages), openvino_has_bf16(self._core)
-        self._lacks_bf16 |= wanted and not able
-        settings, sizes = openvino_settings(threads, wanted and able), BatchSizes()
+        settings, sizes = self._settings(stages, threads), BatchSizes()
         loaded = [PaddedStage(partial(self._compiled, stage, settings), sizes) for stage in stages]
         return OpenedModels(loaded, plan, threads, confidence)
+
+    def load(self, model: bytes, threads: int) -> LoadedStage:
+        """Returns one file, compiled for a batch size when it is first asked for."""
+        return PaddedStage(partial(self._compiled, model, self._settings([model], threads)), BatchSizes())
+
+    def _settings(self, stages: Sequence[bytes], threads: int) -> Mapping[str, Any]:
+        """Returns OpenVINO's settings, and notes where files want a type that this CPU lacks."""
+        wanted, able = any(allows(stage, "bf16") for stage in stages), openvino_has_bf16(self._core)
+        self._lacks_bf16 |= wanted and not able
+        return openvino_settings(threads, wanted and able)
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, as float32; half precision runs in f32."""
@@ -112,10 +111,6 @@ class OpenVino:
             return {output.get_any_name(): found[output].astype(np.float32) for output in compiled.outputs}
 
         return watch
-
-    def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:  # noqa: ARG002
-        """Returns nothing: what was compiled for one CPU runs on no other, and compiling takes less than a second."""
-        return {}
 
     def remarks(self) -> list[str]:
         """Returns whether a file wanted bf16 from a CPU that has none."""

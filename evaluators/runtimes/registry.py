@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from evaluators.runtimes.base import Runtime, TargetError
-from spaces.registry import Registry, nearest
+from spaces.registry import FORM, Registry, is_reference, nearest
 
 RUNTIMES: Registry[type[Runtime]] = Registry(
     "a target",
@@ -26,14 +26,16 @@ def runtime(name: str) -> Runtime:
 
     Raises:
         TargetError: there is no such runtime, it is not installed here, or the board cannot be reached.
+        UnknownNameError: it is named `package.module:attribute`, and cannot be imported.
     """
     scheme, separator, _ = name.partition("://")
     if separator and scheme in REMOTE:
         return REMOTE[scheme](name)
-    if name not in RUNTIMES:
+    if name not in RUNTIMES and not is_reference(name):
         near = nearest(name, RUNTIMES)
         remedy = f"did you mean {near!r}?" if near else "see: python -m search doctor"
-        raise TargetError(f"a target is ssh://[user@]host or one of {', '.join(RUNTIMES)}, got {name!r}; {remedy}")
+        known = f"ssh://[user@]host, {FORM} or one of {', '.join(RUNTIMES)}"
+        raise TargetError(f"a target is {known}, got {name!r}; {remedy}")
     found = RUNTIMES[name]
     reason = found.missing()
     if reason:

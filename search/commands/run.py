@@ -38,7 +38,8 @@ def run_search(
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
     study = request.to_study()
     sampler = SAMPLERS.known(sampler or study.search.sampler)
-    folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler}-{seed}"))
+    study.check_extensions()
+    folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler.replace(':', '.')}-{seed}"))
     _check_same_question(folder, study)
     _check_reachable(tracking_uri, runs)
     library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written

@@ -30,7 +30,10 @@ from search.config.sections import (
     dimensions,
     function,
 )
+from spaces.dynamic.block_gates import BLOCK_GATES
+from spaces.dynamic.masks import MASKS
 from spaces.pruning.criteria import CRITERIA
+from spaces.registry import Registry
 
 __all__ = [
     "DataSection",
@@ -293,6 +296,25 @@ class Study(Section):
     def with_budget(self, budget: Budget) -> Self:
         """Returns the same study under another budget, spelled in its one canonical way."""
         return self.model_copy(update={"budget": tuple(str(constraint) for constraint in budget.constraints)})
+
+    def check_extensions(self) -> None:
+        """Checks that what the study names as `package.module:attribute` is there, before anything is trained.
+
+        Raises:
+            UnknownNameError: it cannot be imported.
+        """
+        named: list[tuple[Registry[Any], str | None]] = [
+            (CRITERIA, self.space.criterion),
+            (CALIBRATORS, self.quantization.calibrator),
+            (BLOCK_GATES, self.skips.gate),
+            (MASKS, self.masks.method),
+            (RECOVERIES, self.recovery.level),
+            (QUANTIZERS, self.recovery.qat.quantizer if self.recovery.qat else None),
+            (SAMPLERS, self.search.sampler),
+        ]
+        for registry, name in named:
+            if name is not None:
+                registry.known(name)
 
     @property
     def limits(self) -> Budget:

@@ -14,7 +14,20 @@ MakesPrior = Callable[[], Meaning]
 
 
 class SamplerFactory(Protocol):
-    """Makes a sampler: what a line of `SAMPLERS` names."""
+    '''Makes a sampler: a function, named by a line of `search.config.registries.SAMPLERS`.
+
+    Example:
+        """Quasi-Monte Carlo: points that fill the space more evenly than independent draws."""
+
+        from optuna.samplers import BaseSampler, QMCSampler
+
+        from search.samplers.base import MakesPrior
+
+
+        def qmc(seed: int, _prior: MakesPrior | None = None) -> BaseSampler:
+            """Returns a scrambled Sobol sequence; choices, which have no order, are drawn independently."""
+            return QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
+    '''
 
     def __call__(self, seed: int, prior: MakesPrior | None = None) -> BaseSampler:
         """Returns a sampler.

@@ -112,7 +112,7 @@ def compare(
     found: dict[str, list[Trace]] = {name: [] for name in arms}
     for seed in range(seeds):
         for name, trials in arms.items():
-            trace = search(make(seed), ARMS[name], seed, trials)
+            trace = search(make(seed), ARMS.get(name) or Arm(SAMPLERS.known(name), True), seed, trials)
             found[name].append(trace)
             after(name, seed, trace)
     return found

@@ -33,13 +33,13 @@ from evaluators.runtimes.remote.connection import (
 )
 from evaluators.runtimes.remote.runtime import Board, _needed
 from evaluators.runtimes.remote.worker import Worker, choose_runtime
+from evaluators.testing import RuntimeContract
 from search.cli import run
 from search.config.study import Study
 from search.loop.coordinator import Coordinator
 from search.pipeline.pipeline import build_pipeline
 from search.results.store import SearchFolder, StoredSearch
 from tests.helpers import loopback, tiny
-from tests.helpers.contracts import RuntimeContract
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -16,8 +16,8 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.paired_timing import Protocol
 from evaluators.runtimes.registry import RUNTIMES, runtime
 from evaluators.size import ParamsEvaluator, SizeEvaluator
+from evaluators.testing import EvaluatorContract, RuntimeContract
 from spaces.candidate import Candidate
-from tests.helpers.contracts import EvaluatorContract, RuntimeContract
 
 
 @pytest.fixture(params=["dense", "pruned int8 with exits"])

@@ -19,11 +19,12 @@ from evaluators.latency.remeasure import remeasure, write_job
 from evaluators.runtimes.base import Target
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from evaluators.streams import KEY_FRAMES, Stream, timed_frames
+from evaluators.testing import EvaluatorContract
 from spaces.candidate import Candidate
 from spaces.dimensions import Real
+from spaces.testing import SpaceContract
 from spaces.thresholds import GateSpace
 from tests.helpers import tiny
-from tests.helpers.contracts import EvaluatorContract, SpaceContract
 
 NEVER = 1e9
 """A maximal age that no stream reaches."""

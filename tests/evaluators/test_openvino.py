@@ -17,12 +17,12 @@ from evaluators.bundle.run import BatchSizes, PaddedStage
 from evaluators.runtimes.base import TargetError
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.registry import runtime
+from evaluators.testing import RuntimeContract
 from search.cli import run
 from search.config.study import Study, StudyError
 from search.pipeline.pipeline import build_pipeline
 from spaces.candidate import NEVER_EXIT, Candidate
 from tests.helpers import tiny
-from tests.helpers.contracts import RuntimeContract
 from tests.helpers.searches import finished, stored
 
 try:

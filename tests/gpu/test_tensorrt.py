@@ -14,7 +14,7 @@ from evaluators.runtimes.tensorrt_gpu import inspector as trt_report
 from evaluators.runtimes.tensorrt_gpu import runtime as trt
 from evaluators.runtimes.tensorrt_gpu.engines import WITH_GRAPH, WITHOUT_GRAPH
 from evaluators.runtimes.tensorrt_gpu.runtime import TensorRT
-from tests.helpers.contracts import RuntimeContract
+from evaluators.testing import RuntimeContract
 
 MISSING = TensorRT.missing()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]

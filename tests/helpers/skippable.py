@@ -1,47 +1,13 @@
-"""A residual network small enough to train in a second, in which blocks may be skipped."""
+"""The network of `spaces.testing` in which blocks may be skipped, with gates that disagree, and a study of it."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
-
-BLOCKS = ("first", "second", "last")
-
-
-class Block(nn.Module):
-    """Two convolutions around which the input passes, unless they change its shape."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.relu2 = nn.ReLU()
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride) if stride > 1 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + self.shortcut(x))
-
-
-class SkippableNetwork(nn.Module):
-    """Two blocks in a row that may be skipped, one that halves the resolution, and one more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.first, self.second = Block(8, 8), Block(8, 8)
-        self.down, self.last = Block(8, 16, 2), Block(16, 16)
-        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        self.classifier = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down(self.second(self.first(self.stem(x))))
-        return self.classifier(self.flatten(self.pool(self.last(x))))
+from spaces.testing import BLOCKS, SkippableNetwork
 
 
 def network() -> nn.Module:
@@ -64,8 +30,9 @@ def gated(blocks: Sequence[str] = BLOCKS, exits: Sequence[str] = (), kind: str =
     with torch.no_grad():
         for each, logits in zip(gates.values(), made(images)[len(exits) : -1], strict=True):
             spread = (logits.max() - logits.min()).item()
-            each.decide.weight.mul_(4 / spread)
-            each.decide.bias.copy_((each.decide.bias - logits.median()) * 4 / spread)
+            *_, last = (module for module in each.modules() if isinstance(module, nn.Linear))
+            last.weight.mul_(4 / spread)
+            last.bias.copy_((last.bias - logits.median()) * 4 / spread)
     return made
 
 

@@ -1,10 +1,10 @@
-"""A network and images small enough to train in a second, with every kind of layer that slicing has to get right."""
+"""The tiny network of `spaces.testing`, and images small enough to train it in a second."""
 
 from collections import OrderedDict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from evaluators.data import LabelledImages, Splits
 from spaces.channels import SparsitySpace
@@ -12,31 +12,9 @@ from spaces.dynamic.exit_network import ExitNetwork
 from spaces.pruning.criteria import CRITERIA
 from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.groups import ChannelGroup
+from spaces.testing import TinyNetwork, randomized
 
-
-class TinyNetwork(nn.Module):
-    """A residual block, a depthwise convolution, max pooling, and a linear layer behind a flattened feature map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
-        self.inner = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
-        self.outer = nn.Sequential(nn.Conv2d(24, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
-        self.join = nn.ReLU()
-        self.pool = nn.MaxPool2d(2)
-        self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16))
-        self.pointwise = nn.Sequential(nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.shrink = nn.AdaptiveAvgPool2d(2)
-        self.flatten = nn.Flatten()
-        self.hidden = nn.Linear(32 * 4, 16)
-        self.act = nn.ReLU()
-        self.classifier = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = self.pool(self.join(self.outer(self.inner(x)) + x))
-        x = self.pointwise(self.depthwise(x))
-        return self.classifier(self.act(self.hidden(self.flatten(self.shrink(x)))))
+__all__ = ["TinyNetwork", "randomized"]
 
 
 def network() -> nn.Module:
@@ -47,20 +25,6 @@ def short() -> nn.Module:
     """Returns a network of two layers whose feature map an exit may read."""
     layers = {"pool": nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU()), "shrink": nn.AdaptiveAvgPool2d(2)}
     return nn.Sequential(OrderedDict(layers | {"flatten": nn.Flatten(), "classifier": nn.Linear(64, 4)}))
-
-
-def randomized(seed: int = 0) -> nn.Module:
-    """Returns a network whose batch statistics are not the trivial ones, in evaluation mode."""
-    torch.manual_seed(seed)
-    made = TinyNetwork()
-    generator = torch.Generator().manual_seed(seed)
-    for norm in made.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.running_mean = torch.randn(norm.num_features, generator=generator) * 0.1
-            norm.running_var = torch.rand(norm.num_features, generator=generator) + 0.5
-            norm.weight.data = torch.rand(norm.num_features, generator=generator) + 0.5
-            norm.bias.data = torch.randn(norm.num_features, generator=generator) * 0.1
-    return made.eval()
 
 
 def sparsity_space(network: ExitNetwork, groups: list[ChannelGroup], step: int, minimum: float) -> SparsitySpace:

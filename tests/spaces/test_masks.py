@@ -1,6 +1,5 @@
 """Masks of every kind: open they change nothing, closed they cost what the formula says, and counts are true."""
 
-import copy
 import itertools
 
 import numpy as np
@@ -9,149 +8,21 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from evaluators.artifact_builder import ArtifactBuilder
-from evaluators.flops.evaluator import count_by_module
 from evaluators.flops.masked import MaskedFlops, measure_need
-from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from spaces.candidate import Candidate
-from spaces.dynamic.exit_network import ExitNetwork
+from evaluators.testing import MaskFileContract
 from spaces.dynamic.masks import MASKS
-from spaces.dynamic.masks.base import Mask, each_opened, insert_masks, masks_of, needed
+from spaces.dynamic.masks.base import Mask, each_opened, masks_of, needed
 from spaces.dynamic.masks.hard_gate import Gate, Noise
 from spaces.dynamic.masks.residual_blocks import Conv, Site, find_sites
 from spaces.errors import StructureError
-from tests.helpers.skippable import SkippableNetwork
+from spaces.testing import skippable_network
 
-IMAGES = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 1, 16, 16)).astype(np.float32))
+IMAGES = MaskFileContract.images
 
 
 @pytest.fixture
 def plain() -> nn.Module:
-    torch.manual_seed(1)
-    network = SkippableNetwork().eval()
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean, 0, 0.1)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return network
-
-
-def masked(plain: nn.Module, kind: str, keep: float = 0.5) -> nn.Module:
-    torch.manual_seed(2)
-    network = copy.deepcopy(plain)
-    return insert_masks(network, find_sites(network, IMAGES[:1]), MASKS[kind], keep)
-
-
-class MaskContract:
-    """What every method keeps."""
-
-    kind: str
-
-    @staticmethod
-    def undecided(network: nn.Module) -> nn.Module:
-        """Returns the network with gates that are of different minds about different images and places."""
-        for mask in masks_of(network):
-            for module in mask.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.normal_(module.weight, 0, 0.5)
-                if isinstance(module, nn.Conv2d | nn.BatchNorm2d) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        return network
-
-    def closed(self, site: Site, number: int) -> float:
-        """Returns the share of a convolution that is left when all is closed."""
-        raise NotImplementedError
-
-    def multiplications(self, mask: Mask, number: int, image: int) -> int:
-        """Returns how many multiplications a convolution needs for one image, counted one after the other."""
-        raise NotImplementedError
-
-    def test_open_gates_reproduce_the_plain_network(self, plain: nn.Module) -> None:
-        network = self.undecided(masked(plain, self.kind))
-        for mask in masks_of(network):
-            mask.open()
-        with torch.no_grad():
-            assert torch.allclose(network(IMAGES), plain(IMAGES), atol=1e-6)
-        assert all(torch.allclose(share, torch.ones(6)) for share in needed(masks_of(network)).values())
-
-    def test_closed_gates_cost_what_the_formula_says(self, plain: nn.Module) -> None:
-        network = masked(plain, self.kind)
-        flops = MaskedFlops(plain, network, IMAGES[:1])
-        for mask in masks_of(network):
-            mask.close()
-        with torch.no_grad():
-            network(IMAGES)
-        layers = count_by_module(plain, IMAGES[:1])
-        expected = sum(layers.values())
-        for mask in masks_of(network):
-            for number, conv in enumerate(mask.site.convs):
-                share = self.closed(mask.site, number)
-                assert needed([mask])[conv.path].tolist() == pytest.approx([share] * 6)
-                expected -= layers[conv.path] * (1 - share)
-        counts = flops.per_image(needed(masks_of(network)))
-        assert flops.gates > 0
-        assert counts.tolist() == pytest.approx([expected + flops.gates] * 6)
-
-    def test_counts_are_those_of_a_masked_convolution(self, plain: nn.Module) -> None:
-        network = self.undecided(masked(plain, self.kind))
-        with torch.no_grad():
-            network(IMAGES)
-        layers = count_by_module(plain, IMAGES[:1])
-        found = []
-        for mask in masks_of(network):
-            for number, conv in enumerate(mask.site.convs):
-                for image in (0, 3):
-                    share = float(needed([mask])[conv.path][image])
-                    assert share * layers[conv.path] == pytest.approx(self.multiplications(mask, number, image))
-                    found.append(share)
-        assert any(0 < share < 1 for share in found), "the test says nothing where all gates agree"
-
-    def test_gradients_reach_the_gates(self, plain: nn.Module) -> None:
-        network = masked(plain, self.kind).train()
-        for mask in masks_of(network):
-            for gate in mask.gates:
-                gate.noise = Noise(torch.Generator().manual_seed(0))
-        network(IMAGES).square().sum().backward()
-        for mask in masks_of(network):
-            assert all(parameter.grad is not None for parameter in mask.parameters())
-            assert any(bool(parameter.grad.abs().sum() > 0) for parameter in mask.parameters())
-
-    def test_the_exported_file_answers_as_torch_does(self, plain: nn.Module) -> None:
-        network = ExitNetwork(self.undecided(masked(plain, self.kind)), (), ()).eval()
-        builder = ArtifactBuilder(network, IMAGES.numpy(), OnnxRuntime())
-        artifact = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp32"), {}))
-        with torch.no_grad():
-            expected = network.trunk(IMAGES).numpy()
-        answers = load(artifact.stages[0], 0)(IMAGES.numpy())[-1]
-        assert np.abs(answers - expected).max() <= 1e-4 * np.abs(expected).max()
-
-    def test_a_copy_has_masks_of_its_own(self, plain: nn.Module) -> None:
-        network = self.undecided(masked(plain, self.kind))
-        with torch.no_grad():
-            before = network(IMAGES)
-            other = copy.deepcopy(network)
-            for mask in masks_of(other):
-                mask.close()
-            changed = other(IMAGES)
-            assert torch.equal(network(IMAGES), before)
-        assert not torch.allclose(changed, before)
-
-    def test_weights_come_back(self, plain: nn.Module) -> None:
-        network, other = self.undecided(masked(plain, self.kind)), masked(plain, self.kind)
-        other.load_state_dict(network.state_dict())
-        with torch.no_grad():
-            assert torch.equal(other(IMAGES), network(IMAGES))
-
-    def test_a_higher_threshold_opens_less(self, plain: nn.Module) -> None:
-        if not MASKS[self.kind].moves:
-            pytest.skip("this method has no threshold to move")
-        network = self.undecided(masked(plain, self.kind))
-        flops, means = MaskedFlops(plain, network, IMAGES[:1]), []
-        for threshold in (-100.0, 0.0, 100.0):
-            for mask in masks_of(network):
-                mask.move(threshold)
-            means.append(measure_need(network, flops, IMAGES.numpy()).flops.mean())
-        assert means[0] > means[1] > means[2]
+    return skippable_network()
 
 
 def full(conv: Conv, kernel: int = 3) -> int:
@@ -168,8 +39,8 @@ def at(tiles: Tensor, size: tuple[int, int], row: int, column: int) -> bool:
     return bool(tiles[row * height // size[0], column * width // size[1]] > 0)
 
 
-class TestDgnet(MaskContract):
-    kind = "dgnet"
+class TestDgnet(MaskFileContract):
+    name = "dgnet"
 
     def closed(self, site: Site, number: int) -> float:
         return 0.0
@@ -186,8 +57,8 @@ class TestDgnet(MaskContract):
         return count
 
 
-class TestDynconv(MaskContract):
-    kind = "dynconv"
+class TestDynconv(MaskFileContract):
+    name = "dynconv"
 
     def closed(self, site: Site, number: int) -> float:
         return 0.0
@@ -202,8 +73,8 @@ class TestDynconv(MaskContract):
         return len(wanted) * full(conv) * conv.outputs
 
 
-class TestCgnet(MaskContract):
-    kind = "cgnet"
+class TestCgnet(MaskFileContract):
+    name = "cgnet"
 
     @staticmethod
     def undecided(network: nn.Module) -> nn.Module:
@@ -223,8 +94,8 @@ class TestCgnet(MaskContract):
         return outputs * 9 * base + opened * 9 * (conv.inputs - base)
 
 
-class TestLccl(MaskContract):
-    kind = "lccl"
+class TestLccl(MaskFileContract):
+    name = "lccl"
 
     @staticmethod
     def undecided(network: nn.Module) -> nn.Module:
@@ -242,7 +113,7 @@ class TestLccl(MaskContract):
         return round(float(mask.opened[f"outputs{number}"][image]) * outputs) * full(conv)
 
     def test_what_is_counted_as_zero_is_zero(self, plain: nn.Module) -> None:
-        network = self.undecided(masked(plain, self.kind))
+        network = self.undecided(self.masked(plain))
         seen: dict[str, Tensor] = {}
         masks = masks_of(network)
         for mask in masks:
@@ -258,7 +129,7 @@ class TestLccl(MaskContract):
             assert (nonzero >= share - 0.02).all(), "a convolution without bias gives a few zeros of its own"
 
     def test_an_output_that_is_open_rarely_is_closed_for_good(self, plain: nn.Module) -> None:
-        network = self.undecided(masked(plain, self.kind)).train()
+        network = self.undecided(self.masked(plain)).train()
         layers = [layer for mask in masks_of(network) for layer in mask.beside]
         with torch.no_grad():
             layers[0].norm.bias[2] = -20.0
@@ -274,7 +145,7 @@ class TestLccl(MaskContract):
         assert not any(shut[1:])
 
     def test_values_end_at_1(self, plain: nn.Module) -> None:
-        network = self.undecided(masked(plain, self.kind))
+        network = self.undecided(self.masked(plain))
         for mask in masks_of(network):
             for layer, conv in zip(mask.beside, mask.site.convs, strict=True):
                 values, opened = layer(10 * torch.randn(4, conv.inputs, *conv.source))
@@ -282,8 +153,8 @@ class TestLccl(MaskContract):
                 assert torch.equal(values > 0, opened > 0)
 
 
-class TestDgc(MaskContract):
-    kind = "dgc"
+class TestDgc(MaskFileContract):
+    name = "dgc"
 
     def closed(self, site: Site, number: int) -> float:
         return 1 / site.convs[number].inputs
@@ -294,7 +165,7 @@ class TestDgc(MaskContract):
         return sum(9 * kept for _ in itertools.product(places(conv.size), range(conv.outputs)))
 
     def test_each_head_reads_so_many_channels(self, plain: nn.Module) -> None:
-        network = masked(plain, self.kind)
+        network = self.masked(plain)
         site = masks_of(network)[0].site
         read: list[Tensor] = []
         network.get_submodule(site.convs[0].path).register_forward_hook(lambda _m, args, _out: read.append(args[0]))
@@ -305,7 +176,7 @@ class TestDgc(MaskContract):
 
 
 def test_every_method_has_a_contract() -> None:
-    assert {each.kind for each in MaskContract.__subclasses__()} == set(MASKS)
+    assert set(MASKS) <= {each.name for each in MaskFileContract.__subclasses__()}
 
 
 def test_a_gate_is_hard_and_its_gradient_soft() -> None:
@@ -347,7 +218,7 @@ def test_a_block_that_is_none_is_refused(plain: nn.Module) -> None:
 
 
 def test_every_image_has_flops_of_its_own(plain: nn.Module) -> None:
-    network = MaskContract.undecided(masked(plain, "dgnet"))
+    network = TestDgnet.undecided(TestDgnet().masked(plain))
     need = measure_need(network, MaskedFlops(plain, network, IMAGES[:1]), IMAGES.numpy())
     assert need.flops.shape == (6,)
     assert need.flops.std() > 0

@@ -25,8 +25,8 @@ from search.training.loop import TrainingBatches
 from spaces.candidate import Candidate
 from spaces.joint import JointSpace
 from spaces.patterns import PatternError, PatternSpace, apply_patterns, mask, mask_of, offered_patterns, zeros_of
+from spaces.testing import SpaceContract
 from tests.helpers import tiny
-from tests.helpers.contracts import SpaceContract
 
 PATTERNS = {"inner.0": "2:4", "outer.0": "75%", "hidden": "50%"}
 

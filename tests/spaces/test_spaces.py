@@ -8,7 +8,7 @@ from spaces.channels import PREFIX, SparsitySpace
 from spaces.joint import JointSpace
 from spaces.precision import PrecisionSpace
 from spaces.pruning.prunable import find_groups
-from tests.helpers.contracts import SpaceContract
+from spaces.testing import SpaceContract
 
 
 class TestSparsitySpace(SpaceContract):

@@ -9,7 +9,7 @@ from evaluators.quantization.calibration.histogram import Histogram
 from evaluators.quantization.scheme import Scheme
 
 
-def threshold(histogram: Histogram, scheme: Scheme) -> float:  # noqa: ARG001
+def threshold(histogram: Histogram, _scheme: Scheme, /) -> float:
     """Returns the magnitude at which the Kullback-Leibler divergence is least, the largest where several are equal.
 
     Zeros are exact on every grid, so the first bin, which holds them, counts as much as the second.

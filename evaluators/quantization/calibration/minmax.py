@@ -4,6 +4,6 @@ from evaluators.quantization.calibration.histogram import Histogram
 from evaluators.quantization.scheme import Scheme
 
 
-def threshold(histogram: Histogram, scheme: Scheme) -> float:  # noqa: ARG001
+def threshold(histogram: Histogram, _scheme: Scheme, /) -> float:
     """Returns the largest magnitude that was seen."""
     return histogram.largest

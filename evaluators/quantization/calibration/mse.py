@@ -7,7 +7,7 @@ from evaluators.quantization.calibration.histogram import Histogram
 from evaluators.quantization.scheme import Scheme
 
 
-def threshold(histogram: Histogram, scheme: Scheme) -> float:  # noqa: ARG001
+def threshold(histogram: Histogram, _scheme: Scheme, /) -> float:
     """Returns the magnitude at which rounding and clipping together cost the least squared error.
 
     All values of a bin are taken to lie in its middle `c`. Those of a level `v` cost the sum of `(c - v)^2`, which is

@@ -15,7 +15,7 @@ NAME = "mask"
 
 
 class Mask(nn.Module):
-    """The gates of one residual block.
+    '''The gates of one residual block.
 
     A subclass computes decisions in `look`, which is given the block's input, and applies them by what it hangs on the
     block's layers in `attach`. After each forward `needed` tells, by the path of each convolution, the share of its
@@ -24,7 +24,36 @@ class Mask(nn.Module):
     Args:
         site: the block.
         keep: the share of the network's FLOPs that is aimed at.
-    """
+
+    Example:
+        """One decision an image: the block's branch is computed or left out."""
+
+        from torch import nn
+
+        from spaces.dynamic.masks.base import LogitNorm, Mask, average
+        from spaces.dynamic.masks.hard_gate import Gate
+
+
+        class BranchMask(Mask):
+            """The mean of each channel, a 1x1 convolution and one gate."""
+
+            def __init__(self, site, keep):
+                super().__init__(site, keep)
+                squeeze = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(site.channels, 1, 1, bias=False), LogitNorm(1, 2.0)]
+                self.decide, self.gate = nn.Sequential(*squeeze), Gate()
+
+            def attach(self, block, layers):
+                super().attach(block, layers)
+                layers[self.site.convs[-1].end].register_forward_hook(self.last)
+
+            def look(self, features):
+                self.decision = self.gate(self.decide(features))
+                self.needed = dict.fromkeys((conv.path for conv in self.site.convs), average(self.decision))
+                self.opened["branch"] = average(self.decision)
+
+            def last(self, _module, _args, out):  # a method, so that a copy of the network has a hook of its own
+                return out * self.decision
+    '''
 
     moves: ClassVar[bool] = True
     """Whether the threshold can be another one than that of the training."""

@@ -11,7 +11,7 @@ from spaces.pruning.criteria.reduction import normalized
 from spaces.pruning.groups import ChannelGroup
 
 
-def scores(network: nn.Module, groups: Sequence[ChannelGroup], evidence: Evidence) -> Scores:  # noqa: ARG001
+def scores(_network: nn.Module, groups: Sequence[ChannelGroup], _evidence: Evidence, /) -> Scores:
     """Returns uniform draws, the same for the same groups."""
     return {
         group.name: normalized(np.random.default_rng(zlib.crc32(group.name.encode())).random(group.channels))

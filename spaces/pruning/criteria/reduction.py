@@ -5,19 +5,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.pruning.criteria.base import Evidence, Scores
+from spaces.pruning.criteria.base import Criterion, Evidence, Floats, Scores
 from spaces.pruning.groups import ChannelGroup, Member
 
 _TINY = float(np.finfo(np.float64).tiny)
 
 
-def score_groups(
-    groups: Sequence[ChannelGroup], score_member: Callable[[Member], NDArray[np.float64] | None]
-) -> Scores:
+def score_groups(groups: Sequence[ChannelGroup], score_member: Callable[[Member], Floats | None]) -> Scores:
     """Returns the scores of every group as the mean over its members, each of which is first divided by its own mean.
 
     So no layer outweighs the others by its size or scale. Source: Fang et al., DepGraph, 2023.
@@ -29,18 +26,37 @@ def score_groups(
     return {group.name: _mean_of([score_member(member) for member in group.members], group) for group in groups}
 
 
-def _mean_of(found: Sequence[NDArray[np.float64] | None], group: ChannelGroup) -> NDArray[np.float64]:
+def of_weights(score: Callable[[Floats], Floats]) -> Criterion:
+    """Returns the criterion that scores channels by the weights of convolutions and linear layers alone.
+
+    Args:
+        score: returns the scores `(channels,)` of one layer from the weights of each channel, `(channels, weights)`.
+    """
+
+    def scores(network: nn.Module, groups: Sequence[ChannelGroup], _evidence: Evidence, /) -> Scores:
+        modules = dict(network.named_modules())
+
+        def of_member(member: Member) -> Floats | None:
+            weight = weight_of(modules, member)
+            return None if weight is None else score(rows(weight, member))
+
+        return score_groups(groups, of_member)
+
+    return scores
+
+
+def _mean_of(found: Sequence[Floats | None], group: ChannelGroup) -> Floats:
     scores = [normalized(score) for score in found if score is not None]
     return normalized(np.mean(scores, axis=0)) if scores else np.ones(group.channels)
 
 
-def normalized(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def normalized(scores: Floats) -> Floats:
     """Returns scores whose mean is 1; all ones where every score is 0."""
     mean = float(scores.mean())
     return scores / mean if mean > _TINY else np.ones_like(scores)
 
 
-def rows(value: Tensor, member: Member) -> NDArray[np.float64]:
+def rows(value: Tensor, member: Member) -> Floats:
     """Returns what of a layer's weight belongs to each channel of a group, `(channels, values)`.
 
     Args:
