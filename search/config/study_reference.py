@@ -17,8 +17,8 @@ _HEAD = """\
 # Reference of study files
 
 Every key of `study.toml`, section by section. This page is generated from the code:
-`python -m search.config.study_reference > docs/study-reference.md`. [A tutorial](../studies/README.md) shows how to write a
-study, and `python -m search init FOLDER` writes one to start from.
+`python -m search.config.study_reference > docs/study-reference.md`. [A tutorial](../studies/README.md) shows how to
+write a study, and `python -m search init FOLDER` writes one to start from.
 
 Keys without a default are required, and so are the sections `[model]` and `[data]`. Relative paths begin at the study
 file. On the command line `--model`, `--weights`, `--data`, `--target`, `--batch`, `--threads` and `--budget` replace
@@ -44,12 +44,9 @@ def sections(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, ty
 
 def description(section: type[BaseModel], key: str) -> str:
     """Returns what a key is, in a line; where a section overrides a default only, its base class says it."""
-    texts = (base.model_fields[key].description for base in section.__mro__ if _has(base, key))
+    bases = [base for base in section.__mro__ if issubclass(base, BaseModel) and key in base.model_fields]
+    texts = (base.model_fields[key].description for base in bases)
     return next((" ".join(text.split()) for text in texts if text), "")
-
-
-def _has(base: type, key: str) -> bool:
-    return issubclass(base, BaseModel) and key in base.model_fields
 
 
 def _inner_section(field: FieldInfo) -> type[BaseModel] | None:
