@@ -40,6 +40,9 @@ Download = Annotated[
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the searches and of the MLflow database.")]
 Search = Annotated[str | None, typer.Option("--search", metavar="NAME", help="Name of a search; default: the latest.")]
+SearchToRun = Annotated[
+    str | None, typer.Option("--search", metavar="NAME", help="Name of this search; default: study, sampler and seed.")
+]
 SearchOfStudy = Annotated[str | None, typer.Option("--search", metavar="NAME", help="Take the study of this search.")]
 Budgets = Annotated[
     list[str] | None,
@@ -148,11 +151,11 @@ def search(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Dimensions to search, separated by commas: channels, precision, exits, skips, masks, patterns, frames.",
+            help="Dimensions to search, comma-separated: channels, precision, exits, skips, masks, patterns, frames.",
         ),
     ] = None,
     tracking_uri: TrackingUri = None,
-    name: Search = None,
+    name: SearchToRun = None,
     runs: Runs = RUNS,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -359,7 +362,7 @@ def ui(
         int, typer.Option(min=1, max=65535, help="Port of the UI, which listens on this machine only.")
     ] = 5000,
 ) -> int:
-    """Opens MLflow's UI on the searches in --runs."""
+    """Opens MLflow's UI on the searches that were logged."""
     from search.commands.ui import serve
 
     return serve(name, runs, port, tracking_uri)
