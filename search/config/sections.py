@@ -79,9 +79,7 @@ class FittingSection(Section):
 
 
 class JointSection(FittingSection):
-    """How trunk and heads are trained together, from a trained trunk on: `distillation` is the end's share in what
-    each exit learns.
-    """
+    """How trunk and heads are trained together, from a trained trunk on."""
 
     epochs: Annotated[float, Field(gt=0)] = 5
     """Passes over the training images, from a trained trunk on."""
@@ -94,12 +92,7 @@ class JointSection(FittingSection):
 
 
 class ExitsSection(Section):
-    """After which modules an exit sits, how its head is trained, and how sure it has to be.
-
-    Where `after` is not given, exits are placed near `shares` of the network's FLOPs; `after = []` is none. Heads are
-    trained on at most `images` of the training images, the trunk being frozen. `weights` are of the losses in joint
-    training, one for each exit and the last for the network's end.
-    """
+    """After which modules an exit sits, how its head is trained, and how sure it has to be."""
 
     after: tuple[str, ...] | None = None
     """Modules behind which an exit sits; `[]` for no exits; placed automatically where not given."""
@@ -131,12 +124,7 @@ class ExitsSection(Section):
 
 
 class SkipsSection(FittingSection):
-    """Which blocks an input may pass by, and how the network is trained once more, with their gates.
-
-    `blocks` is "all" that have an identity shortcut, or their paths. A gate is trained towards running its block for
-    the share `rate` of the images: `weight` is how much that counts. `temperature` is that of the gates' noise;
-    `distillation` is the share of the network as it was in the loss. The last 15% of a training leave the gates alone.
-    """
+    """Which residual blocks an image may skip, and how the network is trained once more with their gates."""
 
     blocks: Literal["all"] | tuple[str, ...] = ()
     """Blocks that get a gate: `all` with an identity shortcut, or a list of their module paths; `[]` for none."""
@@ -157,12 +145,7 @@ class SkipsSection(FittingSection):
 
 
 class MasksSection(FittingSection):
-    """Which method decides, for each image, what of a block is computed, and how the network is trained with it.
-
-    `blocks` is "all" residual ones, or their paths. Gates are trained towards `keep` of the network's FLOPs, their own
-    included: `weight` is how much that counts, and `bounds` how much each gate is held to the same share at first.
-    `distillation` is the share of the network as it was in the loss. The last 15% of a training leave the gates alone.
-    """
+    """Which method decides, for each image, what of a block is computed, and how the network is trained with it."""
 
     method: Annotated[str, AfterValidator(MASKS.check)] | None = None
     """Which method decides what of a block is computed for an image; no masks where not given."""
@@ -183,11 +166,7 @@ class MasksSection(FittingSection):
 
 
 class FramesSection(Section):
-    """That inputs are the frames of a stream; one that hardly differs from the last key frame may get its answer.
-
-    `source` is a function that takes `validation` or `test` and returns frames, labels, and the first frame of each
-    clip. Where it is not given, crops move over the images of the split, until there are so many `frames`.
-    """
+    """Inputs are the frames of a stream; one that hardly differs from the last key frame may get its answer."""
 
     source: Annotated[str, AfterValidator(function)] | None = None
     """Function that takes `validation` or `test` and returns frames, labels and the first frame of each clip; moving

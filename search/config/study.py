@@ -70,11 +70,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Where the images come from, how they become input, and how many are used at most.
-
-    `size` is the input's height and width, `resize` what the shorter side becomes before the middle is cut out. The
-    number of values in `mean` and `std` is that of the channels.
-    """
+    """Where the images come from, how they become input, and how many are used at most."""
 
     source: Annotated[str, AfterValidator(_data)]
     """`imagefolder:PATH`, `cifar10:PATH`, `cifar100:PATH`, `fashion-mnist:PATH`, `imagenet:PATH`, or a function that
@@ -115,10 +111,7 @@ class TrainingSection(FittingSection):
 
 
 class SpaceSection(Section):
-    """What may vary: `only` these dimensions, and all else stays as the dense network has it.
-
-    Layers have one `precision` where it is given; where it is not searched and not given, that is the target's first.
-    """
+    """What may vary; all else stays as the dense network has it."""
 
     only: Annotated[tuple[Dimension, ...], BeforeValidator(dimensions)] = DIMENSIONS
     """Dimensions that are searched; all others stay as in the dense network."""
@@ -143,7 +136,7 @@ class SpaceSection(Section):
 
 
 class QuantizationSection(Section):
-    """How int8 is made: see `evaluators.quantization.scheme.Scheme`, which has the same keys."""
+    """How int8 is made."""
 
     calibrator: Annotated[str, AfterValidator(CALIBRATORS.check)] = "minmax"
     """How an activation's range follows from the calibration images."""
@@ -191,7 +184,7 @@ class TargetSection(Section):
 
 
 class FinetuneSection(FittingSection):
-    """How one candidate is fine-tuned: `distillation` is the dense network's share in the loss."""
+    """How one version is fine-tuned."""
 
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.7
     """Share of the dense network's answers in the loss; the rest is the labels."""
@@ -209,7 +202,7 @@ class FinalSection(FinetuneSection):
 
 
 class ElasticSection(FittingSection):
-    """How the weights that all candidates share are trained."""
+    """How the weights that all versions share are trained."""
 
     epochs: Annotated[float, Field(gt=0)] = 20
     """Passes over the training images."""
@@ -226,10 +219,7 @@ class ElasticSection(FittingSection):
 
 
 class QatSection(FittingSection):
-    """How trainings feel int8: how long a version is trained so once its channels are recovered, and by which method.
-
-    `distillation` is the dense network's share in the loss. Shared weights feel it for as long as they are trained.
-    """
+    """Quantization-aware training of a version, once its channels are recovered; of shared weights, throughout."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 0.002
     """Peak learning rate."""
@@ -242,7 +232,7 @@ class QatSection(FittingSection):
 
 
 class RecoverySection(Section):
-    """How accuracy is won back after pruning: the same way for every candidate, then more for the front's."""
+    """How accuracy is won back after pruning: the same way for every version, then more for the front's."""
 
     level: Annotated[str, AfterValidator(RECOVERIES.check)] = "elastic"
     """What every version gets during the search: nothing, corrected batch statistics, fine-tuning of each, or weights
@@ -256,13 +246,11 @@ class RecoverySection(Section):
     final: FinalSection | None = None
     """Fine-tuning of the most promising versions after the search; none without the section."""
     qat: QatSection | None = None
-    """Quantization-aware training; none without the section."""
+    """Quantization-aware training of versions with int8 layers; none without the section."""
 
 
 class SearchSection(Section):
-    """How long to search and what proposes when the command does not say, whether a sensitivity profile gives it a
-    start, and whether hopeless versions are ended after some of the images.
-    """
+    """How long to search, what proposes versions, where it begins, and whether hopeless versions end early."""
 
     trials: Positive = 100
     """Trials after which a search ends."""

@@ -55,7 +55,12 @@ def _inner_section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _table(path: str, section: type[BaseModel]) -> str:
-    rows = [_row(section, key, field) for key, field in section.model_fields.items() if _inner_section(field) is None]
+    bases = [base for base in section.__mro__[1:] if issubclass(base, BaseModel)]
+    keys = sorted(
+        section.model_fields, key=lambda key: any(key in base.model_fields for base in bases)
+    )  # own ones first
+    fields = ((key, section.model_fields[key]) for key in keys)
+    rows = [_row(section, key, field) for key, field in fields if _inner_section(field) is None]
     title = f"\n## `[{path}]`\n" if path else "\n## Keys at the top\n"
     head = "| key | type | default | range or choices | what it is |\n|---|---|---|---|---|\n"
     return f"{title}\n{inspect.cleandoc(section.__doc__ or '')}\n\n{head}{''.join(rows)}"
