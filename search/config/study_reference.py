@@ -29,7 +29,7 @@ _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def reference() -> str:
-    """Returns the page as Markdown: a table for each section, a row for each key."""
+    """Returns the page as Markdown: a table for each section, a row for each key, those of its own first."""
     return _HEAD + "".join(_table(path, section) for path, section in sections(Study))
 
 
@@ -56,9 +56,7 @@ def _inner_section(field: FieldInfo) -> type[BaseModel] | None:
 
 def _table(path: str, section: type[BaseModel]) -> str:
     bases = [base for base in section.__mro__[1:] if issubclass(base, BaseModel)]
-    keys = sorted(
-        section.model_fields, key=lambda key: any(key in base.model_fields for base in bases)
-    )  # own ones first
+    keys = sorted(section.model_fields, key=lambda key: any(key in base.model_fields for base in bases))
     fields = ((key, section.model_fields[key]) for key in keys)
     rows = [_row(section, key, field) for key, field in fields if _inner_section(field) is None]
     title = f"\n## `[{path}]`\n" if path else "\n## Keys at the top\n"
