@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from search.config.budget import Budget
 from search.config.study import Study
 from spaces.registry import Registry
 
@@ -24,7 +25,7 @@ Keys without a default are required, and so are the sections `[model]` and `[dat
 file. On the command line `--model`, `--weights`, `--data`, `--target`, `--batch`, `--threads` and `--budget` replace
 what a `--study` says; with `--weights` its `[training]` is set aside.
 """
-_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Budget: "list of text"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
