@@ -22,13 +22,13 @@ app = typer.Typer(
 )
 
 StudyName = Annotated[
-    str | None, typer.Option("--study", help="One of the studies that come along, or a study.toml; else digits.")
+    str | None, typer.Option("--study", help="A study that comes along, or the path of a study.toml; default: digits.")
 ]
 Model = Annotated[
     str | None,
     typer.Option("--model", metavar="SOURCE", help="torchvision:NAME[@WEIGHTS], module:function, file.py:function."),
 ]
-Weights = Annotated[str | None, typer.Option("--weights", metavar="FILE", help="A state dict for the model.")]
+Weights = Annotated[str | None, typer.Option("--weights", metavar="FILE", help="File with a state dict for the model.")]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -36,31 +36,37 @@ Data = Annotated[
     ),
 ]
 Download = Annotated[
-    bool, typer.Option("--download", help="Let torchvision fetch weights and images that are not here.")
+    bool, typer.Option("--download", help="Let torchvision download weights and images that are missing.")
 ]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where searches and the MLflow store live.")]
-Search = Annotated[str | None, typer.Option("--search", metavar="NAME", help="A search by name; else the latest.")]
-SearchOfStudy = Annotated[str | None, typer.Option("--search", metavar="NAME", help="The study of this search.")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the searches and of the MLflow database.")]
+Search = Annotated[str | None, typer.Option("--search", metavar="NAME", help="Name of a search; default: the latest.")]
+SearchToRun = Annotated[
+    str | None, typer.Option("--search", metavar="NAME", help="Name of this search; default: study, sampler and seed.")
+]
+SearchOfStudy = Annotated[str | None, typer.Option("--search", metavar="NAME", help="Take the study of this search.")]
 Budgets = Annotated[
     list[str] | None,
     typer.Option(
         "--budget",
         "-b",
         metavar="LIMIT",
-        help="A hard limit: 'latency<5ms' or latency=5ms; repeat it or use commas.",
+        help="Hard limit, such as 'latency<5ms' or latency=5ms; repeat the option or separate limits by commas.",
     ),
 ]
 Target = Annotated[
-    str | None, typer.Option("--target", help="A runtime, or ssh://[user@]host[:port] for a board; see: doctor.")
+    str | None,
+    typer.Option("--target", help="Runtime to measure on, or ssh://[user@]host[:port] for a board; see: doctor."),
 ]
 TrackingUri = Annotated[
     str | None,
     typer.Option(
-        "--tracking-uri", metavar="URI", help="MLflow's server; else $MLFLOW_TRACKING_URI, else a database in --runs."
+        "--tracking-uri", metavar="URI", help="MLflow server; default: $MLFLOW_TRACKING_URI, else a database in --runs."
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the result and warnings.")]
-AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON; all else goes to standard error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and warnings.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON; everything else goes to standard error.")
+]
 
 RUNS = Path("runs")
 _INTERRUPTED = 130
@@ -122,17 +128,21 @@ def search(
     weights: Weights = None,
     data: Data = None,
     download: Download = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images at a time, once deployed.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the deployed network.")] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="End after so many; else the study's number.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="End after so long.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size of the deployed network.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the deployed network.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many trials in all; default: as the study says.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Stop after this many seconds.")
+    ] = None,
     patience: Annotated[
-        int | None, typer.Option(min=1, metavar="TRIALS", help="End after so many in a row that win nothing.")
+        int | None, typer.Option(min=1, metavar="TRIALS", help="Stop after this many trials in a row without progress.")
     ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="front, tpe, nsga2, gp or random; else the study's, which is front.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampler.")] = 0,
     target: Target = None,
     gates: Annotated[
         str | None, typer.Option(help="inner: thresholds are solved for each version; outer: they are searched.")
@@ -140,18 +150,19 @@ def search(
     search_only: Annotated[
         str | None,
         typer.Option(
-            metavar="NAMES", help="What may vary: channels, precision, exits, skips, masks, patterns, frames; else all."
+            metavar="NAMES",
+            help="Dimensions to search, comma-separated: channels, precision, exits, skips, masks, patterns, frames.",
         ),
     ] = None,
     tracking_uri: TrackingUri = None,
-    name: Search = None,
+    name: SearchToRun = None,
     runs: Runs = RUNS,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Finds the versions of a trained network that are worth deploying within a budget.
+    """Searches for the versions of a trained network that are worth deploying within a budget.
 
-    The same command goes on where it was stopped.
+    The same command resumes a search that was stopped.
     """
     if context.invoked_subcommand is not None:
         _check_nothing_given(context)
@@ -187,7 +198,7 @@ def front(
     name: Search = None,
     runs: Runs = RUNS,
     as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the front as CSV.")] = False,
 ) -> int:
     """Shows the front of a search again, under its own budget or another."""
     limits = _limits(budget)
@@ -201,11 +212,15 @@ def front(
 @app.command()
 def pick(
     budget: Budgets = None,
-    prefer: Annotated[str, typer.Option(help="accuracy, latency, flops, size or knee.")] = "accuracy",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the bundle goes.")] = Path("deploy"),
+    prefer: Annotated[
+        str, typer.Option(help="What counts within the budget: accuracy, latency, flops, size or knee.")
+    ] = "accuracy",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the bundle.")] = Path("deploy"),
     finetune: Annotated[
         str | None,
-        typer.Option(metavar="LENGTH", help="Train the pick on: 10epochs, 500steps or 20min of processor time."),
+        typer.Option(
+            metavar="LENGTH", help="Fine-tune the pick further: 10epochs, 500steps or 20min of processor time."
+        ),
     ] = None,
     tracking_uri: TrackingUri = None,
     name: Search = None,
@@ -213,7 +228,7 @@ def pick(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Takes a version of the front, measures it afresh, writes it as a bundle and registers it as a model."""
+    """Picks the best version within a budget, measures it again, writes it as a bundle and registers it in MLflow."""
     limits = _limits(budget)
     from search.commands.pick import run_pick
 
@@ -224,7 +239,7 @@ def pick(
 def report(
     budget: Budgets = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A .html or .md file; else both, in the search's folder.")
+        Path | None, typer.Option(metavar="FILE", help="A .html or .md file; default: both, in the search's folder.")
     ] = None,
     name: Search = None,
     runs: Runs = RUNS,
@@ -240,8 +255,10 @@ def report(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(metavar="A", help="SEARCH, SEARCH:TRIAL, SEARCH:dense, or a latest TRIAL.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="SEARCH, SEARCH:TRIAL, SEARCH:dense, or a TRIAL of the latest search.")
+    ],
+    second: Annotated[str, typer.Argument(metavar="B", help="What to compare it with, in the same form.")],
     runs: Runs = RUNS,
     as_json: AsJson = False,
 ) -> int:
@@ -259,7 +276,7 @@ def sync(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Completes what MLflow shows of a search from its journal; nothing is written twice."""
+    """Writes to MLflow what it lacks of a search; nothing is written twice."""
     from search.commands.sync import run_sync
 
     return run_sync(name, runs, tracking_uri, Output(quiet, as_json))
@@ -277,7 +294,7 @@ def profile(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Shows how much each group of channels matters, as a heat map here and as a PNG."""
+    """Measures how much each group of channels matters; shows a heat map and writes it as a PNG."""
     request = Request(study, ANY, model, weights, data)
     if name is not None and request != Request(budget=ANY):
         raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
@@ -295,28 +312,31 @@ def diagnose(
     download: Download = False,
     target: Target = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of every layer: int8, fp16, fp8 or fp32; else int8.")
+        str | None,
+        typer.Option(metavar="NAME", help="Precision of every layer: int8, fp16, fp8 or fp32; default: int8."),
     ] = None,
-    trial: Annotated[int | None, typer.Option(min=0, metavar="N", help="A trial of --search, else the latest.")] = None,
+    trial: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="A trial of --search; default: of the latest search.")
+    ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="An ONNX file that anyone made of this network, or the folder of a bundle."),
+        typer.Option(metavar="FILE", help="An ONNX file of this network, whoever made it, or the folder of a bundle."),
     ] = None,
     against_target: Annotated[
         str | None,
-        typer.Option("--against-target", metavar="TARGET", help="Compare with the same files on another target."),
+        typer.Option("--against-target", metavar="TARGET", help="Compare with the same files on this other target."),
     ] = None,
-    images: Annotated[int, typer.Option(min=2, help="So many validation images at most.")] = 64,
+    images: Annotated[int, typer.Option(min=2, help="Number of validation images, at most.")] = 64,
     name: SearchOfStudy = None,
     runs: Runs = RUNS,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Finds the layer where a version of a network goes wrong in a lower precision, and says why.
+    """Finds the layer where a lower precision breaks a network, and says why.
 
-    Compares every layer's output with that of the same network in fp32, both on the target's own runtime: the whole
-    network in one --precision, a --trial of a search, or a --file, whose tensors are found by their names, and else its
-    logits alone.
+    Compares every layer's output with that of the same network in fp32, both on the target's own runtime. What is
+    compared is the whole network in one --precision, a --trial of a search, or a --file, whose tensors are matched by
+    name; where none match, only its logits are compared.
     """
     from search.config.diagnosis_request import Wanted
 
@@ -338,9 +358,11 @@ def ui(
     tracking_uri: TrackingUri = None,
     name: Search = None,
     runs: Runs = RUNS,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the UI listens, on this machine only.")] = 5000,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the UI, which listens on this machine only.")
+    ] = 5000,
 ) -> int:
-    """Opens MLflow's UI on what was logged."""
+    """Opens MLflow's UI on the searches that were logged."""
     from search.commands.ui import serve
 
     return serve(name, runs, port, tracking_uri)
@@ -348,11 +370,11 @@ def ui(
 
 @app.command()
 def measure(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that pick wrote.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that pick wrote.")],
     target: Target = None,
     as_json: AsJson = False,
 ) -> int:
-    """Measures a bundle again, here or on a board; exit code 1 where it answers otherwise than it should."""
+    """Measures a bundle again, here or on a board; exits with 1 if its answers differ from those recorded."""
     from search.commands.measure import run_measure
 
     return run_measure(bundle, target, as_json)
@@ -360,7 +382,7 @@ def measure(
 
 @app.command()
 def doctor(target: Target = None, as_json: AsJson = False) -> int:
-    """Tells which targets exist on this machine, what each can do, and why one is missing."""
+    """Lists the targets of this machine, what each can do, and why one is missing."""
     from search.commands.doctor import examine
 
     examine(target, Output(as_json=as_json))

@@ -15,7 +15,7 @@ def likelihoods(confidences: NDArray[np.floating], correct: NDArray[np.bool_]) -
     """Returns how likely each exit and the end are right about each image, `(n, exits + 1)`.
 
     Of many thresholds the best by counted answers is also the luckiest: chosen among 1,000 images, it lost 0.62 points
-    on others, where the best possible lost 0.33 and the best by likelihood 0.46 (studies/benchmarks/README.md, Exits).
+    on others, where the best possible lost 0.33 and the best by likelihood 0.46 (studies/benchmarks/exits.md).
     What an exit's answers are worth changes smoothly with confidence, so a logistic regression on the logits of all
     confidences tells it from few images; on average it says what was counted.
 

@@ -67,76 +67,107 @@ class ModelSection(Section):
     """Where the network comes from, and the file with its weights."""
 
     source: Annotated[str, AfterValidator(_model)]
+    """`torchvision:NAME[@WEIGHTS]`, `package.module:function` or `path/file.py:function`."""
     weights: str | None = None
+    """File with a state dict; relative paths begin at the study file."""
 
 
 class DataSection(Section):
-    """Where the images come from, how they become input, and how many are used at most.
-
-    `size` is the input's height and width, `resize` what the shorter side becomes before the middle is cut out. The
-    number of values in `mean` and `std` is that of the channels.
-    """
+    """Where the images come from, how they become input, and how many are used at most."""
 
     source: Annotated[str, AfterValidator(_data)]
+    """`imagefolder:PATH`, `cifar10:PATH`, `cifar100:PATH`, `fashion-mnist:PATH`, `imagenet:PATH`, or a function that
+    returns `evaluators.data.Splits`."""
     augment: Annotated[str, AfterValidator(function)] | None = None
+    """Function of training images and a `torch.Generator`, named like a function in `source`."""
     size: Positive | None = None
+    """Height and width of the input; the weights' own where not given, else what is usual for the data."""
     resize: Positive | None = None
+    """Length of the shorter side before the middle is cut out; `size` where not given."""
     mean: tuple[float, ...] | None = None
+    """Mean of each channel, of values from 0 to 1: one value for grey, three for RGB."""
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Standard deviation of each channel, likewise."""
     train: Positive = 50_000
+    """Training images, at most."""
     calibration: Positive = 200
+    """Training images from which activation ranges are read, at most."""
     validation: Positive = 2_000
+    """Validation images, on which versions are scored, at most."""
     test: Positive = 10_000
+    """Test images, which only `pick` sees, at most."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the split."""
 
 
 class TrainingSection(FittingSection):
     """How the dense network is trained."""
 
     epochs: Annotated[float, Field(gt=0)]
+    """Passes over the training images."""
     batch: Positive = 64
+    """Images per step."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    """Peak learning rate of SGD with Nesterov momentum."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label that is spread over all classes."""
 
 
 class SpaceSection(Section):
-    """What may vary: `only` these dimensions, and all else stays as the dense network has it.
-
-    Layers have one `precision` where it is given; where it is not searched and not given, that is the target's first.
-    """
+    """What may vary; all else stays as the dense network has it."""
 
     only: Annotated[tuple[Dimension, ...], BeforeValidator(dimensions)] = DIMENSIONS
+    """Dimensions that are searched; all others stay as in the dense network."""
     precision: Literal["searched", "fp32", "fp16", "fp8", "int8"] = "searched"
+    """Precision of every layer; `searched`: chosen per layer. Where it is neither searched nor given, it is the
+    target's first."""
     criterion: Annotated[str, AfterValidator(CRITERIA.check)] = "l2"
+    """Importance criterion that ranks the channels to be cut."""
     keep_at_least: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Smallest share of its channels that a group keeps; 1 cuts none."""
     lowest_threshold: Share = 0.5
+    """Lowest confidence threshold of an exit that is searched."""
     threshold_step: Share = 0.05
+    """Step of the exits' thresholds that are searched."""
     patterns: tuple[Annotated[str, Field(pattern=r"^(2:4|[1-9][0-9]?%)$")], ...] = ()
+    """Patterns of zeros inside layers: `2:4` where the target has sparse kernels, or the share of zeros, such as
+    `50%`."""
     storage: tuple[Literal["int4"], ...] = ()
-    """Precisions of weights alone, for smaller files."""
+    """Precisions in which weights may be stored, for smaller files: `int4`, or none."""
     drop_slower: bool = True
     """Whether a layer loses the precisions in which it measures slower."""
 
 
 class QuantizationSection(Section):
-    """How int8 is made: see `evaluators.quantization.scheme.Scheme`, which has the same keys."""
+    """How int8 is made."""
 
     calibrator: Annotated[str, AfterValidator(CALIBRATORS.check)] = "minmax"
+    """How an activation's range follows from the calibration images."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    """Percentage of the magnitudes that lies inside the range, for the calibrator `percentile`."""
     weights: Literal["per-channel", "per-tensor"] = "per-channel"
+    """One scale per output channel, or one per tensor."""
     ranges: Literal["data", "batchnorm"] = "data"
+    """Where activation ranges come from: calibration images, or batch statistics without any image."""
     equalize: bool = False
+    """Whether the ranges of channels are equalized between layers."""
     bias_correction: Literal["none", "batchnorm", "data"] = "none"
+    """Whether biases make up for the rounding of weights, and from what their shift is estimated."""
     rounding: Literal["nearest", "adaround"] = "nearest"
+    """To the nearest step, or by AdaRound: to the step that keeps a layer's outputs on the calibration images."""
     rounding_steps: Positive = 500
+    """AdaRound's optimization steps per layer."""
 
 
 class TargetSection(Section):
     """Where the network will run."""
 
     runtime: str = "onnxruntime"
+    """`onnxruntime`, `openvino`, `tensorrt`, or `ssh://[user@]host` for a board."""
     batch: Positive = 1
+    """Images per call of the deployed network."""
     threads: Positive = 1
+    """Threads of the deployed network."""
     tf32: bool = False
     """Whether fp32 layers run in TF32, on a GPU that has it."""
     bf16: bool = False
@@ -156,85 +187,119 @@ class TargetSection(Section):
 
 
 class FinetuneSection(FittingSection):
-    """How one candidate is fine-tuned: `distillation` is the dense network's share in the loss."""
+    """How one version is fine-tuned."""
 
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Share of the dense network's answers in the loss; the rest is the labels."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Softmax temperature of the distillation."""
     pruning: Literal["one-shot", "gradual"] = "one-shot"
+    """`one-shot`: channels go before the training; `gradual`: along a cubic ramp over its first half."""
 
 
 class FinalSection(FinetuneSection):
     """How the most promising versions are fine-tuned after the search, and how many at most."""
 
     versions: Positive = 8
+    """Versions that are fine-tuned after the search, at most."""
 
 
 class ElasticSection(FittingSection):
-    """How the weights that all candidates share are trained."""
+    """How the weights that all versions share are trained."""
 
     epochs: Annotated[float, Field(gt=0)] = 20
+    """Passes over the training images."""
     at_most_minutes: Annotated[float, Field(gt=0)] | None = 30
+    """Ends the training where its epochs would take longer, in minutes of processor time."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.03
+    """Peak learning rate of the shared weights."""
     distillation: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the dense network's answers in the loss; the rest is the labels."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Softmax temperature of the distillation."""
     random_candidates: Positive = 1
+    """Random versions per step, beside the dense network and the smallest version."""
 
 
 class QatSection(FittingSection):
-    """How trainings feel int8: how long a version is trained so once its channels are recovered, and by which method.
-
-    `distillation` is the dense network's share in the loss. Shared weights feel it for as long as they are trained.
-    """
+    """Quantization-aware training of a version, once its channels are recovered; of shared weights, throughout."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 0.002
+    """Peak learning rate."""
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Share of the dense network's answers in the loss; the rest is the labels."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Softmax temperature of the distillation."""
     quantizer: Annotated[str, AfterValidator(QUANTIZERS.check)] = "lsq"
+    """Method of quantization-aware training."""
 
 
 class RecoverySection(Section):
-    """How accuracy is won back after pruning: the same way for every candidate, then more for the front's."""
+    """How accuracy is won back after pruning: the same way for every version, then more for the front's."""
 
     level: Annotated[str, AfterValidator(RECOVERIES.check)] = "elastic"
+    """What every version gets during the search: nothing, corrected batch statistics, fine-tuning of each, or weights
+    that all share."""
     images: Positive = 256
+    """Training images from which batch statistics are measured."""
     finetune: FinetuneSection = FinetuneSection()
+    """Fine-tuning of each version, at level `finetune`."""
     elastic: ElasticSection = ElasticSection()
+    """Training of the weights that all versions share, at level `elastic`."""
     final: FinalSection | None = None
+    """Fine-tuning of the most promising versions after the search; none without the section."""
     qat: QatSection | None = None
-    """Whether trainings feel int8; those of versions without int8 layers never do."""
+    """Quantization-aware training of versions with int8 layers; none without the section."""
 
 
 class SearchSection(Section):
-    """How long to search and what proposes when the command does not say, whether a sensitivity profile gives it a
-    start, and whether hopeless versions are ended after some of the images.
-    """
+    """How long to search, what proposes versions, where it begins, and whether hopeless versions end early."""
 
     trials: Positive = 100
+    """Trials after which a search ends."""
     patience: Positive | None = None
-    """So many trials in a row that win nothing end a search."""
+    """Trials in a row without progress after which a search ends; never where not given."""
     sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = "front"
+    """What proposes versions."""
     profile: bool = False
+    """Whether the search begins with widths from a sensitivity profile."""
     early: bool = True
+    """Whether hopeless versions are stopped early, after some of the images."""
 
 
 class Study(Section):
     """One question: model, data, space, target, budget."""
 
     name: Annotated[str, AfterValidator(_named)]
+    """Name of the study: letters, digits, `-` and `_`."""
     question: str
+    """What the study asks, in a sentence."""
     budget: tuple[str, ...]
+    """Hard limits, such as `["latency<5ms", "accuracy_drop<1%"]`."""
     model: ModelSection
+    """The network."""
     data: DataSection
+    """The images."""
     training: TrainingSection | None = None
+    """Training of the dense network; without the section it is taken as trained."""
     exits: ExitsSection = ExitsSection()
+    """Early exits."""
     skips: SkipsSection = SkipsSection()
+    """Residual blocks that an image may skip."""
     masks: MasksSection = MasksSection()
+    """Masks inside residual blocks."""
     space: SpaceSection = SpaceSection()
+    """What may vary."""
     quantization: QuantizationSection = QuantizationSection()
+    """How int8 files are made."""
     frames: FramesSection | None = None
+    """Inputs are the frames of a stream; without the section they come alone."""
     target: TargetSection = TargetSection()
+    """Where the network will run."""
     recovery: RecoverySection = RecoverySection()
+    """How accuracy is won back."""
     search: SearchSection = SearchSection()
+    """How long to search, and how."""
 
     @classmethod
     def parse(cls, text: str, source: str, folder: Path | None = None) -> Self:
