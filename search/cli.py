@@ -72,8 +72,13 @@ RUNS = Path("runs")
 _INTERRUPTED = 130
 ANY = Budget.parse(["latency<100%"])
 """A study needs a budget, also where nothing depends on it."""
-GATES: Mapping[str, Literal["solved", "searched"]] = {"inner": "solved", "outer": "searched"}
-"""What a study calls each choice of `--gates`."""
+EXIT_THRESHOLDS: Mapping[str, Literal["solved", "searched"]] = {
+    "solved": "solved",
+    "searched": "searched",
+    "inner": "solved",
+    "outer": "searched",
+}
+"""What a study calls each choice of `--exit-thresholds`; the last two are names of before."""
 
 
 def run(arguments: list[str]) -> int:
@@ -140,13 +145,17 @@ def search(
         int | None, typer.Option(min=1, metavar="TRIALS", help="Stop after this many trials in a row without progress.")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="front, tpe, nsga2, gp or random; else the study's, which is front.")
+        str | None, typer.Option(help="ehvi, tpe, nsga2, gp or random; else the study's, which is ehvi.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampler.")] = 0,
     target: Target = None,
-    gates: Annotated[
-        str | None, typer.Option(help="inner: thresholds are solved for each version; outer: they are searched.")
+    exit_thresholds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW", help="Thresholds of exits: solved for each version, or searched like everything else."
+        ),
     ] = None,
+    gates: Annotated[str | None, typer.Option(hidden=True)] = None,
     search_only: Annotated[
         str | None,
         typer.Option(
@@ -167,9 +176,7 @@ def search(
     if context.invoked_subcommand is not None:
         _check_nothing_given(context)
         return 0
-    if gates is not None and gates not in GATES:
-        raise UserError(f"gates are {' or '.join(GATES)}, got {gates!r}; leave --gates out for what the study says")
-    thresholds = GATES[gates] if gates else None
+    thresholds = _exit_thresholds(exit_thresholds, gates)
     only = read_dimensions(search_only) if search_only is not None else None
     request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only)
     request.to_study()  # a mistake in it answers before anything heavy is loaded
@@ -177,6 +184,19 @@ def search(
 
     output, ending = Output(quiet, as_json), Ending(trials, timeout, patience)
     return run_search(request, ending, sampler, seed, name, runs, download, tracking_uri, output)
+
+
+def _exit_thresholds(given: str | None, gates: str | None) -> Literal["solved", "searched"] | None:
+    """Returns how thresholds of exits are found; None for what the study says. `gates` is what it was called before."""
+    if gates is not None and given is None:
+        sys.stderr.write("--gates inner and outer are called --exit-thresholds solved and searched now\n")
+        given = gates
+    if given is not None and given not in EXIT_THRESHOLDS:
+        raise UserError(
+            f"thresholds of exits are solved or searched, got {given!r}; leave --exit-thresholds out for what the"
+            " study says"
+        )
+    return EXIT_THRESHOLDS[given] if given else None
 
 
 @app.command()

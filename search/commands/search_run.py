@@ -129,7 +129,7 @@ class SearchRun:
             display.say(f"Going on with search {self.folder.name}: {done} trials are there")
         lines = search.baseline.lines_to_beat
         view = SearchView(display, search.versions, search.budget, lines[0], done, self._trials, lines)
-        seeds = greedy_seeds(pipeline, display.step, display.say) if self.study.search.profile else []
+        seeds = greedy_seeds(pipeline, display.step, display.say) if self.study.search.warm_start else []
         coordinator = Coordinator(pipeline, journal, search.baseline, self.sampler, self.seed, [mirror, view], seeds)
         outcome = coordinator.run(self._trials, self.ending.timeout_s, self.ending.patience)
         if outcome.code == 0:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Mapping
@@ -9,13 +10,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from evaluators.quantization.calibration import CALIBRATORS
 from search.config.budget import Budget
 from search.config.errors import StudyError, plain
 from search.config.references import absolute, absolute_path, data_source, factory_source, model_source
 from search.config.registries import QUANTIZERS, RECOVERIES, SAMPLERS
+from search.config.renamed import with_present_names
 from search.config.sections import (
     DIMENSIONS,
     Dimension,
@@ -47,6 +49,9 @@ __all__ = [
     "load_study",
     "study_names",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 def _named(text: str) -> str:
@@ -168,22 +173,8 @@ class TargetSection(Section):
     """Images per call of the deployed network."""
     threads: Positive = 1
     """Threads of the deployed network."""
-    tf32: bool = False
-    """Whether fp32 layers run in TF32, on a GPU that has it."""
-    bf16: bool = False
-    """Whether fp32 layers run in bfloat16, on a CPU that multiplies it."""
-
-    @field_validator("bf16")
-    @classmethod
-    def _one_type(cls, bf16: bool, info: ValidationInfo) -> bool:
-        if bf16 and info.data.get("tf32"):
-            raise ValueError("false where tf32 is true, because fp32 layers run in one type")
-        return bf16
-
-    @property
-    def fp32_in(self) -> Literal["fp32", "tf32", "bf16"]:
-        """What all fp32 layers run in."""
-        return "tf32" if self.tf32 else "bf16" if self.bf16 else "fp32"
+    fp32_in: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """What fp32 layers run in: TF32 on a GPU that has it, bfloat16 on a CPU that multiplies it."""
 
 
 class FinetuneSection(FittingSection):
@@ -261,9 +252,9 @@ class SearchSection(Section):
     """Trials in a row without progress after which a search ends; never where not given."""
     sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = "front"
     """What proposes versions."""
-    profile: bool = False
+    warm_start: bool = False
     """Whether the search begins with widths from a sensitivity profile."""
-    early: bool = True
+    early_stopping: bool = True
     """Whether hopeless versions are stopped early, after some of the images."""
 
 
@@ -316,12 +307,15 @@ class Study(Section):
             BudgetError: its budget cannot be read.
         """
         try:
-            study = cls.model_validate(tomllib.loads(text))
+            content, renamed = with_present_names(tomllib.loads(text))
+            study = cls.model_validate(content)
         except tomllib.TOMLDecodeError as error:
             raise StudyError(f"a study is a TOML file, got {source}: {error}") from None
         except ValidationError as error:
             raise StudyError(f"{source}: {plain(error, cls)}") from None
         Budget.parse(study.budget)
+        for line in renamed:
+            logger.warning("%s: %s", source, line)
         return study.anchored(folder or Path.cwd())
 
     @classmethod
@@ -332,7 +326,7 @@ class Study(Section):
             StudyError: it was written by a version with other keys.
         """
         try:
-            return cls.model_validate(content)
+            return cls.model_validate(with_present_names(content)[0])
         except ValidationError as error:
             raise StudyError(
                 f"a search goes on with the version that began it, got another's study: {plain(error, cls)}"
@@ -393,6 +387,10 @@ class Study(Section):
         later = {"only", "precision"}
         silent = {key for key in later if getattr(self.space, key) == SpaceSection.model_fields[key].default}
         content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent})
+        # What fp32 layers run in was two keys once.
+        kind = self.target.fp32_in
+        before = f'"tf32":{str(kind == "tf32").lower()},"bf16":{str(kind == "bf16").lower()}'
+        content = content.replace(f'"fp32_in":"{kind}"', before)
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 

@@ -274,7 +274,7 @@ def accuracy_screen(
     Frames of a stream are alike, so the first ones do not stand for the others: a stream is asked in one go.
     """
     count = max_screened(len(pipeline.scored), pipeline.target.batch)
-    if not count or not pipeline.study.search.early or isinstance(pipeline.scored, Stream):
+    if not count or not pipeline.study.search.early_stopping or isinstance(pipeline.scored, Stream):
         return None
     recoverable = RECOVERABLE if pipeline.study.recovery.final else 0.0
     dense_correct = pipeline.deployed(pipeline.space.dense()).first_answers(count).correct

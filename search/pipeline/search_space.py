@@ -38,7 +38,8 @@ def target_of(study: Study, library: Runtime) -> Target:
     if wanted.fp32_in not in ("fp32", *library.capabilities().fp32_in):
         able = {"tf32": "TensorRT on a GPU from Ampere on", "bf16": "OpenVINO on a CPU that multiplies bf16"}
         raise StudyError(
-            f"target.{wanted.fp32_in} wants {able[wanted.fp32_in]}, got {wanted.runtime} on {device}; leave it out"
+            f"target.fp32_in = {wanted.fp32_in!r} wants {able[wanted.fp32_in]}, got {wanted.runtime} on {device};"
+            " leave it out"
         )
     if study.frames and wanted.batch != 1:
         raise StudyError(

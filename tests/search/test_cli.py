@@ -40,7 +40,8 @@ def study(tmp_path: Path) -> Path:
         (["--target", "abacus"], ["onnxruntime", "tensorrt", "doctor"]),
         (["--target", "ssh://"], ["ssh://[user@]host"]),
         (["--trials", "0"], ["--trials"]),
-        (["--gates", "middle"], ["inner or outer", "'middle'"]),
+        (["--exit-thresholds", "middle"], ["solved or searched", "'middle'"]),
+        (["--gates", "middle"], ["solved or searched", "'middle'"]),
         (
             ["--search-only", "chanels"],
             ["--search-only takes at least one of channels", "did you mean 'channels'?), got 'chanels'; leave it"],

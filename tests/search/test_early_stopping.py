@@ -352,7 +352,7 @@ def test_our_sampler_learns_from_what_was_estimated(searched) -> None:
 
 def test_a_study_may_do_without(pipeline, baseline) -> None:
     class Without:
-        study = Study.parse(STUDY.replace("trials = 12", "trials = 12, early = false"), "test")
+        study = Study.parse(STUDY.replace("trials = 12", "trials = 12, early_stopping = false"), "test")
 
         def __getattr__(self, name):
             return getattr(pipeline, name)

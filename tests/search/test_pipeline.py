@@ -29,7 +29,7 @@ def test_compression_recovers_and_the_dense_network_is_left_alone(pipeline) -> N
 
 
 def test_tf32_is_refused_where_the_device_has_none() -> None:
-    study = Study.parse(tiny.STUDY.replace("batch = 4", "batch = 4, tf32 = true"), "test")
+    study = Study.parse(tiny.STUDY.replace("batch = 4", 'batch = 4, fp32_in = "tf32"'), "test")
     with pytest.raises(StudyError, match=r"Ampere on, got onnxruntime on .*; leave it out"):
         build_pipeline(study, lambda *_: None)
 
@@ -39,7 +39,7 @@ def test_tf32_is_part_of_every_record(cache) -> None:
         def capabilities(self):
             return replace(super().capabilities(), fp32_in=("tf32",))
 
-    study = Study.parse(tiny.STUDY.replace("batch = 4", "batch = 4, tf32 = true"), "test")
+    study = Study.parse(tiny.STUDY.replace("batch = 4", 'batch = 4, fp32_in = "tf32"'), "test")
     pipeline = build_pipeline(study, lambda *_: None, Ampere())
     assert str(pipeline.target).endswith(", fp32 in TF32")
     assert Target(**pipeline.target.to_dict()) == pipeline.target

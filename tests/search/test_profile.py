@@ -174,7 +174,7 @@ def test_the_command_shows_the_profile_and_writes_it(tmp_path, capsys, pipeline,
 
 
 def test_a_search_that_asks_for_it_tries_the_greedy_widths(tmp_path, pipeline) -> None:
-    text = tiny.STUDY.replace("search = {trials = 12}", "search = {trials = 1, profile = true}")
+    text = tiny.STUDY.replace("search = {trials = 12}", "search = {trials = 1, warm_start = true}")
     (tmp_path / "study.toml").write_text(text)
     arguments = ["--study", str(tmp_path / "study.toml"), "--runs", str(tmp_path), "--search", "one"]
     assert run([*arguments, "--budget", "latency<1000%"]) in (0, 1)

@@ -1,0 +1,46 @@
+"""Keys of study files that had another name once, and what they are called now."""
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED: Mapping[str, Mapping[str, str]] = {"search": {"early": "early_stopping", "profile": "warm_start"}}
+"""Names of before and of today, by section."""
+_FP32_TYPES = ("tf32", "bf16")
+"""Each was a key of its own in [target]."""
+
+
+def with_present_names(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns a study's content with the keys of today, and a line for each that was called otherwise.
+
+    What is given under both names stays, so that reading the study tells that the old one is unknown.
+
+    Args:
+        content: of a study file or a journal.
+    """
+    study, lines = dict(content), list[str]()
+    for section, names in RENAMED.items():
+        keys = study.get(section)
+        if not isinstance(keys, Mapping):
+            continue
+        for old, new in names.items():
+            if old in keys and new not in keys:
+                keys = {new if key == old else key: value for key, value in keys.items()}
+                lines.append(f"[{section}] {old} is called {new} now")
+        study[section] = keys
+    target = study.get("target")
+    if isinstance(target, Mapping) and "fp32_in" not in target:
+        study["target"], more = _with_fp32_type(target)
+        lines += more
+    return study, lines
+
+
+def _with_fp32_type(target: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the section with one key in place of `tf32` and `bf16`; both at once stay, because that is a mistake."""
+    old = [kind for kind in _FP32_TYPES if kind in target]
+    wanted = [kind for kind in old if target[kind] is True]
+    if not old or len(wanted) > 1 or any(not isinstance(target[kind], bool) for kind in old):
+        return dict(target), []
+    value = wanted[0] if wanted else "fp32"
+    kept = {key: each for key, each in target.items() if key not in old}
+    lines = [f'[target] {kind} = {str(target[kind]).lower()} is written fp32_in = "{value}" now' for kind in old]
+    return {**kept, "fp32_in": value}, lines
