@@ -27,11 +27,13 @@ class Registry(Generic[Item]):
     Args:
         kind: what they are, for messages, such as "a criterion".
         entries: `"package.module:attribute"` by name.
+        aliases: names of before, which go on working, and the present one of each.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, entries: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> None:
         self.kind = kind
         self._entries = dict(entries)
+        self._aliases = dict(aliases or {})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -40,7 +42,7 @@ class Registry(Generic[Item]):
         return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return self.renamed(str(name)) in self._entries
 
     def __getitem__(self, name: str) -> Item:
         """Returns the implementation called `name`.
@@ -52,29 +54,38 @@ class Registry(Generic[Item]):
         module, _, attribute = self._entries[self.known(name)].partition(":")
         return cast(Item, getattr(importlib.import_module(module), attribute))
 
+    def renamed(self, name: str) -> str:
+        """Returns the present name of what had another one before, and every other name as it is."""
+        return self._aliases.get(name, name)
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """Returns the present name of an implementation, and then those that it had before."""
+        present = self.renamed(name)
+        return (present, *(before for before, now in self._aliases.items() if now == present))
+
     def known(self, name: str) -> str:
-        """Returns the name.
+        """Returns the present name.
 
         Raises:
-            UnknownNameError: nothing is called so.
+            UnknownNameError: nothing is called so, or was.
         """
-        if name not in self._entries:
+        if name not in self:
             near = nearest(name, self._entries)
             hint = f"; did you mean {near!r}?" if near else ""
             raise UnknownNameError(f"{self.kind} is one of {', '.join(self._entries)}, got {name!r}{hint}")
-        return name
+        return self.renamed(name)
 
     def module(self, name: str) -> str:
         """Returns the name of the module that has an implementation, without importing it."""
-        return self._entries[name].partition(":")[0]
+        return self._entries[self.renamed(name)].partition(":")[0]
 
     def check(self, name: str) -> str:
-        """Returns the name, for pydantic, which tells the key and the value itself.
+        """Returns the name as it is, for pydantic, which tells the key and the value itself.
 
         Raises:
             ValueError: there is no such implementation.
         """
-        if name not in self._entries:
+        if name not in self:
             near = nearest(name, self._entries)
             raise ValueError(f"one of {', '.join(self._entries)}{f' (did you mean {near!r}?)' if near else ''}")
         return name

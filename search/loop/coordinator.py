@@ -23,7 +23,8 @@ from search.config.registries import SAMPLERS
 from search.loop.front_recovery import REACH
 from search.loop.interrupts import Interrupts
 from search.loop.patience import Stall
-from search.loop.sampler_prior import meaning_of
+from search.loop.sampler_observations import observe_evaluations
+from search.loop.sampler_prior import problem_prior
 from search.pipeline.early_stopping import Screen, most_asked, saved_seconds
 from search.pipeline.exit_thresholds import GateSolver, Settled, is_hopeless
 from search.pipeline.workbench import Workbench
@@ -114,7 +115,8 @@ class Coordinator:
         self._settled = settled_choices(stored.get_trials(deepcopy=False), self._known.values())
         self._codec = Codec(self._distributions)
         drawn = seed + len(stored.get_trials(deepcopy=False))
-        stored.sampler = SAMPLERS[sampler_name](drawn, partial(meaning_of, bench, self._space, baseline))
+        prior = partial(problem_prior, bench, self._space, baseline)
+        stored.sampler = SAMPLERS[sampler_name](drawn, prior, observe_evaluations)
         if isinstance(stored.sampler, InformedSampler):
             self._seeds = [*seeds, *stored.sampler.initial_proposals(self._distributions)]
         self._stall = Stall(self._budget, self._dense, lines)

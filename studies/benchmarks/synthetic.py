@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from search.samplers.hypervolume.encoding import Array, Codec
-from search.samplers.hypervolume.prior import Aim, Link, Meaning, Structure
+from search.samplers.hypervolume.prior import CostTarget, LinearConstraint, NetworkStructure, ProblemPrior
 
 PRECISIONS = ("fp32", "int8", "int4")
 STEP = 4
@@ -148,12 +148,12 @@ class Problem:
         found = {"latency": seconds / self.setting.limit_s - 1}
         return found if accuracy is None else found | {"accuracy": (self.setting.floor - accuracy) / self.setting.floor}
 
-    def meaning(self) -> Meaning:
+    def prior(self) -> ProblemPrior:
         """Returns what a sampler may know beforehand: shapes, FLOPs, and sensitivities that are off by e^0.5."""
         count, groups = self.setting.layers, self._groups
         outputs = groups / self.widths[:, None]
         inputs = np.concatenate([np.zeros((1, groups.shape[1])), outputs[:-1]])
-        structure = Structure(
+        structure = NetworkStructure(
             channels=tuple(self._channels()),
             full=np.array([float(self.widths[members][0]) for members in groups.T]),
             flops=self._flops,
@@ -167,13 +167,16 @@ class Problem:
             damage=self._estimates(),
         )
         setting = self.setting
-        aims = (
-            Aim("accuracy", DENSE_ACCURACY, setting.floor, CHANCE),
-            Aim("latency", DENSE_S, setting.limit_s),
-            Aim("flops", 1.0, 1.0),
+        objectives = (
+            CostTarget("accuracy", DENSE_ACCURACY, setting.floor, CHANCE),
+            CostTarget("latency", DENSE_S, setting.limit_s),
+            CostTarget("flops", 1.0, 1.0),
         )
-        links = {"latency": Link(1, 1 / setting.limit_s, -1.0), "accuracy": Link(0, -1 / setting.floor, 1.0)}
-        return Meaning(structure, aims, links)
+        linear_constraints = {
+            "latency": LinearConstraint(1, 1 / setting.limit_s, -1.0),
+            "accuracy": LinearConstraint(0, -1 / setting.floor, 1.0),
+        }
+        return ProblemPrior(structure, objectives, linear_constraints)
 
     def _estimates(self) -> dict[str, tuple[float, ...]]:
         found = {}
