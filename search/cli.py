@@ -130,7 +130,7 @@ def search(
         int | None, typer.Option(min=1, metavar="TRIALS", help="End after so many in a row that win nothing.")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="front, tpe, nsga2, gp or random; else the study's, which is front.")
+        str | None, typer.Option(help="ehvi, tpe, nsga2, gp or random; else the study's, which is ehvi.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
     target: Target = None,

@@ -22,7 +22,8 @@ class Registry(Generic[Item]):
     CRITERIA["l3"]       # UnknownNameError: a criterion is one of l1, got 'l3'; did you mean 'l1'?
     CRITERIA.check       # the validator of a key of a study file
 
-    To add an implementation is a file and a line of the table.
+    To add an implementation is a file and a line of the table. One that gets another name keeps the old one as an
+    alias: study files and journals have it.
 
     Args:
         kind: what they are, for messages, such as "a criterion".

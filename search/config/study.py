@@ -209,7 +209,7 @@ class SearchSection(Section):
     trials: Positive = 100
     patience: Positive | None = None
     """So many trials in a row that win nothing end a search."""
-    sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = "front"
+    sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = "ehvi"
     profile: bool = False
     early: bool = True
 

@@ -20,7 +20,9 @@ def observe_evaluations(trials: Sequence[FrozenTrial]) -> list[TrialObservation]
     """
     evaluations = {trial.number: trial.user_attrs["evaluation"] for trial in trials if "evaluation" in trial.user_attrs}
     return [
-        _observation(trial, evaluations.get(trial.number) or evaluations.get(trial.user_attrs.get("duplicate_of"), {}))
+        _observation(
+            trial, trial.user_attrs.get("evaluation") or evaluations.get(trial.user_attrs.get("duplicate_of", -1), {})
+        )
         for trial in trials
     ]
 

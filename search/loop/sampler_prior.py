@@ -64,7 +64,9 @@ def _linear_constraints(budget: Budget, dense: Mapping[str, Measurement]) -> dic
     return constraints
 
 
-def _structure(bench: Workbench, space: JointSpace, seconds: Mapping[str, float], profile: Profile | None) -> NetworkStructure:
+def _structure(
+    bench: Workbench, space: JointSpace, seconds: Mapping[str, float], profile: Profile | None
+) -> NetworkStructure:
     image = torch.from_numpy(bench.data.calibration.images[:1])
     flops = ScaledFlops(bench.network, space.sparsity.groups, image)
     dimensions = space.dimensions()
@@ -126,7 +128,9 @@ def _damage(
         layer = name.removeprefix(precision.PREFIX)
         if layer in paths:
             weight_of = weights[f"{paths[layer]}.weight"].detach()
-            estimates[name] = tuple(_ROUNDING * _rounding_noise(weight_of, choice) for choice in space.precision.allowed[layer])
+            estimates[name] = tuple(
+                _ROUNDING * _rounding_noise(weight_of, choice) for choice in space.precision.allowed[layer]
+            )
     return estimates
 
 

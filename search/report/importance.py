@@ -79,7 +79,10 @@ def importance(versions: Sequence[Version], dense: Version) -> Importance | None
     latency_model = fit_gp(latencies, latency, latency)
     effects = [
         Effect(
-            name, change, _effect(accuracy_model, accuracies, places, then), _effect(latency_model, latencies, places, then)
+            name,
+            change,
+            _effect(accuracy_model, accuracies, places, then),
+            _effect(latency_model, latencies, places, then),
         )
         for name, change, places, then in columns.changes()
     ]

@@ -13,12 +13,11 @@ def is_non_dominated(costs: NDArray[np.float64], deduplicate: bool = False) -> N
         costs: less being better, `(n, m)`. A point with a NaN counts as dominated, and dominates none.
         deduplicate: whether, of equal points, only the first one counts as non-dominated.
     """
-    known = ~np.isnan(costs).any(axis=1)
-    mask = known.copy()
-    for index in np.flatnonzero(known):
-        cost = costs[index]
-        dominates = (costs <= cost).all(axis=1) & (costs < cost).any(axis=1)
-        mask[index] = not dominates[known].any()
-        if deduplicate and (costs[:index] == cost).all(axis=1).any():
-            mask[index] = False
+    mask = np.zeros(len(costs), dtype=np.bool_)
+    for index, cost in enumerate(costs):
+        if np.isnan(cost).any():
+            continue
+        is_dominated = ((costs <= cost).all(axis=1) & (costs < cost).any(axis=1)).any()
+        is_repeated = deduplicate and (costs[:index] == cost).all(axis=1).any()
+        mask[index] = not is_dominated and not is_repeated
     return mask

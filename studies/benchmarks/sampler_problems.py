@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution
 from evaluators.measurement import Measurement
 from search.config.study import Study
 from search.loop.coordinator import measure_baseline, narrowed
-from search.loop.sampler_prior import meaning_of
+from search.loop.sampler_prior import problem_prior
 from search.pipeline.exit_thresholds import GateSolver, is_hopeless
 from search.pipeline.workbench import Workbench
 from search.results.evaluation import Evaluation
@@ -23,8 +23,8 @@ from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Array
 from search.samplers.hypervolume.knapsack import SHARES, knapsacks
 from search.samplers.hypervolume.nsga2 import evolve
-from search.samplers.hypervolume.prior import Meaning
-from search.samplers.hypervolume.sampler import FrontSampler
+from search.samplers.hypervolume.prior import ProblemPrior
+from search.samplers.hypervolume.sampler import HypervolumeSampler
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
 _WRITTEN_EVERY = 20
@@ -35,12 +35,12 @@ Values = tuple[float | None, float, float]
 
 
 @dataclass(frozen=True)
-class Told:
+class Outcome:
     """What one evaluation came to.
 
     Args:
         key: of what was evaluated.
-        values: as the sampler is told them.
+        values: as the sampler learns them.
         violations: of each limit that was measured.
         evaluation: what a search would keep of it for the sampler; nothing where there is nothing more to know.
     """
@@ -60,7 +60,7 @@ class Case(Protocol):
         ...
 
     @property
-    def meaning(self) -> Meaning:
+    def prior(self) -> ProblemPrior:
         """What a sampler may know of it."""
         ...
 
@@ -69,7 +69,7 @@ class Case(Protocol):
         """What warm arms begin with."""
         ...
 
-    def evaluate(self, parameters: Mapping[str, Any]) -> Told:
+    def evaluate(self, parameters: Mapping[str, Any]) -> Outcome:
         """Returns what the parameters come to."""
         ...
 
@@ -90,9 +90,10 @@ class SyntheticCase:
         self._problem = Problem(seed, setting)
         self._rng = np.random.default_rng(seed)
         self._rows: dict[str, Array] = {}
-        self.space, self.meaning = self._problem.codec.space, self._problem.meaning()
+        self.space = self._problem.codec.space
+        self.prior = self._problem.prior()
         times = [share * setting.limit_s / DENSE_S for share in SHARES]
-        self.warm = [*self._problem.uniform(), *knapsacks(self.meaning.structure, self._problem.codec, times)]
+        self.warm = [*self._problem.uniform(), *knapsacks(self.prior.structure, self._problem.codec, times)]
         self._best = 1.0
         self._best = self._share(self._long_search())
 
@@ -114,12 +115,12 @@ class SyntheticCase:
         costs = [(1 - accuracy) / (1 - setting.floor), seconds / setting.limit_s, flops]
         return box_share(np.stack(costs, axis=1)) / self._best
 
-    def evaluate(self, parameters: Mapping[str, Any]) -> Told:
+    def evaluate(self, parameters: Mapping[str, Any]) -> Outcome:
         """Returns what the parameters come to, with noise."""
         key = json.dumps(parameters, sort_keys=True)
         self._rows[key] = self._problem.codec.encode([parameters])[0]
         values = self._problem.measure(parameters, self._rng)
-        return Told(key, values, self._problem.violations(values[0], values[1]))
+        return Outcome(key, values, self._problem.violations(values[0], values[1]))
 
     def hypervolume(self, keys: Sequence[str]) -> float:
         """Returns the share of the long search's hypervolume."""
@@ -169,11 +170,11 @@ class StudyCase:
         self._gates = GateSolver(self._bench, self._latency, self._dense)
         self._joint = narrowed(self._bench.space, self._baseline.examined)
         self.space = distributions(self._joint)
-        self.meaning = meaning_of(self._bench, self._joint, self._baseline)
-        self.warm = [*first_guesses(self._joint), *FrontSampler(0, self.meaning).initial_proposals(self.space)]
+        self.prior = problem_prior(self._bench, self._joint, self._baseline)
+        self.warm = [*first_guesses(self._joint), *HypervolumeSampler(0, self.prior).initial_proposals(self.space)]
         self._worst = worst_that_counts(self._budget, self._dense)
 
-    def evaluate(self, parameters: Mapping[str, Any]) -> Told:
+    def evaluate(self, parameters: Mapping[str, Any]) -> Outcome:
         """Returns what the parameters come to, from the record where they were evaluated before."""
         choices = self._joint.candidate(parameters)
         if choices.key not in self._record.evaluations:
@@ -185,7 +186,7 @@ class StudyCase:
         accuracy, seconds, flops, gates = self._record.evaluations[choices.key]
         values = (accuracy, seconds, flops)
         violations = self._budget.violations(self._measured(values), self._dense)
-        return Told(choices.key, values, violations, _kept((seconds, flops), gates))
+        return Outcome(choices.key, values, violations, _kept((seconds, flops), gates))
 
     def _is_hopeless(self, measured: Mapping[str, Measurement]) -> bool:
         return is_hopeless(self._budget, measured, self._dense)

@@ -116,7 +116,7 @@ def test_the_command_line_says_it_for_any_study() -> None:
     assert Request(only=("precision",)).to_study().space.only == ("precision",)
 
 
-@pytest.mark.parametrize("sampler", ["front", "tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["ehvi", "tpe", "nsga2", "random"])
 def test_a_space_of_few_versions_ends_by_itself(sampler: str, tmp_path: Path, cache: Path, capsys) -> None:
     text = f"{tiny.STUDY}\n[space]\ndrop_slower = false".replace(
         "tests.helpers.tiny:network", "tests.helpers.tiny:short"

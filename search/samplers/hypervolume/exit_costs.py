@@ -3,7 +3,8 @@
 The solver decides for each version anew where inputs leave. So mean costs jump between versions that are nearly equal,
 and a model of the mean learns little. What an input costs that leaves at an exit does not jump: the layers before the
 exit decide it. How many continue behind it follows from how far that cost is from the limit, and from what the version
-loses. With `c` the costs of the paths in order, and `r` the rates at which inputs continue behind each exit, the mean is
+loses. With `c` the costs of the paths in order, and `r` the rates at which inputs continue behind each exit, the mean
+is
 
     c₀ + Σᵢ min(r₀, …, rᵢ₋₁) max(cᵢ - cᵢ₋₁, 0)
 

@@ -52,11 +52,9 @@ class ScaledFeatures:
         sample = blocks(codec.random(_SAMPLE, np.random.default_rng(0)))
         scales, centres = [], []
         for index, (columns, weight) in enumerate(zip(sample, weights, strict=True)):
-            std = columns.std(axis=0)
-            if index in one_unit:
-                std = np.full_like(std, np.sqrt((std**2).sum()))
-            else:
-                std = std * np.sqrt(max(len(std), 1))
+            stds = columns.std(axis=0)
+            together = np.full_like(stds, np.sqrt((stds**2).sum()))
+            std = together if index in one_unit else stds * np.sqrt(max(len(stds), 1))
             scales.append(np.where(std > 0, weight / np.maximum(std, 1e-12), 0.0))
             centres.append(columns.mean(axis=0))
         return cls(blocks, scales, centres)

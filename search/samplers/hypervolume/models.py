@@ -36,7 +36,7 @@ class Posterior:
     Args:
         transform: of the cost.
         features: what the Gaussian process sees of rows.
-        mean_function: the prior mean, transformed; the Gaussian process is fitted to what it leaves. None where it is 0.
+        mean_function: the prior mean, transformed, None where it is 0; the Gaussian process is of what it leaves.
         gp: of what is left; None where nothing is, or nothing was measured.
         constant: what is left where there is no Gaussian process.
         constant_std: the standard deviation then.
@@ -127,11 +127,9 @@ class Posteriors:
 
     @property
     def errors(self) -> dict[ModelKey, HeldOutErrors]:
-        """The errors on what was held out; of models that have any."""
-        objectives = {index: posterior.error for index, posterior in enumerate(self.objectives)}
-        constraints = {name: posterior.error for name, posterior in self.constraints.items()}
-        named: dict[ModelKey, HeldOutErrors | None] = {**objectives, **constraints, **self.part_errors}
-        return {key: error for key, error in named.items() if error is not None}
+        """The errors on what was held out, of those models that have any."""
+        posteriors: list[tuple[ModelKey, Posterior]] = [*enumerate(self.objectives), *self.constraints.items()]
+        return {key: posterior.error for key, posterior in posteriors if posterior.error} | dict(self.part_errors)
 
     @property
     def are_uninformative(self) -> bool:
@@ -231,9 +229,7 @@ def _with_exit_costs(index: int, model: _Model, exit_costs: ExitCosts) -> _Model
     if index not in exit_costs.means:
         return replace(model, features=concatenate(exit_costs.distance, model.features))
     mean = exit_costs.means[index]
-    return _Model(
-        log_transform(), exit_costs.features, lambda rows: np.log(mean.function(rows)), np.log(mean.held_out)
-    )
+    return _Model(log_transform(), exit_costs.features, lambda rows: np.log(mean.function(rows)), np.log(mean.held_out))
 
 
 def _scaled_estimates(

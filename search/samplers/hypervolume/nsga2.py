@@ -20,7 +20,12 @@ _CHANGES = 1.5
 
 
 def evolve(
-    start: Array, evaluate: Evaluates, codec: Codec, rng: np.random.Generator, population: int = 100, generations: int = 30
+    start: Array,
+    evaluate: Evaluates,
+    codec: Codec,
+    rng: np.random.Generator,
+    population: int = 100,
+    generations: int = 30,
 ) -> tuple[Array, Array, Array]:
     """Returns the last population, the best first: rows `(n, d)`, costs `(n, m)` and violations `(n,)`.
 

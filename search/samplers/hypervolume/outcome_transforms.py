@@ -44,9 +44,7 @@ def damage_transform(target: CostTarget) -> OutcomeTransform:
 
 def relative_transform() -> OutcomeTransform:
     """Returns costs as they are, measured to within a share of them."""
-    return OutcomeTransform(
-        lambda costs: costs, lambda costs: costs, lambda costs: np.maximum(np.abs(costs), 1e-12)
-    )
+    return OutcomeTransform(lambda costs: costs, lambda costs: costs, lambda costs: np.maximum(np.abs(costs), 1e-12))
 
 
 def log_transform() -> OutcomeTransform:

@@ -40,7 +40,7 @@ class Proposal:
 def keep_proposal(study: optuna.Study, trial: FrozenTrial, proposal: Proposal) -> None:
     """Writes into a trial that is being sampled what proposes it.
 
-    Optuna has no public way for that: a sampler is given a frozen trial, and its user attributes are its user's. Its own
+    Optuna has no public way for that: a sampler is given a frozen trial, and user attributes are the user's. Its own
     samplers, `NSGAIISampler` for one, write as is done here.
     """
     content: Any = {"origin": proposal.origin, "costs": list(proposal.costs)}

@@ -56,7 +56,7 @@ class HypervolumeSampler(BaseSampler):
 
     Each batch fits a Gaussian process to every objective and constraint, runs NSGA-II on posterior means and on one
     function drawn from each posterior, and takes of what comes out the rows of most expected hypervolume improvement,
-    one after the other, and a mutated one for what no model knows. Before any row is feasible, rows are those that break
+    one after the other, and a mutated one for what no model knows. Before any row is feasible, it takes rows that break
     the limits least, by Thompson sampling. Where models are uninformative, it goes on by evolution alone.
 
         sampler = HypervolumeSampler(seed=0)
