@@ -11,6 +11,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 
 from evaluators.measurement import Measurement
+from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.loop.coordinator import measure_baseline, narrowed
 from search.loop.sampler_prior import problem_prior
@@ -139,7 +140,10 @@ class Record:
         content = json.loads(gzip.decompress(file.read_bytes())) if file.is_file() else {}
         self.baseline: dict[str, Any] | None = content.get("baseline")
         self.evaluations: dict[str, list[Any]] = content.get("evaluations", {})
-        self.runs: dict[str, dict[str, Any]] = content.get("runs", {})
+        self.runs: dict[str, dict[str, Any]] = {}
+        for arm, runs in content.get("runs", {}).items():  # an arm may have had its sampler's earlier name
+            name = SAMPLERS.renamed(arm)
+            self.runs[name] = runs | self.runs.get(name, {})
 
     def write(self) -> None:
         """Writes the file anew; the same content gives the same bytes."""
@@ -179,8 +183,8 @@ class StudyCase:
         choices = self._joint.candidate(parameters)
         if choices.key not in self._record.evaluations:
             settled = self._gates.settle(choices)
-            found = self._gates.measure(settled, self._is_hopeless)
-            self._record.evaluations[choices.key] = _recorded(found)
+            evaluation = self._gates.measure(settled, self._is_hopeless)
+            self._record.evaluations[choices.key] = _recorded(evaluation)
             if len(self._record.evaluations) % _WRITTEN_EVERY == 0:
                 self._record.write()
         accuracy, seconds, flops, gates = self._record.evaluations[choices.key]
@@ -197,9 +201,9 @@ class StudyCase:
 
     def hypervolume(self, keys: Sequence[str]) -> float:
         """Returns the share of the budget's box that is dominated, as a search shows it."""
-        found = [self._record.evaluations[key] for key in dict.fromkeys(keys)]
-        whole = np.array([values[:3] for values in found if values[0] is not None], dtype=np.float64).reshape(-1, 3)
-        accuracy, latency, flops = whole.T
+        evaluations = [self._record.evaluations[key] for key in dict.fromkeys(keys)]
+        complete = [values[:3] for values in evaluations if values[0] is not None]
+        accuracy, latency, flops = np.array(complete, dtype=np.float64).reshape(-1, 3).T
         worst = self._worst
         costs = [(1 - accuracy) / (1 - worst["accuracy"]), latency / worst["latency"], flops / worst["flops"]]
         return box_share(np.stack(costs, axis=1))
@@ -214,11 +218,11 @@ def _kept(costs: Sequence[float], gates: Mapping[str, Any] | None) -> dict[str, 
 def _recorded(evaluation: Evaluation) -> list[Any]:
     """Returns accuracy, None if not measured, seconds and FLOPs, and where and at what cost inputs leave."""
     measured = evaluation.measurements
-    found = [_short(measured[name].value) if name in measured else None for name in OBJECTIVES]
+    values = [_short(measured[name].value) if name in measured else None for name in OBJECTIVES]
     if not (gates := evaluation.gates):
-        return [*found, None]
-    ways = {metric: [_short(each) for each in costs] for metric, costs in gates["ways"].items()}
-    return [*found, {"shares": [_short(share) for share in gates["shares"]], "ways": ways}]
+        return [*values, None]
+    ways = {metric: [_short(cost) for cost in costs] for metric, costs in gates["ways"].items()}
+    return [*values, {"shares": [_short(share) for share in gates["shares"]], "ways": ways}]
 
 
 def _short(value: float) -> float:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -109,7 +110,7 @@ def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
 def compare(
     make: Callable[[int], Case], arms: Mapping[str, int], seeds: int, after: Callable[[str, int, Trace], None]
 ) -> dict[str, list[Trace]]:
-    """Returns what each arm does with each seed in so many trials; `after` is told of each."""
+    """Returns what each arm does with each seed in so many trials; `after` is called with each."""
     traces: dict[str, list[Trace]] = {name: [] for name in arms}
     for seed in range(seeds):
         for name, trials in arms.items():
@@ -168,11 +169,11 @@ def draw(traces_of: Mapping[str, Sequence[Trace]], title: str, file: Path) -> No
 
 
 def _tight(seeds: int, arms: Mapping[str, int]) -> None:
-    """Prints, for budgets that no uniform configuration keeps, when the first version is traces_of that does."""
+    """Prints, for budgets that no uniform configuration keeps, when the first version is found that does."""
     rows = []
     for exits, limit_s in ((0, 0.003), (3, 0.003), (3, 0.0026)):
         setting = Setting(exits=exits, limit_s=limit_s)
-        traces_of = compare(lambda seed, kind=setting: SyntheticCase(seed, kind), arms, seeds, lambda *_: None)  # type: ignore[misc]
+        traces_of = compare(partial(SyntheticCase, setting=setting), arms, seeds, lambda *_: None)
         for name, traces in traces_of.items():
             firsts = ["never" if trace.first is None else str(trace.first + 1) for trace in traces]
             rows.append([f"{limit_s * 1e3:g} ms, {exits} exits", name, ", ".join(firsts)])
@@ -197,7 +198,7 @@ def _study(study: Study, record: Record, arms: Mapping[str, int], seeds: int) ->
 
 def _recorded(record: Record) -> dict[str, list[Trace]]:
     return {
-        SAMPLERS.renamed(arm): [
+        arm: [
             Trace(
                 tuple(run["keys"]),
                 {int(count): value for count, value in run["hypervolumes"].items()},

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from pymoo.indicators.hv import HV
 
-from search.samplers.hypervolume.acquisition import choose_by_hypervolume, non_dominated_points
+from search.samplers.hypervolume.acquisition import Marginals, choose_by_hypervolume, non_dominated_points
 from search.samplers.hypervolume.encoding import Codec
 from search.samplers.hypervolume.gaussian_process import fit_gp, held_out_errors
 from search.samplers.hypervolume.knapsack import knapsacks
@@ -81,6 +82,17 @@ def test_a_function_that_is_drawn_goes_through_what_was_measured() -> None:
     assert stds[0] < stds[1]
 
 
+def test_functions_drawn_from_a_posterior_have_its_mean_and_standard_deviation() -> None:
+    rng = np.random.default_rng(2)
+    columns = rng.normal(size=(12, 3))
+    model = fit_gp(columns, columns @ [1.0, -1.0, 0.5] + 0.3 * rng.normal(size=12), np.ones(12))
+    there = rng.normal(size=(4, 3))
+    draws = np.array([model.draw(rng)(there) for _ in range(3000)])
+    means, stds = model.means_and_stds(there)
+    assert draws.mean(axis=0) == pytest.approx(means, abs=0.08 * stds.max())
+    assert draws.std(axis=0) == pytest.approx(stds, rel=0.08)
+
+
 def _in_clusters(rng: np.random.Generator, shared: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns 10 groups of 6 rows next to each other, and a slope with an error that is each group's or each row's."""
     columns = np.repeat(rng.normal(size=(10, 6)), 6, axis=0) + 0.05 * rng.normal(size=(60, 6))
@@ -138,6 +150,22 @@ def test_two_rows_that_win_the_same_are_not_both_chosen() -> None:
     assert choose_by_hypervolume(np.array(better), np.zeros((0, len(points))), 2) in ([0, 2], [2, 0])
     pending = np.array(better[:1])
     assert choose_by_hypervolume(np.array(better), pending, 1) == [2]
+
+
+def test_points_won_are_the_expected_hypervolume_improvement() -> None:
+    front, reference = np.array([[0.3, 0.7], [0.6, 0.4]]), np.ones(2)
+    rng = np.random.default_rng(0)
+    marginals = Marginals(np.array([[0.5, 0.5], [0.9, 0.1]]), np.full((2, 2), 0.2), np.log([1.0, 0.5]))
+    ideal = np.full(2, -0.5)  # nothing that is likely lies below
+    points = non_dominated_points(ideal, reference, front, rng)
+    dominated = float(HV(ref_point=reference)(front))
+    volume = 1.5**2 - dominated
+    expected = marginals.domination_probability(points).mean(axis=1) * volume
+    for row in range(2):
+        outcomes = marginals.means[row] + marginals.stds[row] * rng.standard_normal((4000, 2))
+        won = [float(HV(ref_point=reference)(np.vstack([front, outcome]))) - dominated for outcome in outcomes]
+        feasible = np.exp(marginals.log_feasibility[row])
+        assert expected[row] == pytest.approx(feasible * np.mean(won), rel=0.08)
 
 
 def test_a_constraint_that_follows_from_an_objective_is_noticed_and_tells_what_was_not_measured() -> None:

@@ -204,11 +204,11 @@ def fit_exit_costs(observations: Observations, prior: ProblemPrior, codec: Codec
         else:
             paths[objective], errors[LONGEST_PATH] = _path_latencies(observations.rows, costs, prior.structure, codec)
     distance = distance_to_limit(
-        {objective: [path.function for path in found] for objective, found in paths.items()}, prior, codec
+        {objective: [path.function for path in predicted] for objective, predicted in paths.items()}, prior, codec
     )
     features = _exit_features(distance, prior.structure, codec)
     rates = continuation_rates(observations.rows, shares, features)
-    means = {objective: _mean(found, rates) for objective, found in paths.items()}
+    means = {objective: _mean(predicted, rates) for objective, predicted in paths.items()}
     return ExitCosts(means, distance, features, errors)
 
 
@@ -259,12 +259,12 @@ def distance_to_limit(paths: Mapping[int, Sequence[Function]], prior: ProblemPri
         prior: knows what is aimed at.
         codec: of the space.
     """
-    aimed = [(path, prior.objectives[objective].aimed_at) for objective, found in paths.items() for path in found]
+    aimed = [(path, prior.objectives[objective].aimed_at) for objective, costs in paths.items() for path in costs]
     limited = [(path, aimed_at) for path, aimed_at in aimed if np.isfinite(aimed_at)]
 
     def blocks(rows: Array) -> list[Array]:
         distances = [np.log(path(rows) / aimed_at) for path, aimed_at in limited]
-        columns = [part for each in distances for part in (np.maximum(each, 0.0), np.minimum(each, 0.0))]
+        columns = [part for log in distances for part in (np.maximum(log, 0.0), np.minimum(log, 0.0))]
         return [np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0))]
 
     return ScaledFeatures.fit(blocks, (1.0,), codec, (0,))

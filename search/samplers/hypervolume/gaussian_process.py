@@ -289,12 +289,12 @@ def _best_attempt(inner: Array, squared_norms: Array, targets: Array, relative: 
         kernel = Kernel(form, float(squared_norms.mean()) or 1.0, squared_lengthscale)
         covariance = kernel(inner, squared_norms, squared_norms)
         attempts += [attempt(kernel, covariance, noise, 0.0) for noise in _NOISE_VARIANCES]
-    best = min(attempts, key=lambda each: each.loss)
+    best = min(attempts, key=lambda tested: tested.loss)
     for noise in _NOISE_VARIANCES:
         kernel = replace(best.kernel, local_variance=_LOCAL_NOISE_SHARE * noise)
         covariance = kernel(inner, squared_norms, squared_norms)
         attempts.append(attempt(kernel, covariance, noise, _LOCAL_NOISE_SHARE))
-    best_of_all = min(attempts, key=lambda each: each.loss)
+    best_of_all = min(attempts, key=lambda tested: tested.loss)
     return best_of_all if best_of_all.loss < _CLEARLY_BETTER * best.loss else best
 
 

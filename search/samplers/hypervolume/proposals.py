@@ -71,8 +71,8 @@ def untried(rows: Array, tried: Sequence[Array] | Array) -> Array:
 
 def untried_or_last(rows: Array, tried: Sequence[Array] | Array) -> Array:
     """Returns the rows `(n, d)` that were not tried; where all were, the last one: something has to be proposed."""
-    found = untried(rows, tried)
-    return found if len(found) else rows[-1:]
+    fresh = untried(rows, tried)
+    return fresh if len(fresh) else rows[-1:]
 
 
 def row_key(row: Array) -> bytes:
