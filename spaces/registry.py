@@ -33,16 +33,19 @@ class Registry(Generic[Item]):
     CRITERIA["l3"]       # UnknownNameError: a criterion is one of l1 or package.module:attribute, got 'l3'; ...
     CRITERIA.check       # the validator of a key of a study file
 
-    To add an implementation is a file and a line of the table: docs/extending has a page for each kind.
+    To add an implementation is a file and a line of the table: docs/extending has a page for each kind. One that gets
+    another name keeps the old one as an alias: study files and journals have it.
 
     Args:
         kind: what they are, for messages, such as "a criterion".
         entries: `"package.module:attribute"` by name.
+        aliases: names of before, which go on working, and the present one of each.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, entries: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> None:
         self.kind = kind
         self._entries = dict(entries)
+        self._aliases = dict(aliases or {})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -51,7 +54,7 @@ class Registry(Generic[Item]):
         return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return self.renamed(str(name)) in self._entries
 
     def __getitem__(self, name: str) -> Item:
         """Returns the implementation called `name`, or the one that `package.module:attribute` is.
@@ -76,33 +79,43 @@ class Registry(Generic[Item]):
                 " install it, or start from the folder that has it"
             ) from error
 
+    def renamed(self, name: str) -> str:
+        """Returns the present name of what had another one before, and every other name as it is."""
+        return self._aliases.get(name, name)
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """Returns the present name of an implementation, and then those that it had before."""
+        present = self.renamed(name)
+        return (present, *(before for before, now in self._aliases.items() if now == present))
+
     def known(self, name: str) -> str:
-        """Returns the name of an implementation, those of the user's own being imported to see that they are there.
+        """Returns the present name; what is the user's own is imported to see that it is there.
 
         Raises:
-            UnknownNameError: nothing is called so.
+            UnknownNameError: nothing is called so, or was.
         """
         if is_reference(name):
             self._imported(name)
-        elif name not in self._entries:
+        elif name not in self:
             near = nearest(name, self._entries)
             hint = f"; did you mean {near!r}?" if near else ""
             raise UnknownNameError(f"{self.kind} is one of {', '.join(self._entries)} or {FORM}, got {name!r}{hint}")
-        return name
+        return self.renamed(name)
 
     def module(self, name: str) -> str:
         """Returns the name of the module that has an implementation, without importing it."""
-        return self._entries.get(name, name).partition(":")[0]
+        present = self.renamed(name)
+        return self._entries.get(present, present).partition(":")[0]
 
     def check(self, name: str) -> str:
-        """Returns the name, for pydantic, which tells the key and the value itself.
+        """Returns the name as it is, for pydantic, which tells the key and the value itself.
 
         What `package.module:attribute` names is not imported: a journal is read where its code is not installed too.
 
         Raises:
             ValueError: there is no such implementation.
         """
-        if name not in self._entries and not is_reference(name):
+        if name not in self and not is_reference(name):
             near = nearest(name, self._entries)
             hint = f" (did you mean {near!r}?)" if near else ""
             raise ValueError(f"one of {', '.join(self._entries)} or {FORM}{hint}")

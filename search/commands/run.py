@@ -37,9 +37,10 @@ def run_search(
 ) -> int:
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
     study = request.to_study()
-    sampler = SAMPLERS.known(sampler or study.search.sampler)
+    asked_sampler = sampler or study.search.sampler
+    sampler = SAMPLERS.known(asked_sampler)
     study.check_extensions()
-    folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler.replace(':', '.')}-{seed}"))
+    folder = SearchFolder(runs / name) if name else _folder_of(study, sampler, seed, runs)
     _check_same_question(folder, study)
     _check_reachable(tracking_uri, runs)
     library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written
@@ -48,6 +49,8 @@ def run_search(
     with Display(output.beside(), output.quiet) as display:
         from search.commands.search_run import SearchRun  # imports torch
 
+        if asked_sampler != sampler:
+            display.say(f"Note: the sampler {asked_sampler!r} is called {sampler!r} now.")
         run = SearchRun(folder, study, ending.of(study), sampler, seed, display, library, download, tracking_uri)
         code = run.run()
     overview = Overview.of(StoredSearch.read(folder))
@@ -62,6 +65,13 @@ def run_search(
         said = [shlex.join(["python", "-m", "search", *line, "--search", folder.name, *here]) for line in lines]
         write_lines(console, ["Go on with:", *(f"  {line}" for line in said)])
     return code or (0 if overview.front else NO_VERSION)
+
+
+def _folder_of(study: Study, sampler: str, seed: int, runs: Path) -> SearchFolder:
+    """Returns the folder of a search that was given no name; one that began under a sampler's earlier name goes on."""
+    names = [name.replace(":", ".") for name in SAMPLERS.names_of(sampler)]
+    folders = [SearchFolder(runs / f"{study.name}-{study.question_key}-{name}-{seed}") for name in names]
+    return next((folder for folder in folders if folder.journal.is_file()), folders[0])
 
 
 def _check_reachable(tracking_uri: str | None, runs: Path) -> None:

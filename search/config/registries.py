@@ -28,12 +28,13 @@ QUANTIZERS: Registry[Any] = Registry(
 SAMPLERS: Registry[Any] = Registry(
     "a sampler",
     {
-        "front": "search.samplers.hypervolume.sampler:front",
+        "ehvi": "search.samplers.hypervolume.sampler:ehvi",
         "tpe": "search.samplers.optuna_samplers:tpe",
         "nsga2": "search.samplers.optuna_samplers:nsga2",
         "gp": "search.samplers.optuna_samplers:gp",
         "random": "search.samplers.optuna_samplers:uniform",
     },
+    aliases={"front": "ehvi"},
 )
 """Factories, see `search.samplers.base.SamplerFactory`, by the name that `--sampler` gives them."""
 

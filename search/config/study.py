@@ -250,7 +250,7 @@ class SearchSection(Section):
     """Trials after which a search ends."""
     patience: Positive | None = None
     """Trials in a row without progress after which a search ends; never where not given."""
-    sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = "front"
+    sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = "ehvi"
     """What proposes versions."""
     warm_start: bool = False
     """Whether the search begins with widths from a sensitivity profile."""

@@ -20,7 +20,8 @@ from search.loop.front_recovery import RECOVERABLE
 from search.loop.interrupts import Interrupts
 from search.loop.patience import Stall
 from search.loop.resume import is_counted, put_right_running, resolved_choices, without_slow_precisions
-from search.loop.sampler_prior import meaning_of
+from search.loop.sampler_observations import observe_evaluations
+from search.loop.sampler_prior import problem_prior
 from search.pipeline.early_stopping import AccuracyScreen, EarlyStopping, LimitsBroken, max_screened, saved_seconds
 from search.pipeline.exit_thresholds import ExitThresholdSolver, ResolvedCandidate
 from search.pipeline.pipeline import CompressionPipeline
@@ -110,7 +111,8 @@ class Coordinator:
         self._resolved = resolved_choices(stored.get_trials(deepcopy=False), self._known.values())
         self._codec = Codec(self._distributions)
         drawn = seed + len(stored.get_trials(deepcopy=False))
-        stored.sampler = SAMPLERS[sampler_name](drawn, partial(meaning_of, pipeline, self._space, baseline))
+        prior = partial(problem_prior, pipeline, self._space, baseline)
+        stored.sampler = SAMPLERS[sampler_name](drawn, prior, observe_evaluations)
         if isinstance(stored.sampler, InformedSampler):
             self._seeds = [*seeds, *stored.sampler.initial_proposals(self._distributions)]
         self._stall = Stall(self._budget, self._dense, lines)

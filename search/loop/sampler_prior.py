@@ -1,4 +1,4 @@
-"""What a study's dimensions, objectives and limits mean to a sampler: from the network, its target and its budget."""
+"""What a sampler knows of a study before any trial: from the network, its target and its budget."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +17,7 @@ from search.results.pareto import OBJECTIVES, worst_that_counts
 from search.results.sensitivity import Profile
 from search.results.store import Baseline
 from search.samplers.hypervolume.encoding import Array
-from search.samplers.hypervolume.prior import Aim, Kind, Link, Meaning, Structure
+from search.samplers.hypervolume.prior import CostTarget, Kind, LinearConstraint, NetworkStructure, ProblemPrior
 from spaces import channels as sparsity
 from spaces import precision
 from spaces import thresholds as gates
@@ -32,40 +32,43 @@ _ROUNDING = 10.0
 """And noise in weights so many times its share of their power."""
 
 
-def meaning_of(pipeline: CompressionPipeline, space: JointSpace, baseline: Baseline) -> Meaning:
+def problem_prior(pipeline: CompressionPipeline, space: JointSpace, baseline: Baseline) -> ProblemPrior:
     """Returns what a sampler may know of a study beforehand; a sensitivity profile where one was measured."""
     dense = baseline.evaluation.measurements
     structure = _structure(pipeline, space, baseline.reference_seconds, Profiler(pipeline).known)
-    return Meaning(structure, _aims(pipeline, dense), _links(pipeline.study.limits, dense), pipeline.solves_thresholds)
+    limits = pipeline.study.limits
+    return ProblemPrior(
+        structure, _targets(pipeline, dense), _linear_constraints(limits, dense), pipeline.solves_thresholds
+    )
 
 
-def _aims(pipeline: CompressionPipeline, dense: Mapping[str, Measurement]) -> tuple[Aim, ...]:
+def _targets(pipeline: CompressionPipeline, dense: Mapping[str, Measurement]) -> tuple[CostTarget, ...]:
     worst = worst_that_counts(pipeline.study.limits, dense)
     kinds: Mapping[str, Kind] = {"accuracy": "accuracy", "latency": "latency", "flops": "flops"}
     chance, limits = 1 / pipeline.data.classes, pipeline.study.limits
     return tuple(
-        Aim(kinds[name], dense[name].value, worst[name], min(chance, worst[name]), aimed(limits, name, dense))
+        CostTarget(kinds[name], dense[name].value, worst[name], min(chance, worst[name]), aimed(limits, name, dense))
         for name in OBJECTIVES
     )
 
 
-def _links(budget: Budget, dense: Mapping[str, Measurement]) -> dict[str, Link]:
-    """Returns how limits on objectives follow from them: they are straight lines, so two points tell them."""
-    found = {}
+def _linear_constraints(budget: Budget, dense: Mapping[str, Measurement]) -> dict[str, LinearConstraint]:
+    """Returns how limits on objectives follow from them: violations are linear, so two points give them."""
+    constraints = {}
     for limit in budget.constraints:
         metric = limit.measured_as
         if metric not in OBJECTIVES or not limit.limits_default_statistic:
             continue
         own = dense[metric]
-        at = [limit.violation(replace(own, value=value), own) for value in (0.0, own.value)]
-        slope = (at[1] - at[0]) / own.value
-        found[str(limit)] = Link(OBJECTIVES.index(metric), slope, at[0])
-    return found
+        at_zero, at_own = (limit.violation(replace(own, value=value), own) for value in (0.0, own.value))
+        slope = (at_own - at_zero) / own.value
+        constraints[str(limit)] = LinearConstraint(OBJECTIVES.index(metric), slope, at_zero)
+    return constraints
 
 
 def _structure(
     pipeline: CompressionPipeline, space: JointSpace, seconds: Mapping[str, float], profile: Profile | None
-) -> Structure:
+) -> NetworkStructure:
     image = torch.from_numpy(pipeline.data.calibration.images[:1])
     flops = ScaledFlops(pipeline.network, space.sparsity.groups, image)
     dimensions = space.dimensions()
@@ -73,31 +76,31 @@ def _structure(
     layers = [name for name in space.precision.layers if name in paths]
     norms = [name for name in paths if name not in set(layers)]
     order = [paths[name] for name in (*layers, *norms)]
-    free = [group for group in space.sparsity.groups if sparsity.PREFIX + group.name in dimensions]
-    columns = {group.name: place for place, group in enumerate(free)}
-    chosen = [precision.PREFIX + name for name in layers]
+    searched = [group for group in space.sparsity.groups if sparsity.PREFIX + group.name in dimensions]
+    columns = {group.name: column for column, group in enumerate(searched)}
+    precision_names = [precision.PREFIX + name for name in layers]
     reference = next(iter(space.precision.precisions))
     exits = tuple(gates.PREFIX + name for name in space.gates.exits if gates.PREFIX + name in dimensions)
-    ways = len(pipeline.network.exit_names) if pipeline.solves_thresholds else len(exits)
+    exit_count = len(pipeline.network.exit_names) if pipeline.solves_thresholds else len(exits)
     depths = [pipeline.flops.exits_before(paths[name]) for name in layers]
-    return Structure(
-        channels=tuple(sparsity.PREFIX + group.name for group in free),
-        full=np.array([float(group.channels) for group in free]),
+    return NetworkStructure(
+        channels=tuple(sparsity.PREFIX + group.name for group in searched),
+        full=np.array([float(group.channels) for group in searched]),
         flops=np.array([flops.dense[path] for path in order]),
-        inputs=np.stack([_row(flops.shares(path, "in"), columns) for path in order]),
-        outputs=np.stack([_row(flops.shares(path, "out"), columns) for path in order]),
-        precision=tuple(name if name in dimensions else None for name in chosen),
+        inputs=np.stack([_shares_by_column(flops.shares(path, "in"), columns) for path in order]),
+        outputs=np.stack([_shares_by_column(flops.shares(path, "out"), columns) for path in order]),
+        precision=tuple(name if name in dimensions else None for name in precision_names),
         fixed=tuple(space.precision.allowed[name][0] for name in layers),
         speeds={
             name: seconds.get(name, seconds[reference]) / seconds[reference] for name in space.precision.precisions
         },
         exits=exits,
-        exit_after=tuple(sum(depth <= number for depth in depths) for number in range(ways)),
+        exit_after=tuple(sum(depth <= number for depth in depths) for number in range(exit_count)),
         damage=_damage(pipeline, space, profile, {name: paths[name] for name in layers}),
     )
 
 
-def _row(shares: Mapping[str, float], columns: Mapping[str, int]) -> Array:
+def _shares_by_column(shares: Mapping[str, float], columns: Mapping[str, int]) -> Array:
     row = np.zeros(len(columns))
     for name, share in shares.items():
         if name in columns:
@@ -109,7 +112,7 @@ def _damage(
     pipeline: CompressionPipeline, space: JointSpace, profile: Profile | None, paths: Mapping[str, str]
 ) -> dict[str, tuple[float, ...]]:
     """Returns estimates for each value of each dimension: widths from a profile or scores, precisions from rounding."""
-    found: dict[str, tuple[float, ...]] = {}
+    estimates: dict[str, tuple[float, ...]] = {}
     widths = space.sparsity.dimensions()
     for name, dimension in widths.items():
         group = name.removeprefix(sparsity.PREFIX)
@@ -117,21 +120,24 @@ def _damage(
         if profile is not None and group in profile.groups:
             points = sorted(profile.groups[group], key=lambda point: point.channels)
             costs = [max(point.divergence - profile.floor, 0.0) for point in points]
-            found[name] = tuple(float(np.interp(count, [p.channels for p in points], costs)) for count in counts)
+            measured_at = [point.channels for point in points]
+            estimates[name] = tuple(float(np.interp(count, measured_at, costs)) for count in counts)
         else:
             weight = 4 * _HALF_WIDTH / len(widths)
-            found[name] = tuple(weight * space.sparsity.lost(group, count) ** 2 for count in counts)
+            estimates[name] = tuple(weight * space.sparsity.lost(group, count) ** 2 for count in counts)
     weights = dict(pipeline.network.named_parameters())
     for name in space.precision.dimensions():
         layer = name.removeprefix(precision.PREFIX)
         if layer in paths:
             weight_of = weights[f"{paths[layer]}.weight"].detach()
-            found[name] = tuple(_ROUNDING * _noise(weight_of, each) for each in space.precision.allowed[layer])
-    return found
+            estimates[name] = tuple(
+                _ROUNDING * _rounding_noise(weight_of, choice) for choice in space.precision.allowed[layer]
+            )
+    return estimates
 
 
-def _noise(weight: Tensor, name: str) -> float:
-    """Returns the share of the power of weights that rounding to a precision adds as noise, channel by channel."""
+def _rounding_noise(weight: Tensor, name: str) -> float:
+    """Returns the power of the noise that rounding weights, channel by channel, adds, as a share of their own."""
     if name not in _BITS:
         return 0.0
     flat = weight.flatten(1) if weight.ndim > 1 else weight[None]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.results.pareto import Version
-from search.samplers.hypervolume.gaussian_process import Surrogate, fit, held_out
+from search.samplers.hypervolume.gaussian_process import GaussianProcess, fit_gp, held_out_errors
 from spaces.candidate import Candidate
 
 IMPORTANCE = "What layers cost and buy"
@@ -75,15 +75,21 @@ def importance(versions: Sequence[Version], dense: Version) -> Importance | None
     accuracy = np.array([version.measured["accuracy"].value for version in complete])
     latency = np.array([_longest(version) for version in timed]) / dense.measured["latency"].value
     accuracies, latencies = columns.rows(complete), columns.rows(timed)
-    told, timing = fit(accuracies, accuracy, np.ones_like(accuracy)), fit(latencies, latency, latency)
+    accuracy_model = fit_gp(accuracies, accuracy, np.ones_like(accuracy))
+    latency_model = fit_gp(latencies, latency, latency)
     effects = [
-        Effect(name, change, _effect(told, accuracies, places, then), _effect(timing, latencies, places, then))
+        Effect(
+            name,
+            change,
+            _effect(accuracy_model, accuracies, places, then),
+            _effect(latency_model, latencies, places, then),
+        )
         for name, change, places, then in columns.changes()
     ]
     return Importance(
         tuple(sorted(effects, key=lambda effect: effect.latency)),
-        held_out("", told.predicted, accuracy).r2,
-        held_out("", timing.predicted, latency).r2,
+        held_out_errors("", accuracy_model.left_out_means, accuracy).r2,
+        held_out_errors("", latency_model.left_out_means, latency).r2,
     )
 
 
@@ -93,11 +99,11 @@ def _longest(version: Version) -> float:
     return latency.others.get("worst", latency.value)
 
 
-def _effect(surrogate: Surrogate, rows: Array, places: Sequence[int], then: Sequence[float]) -> float:
+def _effect(model: GaussianProcess, rows: Array, places: Sequence[int], then: Sequence[float]) -> float:
     """Returns by how much, on average over rows, what is told differs with `then` in some columns from zeros there."""
     changed, usual = rows.copy(), rows.copy()
     changed[:, places], usual[:, places] = then, 0.0
-    return float((surrogate.means(changed) - surrogate.means(usual)).mean())
+    return float((model.means(changed) - model.means(usual)).mean())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from evaluators.measurement import METRICS, Measurement
 from search.config.budget import Budget
 from search.results.evaluation import Evaluation
+from search.samplers.non_domination import is_non_dominated
 
 OBJECTIVES = ("accuracy", "latency", "flops")
 PREFERENCES = ("accuracy", "latency", "flops", "size", "knee")
@@ -72,15 +73,8 @@ def pareto(versions: Sequence[Version]) -> list[Version]:
     if not versions:
         return []
     ordered = sorted(versions, key=lambda version: (*version.costs(), version.number))
-    costs = np.stack([version.costs() for version in ordered])
-    kept = []
-    for index, cost in enumerate(costs):
-        no_worse = (costs <= cost).all(axis=1)
-        better = (costs < cost).any(axis=1)
-        earlier_equal = (costs[:index] == cost).all(axis=1).any()
-        if not (no_worse & better).any() and not earlier_equal:
-            kept.append(ordered[index])
-    return kept
+    mask = is_non_dominated(np.stack([version.costs() for version in ordered]), deduplicate=True)
+    return [version for version, is_kept in zip(ordered, mask, strict=True) if is_kept]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.latency.slow_layers import Examined
 from search.config.budget import Budget
+from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
@@ -305,15 +306,19 @@ def keep_given(stored: optuna.Study, given: Given) -> None:
 
 
 def keep_sampler(stored: optuna.Study, name: str) -> None:
-    """Notes which sampler is at work from now on."""
+    """Notes which sampler is at work from now on; one that was renamed is the same one."""
     samplers = _samplers(stored)
-    if not samplers or samplers[max(samplers)] != name:
+    if not samplers or samplers[max(samplers)] != SAMPLERS.renamed(name):
         stored.set_user_attr(f"{_SAMPLER}{len(stored.get_trials(deepcopy=False))}", name)
 
 
 def _samplers(stored: optuna.Study) -> dict[int, str]:
-    found = stored.user_attrs.items()
-    return {int(name.removeprefix(_SAMPLER)): value for name, value in found if name.startswith(_SAMPLER)}
+    """Returns the sampler from each of some trials on, by its present name."""
+    return {
+        int(key.removeprefix(_SAMPLER)): SAMPLERS.renamed(name)
+        for key, name in stored.user_attrs.items()
+        if key.startswith(_SAMPLER)
+    }
 
 
 def keep_recovered(stored: optuna.Study, number: int, evaluation: Evaluation) -> None:

@@ -7,9 +7,10 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-from search.samplers.hypervolume.prior import Meaning
+from search.samplers.hypervolume.observations import ObservesTrials
+from search.samplers.hypervolume.prior import ProblemPrior
 
-MakesPrior = Callable[[], Meaning]
+MakesPrior = Callable[[], ProblemPrior]
 """Makes what is known of the problem without measuring; that takes a moment, so only who uses it calls it."""
 
 
@@ -29,12 +30,15 @@ class SamplerFactory(Protocol):
             return QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
     '''
 
-    def __call__(self, seed: int, prior: MakesPrior | None = None) -> BaseSampler:
+    def __call__(
+        self, seed: int, prior: MakesPrior | None = None, observe: ObservesTrials | None = None, /
+    ) -> BaseSampler:
         """Returns a sampler.
 
         Args:
             seed: of its draws.
             prior: see `MakesPrior`; samplers may ignore it.
+            observe: reads what was measured in trials; samplers may ignore it, and know their values alone.
         """
         ...
 

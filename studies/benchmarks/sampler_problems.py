@@ -11,10 +11,11 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 
 from evaluators.measurement import Measurement
+from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.loop.baseline import measure_baseline
 from search.loop.resume import without_slow_precisions
-from search.loop.sampler_prior import meaning_of
+from search.loop.sampler_prior import problem_prior
 from search.pipeline.early_stopping import LimitsBroken
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import build_pipeline
@@ -25,8 +26,8 @@ from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Array
 from search.samplers.hypervolume.knapsack import SHARES, knapsacks
 from search.samplers.hypervolume.nsga2 import evolve
-from search.samplers.hypervolume.prior import Meaning
-from search.samplers.hypervolume.sampler import FrontSampler
+from search.samplers.hypervolume.prior import ProblemPrior
+from search.samplers.hypervolume.sampler import HypervolumeSampler
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
 _WRITTEN_EVERY = 20
@@ -37,12 +38,12 @@ Values = tuple[float | None, float, float]
 
 
 @dataclass(frozen=True)
-class Told:
+class Outcome:
     """What one evaluation came to.
 
     Args:
         key: of what was evaluated.
-        values: as the sampler is told them.
+        values: as the sampler learns them.
         violations: of each limit that was measured.
         evaluation: what a search would keep of it for the sampler; nothing where there is nothing more to know.
     """
@@ -62,7 +63,7 @@ class Case(Protocol):
         ...
 
     @property
-    def meaning(self) -> Meaning:
+    def prior(self) -> ProblemPrior:
         """What a sampler may know of it."""
         ...
 
@@ -71,7 +72,7 @@ class Case(Protocol):
         """What warm arms begin with."""
         ...
 
-    def evaluate(self, parameters: Mapping[str, Any]) -> Told:
+    def evaluate(self, parameters: Mapping[str, Any]) -> Outcome:
         """Returns what the parameters come to."""
         ...
 
@@ -92,9 +93,10 @@ class SyntheticCase:
         self._problem = Problem(seed, setting)
         self._rng = np.random.default_rng(seed)
         self._rows: dict[str, Array] = {}
-        self.space, self.meaning = self._problem.codec.space, self._problem.meaning()
+        self.space = self._problem.codec.space
+        self.prior = self._problem.prior()
         times = [share * setting.limit_s / DENSE_S for share in SHARES]
-        self.warm = [*self._problem.uniform(), *knapsacks(self.meaning.structure, self._problem.codec, times)]
+        self.warm = [*self._problem.uniform(), *knapsacks(self.prior.structure, self._problem.codec, times)]
         self._best = 1.0
         self._best = self._share(self._long_search())
 
@@ -116,12 +118,12 @@ class SyntheticCase:
         costs = [(1 - accuracy) / (1 - setting.floor), seconds / setting.limit_s, flops]
         return box_share(np.stack(costs, axis=1)) / self._best
 
-    def evaluate(self, parameters: Mapping[str, Any]) -> Told:
+    def evaluate(self, parameters: Mapping[str, Any]) -> Outcome:
         """Returns what the parameters come to, with noise."""
         key = json.dumps(parameters, sort_keys=True)
         self._rows[key] = self._problem.codec.encode([parameters])[0]
         values = self._problem.measure(parameters, self._rng)
-        return Told(key, values, self._problem.violations(values[0], values[1]))
+        return Outcome(key, values, self._problem.violations(values[0], values[1]))
 
     def hypervolume(self, keys: Sequence[str]) -> float:
         """Returns the share of the long search's hypervolume."""
@@ -140,7 +142,10 @@ class Record:
         content = json.loads(gzip.decompress(file.read_bytes())) if file.is_file() else {}
         self.baseline: dict[str, Any] | None = content.get("baseline")
         self.evaluations: dict[str, list[Any]] = content.get("evaluations", {})
-        self.runs: dict[str, dict[str, Any]] = content.get("runs", {})
+        self.runs: dict[str, dict[str, Any]] = {}
+        for arm, runs in content.get("runs", {}).items():  # an arm may have had its sampler's earlier name
+            name = SAMPLERS.renamed(arm)
+            self.runs[name] = runs | self.runs.get(name, {})
 
     def write(self) -> None:
         """Writes the file anew; the same content gives the same bytes."""
@@ -171,23 +176,23 @@ class StudyCase:
         self._solver = ExitThresholdSolver(self._pipeline, self._latency, self._dense)
         self._joint = without_slow_precisions(self._pipeline.space, self._baseline.examined)
         self.space = distributions(self._joint)
-        self.meaning = meaning_of(self._pipeline, self._joint, self._baseline)
-        self.warm = [*first_guesses(self._joint), *FrontSampler(0, self.meaning).initial_proposals(self.space)]
+        self.prior = problem_prior(self._pipeline, self._joint, self._baseline)
+        self.warm = [*first_guesses(self._joint), *HypervolumeSampler(0, self.prior).initial_proposals(self.space)]
         self._worst = worst_that_counts(self._budget, self._dense)
 
-    def evaluate(self, parameters: Mapping[str, Any]) -> Told:
+    def evaluate(self, parameters: Mapping[str, Any]) -> Outcome:
         """Returns what the parameters come to, from the record where they were evaluated before."""
         choices = self._joint.candidate(parameters)
         if choices.key not in self._record.evaluations:
             stopping = [LimitsBroken(self._budget, self._dense)]
-            found = self._solver.evaluate(self._solver.resolve(choices), stopping)
-            self._record.evaluations[choices.key] = _recorded(found)
+            evaluation = self._solver.evaluate(self._solver.resolve(choices), stopping)
+            self._record.evaluations[choices.key] = _recorded(evaluation)
             if len(self._record.evaluations) % _WRITTEN_EVERY == 0:
                 self._record.write()
         accuracy, seconds, flops, gates = self._record.evaluations[choices.key]
         values = (accuracy, seconds, flops)
         violations = self._budget.violations(self._measured(values), self._dense)
-        return Told(choices.key, values, violations, _kept((seconds, flops), gates))
+        return Outcome(choices.key, values, violations, _kept((seconds, flops), gates))
 
     def _measured(self, values: Values) -> dict[str, Measurement]:
         named = zip(OBJECTIVES, values, strict=True)
@@ -195,9 +200,9 @@ class StudyCase:
 
     def hypervolume(self, keys: Sequence[str]) -> float:
         """Returns the share of the budget's box that is dominated, as a search shows it."""
-        found = [self._record.evaluations[key] for key in dict.fromkeys(keys)]
-        whole = np.array([values[:3] for values in found if values[0] is not None], dtype=np.float64).reshape(-1, 3)
-        accuracy, latency, flops = whole.T
+        evaluations = [self._record.evaluations[key] for key in dict.fromkeys(keys)]
+        complete = [values[:3] for values in evaluations if values[0] is not None]
+        accuracy, latency, flops = np.array(complete, dtype=np.float64).reshape(-1, 3).T
         worst = self._worst
         costs = [(1 - accuracy) / (1 - worst["accuracy"]), latency / worst["latency"], flops / worst["flops"]]
         return box_share(np.stack(costs, axis=1))
@@ -212,11 +217,11 @@ def _kept(costs: Sequence[float], gates: Mapping[str, Any] | None) -> dict[str, 
 def _recorded(evaluation: Evaluation) -> list[Any]:
     """Returns accuracy, None if not measured, seconds and FLOPs, and where and at what cost inputs leave."""
     measured = evaluation.measurements
-    found = [_short(measured[name].value) if name in measured else None for name in OBJECTIVES]
+    values = [_short(measured[name].value) if name in measured else None for name in OBJECTIVES]
     if not (gates := evaluation.gates):
-        return [*found, None]
-    ways = {metric: [_short(each) for each in costs] for metric, costs in gates["ways"].items()}
-    return [*found, {"shares": [_short(share) for share in gates["shares"]], "ways": ways}]
+        return [*values, None]
+    ways = {metric: [_short(cost) for cost in costs] for metric, costs in gates["ways"].items()}
+    return [*values, {"shares": [_short(share) for share in gates["shares"]], "ways": ways}]
 
 
 def _short(value: float) -> float:

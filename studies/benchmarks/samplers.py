@@ -2,7 +2,7 @@
 
 python -m studies.benchmarks.samplers synthetic [--seeds 5]
 python -m studies.benchmarks.samplers tight
-python -m studies.benchmarks.samplers digits --record digits.json.gz --arms 'front=100,TPE,NSGA-II,TPE + warm start=100'
+python -m studies.benchmarks.samplers digits --record digits.json.gz --arms 'ehvi=100,TPE,NSGA-II,TPE + warm start=100'
 python -m studies.benchmarks.samplers redraw --record digits.json.gz
 """
 
@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -22,6 +23,7 @@ from search.config.budget import Budget
 from search.config.overrides import Request
 from search.config.registries import SAMPLERS
 from search.config.study import Study
+from search.loop.sampler_observations import observe_evaluations
 from studies.benchmarks.markdown import print_table
 from studies.benchmarks.sampler_problems import Case, Record, StudyCase, SyntheticCase
 from studies.benchmarks.synthetic import Setting
@@ -53,7 +55,7 @@ ARMS: Mapping[str, Arm] = {
     "NSGA-II": Arm("nsga2", False),
     "NSGA-II + warm start": Arm("nsga2", True),
     "GP + warm start": Arm("gp", True, 50),
-    "front": Arm("front", True),
+    "ehvi": Arm("ehvi", True),
 }
 
 
@@ -76,7 +78,7 @@ class Trace:
 
 def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
     """Returns what an arm does with a case."""
-    made: BaseSampler = SAMPLERS[arm.sampler](seed, lambda: case.meaning)
+    made: BaseSampler = SAMPLERS[arm.sampler](seed, lambda: case.prior, observe_evaluations)
     study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=made)
     for values in case.warm if arm.is_warm else ():
         study.enqueue_trial(dict(values), skip_if_exists=True)
@@ -86,43 +88,43 @@ def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
         begin = time.process_time()
         trial = study.ask(dict(case.space))
         own += time.process_time() - begin
-        told = case.evaluate(trial.params)
-        keys.append(told.key)
-        for name, violation in told.violations.items():
+        outcome = case.evaluate(trial.params)
+        keys.append(outcome.key)
+        for name, violation in outcome.violations.items():
             trial.set_constraint(name, violation)
-        if told.evaluation:
-            trial.set_user_attr("evaluation", dict(told.evaluation))
-        is_whole = told.values[0] is not None
-        if first is None and is_whole and all(violation <= 0 for violation in told.violations.values()):
+        if outcome.evaluation:
+            trial.set_user_attr("evaluation", dict(outcome.evaluation))
+        is_whole = outcome.values[0] is not None
+        if first is None and is_whole and all(violation <= 0 for violation in outcome.violations.values()):
             first = number
         begin = time.process_time()
         if is_whole:
-            study.tell(trial, [value for value in told.values if value is not None])
+            study.tell(trial, [value for value in outcome.values if value is not None])
         else:
             study.tell(trial, state=TrialState.PRUNED)
         own += time.process_time() - begin
-    found = {count: case.hypervolume(keys[:count]) for count in POINTS if count <= len(keys)}
-    return Trace(tuple(keys), found, own / len(keys), first)
+    hypervolumes = {count: case.hypervolume(keys[:count]) for count in POINTS if count <= len(keys)}
+    return Trace(tuple(keys), hypervolumes, own / len(keys), first)
 
 
 def compare(
     make: Callable[[int], Case], arms: Mapping[str, int], seeds: int, after: Callable[[str, int, Trace], None]
 ) -> dict[str, list[Trace]]:
-    """Returns what each arm does with each seed in so many trials; `after` is told of each."""
-    found: dict[str, list[Trace]] = {name: [] for name in arms}
+    """Returns what each arm does with each seed in so many trials; `after` is called with each."""
+    traces: dict[str, list[Trace]] = {name: [] for name in arms}
     for seed in range(seeds):
         for name, trials in arms.items():
-            trace = search(make(seed), ARMS.get(name) or Arm(SAMPLERS.known(name), True), seed, trials)
-            found[name].append(trace)
+            trace = search(make(seed), ARMS[name], seed, trials)
+            traces[name].append(trace)
             after(name, seed, trace)
-    return found
+    return traces
 
 
-def print_hypervolumes(found: Mapping[str, Sequence[Trace]]) -> None:
+def print_hypervolumes(traces_of: Mapping[str, Sequence[Trace]]) -> None:
     """Prints means over seeds with the lowest and the highest, and the seconds of the samplers themselves."""
     heads = ["sampler", *(f"{count} evaluations" for count in POINTS), "its own CPU seconds a trial"]
     rows = []
-    for name, traces in found.items():
+    for name, traces in traces_of.items():
         cells = []
         for count in POINTS:
             values = [trace.hypervolumes[count] for trace in traces if count in trace.hypervolumes]
@@ -131,22 +133,22 @@ def print_hypervolumes(found: Mapping[str, Sequence[Trace]]) -> None:
     print_table(heads, rows)
 
 
-def print_verdict(found: Mapping[str, Sequence[Trace]]) -> None:
+def print_verdict(traces_of: Mapping[str, Sequence[Trace]]) -> None:
     """Prints whether ours keeps what it promises against each of Optuna's arms."""
-    ours = found["front"]
+    ours = traces_of["ehvi"]
     for rival in ("TPE", "NSGA-II"):
-        if rival in found and all(200 in trace.hypervolumes for trace in found[rival]):
-            pairs = list(zip(ours, found[rival], strict=False))  # the seeds that both have
+        if rival in traces_of and all(200 in trace.hypervolumes for trace in traces_of[rival]):
+            pairs = list(zip(ours, traces_of[rival], strict=False))  # the seeds that both have
             won = sum(mine.hypervolumes[50] >= other.hypervolumes[200] for mine, other in pairs)
-            print(f"front at 50 reaches {rival} at 200 in {won} of {len(pairs)} seeds")
-    if len(found.get("TPE + warm start", ())) > 1:
-        pairs = list(zip(ours, found["TPE + warm start"], strict=False))
+            print(f"ehvi at 50 reaches {rival} at 200 in {won} of {len(pairs)} seeds")
+    if len(traces_of.get("TPE + warm start", ())) > 1:
+        pairs = list(zip(ours, traces_of["TPE + warm start"], strict=False))
         gains = [mine.hypervolumes[100] - other.hypervolumes[100] for mine, other in pairs]
         error = statistics.stdev(gains) / len(gains) ** 0.5
-        print(f"front leads TPE + warm start at 100 by {statistics.mean(gains):.4f}, standard error {error:.4f}")
+        print(f"ehvi leads TPE + warm start at 100 by {statistics.mean(gains):.4f}, standard error {error:.4f}")
 
 
-def draw(found: Mapping[str, Sequence[Trace]], title: str, file: Path) -> None:
+def draw(traces_of: Mapping[str, Sequence[Trace]], title: str, file: Path) -> None:
     """Draws the mean hypervolume of each arm over evaluations, with all seeds behind it."""
     import matplotlib as mpl
 
@@ -154,10 +156,10 @@ def draw(found: Mapping[str, Sequence[Trace]], title: str, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, traces in found.items():
+    for name, traces in traces_of.items():
         counts = [count for count in POINTS if all(count in trace.hypervolumes for trace in traces)]
         means = [statistics.mean(trace.hypervolumes[count] for trace in traces) for count in counts]
-        (line,) = axes.plot(counts, means, marker="o", label=name, linewidth=2.5 if name == "front" else 1.2)
+        (line,) = axes.plot(counts, means, marker="o", label=name, linewidth=2.5 if name == "ehvi" else 1.2)
         for trace in traces:
             axes.plot(counts, [trace.hypervolumes[count] for count in counts], color=line.get_color(), alpha=0.15)
     axes.set(xlabel="evaluations", ylabel="hypervolume", title=title, ylim=(0, None))
@@ -171,8 +173,8 @@ def _tight(seeds: int, arms: Mapping[str, int]) -> None:
     rows = []
     for exits, limit_s in ((0, 0.003), (3, 0.003), (3, 0.0026)):
         setting = Setting(exits=exits, limit_s=limit_s)
-        found = compare(lambda seed, kind=setting: SyntheticCase(seed, kind), arms, seeds, lambda *_: None)  # type: ignore[misc]
-        for name, traces in found.items():
+        traces_of = compare(partial(SyntheticCase, setting=setting), arms, seeds, lambda *_: None)
+        for name, traces in traces_of.items():
             firsts = ["never" if trace.first is None else str(trace.first + 1) for trace in traces]
             rows.append([f"{limit_s * 1e3:g} ms, {exits} exits", name, ", ".join(firsts)])
     print_table(["limit", "sampler", "first version within the limits, by seed"], rows)
@@ -226,28 +228,28 @@ def main() -> None:
     parser.add_argument("--budget", help="another than the study's, as for the search")
     parser.add_argument("--weights", help="of the study's network, as for the search")
     parser.add_argument("--data", help="of the study, as for the search")
-    given = parser.parse_args()
-    named = [name.partition("=") for name in given.arms.split(",")]
-    arms = {name: int(trials or given.trials) for name, _, trials in named}
+    arguments = parser.parse_args()
+    named = [name.partition("=") for name in arguments.arms.split(",")]
+    arms = {SAMPLERS.renamed(name): int(trials or arguments.trials) for name, _, trials in named}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-    if given.what == "tight":
-        _tight(given.seeds, {name: _TIGHT for name in arms if ARMS[name].is_warm and ARMS[name].most >= _TIGHT})
+    if arguments.what == "tight":
+        _tight(arguments.seeds, {name: _TIGHT for name in arms if ARMS[name].is_warm and ARMS[name].most >= _TIGHT})
         return
-    if given.what == "synthetic":
-        found = compare(lambda seed: SyntheticCase(seed, Setting()), arms, given.seeds, _say)
-    elif given.record is None:
+    if arguments.what == "synthetic":
+        traces_of = compare(lambda seed: SyntheticCase(seed, Setting()), arms, arguments.seeds, _say)
+    elif arguments.record is None:
         parser.error("a study's evaluations are recorded: add --record FILE.json.gz")
-    elif given.what == "redraw":
-        found = _recorded(Record(given.record))
+    elif arguments.what == "redraw":
+        traces_of = _recorded(Record(arguments.record))
     else:
-        budget = Budget.parse(given.budget.split(",")) if given.budget else None
-        study = Request(study=given.what, budget=budget, weights=given.weights, data=given.data).to_study()
-        found = _study(study, Record(given.record), arms, given.seeds)
-    print_hypervolumes(found)
-    print_verdict(found)
-    if given.plot:
-        draw(found, f"{given.what}, {given.seeds} seeds", given.plot)
+        budget = Budget.parse(arguments.budget.split(",")) if arguments.budget else None
+        study = Request(study=arguments.what, budget=budget, weights=arguments.weights, data=arguments.data).to_study()
+        traces_of = _study(study, Record(arguments.record), arms, arguments.seeds)
+    print_hypervolumes(traces_of)
+    print_verdict(traces_of)
+    if arguments.plot:
+        draw(traces_of, f"{arguments.what}, {arguments.seeds} seeds", arguments.plot)
 
 
 if __name__ == "__main__":

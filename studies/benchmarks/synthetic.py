@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from search.samplers.hypervolume.encoding import Array, Codec
-from search.samplers.hypervolume.prior import Aim, Link, Meaning, Structure
+from search.samplers.hypervolume.prior import CostTarget, LinearConstraint, NetworkStructure, ProblemPrior
 
 PRECISIONS = ("fp32", "int8", "int4")
 STEP = 4
@@ -73,7 +73,7 @@ class Problem:
         speeds = [np.ones(count), rng.normal(0.48, 0.08, count), rng.normal(0.36, 0.14, count)]
         self._speeds = np.clip(np.stack(speeds, axis=1), 0.2, 1.0)
         self._pairs, self._strengths = rng.integers(0, count, (40, 2)), rng.lognormal(0.5, 0.8, 40)
-        self._doubts = rng.lognormal(0, 0.5, (count, 2))
+        self._misjudgements = rng.lognormal(0, 0.5, (count, 2))
         self._exit_after = [int(depth * count) for depth in _DEPTHS[: setting.exits]]
 
     def _space(self) -> dict[str, BaseDistribution]:
@@ -120,9 +120,11 @@ class Problem:
         members = self._groups / self._groups.sum(axis=0)
         layers = np.arange(self.setting.layers)
         narrow = 1 + lost @ self._groups.T
-        each = own @ members.T + self._quantized[layers, precision] * narrow
+        by_layer = own @ members.T + self._quantized[layers, precision] * narrow
         first, second = self._pairs.T
-        return np.asarray(each.sum(axis=1) + (self._strengths * each[:, first] * each[:, second]).sum(axis=1))
+        return np.asarray(
+            by_layer.sum(axis=1) + (self._strengths * by_layer[:, first] * by_layer[:, second]).sum(axis=1)
+        )
 
     def _exits(self, rows: Array) -> tuple[Array, Array]:
         """Returns the damage of exits, `(n,)`, and the share of inputs that each layer sees, `(n, L)`."""
@@ -145,15 +147,17 @@ class Problem:
 
     def violations(self, accuracy: float | None, seconds: float) -> dict[str, float]:
         """Returns the violation of each limit that was measured."""
-        found = {"latency": seconds / self.setting.limit_s - 1}
-        return found if accuracy is None else found | {"accuracy": (self.setting.floor - accuracy) / self.setting.floor}
+        violations = {"latency": seconds / self.setting.limit_s - 1}
+        if accuracy is not None:
+            violations["accuracy"] = (self.setting.floor - accuracy) / self.setting.floor
+        return violations
 
-    def meaning(self) -> Meaning:
+    def prior(self) -> ProblemPrior:
         """Returns what a sampler may know beforehand: shapes, FLOPs, and sensitivities that are off by e^0.5."""
         count, groups = self.setting.layers, self._groups
         outputs = groups / self.widths[:, None]
         inputs = np.concatenate([np.zeros((1, groups.shape[1])), outputs[:-1]])
-        structure = Structure(
+        structure = NetworkStructure(
             channels=tuple(self._channels()),
             full=np.array([float(self.widths[members][0]) for members in groups.T]),
             flops=self._flops,
@@ -167,33 +171,36 @@ class Problem:
             damage=self._estimates(),
         )
         setting = self.setting
-        aims = (
-            Aim("accuracy", DENSE_ACCURACY, setting.floor, CHANCE),
-            Aim("latency", DENSE_S, setting.limit_s),
-            Aim("flops", 1.0, 1.0),
+        objectives = (
+            CostTarget("accuracy", DENSE_ACCURACY, setting.floor, CHANCE),
+            CostTarget("latency", DENSE_S, setting.limit_s),
+            CostTarget("flops", 1.0, 1.0),
         )
-        links = {"latency": Link(1, 1 / setting.limit_s, -1.0), "accuracy": Link(0, -1 / setting.floor, 1.0)}
-        return Meaning(structure, aims, links)
+        linear_constraints = {
+            "latency": LinearConstraint(1, 1 / setting.limit_s, -1.0),
+            "accuracy": LinearConstraint(0, -1 / setting.floor, 1.0),
+        }
+        return ProblemPrior(structure, objectives, linear_constraints)
 
     def _estimates(self) -> dict[str, tuple[float, ...]]:
-        found = {}
+        estimates = {}
         for group, name in enumerate(self._channels()):
             width = float(self.widths[self._groups[:, group]][0])
             lost = 1 - np.arange(width // 4, width + 1, STEP) / width
-            guess = self._doubts[group, 0] * self._sensitive[group] * (0.08 * lost + lost**2.5)
-            found[name] = tuple(float(value) for value in guess)
+            damage = self._misjudgements[group, 0] * self._sensitive[group] * (0.08 * lost + lost**2.5)
+            estimates[name] = tuple(float(value) for value in damage)
         for layer in range(self.setting.layers):
-            guess = self._quantized[layer] * self._doubts[layer, 1]
-            found[f"precision.{layer:02}"] = tuple(float(value) for value in guess)
-        return found
+            damage = self._quantized[layer] * self._misjudgements[layer, 1]
+            estimates[f"precision.{layer:02}"] = tuple(float(value) for value in damage)
+        return estimates
 
     def uniform(self) -> list[dict[str, Any]]:
         """Returns configurations that treat every layer alike, as a search tries them first."""
-        found = []
+        configurations = []
         for keep in (1.0, 0.75, 0.5):
             for threshold in (1.0, 0.9, 0.7) if self.setting.exits else (1.0,):
-                found += [self._uniform(keep, precision, threshold) for precision in PRECISIONS]
-        return found
+                configurations += [self._uniform(keep, precision, threshold) for precision in PRECISIONS]
+        return configurations
 
     def _uniform(self, keep: float, precision: str, threshold: float) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -1,50 +1,56 @@
-"""What is proposed keeps limits with a probability, by what earlier proposals were told and came to."""
+"""What is proposed keeps limits with a probability, by what was predicted of earlier proposals and measured."""
 
 import numpy as np
 import pytest
 from scipy.stats import norm
 
-from search.samplers.hypervolume.acquisition import Forecast, likely
-from search.samplers.hypervolume.calibration_error import missed_by
-from search.samplers.hypervolume.models import Belief, Beliefs, logarithmic_scale, relative_scale
+from search.samplers.hypervolume.acquisition import Marginals, probably_feasible
+from search.samplers.hypervolume.calibration_error import recent_bias_and_std
+from search.samplers.hypervolume.models import Posterior, Posteriors
+from search.samplers.hypervolume.outcome_transforms import log_transform, relative_transform
 
 
-def forecast() -> Forecast:
+def marginals() -> Marginals:
     means = np.array([[0.9, 2.0], [1.0, 2.0], [1.2, 2.0]])
-    return Forecast(means, np.full((3, 2), 0.1), np.log([1.0, 0.5, 1.0]))
+    return Marginals(means, np.full((3, 2), 0.1), np.log([1.0, 0.5, 1.0]))
 
 
 def test_the_chance_to_keep_limits_is_that_of_all_of_them() -> None:
-    chances = forecast().keeps(np.array([1.0, np.inf]))
+    chances = marginals().feasibility(np.array([1.0, np.inf]))
     assert chances == pytest.approx(norm.cdf([1.0, 0.0, -2.0]) * [1.0, 0.5, 1.0])
-    both = forecast().keeps(np.array([1.0, 2.0]))
+    both = marginals().feasibility(np.array([1.0, 2.0]))
     assert both == pytest.approx(chances / 2)
 
 
-def test_what_earlier_proposals_missed_makes_a_forecast_wary() -> None:
+def test_errors_of_earlier_predictions_lower_the_probability_of_keeping_limits() -> None:
     limits = np.array([1.0, np.inf])
-    worse = forecast().wary(np.array([[0.1, 0.0], [0.0, 0.0]]))
-    assert worse.keeps(limits) == pytest.approx(norm.cdf([0.0, -1.0, -3.0]) * [1.0, 0.5, 1.0])
-    wider = forecast().wary(np.array([[0.0, 0.0], [np.sqrt(0.03), 0.0]]))
-    assert wider.keeps(limits) == pytest.approx(norm.cdf([0.5, 0.0, -1.0]) * [1.0, 0.5, 1.0])
+    worse = marginals().corrected(np.array([[0.1, 0.0], [0.0, 0.0]]))
+    assert worse.feasibility(limits) == pytest.approx(norm.cdf([0.0, -1.0, -3.0]) * [1.0, 0.5, 1.0])
+    wider = marginals().corrected(np.array([[0.0, 0.0], [np.sqrt(0.03), 0.0]]))
+    assert wider.feasibility(limits) == pytest.approx(norm.cdf([0.5, 0.0, -1.0]) * [1.0, 0.5, 1.0])
 
 
-def test_likely_rows_are_those_with_chance_enough_or_the_best_of_few() -> None:
+def test_rows_are_those_that_are_feasible_with_the_probability_asked_for_or_the_best_of_few() -> None:
     chances = np.array([0.1, 0.9, 0.85, 0.3])
-    assert likely(chances, 0.8, 1).tolist() == [1, 2]
-    assert likely(chances, 0.8, 3).tolist() == [1, 2, 3]
-    assert likely(chances, 0.95, 1).tolist() == [1]
-    assert likely(chances, 0.95, 9).tolist() == [0, 1, 2, 3]
+    assert probably_feasible(chances, 0.8, 1).tolist() == [1, 2]
+    assert probably_feasible(chances, 0.8, 3).tolist() == [1, 2, 3]
+    assert probably_feasible(chances, 0.95, 1).tolist() == [1]
+    assert probably_feasible(chances, 0.95, 9).tolist() == [0, 1, 2, 3]
 
 
-def test_what_was_missed_is_told_on_the_scale_of_each_cost() -> None:
+def test_bias_and_deviation_are_those_of_transformed_costs() -> None:
     plain, logarithmic = (
-        Belief(scale, lambda rows: rows, None, None, 0.0, 1.0, None)
-        for scale in (relative_scale(), logarithmic_scale())
+        Posterior(transform, lambda rows: rows, None, None, 0.0, 1.0, None)
+        for transform in (relative_transform(), log_transform())
     )
-    told = np.array([1.0, 2.0, 4.0, 8.0])
-    dearer, cheaper = np.stack([told, 1.1 * told], axis=1), np.stack([told, told - [0.5, 0.6, 0.5, 0.6]], axis=1)
-    missed = missed_by([dearer, cheaper], Beliefs((logarithmic, plain), {}))
-    assert missed[0] == pytest.approx([np.log(1.1), 0.0]), "what was better than told is no reason to be bold"
-    assert missed[1] == pytest.approx([0.0, 0.05])
-    assert missed_by([dearer[:3]], Beliefs((logarithmic,), {})).tolist() == [[0.0], [0.0]]
+    predicted = np.array([1.0, 2.0, 4.0, 8.0])
+    dearer, cheaper = (
+        np.stack([predicted, 1.1 * predicted], axis=1),
+        np.stack([predicted, predicted - [0.5, 0.6, 0.5, 0.6]], axis=1),
+    )
+    bias_and_std = recent_bias_and_std([dearer, cheaper], Posteriors((logarithmic, plain), {}))
+    assert bias_and_std[0] == pytest.approx([np.log(1.1), 0.0]), (
+        "what was better than predicted is no reason to be bold"
+    )
+    assert bias_and_std[1] == pytest.approx([0.0, 0.05])
+    assert recent_bias_and_std([dearer[:3]], Posteriors((logarithmic,), {})).tolist() == [[0.0], [0.0]]

@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 
 from search.loop.coordinator import Coordinator
 from search.loop.resume import without_slow_precisions
-from search.loop.sampler_prior import meaning_of
+from search.loop.sampler_prior import problem_prior
 from search.results.store import SearchFolder
 from search.samplers.distributions import first_guesses
 from spaces.candidate import NEVER_EXIT
@@ -74,7 +74,7 @@ def test_the_time_limit_ends_a_search(coordinate) -> None:
     assert 1 <= len(finished(search.open().trials)) < 1000
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random", "front"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random", "ehvi"])
 def test_every_sampler_proposes_beyond_the_first_guesses(sampler, pipeline, tmp_path, folder) -> None:
     count = len(first_guesses(pipeline.space)) + 4
     search = SearchFolder(tmp_path / sampler)
@@ -140,24 +140,24 @@ def test_patience_ends_a_search_that_wins_nothing_and_says_so(coordinate) -> Non
 def test_our_sampler_knows_the_study_and_reports_on_itself(pipeline, tmp_path, folder) -> None:
     baseline = stored(folder).baseline
     space = without_slow_precisions(pipeline.space, baseline.examined)
-    meaning = meaning_of(pipeline, space, baseline)
-    assert meaning.structure.names <= set(space.dimensions())
-    assert meaning.structure.flops.sum() == pytest.approx(baseline.evaluation.measurements["flops"].value, rel=0.1)
-    search = SearchFolder(tmp_path / "front")
+    prior = problem_prior(pipeline, space, baseline)
+    assert prior.structure.names <= set(space.dimensions())
+    assert prior.structure.flops.sum() == pytest.approx(baseline.evaluation.measurements["flops"].value, rel=0.1)
+    search = SearchFolder(tmp_path / "ehvi")
     with search.lock():
         study = search.create()
         study.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         study.set_user_attr("baseline", baseline.to_dict())
-        coordinator = Coordinator(pipeline, study, baseline, "front", 0, [])
+        coordinator = Coordinator(pipeline, study, baseline, "ehvi", 0, [])
         seeds = len(first_guesses(space)) + len(coordinator._seeds)
         outcome = coordinator.run(seeds + 8, None)
     assert any("proposals of the sampler" in remark for remark in outcome.remarks)
-    report = stored(search.path.parent, "front").report
+    report = stored(search.path.parent, "ehvi").report
     proposed = sum(report["proposals"].values())
     assert proposed >= 8  # more where two seeds are the same version
     for more in (0, 3):  # a run without proposals leaves the report as it was
         with search.lock():
-            Coordinator(pipeline, search.create(), baseline, "front", 0, []).run(seeds + 8 + more, None)
+            Coordinator(pipeline, search.create(), baseline, "ehvi", 0, []).run(seeds + 8 + more, None)
         again = stored(search.path.parent, "front").report
         assert sum(again["proposals"].values()) == proposed + more
         assert again["held_out"] == report["held_out"] or more

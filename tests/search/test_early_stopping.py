@@ -22,6 +22,7 @@ from search.config.study import Study
 from search.loop.baseline import measure_baseline
 from search.loop.coordinator import Coordinator, accuracy_screen
 from search.loop.resume import put_right_running
+from search.loop.sampler_observations import observe_evaluations
 from search.pipeline.early_stopping import (
     ENOUGH,
     ERROR,
@@ -35,10 +36,10 @@ from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.report.caveats import caveats
 from search.report.overview import Overview
 from search.report.report import report_of
-from search.results.pareto import OBJECTIVES, Version, feasible, pareto
+from search.results.pareto import Version, feasible, pareto
 from search.results.store import SearchFolder, StoredSearch
 from search.samplers.hypervolume.encoding import Codec
-from search.samplers.hypervolume.observations import observe
+from search.samplers.hypervolume.observations import read_observations
 from search.tracking.trial_run import logged
 from tests.helpers import tiny
 from tests.helpers.searches import measurement, version
@@ -344,7 +345,7 @@ def test_our_sampler_learns_from_what_was_estimated(searched) -> None:
     numbered = [trial for trial in read.trials if trial.params]
     trials = [trial for trial in numbered if trial.user_attrs.get("duplicate_of", trial.number) in ended]
     space = trials[0].distributions  # what the search was left with, which may be less than the space
-    observed = observe(trials, Codec(space), searched[0].open().directions, {}, OBJECTIVES)
+    observed = read_observations(trials, Codec(space), searched[0].open().directions, {}, observe_evaluations)
     expected = [ended[trial.user_attrs.get("duplicate_of", trial.number)] for trial in trials]
     assert (-observed.costs[:, 0]).tolist() == expected
     assert not observed.is_feasible.any()

@@ -9,15 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from pymoo.indicators.hv import HV
 
-from search.samplers.hypervolume.acquisition import choose_by_hypervolume, open_points
-from search.samplers.hypervolume.calibration_error import PROPOSAL
+from search.samplers.hypervolume.acquisition import Marginals, choose_by_hypervolume, non_dominated_points
 from search.samplers.hypervolume.encoding import Codec
-from search.samplers.hypervolume.gaussian_process import fit, held_out
+from search.samplers.hypervolume.gaussian_process import fit_gp, held_out_errors
 from search.samplers.hypervolume.knapsack import knapsacks
 from search.samplers.hypervolume.nsga2 import evolve
-from search.samplers.hypervolume.observations import observe
-from search.samplers.hypervolume.sampler import ALONE, FrontSampler
+from search.samplers.hypervolume.observations import read_observations
+from search.samplers.hypervolume.proposals import EVOLUTION_ALONE, expected_costs
+from search.samplers.hypervolume.sampler import HypervolumeSampler
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
 SPACE = {
@@ -58,27 +59,38 @@ def test_what_is_held_out_is_what_a_fit_without_it_says() -> None:
     rng = np.random.default_rng(0)
     columns = rng.normal(size=(20, 3))
     values = columns @ [1.0, -2.0, 0.5] + 0.05 * rng.normal(size=20)
-    found = fit(columns, values, np.ones(20))
-    error = held_out("", found.predicted, values)
+    found = fit_gp(columns, values, np.ones(20))
+    error = held_out_errors("", found.left_out_means, values)
     assert error.r2 > 0.98
     # The same kernel and noise without one measurement, by the textbook.
     keep = np.arange(20) != 7
-    lengths = found.lengths
-    covariance = found.kernel(columns @ columns.T, lengths, lengths)
+    norms = found.squared_norms
+    covariance = found.kernel(columns @ columns.T, norms, norms)
     target = (values - found.mean) / found.scale
-    weights = np.linalg.solve(covariance[np.ix_(keep, keep)] + np.diag(found.noise[keep]), target[keep])
-    assert found.predicted[7] == pytest.approx(found.mean + found.scale * float(covariance[7, keep] @ weights))
+    weights = np.linalg.solve(covariance[np.ix_(keep, keep)] + np.diag(found.noise_variances[keep]), target[keep])
+    assert found.left_out_means[7] == pytest.approx(found.mean + found.scale * float(covariance[7, keep] @ weights))
 
 
 def test_a_function_that_is_drawn_goes_through_what_was_measured() -> None:
     rng = np.random.default_rng(1)
     columns = rng.normal(size=(30, 4))
     values = columns @ [1.0, 2.0, 0.0, -1.0]
-    found = fit(columns, values, np.ones(30))
+    found = fit_gp(columns, values, np.ones(30))
     assert found.draw(rng)(columns) == pytest.approx(values, abs=0.3 * values.std())
-    means, deviations = found.means_and_deviations(np.vstack([columns[:1], 20 + columns[:1]]))
+    means, stds = found.means_and_stds(np.vstack([columns[:1], 20 + columns[:1]]))
     assert means[0] == pytest.approx(found.means(columns[:1])[0])
-    assert deviations[0] < deviations[1]
+    assert stds[0] < stds[1]
+
+
+def test_functions_drawn_from_a_posterior_have_its_mean_and_standard_deviation() -> None:
+    rng = np.random.default_rng(2)
+    columns = rng.normal(size=(12, 3))
+    model = fit_gp(columns, columns @ [1.0, -1.0, 0.5] + 0.3 * rng.normal(size=12), np.ones(12))
+    there = rng.normal(size=(4, 3))
+    draws = np.array([model.draw(rng)(there) for _ in range(3000)])
+    means, stds = model.means_and_stds(there)
+    assert draws.mean(axis=0) == pytest.approx(means, abs=0.08 * stds.max())
+    assert draws.std(axis=0) == pytest.approx(stds, rel=0.08)
 
 
 def _in_clusters(rng: np.random.Generator, shared: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -92,29 +104,29 @@ def test_what_next_rows_have_in_common_is_told_from_noise() -> None:
     rng = np.random.default_rng(0)
     for shared in (True, False):
         columns, values = _in_clusters(rng, shared)
-        found = fit(columns, values, np.ones(60))
-        assert (found.kernel.common > 0) == shared
+        found = fit_gp(columns, values, np.ones(60))
+        assert (found.kernel.local_variance > 0) == shared
         beside, far = columns[:1] + 0.03, 4 * columns[:1]
-        doubts = np.hypot(found.means_and_deviations(np.vstack([beside, far]))[1], found.error)
+        stds = np.hypot(found.means_and_stds(np.vstack([beside, far]))[1], found.noise_factor)
         if shared:  # there is little left to hope for next to what was measured
-            assert 3 * doubts[0] < values.std()
-            assert doubts[0] < 0.5 * doubts[1]
+            assert 3 * stds[0] < values.std()
+            assert stds[0] < 0.5 * stds[1]
             assert found.means(beside)[0] == pytest.approx(values[:6].mean(), abs=0.5)
             draws = np.array([found.draw(rng)(np.vstack([beside, far])) for _ in range(60)])
             assert draws[:, 0].std() < 0.5 * draws[:, 1].std()
         else:
-            assert doubts[0] > 0.5
+            assert stds[0] > 0.5
 
 
 def test_accuracies_that_are_all_alike_leave_the_other_surrogates_in_charge() -> None:
     rng = np.random.default_rng(0)
-    sampler = FrontSampler(0, startup=12)
+    sampler = HypervolumeSampler(0, startup=12)
     study = optuna.create_study(sampler=sampler, directions=["maximize", "minimize"])
     for _ in range(30):
         trial = study.ask({f"x{n}": IntDistribution(0, 9) for n in range(6)})
         study.tell(trial, [float(rng.integers(0, 2)), float(sum(trial.params.values()))])
-    assert sampler.errors["objective 0"].r2 < 0.1
-    assert ALONE not in sampler.report(study.trials)["proposals"]
+    assert sampler.errors[0].r2 < 0.1
+    assert EVOLUTION_ALONE not in sampler.report(study.trials)["proposals"]
 
 
 def test_evolution_finds_the_front_of_two_parabolas() -> None:
@@ -132,12 +144,28 @@ def test_evolution_finds_the_front_of_two_parabolas() -> None:
 
 
 def test_two_rows_that_win_the_same_are_not_both_chosen() -> None:
-    points = open_points(np.zeros(2), np.ones(2), np.array([[0.6, 0.6]]), np.random.default_rng(0))
+    points = non_dominated_points(np.zeros(2), np.ones(2), np.array([[0.6, 0.6]]), np.random.default_rng(0))
     assert not (points > 0.6).all(axis=1).any()
     better = [(cost <= points).all(axis=1).astype(float) for cost in ([0.2, 0.5], [0.2, 0.5], [0.5, 0.2])]
     assert choose_by_hypervolume(np.array(better), np.zeros((0, len(points))), 2) in ([0, 2], [2, 0])
     pending = np.array(better[:1])
     assert choose_by_hypervolume(np.array(better), pending, 1) == [2]
+
+
+def test_points_won_are_the_expected_hypervolume_improvement() -> None:
+    front, reference = np.array([[0.3, 0.7], [0.6, 0.4]]), np.ones(2)
+    rng = np.random.default_rng(0)
+    marginals = Marginals(np.array([[0.5, 0.5], [0.9, 0.1]]), np.full((2, 2), 0.2), np.log([1.0, 0.5]))
+    ideal = np.full(2, -0.5)  # nothing that is likely lies below
+    points = non_dominated_points(ideal, reference, front, rng)
+    dominated = float(HV(ref_point=reference)(front))
+    volume = 1.5**2 - dominated
+    expected = marginals.domination_probability(points).mean(axis=1) * volume
+    for row in range(2):
+        outcomes = marginals.means[row] + marginals.stds[row] * rng.standard_normal((4000, 2))
+        won = [float(HV(ref_point=reference)(np.vstack([front, outcome]))) - dominated for outcome in outcomes]
+        feasible = np.exp(marginals.log_feasibility[row])
+        assert expected[row] == pytest.approx(feasible * np.mean(won), rel=0.08)
 
 
 def test_a_constraint_that_follows_from_an_objective_is_noticed_and_tells_what_was_not_measured() -> None:
@@ -156,14 +184,14 @@ def test_a_constraint_that_follows_from_an_objective_is_noticed_and_tells_what_w
         trial = study.ask(space)
         trial.set_constraint("time", 2 * value - 1)
         study.tell(trial, [1.0, value])
-    found = observe(study.trials, Codec(space), study.directions, {})
-    assert found.linked == {"time"}
+    found = read_observations(study.trials, Codec(space), study.directions, {})
+    assert found.linear == {"time"}
     assert found.limits[1] == pytest.approx(0.5)
     assert found.costs[3, 1] == pytest.approx(0.7)
     assert np.isnan(found.costs[3, 0])
 
 
-def _searched(problem: Problem, sampler: FrontSampler, trials: int, warm=()) -> optuna.Study:
+def _searched(problem: Problem, sampler: HypervolumeSampler, trials: int, warm=()) -> optuna.Study:
     study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
     rng = np.random.default_rng(0)
     for values in warm:
@@ -184,15 +212,14 @@ def test_proposals_are_new_come_from_surrogates_and_are_the_same_for_the_same_se
     problem = Problem(0, SMALL)
     runs = []
     for _ in range(2):
-        sampler = FrontSampler(3, problem.meaning())
+        sampler = HypervolumeSampler(3, problem.prior())
         study = _searched(problem, sampler, 40, problem.uniform())
         runs.append([trial.params for trial in study.trials])
     assert runs[0] == runs[1]
     assert len({tuple(params.items()) for params in runs[0]}) == 40
     report = sampler.report(study.trials)
     assert report["proposals"]["surrogate"] >= 15
-    expected = [trial.system_attrs[PROPOSAL]["costs"] for trial in study.trials if PROPOSAL in trial.system_attrs]
-    assert any(len(each) == 3 for each in expected)
+    assert any(len(expected_costs(trial)) == 3 for trial in study.trials)
     assert report["held_out"]["objective 1"]["r2"] > 0.5
     assert report["foresight"]["objective 1"]["count"] > 5
     assert "surrogate of latency" in " ".join(sampler.remarks(study.trials, ("accuracy", "latency", "flops")))
@@ -200,15 +227,15 @@ def test_proposals_are_new_come_from_surrogates_and_are_the_same_for_the_same_se
 
 def test_trials_that_run_at_once_are_different() -> None:
     problem = Problem(1, SMALL)
-    study = _searched(problem, FrontSampler(0, problem.meaning()), 14, problem.uniform())
+    study = _searched(problem, HypervolumeSampler(0, problem.prior()), 14, problem.uniform())
     running = [study.ask(problem.codec.space).params for _ in range(12)]
     assert len({tuple(params.items()) for params in running}) == 12
 
 
 def test_it_searches_on_when_a_search_is_taken_up_again_and_after_failures() -> None:
     problem = Problem(0, SMALL)
-    study = _searched(problem, FrontSampler(0, problem.meaning()), 15, problem.uniform())
-    study.sampler = again = FrontSampler(1, problem.meaning())
+    study = _searched(problem, HypervolumeSampler(0, problem.prior()), 15, problem.uniform())
+    study.sampler = again = HypervolumeSampler(1, problem.prior())
     for _ in range(6):
         study.tell(study.ask(problem.codec.space), state=TrialState.FAIL)
     assert len({tuple(trial.params.items()) for trial in study.trials}) == 21
@@ -220,14 +247,14 @@ def test_a_limit_that_no_uniform_version_keeps_is_reached() -> None:
     problem = Problem(0, Setting(layers=12, exits=0, limit_s=0.0038, floor=0.87))
     true = problem.true(problem.codec.encode(problem.uniform()))
     assert not ((true[:, 0] >= 0.87) & (true[:, 1] <= 0.0038)).any()
-    study = _searched(problem, FrontSampler(0, problem.meaning()), 60, problem.uniform())
+    study = _searched(problem, HypervolumeSampler(0, problem.prior()), 60, problem.uniform())
     assert any(all(value <= 0 for value in trial.constraints.values()) for trial in study.trials if trial.values)
 
 
 @pytest.mark.parametrize("is_residual", [False, True])
 def test_knapsacks_take_what_they_are_allowed_and_lose_less_than_uniform_versions(is_residual) -> None:
     problem = Problem(0, replace(SMALL, is_residual=is_residual))
-    structure, codec = problem.meaning().structure, problem.codec
+    structure, codec = problem.prior().structure, problem.codec
     found = codec.encode(knapsacks(structure, codec, (0.6, 0.4, 0.3)))
     speeds = np.array(list(structure.speeds.values()))
 
@@ -245,13 +272,13 @@ def test_knapsacks_take_what_they_are_allowed_and_lose_less_than_uniform_version
 
 def test_noise_in_place_of_an_objective_is_noticed_and_said() -> None:
     rng = np.random.default_rng(0)
-    sampler = FrontSampler(0, startup=12)
+    sampler = HypervolumeSampler(0, startup=12)
     study = optuna.create_study(sampler=sampler)
     for _ in range(40):
         study.tell(study.ask({f"x{n}": IntDistribution(0, 9) for n in range(6)}), float(rng.normal()))
-    study.sampler = again = FrontSampler(1, startup=12)
+    study.sampler = again = HypervolumeSampler(1, startup=12)
     for each in (sampler, again):  # a search that goes on says it as well
-        alone = each.report(study.trials)["proposals"][ALONE]
+        alone = each.report(study.trials)["proposals"][EVOLUTION_ALONE]
         assert alone > 0
         assert f"told too little at times: {alone} proposals were" in " ".join(each.remarks(study.trials, ("noise",)))
 

@@ -12,17 +12,17 @@ from optuna.testing.pytest_samplers import (
     RelativeSamplerTestCase,
 )
 
-from search.samplers.hypervolume.sampler import FrontSampler
+from search.samplers.hypervolume.sampler import HypervolumeSampler
 
 
-class TestFrontSampler(BasicSamplerTestCase, MultiObjectiveSamplerTestCase, RelativeSamplerTestCase):
+class TestHypervolumeSampler(BasicSamplerTestCase, MultiObjectiveSamplerTestCase, RelativeSamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
-        return lambda: FrontSampler(seed=0, startup=2)
+        return lambda: HypervolumeSampler(seed=0, startup=2)
 
 
 def test_partial_fixed_sampling_is_possible_with_surrogates() -> None:
-    study = optuna.create_study(sampler=FrontSampler(seed=0, startup=3))
+    study = optuna.create_study(sampler=HypervolumeSampler(seed=0, startup=3))
     study.optimize(_bowl, n_trials=8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

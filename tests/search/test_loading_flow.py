@@ -67,7 +67,7 @@ def test_a_folder_with_trouble_gets_from_a_study_to_a_picked_version(home, capsy
     assert run(["pick", "--runs", str(home / "runs"), "--out", str(home / "deploy")]) == 0
     assert "test images" in capsys.readouterr().out
     assert run(["--study", str(folder / "study.toml"), "--runs", str(home / "runs")]) == 0
-    assert re.search(r"Going on with search trees-\w+-front-0: \d trials are there", capsys.readouterr().out)
+    assert re.search(r"Going on with search trees-\w+-ehvi-0: \d trials are there", capsys.readouterr().out)
     done = subprocess.run([sys.executable, home / "deploy" / "run.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -57,7 +57,7 @@ def test_mlflow_mirrors_the_journal(folder) -> None:
     for logged in trials:
         assert logged.info.status == "FINISHED"
         assert logged.data.tags["search"] == "one"
-        assert logged.data.tags["sampler"] == "front"
+        assert logged.data.tags["sampler"] == "ehvi"
         trial = search.trials[int(logged.data.tags["trial"])]
         evaluation = trial.user_attrs.get("evaluation")
         if evaluation and "latency" in evaluation["measurements"]:
@@ -163,7 +163,9 @@ def test_each_trial_has_the_sampler_that_was_at_work(folder, tmp_path) -> None:
     keep_sampler(SearchFolder(tmp_path / "one").open(), "random")
     search = stored(tmp_path)
     last = len(search.trials)
-    assert [search.sampler_of(number) for number in (0, last - 1, last)] == ["front", "front", "random"]
+    assert [search.sampler_of(number) for number in (0, last - 1, last)] == ["ehvi", "ehvi", "random"], (
+        "it was called front before"
+    )
 
 
 def test_a_server_that_does_not_answer_is_named_before_anything_is_trained(tmp_path, capsys) -> None:

@@ -1,4 +1,15 @@
-"""Which rows to measure: those that add most to the hypervolume, as far as anyone can tell."""
+"""The acquisition function: expected hypervolume improvement, by Monte Carlo over points that nothing dominates yet.
+
+With independent posteriors, the probability that a row `x` comes to dominate a point `z` of the box between the ideal
+point and the reference point, and keeps its constraints, is `p(x, z) = P(feasible) Πⱼ Φ((zⱼ - μⱼ(x)) / σⱼ(x))`. Its
+integral over the points that the front does not dominate is the expected hypervolume improvement of `x`. A batch is
+chosen greedily: after rows `x₁ … xₖ`, which may be under way, a point is still to be won with `Πᵢ (1 - p(xᵢ, z))`.
+
+Sources: Emmerich, Giannakoglou and Naujoks, Single- and Multiobjective Evolutionary Optimization Assisted by Gaussian
+Random Field Metamodels, 2006; Gardner et al., Bayesian Optimization with Inequality Constraints, 2014; Daulton,
+Balandat and Bakshy, Differentiable Expected Hypervolume Improvement for Parallel Multi-Objective Bayesian
+Optimization, 2020, for batches one after the other.
+"""
 
 from dataclasses import dataclass
 
@@ -7,100 +18,124 @@ from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
 
 from search.samplers.hypervolume.encoding import Array
-from search.samplers.hypervolume.models import Beliefs
+from search.samplers.hypervolume.models import Posteriors
 
 _POINTS = 3000
 """The hypervolume that is still to be won is a share of so many random points."""
 _DRAWS = 40_000
+_LEAST_STD = 1e-9
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What is expected of rows, on the scale of each cost.
+class Marginals:
+    """What is expected of `n` rows, each on its own: normal distributions of transformed costs.
 
     Args:
         means: of objectives, `(n, m)`.
-        deviations: of them.
-        possible: probability that the constraints that are no functions of objectives are kept, as a logarithm, `(n,)`.
+        stds: their standard deviations, `(n, m)`.
+        log_feasibility: log probability that the constraints that are no functions of objectives are kept, `(n,)`.
     """
 
     means: Array
-    deviations: Array
-    possible: Array
+    stds: Array
+    log_feasibility: Array
 
     @classmethod
-    def of(cls, beliefs: Beliefs, rows: Array) -> "Forecast":
-        """Returns what is expected of rows."""
-        found = [belief.means_and_deviations(rows) for belief in beliefs.objectives]
-        possible = np.zeros(len(rows))
-        for belief in beliefs.others.values():
-            means, deviations = belief.means_and_deviations(rows)
-            possible += log_ndtr(-means / np.maximum(deviations, 1e-9))
-        return cls(np.stack([mean for mean, _ in found], axis=1), np.stack([sd for _, sd in found], axis=1), possible)
+    def of(cls, posteriors: Posteriors, rows: Array) -> "Marginals":
+        """Returns what is expected of rows `(n, d)`."""
+        objectives = [posterior.means_and_stds(rows) for posterior in posteriors.objectives]
+        log_feasibility = np.zeros(len(rows))
+        for posterior in posteriors.constraints.values():
+            means, stds = posterior.means_and_stds(rows)
+            log_feasibility += log_ndtr(-means / np.maximum(stds, _LEAST_STD))
+        return cls(
+            np.stack([means for means, _ in objectives], axis=1),
+            np.stack([stds for _, stds in objectives], axis=1),
+            log_feasibility,
+        )
 
-    def keeps(self, limits: Array) -> Array:
-        """Returns the probability that each row is feasible, `(n,)`.
+    def feasibility(self, limits: Array) -> Array:
+        """Returns the probability that each row keeps all constraints, `(n,)`.
 
         Args:
-            limits: the highest costs that are, on the scales; infinite where there is none, `(m,)`.
+            limits: the highest feasible costs, transformed; infinite where there is none, `(m,)`.
         """
-        found = self.possible.copy()
-        for mean, deviation, limit in zip(self.means.T, self.deviations.T, limits, strict=True):
+        total = self.log_feasibility.copy()
+        for means, stds, limit in zip(self.means.T, self.stds.T, limits, strict=True):
             if np.isfinite(limit):
-                found += log_ndtr((limit - mean) / np.maximum(deviation, 1e-9))
-        return np.asarray(np.exp(found))
+                total += log_ndtr((limit - means) / np.maximum(stds, _LEAST_STD))
+        return np.asarray(np.exp(total))
 
-    def wary(self, missed: Array) -> "Forecast":
-        """Returns the same as it has to be read where earlier forecasts were wrong.
+    def corrected(self, bias_and_std: Array) -> "Marginals":
+        """Returns the same, corrected for the errors of earlier predictions.
 
         Args:
-            missed: by how much measurements were worse than forecasts of them, on the scales: the mean, at least 0,
-                and the standard deviation, `(2, m)`.
+            bias_and_std: by how much measurements were worse than predicted, transformed: the mean, at least 0, and the
+                standard deviation, `(2, m)`.
         """
-        return Forecast(self.means + missed[0], np.hypot(self.deviations, missed[1]), self.possible)
+        return Marginals(self.means + bias_and_std[0], np.hypot(self.stds, bias_and_std[1]), self.log_feasibility)
 
-    def some(self, places: NDArray[np.int64]) -> "Forecast":
+    def take(self, indices: NDArray[np.int64]) -> "Marginals":
         """Returns what is expected of some of the rows."""
-        return Forecast(self.means[places], self.deviations[places], self.possible[places])
+        return Marginals(self.means[indices], self.stds[indices], self.log_feasibility[indices])
 
-    def beats(self, points: Array) -> Array:
-        """Returns the probability that each row is feasible and at least as good as each point, `(n, points)`."""
-        found = np.exp(self.possible)[:, None] * np.ones(len(points))
-        for mean, deviation, places in zip(self.means.T, self.deviations.T, points.T, strict=True):
-            found *= ndtr((places[None, :] - mean[:, None]) / np.maximum(deviation, 1e-9)[:, None])
-        return found
+    def domination_probability(self, points: Array) -> Array:
+        """Returns the probability that each row is feasible and at least as good as each point, `(n, points)`.
 
-
-def likely(chances: Array, enough: float, fewest: int) -> NDArray[np.int64]:
-    """Returns the places, in order, of what has chance enough, and if they are fewer than asked for, of the best."""
-    found = np.flatnonzero(chances >= enough)
-    return found if len(found) >= fewest else np.sort(np.argsort(-chances, kind="stable")[:fewest])
+        Args:
+            points: transformed costs, `(points, m)`.
+        """
+        probability = np.exp(self.log_feasibility)[:, None] * np.ones(len(points))
+        for means, stds, costs in zip(self.means.T, self.stds.T, points.T, strict=True):
+            probability *= ndtr((costs[None, :] - means[:, None]) / np.maximum(stds, _LEAST_STD)[:, None])
+        return probability
 
 
-def open_points(low: Array, reference: Array, front: Array, rng: np.random.Generator) -> Array:
-    """Returns random points between `low` and `reference` that nothing on the front dominates, `(points, m)`."""
-    points = low + rng.random((_DRAWS, len(low))) * (reference - low)
+def probably_feasible(feasibility: Array, enough: float, fewest: int) -> NDArray[np.int64]:
+    """Returns the indices, in order, of the rows that are feasible with a probability.
+
+    Args:
+        feasibility: the probability of each row, `(n,)`.
+        enough: the probability that is asked for.
+        fewest: if so many rows do not have it, the most probable ones are taken.
+    """
+    indices = np.flatnonzero(feasibility >= enough)
+    if len(indices) >= fewest:
+        return indices
+    return np.sort(np.argsort(-feasibility, kind="stable")[:fewest])
+
+
+def non_dominated_points(ideal: Array, reference: Array, front: Array, rng: np.random.Generator) -> Array:
+    """Returns random points of a box that nothing on the front dominates, `(points, m)`; none where all are dominated.
+
+    Args:
+        ideal: the box's best corner, `(m,)`.
+        reference: its worst, `(m,)`.
+        front: costs, `(k, m)`.
+        rng: of the draws.
+    """
+    points = ideal + rng.random((_DRAWS, len(ideal))) * (reference - ideal)
     for cost in front:
         points = points[~(cost <= points).all(axis=1)]
     return points[:_POINTS]
 
 
-def choose_by_hypervolume(beats: Array, pending: Array, count: int) -> list[int]:
-    """Returns the places of the rows that add most, one after the other, each in sight of what was chosen before.
+def choose_by_hypervolume(probabilities: Array, pending: Array, count: int) -> list[int]:
+    """Returns the indices of the rows of most expected hypervolume improvement, each given those chosen before.
 
     Args:
-        beats: the probability that each row dominates each open point, `(n, points)`.
+        probabilities: that each row dominates each non-dominated point, `(n, points)`.
         pending: the same of rows that are being measured, `(k, points)`.
         count: how many at most; fewer where nothing is to be won.
     """
-    still_open = np.prod(1 - pending, axis=0)
+    still_to_win = np.prod(1 - pending, axis=0)
     chosen: list[int] = []
-    while len(chosen) < min(count, len(beats)):
-        gains = beats @ still_open
-        gains[chosen] = -1.0
-        best = int(np.argmax(gains))
-        if gains[best] <= 1e-9 * max(len(still_open), 1):
+    while len(chosen) < min(count, len(probabilities)):
+        improvements = probabilities @ still_to_win
+        improvements[chosen] = -1.0
+        best = int(np.argmax(improvements))
+        if improvements[best] <= 1e-9 * max(len(still_to_win), 1):
             break
         chosen.append(best)
-        still_open = still_open * (1 - beats[best])
+        still_to_win = still_to_win * (1 - probabilities[best])
     return chosen

@@ -1,64 +1,77 @@
-"""What was expected of proposals before anyone measured them, and how far off that was."""
+"""How far measurements of proposals were from what models had expected before.
 
-from collections import Counter
+Proposals are where models are most hopeful, so models are wrong there more often than on what is left out at random.
+"""
+
 from collections.abc import Sequence
 
 import numpy as np
 from optuna.trial import FrozenTrial
 
 from search.samplers.hypervolume.encoding import Array, Codec
-from search.samplers.hypervolume.gaussian_process import HeldOut, held_out
-from search.samplers.hypervolume.models import Beliefs
-from search.samplers.hypervolume.observations import Observed
+from search.samplers.hypervolume.gaussian_process import HeldOutErrors, held_out_errors
+from search.samplers.hypervolume.models import Posteriors
+from search.samplers.hypervolume.observations import Observations
+from search.samplers.hypervolume.proposals import expected_costs, row_key
 
-PROPOSAL = "front:proposal"
-"""The system attribute of a trial that says what proposed it, and what was expected of it."""
-_LAST, _FEWEST = 20, 4
-"""So many of the last proposals tell how far off surrogates are of what they propose, where there are some."""
-
-
-def origins(trials: Sequence[FrozenTrial]) -> Counter[str]:
-    """Returns how many trials were proposed in each way."""
-    return Counter(trial.system_attrs[PROPOSAL]["origin"] for trial in trials if PROPOSAL in trial.system_attrs)
+_LAST = 20
+"""So many of the last proposals tell how far off models are now."""
+_FEWEST = 4
+"""With fewer, models are taken to be as good as they say."""
+_FEWEST_SHOWN = 3
 
 
-def foresight(trials: Sequence[FrozenTrial], observed: Observed, codec: Codec) -> dict[str, HeldOut]:
-    """Returns how well proposals were told before anyone measured them, by objective.
+def calibration_error(
+    trials: Sequence[FrozenTrial], observations: Observations, codec: Codec
+) -> dict[int, HeldOutErrors]:
+    """Returns how well proposals were predicted before anyone measured them, by the index of the objective.
 
-    They are where surrogates are most hopeful, so they are wrong there more often than on what is left out at random.
+    Args:
+        trials: of the study.
+        observations: what they came to.
+        codec: of the space.
     """
     return {
-        f"objective {place}": held_out("before measuring", *each.T)
-        for place, each in enumerate(foretold(trials, observed, codec))
-        if len(each) > 2
+        objective: held_out_errors("before measuring", *pairs.T)
+        for objective, pairs in enumerate(predicted_and_measured(trials, observations, codec))
+        if len(pairs) >= _FEWEST_SHOWN
     }
 
 
-def foretold(trials: Sequence[FrozenTrial], observed: Observed, codec: Codec) -> list[Array]:
-    """Returns for each objective the costs that were expected of proposals and those that were measured, `(n, 2)`."""
-    measured = {key_of(row): costs for row, costs in zip(observed.rows, observed.costs, strict=True)}
-    pairs: list[list[tuple[float, float]]] = [[] for _ in observed.costs.T]
+def predicted_and_measured(trials: Sequence[FrozenTrial], observations: Observations, codec: Codec) -> list[Array]:
+    """Returns for each objective the costs that were expected of proposals and those that were measured, `(n, 2)`.
+
+    Args:
+        trials: of the study, in order.
+        observations: what they came to.
+        codec: of the space.
+    """
+    measured = {row_key(row): costs for row, costs in zip(observations.rows, observations.costs, strict=True)}
+    pairs_of: list[list[tuple[float, float]]] = [[] for _ in observations.costs.T]
     for trial in trials:
-        expected = trial.system_attrs.get(PROPOSAL, {}).get("costs")
+        expected = expected_costs(trial)
         if not expected or not all(name in trial.params for name in codec.names):
             continue
-        costs = measured.get(key_of(codec.encode([trial.params])[0]))
-        for place, told in enumerate(expected):
-            if costs is not None and not np.isnan(costs[place]):
-                pairs[place].append((told, float(costs[place])))
-    return [np.array(each).reshape(-1, 2) for each in pairs]
+        costs = measured.get(row_key(codec.encode([trial.params])[0]))
+        for objective, cost in enumerate(expected):
+            if costs is not None and not np.isnan(costs[objective]):
+                pairs_of[objective].append((cost, float(costs[objective])))
+    return [np.array(pairs).reshape(-1, 2) for pairs in pairs_of]
 
 
-def missed_by(pairs_of: Sequence[Array], beliefs: Beliefs) -> Array:
-    """Returns by how much the last proposals were worse than they were told, mean and deviation, on the scales."""
-    missed = np.zeros((2, len(pairs_of)))
-    for place, (pairs, belief) in enumerate(zip(pairs_of, beliefs.objectives, strict=True)):
+def recent_bias_and_std(pairs_of: Sequence[Array], posteriors: Posteriors) -> Array:
+    """Returns by how much the last measurements were worse than predicted, transformed: mean and deviation, `(2, m)`.
+
+    Proposals that came out better are no reason to be bold, so a mean is 0 at least.
+
+    Args:
+        pairs_of: predicted and measured costs of proposals, in order, `(n, 2)` for each objective.
+        posteriors: know how costs are transformed.
+    """
+    bias_and_std = np.zeros((2, len(pairs_of)))
+    for objective, (pairs, posterior) in enumerate(zip(pairs_of, posteriors.objectives, strict=True)):
         if len(pairs) >= _FEWEST:
-            told, measured = belief.scale.forward(pairs[-_LAST:].T)
-            missed[:, place] = max(float((measured - told).mean()), 0.0), float((measured - told).std())
-    return missed
-
-
-def key_of(row: Array) -> bytes:
-    """Returns what tells a row from others."""
-    return np.round(row, 6).tobytes()
+            predicted, measured = posterior.transform.forward(pairs[-_LAST:].T)
+            errors = measured - predicted
+            bias_and_std[:, objective] = max(float(errors.mean()), 0.0), float(errors.std())
+    return bias_and_std

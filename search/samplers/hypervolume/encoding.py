@@ -1,4 +1,4 @@
-"""Rows of numbers for the parameters of a study, and back: what surrogates and evolution work on."""
+"""Rows of numbers for the parameters of a study, and back: what models and evolution work on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Codec:
-    """The way between parameters and rows `(n, d)`, one column for each dimension.
+    """Encodes parameters as rows `(n, d)`, one column for each dimension, and decodes them.
 
     A column counts the choices or steps of its dimension from 0 on; without steps it goes from 0 to 1, on a logarithmic
     scale where the dimension has one.
@@ -37,13 +37,13 @@ class Codec:
 
     @cached_property
     def levels(self) -> NDArray[np.int64]:
-        """How many values each dimension has, `(d,)`; 0 where there is no end of them."""
+        """How many values each dimension has, `(d,)`; 0 where it is continuous."""
         return np.array([_levels(distribution) for distribution in self.space.values()], dtype=np.int64)
 
     @cached_property
     def is_categorical(self) -> NDArray[np.bool_]:
         """Whether the values of each dimension have no order, `(d,)`."""
-        return np.array([isinstance(each, CategoricalDistribution) for each in self.space.values()])
+        return np.array([isinstance(dimension, CategoricalDistribution) for dimension in self.space.values()])
 
     @property
     def size(self) -> float:
@@ -52,31 +52,37 @@ class Codec:
         return float(np.prod(np.where(levels > 0, levels, np.inf)))
 
     def encode(self, parameters: Sequence[Mapping[str, Any]]) -> Array:
-        """Returns a row for each set of parameters; what lies outside its dimension goes to the nearest end."""
-        rows = [[_encoded(space, each[name]) for name, space in self.space.items()] for each in parameters]
+        """Returns a row for each set of parameters, `(n, d)`; a value outside of its dimension is clipped."""
+        rows = [[_encoded(space, values[name]) for name, space in self.space.items()] for values in parameters]
         return np.array(rows, dtype=np.float64).reshape(len(parameters), len(self.space))
 
     def decode(self, row: Array) -> dict[str, Any]:
-        """Returns the parameters of one row, in the types that Optuna wants."""
+        """Returns the parameters of one row `(d,)`, in the types that Optuna takes."""
         return {
-            name: _decoded(space, float(place)) for (name, space), place in zip(self.space.items(), row, strict=True)
+            name: _decoded(space, float(number)) for (name, space), number in zip(self.space.items(), row, strict=True)
         }
 
     def random(self, count: int, rng: np.random.Generator) -> Array:
-        """Returns uniform rows."""
+        """Returns uniform rows, `(count, d)`."""
         draws = rng.random((count, len(self.space)))
         return np.where(self.levels > 0, np.floor(draws * np.maximum(self.levels, 1)), draws)
 
     def numbers(self, rows: Array, name: str) -> Array:
-        """Returns the values of a numerical dimension, or the places of a categorical one's choices, `(n,)`."""
-        distribution, places = self.space[name], rows[:, self.names.index(name)]
+        """Returns the values of a numerical dimension, or the indices of a categorical one's choices, `(n,)`.
+
+        Args:
+            rows: `(n, d)`.
+            name: of the dimension.
+        """
+        distribution = self.space[name]
+        column = rows[:, self.names.index(name)]
         if isinstance(distribution, CategoricalDistribution):
-            return places
+            return column
         assert isinstance(distribution, IntDistribution | FloatDistribution)
         low, high = distribution.low, distribution.high
         if distribution.log:
-            return np.asarray(low * (high / low) ** places)
-        return np.asarray(low + places * (distribution.step if distribution.step is not None else high - low))
+            return np.asarray(low * (high / low) ** column)
+        return np.asarray(low + column * (distribution.step if distribution.step is not None else high - low))
 
 
 def _levels(distribution: BaseDistribution) -> int:
@@ -101,14 +107,14 @@ def _encoded(distribution: BaseDistribution, value: Any) -> float:
     return float(round((clipped - low) / distribution.step))
 
 
-def _decoded(distribution: BaseDistribution, place: float) -> Any:
+def _decoded(distribution: BaseDistribution, number: float) -> Any:
     if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[round(place)]
+        return distribution.choices[round(number)]
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     low, high = distribution.low, distribution.high
     if distribution.log:
-        value = low * (high / low) ** place
+        value = low * (high / low) ** number
     else:
-        value = low + place * (distribution.step if distribution.step is not None else high - low)
+        value = low + number * (distribution.step if distribution.step is not None else high - low)
     value = min(max(value, low), high)
     return round(value) if isinstance(distribution, IntDistribution) else float(value)

@@ -1,4 +1,4 @@
-"""What is expected of rows that nobody measured: one surrogate for each objective, and for each other constraint."""
+"""What is expected of rows that nobody measured: a model for each objective, and for each other constraint."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -7,262 +7,273 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.samplers.hypervolume.encoding import Array, Codec
-from search.samplers.hypervolume.exit_costs import Savings, beside, savings
-from search.samplers.hypervolume.features import Columns, of_damage, of_latency, plain
-from search.samplers.hypervolume.gaussian_process import HeldOut, Surrogate, fit, held_out
-from search.samplers.hypervolume.observations import Observed
-from search.samplers.hypervolume.prior import Aim, Meaning, Structure
+from search.samplers.hypervolume.exit_costs import ExitCosts, Function, concatenate, fit_exit_costs
+from search.samplers.hypervolume.features import FeatureMap, damage_features, generic_features, latency_features
+from search.samplers.hypervolume.gaussian_process import GaussianProcess, HeldOutErrors, fit_gp, held_out_errors
+from search.samplers.hypervolume.observations import Observations
+from search.samplers.hypervolume.outcome_transforms import (
+    OutcomeTransform,
+    damage_transform,
+    identity_transform,
+    log_transform,
+    relative_transform,
+)
+from search.samplers.hypervolume.prior import NetworkStructure, ProblemPrior
 
 _EXACT = 0.003
-"""A formula that tells all measurements up to a factor, within this share of it, needs no surrogate."""
+"""A formula that predicts all measurements up to a factor, within this share of them, needs no Gaussian process."""
+_ENOUGH_ERRORS = 8
+"""With fewer held-out errors nobody can say that a model is uninformative."""
+
+ModelKey = int | str
+"""What a model is of: the index of an objective, or the name of a constraint or of a part of an objective's model."""
 
 
 @dataclass(frozen=True)
-class Scale:
-    """An increasing function of a cost, in which what layers add is a sum.
+class Posterior:
+    """What is expected of one cost, transformed.
 
     Args:
-        forward: from costs, less being better.
-        back: to them.
-        doubts: how far off a measurement may be, from its place on the scale, in any unit.
+        transform: of the cost.
+        features: what the Gaussian process sees of rows.
+        mean_function: the prior mean, transformed, None where it is 0; the Gaussian process is of what it leaves.
+        gp: of what is left; None where nothing is, or nothing was measured.
+        constant: what is left where there is no Gaussian process.
+        constant_std: the standard deviation then.
+        error: on what was held out; None where there is no Gaussian process.
     """
 
-    forward: Callable[[Array], Array]
-    back: Callable[[Array], Array]
-    doubts: Callable[[Array], Array]
-
-
-def damage_scale(aim: Aim) -> Scale:
-    """Returns the logarithm of what is left of accuracy above chance: damages of layers multiply what is left."""
-    span = aim.dense - aim.chance
-
-    def forward(costs: Array) -> Array:
-        return np.asarray(-np.log(np.maximum((-costs - aim.chance) / span, 0.02)))
-
-    def back(places: Array) -> Array:
-        return np.asarray(-(aim.chance + span * np.exp(-places)))
-
-    return Scale(forward, back, lambda places: 0.03 + np.maximum(places, 0.0))
-
-
-def relative_scale() -> Scale:
-    """Returns costs as they are, told to within a share of them."""
-    return Scale(lambda costs: costs, lambda places: places, lambda places: np.maximum(np.abs(places), 1e-12))
-
-
-def logarithmic_scale() -> Scale:
-    """Returns logarithms of costs."""
-    return Scale(lambda costs: np.log(np.maximum(costs, 1e-12)), np.exp, np.ones_like)
-
-
-def plain_scale(costs: Array) -> Scale:
-    """Returns costs as they are; the better ones are told with more care."""
-    low, middle = np.quantile(costs, (0.05, 0.5)) if len(costs) else (0.0, 1.0)
-    span = max(float(middle - low), 1e-12)
-    return Scale(lambda costs: costs, lambda places: places, lambda p: 1 + 2 * np.maximum((p - middle) / span, 0.0))
-
-
-@dataclass(frozen=True)
-class Belief:
-    """What is expected of one cost, on its scale.
-
-    Args:
-        scale: of the cost.
-        features: what the surrogate looks at.
-        formula: what is known exactly, on the scale; added to what the surrogate tells.
-        surrogate: of what is left; None where nothing is, or nothing was measured.
-        constant: what is left where there is no surrogate.
-        doubt: the standard deviation then.
-        error: on what was held out; None where there is no surrogate.
-    """
-
-    scale: Scale
-    features: Columns
-    formula: Callable[[Array], Array] | None
-    surrogate: Surrogate | None
+    transform: OutcomeTransform
+    features: FeatureMap
+    mean_function: Function | None
+    gp: GaussianProcess | None
     constant: float
-    doubt: float
-    error: HeldOut | None
+    constant_std: float
+    error: HeldOutErrors | None
 
     def means(self, rows: Array) -> Array:
-        """Returns what is expected, on the scale, `(n,)`."""
-        known = self.formula(rows) if self.formula else np.zeros(len(rows))
-        if self.surrogate is None:
-            return known + self.constant
-        return known + self.surrogate.means(self.features(rows))
+        """Returns posterior means of rows `(n, d)`, transformed, `(n,)`."""
+        prior_means = self.mean_function(rows) if self.mean_function else np.zeros(len(rows))
+        if self.gp is None:
+            return prior_means + self.constant
+        return prior_means + self.gp.means(self.features(rows))
 
-    def draw(self, rng: np.random.Generator) -> Callable[[Array], Array]:
-        """Returns one of the functions of rows that agree with what was measured, on the scale."""
-        if self.surrogate is None:
+    def draw(self, rng: np.random.Generator) -> Function:
+        """Returns a function of rows drawn from the posterior, transformed."""
+        if self.gp is None:
             return self.means
-        drawn, formula = self.surrogate.draw(rng), self.formula
-        return lambda rows: drawn(self.features(rows)) + (formula(rows) if formula else 0.0)
+        sample, mean_function = self.gp.draw(rng), self.mean_function
+        return lambda rows: sample(self.features(rows)) + (mean_function(rows) if mean_function else 0.0)
 
-    def means_and_deviations(self, rows: Array) -> tuple[Array, Array]:
-        """Returns what a measurement is expected to be, and its standard deviation, `(n,)` each.
+    def means_and_stds(self, rows: Array) -> tuple[Array, Array]:
+        """Returns means and standard deviations of a measurement of rows `(n, d)`, transformed, `(n,)` each.
 
-        The deviation is that of a measurement, with its own error: versions are feasible, or not, as they are measured.
+        A measurement has noise of its own, which counts: versions are feasible, or not, as they are measured.
         """
-        known = self.formula(rows) if self.formula else np.zeros(len(rows))
-        if self.surrogate is None:
-            return known + self.constant, np.full(len(rows), self.doubt)
-        means, deviations = self.surrogate.means_and_deviations(self.features(rows))
-        errors = self.surrogate.error * self.scale.doubts(known + means)
-        return known + means, np.hypot(deviations, errors)
+        prior_means = self.mean_function(rows) if self.mean_function else np.zeros(len(rows))
+        if self.gp is None:
+            return prior_means + self.constant, np.full(len(rows), self.constant_std)
+        means, stds = self.gp.means_and_stds(self.features(rows))
+        noise = self.gp.noise_factor * self.transform.noise_std(prior_means + means)
+        return prior_means + means, np.hypot(stds, noise)
 
 
 @dataclass(frozen=True)
 class Functions:
-    """Functions of rows for objectives, on their scales, and for constraints that are no functions of them."""
+    """Functions of rows `(n, d)` for objectives, transformed, and for constraints that are no functions of them."""
 
-    objectives: tuple[Callable[[Array], Array], ...]
-    others: tuple[Callable[[Array], Array], ...]
+    objectives: tuple[Function, ...]
+    constraints: tuple[Function, ...]
 
 
 @dataclass(frozen=True)
-class Beliefs:
-    """What is expected of all objectives, and of the constraints that are no functions of one."""
+class Posteriors:
+    """What is expected of all objectives, and of the constraints that are no functions of one.
 
-    objectives: tuple[Belief, ...]
-    others: Mapping[str, Belief]
-    parts: Mapping[str, HeldOut] = field(default_factory=dict)
-    """Errors of what surrogates are built on."""
+    Args:
+        objectives: `m` posteriors.
+        constraints: by name.
+        part_errors: held-out errors of what posteriors are built on, by name.
+    """
+
+    objectives: tuple[Posterior, ...]
+    constraints: Mapping[str, Posterior]
+    part_errors: Mapping[str, HeldOutErrors] = field(default_factory=dict)
 
     @property
-    def expected(self) -> Functions:
-        """What is expected of rows."""
+    def means(self) -> Functions:
+        """The posterior means."""
         return Functions(
-            tuple(belief.means for belief in self.objectives), tuple(belief.means for belief in self.others.values())
+            tuple(posterior.means for posterior in self.objectives),
+            tuple(posterior.means for posterior in self.constraints.values()),
         )
 
     def draw(self, rng: np.random.Generator) -> Functions:
-        """Returns functions of rows that agree with what was measured, each drawn at random."""
+        """Returns a function for each objective and constraint, drawn from its posterior."""
         return Functions(
-            tuple(belief.draw(rng) for belief in self.objectives),
-            tuple(belief.draw(rng) for belief in self.others.values()),
+            tuple(posterior.draw(rng) for posterior in self.objectives),
+            tuple(posterior.draw(rng) for posterior in self.constraints.values()),
         )
 
-    @property
-    def errors(self) -> dict[str, HeldOut]:
-        """The errors on what was held out, by `objective 0` or the constraint."""
-        named = {f"objective {place}": belief.error for place, belief in enumerate(self.objectives)}
-        found = {**named, **{name: belief.error for name, belief in self.others.items()}}
-        return {name: error for name, error in found.items() if error is not None} | dict(self.parts)
+    def transformed(self, costs: Array) -> Array:
+        """Returns costs `(n, m)` transformed; what is infinite or NaN stays so."""
+        columns = zip(self.objectives, costs.T, strict=True)
+        return np.stack([posterior.transform.forward_or_keep(column) for posterior, column in columns], axis=1)
+
+    def untransformed(self, values: Array) -> Array:
+        """Returns the costs of transformed values `(n, m)`, `(n, m)`."""
+        columns = zip(self.objectives, values.T, strict=True)
+        return np.stack([posterior.transform.inverse(column) for posterior, column in columns], axis=1)
 
     @property
-    def are_bad(self) -> bool:
-        """Whether most surrogates tell next to nothing of what they were not fitted to.
+    def errors(self) -> dict[ModelKey, HeldOutErrors]:
+        """The errors on what was held out, of those models that have any."""
+        posteriors: list[tuple[ModelKey, Posterior]] = [*enumerate(self.objectives), *self.constraints.items()]
+        return {key: posterior.error for key, posterior in posteriors if posterior.error} | dict(self.part_errors)
 
-        One that tells nothing expects the mean, in doubt as it should be; accuracies that are nearly all alike are no
-        reason to give up what is known of latency.
+    @property
+    def are_uninformative(self) -> bool:
+        """Whether most models predict next to nothing of what they were not fitted to.
+
+        One that predicts nothing expects the mean, as uncertain as it should be; accuracies that are nearly all equal
+        are no reason to give up what is known of latency.
         """
-        bad = [error.count >= 8 and error.spearman < 0.2 and error.r2 < 0.1 for error in self.errors.values()]
+        bad = [
+            error.count >= _ENOUGH_ERRORS and error.spearman < 0.2 and error.r2 < 0.1 for error in self.errors.values()
+        ]
         return 2 * sum(bad) > len(bad)
 
 
-def believe(observed: Observed, codec: Codec, meaning: Meaning | None) -> Beliefs:
-    """Returns surrogates of everything that was measured."""
-    saved = savings(observed, meaning, codec) if meaning is not None and meaning.is_solved else None
+def fit_models(observations: Observations, codec: Codec, prior: ProblemPrior | None) -> Posteriors:
+    """Returns a posterior of everything that was measured.
+
+    Args:
+        observations: of `n` rows.
+        codec: of the space.
+        prior: what is known of the problem; None where nothing is.
+    """
+    exit_costs = fit_exit_costs(observations, prior, codec) if prior is not None and prior.solves_thresholds else None
     objectives = []
-    for place in range(observed.costs.shape[1]):
-        costs = observed.costs[:, place]
-        look = _look(place, observed.rows, costs, codec, meaning)
-        if saved is not None:
-            look = _look_behind_exits(place, look, saved)
-        objectives.append(_belief(observed.rows, costs, look))
-    others = {
-        name: _belief(observed.rows, values, _look_at_constraint(values, codec, meaning))
-        for name, values in observed.constraints.items()
-        if name not in observed.linked
+    for index, costs in enumerate(observations.costs.T):
+        model = _model_of_objective(index, observations.rows, costs, codec, prior)
+        if exit_costs is not None:
+            model = _with_exit_costs(index, model, exit_costs)
+        objectives.append(_fit(observations.rows, costs, model))
+    constraints = {
+        name: _fit(observations.rows, values, _model_of_constraint(values, codec, prior))
+        for name, values in observations.constraints.items()
+        if name not in observations.linear
     }
-    return Beliefs(tuple(objectives), others, saved.errors if saved else {})
+    return Posteriors(tuple(objectives), constraints, exit_costs.errors if exit_costs else {})
 
 
 @dataclass(frozen=True)
-class _Look:
-    """How a cost is looked at.
+class _Model:
+    """How one cost is modelled.
 
     Args:
-        scale: of it.
-        columns: what its surrogate sees.
-        formula: what is known, on the scale; None where nothing is.
-        told: what the formula comes to for the rows that were measured, where it was fitted to them: each left out in
-            turn, and NaN where it was not. None where it was not fitted.
+        transform: of it.
+        features: what its Gaussian process sees.
+        mean_function: the prior mean, transformed; None where it is 0.
+        held_out_means: where the prior mean was fitted to the measurements: what it comes to for each measured row if
+            that is left out, `(n,)`, NaN where it was not fitted to it. None where it was fitted to none.
     """
 
-    scale: Scale
-    columns: Columns
-    formula: Callable[[Array], Array] | None = None
-    told: Array | None = None
+    transform: OutcomeTransform
+    features: FeatureMap
+    mean_function: Function | None = None
+    held_out_means: Array | None = None
 
-    def known(self, rows: Array, some: NDArray[np.bool_]) -> Array:
-        """Returns what is known of some rows, `(k,)`."""
-        if self.formula is None:
-            return np.zeros(int(some.sum()))
-        found = self.formula(rows[some])
-        return found if self.told is None else np.where(np.isnan(self.told[some]), found, self.told[some])
+    def prior_means(self, rows: Array, known: NDArray[np.bool_]) -> Array:
+        """Returns the prior means of the measured rows, `(known,)`.
+
+        Args:
+            rows: `(n, d)`.
+            known: which of them were measured, `(n,)`.
+        """
+        if self.mean_function is None:
+            return np.zeros(int(known.sum()))
+        means = self.mean_function(rows[known])
+        if self.held_out_means is None:
+            return means
+        held_out = self.held_out_means[known]
+        return np.where(np.isnan(held_out), means, held_out)
 
 
-def _look_behind_exits(place: int, usual: _Look, saved: Savings) -> _Look:
-    """Returns how an objective is looked at: `usual` is how it would be with thresholds that are dimensions."""
-    if place not in saved.means:
-        return replace(usual, columns=beside(saved.near, usual.columns))
-    mean = saved.means[place]
-    return _Look(logarithmic_scale(), saved.columns, lambda rows: np.log(mean.function(rows)), np.log(mean.held_out))
-
-
-def _look(place: int, rows: Array, costs: Array, codec: Codec, meaning: Meaning | None) -> _Look:
-    """Returns how one objective is looked at: its scale, its columns, and the formula for it where there is one."""
-    if meaning is None:
-        return _Look(plain_scale(costs[~np.isnan(costs)]), plain(codec))
-    aim, structure = meaning.aims[place], meaning.structure
-    if aim.kind == "accuracy":
-        scale = damage_scale(aim)
-        return _Look(scale, of_damage(structure, codec), _estimate(rows, costs, scale, structure, codec))
-    if aim.kind == "latency":
-        return _Look(relative_scale(), of_latency(structure, codec))
-    return _Look(
-        logarithmic_scale(),
-        of_latency(structure, codec),
+def _model_of_objective(index: int, rows: Array, costs: Array, codec: Codec, prior: ProblemPrior | None) -> _Model:
+    """Returns how an objective is modelled by what is known of it, but for exits whose thresholds are solved."""
+    if prior is None:
+        return _Model(identity_transform(costs[~np.isnan(costs)]), generic_features(codec))
+    target, structure = prior.objectives[index], prior.structure
+    if target.kind == "accuracy":
+        transform = damage_transform(target)
+        mean_function = _scaled_estimates(rows, costs, transform, structure, codec)
+        return _Model(transform, damage_features(structure, codec), mean_function)
+    if target.kind == "latency":
+        return _Model(relative_transform(), latency_features(structure, codec))
+    return _Model(
+        log_transform(),
+        latency_features(structure, codec),
         lambda rows: np.log(np.maximum(structure.work(codec, rows).sum(axis=1), 1e-12)),
     )
 
 
-def _estimate(
-    rows: Array, costs: Array, scale: Scale, structure: Structure, codec: Codec
-) -> Callable[[Array], Array] | None:
-    """Returns the estimates' sum in the unit of what was measured; None where there are no estimates.
+def _with_exit_costs(index: int, model: _Model, exit_costs: ExitCosts) -> _Model:
+    """Returns how an objective is modelled behind exits whose thresholds are solved.
 
-    One measurement that agrees with the estimates as they are speaks for their own unit.
+    Args:
+        index: of the objective.
+        model: how it would be with thresholds that are dimensions.
+        exit_costs: what exits leave of costs.
+    """
+    if index not in exit_costs.means:
+        return replace(model, features=concatenate(exit_costs.distance, model.features))
+    mean = exit_costs.means[index]
+    return _Model(log_transform(), exit_costs.features, lambda rows: np.log(mean.function(rows)), np.log(mean.held_out))
+
+
+def _scaled_estimates(
+    rows: Array, costs: Array, transform: OutcomeTransform, structure: NetworkStructure, codec: Codec
+) -> Callable[[Array], Array] | None:
+    """Returns the sum of estimated damages, scaled to what was measured; None where there are no estimates.
+
+    The factor is that of a ridge regression whose prior is 1: one measurement that agrees with the estimates as they
+    are speaks for their own unit.
     """
     if not structure.damage:
         return None
     known = ~np.isnan(costs)
-    measured, told = scale.forward(costs[known]), structure.estimated_damage(codec, rows[known]).sum(axis=1)
-    weights = 1 / scale.doubts(measured) ** 2
-    usual = 0.1 * float((weights * told**2).mean()) if len(told) else 1.0
-    factor = ((weights * told * measured).sum() + usual) / ((weights * told**2).sum() + usual)
+    measured = transform.forward(costs[known])
+    estimated = structure.estimated_damage(codec, rows[known]).sum(axis=1)
+    precisions = 1 / transform.noise_std(measured) ** 2
+    ridge = 0.1 * float((precisions * estimated**2).mean()) if len(estimated) else 1.0
+    factor = ((precisions * estimated * measured).sum() + ridge) / ((precisions * estimated**2).sum() + ridge)
     return lambda rows: factor * structure.estimated_damage(codec, rows).sum(axis=1)
 
 
-def _look_at_constraint(values: Array, codec: Codec, meaning: Meaning | None) -> _Look:
-    """Returns how a constraint that follows from no objective is looked at."""
-    columns = plain(codec) if meaning is None else of_latency(meaning.structure, codec)
-    return _Look(plain_scale(np.abs(values[~np.isnan(values)])), columns)
+def _model_of_constraint(values: Array, codec: Codec, prior: ProblemPrior | None) -> _Model:
+    """Returns how a constraint that follows from no objective is modelled."""
+    features = generic_features(codec) if prior is None else latency_features(prior.structure, codec)
+    return _Model(identity_transform(np.abs(values[~np.isnan(values)])), features)
 
 
-def _belief(rows: Array, costs: Array, look: _Look) -> Belief:
-    scale = look.scale
-    features = look.columns
-    formula = look.formula
+def _fit(rows: Array, costs: Array, model: _Model) -> Posterior:
+    """Returns the posterior of one cost.
+
+    Args:
+        rows: `(n, d)`.
+        costs: of them, `(n,)`; NaN where it was not measured.
+        model: how it is modelled.
+    """
+    transform, mean_function = model.transform, model.mean_function
     known: NDArray[np.bool_] = ~np.isnan(costs)
-    places = scale.forward(costs[known])
-    left = places - look.known(rows, known)
-    if len(left) < 2 or np.ptp(left) == 0 or (formula and np.std(left) < _EXACT):
-        constant = float(left.mean()) if len(left) else 0.0
-        doubt = _EXACT if len(left) > 1 else 1.0
-        return Belief(scale, features, formula, None, constant, doubt, None)
-    surrogate = fit(features(rows[known]), left, scale.doubts(places))
-    predicted = surrogate.predicted + (places - left)
-    error = held_out(surrogate.kernel.form, scale.back(predicted), costs[known])
-    return Belief(scale, features, formula, surrogate, 0.0, 0.0, error)
+    measured = transform.forward(costs[known])
+    residuals = measured - model.prior_means(rows, known)
+    if len(residuals) < 2 or np.ptp(residuals) == 0 or (mean_function and np.std(residuals) < _EXACT):
+        constant = float(residuals.mean()) if len(residuals) else 0.0
+        std = _EXACT if len(residuals) > 1 else 1.0
+        return Posterior(transform, model.features, mean_function, None, constant, std, None)
+    gp = fit_gp(model.features(rows[known]), residuals, transform.noise_std(measured))
+    predicted = transform.inverse(gp.left_out_means + (measured - residuals))
+    error = held_out_errors(gp.kernel.form, predicted, costs[known])
+    return Posterior(transform, model.features, mean_function, gp, 0.0, 0.0, error)

@@ -1,4 +1,7 @@
-"""NSGA-II over rows of a codec, with the costs of surrogates: thousands of rows cost next to nothing."""
+"""NSGA-II over rows of a codec, on models: thousands of evaluations cost next to nothing.
+
+Source: Deb et al., A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II, 2002.
+"""
 
 from collections.abc import Callable
 
@@ -7,83 +10,108 @@ from numpy.typing import NDArray
 
 from search.samplers.hypervolume.encoding import Array, Codec
 
-Judge = Callable[[Array], tuple[Array, Array]]
-"""Returns costs `(n, m)` and, `(n,)`, by how much rows break their limits, 0 where they do not."""
+Evaluates = Callable[[Array], tuple[Array, Array]]
+"""Returns, for rows `(n, d)`, costs `(n, m)` and the sum of violated constraints `(n,)`, 0 where all are kept."""
+
+_CROSSOVER = 0.8
+"""The share of children that have two parents."""
+_CHANGES = 1.5
+"""Dimensions of a child that mutate, on average."""
 
 
 def evolve(
-    start: Array, judge: Judge, codec: Codec, rng: np.random.Generator, population: int = 100, generations: int = 30
+    start: Array,
+    evaluate: Evaluates,
+    codec: Codec,
+    rng: np.random.Generator,
+    population: int = 100,
+    generations: int = 30,
 ) -> tuple[Array, Array, Array]:
-    """Returns the last population, the best first, with its costs and how much it breaks its limits.
+    """Returns the last population, the best first: rows `(n, d)`, costs `(n, m)` and violations `(n,)`.
 
-    Source: Deb et al., A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II, 2002, with feasibility first.
+    Args:
+        start: the first population, `(k, d)`.
+        evaluate: gives costs and violations.
+        codec: of the space.
+        rng: of all draws.
+        population: rows that survive a generation.
+        generations: how many.
     """
     rows = np.unique(start, axis=0)
-    costs, broken = judge(rows)
-    order = ranked(costs, broken, population)
-    rows = rows[order]
-    costs = costs[order]
-    broken = broken[order]
+    costs, violations = evaluate(rows)
+    survivors = best_first(costs, violations, population)
+    rows = rows[survivors]
+    costs = costs[survivors]
+    violations = violations[survivors]
     for _ in range(generations):
         children = offspring(rows, codec, rng, population)
-        more, theirs = judge(children)
-        rows = np.vstack([rows, children])
-        costs = np.vstack([costs, more])
-        broken = np.concatenate([broken, theirs])
-        _, first = np.unique(rows, axis=0, return_index=True)
-        rows = rows[first]
-        costs = costs[first]
-        broken = broken[first]
-        order = ranked(costs, broken, population)
-        rows = rows[order]
-        costs = costs[order]
-        broken = broken[order]
-    return rows, costs, broken
+        child_costs, child_violations = evaluate(children)
+        rows, distinct = np.unique(np.vstack([rows, children]), axis=0, return_index=True)
+        costs = np.vstack([costs, child_costs])[distinct]
+        violations = np.concatenate([violations, child_violations])[distinct]
+        survivors = best_first(costs, violations, population)
+        rows = rows[survivors]
+        costs = costs[survivors]
+        violations = violations[survivors]
+    return rows, costs, violations
 
 
-def ranked(costs: Array, broken: Array, count: int) -> NDArray[np.int64]:
-    """Returns the places of the best `count` rows, the best first: by front and crowding, then by what they break."""
+def best_first(costs: Array, violations: Array, count: int) -> NDArray[np.int64]:
+    """Returns the indices of the best `count` rows, the best first, `(count,)` or fewer.
+
+    Feasible rows come first, by rank of non-domination and then by crowding distance; then the others, by violation.
+
+    Args:
+        costs: less being better, `(n, m)`, no NaN.
+        violations: the sum of violated constraints, `(n,)`, 0 where all are kept.
+        count: of rows that are wanted.
+    """
     from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
     from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
-    whole = np.flatnonzero(broken <= 0)
+    feasible = np.flatnonzero(violations <= 0)
     order: list[int] = []
-    if len(whole):
-        for front in NonDominatedSorting().do(costs[whole], n_stop_if_ranked=count):
-            crowding = calc_crowding_distance(costs[whole][front])
-            order.extend(whole[front][np.argsort(-crowding, kind="stable")])
-    rest = np.flatnonzero(broken > 0)
-    order.extend(rest[np.argsort(broken[rest], kind="stable")])
+    if len(feasible):
+        for front in NonDominatedSorting().do(costs[feasible], n_stop_if_ranked=count):
+            crowding = calc_crowding_distance(costs[feasible][front])
+            order.extend(feasible[front][np.argsort(-crowding, kind="stable")])
+    infeasible = np.flatnonzero(violations > 0)
+    order.extend(infeasible[np.argsort(violations[infeasible], kind="stable")])
     return np.array(order[:count], dtype=np.int64)
 
 
-def non_dominated(costs: Array) -> NDArray[np.int64]:
-    """Returns the places of the costs `(n, m)` that no other beats."""
-    from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
-
-    if not len(costs):
-        return np.zeros(0, dtype=np.int64)
-    return np.asarray(NonDominatedSorting().do(costs, only_non_dominated_front=True), dtype=np.int64)
-
-
 def offspring(rows: Array, codec: Codec, rng: np.random.Generator, count: int) -> Array:
-    """Returns children of rows that are in order, the best first: parents are the better of two."""
-    better = np.minimum(rng.integers(0, len(rows), (2, count)), rng.integers(0, len(rows), (2, count)))
-    mother, father = rows[better[0]], rows[better[1]]
-    mixed = (rng.random(mother.shape) < 0.5) & (rng.random((count, 1)) < 0.8)
-    return mutated(np.where(mixed, father, mother), codec, rng, 1.5)
+    """Returns children `(count, d)` by binary tournament, uniform crossover and mutation.
+
+    Args:
+        rows: in order, the best first, `(n, d)`.
+        codec: of the space.
+        rng: of all draws.
+        count: of children.
+    """
+    winners = np.minimum(rng.integers(0, len(rows), (2, count)), rng.integers(0, len(rows), (2, count)))
+    mothers, fathers = rows[winners[0]], rows[winners[1]]
+    from_father = (rng.random(mothers.shape) < 0.5) & (rng.random((count, 1)) < _CROSSOVER)
+    return mutate(np.where(from_father, fathers, mothers), codec, rng, _CHANGES)
 
 
-def mutated(rows: Array, codec: Codec, rng: np.random.Generator, changes: float) -> Array:
-    """Returns rows in which some dimensions, `changes` a row on average, and one at least, have another value."""
-    count, size = rows.shape
-    levels, categorical = codec.levels, codec.is_categorical
-    chosen = rng.random(rows.shape) < changes / size
-    chosen[np.arange(count), rng.integers(0, size, count)] = True
+def mutate(rows: Array, codec: Codec, rng: np.random.Generator, changes: float) -> Array:
+    """Returns rows `(n, d)` in which some dimensions, and one at least, have another value.
+
+    Args:
+        rows: `(n, d)`.
+        codec: of the space.
+        rng: of all draws.
+        changes: dimensions of a row that change, on average.
+    """
+    count, dimensions = rows.shape
+    levels = codec.levels
+    changes_here = rng.random(rows.shape) < changes / dimensions
+    changes_here[np.arange(count), rng.integers(0, dimensions, count)] = True
     steps = rng.geometric(0.6, rows.shape) * rng.choice((-1.0, 1.0), rows.shape)
-    other = rng.integers(1, np.maximum(levels, 2), rows.shape)
-    free = np.clip(rows + 0.12 * rng.standard_normal(rows.shape), 0.0, 1.0)
-    stepped = np.clip(rows + steps, 0, np.maximum(levels - 1, 0))
-    cycled = (rows + other) % np.maximum(levels, 1)
-    changed = np.where(categorical, cycled, np.where(levels > 0, stepped, free))
-    return np.where(chosen, changed, rows)
+    other_choice = rng.integers(1, np.maximum(levels, 2), rows.shape)
+    continuous = np.clip(rows + 0.12 * rng.standard_normal(rows.shape), 0.0, 1.0)
+    ordered = np.clip(rows + steps, 0, np.maximum(levels - 1, 0))
+    categorical = (rows + other_choice) % np.maximum(levels, 1)
+    changed = np.where(codec.is_categorical, categorical, np.where(levels > 0, ordered, continuous))
+    return np.where(changes_here, changed, rows)

@@ -1,4 +1,4 @@
-"""What the dimensions of a search mean: layers, channels, precisions and exits, and what is known without measuring."""
+"""What is known of a problem before anything is measured: the network's structure, its objectives and its limits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ Kind = Literal["accuracy", "latency", "flops"]
 
 
 @dataclass(frozen=True)
-class Structure:
+class NetworkStructure:
     """A network as a sampler sees it: `L` layers in the order in which they run, `G` dimensions of channels.
 
     Behind the layers, `flops`, `inputs` and `outputs` may have rows for what has FLOPs but no precision: norms.
@@ -54,68 +54,75 @@ class Structure:
         """Every dimension that it speaks of."""
         return {*self.channels, *self.exits, *(name for name in self.precision if name is not None)}
 
-    def first(self, layers: int) -> "Structure":
+    def first(self, layers: int) -> "NetworkStructure":
         """Returns the network as far as some of its layers, without norms: what runs before an exit."""
         parts = {name: getattr(self, name)[:layers] for name in ("flops", "inputs", "outputs", "precision", "fixed")}
         return replace(self, **parts)
 
     def kept(self, codec: Codec, rows: Array) -> Array:
-        """Returns the channels that rows keep of each dimension, `(n, G)`."""
+        """Returns the channels that rows `(n, d)` keep of each dimension, `(n, G)`."""
         columns = [codec.numbers(rows, name) for name in self.channels]
         return np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0))
 
     def work(self, codec: Codec, rows: Array) -> Array:
-        """Returns the FLOPs of each layer and norm of rows, `(n, L + norms)`."""
-        gone = self.full - self.kept(codec, rows)
-        return self.flops * (1 - gone @ self.inputs.T) * (1 - gone @ self.outputs.T)
+        """Returns the FLOPs of each layer and norm of rows `(n, d)`, `(n, L + norms)`."""
+        removed = self.full - self.kept(codec, rows)
+        return self.flops * (1 - removed @ self.inputs.T) * (1 - removed @ self.outputs.T)
 
     def precisions(self, codec: Codec, rows: Array) -> NDArray[np.int64]:
-        """Returns the place of each layer's precision among those with a speed, `(n, L)`."""
+        """Returns the index of each layer's precision in `speeds` for rows `(n, d)`, `(n, L)`."""
         names = list(self.speeds)
-        found = np.empty((len(rows), self.layers), dtype=np.int64)
+        indices = np.empty((len(rows), self.layers), dtype=np.int64)
         for layer, dimension in enumerate(self.precision):
             if dimension is None:
-                found[:, layer] = names.index(self.fixed[layer])
+                indices[:, layer] = names.index(self.fixed[layer])
             else:
                 choices: Sequence[str] = codec.space[dimension].choices  # type: ignore[attr-defined]
-                places = np.array([names.index(choice) for choice in choices])
-                found[:, layer] = places[codec.numbers(rows, dimension).astype(int)]
-        return found
+                of_choice = np.array([names.index(choice) for choice in choices])
+                indices[:, layer] = of_choice[codec.numbers(rows, dimension).astype(int)]
+        return indices
 
     def estimated_damage(self, codec: Codec, rows: Array) -> Array:
-        """Returns what each dimension of rows is estimated to cost in accuracy, `(n, dimensions with an estimate)`."""
-        index = {name: place for place, name in enumerate(codec.names)}
-        columns = [np.array(costs)[rows[:, index[name]].astype(int)] for name, costs in self.damage.items()]
+        """Returns what each dimension is estimated to cost rows `(n, d)` in accuracy, `(n, estimated dimensions)`."""
+        column_of = {name: column for column, name in enumerate(codec.names)}
+        columns = [np.array(costs)[rows[:, column_of[name]].astype(int)] for name, costs in self.damage.items()]
         return np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0))
 
 
 @dataclass(frozen=True)
-class Aim:
-    """What is known of one objective of a study.
+class CostTarget:
+    """What is known of one objective of a study: where it starts, and where it has to get to.
 
     Args:
         kind: what it measures.
         dense: the dense network's value.
-        worst: values beyond it count for nothing.
+        worst: the reference point of hypervolume: values beyond it count for nothing.
         chance: of accuracy: what guessing comes to.
-        aimed: what the mean is brought to where thresholds of exits are solved and the longest path costs more.
+        aimed_at: what the mean is brought to where thresholds of exits are solved and the longest path costs more;
+            infinite where nothing is.
     """
 
     kind: Kind
     dense: float
     worst: float
     chance: float = 0.0
-    aimed: float = float("inf")
+    aimed_at: float = float("inf")
 
     @property
-    def least_cost(self) -> float:
+    def ideal_cost(self) -> float:
         """The cost that nothing is below: all answers right, or none of a time or a count."""
         return -1.0 if self.kind == "accuracy" else 0.0
 
 
 @dataclass(frozen=True)
-class Link:
-    """A constraint that is a function of an objective: `slope * value + offset`, feasible at or below 0."""
+class LinearConstraint:
+    """A constraint that is a function of an objective: `slope * value + offset`, feasible at or below 0.
+
+    Args:
+        objective: its index.
+        slope: by how much the constraint grows with the objective's value.
+        offset: the constraint where the objective is 0.
+    """
 
     objective: int
     slope: float
@@ -123,17 +130,17 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Meaning:
-    """What a study's dimensions, objectives and constraints mean.
+class ProblemPrior:
+    """What is known of a study's dimensions, objectives and constraints beforehand.
 
     Args:
         structure: of its dimensions.
-        aims: of its objectives, in their order.
-        links: from constraints, by name, to objectives.
-        is_solved: whether there are exits whose thresholds are solved inside of each evaluation.
+        objectives: what is known of each, in their order.
+        linear_constraints: by name, those that are functions of an objective.
+        solves_thresholds: whether there are exits whose thresholds are solved inside of each evaluation.
     """
 
-    structure: Structure
-    aims: tuple[Aim, ...]
-    links: Mapping[str, Link] = field(default_factory=dict)
-    is_solved: bool = False
+    structure: NetworkStructure
+    objectives: tuple[CostTarget, ...]
+    linear_constraints: Mapping[str, LinearConstraint] = field(default_factory=dict)
+    solves_thresholds: bool = False
