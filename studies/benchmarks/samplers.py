@@ -105,6 +105,11 @@ def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
     return Trace(tuple(keys), found, own / len(keys), first)
 
 
+def _arm(name: str) -> Arm:
+    """Returns what an arm's name stands for: one of `ARMS`, or a sampler of that name with the warm start."""
+    return ARMS.get(name) or Arm(SAMPLERS.known(name), True)
+
+
 def compare(
     make: Callable[[int], Case], arms: Mapping[str, int], seeds: int, after: Callable[[str, int, Trace], None]
 ) -> dict[str, list[Trace]]:
@@ -112,7 +117,7 @@ def compare(
     found: dict[str, list[Trace]] = {name: [] for name in arms}
     for seed in range(seeds):
         for name, trials in arms.items():
-            trace = search(make(seed), ARMS.get(name) or Arm(SAMPLERS.known(name), True), seed, trials)
+            trace = search(make(seed), _arm(name), seed, trials)
             found[name].append(trace)
             after(name, seed, trace)
     return found
@@ -232,7 +237,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     if given.what == "tight":
-        _tight(given.seeds, {name: _TIGHT for name in arms if ARMS[name].is_warm and ARMS[name].most >= _TIGHT})
+        _tight(given.seeds, {name: _TIGHT for name in arms if _arm(name).is_warm and _arm(name).most >= _TIGHT})
         return
     if given.what == "synthetic":
         found = compare(lambda seed: SyntheticCase(seed, Setting()), arms, given.seeds, _say)
