@@ -107,6 +107,11 @@ def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
     return Trace(tuple(keys), hypervolumes, own / len(keys), first)
 
 
+def _arm(name: str) -> Arm:
+    """Returns what an arm's name stands for: one of `ARMS`, or a sampler of that name with the warm start."""
+    return ARMS.get(name) or Arm(SAMPLERS.known(name), True)
+
+
 def compare(
     make: Callable[[int], Case], arms: Mapping[str, int], seeds: int, after: Callable[[str, int, Trace], None]
 ) -> dict[str, list[Trace]]:
@@ -114,7 +119,7 @@ def compare(
     traces: dict[str, list[Trace]] = {name: [] for name in arms}
     for seed in range(seeds):
         for name, trials in arms.items():
-            trace = search(make(seed), ARMS[name], seed, trials)
+            trace = search(make(seed), _arm(name), seed, trials)
             traces[name].append(trace)
             after(name, seed, trace)
     return traces
@@ -233,8 +238,8 @@ def main() -> None:
     arms = {SAMPLERS.renamed(name): int(trials or arguments.trials) for name, _, trials in named}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-    if arguments.what == "tight":
-        _tight(arguments.seeds, {name: _TIGHT for name in arms if ARMS[name].is_warm and ARMS[name].most >= _TIGHT})
+            trace = search(make(seed), _arm(name), seed, trials)
+            traces[name].append(trace)
         return
     if arguments.what == "synthetic":
         traces_of = compare(lambda seed: SyntheticCase(seed, Setting()), arms, arguments.seeds, _say)

@@ -1,4 +1,4 @@
-"""What trt.py uses of TensorRT exists in every version that it accepts: its own source against the real bindings.
+"""What the runtime uses of TensorRT exists in every version that it accepts: its own source against the real bindings.
 
 The bindings import without TensorRT's libraries when stubs stand in for these, so no GPU is needed.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = [ROOT / "evaluators" / "runtimes" / name for name in ("trt.py", "engines.py")]
+SOURCES = [ROOT / "evaluators" / "runtimes" / "tensorrt_gpu" / name for name in ("runtime.py", "engines.py")]
 VERSIONS = ("10.3.*", "10.13.*", "11.*")
 LIBRARY = ("trt", "self._trt", "library()")
 SYMBOLS = (
