@@ -64,8 +64,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON; all el
 
 RUNS = Path("runs")
 _INTERRUPTED = 130
-ANY = Budget.parse(["latency<100%"])
-"""A study needs a budget, also where nothing depends on it."""
 GATES: Mapping[str, Literal["solved", "searched"]] = {"inner": "solved", "outer": "searched"}
 """What a study calls each choice of `--gates`."""
 
@@ -278,8 +276,8 @@ def profile(
     as_json: AsJson = False,
 ) -> int:
     """Shows how much each group of channels matters, as a heat map here and as a PNG."""
-    request = Request(study, ANY, model, weights, data)
-    if name is not None and request != Request(budget=ANY):
+    request = Request(study, None, model, weights, data)
+    if name is not None and request != Request():
         raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
     from search.commands.run import run_profile
 
@@ -322,8 +320,8 @@ def diagnose(
 
     wanted = Wanted(precision, trial, file, against_target, images)
     wanted.check()
-    request = Request(study, ANY, model, weights, data, target)
-    named = request != Request(budget=ANY, target=target)
+    request = Request(study, None, model, weights, data, target)
+    named = request != Request(target=target)
     if named and (name is not None or trial is not None):
         raise UserError(f"a search has a study, got {'--search' if name else '--trial'} and another; leave one out")
     if not named and wanted.own_study is not None:

@@ -50,6 +50,7 @@ def run_search(
 ) -> int:
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
     study = request.to_study()
+    request.check_budget()
     sampler = SAMPLERS.known(sampler or study.search.sampler)
     folder = SearchFolder(runs / (name or f"{study.name}-{study.question_key}-{sampler}-{seed}"))
     _check_same_question(folder, study)
@@ -97,7 +98,7 @@ def _check_same_question(folder: SearchFolder, study: Study) -> None:
         other = Study.stored(stored)
         raise StoreError(
             f"a search answers one question, got {folder.path}, which belongs to study {other.name!r} with"
-            f" {other.limits} on {other.target.runtime}; give another --search or --runs"
+            f" {other.budget} on {other.target.runtime}; give another --search or --runs"
         )
 
 
@@ -136,7 +137,7 @@ def _search(
         from search.pipeline.workbench import Workbench
         from search.tracking.mirror import Follower
 
-        display.say(f"Searching study {study.name} within {study.limits} on {study.target.runtime}.")
+        display.say(f"Searching study {study.name} within {study.budget} on {study.target.runtime}.")
         given = GivenNetwork(study, display.step, library, display.say, download)
         stored = folder.create()
         simple = None if "baseline" in stored.user_attrs else _measure_given(given, stored, display)

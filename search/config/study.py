@@ -9,7 +9,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from evaluators.quantization.calibration import CALIBRATORS
 from search.config.budget import Budget
@@ -219,7 +228,7 @@ class Study(Section):
 
     name: Annotated[str, AfterValidator(_named)]
     question: str
-    budget: tuple[str, ...]
+    budget: Budget
     model: ModelSection
     data: DataSection
     training: TrainingSection | None = None
@@ -232,6 +241,22 @@ class Study(Section):
     target: TargetSection = TargetSection()
     recovery: RecoverySection = RecoverySection()
     search: SearchSection = SearchSection()
+
+    @field_validator("budget", mode="plain")
+    @classmethod
+    def _read_budget(cls, texts: object) -> Budget:
+        if isinstance(texts, Budget):
+            return texts
+        if not isinstance(texts, list | tuple):
+            raise PydanticKnownError("tuple_type")
+        if not all(isinstance(text, str) for text in texts):
+            raise PydanticKnownError("string_type")
+        return Budget.parse(texts)
+
+    @field_serializer("budget")
+    def _write_budget(self, budget: Budget) -> tuple[str, ...]:
+        """Returns a text for each limit, spelled in its one canonical way."""
+        return tuple(str(constraint) for constraint in budget.constraints)
 
     @classmethod
     def parse(cls, text: str, source: str, folder: Path | None = None) -> Self:
@@ -253,7 +278,6 @@ class Study(Section):
             raise StudyError(f"a study is a TOML file, got {source}: {error}") from None
         except ValidationError as error:
             raise StudyError(f"{source}: {plain(error, cls)}") from None
-        Budget.parse(study.budget)
         return study.anchored(folder or Path.cwd())
 
     @classmethod
@@ -289,15 +313,6 @@ class Study(Section):
         """Returns the study as the text of a study file: every key, with the defaults written out."""
         content = self.model_dump(mode="json", exclude_none=True)
         return "\n".join(_lines(content, "")).lstrip("\n") + "\n"
-
-    def with_budget(self, budget: Budget) -> Self:
-        """Returns the same study under another budget, spelled in its one canonical way."""
-        return self.model_copy(update={"budget": tuple(str(constraint) for constraint in budget.constraints)})
-
-    @property
-    def limits(self) -> Budget:
-        """The budget, parsed."""
-        return Budget.parse(self.budget)
 
     @property
     def question_key(self) -> str:

@@ -98,7 +98,7 @@ class Coordinator:
         self._seeds: Sequence[Mapping[str, Value]] = seeds
         self._stored = stored
         self._dense = baseline.evaluation.measurements
-        self._budget: Budget = bench.study.limits
+        self._budget: Budget = bench.study.budget
         self._observers = observers
         self._latency: LatencyEvaluator = bench.latency_evaluator(baseline.reference_seconds)
         self._gates = GateSolver(bench, self._latency, self._dense)
@@ -283,7 +283,7 @@ def screen_of(bench: Workbench, dense: Mapping[str, Measurement], known: Mapping
         return None
     reach = REACH if bench.study.recovery.final else 0.0
     right = bench.subject(bench.space.dense()).first_answers(count).correct
-    return Screen(bench.study.limits, dense, right, known, len(bench.scored), bench.target.batch, reach)
+    return Screen(bench.study.budget, dense, right, known, len(bench.scored), bench.target.batch, reach)
 
 
 def settled_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version]) -> dict[str, Candidate]:

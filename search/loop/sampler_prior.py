@@ -36,13 +36,13 @@ def meaning_of(bench: Workbench, space: JointSpace, baseline: Baseline) -> Meani
     """Returns what a sampler may know of a study beforehand; a sensitivity profile where one was measured."""
     dense = baseline.evaluation.measurements
     structure = _structure(bench, space, baseline.reference_seconds, Profiler(bench).known)
-    return Meaning(structure, _aims(bench, dense), _links(bench.study.limits, dense), bench.has_gates)
+    return Meaning(structure, _aims(bench, dense), _links(bench.study.budget, dense), bench.has_gates)
 
 
 def _aims(bench: Workbench, dense: Mapping[str, Measurement]) -> tuple[Aim, ...]:
-    worst = worst_that_counts(bench.study.limits, dense)
+    worst = worst_that_counts(bench.study.budget, dense)
     kinds: Mapping[str, Kind] = {"accuracy": "accuracy", "latency": "latency", "flops": "flops"}
-    chance, limits = 1 / bench.data.classes, bench.study.limits
+    chance, limits = 1 / bench.data.classes, bench.study.budget
     return tuple(
         Aim(kinds[name], dense[name].value, worst[name], min(chance, worst[name]), aimed(limits, name, dense))
         for name in OBJECTIVES

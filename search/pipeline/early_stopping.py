@@ -88,9 +88,7 @@ class Screen:
         self._versions = versions
         self._total = total
         self._batch = batch
-        limits = [limit for limit in budget.constraints if limit.measured_as == "accuracy"]
-        self._limit = max(limits, key=lambda limit: limit.floor(dense["accuracy"]), default=None)
-        self._floor = self._limit.floor(dense["accuracy"]) if self._limit else 0.0
+        self._floor = budget.accuracy_floor(dense)
         self._reach = reach
 
     def judge(self, subject: Subject, measured: Mapping[str, Measurement]) -> Ended | None:
@@ -116,15 +114,16 @@ class Screen:
             [version.measured["accuracy"].value for version in front],
             self._total,
             self._dense["accuracy"].value,
-            self._floor if self._limit else None,
+            self._floor,
         )
         return min(self._batch * math.ceil(wanted / self._batch), len(self._right))
 
     def _broken(self, highest: float) -> str:
-        if self._limit is None or highest >= self._floor - self._reach:
+        if self._floor is None or highest >= self._floor - self._reach:
             return ""
         more = f", or {percent(self._floor - self._reach)} before it is recovered in full" if self._reach else ""
-        return f"where {self._limit} asks for {percent(self._floor)}{more}"
+        limit = max(self._budget.on("accuracy"), key=lambda limit: limit.floor(self._dense["accuracy"]))
+        return f"where {limit} asks for {percent(self._floor)}{more}"
 
 
 def subset_size(front: Sequence[float], total: int, dense: float, floor: float | None) -> int:

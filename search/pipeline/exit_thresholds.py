@@ -320,7 +320,7 @@ class GateSolver:
 
     def _misses_narrowly(self, measured: Mapping[str, Measurement]) -> bool:
         """Returns whether limits are broken that thresholds are solved for, none by much, and no others."""
-        found = _broken(self._bench.study.limits, measured, self._dense)
+        found = _broken(self._bench.study.budget, measured, self._dense)
         broken = {limit: by for limit, by in found.items() if limit.measured_as != "accuracy"}
         solved = all(limit.limits_default_statistic for limit in broken)
         return bool(broken) and solved and all(by <= _narrow(limit, measured) for limit, by in broken.items())
@@ -379,13 +379,13 @@ class GateSolver:
         return found, left
 
     def _aimed(self, metric: str, share: float = AIM) -> float | None:
-        found = aimed(self._bench.study.limits, metric, self._dense, share)
+        found = aimed(self._bench.study.budget, metric, self._dense, share)
         return found if np.isfinite(found) else None
 
     @cached_property
     def _floor(self) -> float | None:
         """The lowest accuracy that the budget lets through, by the dense network's on the same images."""
-        limits = [limit for limit in self._bench.study.limits.constraints if limit.measured_as == "accuracy"]
+        limits = [limit for limit in self._bench.study.budget.constraints if limit.measured_as == "accuracy"]
         if not limits:
             return None
         answers = self._bench.subject(self._bench.space.dense()).answers_to(self._bench.gate_images)

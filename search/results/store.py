@@ -240,7 +240,7 @@ class StoredSearch:
     @property
     def budget(self) -> Budget:
         """The budget that it was run with."""
-        return self.study.limits
+        return self.study.budget
 
     @property
     def finished(self) -> int:

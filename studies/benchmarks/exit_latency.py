@@ -22,6 +22,7 @@ from evaluators.bundle import run as run_bundle
 from evaluators.deployed import Subject
 from evaluators.inference.staged import Floats, Network
 from evaluators.latency.evaluator import LatencyEvaluator
+from search.config.budget import Budget
 from search.config.overrides import Request
 from search.config.study import Study
 from search.loop.coordinator import measure_baseline
@@ -138,7 +139,7 @@ def _row(
     budget: str,
     open_: Candidate,
 ) -> Row:
-    bench.study = bench.study.model_copy(update={"budget": (f"latency<{budget}",)})
+    bench.study = bench.study.model_copy(update={"budget": Budget.parse([f"latency<{budget}"])})
     version = GateSolver(bench, latency, dense.measurements).settle(open_)
     subject = bench.subject(version.candidate)
     plain = _loaded(bench, bench.subject(bench.space.dense()).artifact)

@@ -164,7 +164,7 @@ class StudyCase:
             record.baseline = measure_baseline(self._bench).to_dict()
             record.write()
         self._baseline = Baseline.from_dict(record.baseline)
-        self._budget, self._dense = self._bench.study.limits, self._baseline.evaluation.measurements
+        self._budget, self._dense = self._bench.study.budget, self._baseline.evaluation.measurements
         self._latency = self._bench.latency_evaluator(self._baseline.reference_seconds)
         self._gates = GateSolver(self._bench, self._latency, self._dense)
         self._joint = narrowed(self._bench.space, self._baseline.examined)

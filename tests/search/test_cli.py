@@ -36,7 +36,7 @@ def study(tmp_path: Path) -> Path:
         (["--batch", "0"], ["--batch"]),
         (["init"], ["FOLDER"]),
         (["--sampler", "tpee"], ["did you mean 'tpe'"]),
-        (["--sampler", "foo"], ["must be one of front, tpe, nsga2, gp, random, got 'foo'"]),
+        (["--sampler", "foo"], ["a sampler is one of front, tpe, nsga2, gp, random, got 'foo'"]),
         (["--target", "abacus"], ["onnxruntime", "tensorrt", "doctor"]),
         (["--target", "ssh://"], ["ssh://[user@]host"]),
         (["--trials", "0"], ["--trials"]),
@@ -93,7 +93,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(arguments, words, tmp_path, ca
         (("learning_rate = 0.05", "learning_rate = inf"), ["training.learning_rate is a finite number"]),
         (
             ('level = "bn"', 'level = "full"'),
-            ["recovery.level is 'none', 'bn', 'finetune' or 'elastic'", "leave it out for 'elastic'"],
+            ["recovery.level is one of none, bn, finetune, elastic", "leave it out for 'elastic'"],
         ),
         (('after = ["pool"]', 'after = "pool"'), ["exits.after is a list in brackets", "'pool'"]),
         (("target = {batch = 4}", "target = 4"), ["target is a section with keys"]),
@@ -101,6 +101,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(arguments, words, tmp_path, ca
         (("search = {trials = 12}", 'space = {only = ["pecision"]}'), ["did you mean 'precision'"]),
         (("search = {trials = 12}", "space = {only = []}"), ["space.only is at least one of channels"]),
         (("search = {trials = 12}", 'space = {precision = "int9"}'), ["space.precision is", "'int8'", "'int9'"]),
+        (('["latency<1000%", "size<80%"]', '"latency<1000%"'), ["budget is a list in brackets", "'latency<1000%'"]),
+        (('["latency<1000%", "size<80%"]', "[5]"), ["budget is a text in quotes", "[5]"]),
         (("target = {", "targets = {"), ["a study has no key 'targets'", "did you mean 'target'?"]),
     ],
 )

@@ -190,7 +190,7 @@ def dense(bench):
 
 def under(bench, *limits: str):
     """Returns the workbench's parts for a study with another budget."""
-    study = bench.study.model_copy(update={"budget": limits})
+    study = bench.study.model_copy(update={"budget": Budget.parse(limits)})
     parts = {name: getattr(bench, name) for name in dir(bench) if name in _USED}
     return SimpleNamespace(**parts, study=study)
 
@@ -298,10 +298,10 @@ def test_a_narrow_miss_is_solved_again_and_scored(bench, metered, monkeypatch) -
         monkeypatch.setattr(bench, "scored", scored)
         for percent in range(52, 72):
             part = under(bench, f"latency<{percent}.3%")
-            limit, solver = part.study.limits.constraints[0], GateSolver(part, latency, dense)
+            limit, solver = part.study.budget.constraints[0], GateSolver(part, latency, dense)
             settled = solver.settle(choices)
             once = bench.evaluate(settled.candidate, latency, lambda _: False).measurements
-            found = solver.measure(settled, partial(is_hopeless, part.study.limits, dense=dense))
+            found = solver.measure(settled, partial(is_hopeless, part.study.budget, dense=dense))
             if not 0 < limit.violation(once["latency"], dense["latency"]) <= NARROW:
                 assert found.candidate == settled.candidate
                 assert "rounds" not in found.gates
@@ -323,11 +323,11 @@ def test_what_no_thresholds_keep_is_scored_just_outside_and_given_up_far_out(ben
     for over, is_scored in ((1.05, True), (1.3, False)):
         part = under(bench, f"flops<{100 * least / over:.4g}%")
         solver = GateSolver(part, latency, dense)
-        found = solver.measure(solver.settle(choices), partial(is_hopeless, part.study.limits, dense=dense))
+        found = solver.measure(solver.settle(choices), partial(is_hopeless, part.study.budget, dense=dense))
         version = Version(0, found)
         assert version.is_complete == is_scored
-        assert not part.study.limits.is_met(found.measurements, dense)
-        assert feasible([version], part.study.limits, dense) == []
+        assert not part.study.budget.is_met(found.measurements, dense)
+        assert feasible([version], part.study.budget, dense) == []
 
 
 def test_a_miss_within_the_interval_of_its_timing_is_narrow() -> None:
