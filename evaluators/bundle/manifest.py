@@ -173,7 +173,10 @@ class Manifest:
             OSError: it cannot be read.
             ValueError: it is not what `pick` wrote.
         """
-        return cls.from_dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {FILE} has all that `pick` wrote, got a {type(content).__name__}; pick again")
+        return cls.from_dict(content)
 
 
 def _record(kind: type[Record], content: Mapping[str, Any]) -> Record:

@@ -25,6 +25,7 @@ from search.samplers.hypervolume.knapsack import SHARES, knapsacks
 from search.samplers.hypervolume.nsga2 import evolve
 from search.samplers.hypervolume.prior import Meaning
 from search.samplers.hypervolume.sampler import FrontSampler
+from spaces import cache
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
 _WRITTEN_EVERY = 20
@@ -144,9 +145,7 @@ class Record:
         """Writes the file anew; the same content gives the same bytes."""
         content = {"baseline": self.baseline, "evaluations": self.evaluations, "runs": self.runs}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        partial = self._file.with_suffix(".partial")
-        partial.write_bytes(gzip.compress(text.encode(), mtime=0))
-        partial.replace(self._file)
+        cache.write_atomically(self._file, gzip.compress(text.encode(), mtime=0))
 
 
 class StudyCase:
