@@ -12,6 +12,7 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.tensorrt_gpu import runtime as trt
 from search.cli import run
+from search.commands.libraries import set_up_libraries
 from search.config.study import Study
 from search.pipeline.workbench import Workbench
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
@@ -23,6 +24,8 @@ from tests.helpers import tiny
 from tests.helpers.scripted_gpu import ScriptedGpu
 from tests.helpers.scripted_tensorrt import ScriptedTensorRT
 from tests.helpers.tiny import sparsity_space
+
+set_up_libraries()  # before a test imports MLflow
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
 from search.report.compare import Comparison, compare, parse_side
 from search.report.output import Output, write_json, write_lines
@@ -17,6 +18,7 @@ _FORMS = (".html", ".md")
 
 def run_report(budget: Budget | None, name: str | None, runs: Path, out: Path | None, output: Output) -> int:
     """Writes the report of a search as a page and as Markdown, or one of them to a file; returns the exit code."""
+    set_up_libraries()
     search = StoredSearch.read(find_search(runs, name))
     overview = Overview.of(search, budget)
     if out is not None and out.suffix not in _FORMS:
@@ -44,6 +46,7 @@ def _write(file: Path, overview: Overview) -> None:
 
 def run_compare(first: str, second: str, runs: Path, output: Output) -> int:
     """Compares two versions or two searches; returns the exit code."""
+    set_up_libraries()
     found: Comparison = compare(parse_side(first, runs), parse_side(second, runs))
     if output.as_json:
         write_json(found.to_dict())
@@ -56,6 +59,7 @@ def run_compare(first: str, second: str, runs: Path, output: Output) -> int:
 
 def run_sync(name: str | None, runs: Path, tracking_uri: str | None, output: Output) -> int:
     """Completes MLflow's mirror of a search from its journal; returns the exit code."""
+    set_up_libraries()
     from search.tracking.mirror import mirror_all, reason
 
     folder = find_search(runs, name)

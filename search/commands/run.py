@@ -2,7 +2,6 @@
 
 import shlex
 import signal
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import optuna
 from rich.console import Console
 
 from search.commands.front import NO_VERSION, front_json, print_front
+from search.commands.libraries import set_up_libraries
 from search.config.overrides import Ending, Request
 from search.config.registries import SAMPLERS
 from search.config.study import Study
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from search.pipeline.workbench import Workbench
     from search.results.sensitivity import Profile
 
-warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
-
 NEAR_CHANCE = 1.5
 """A network whose accuracy is below so many times that of a guess is probably not trained."""
 _AS_SEARCHED = "# As it was searched: every key, and paths that hold from any folder.\n"
@@ -49,6 +47,7 @@ def run_search(
     output: Output = SPOKEN,
 ) -> int:
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
+    set_up_libraries()
     study = request.to_study()
     request.check_budget()
     sampler = SAMPLERS.known(sampler or study.search.sampler)
@@ -245,6 +244,7 @@ def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
 
 def run_profile(request: Request, name: str | None, runs: Path, download: bool, output: Output = SPOKEN) -> int:
     """Shows the sensitivity profile of a study's network, or a search's, and writes its picture."""
+    set_up_libraries()
     folder = SearchFolder(runs / name) if name else None
     study = StoredSearch.read(folder).study if folder else request.to_study()
     from search.loop.greedy_widths import greedy_versions
@@ -293,6 +293,7 @@ def _write_picture(found: "Profile", title: str, picture: Path) -> None:
 
 def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:
     """Measures a bundle again; returns the exit code."""
+    set_up_libraries()
     from search.deploy.measure_bundle import measure_bundle
 
     found = measure_bundle(bundle, target)
