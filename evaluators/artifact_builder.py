@@ -50,7 +50,7 @@ class ArtifactBuilder:
         ExportError: torch cannot export the network.
         StructureError: an exit sits where the graph cannot be cut in two.
         UnknownNameError: the scheme names a calibrator that does not exist.
-        ActivationError: the scheme's calibrator needs a histogram of an activation that is not finite.
+        QuantizationError: the scheme's calibrator needs a histogram of an activation that is not finite.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ArtifactBuilder:
         blocks can be skipped, it spans what they give and what passes them by.
 
         Raises:
-            MomentsError: an operator stands in the way of distributions.
+            QuantizationError: an operator stands in the way of distributions.
         """
         if self._scheme.ranges == "batchnorm":
             moments = {name: found.range for name, found in self._moments(network, images).items()}
@@ -220,7 +220,7 @@ class ArtifactBuilder:
         """Returns the graph as something that trains in torch.
 
         Raises:
-            OperatorError: it has an operator that cannot be trained through.
+            QuantizationError: it has an operator that cannot be trained through.
         """
         return TrainableGraph(self._template, self._quantizer)
 
@@ -240,7 +240,7 @@ class ArtifactBuilder:
             grids: weights that something learned has put on their grids.
 
         Raises:
-            HalfPrecisionError: a weight of an fp16 layer is beyond fp16's range.
+            QuantizationError: a weight of an fp16 layer is beyond fp16's range.
         """
         weights = self._template.weights(network.state_dict())
         precisions = self.written_precisions(network, candidate)

@@ -70,8 +70,6 @@ AsJson = Annotated[
 
 RUNS = Path("runs")
 _INTERRUPTED = 130
-ANY = Budget.parse(["latency<100%"])
-"""A study needs a budget, also where nothing depends on it."""
 EXIT_THRESHOLDS: Mapping[str, Literal["solved", "searched"]] = {
     "solved": "solved",
     "searched": "searched",
@@ -315,8 +313,8 @@ def profile(
     as_json: AsJson = False,
 ) -> int:
     """Measures how much each group of channels matters; shows a heat map and writes it as a PNG."""
-    request = Request(study, ANY, model, weights, data)
-    if name is not None and request != Request(budget=ANY):
+    request = Request(study, None, model, weights, data)
+    if name is not None and request != Request():
         raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
     from search.commands.profile import run_profile
 
@@ -362,8 +360,8 @@ def diagnose(
 
     wanted = Wanted(precision, trial, file, against_target, images)
     wanted.check()
-    request = Request(study, ANY, model, weights, data, target)
-    named = request != Request(budget=ANY, target=target)
+    request = Request(study, None, model, weights, data, target)
+    named = request != Request(target=target)
     if named and (name is not None or trial is not None):
         raise UserError(f"a search has a study, got {'--search' if name else '--trial'} and another; leave one out")
     if not named and wanted.own_study is not None:

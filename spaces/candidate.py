@@ -1,12 +1,13 @@
 """One version of a network, as data."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Self
+
+from spaces import cache
 
 NEVER_EXIT = 1.0
 """The threshold that turns an exit off: its head is not even part of the artifact."""
@@ -47,7 +48,7 @@ class Candidate:
     @cached_property
     def key(self) -> str:
         """The first 16 hexadecimal digits of the SHA-256 of the candidate's canonical JSON."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        return cache.key(json.dumps(self.to_dict(), sort_keys=True))
 
     @property
     def exits(self) -> list[str]:

@@ -13,6 +13,7 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.tensorrt_gpu import runtime as trt
 from evaluators.testing import space_of
 from search.cli import run
+from search.commands.libraries import set_up_libraries
 from search.config.study import Study
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from spaces.dynamic.exit_network import ExitNetwork
@@ -21,6 +22,8 @@ from spaces.testing import exit_network
 from tests.helpers import tiny
 from tests.helpers.scripted_gpu import ScriptedGpu
 from tests.helpers.scripted_tensorrt import ScriptedTensorRT
+
+set_up_libraries()  # before a test imports MLflow
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -103,6 +105,20 @@ def test_what_answers_at_once_loads_nothing_heavy() -> None:
             if imported in MODULES:
                 todo.append(imported)
     assert len(seen) > len(LIGHT)
+
+
+def test_an_import_changes_nothing_outside_its_module() -> None:
+    script = (
+        "import os, sys, warnings, optuna\n"
+        "before = dict(os.environ), optuna.logging.get_verbosity()\n"
+        "import search.commands.run, search.commands.pick, search.commands.report, search.commands.ui\n"
+        "import search.commands.diagnose, search.commands.front, search.results.store, search.tracking.store\n"
+        "assert before == (dict(os.environ), optuna.logging.get_verbosity())\n"
+        "assert not [one for one in warnings.filters if one[2] is optuna.exceptions.ExperimentalWarning]\n"
+        "assert 'mlflow' not in sys.modules, 'it reads its settings when it is imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_files_stay_readable() -> None:

@@ -20,7 +20,6 @@ A route is the exit that answered, 0 being the first; where blocks may be skippe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
+    from evaluators.bundle.manifest import Frames, Manifest
     from evaluators.inference.frame_reuse import FrameReuse
     from evaluators.inference.inputs import read_all
     from evaluators.inference.sessions import (
@@ -46,7 +46,6 @@ if TYPE_CHECKING or __package__:
         Network,
         Routes,
         StagedNetwork,
-        Steps,
         exits_of,
         from_json,
         skipped_of,
@@ -55,6 +54,7 @@ else:  # a bundle has these files beside its run.py, which anybody may call from
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from frame_reuse import FrameReuse
     from inputs import read_all
+    from manifest import Frames, Manifest
     from sessions import (
         BatchSizes,
         PaddedStage,
@@ -63,7 +63,7 @@ else:  # a bundle has these files beside its run.py, which anybody may call from
         openvino_settings,
         session_entries,
     )
-    from staged import Floats, Network, Routes, StagedNetwork, Steps, exits_of, from_json, skipped_of
+    from staged import Floats, Network, Routes, StagedNetwork, exits_of, from_json, skipped_of
 
 ENGINES = "engines.json"
 FEW = 20
@@ -78,33 +78,27 @@ def load(folder: str | Path) -> Network:
 def load_by(folder: str | Path) -> tuple[str, Network]:
     """Returns the name of the library that runs the bundle's network here, and the network."""
     bundle = Path(folder)
-    description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
-    engines = _load_engines(bundle, description) if (bundle / ENGINES).is_file() else None
+    manifest = Manifest.read(bundle)
+    engines = _load_engines(bundle, manifest) if (bundle / ENGINES).is_file() else None
     if engines:
         return "tensorrt", engines
-    compiled = _load_compiled(bundle, description) if _made_with(description) == "openvino" else None
+    compiled = _load_compiled(bundle, manifest) if manifest.library_name == "openvino" else None
     if compiled:
         return "openvino", compiled
-    return "onnxruntime", _load_sessions(bundle, description)
-
-
-def _made_with(description: dict[str, Any]) -> str:
-    """Returns the name of the library that the bundle was measured with, perhaps a board's; empty if not told."""
-    return str(description.get("library", "")).partition(" ")[0]
+    return "onnxruntime", _load_sessions(bundle, manifest)
 
 
 def follow(folder: str | Path) -> FrameReuse:
     """Returns the bundle's network for a stream; one that was picked without frames computes each of them."""
-    description = json.loads((Path(folder) / "bundle.json").read_text(encoding="utf-8"))
-    return _following(load(folder), description)
+    return _following(load(folder), Manifest.read(Path(folder)))
 
 
-def _following(network: Network, description: dict[str, Any]) -> FrameReuse:
-    frames = description.get("frames", {"threshold": 0.0, "max_age": 1})
-    return FrameReuse(network, frames["threshold"], frames["max_age"])
+def _following(network: Network, manifest: Manifest) -> FrameReuse:
+    frames = manifest.frames or Frames()
+    return FrameReuse(network, frames.threshold, frames.max_age)
 
 
-def _load_engines(bundle: Path, description: dict[str, Any]) -> Network | None:
+def _load_engines(bundle: Path, manifest: Manifest) -> Network | None:
     """Returns the network on the GPU; None, and a line on why, where it cannot run there."""
     sys.path.insert(0, str(bundle / "runtime.pyz"))
     try:
@@ -112,16 +106,16 @@ def _load_engines(bundle: Path, description: dict[str, Any]) -> Network | None:
 
         reason = TensorRT.missing()
         if reason is None:
-            gates = description["thresholds"], description.get("confidence", "softmax")
-            opened = TensorRT().open_engines((bundle / ENGINES).read_bytes(), bundle, *gates)
-            return lambda images: opened.answer(images, description["target"]["batch"])
+            engines = (bundle / ENGINES).read_bytes()
+            opened = TensorRT().open_engines(engines, bundle, manifest.thresholds, manifest.confidence)
+            return lambda images: opened.answer(images, manifest.target.batch)
     except Exception as error:  # engines run on the kind of machine that they were built on, and on no other
         reason = " ".join(str(error).split())
     sys.stderr.write(f"the engines cannot be used here: {reason}; ONNX Runtime takes over\n")
     return None
 
 
-def _load_compiled(bundle: Path, description: dict[str, Any]) -> StagedNetwork | None:
+def _load_compiled(bundle: Path, manifest: Manifest) -> StagedNetwork | None:
     """Returns the network on OpenVINO, compiled as it was measured; None, and a line on why, where there is none."""
     try:
         import openvino
@@ -130,37 +124,32 @@ def _load_compiled(bundle: Path, description: dict[str, Any]) -> StagedNetwork |
         return None
     core = openvino.Core()
     sizes = BatchSizes()
-    target = description["target"]
-    settings = openvino_settings(target["threads"], target.get("fp32_in") == "bf16" and openvino_has_bf16(core))
+    target = manifest.target
+    settings = openvino_settings(target.threads, target.fp32_in == "bf16" and openvino_has_bf16(core))
 
     def compiled(file: bytes, shape: tuple[int, ...]) -> Any:
         model = core.read_model(file)
         model.reshape(list(shape))
         return core.compile_model(model, "CPU", settings)
 
-    stages = [PaddedStage(partial(compiled, file), sizes) for file in _files(bundle, description)]
-    return StagedNetwork(stages, _plan(description), description.get("confidence", "softmax"))
+    stages = [PaddedStage(partial(compiled, file), sizes) for file in _files(bundle, manifest)]
+    return StagedNetwork(stages, from_json(manifest.plan), manifest.confidence)
 
 
-def _plan(description: dict[str, Any]) -> Steps:
-    """Returns how the stages are run: a confidence for each exit, or steps where blocks may be skipped."""
-    return from_json(description.get("steps") or description["thresholds"])
-
-
-def _files(bundle: Path, description: dict[str, Any]) -> list[bytes]:
-    for name in description["deployed"]:
+def _files(bundle: Path, manifest: Manifest) -> list[bytes]:
+    for name in manifest.deployed:
         if not (bundle / name).is_file():
             raise FileNotFoundError(2, "no such file", str(bundle / name))
-    return [(bundle / name).read_bytes() for name in description["deployed"]]
+    return [(bundle / name).read_bytes() for name in manifest.deployed]
 
 
-def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
+def _load_sessions(bundle: Path, manifest: Manifest) -> StagedNetwork:
     """Returns the network on ONNX Runtime's CPU provider, with the threads it was measured with."""
     import onnxruntime
 
     def stage(file: bytes) -> Callable[[Floats], list[Floats]]:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = description["target"]["threads"]
+        options.intra_op_num_threads = manifest.target.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         for key, value in session_entries(file).items():
@@ -172,8 +161,8 @@ def _load_sessions(bundle: Path, description: dict[str, Any]) -> StagedNetwork:
         name, names = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
         return lambda batch: session.run(names, {name: batch})  # told once: asking costs time in every call
 
-    stages = [stage(file) for file in _files(bundle, description)]
-    return StagedNetwork(stages, _plan(description), description.get("confidence", "softmax"))
+    stages = [stage(file) for file in _files(bundle, manifest)]
+    return StagedNetwork(stages, from_json(manifest.plan), manifest.confidence)
 
 
 def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, Routes, float]:
@@ -206,7 +195,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"a file that exists, got {error.filename!r}; give another, or copy the whole bundle again"
     if isinstance(error, KeyError):
-        return f"a .npz has `images`, and a bundle all that `pick` wrote, got none of {said}"
+        return f"a .npz has `images`, got none of {said}"
     if isinstance(error, ImportError):
         return f"a bundle needs onnxruntime and numpy, got {said!r}; pip install onnxruntime numpy"
     return said
@@ -215,24 +204,24 @@ def _reason(error: Exception) -> str:
 def _run() -> int:
     arguments = _arguments()
     bundle = Path(__file__).resolve().parent
-    description = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    manifest = Manifest.read(bundle)
     if arguments.stats:
-        return _stats(load(bundle), description, arguments.stats)
+        return _stats(load(bundle), manifest, arguments.stats)
     given = arguments.stream or arguments.images
-    named = [*read_all(given or bundle / "check.npz", description)]
+    named = [*read_all(given or bundle / "check.npz", manifest.image_shape, manifest.preprocessing)]
     images = np.concatenate([part for _, part, _ in named])
     library, network = load_by(bundle)
-    if arguments.stream or (given is None and "frames" in description):
-        logits, routes = _answer_stream(_following(network, description), images, library)
+    if arguments.stream or (given is None and manifest.frames):
+        logits, routes = _answer_stream(_following(network, manifest), images, library)
     else:
-        logits, routes = _answer_images(network, images, description["target"]["batch"], library)
+        logits, routes = _answer_images(network, images, manifest.target.batch, library)
     classes = logits.argmax(axis=1)
     if arguments.predictions:
         np.save(arguments.predictions, classes)
-    _tell(description, routes, str, "answered at ")
+    _tell(manifest, routes, str, "answered at ")
     if arguments.show or (given and len(images) <= FEW):
         inputs = [f"{name}[{row}]" if len(part) > 1 else name for name, part, _ in named for row in range(len(part))]
-        for name, label, way in zip(inputs, classes, _ways(description, routes), strict=True):
+        for name, label, way in zip(inputs, classes, _ways(manifest, routes), strict=True):
             print(f"  {name}: class {label}, at {way}")
     every = [part for _, _, part in named if part is not None]
     labels = np.concatenate(every) if len(every) == len(named) else None
@@ -240,31 +229,30 @@ def _run() -> int:
     if correct is not None:
         print(f"  accuracy: {correct / len(images):.4%} ({correct}/{len(images)})")
     if given is None:
-        measured = description["check"]["correct"]
+        measured = manifest.check.correct
         print(f"  measured when the bundle was made: {measured / len(images):.4%} ({measured}/{len(images)})")
-        return 0 if abs((correct or 0) - measured) <= _tolerance(library, description, len(images)) else 1
+        return 0 if abs((correct or 0) - measured) <= _tolerance(library, manifest, len(images)) else 1
     return 0
 
 
-def _tolerance(library: str, description: dict[str, Any], images: int) -> int:
+def _tolerance(library: str, manifest: Manifest, images: int) -> int:
     """Returns how many right answers more or fewer are no failure: another library rounds otherwise."""
-    return 0 if _made_with(description) in ("", library) else -(-images // 100)
+    return 0 if manifest.library_name in ("", library) else -(-images // 100)
 
 
-def _ways(description: dict[str, Any], routes: Routes) -> list[str]:
+def _ways(manifest: Manifest, routes: Routes) -> list[str]:
     """Returns, in words, the exit that answered each input, and the blocks that it passed by."""
-    names, blocks = [*description["exits"], "end"], np.array(description.get("blocks", []), dtype=str)
+    blocks = np.array(manifest.blocks, dtype=str)
     passed = [", ".join(blocks[row]) for row in skipped_of(routes, len(blocks))]
     found = zip(exits_of(routes), passed, strict=True)
-    return [names[index] + (f", past {skipped}" if skipped else "") for index, skipped in found]
+    return [manifest.ends[index] + (f", past {skipped}" if skipped else "") for index, skipped in found]
 
 
-def _tell(description: dict[str, Any], routes: Routes, told: Callable[[int], str], at: str = "") -> None:
+def _tell(manifest: Manifest, routes: Routes, told: Callable[[int], str], at: str = "") -> None:
     """Writes how many inputs each exit answers, and how many pass each block by."""
-    for index, name in enumerate([*description["exits"], "end"]):
+    for index, name in enumerate(manifest.ends):
         print(f"  {at}{name}: {told(int((exits_of(routes) == index).sum()))}")
-    blocks = description.get("blocks", [])
-    for block, passed in zip(blocks, skipped_of(routes, len(blocks)).T, strict=True):
+    for block, passed in zip(manifest.blocks, skipped_of(routes, len(manifest.blocks)).T, strict=True):
         print(f"  passed {block} by: {told(int(passed.sum()))}")
 
 
@@ -303,14 +291,14 @@ def _answer_stream(network: FrameReuse, frames: Floats, library: str) -> tuple[F
     return np.concatenate([key.logits for key in answers]), np.concatenate([key.routes for key in answers])
 
 
-def _stats(network: Network, description: dict[str, Any], path: Path) -> int:
+def _stats(network: Network, manifest: Manifest, path: Path) -> int:
     """Writes how many inputs take which way, and what they take: file by file, so that a folder may be large."""
-    batch = description["target"]["batch"]
+    batch = manifest.target.batch
     routes = [np.empty(0, np.int64)]
     seconds = 0.0
     files = 0
-    waiting = np.empty((0, *description["image_shape"]), np.float32)
-    for _, images, _ in read_all(path, description):
+    waiting = np.empty((0, *manifest.image_shape), np.float32)
+    for _, images, _ in read_all(path, manifest.image_shape, manifest.preprocessing):
         files += 1
         waiting = np.concatenate([waiting, images])
         whole = len(waiting) // batch * batch
@@ -320,7 +308,7 @@ def _stats(network: Network, description: dict[str, Any], path: Path) -> int:
     every = np.concatenate(routes)
     mean = seconds / len(every) * 1e3
     print(f"{len(every)} images of {files} files, {mean:.3f} ms an image in batches of {batch} (mean here)")
-    _tell(description, every, lambda count: f"{count / len(every):.1%} ({count})")
+    _tell(manifest, every, lambda count: f"{count / len(every):.1%} ({count})")
     return 0
 
 

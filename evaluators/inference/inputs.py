@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,19 @@ def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
     return np.asarray(content["images"], dtype=np.float32), labels
 
 
-def read_all(path: Path, description: dict[str, Any]) -> Iterator[tuple[str, Floats, NDArray[np.int64] | None]]:
-    """Yields name, images `(n, c, h, w)` and perhaps labels of a file, or of every file below a folder, by name."""
+def read_all(
+    path: Path, image_shape: tuple[int, ...], preprocessing: Mapping[str, Any] | None
+) -> Iterator[tuple[str, Floats, NDArray[np.int64] | None]]:
+    """Yields name, images `(n, c, h, w)` and perhaps labels of a file, or of every file below a folder, by name.
+
+    Args:
+        path: of a file or a folder.
+        image_shape: that every image has, `(c, h, w)`.
+        preprocessing: how a picture becomes an image, see `picture`; None where pictures are not taken.
+
+    Raises:
+        ValueError: a file holds something else.
+    """
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (*ARRAYS, *PICTURES))
@@ -36,20 +47,19 @@ def read_all(path: Path, description: dict[str, Any]) -> Iterator[tuple[str, Flo
             raise ValueError(
                 f"a folder of inputs has {', '.join((*ARRAYS, *PICTURES))} files, got none in {str(path)!r}"
             )
-    wanted = tuple(description["image_shape"])
     for file in files:
         if file.suffix.lower() in PICTURES:
-            images, labels = picture(file, description.get("preprocessing")), None
+            images, labels = picture(file, preprocessing), None
         else:
             images, labels = read(file)
-        images = images[None] if images.shape == wanted else images
-        if images.shape[1:] != wanted or not len(images):
-            shapes = f"(n, {', '.join(map(str, wanted))}) with n above 0"
+        images = images[None] if images.shape == image_shape else images
+        if images.shape[1:] != image_shape or not len(images):
+            shapes = f"(n, {', '.join(map(str, image_shape))}) with n above 0"
             raise ValueError(f"images are {shapes}, got {images.shape} in {str(file)!r}")
         yield (str(file.relative_to(path)) if file != path else file.name), images, labels
 
 
-def picture(file: Path, preprocessing: dict[str, Any] | None) -> Floats:
+def picture(file: Path, preprocessing: Mapping[str, Any] | None) -> Floats:
     """Returns a picture as the network was trained on them, `(1, c, h, w)`."""
     if preprocessing is None:
         raise ValueError(

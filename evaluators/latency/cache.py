@@ -6,7 +6,6 @@ learn it anew would take longer than all the rest of a trial.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
+
+from spaces import cache
 
 
 def structure_key(stages: Sequence[bytes], *circumstances: str) -> str:
@@ -65,7 +66,4 @@ class LatencyCache:
 
     def keep(self, key: str, content: dict[str, Any]) -> None:
         """Keeps something JSON-ready under `key`, whole or not at all."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / f"{key}.{os.getpid()}"
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(self._folder / f"{key}.json")
+        cache.write_atomically(self._folder / f"{key}.json", json.dumps(content))

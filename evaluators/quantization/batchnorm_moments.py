@@ -22,7 +22,7 @@ from evaluators.graph.probe import observing
 from evaluators.graph.stages import Stage
 from evaluators.graph.template import Template, bounds_of
 from evaluators.runtimes.onnxruntime_cpu import load
-from spaces.errors import UserError
+from spaces.errors import QuantizationError
 
 Map = NDArray[np.float32]
 
@@ -38,10 +38,6 @@ _MOVING = {
 A product is one of them where it is no layer: uneven pooling is written so.
 """
 _AVERAGING = {"AveragePool", "GlobalAveragePool", "ReduceMean"}
-
-
-class MomentsError(UserError):
-    """A network through which distributions cannot be followed."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ def activation_moments(
         images: what the network's input is like. Nothing else is read from them.
 
     Raises:
-        MomentsError: an operator does something else with values.
+        QuantizationError: an operator does something else with values.
     """
     return _Walk(template, stage, state).follow(of_images(images))
 
@@ -209,7 +205,7 @@ class _Walk:
             return [averaged(moved, first.mean.size / moved.mean.size)]
         if node.op_type in _MOVING and sum(name in found for name in node.input) == 1:
             return self._moved(node, found)
-        raise MomentsError(
+        raise QuantizationError(
             "distributions are followed through convolutions, linear layers, batch norm, ReLU, clipping, additions,"
             f" concatenations, pooling and reshaping, got {node.op_type} at {node.name!r};"
             ' say "data" for quantization.ranges, and for quantization.bias_correction'

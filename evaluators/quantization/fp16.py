@@ -14,15 +14,11 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from evaluators.graph.template import HALF, Arrays
 from evaluators.quantization.int8 import ABSORBED, FOLLOWING, VALUE_PRESERVING
-from spaces.errors import UserError
+from spaces.errors import QuantizationError
 
 _BETWEEN = ABSORBED | VALUE_PRESERVING | FOLLOWING | {"Mul", "Sigmoid", "HardSigmoid", "HardSwish"}
 """Run in fp16 when everything that feeds them does."""
 _LARGEST = float(np.finfo(np.float16).max)
-
-
-class HalfPrecisionError(UserError):
-    """A weight that fp16 cannot hold."""
 
 
 class HalfWriter:
@@ -71,7 +67,7 @@ class HalfWriter:
             outputs: the stage's outputs.
 
         Raises:
-            HalfPrecisionError: a layer's weight or bias is beyond fp16's range.
+            QuantizationError: a layer's weight or bias is beyond fp16's range.
         """
         floats = {name for node in nodes if node.name not in placed for name in node.input} | set(outputs)
         values: Arrays = dict(arrays)
@@ -106,7 +102,7 @@ class HalfWriter:
         """Returns a constant in fp16; one that is no layer's, such as the bound of a Clip, may become infinite."""
         largest = float(np.abs(value).max(initial=0))
         if node.name in self._names and not largest <= _LARGEST:
-            raise HalfPrecisionError(
+            raise QuantizationError(
                 f"the weights of an fp16 layer are numbers between -{_LARGEST:g} and {_LARGEST:g},"
                 f" got {largest:g} in {self._names[node.name]!r}; give it another precision"
             )

@@ -14,15 +14,11 @@ import torch.nn.functional as F
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from spaces.errors import UserError
+from spaces.errors import QuantizationError
 
 Inputs = Sequence[Tensor]
 Attributes = Mapping[str, Any]
 Operator = Callable[[Inputs, Attributes], Tensor]
-
-
-class OperatorError(UserError):
-    """An operator that cannot be run in torch as the file asks for it."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,10 @@ class Operation:
         """Returns a node as something that can be run.
 
         Raises:
-            OperatorError: there is no such operator.
+            QuantizationError: there is no such operator.
         """
         if node.op_type not in OPERATORS:
-            raise OperatorError(
+            raise QuantizationError(
                 f"training in int8 runs the operators of convolutional networks, got {node.op_type} at {node.name!r};"
                 " leave [recovery.qat] out"
             )
@@ -111,7 +107,7 @@ def _max_pool(inputs: Inputs, attributes: Attributes) -> Tensor:
 def _average_pool(inputs: Inputs, attributes: Attributes) -> Tensor:
     images, padding = _padded(inputs[0], attributes, 0.0)
     if images is not inputs[0] and not attributes.get("count_include_pad", 0):
-        raise OperatorError(
+        raise QuantizationError(
             f"training in int8 averages over windows padded alike on both sides, got pads {attributes['pads']};"
             " leave [recovery.qat] out"
         )

@@ -50,7 +50,7 @@ class TrainableGraph:
         quantizer: knows where Q/DQ goes in it.
 
     Raises:
-        OperatorError: it has an operator that cannot be trained through.
+        QuantizationError: it has an operator that cannot be trained through.
     """
 
     def __init__(self, template: Template, quantizer: Quantizer) -> None:

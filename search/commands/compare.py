@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from search.commands.libraries import set_up_libraries
 from search.report.compare import Comparison, compare, parse_side
 from search.report.output import Output, write_json
 
 
 def run_compare(first: str, second: str, runs: Path, output: Output) -> int:
     """Compares two versions or two searches; returns the exit code."""
+    set_up_libraries()
     found: Comparison = compare(parse_side(first, runs), parse_side(second, runs))
     if output.as_json:
         write_json(found.to_dict())

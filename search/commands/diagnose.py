@@ -1,7 +1,6 @@
 """A diagnosis as people read it: findings first, then the layers."""
 
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from evaluators.diagnosis.evidence import LOW_DB, Finding, ratio
 from evaluators.diagnosis.tensor_errors import Figures
+from search.commands.libraries import set_up_libraries
 from search.config.diagnosis_request import Wanted
 from search.config.overrides import Request
 from search.config.study import Study
@@ -23,8 +23,6 @@ from search.results.store import StoredSearch, find_search
 if TYPE_CHECKING:
     from search.pipeline.diagnosis import Diagnosis
 
-warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
-
 ROWS = 20
 """So many layers are shown; --json has all."""
 _CLEAN_DB = 60.0
@@ -33,6 +31,7 @@ HEADINGS = ("layer", "input", "output", "cosine", "largest", "dead", "silent")
 
 def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path, download: bool, output: Output) -> int:
     """Compares a version with its float self and shows what was found; returns the exit code."""
+    set_up_libraries()
     from search.pipeline.diagnosis import diagnose, evaluation_of
     from search.pipeline.pipeline import build_pipeline
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from evaluators.streams import KEY_FRAMES
+from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
 from search.report.describe import ZEROS, kept_share
 from search.report.layers import left
@@ -27,6 +28,7 @@ _PLOT = 60
 
 def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -> int:
     """Shows a search's front as a table, JSON or CSV; returns the exit code."""
+    set_up_libraries()
     overview = Overview.of(StoredSearch.read(find_search(runs, name)), budget)
     if form == "json":
         write_json(front_json(overview))

@@ -6,12 +6,14 @@ from pathlib import Path
 from rich.console import Console
 
 from search.commands.front import NO_VERSION
+from search.commands.libraries import set_up_libraries
 from search.config.units import milliseconds, percent
 from search.report.output import write_json, write_lines
 
 
 def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:
     """Measures a bundle again; returns the exit code."""
+    set_up_libraries()
     from search.deploy.measure_bundle import measure_bundle
 
     found = measure_bundle(bundle, target)

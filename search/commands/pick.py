@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.commands.front import NO_VERSION, print_front
+from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
 from search.config.study import finetuning
 from search.config.units import milliseconds, percent, points, size
@@ -36,6 +37,7 @@ def run_pick(
     output: Output = SPOKEN,
 ) -> int:
     """Picks, confirms, writes and registers a version; returns the exit code."""
+    set_up_libraries()
     if prefer not in PREFERENCES:
         raise UserError(f"a preference is one of {', '.join(PREFERENCES)}, got {prefer!r}")
     search = StoredSearch.read(find_search(runs, name))

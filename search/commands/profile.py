@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from search.commands.libraries import set_up_libraries
 from search.config.overrides import Request
 from search.report.display import Display
 from search.report.output import SPOKEN, Output, write_json, write_lines
@@ -13,6 +14,7 @@ from spaces.errors import UserError
 
 def run_profile(request: Request, name: str | None, runs: Path, download: bool, output: Output = SPOKEN) -> int:
     """Shows the sensitivity profile of a study's network, or a search's, and writes its picture."""
+    set_up_libraries()
     folder = SearchFolder(runs / name) if name else None
     study = StoredSearch.read(folder).study if folder else request.to_study()
     from search.loop.greedy_widths import greedy_versions

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
 from search.report.output import Output, write_json, write_lines
 from search.report.overview import Overview
@@ -14,6 +15,7 @@ _FORMS = (".html", ".md")
 
 def run_report(budget: Budget | None, name: str | None, runs: Path, out: Path | None, output: Output) -> int:
     """Writes the report of a search as a page and as Markdown, or one of them to a file; returns the exit code."""
+    set_up_libraries()
     search = StoredSearch.read(find_search(runs, name))
     overview = Overview.of(search, budget)
     if out is not None and out.suffix not in _FORMS:

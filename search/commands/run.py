@@ -2,12 +2,12 @@
 
 import shlex
 import signal
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluators.runtimes.registry import runtime
 from search.commands.front import NO_VERSION, front_json, print_front
+from search.commands.libraries import set_up_libraries
 from search.config.overrides import Ending, Request
 from search.config.registries import SAMPLERS
 from search.config.study import Study
@@ -20,8 +20,6 @@ from spaces.errors import UserError
 
 if TYPE_CHECKING:
     pass
-
-warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
 
 
 def run_search(
@@ -36,7 +34,9 @@ def run_search(
     output: Output = SPOKEN,
 ) -> int:
     """Runs a search, or goes on with it, and shows its front; returns the exit code."""
+    set_up_libraries()
     study = request.to_study()
+    request.check_budget()
     asked_sampler = sampler or study.search.sampler
     sampler = SAMPLERS.known(asked_sampler)
     study.check_extensions()
@@ -99,5 +99,5 @@ def _check_same_question(folder: SearchFolder, study: Study) -> None:
         other = Study.stored(stored)
         raise StoreError(
             f"a search answers one question, got {folder.path}, which belongs to study {other.name!r} with"
-            f" {other.limits} on {other.target.runtime}; give another --search or --runs"
+            f" {other.budget} on {other.target.runtime}; give another --search or --runs"
         )

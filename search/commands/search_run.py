@@ -58,7 +58,7 @@ class SearchRun:
     def run(self) -> int:
         """Runs it until it ends; returns the exit code."""
         self.display.say(
-            f"Searching study {self.study.name} within {self.study.limits} on {self.study.target.runtime}."
+            f"Searching study {self.study.name} within {self.study.budget} on {self.study.target.runtime}."
         )
         with self.folder.lock():
             journal = self.folder.create()

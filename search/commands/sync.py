@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from search.commands.libraries import set_up_libraries
 from search.report.output import Output, write_json, write_lines
 from search.results.store import StoredSearch, find_search
 from search.tracking.store import Tracking, remembered
@@ -11,6 +12,7 @@ from spaces.errors import UserError
 
 def run_sync(name: str | None, runs: Path, tracking_uri: str | None, output: Output) -> int:
     """Completes MLflow's mirror of a search from its journal; returns the exit code."""
+    set_up_libraries()
     from search.tracking.mirror import mirror_all, reason
 
     folder = find_search(runs, name)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+from search.commands.libraries import set_up_libraries
 from search.results.store import StoreError, find_search
 from search.tracking.store import PAGE, Tracking, quiet, remembered
 from spaces.errors import UserError
@@ -25,6 +26,7 @@ def serve(name: str | None, runs: Path, port: int, tracking_uri: str | None = No
         StoreError: nothing has been logged yet.
         UserError: the port is in use, or the server did not start or does not answer.
     """
+    set_up_libraries()
     folder = find_search(runs, name)
     tracking = Tracking.of(runs, tracking_uri, remembered(folder.open()))
     if tracking.web:

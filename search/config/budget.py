@@ -45,7 +45,14 @@ BUDGET_METRICS: Mapping[str, Metric] = {**METRICS, ACCURACY_DROP.name: ACCURACY_
 """What a budget may limit: every metric, the points of accuracy lost against the dense network, and energy."""
 
 _PATTERN = re.compile(
-    r"^(?P<metric>[A-Za-z_]+)(?:\.(?P<statistic>\w+))?\s*(?P<side><=|>=|<|>|=|:)\s*(?P<value>[^\s%@A-Za-z]*(?:[eE][-+]?\d+)?)\s*(?P<unit>[^\s@]*)\s*(?:@\s*(?P<price>\S+))?$"
+    r"""
+    ^(?P<metric>[A-Za-z_]+) (?:\.(?P<statistic>\w+))?        # latency, latency.p99
+    \s*(?P<side><=|>=|<|>|=|:)                              # = and : stand for the natural side
+    \s*(?P<value>[^\s%@A-Za-z]*(?:[eE][-+]?\d+)?)           # 5, 0.5, 5e-3; whether it is a number is asked later
+    \s*(?P<unit>[^\s@]*)                                   # ms, %, nothing
+    \s*(?:@\s*(?P<price>\S+))?$                            # of a FLOP, for energy: 50pJ
+    """,
+    re.VERBOSE,
 )
 _PRICE = re.compile(r"^(?P<value>[^A-Za-z]*(?:[eE][-+]?\d+)?)(?P<unit>[A-Za-z]+)$")
 
@@ -120,13 +127,13 @@ class Constraint:
 
     def value(self, measured: Measurement, dense: Measurement) -> float:
         """Returns what is held against the limit: the statistic, what it costs, or the points lost."""
-        if self.metric is ACCURACY_DROP:
+        if self.metric == ACCURACY_DROP:
             return dense.value - measured.value
         return measured.statistic_value(self.statistic) * (self.joules_per_flop or 1.0)
 
     def floor(self, dense: Measurement) -> float:
         """Returns the lowest accuracy, 0 to 1, that a limit on accuracy or accuracy_drop lets through."""
-        return dense.value - self.limit if self.metric is ACCURACY_DROP else self.limit
+        return dense.value - self.limit if self.metric == ACCURACY_DROP else self.limit
 
     def ceiling(self, dense: Measurement) -> float:
         """Returns the highest value of what is measured that a limit on anything but accuracy lets through."""
@@ -172,18 +179,50 @@ class Budget:
     def __str__(self) -> str:
         return ",".join(str(constraint) for constraint in self.constraints)
 
+    def on(self, metric: str) -> tuple[Constraint, ...]:
+        """Returns the constraints that `metric` has to be measured for."""
+        return tuple(constraint for constraint in self.constraints if constraint.measured_as == metric)
+
+    def without(self, metric: str) -> Self:
+        """Returns the budget without the constraints that `metric` has to be measured for."""
+        return type(self)(tuple(constraint for constraint in self.constraints if constraint.measured_as != metric))
+
     def violations(self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> dict[str, float]:
-        """Returns the violation of every constraint whose metric has been measured, by the constraint's text."""
-        return {
-            str(constraint): constraint.violation(measured[constraint.measured_as], dense[constraint.measured_as])
-            for constraint in self.constraints
-            if constraint.measured_as in measured
-        }
+        """Returns the violation of every constraint whose metric has been measured, by the constraint's text.
+
+        Args:
+            measured: of a version, by metric.
+            dense: the same of the dense network.
+        """
+        return {str(constraint): by for constraint, by in self._judged(measured, dense).items()}
+
+    def broken(self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> dict[Constraint, float]:
+        """Returns the constraints that are overstepped, as far as was measured, and by which share of the limit."""
+        return {constraint: by for constraint, by in self._judged(measured, dense).items() if by > 0}
 
     def is_met(self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> bool:
         """Returns whether every constraint has been measured and is kept."""
-        violations = self.violations(measured, dense)
-        return len(violations) == len(self.constraints) and all(value <= 0 for value in violations.values())
+        violations = self._judged(measured, dense)
+        return len(violations) == len(self.constraints) and all(by <= 0 for by in violations.values())
+
+    def accuracy_floor(self, dense: Mapping[str, Measurement]) -> float | None:
+        """Returns the lowest accuracy, 0 to 1, that every limit lets through; None where none limits it."""
+        return max((limit.floor(dense["accuracy"]) for limit in self.on("accuracy")), default=None)
+
+    def ceiling(self, metric: str, dense: Mapping[str, Measurement]) -> float | None:
+        """Returns the highest value of a metric other than accuracy that every limit on it lets through.
+
+        Limits on its other statistics say nothing about the value. None where there is no limit on it.
+        """
+        limits = [limit for limit in self.on(metric) if limit.limits_default_statistic]
+        return min((limit.ceiling(dense[metric]) for limit in limits), default=None)
+
+    def _judged(self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> dict[Constraint, float]:
+        return {
+            constraint: constraint.violation(measured[constraint.measured_as], dense[constraint.measured_as])
+            for constraint in self.constraints
+            if constraint.measured_as in measured
+        }
 
 
 def _shape_hint(text: str) -> str:
@@ -222,7 +261,7 @@ def _check_side(metric: Metric, side: str, text: str) -> None:
 
 def _price(metric: Metric, price: str | None, text: str) -> float:
     """Returns the joules that a FLOP is taken to cost."""
-    if metric is not ENERGY:
+    if metric != ENERGY:
         if price:
             raise BudgetError(f"only energy has a price for a FLOP, got {text.strip()!r}; leave out '@{price}'")
         return 0.0
@@ -252,7 +291,7 @@ def _limit(metric: Metric, number: str, unit: str, text: str) -> tuple[float, bo
             f"{metric.name} is limited in {', '.join(units)}, got {text.strip()!r}; write {_EXAMPLES[metric.name]!r}"
         )
     limit = float(value * (_SCALES["ratio"]["%"] if relative else scales[unit]))
-    lowest_is_fine = metric is ACCURACY_DROP and limit == 0
+    lowest_is_fine = metric == ACCURACY_DROP and limit == 0
     if not value.is_finite() or (limit <= 0 and not lowest_is_fine):
         raise BudgetError(f"a limit is above 0, got {text.strip()!r}")
     if metric.unit == "ratio" and limit >= 1:

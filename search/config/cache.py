@@ -6,11 +6,7 @@ from pathlib import Path
 
 import platformdirs
 
-from spaces.errors import UserError
-
-
-class CacheError(UserError):
-    """A cache folder that cannot be used."""
+from spaces.errors import FolderError
 
 
 def cache_folder() -> Path:
@@ -22,7 +18,7 @@ def check_cache() -> None:
     """Checks that the folder can be written, before hours are spent on what goes there.
 
     Raises:
-        CacheError: it cannot.
+        FolderError: it cannot.
     """
     folder = cache_folder()
     try:
@@ -30,7 +26,7 @@ def check_cache() -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:
-        raise CacheError(
+        raise FolderError(
             f"trained networks are kept in a writable folder, got {folder}: {error.strerror};"
             " name another one with the environment variable DEPLOYFRONT_CACHE"
         ) from None

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 from pydantic import ValidationError
 
 from search.config.budget import Budget
+from search.config.errors import plain
 from search.config.references import absolute, absolute_path, data_source, model_source
 from search.config.sections import Dimension, dimensions
 from search.config.study import DataSection, ExitsSection, ModelSection, Study, StudyError, TargetSection, load_study
@@ -21,7 +22,7 @@ class Request:
 
     Args:
         study: the name or file of a study; None where none is named.
-        budget: hard limits; None where the study's hold.
+        budget: hard limits; None where the study's hold, or nothing depends on any.
         model: where the network comes from.
         weights: a file.
         data: where the images come from.
@@ -44,21 +45,36 @@ class Request:
     only: tuple[Dimension, ...] | None = None
 
     def to_study(self) -> Study:
-        """Returns the study.
+        """Returns the study; one without a file has the budget of the command line, or one without limits.
 
         Raises:
             StudyError: the command line leaves something open, or the study's file is wrong.
             SourceError: it names no network or images.
         """
-        given = self.model is not None or self.data is not None
-        study = self._own() if self.study is None and given else self._changed(load_study(self.study or DEFAULT))
+        study = self._own() if self._is_own else self._changed(load_study(self.study or DEFAULT))
         target = {"runtime": self.target, "batch": self.batch, "threads": self.threads}
         exits = _updated(study.exits, {"thresholds": self.thresholds})
         study = study.model_copy(update={"target": _updated(study.target, target), "exits": exits})
         if self.only is not None:
             study = study.model_copy(update={"space": study.space.model_copy(update={"only": self.only})})
-        study = study.with_budget(self.budget or study.limits)
-        return study.model_copy(update={"question": _question(study)}) if given else study
+        if self.budget is not None:
+            study = study.model_copy(update={"budget": self.budget})
+        is_other = self.model is not None or self.data is not None
+        return study.model_copy(update={"question": _question(study)}) if is_other else study
+
+    def check_budget(self) -> None:
+        """Checks that there are limits to search within: a study's, or those of the command line.
+
+        Raises:
+            StudyError: there is neither.
+        """
+        if self.budget is None and self._is_own:
+            raise StudyError("a search without a study has a --budget, got none; add --budget 'latency<50%'")
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether the command line itself tells the network and the images, and names no study."""
+        return self.study is None and (self.model is not None or self.data is not None)
 
     def _own(self) -> Study:
         lacking = [name for name in ("model", "data") if getattr(self, name) is None]
@@ -68,10 +84,8 @@ class Request:
                 f" add --{lacking[0]}, or the --study that has it"
             )
         model, data = ModelSection(source=self.model or "", weights=self.weights), DataSection(source=self.data or "")
-        if self.budget is None:
-            raise StudyError("a search without a study has a --budget, got none; add --budget 'latency<50%'")
-        limits = tuple(map(str, self.budget.constraints))
-        own = Study(name=_name(model, data), question="", budget=limits, model=model, data=data)
+        budget = self.budget or Budget(())
+        own = Study(name=_name(model, data), question="", budget=budget, model=model, data=data)
         return own.anchored(Path.cwd())
 
     def _changed(self, study: Study) -> Study:
@@ -136,7 +150,8 @@ def _updated(section: _Section, values: dict[str, Any], clear: bool = False) -> 
     try:
         return type(section).model_validate(section.model_dump() | changes)
     except ValidationError as error:
-        raise StudyError(f"a target is {error.errors()[0]['msg']}, got {changes!r}") from None
+        name = type(section).__name__.removesuffix("Section").lower()
+        raise StudyError(f"[{name}] {plain(error, type(section))}") from None
 
 
 def _name(model: ModelSection, data: DataSection) -> str:
@@ -147,6 +162,6 @@ def _name(model: ModelSection, data: DataSection) -> str:
 def _question(study: Study) -> str:
     network, images = model_source(study.model.source).short, data_source(study.data.source).short
     return (
-        f"Which version of {network} for {images} keeps {study.limits} on {study.target.runtime},"
+        f"Which version of {network} for {images} keeps {study.budget} on {study.target.runtime},"
         f" {study.target.batch} at a time?"
     )

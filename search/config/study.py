@@ -10,7 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_serializer, field_validator
+from pydantic_core import PydanticKnownError
 
 from evaluators.quantization.calibration import CALIBRATORS
 from search.config.budget import Budget
@@ -265,7 +266,7 @@ class Study(Section):
     """Name of the study: letters, digits, `-` and `_`."""
     question: str
     """What the study asks, in a sentence."""
-    budget: tuple[str, ...]
+    budget: Budget
     """Hard limits, such as `["latency<5ms", "accuracy_drop<1%"]`."""
     model: ModelSection
     """The network."""
@@ -292,6 +293,22 @@ class Study(Section):
     search: SearchSection = SearchSection()
     """How long to search, and how."""
 
+    @field_validator("budget", mode="plain")
+    @classmethod
+    def _read_budget(cls, texts: object) -> Budget:
+        if isinstance(texts, Budget):
+            return texts
+        if not isinstance(texts, list | tuple):
+            raise PydanticKnownError("tuple_type")
+        if not all(isinstance(text, str) for text in texts):
+            raise PydanticKnownError("string_type")
+        return Budget.parse(texts)
+
+    @field_serializer("budget")
+    def _write_budget(self, budget: Budget) -> tuple[str, ...]:
+        """Returns a text for each limit, spelled in its one canonical way."""
+        return tuple(str(constraint) for constraint in budget.constraints)
+
     @classmethod
     def parse(cls, text: str, source: str, folder: Path | None = None) -> Self:
         """Returns the study that a TOML text describes, its paths made absolute.
@@ -313,7 +330,6 @@ class Study(Section):
             raise StudyError(f"a study is a TOML file, got {source}: {error}") from None
         except ValidationError as error:
             raise StudyError(f"{source}: {plain(error, cls)}") from None
-        Budget.parse(study.budget)
         for line in renamed:
             logger.warning("%s: %s", source, line)
         return study.anchored(folder or Path.cwd())
@@ -352,10 +368,6 @@ class Study(Section):
         content = self.model_dump(mode="json", exclude_none=True)
         return "\n".join(_lines(content, "")).lstrip("\n") + "\n"
 
-    def with_budget(self, budget: Budget) -> Self:
-        """Returns the same study under another budget, spelled in its one canonical way."""
-        return self.model_copy(update={"budget": tuple(str(constraint) for constraint in budget.constraints)})
-
     def check_extensions(self) -> None:
         """Checks that what the study names as `package.module:attribute` is there, before anything is trained.
 
@@ -374,11 +386,6 @@ class Study(Section):
         for registry, name in named:
             if name is not None:
                 registry.known(name)
-
-    @property
-    def limits(self) -> Budget:
-        """The budget, parsed."""
-        return Budget.parse(self.budget)
 
     @property
     def question_key(self) -> str:

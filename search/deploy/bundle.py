@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from evaluators.accuracy import accuracy_of
+from evaluators.bundle import manifest
 from evaluators.bundle import run as run_bundle
+from evaluators.bundle.manifest import Check, DenseReference, DeploymentTarget, Frames, Manifest
 from evaluators.data import bytes_of
 from evaluators.deployed import Answers, Subject
 from evaluators.inference import frame_reuse, inputs, sessions, staged
@@ -39,10 +41,9 @@ _DOUBTFUL = 0.03
 """A limit that a fresh latency misses by less than this share, or its interval, is timed a second time."""
 _CHECK_BYTES = 20_000_000
 """The bundle brings as many test images as fit in this."""
-_MARKER = "bundle.json"
 REFERENCE = "reference.onnx"
 """The dense network that a bundle's latency is told beside; it may be left out when the bundle is shipped."""
-_SHIPPED = (run_bundle, staged, inputs, frame_reuse, sessions)
+_SHIPPED = (run_bundle, manifest, staged, inputs, frame_reuse, sessions)
 """The program that runs a bundle; its files keep their names there."""
 
 Say = Callable[[str], None]
@@ -88,7 +89,7 @@ def check_out(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"a bundle is a folder, got the file {folder}; give another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARKER).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / manifest.FILE).is_file():
         raise BundleError(f"a bundle goes into a new, an empty or an earlier bundle's folder, got {folder}")
 
 
@@ -253,29 +254,28 @@ def _write_files(
     # The portable form, which a board's runtime can read as well as this one's.
     (folder / REFERENCE).write_bytes(pipeline.references.artifacts[precision].stages[0])
     preprocessing = pipeline.given.loaded.preprocessing
+    Manifest(
+        study=search.study.name,
+        search=search.folder.name,
+        trial=confirmed.version.trial,
+        target=DeploymentTarget(**pipeline.target.to_dict()),
+        library=pipeline.runtime.version(),
+        deployed=tuple(names),
+        extras=tuple(sorted(extras)),
+        exits=artifact.exits,
+        thresholds=artifact.thresholds,
+        confidence=artifact.confidence,
+        preprocessing=asdict(preprocessing) if preprocessing else None,
+        blocks=artifact.blocks,
+        steps=tuple(staged.to_json(artifact.steps)),
+        image_shape=pipeline.data.image_shape,
+        classes=pipeline.data.classes,
+        frames=Frames(**asdict(artifact.reuse)) if artifact.reuse else None,
+        reference=DenseReference(REFERENCE, precision, reference.seconds),
+        leaving=tuple(value for name, value in confirmed.latency.notes.items() if name.startswith(LEFT)),
+        check=Check(len(images), int(confirmed.answers.correct[: len(images)].sum())),
+    ).write(folder)
     contents: dict[str, Any] = {
-        _MARKER: {
-            "format": 1,
-            "study": search.study.name,
-            "search": search.folder.name,
-            "trial": confirmed.version.trial,
-            "target": pipeline.target.to_dict(),
-            "library": pipeline.runtime.version(),
-            "deployed": names,
-            "extras": sorted(extras),
-            "exits": artifact.exits,
-            "thresholds": artifact.thresholds,
-            "confidence": artifact.confidence,
-            "preprocessing": asdict(preprocessing) if preprocessing else None,
-            "blocks": artifact.blocks,
-            "steps": staged.to_json(artifact.steps),
-            "image_shape": pipeline.data.image_shape,
-            "classes": pipeline.data.classes,
-            **({"frames": asdict(artifact.reuse)} if artifact.reuse else {}),
-            "reference": {"file": REFERENCE, "precision": precision, "seconds": reference.seconds},
-            "leaving": [value for name, value in confirmed.latency.notes.items() if name.startswith(LEFT)],
-            "check": {"images": len(images), "correct": int(confirmed.answers.correct[: len(images)].sum())},
-        },
         "candidate.json": evaluation.candidate.to_dict(),
         "evaluation.json": {
             "budget": str(budget),

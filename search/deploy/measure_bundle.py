@@ -1,20 +1,20 @@
 """Measuring a bundle again as `pick` measured it, on this machine or on a board: no study, no torch, no search."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from evaluators.artifact import Artifact
+from evaluators.bundle.manifest import FILE, Manifest
 from evaluators.data import LabelledImages
 from evaluators.deployed import Deployed
 from evaluators.inference.frame_reuse import Reuse
 from evaluators.inference.staged import Step, from_json
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
-from evaluators.runtimes.base import Runtime, Target, deployed_stages
+from evaluators.runtimes.base import Fp32In, Runtime, Target, deployed_stages
 from evaluators.runtimes.registry import runtime
 from evaluators.streams import Stream
 from spaces.candidate import Candidate
@@ -79,14 +79,14 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
         UserError: the folder holds no bundle.
         TargetError: the target is not here.
     """
-    description = _read(folder)
-    library = runtime(target or description["target"]["runtime"])
-    if description.get("blocks") and not library.capabilities().skips:
+    manifest = _read(folder)
+    library = runtime(target or manifest.target.runtime)
+    if manifest.blocks and not library.capabilities().skips:
         raise UserError(f"a bundle that skips blocks is measured where blocks can be skipped, got {library.name}")
-    subject = _subject(folder, description, library)
-    beside = _beside(folder, description, library, subject)
+    subject = _subject(folder, manifest, library)
+    beside = _beside(folder, manifest, library, subject)
     evaluator = LatencyEvaluator({beside.precision: beside.reference}, library, subject.target)
-    latency = evaluator.measure(subject, description.get("leaving", ()))
+    latency = evaluator.measure(subject, manifest.leaving)
     return Found(
         target=f"{library.version()} on {library.device()}, batch {subject.target.batch}",
         latency_s=latency.value,
@@ -95,46 +95,45 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
         protocol=latency.protocol,
         correct=int(subject.answers.correct.sum()),
         images=len(subject.validation),
-        expected=description["check"]["correct"],
+        expected=manifest.check.correct,
         launches={name.removeprefix("seconds "): value for name, value in latency.notes.items() if "seconds " in name},
         remarks=[*latency.remarks, *beside.remarks, *_speed(latency), *library.remarks()],
     )
 
 
-def _subject(folder: Path, description: dict[str, Any], library: Runtime) -> Deployed:
+def _subject(folder: Path, manifest: Manifest, library: Runtime) -> Deployed:
     """Returns a bundle as evaluators look at it: the check images are what it is scored on."""
-    target = Target(**{**description["target"], "runtime": library.name, "device": library.device()})
-    portable = [_portable(folder, name) for name in description["deployed"]]
-    deployed = deployed_stages(library, portable, bool(description.get("blocks")))
-    reuse = Reuse(**description["frames"]) if "frames" in description else None
+    target = replace(_target(manifest), runtime=library.name, device=library.device())
+    portable = [file.read_bytes() for file in manifest.portable_files(folder)]
+    deployed = deployed_stages(library, portable, bool(manifest.blocks))
+    reuse = Reuse(**asdict(manifest.frames)) if manifest.frames else None
     artifact = Artifact(
         tuple(portable),
         deployed,
-        tuple(description["exits"]),
-        tuple(description["thresholds"]),
-        confidence=description.get("confidence", "softmax"),
+        manifest.exits,
+        manifest.thresholds,
+        confidence=manifest.confidence,
         reuse=reuse,
-        blocks=tuple(description.get("blocks", ())),
-        steps=tuple(step for step in from_json(description.get("steps", ())) if isinstance(step, Step)),
+        blocks=manifest.blocks,
+        steps=tuple(step for step in from_json(manifest.steps) if isinstance(step, Step)),
     )
     # There is one reference, so nobody asks which precision most layers have.
     return Deployed(Candidate({}, {}, {}), artifact, _check(folder, reuse), library, target)
 
 
-def _beside(folder: Path, description: dict[str, Any], library: Runtime, subject: Deployed) -> _Beside:
+def _beside(folder: Path, manifest: Manifest, library: Runtime, subject: Deployed) -> _Beside:
     """Returns the reference that `pick` told the latency by; elsewhere, or without one, this machine's own clock."""
-    told = description.get("reference")
-    file = folder / (told["file"] if told else "")
-    if told is None or not file.is_file():
+    told = manifest.reference
+    if told is None or not (folder / told.file).is_file():
         model = subject.artifact.deployed[0]
         remark = "the bundle brings no reference: told by this machine's own clock now, so compare only figures of now"
         reference = Reference(model, _now(model, library, subject), "its own first file")
         return _Beside("fp32", reference, (remark,))
-    model = library.deployable(file.read_bytes())
-    if subject.target == Target(**description["target"]):
-        return _Beside(told["precision"], Reference(model, told["seconds"]))
-    remark = f"picked for {Target(**description['target'])}: told by this target's own clock now"
-    return _Beside(told["precision"], Reference(model, _now(model, library, subject)), (remark,))
+    model = library.deployable((folder / told.file).read_bytes())
+    if subject.target == _target(manifest):
+        return _Beside(told.precision, Reference(model, told.seconds))
+    remark = f"picked for {_target(manifest)}: told by this target's own clock now"
+    return _Beside(told.precision, Reference(model, _now(model, library, subject)), (remark,))
 
 
 def _now(model: bytes, library: Runtime, subject: Deployed) -> float:
@@ -153,24 +152,24 @@ def _speed(latency: Measurement) -> list[str]:
     ]
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    file = folder / "bundle.json"
-    if not file.is_file():
-        raise UserError(f"a bundle is a folder that `pick` wrote, got {folder}, which has no bundle.json")
+def _read(folder: Path) -> Manifest:
+    if not (folder / FILE).is_file():
+        raise UserError(f"a bundle is a folder that `pick` wrote, got {folder}, which has no {FILE}")
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        needed = [*found["deployed"], "check.npz"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"a bundle.json is what `pick` wrote, got {file}: {error}; pick again") from error
-    lacking = [name for name in needed if not (folder / name).is_file()]
+        manifest = Manifest.read(folder)
+    except ValueError as error:
+        raise UserError(f"a {FILE} is what `pick` wrote, got {folder / FILE}: {error}") from error
+    lacking = [name for name in (*manifest.deployed, "check.npz") if not (folder / name).is_file()]
     if lacking:
         raise UserError(f"a bundle is whole, got {folder} without {', '.join(lacking)}; copy all of it, or pick again")
-    return found
+    return manifest
 
 
-def _portable(folder: Path, name: str) -> bytes:
-    portable = folder / "portable" / name
-    return (portable if portable.is_file() else folder / name).read_bytes()
+def _target(manifest: Manifest) -> Target:
+    """Returns what the bundle was made for."""
+    made_for = manifest.target
+    fp32_in = cast(Fp32In, made_for.fp32_in)
+    return Target(made_for.runtime, made_for.device, made_for.batch, made_for.threads, fp32_in)
 
 
 def _check(folder: Path, reuse: Reuse | None) -> LabelledImages:

@@ -12,6 +12,7 @@ from PIL import Image
 from search.config.cache import cache_folder
 from search.config.progress import Progress
 from search.loading.image_store import in_threads, is_deep, is_transparent, open_image
+from spaces import cache
 
 _ORIENTATION = 0x0112
 _STEP = "Looking at the images"
@@ -60,7 +61,7 @@ class _Index:
 
     def __init__(self, files: Sequence[Path]) -> None:
         top = os.path.commonpath([str(file.parent) for file in files]) if files else ""
-        self._file = cache_folder() / "images" / f"{hashlib.sha256(top.encode()).hexdigest()[:16]}.json"
+        self._file = cache_folder() / "images" / f"{cache.key(top)}.json"
         try:
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             self._known = {
@@ -77,10 +78,7 @@ class _Index:
 
     def keep(self) -> None:
         content = {key: asdict(inspected) for key, inspected in self._known.items()}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(self._file)
+        cache.write_atomically(self._file, json.dumps(content))
 
 
 def _key(file: Path) -> str:

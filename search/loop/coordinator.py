@@ -94,7 +94,7 @@ class Coordinator:
         self._seeds: Sequence[Mapping[str, Value]] = seeds
         self._stored = stored
         self._dense = baseline.evaluation.measurements
-        self._budget: Budget = pipeline.study.limits
+        self._budget: Budget = pipeline.study.budget
         self._observers = observers
         self._latency = pipeline.references.latency_evaluator(baseline.reference_seconds)
         self._thresholds = ExitThresholdSolver(pipeline, self._latency, self._dense)
@@ -280,6 +280,5 @@ def accuracy_screen(
         return None
     recoverable = RECOVERABLE if pipeline.study.recovery.final else 0.0
     dense_correct = pipeline.deployed(pipeline.space.dense()).first_answers(count).correct
-    return AccuracyScreen(
-        pipeline.study.limits, dense, dense_correct, known, len(pipeline.scored), pipeline.target.batch, recoverable
-    )
+    budget, batch = pipeline.study.budget, pipeline.target.batch
+    return AccuracyScreen(budget, dense, dense_correct, known, len(pipeline.scored), batch, recoverable)

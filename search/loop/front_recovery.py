@@ -51,7 +51,7 @@ def _waiting(pipeline: CompressionPipeline, stored: optuna.Study, baseline: Base
     """Returns the versions that are to be recovered and have not been, of `most` in all."""
     versions = versions_of_study(stored)
     already = sum(version.evaluation.finetune is not None for version in versions)
-    front = pareto([version for version in versions if _is_within_reach(version, pipeline.study.limits, baseline)])
+    front = pareto([version for version in versions if _is_within_reach(version, pipeline.study.budget, baseline)])
     waiting = [
         version
         for version in front
@@ -62,6 +62,7 @@ def _waiting(pipeline: CompressionPipeline, stored: optuna.Study, baseline: Base
 
 def _is_within_reach(version: Version, budget: Budget, baseline: Baseline) -> bool:
     dense, measured = baseline.evaluation.measurements, version.measured
-    costs = Budget(tuple(constraint for constraint in budget.constraints if constraint.measured_as != "accuracy"))
-    floor = max((c.floor(dense["accuracy"]) for c in budget.constraints if c.measured_as == "accuracy"), default=0.0)
-    return version.is_complete and costs.is_met(measured, dense) and measured["accuracy"].value >= floor - RECOVERABLE
+    if not version.is_complete or not budget.without("accuracy").is_met(measured, dense):
+        return False
+    floor = budget.accuracy_floor(dense)
+    return floor is None or measured["accuracy"].value >= floor - RECOVERABLE

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from evaluators.latency.slow_layers import Examined
 from search.results.evaluation import Evaluation
@@ -40,11 +40,14 @@ def put_right_running(stored: optuna.Study) -> None:
             whole = version.is_complete
             values = [version.measured[metric].value for metric in OBJECTIVES] if whole else None
             state = TrialState.COMPLETE if whole else TrialState.PRUNED
-            stored._storage.set_trial_state_values(trial._trial_id, state, values)
+            stored.tell(trial.number, values, state)
             continue
-        stored._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
-        stored._storage.set_trial_user_attr(trial._trial_id, "reason", "interrupted")
-        stored._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        # A trial is told by its number, but its attributes are written through a Trial only, and to a Trial of what
+        # another process asked for there is no other way than by the number that the storage gives it.
+        running = Trial(stored, trial._trial_id)
+        running.set_user_attr("interrupted", True)
+        running.set_user_attr("reason", "interrupted")
+        stored.tell(running, state=TrialState.FAIL)
         if trial.params:
             stored.enqueue_trial(trial.params, skip_if_exists=False)
 

@@ -36,16 +36,16 @@ def problem_prior(pipeline: CompressionPipeline, space: JointSpace, baseline: Ba
     """Returns what a sampler may know of a study beforehand; a sensitivity profile where one was measured."""
     dense = baseline.evaluation.measurements
     structure = _structure(pipeline, space, baseline.reference_seconds, Profiler(pipeline).known)
-    limits = pipeline.study.limits
+    limits = pipeline.study.budget
     return ProblemPrior(
         structure, _targets(pipeline, dense), _linear_constraints(limits, dense), pipeline.solves_thresholds
     )
 
 
 def _targets(pipeline: CompressionPipeline, dense: Mapping[str, Measurement]) -> tuple[CostTarget, ...]:
-    worst = worst_that_counts(pipeline.study.limits, dense)
+    worst = worst_that_counts(pipeline.study.budget, dense)
     kinds: Mapping[str, Kind] = {"accuracy": "accuracy", "latency": "latency", "flops": "flops"}
-    chance, limits = 1 / pipeline.data.classes, pipeline.study.limits
+    chance, limits = 1 / pipeline.data.classes, pipeline.study.budget
     return tuple(
         CostTarget(kinds[name], dense[name].value, worst[name], min(chance, worst[name]), aimed(limits, name, dense))
         for name in OBJECTIVES

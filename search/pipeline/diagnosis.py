@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact
+from evaluators.bundle.manifest import FILE, Manifest
 from evaluators.data import LabelledImages
 from evaluators.diagnosis.comparison import Answered, Compared, Side, compare
 from evaluators.diagnosis.evidence import Case, Finding
@@ -156,16 +158,18 @@ def evaluation_of(wanted: Wanted, search: StoredSearch | None) -> Evaluation | N
             f"a trial is one that {search.folder.name} has measured, got {wanted.trial}; the latest: {known or 'none'}"
         )
     if wanted.bundle is not None:
-        return Evaluation.from_dict(_described(wanted.bundle, "evaluation.json")["search"])
+        with _sound(wanted.bundle, "evaluation.json"):
+            return Evaluation.from_dict(json.loads((wanted.bundle / "evaluation.json").read_text("utf-8"))["search"])
     return None
 
 
-def _described(bundle: Path, name: str) -> dict[str, Any]:
+@contextmanager
+def _sound(bundle: Path, name: str) -> Iterator[None]:
+    """Turns what goes wrong with a file of a bundle into what its user can do about it."""
     try:
-        found: dict[str, Any] = json.loads((bundle / name).read_text(encoding="utf-8"))
+        yield
     except (OSError, ValueError) as error:
         raise UserError(f"a bundle is a folder that `pick` wrote, got {bundle} without a sound {name}") from error
-    return found
 
 
 def _candidate(pipeline: CompressionPipeline, wanted: Wanted, evaluation: Evaluation | None) -> Candidate:
@@ -189,13 +193,14 @@ def _version(wanted: Wanted, artifact: Artifact) -> _Version:
         name = f"trial {wanted.trial} ({mixed})" if wanted.trial is not None else name
         return _Version(name, artifact.stages, True, frozenset(written))
     if wanted.bundle is not None:
-        described = _described(wanted.bundle, "bundle.json")
-        if described.get("blocks"):
+        with _sound(wanted.bundle, FILE):
+            manifest = Manifest.read(wanted.bundle)
+        if manifest.blocks:
             raise UserError(
                 f"files that all images go through are compared, got {wanted.bundle}, which skips blocks;"
                 " give its --trial"
             )
-        files = [_portable(wanted.bundle, name) for name in described["deployed"]]
+        files = manifest.portable_files(wanted.bundle)
     else:
         files = [wanted.file]
     try:
@@ -205,11 +210,6 @@ def _version(wanted: Wanted, artifact: Artifact) -> _Version:
     found = {"fp16"} if any(has_halves(stage) for stage in stages) else set[str]()
     found |= {"int8"} if any(b"QuantizeLinear" in stage for stage in stages) else set()
     return _Version(wanted.file.name, stages, wanted.bundle is not None, frozenset(found))
-
-
-def _portable(bundle: Path, name: str) -> Path:
-    portable = bundle / "portable" / name
-    return portable if portable.is_file() else bundle / name
 
 
 def _sides(pipeline: CompressionPipeline, wanted: Wanted, version: _Version, exact: Artifact) -> tuple[Side, Side]:

@@ -165,9 +165,7 @@ class AccuracyScreen:
         self._versions = versions
         self._total = total
         self._batch = batch
-        limits = [limit for limit in budget.constraints if limit.measured_as == "accuracy"]
-        self._limit = max(limits, key=lambda limit: limit.floor(dense["accuracy"]), default=None)
-        self._floor = self._limit.floor(dense["accuracy"]) if self._limit else 0.0
+        self._floor = budget.accuracy_floor(dense)
         self._recoverable = recoverable
 
     def is_due(self, metric: str, deployed: Subject) -> bool:
@@ -200,19 +198,16 @@ class AccuracyScreen:
             [version.measured["accuracy"].value for version in front],
             self._total,
             self._dense["accuracy"].value,
-            self._floor if self._limit else None,
+            self._floor,
         )
         return min(self._batch * math.ceil(wanted / self._batch), len(self._dense_correct))
 
     def _broken(self, highest: float) -> str:
-        if self._limit is None or highest >= self._floor - self._recoverable:
+        if self._floor is None or highest >= self._floor - self._recoverable:
             return ""
-        more = (
-            f", or {percent(self._floor - self._recoverable)} before it is recovered in full"
-            if self._recoverable
-            else ""
-        )
-        return f"where {self._limit} asks for {percent(self._floor)}{more}"
+        before = f", or {percent(self._floor - self._recoverable)} before it is recovered in full"
+        limit = max(self._budget.on("accuracy"), key=lambda limit: limit.floor(self._dense["accuracy"]))
+        return f"where {limit} asks for {percent(self._floor)}{before if self._recoverable else ''}"
 
 
 def subset_size(front: Sequence[float], total: int, dense: float, floor: float | None) -> int:

@@ -107,7 +107,7 @@ class ExitThresholdSolver:
         self._pipeline = pipeline
         self._latency = latency
         self._dense = dense
-        self._budget = budget or pipeline.study.limits
+        self._budget = budget or pipeline.study.budget
 
     def resolve(self, choices: Candidate, finetune: FinetuneSection | None = None) -> ResolvedCandidate:
         """Returns the version that the choices come to: thresholds where they are open, else as it is.

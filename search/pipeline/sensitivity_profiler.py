@@ -1,8 +1,6 @@
 """How much each group of channels matters: loss and divergence at several widths of one group at a time."""
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +19,7 @@ from search.pipeline.pipeline import CompressionPipeline
 from search.recovery.base import Recovery
 from search.recovery.batchnorm import BatchNormRecovery
 from search.results.sensitivity import Point, Profile
+from spaces import cache
 from spaces.channels import PREFIX, SparsitySpace
 from spaces.dimensions import Integer
 from spaces.dynamic.exit_network import ExitNetwork
@@ -95,7 +94,7 @@ class Profiler:
         for done, name in enumerate(missing):
             progress(_STEP, len(self._tried) - len(missing) + done, len(self._tried))
             found = replace(found, points=(*found.points, *self._points(name, self._tried[name])))
-            _write(self._file, found)
+            cache.write_atomically(self._file, json.dumps(found.to_dict()))
         if missing:
             progress(_STEP, len(self._tried), len(self._tried))
         self._known = found
@@ -144,8 +143,9 @@ def _shuffled(data: LabelledImages) -> tuple[Tensor, Tensor]:
 def _file(pipeline: CompressionPipeline, effort: str, tried: Mapping[str, list[int]]) -> Path:
     """Returns where the profile of this network, at this effort, on these images and widths is kept."""
     settings = pipeline.study.recovery.model_dump_json(exclude={"final"})
-    content = "\0".join((pipeline.compressor.context.key, effort, settings, str(IMAGES), json.dumps(tried)))
-    return pipeline.compressor.context.folder / "profiles" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    context = pipeline.compressor.context
+    key = cache.key(context.key, effort, settings, str(IMAGES), json.dumps(tried))
+    return context.folder / "profiles" / f"{key}.json"
 
 
 def _read(file: Path) -> Profile | None:
@@ -153,10 +153,3 @@ def _read(file: Path) -> Profile | None:
         return Profile.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):  # none yet, or torn: it is measured
         return None
-
-
-def _write(file: Path, found: Profile) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(found.to_dict()), encoding="utf-8")
-    partial.replace(file)

@@ -1,7 +1,8 @@
 """Learned roundings: for which versions they are learned, and where they are kept."""
 
 import hashlib
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,8 @@ class LearnedRounding:
         for tensor in network.state_dict().values():
             content.update(tensor.numpy().tobytes())
         precisions = self._builder.written_precisions(network, candidate)
-        what = (self._builder.grid, sorted(precisions.items()), sorted(ranges.items()), self._learning)
+        learning = json.dumps(asdict(self._learning))
+        what = (self._builder.grid, sorted(precisions.items()), sorted(ranges.items()), learning)
         file = self._ground.file("adaround", content.hexdigest(), repr(what))
         if (known := _load(file)) is not None:
             return known

@@ -1,6 +1,5 @@
 """Winning accuracy back after pruning: what a level of effort is given, and what it does."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from evaluators.quantization.int8 import Ranges
 from evaluators.quantization.trainable_graph import TrainableGraph
 from search.config.study import FittingSection, RecoverySection
 from search.training.loop import Augment
+from spaces import cache
 from spaces.channels import SparsitySpace
 from spaces.dynamic.exit_network import ExitNetwork
 
@@ -74,8 +74,7 @@ class Ground:
 
     def file(self, kind: str, *parts: str) -> Path:
         """Returns the file for the weights that a training on this ground, with these settings, ends with."""
-        digest = hashlib.sha256("\0".join((self.key, *parts)).encode()).hexdigest()[:16]
-        return self.folder / "recovered" / f"{kind}-{digest}.pt"
+        return self.folder / "recovered" / f"{kind}-{cache.key(self.key, *parts)}.pt"
 
 
 class Recovery(Protocol):

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.measurement import METRICS, Measurement
-from search.config.budget import Budget
+from search.config.budget import Budget, Constraint
 from search.results.evaluation import Evaluation
 from search.samplers.non_domination import is_non_dominated
 
@@ -142,17 +142,12 @@ def box_share(costs: NDArray[np.float64]) -> float:
 
 def worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:
     """Returns the worst value of each objective that hypervolume counts."""
-    worst = {metric: dense[metric].value for metric in OBJECTIVES}
-    worst["accuracy"] -= _ACCURACY_SPAN
-    for metric in OBJECTIVES:
-        limits = [
-            limit for limit in budget.constraints if limit.measured_as == metric and limit.limits_default_statistic
-        ]
-        if metric == "accuracy":
-            worst[metric] = max((limit.floor(dense[metric]) for limit in limits), default=worst[metric])
-        else:
-            worst[metric] = min((limit.ceiling(dense[metric]) for limit in limits), default=worst[metric])
-    worst["accuracy"] = min(worst["accuracy"], 1 - 1e-9)
+    floor = budget.accuracy_floor(dense)
+    lowest = dense["accuracy"].value - _ACCURACY_SPAN if floor is None else floor
+    worst = {"accuracy": min(lowest, 1 - 1e-9)}
+    for metric in OBJECTIVES[1:]:
+        ceiling = budget.ceiling(metric, dense)
+        worst[metric] = dense[metric].value if ceiling is None else ceiling
     return worst
 
 
@@ -170,14 +165,16 @@ def choose(front: Sequence[Version], prefer: str) -> list[Version]:
     return sorted(front, key=lambda version: (sign * version.measured[prefer].value, version.measured["latency"].value))
 
 
-def nearest_miss(versions: Sequence[Version], budget: Budget, dense: Dense) -> tuple[Version, dict[str, float]] | None:
+def nearest_miss(
+    versions: Sequence[Version], budget: Budget, dense: Dense
+) -> tuple[Version, dict[Constraint, float]] | None:
     """Returns the version that oversteps its limits the least, and by how much; None where nothing was measured.
 
     Versions whose every limit was measured come before those that were given up on.
     """
     misses = []
     for version in versions:
-        broken = {name: value for name, value in budget.violations(version.measured, dense).items() if value > 0}
+        broken = budget.broken(version.measured, dense)
         if broken:
             misses.append((not version.is_complete, sum(broken.values()), version.number, version, broken))
     if not misses:

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +23,6 @@ from search.results.evaluation import Evaluation
 from search.results.pareto import Version
 from search.results.simple_versions import Given, Simple
 from spaces.errors import UserError
-
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "minimize"]
 """Accuracy, latency, FLOPs."""
@@ -241,7 +237,7 @@ class StoredSearch:
     @property
     def budget(self) -> Budget:
         """The budget that it was run with."""
-        return self.study.limits
+        return self.study.budget
 
     @property
     def finished(self) -> int:

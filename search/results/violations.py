@@ -24,7 +24,5 @@ def broken_limits(version: Version, budget: Budget, dense: Mapping[str, Measurem
     """Returns every limit that a version oversteps, and by how much."""
     return "; ".join(
         violation_line(constraint, version.measured[constraint.measured_as], dense[constraint.measured_as])
-        for constraint in budget.constraints
-        if constraint.measured_as in version.measured
-        and constraint.violation(version.measured[constraint.measured_as], dense[constraint.measured_as]) > 0
+        for constraint in budget.broken(version.measured, dense)
     )

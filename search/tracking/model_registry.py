@@ -1,7 +1,6 @@
 """The picked version in MLflow's model registry, where `mlflow models serve` finds it."""
 
 import io
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -17,6 +16,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
 from numpy.typing import NDArray
 
+from evaluators.bundle.manifest import Manifest
 from search.results.store import StoredSearch
 from search.tracking.store import VARIABLE, Tracking, quiet
 from search.tracking.trial_run import ROLE, SEARCH, TRIAL, figures_and_margins
@@ -121,14 +121,13 @@ def _example(bundle: Path) -> NDArray[np.float32]:
 
 
 def _signature(bundle: Path) -> ModelSignature:
-    shape = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["image_shape"]
-    images = TensorSpec(np.dtype(np.float32), (-1, *shape))
+    images = TensorSpec(np.dtype(np.float32), (-1, *Manifest.read(bundle).image_shape))
     return ModelSignature(Schema([images]), Schema([ColSpec("long", "class"), ColSpec("string", "exit")]))
 
 
 def _requirements(bundle: Path) -> list[str]:
     """Returns what the bundle needs where it is served, as it was measured here."""
-    library = str(json.loads((bundle / "bundle.json").read_text(encoding="utf-8")).get("library", "")).partition(" ")[0]
+    library = Manifest.read(bundle).library_name
     packages = ["mlflow", "numpy", "pandas", "onnxruntime", *([library] if library in ("openvino", "tensorrt") else [])]
     return [requirement for package in packages if (requirement := _pinned(package))]
 

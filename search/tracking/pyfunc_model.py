@@ -6,7 +6,6 @@ with each other here, so a bundle for frames of a stream computes each.
 """
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ class BundleModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Loads the bundle's own code and its files."""
         folder = Path(context.artifacts["bundle"])
-        description = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
         self._run = _program(folder)
         self._network = self._run.load(folder)
-        self._batch = description["target"]["batch"]
-        self._names = [*description["exits"], "end"]
+        manifest = self._run.Manifest.read(folder)
+        self._batch = manifest.target.batch
+        self._names = manifest.ends
 
     # MLflow would take type hints for a signature, which is given apart.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002

@@ -24,15 +24,21 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
-for name, value in _SETTINGS.items():
-    os.environ.setdefault(name, value)
-
 DATABASE = "mlflow.db"
 PAGE = "report.html"
 """The report among the files of a search's summary."""
 VARIABLE = "MLFLOW_TRACKING_URI"
 _REMEMBERED = "tracking_uri"
 _CREDENTIALS = re.compile(r"(?<=//)[^/@]*@")
+
+
+def set_up_mlflow() -> None:
+    """Keeps MLflow from waiting for minutes and from talking; what the user has set in the environment holds.
+
+    Some of it MLflow reads when it is imported, which is to come afterwards.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ class Tracking:
 
     def client(self) -> "MlflowClient":
         """Returns a client of it."""
-        from mlflow import MlflowClient  # takes seconds, and reads the settings above
+        set_up_mlflow()
+        from mlflow import MlflowClient  # takes seconds
 
         if self.uri.startswith("sqlite:"):
             _wait_less_for_the_disk()

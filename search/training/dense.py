@@ -1,6 +1,5 @@
 """Training the dense network and its exits, once, with the result kept by content key."""
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from search.training.block_gates import skip_blocks, train_gates_once, with_gate
 from search.training.exit_heads import train_exits
 from search.training.loop import Augment, Fitted, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.training.masks import train_masks_once, with_masks
+from spaces import cache
 from spaces.dynamic.cut_points import CutPoints, check_cut_points, find_cut_points
 from spaces.dynamic.exit_network import HEADS, NO_GATES, ExitNetwork, feature_channels
 from spaces.errors import StructureError
@@ -52,12 +52,12 @@ def trained_network(
     places = places or exit_places(trunk, study.exits, data)
     blocks = skip_blocks(trunk, study.skips, image)
     if study.masks.method:
-        key = _digest(key, study.masks.model_dump_json())
+        key = cache.key(key, study.masks.model_dump_json())
         file = folder / f"{study.name}-masks-{key}.pt"
         trunk = _with_trained_masks(trunk, study, data, augment, file, progress)
     gates: Mapping[str, nn.Module] = {}
     if blocks.gated:
-        key = _digest(key, study.skips.model_dump_json(), *blocks.gated)
+        key = cache.key(key, study.skips.model_dump_json(), *blocks.gated)
         gated = with_gates(trunk, blocks, study.skips, image)
         train_gates_once(gated, data, study.skips, augment, folder / f"{study.name}-skips-{key}.pt", progress)
         gates = gated.gates
@@ -65,7 +65,7 @@ def trained_network(
     torch.manual_seed(seed)  # heads begin alike, whether the trunk was trained in this process or is loaded
     network = with_exits(trunk, places.after, exits, data, gates)
     settings = study.exits.model_dump_json(exclude={"thresholds", "confidence"})
-    exits_key = _digest(key, settings, data.calibration.digest, *network.cut_points)
+    exits_key = cache.key(key, settings, data.calibration.digest, *network.cut_points)
     exits_file = folder / f"{study.name}-exits-{exits_key}.pt"
     part: nn.Module = network if study.exits.training == "joint" else network.exits
     if network.cut_points and not load_weights(part, exits_file):
@@ -95,7 +95,7 @@ def trained_trunk(study: Study, built: Built, data: Splits, progress: Progress) 
 
 def _trunk_key(study: Study, built: Built, data: Splits) -> str:
     training = built.training(study.training)
-    return _digest(
+    return cache.key(
         built.key,
         source_of(load(study.data.augment)) if study.data.augment else "",
         training.model_dump_json() if training else "",
@@ -227,7 +227,3 @@ def train(
         checkpoint,
         lambda done, total: progress("Training the dense network, once", done, total),
     )
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

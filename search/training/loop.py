@@ -4,7 +4,6 @@ import contextlib
 import copy
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from evaluators.data import LabelledImages
 from evaluators.runtimes.cpu import cpu_flags
 from search.config.study import FittingSection
+from spaces import cache
 from spaces.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -289,10 +289,7 @@ def fast_arithmetic() -> contextlib.AbstractContextManager[Any]:
 
 def save(content: dict[str, Any], file: Path) -> None:
     """Writes a file that is whole or not there at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    torch.save(content, partial)
-    partial.replace(file)
+    cache.write_atomically(file, lambda partial: torch.save(content, partial))
 
 
 def load_weights(network: nn.Module, file: Path) -> bool:

@@ -9,7 +9,6 @@ turn with the dense network's. The timer of that loop is this file's own. The ta
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from evaluators.artifact import Artifact
 from evaluators.bundle import run as run_bundle
+from evaluators.bundle.manifest import DeploymentTarget, Manifest
 from evaluators.deployed import Subject
 from evaluators.inference.staged import Floats, Network
 from evaluators.latency.evaluator import LatencyEvaluator
@@ -173,17 +173,17 @@ def _thresholds(version: ResolvedCandidate) -> ResolvedThresholds:
 def _loaded(pipeline: CompressionPipeline, artifact: Artifact) -> Network:
     """Returns an artifact as its bundle's `run.py` loads it."""
     names = [f"stage{index}.onnx" for index in range(len(artifact.deployed))]
-    described = {
-        "target": pipeline.target.to_dict(),
-        "library": pipeline.runtime.version(),
-        "deployed": names,
-        "thresholds": artifact.thresholds,
-        "confidence": artifact.confidence,
-    }
+    manifest = Manifest(
+        target=DeploymentTarget(**pipeline.target.to_dict()),
+        library=pipeline.runtime.version(),
+        deployed=tuple(names),
+        thresholds=artifact.thresholds,
+        confidence=artifact.confidence,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, stage in zip(names, artifact.deployed, strict=True):
             (Path(folder) / name).write_bytes(stage)
-        (Path(folder) / "bundle.json").write_text(json.dumps(described), encoding="utf-8")
+        manifest.write(Path(folder))
         return run_bundle.load(folder)
 
 

@@ -22,6 +22,7 @@ from evaluators.data import LabelledImages
 from evaluators.deployed import Subject
 from evaluators.inference.staged import Network
 from evaluators.latency.evaluator import LatencyEvaluator
+from search.config.budget import Budget
 from search.config.overrides import Request
 from search.config.study import Study
 from search.deploy.bundle import Confirmed, write_bundle
@@ -65,7 +66,7 @@ def main() -> None:
     print(f"The network as it came: {_accuracy_as_it_came(study):.2%} on the test images.")
     for confidence, share in product(arguments.confidences, arguments.shares):
         exits = study.exits.model_copy(update={"confidence": confidence})
-        asked = study.model_copy(update={"exits": exits, "budget": (f"latency<{share}",)})
+        asked = study.model_copy(update={"exits": exits, "budget": Budget.parse([f"latency<{share}"])})
         _measure(build_pipeline(asked, _say), arguments.out / f"{confidence}-{share.rstrip('%')}")
 
 
@@ -86,7 +87,7 @@ def _say(step: str, done: int, total: int) -> None:
 def _measure(pipeline: CompressionPipeline, out: Path) -> None:
     baseline = measure_baseline(pipeline)
     latency = pipeline.references.latency_evaluator(baseline.reference_seconds)
-    print(f"\nThresholds for {pipeline.study.limits}, {pipeline.study.exits.confidence}, on {pipeline.target}\n")
+    print(f"\nThresholds for {pipeline.study.budget}, {pipeline.study.exits.confidence}, on {pipeline.target}\n")
     for precision in pipeline.space.precision.precisions:
         dense = pipeline.space.dense()
         full = Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds)
@@ -112,7 +113,7 @@ def _write(pipeline: CompressionPipeline, baseline: Baseline, evaluation: Evalua
     test = accuracy_of(answers, pipeline.target, "test")
     confirmed = Confirmed(Version(0, evaluation), subject, evaluation.measurements["latency"], 1.0, test, test, answers)
     write_bundle(
-        out, pipeline, StoredSearch(folder, pipeline.study, baseline, (), {}), pipeline.study.limits, confirmed
+        out, pipeline, StoredSearch(folder, pipeline.study, baseline, (), {}), pipeline.study.budget, confirmed
     )
     return out
 

@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from search.commands.libraries import set_up_libraries
 from search.results.store import SearchFolder, StoredSearch
-from search.tracking.mirror import Mirror
 from search.tracking.store import DATABASE, Tracking
 
 _VARIED = {"accuracy": 0.02, "latency": 0.3, "flops": 0.3}
@@ -65,7 +64,9 @@ def _varied(trial: FrozenTrial, index: int, chance: random.Random) -> FrozenTria
 
 
 def _measure(source: Path, runs: Path, trials: int) -> None:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    set_up_libraries()
+    from search.tracking.mirror import Mirror  # imports MLflow, which reads its settings
+
     search = lengthened(StoredSearch.read(SearchFolder(source)), runs, trials)
     mirror = Mirror(Tracking.of(runs), search)
     wall, processor = [], []

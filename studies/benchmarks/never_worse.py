@@ -163,7 +163,7 @@ def _bundle(folder: Path) -> Answer:
         network = _module(folder / "run.py").load(folder)
     finally:
         sys.path.remove(str(folder))
-        for name in ("staged", "inputs", "frame_reuse", "sessions"):  # the next bundle brings its own
+        for name in ("manifest", "staged", "inputs", "frame_reuse", "sessions"):  # the next bundle brings its own
             sys.modules.pop(name, None)
     return lambda images: network(images)[0]
 

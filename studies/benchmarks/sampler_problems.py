@@ -28,6 +28,7 @@ from search.samplers.hypervolume.knapsack import SHARES, knapsacks
 from search.samplers.hypervolume.nsga2 import evolve
 from search.samplers.hypervolume.prior import ProblemPrior
 from search.samplers.hypervolume.sampler import HypervolumeSampler
+from spaces import cache
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
 _WRITTEN_EVERY = 20
@@ -151,9 +152,7 @@ class Record:
         """Writes the file anew; the same content gives the same bytes."""
         content = {"baseline": self.baseline, "evaluations": self.evaluations, "runs": self.runs}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        partial = self._file.with_suffix(".partial")
-        partial.write_bytes(gzip.compress(text.encode(), mtime=0))
-        partial.replace(self._file)
+        cache.write_atomically(self._file, gzip.compress(text.encode(), mtime=0))
 
 
 class StudyCase:
@@ -171,7 +170,7 @@ class StudyCase:
             record.baseline = measure_baseline(self._pipeline).to_dict()
             record.write()
         self._baseline = Baseline.from_dict(record.baseline)
-        self._budget, self._dense = self._pipeline.study.limits, self._baseline.evaluation.measurements
+        self._budget, self._dense = self._pipeline.study.budget, self._baseline.evaluation.measurements
         self._latency = self._pipeline.references.latency_evaluator(self._baseline.reference_seconds)
         self._solver = ExitThresholdSolver(self._pipeline, self._latency, self._dense)
         self._joint = without_slow_precisions(self._pipeline.space, self._baseline.examined)

@@ -238,8 +238,8 @@ def main() -> None:
     arms = {SAMPLERS.renamed(name): int(trials or arguments.trials) for name, _, trials in named}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-            trace = search(make(seed), _arm(name), seed, trials)
-            traces[name].append(trace)
+    if arguments.what == "tight":
+        _tight(arguments.seeds, {name: _TIGHT for name in arms if _arm(name).is_warm and _arm(name).most >= _TIGHT})
         return
     if arguments.what == "synthetic":
         traces_of = compare(lambda seed: SyntheticCase(seed, Setting()), arms, arguments.seeds, _say)

@@ -12,25 +12,28 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
-import optuna
 import torch
 import torch_pruning
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from optuna.trial import FrozenTrial
 
 from evaluators.graph.exporter import INPUT, OPSET
+from search.commands.libraries import set_up_libraries
 from search.config.environment import environment
 from search.config.study import load_study
 from search.loop.baseline import measure_baseline
 from search.loop.coordinator import Coordinator
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.store import SearchFolder, StoredSearch
-from search.tracking.mirror import Follower
 from search.tracking.store import Tracking
 from spaces.candidate import NEVER_EXIT, Candidate
+
+if TYPE_CHECKING:
+    from search.tracking.mirror import Follower
 
 NAIVE_CANDIDATES = 5
 _STEPS = {
@@ -65,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=100)
     trials = parser.parse_args().trials
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    set_up_libraries()
     warnings.simplefilter("ignore")
     study = load_study("digits")
     pipeline = build_pipeline(
@@ -82,7 +85,9 @@ def main() -> None:
     _print_building(pipeline, watch)
 
 
-def _search(pipeline: CompressionPipeline, runs: Path, trials: int) -> tuple[Stopwatch, Follower, dict[str, float]]:
+def _search(pipeline: CompressionPipeline, runs: Path, trials: int) -> tuple[Stopwatch, "Follower", dict[str, float]]:
+    from search.tracking.mirror import Follower  # imports MLflow, which reads its settings
+
     folder = SearchFolder(runs / "throughput")
     with folder.lock():
         stored = folder.create()
@@ -95,7 +100,7 @@ def _search(pipeline: CompressionPipeline, runs: Path, trials: int) -> tuple[Sto
     return watch, mirror, outcome.overhead_s
 
 
-def _print_steps(watch: Stopwatch, mirror: Follower, overhead: dict[str, float], trials: int) -> None:
+def _print_steps(watch: Stopwatch, mirror: "Follower", overhead: dict[str, float], trials: int) -> None:
     whole = sum(watch.seconds) + mirror.seconds
     print("| step | median s | mean s | share |\n|---|---|---|---|")
     for step, title in _STEPS.items():

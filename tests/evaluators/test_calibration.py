@@ -15,12 +15,13 @@ from evaluators.quantization.calibration import CALIBRATORS
 from evaluators.quantization.calibration.clipping import cuts, first_bins
 from evaluators.quantization.calibration.entropy import divergences
 from evaluators.quantization.calibration.histogram import BINS, Histogram
-from evaluators.quantization.calibration.ranges import ActivationError, calibrated_ranges, histograms
+from evaluators.quantization.calibration.ranges import calibrated_ranges, histograms
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, activation_ranges, load
 from evaluators.testing import CalibratorContract
 from search.config.study import QuantizationSection, Study
 from search.pipeline.pipeline import build_pipeline
+from spaces.errors import QuantizationError
 from spaces.registry import UnknownNameError
 from tests.helpers import tiny
 
@@ -257,5 +258,5 @@ def test_a_studys_calibrator_reaches_the_files(pipeline) -> None:
 def test_activations_that_are_not_finite_are_named(model, images) -> None:
     broken = images.numpy().copy()
     broken[7, 0, 3, 3] = np.inf
-    with pytest.raises(ActivationError, match=r"are finite, got nan to nan in activation 'logits' .*; check"):
+    with pytest.raises(QuantizationError, match=r"are finite, got nan to nan in activation 'logits' .*; check"):
         calibrated_ranges(model, ["logits"], broken, Scheme(calibrator="entropy"))

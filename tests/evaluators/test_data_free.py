@@ -19,7 +19,6 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.graph.probe import input_means
 from evaluators.graph.template import Template
 from evaluators.quantization.batchnorm_moments import (
-    MomentsError,
     activation_moments,
     averaged,
     clipped,
@@ -36,6 +35,7 @@ from search.config.study import Study
 from search.pipeline.pipeline import build_pipeline
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.errors import QuantizationError
 from tests.helpers import tiny, zoo
 from tests.helpers.digit_network import accuracy, digits, trained
 
@@ -126,7 +126,9 @@ def test_only_the_input_is_read_from_the_images() -> None:
 def test_what_cannot_be_followed_is_named_with_the_remedy(name: str, operator: str) -> None:
     network = ExitNetwork(zoo.build(name), [], []).eval()
     images = torch.randn(6, 3, 8, 8).numpy()
-    with pytest.raises(MomentsError, match=rf"got {operator} at '/trunk/.*'; say \"data\" for quantization.ranges"):
+    with pytest.raises(
+        QuantizationError, match=rf"got {operator} at '/trunk/.*'; say \"data\" for quantization.ranges"
+    ):
         ArtifactBuilder(network, images, OnnxRuntime(), scheme=Scheme(ranges="batchnorm"))
 
 

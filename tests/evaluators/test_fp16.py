@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.inference.staged import StagedNetwork
-from evaluators.quantization.fp16 import HalfPrecisionError
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.errors import QuantizationError
 
 OFF = {"exit1": NEVER_EXIT, "exit2": NEVER_EXIT}
 PRECISIONS = ("fp32", "fp16", "fp8", "int8")
@@ -159,7 +159,7 @@ def test_constants_and_shapes_follow_their_nodes(half: list[str] | None) -> None
 def test_a_weight_that_half_cannot_hold_names_its_layer(tensor, value, builder, network) -> None:
     huge = copy.deepcopy(network)
     getattr(huge.trunk.hidden, tensor).data.flatten()[3] = value
-    with pytest.raises(HalfPrecisionError, match=r"between -65504 and 65504, got (70000|nan|1e\+06) in 'hidden'; give"):
+    with pytest.raises(QuantizationError, match=r"between -65504 and 65504, got (70000|nan|1e\+06) in 'hidden'; give"):
         builder.build(huge, uniform(builder, "fp16"))
     builder.build(huge, uniform(builder, "fp16", hidden="fp32"))
 

@@ -1,7 +1,6 @@
 """FP8: what the file says, and that the runtime answers as the formula does."""
 
 import copy
-import json
 
 import numpy as np
 import onnx
@@ -15,6 +14,7 @@ from torch import nn
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.bundle import run as run_bundle
+from evaluators.bundle.manifest import DeploymentTarget, Manifest
 from evaluators.latency.cache import structure_key
 from evaluators.quantization.fp8 import LARGEST, fp8_weight
 from evaluators.runtimes.base import allows
@@ -156,8 +156,7 @@ def test_no_optimization_drops_the_relu_behind_an_addition(tmp_path) -> None:
     with torch.no_grad():
         exact = network(images)[-1].numpy()
     assert 0 < error_of(load(stage, 1)(images.numpy())[0], exact) < 0.1
-    described = {"deployed": ["model.onnx"], "target": {"threads": 1}, "thresholds": []}
-    (tmp_path / "bundle.json").write_text(json.dumps(described))
+    Manifest(deployed=("model.onnx",), target=DeploymentTarget(threads=1)).write(tmp_path)
     (tmp_path / "model.onnx").write_bytes(stage)
     np.testing.assert_array_equal(run_bundle.load(tmp_path)(images.numpy())[0], load(stage, 1)(images.numpy())[0])
 

@@ -9,10 +9,11 @@ from onnx import TensorProto, helper, numpy_helper
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.graph.template import Template
 from evaluators.quantization.int8 import Quantizer
-from evaluators.quantization.torch_operators import Operation, OperatorError
+from evaluators.quantization.torch_operators import Operation
 from evaluators.quantization.trainable_graph import TrainableGraph
 from evaluators.runtimes.onnxruntime_cpu import load
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.errors import QuantizationError
 from tests.helpers import tiny, zoo
 
 
@@ -148,7 +149,7 @@ def test_an_operator_does_what_the_runtime_does(kind, attributes, inputs) -> Non
 
 def test_an_unknown_operator_is_named() -> None:
     node = helper.make_node("GridSample", ["x", "grid"], ["y"], name="/warp/GridSample")
-    with pytest.raises(OperatorError, match=r"got GridSample at '/warp/GridSample'; leave \[recovery.qat\] out"):
+    with pytest.raises(QuantizationError, match=r"got GridSample at '/warp/GridSample'; leave \[recovery.qat\] out"):
         Operation.of(node)
 
 

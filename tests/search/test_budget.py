@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluators.measurement import METRICS, Measurement, UnitError
 from search.config.budget import BUDGET_METRICS, Budget, BudgetError, Constraint
+from search.config.study import Study
 from search.pipeline.exit_thresholds import AIM, aimed
 from search.results.pareto import worst_that_counts
 from search.results.violations import violation_line
@@ -160,3 +163,35 @@ def test_a_budget_is_met_only_when_all_of_it_was_measured() -> None:
     assert not budget.is_met({"latency": measured("latency", 0.004)}, DENSE)
     assert budget.is_met({"latency": measured("latency", 0.004), "accuracy": measured("accuracy", 0.945)}, DENSE)
     assert not budget.is_met({"latency": measured("latency", 0.004), "accuracy": measured("accuracy", 0.93)}, DENSE)
+
+
+def test_a_study_holds_its_budget_and_writes_it_in_one_spelling() -> None:
+    text = 'name = "a"\nquestion = ""\nbudget = ["latency <= 5000 us, size:1MB"]\n'
+    sections = '[model]\nsource = "a.b:net"\n[data]\nsource = "a.b:splits"\n'
+    study = Study.parse(text + sections, "here")
+    assert study.budget == Budget.parse(["latency<5ms,size<1MB"])
+    assert 'budget = ["latency<5ms", "size<1MB"]' in study.to_toml()
+    assert study.model_dump(mode="json")["budget"] == ["latency<5ms", "size<1MB"]
+    assert Study.model_validate_json(study.model_dump_json()) == study
+    assert study.model_copy(deep=True) == study
+
+
+def test_broken_limits_are_those_that_were_measured_and_overstepped() -> None:
+    budget = Budget.parse(["latency<5ms,size<2MB,flops<10M,accuracy>90%"])
+    found = budget.broken({"latency": measured("latency", 0.006), "size": measured("size", 1e6)}, DENSE)
+    assert found == {Constraint.parse("latency<5ms"): pytest.approx(0.2)}
+
+
+def test_the_tightest_limit_is_the_floor_or_the_ceiling() -> None:
+    budget = Budget.parse(["accuracy>90%,accuracy_drop<2%,latency<50%,latency.p99<1ms"])
+    assert budget.accuracy_floor(DENSE) == pytest.approx(0.93)
+    assert budget.ceiling("latency", DENSE) == pytest.approx(0.005)
+    assert budget.ceiling("flops", DENSE) is None
+    assert [str(limit) for limit in budget.on("latency")] == ["latency<50%", "latency.p99<1ms"]
+    assert str(budget.without("accuracy")) == "latency<50%,latency.p99<1ms"
+    assert Budget(()).accuracy_floor(DENSE) is None
+
+
+def test_what_a_drop_is_survives_a_copy() -> None:
+    limit = copy.deepcopy(Constraint.parse("accuracy_drop<2%"))
+    assert limit.violation(measured("accuracy", 0.92), DENSE["accuracy"]) == pytest.approx(0.5)

@@ -102,6 +102,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(arguments, words, tmp_path, ca
         (("search = {trials = 12}", 'space = {only = ["pecision"]}'), ["did you mean 'precision'"]),
         (("search = {trials = 12}", "space = {only = []}"), ["space.only is at least one of channels"]),
         (("search = {trials = 12}", 'space = {precision = "int9"}'), ["space.precision is", "'int8'", "'int9'"]),
+        (('["latency<1000%", "size<80%"]', '"latency<1000%"'), ["budget is a list in brackets", "'latency<1000%'"]),
+        (('["latency<1000%", "size<80%"]', "[5]"), ["budget is a text in quotes", "[5]"]),
         (("target = {", "targets = {"), ["a study has no key 'targets'", "did you mean 'target'?"]),
     ],
 )

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from search.cli import run
+from search.config.budget import Budget
 from search.config.overrides import Request
-from search.config.study import Study, load_study
+from search.config.study import Study, StudyError, load_study
 from search.loading import image_store as images_module
 from search.pipeline.pipeline import build_pipeline
 from tests.helpers.pictures import troubled_folder, write_folder
@@ -106,6 +107,21 @@ def test_the_command_line_replaces_what_a_study_says(home, monkeypatch) -> None:
     assert other.exits.after is None
     assert other.name == "resnet18-trees"
     assert Request(study="study.toml").to_study() == load_study("study.toml")
+    tight = Budget.parse(["latency<1ms"])
+    assert Request(study="study.toml", budget=tight).to_study().budget == tight
+
+
+def test_a_value_that_cannot_be_is_told_with_its_section(home) -> None:
+    with pytest.raises(StudyError, match=r"^\[target\] batch is at least 1, got 0; leave it out for 1$"):
+        Request(study="study.toml", batch=0).to_study()
+
+
+def test_a_network_of_its_own_needs_a_budget_only_to_be_searched(home) -> None:
+    request = Request(model="torchvision:resnet18", data="cifar10:there")
+    assert request.to_study().budget == Budget(())
+    with pytest.raises(StudyError, match="add --budget"):
+        request.check_budget()
+    Request(study="study.toml").check_budget()
 
 
 def test_a_study_survives_being_written(home) -> None:

@@ -99,7 +99,7 @@ def test_the_nearest_miss_oversteps_least() -> None:
     miss = nearest_miss(versions, budget, DENSE)
     assert miss is not None
     assert miss[0].number == 1
-    assert miss[1] == {"latency<2ms": pytest.approx(0.5)}
+    assert miss[1] == {budget.constraints[0]: pytest.approx(0.5)}
     assert nearest_miss([], budget, DENSE) is None
 
 

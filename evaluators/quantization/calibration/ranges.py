@@ -9,11 +9,7 @@ from evaluators.quantization.calibration import CALIBRATORS
 from evaluators.quantization.calibration.histogram import Histogram
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.onnxruntime_cpu import activation_ranges, activations
-from spaces.errors import UserError
-
-
-class ActivationError(UserError):
-    """An activation that has no range."""
+from spaces.errors import QuantizationError
 
 
 def calibrated_ranges(
@@ -29,7 +25,7 @@ def calibrated_ranges(
 
     Raises:
         UnknownNameError: there is no such calibrator.
-        ActivationError: an activation is not finite.
+        QuantizationError: an activation is not finite.
     """
     threshold = CALIBRATORS[scheme.calibrator]
     if scheme.calibrator == "minmax":  # asks for no histogram, only for what the graph can tell by itself
@@ -42,7 +38,7 @@ def histograms(model: bytes, tensors: Sequence[str], images: NDArray[np.float32]
     """Returns the histogram of each of a float model's tensors over `images`, read in one pass.
 
     Raises:
-        ActivationError: an activation is not finite.
+        QuantizationError: an activation is not finite.
     """
     found: dict[str, Histogram] = {}
     for batch in activations(model, tensors, images):
@@ -56,6 +52,6 @@ def _histogram(name: str, values: NDArray[np.float32]) -> Histogram:
     try:
         return Histogram.of(values)
     except ValueError as error:
-        raise ActivationError(
+        raise QuantizationError(
             f"{error} in activation {name!r} on the calibration images; check the weights and [data] mean and std"
         ) from None

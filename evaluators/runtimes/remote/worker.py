@@ -26,6 +26,7 @@ from evaluators.inference.staged import from_json
 from evaluators.runtimes.base import Follows, Opened, Runtime, TimedBatch, Watch
 from evaluators.runtimes.paired_timing import Protocol, TakeTurn
 from evaluators.runtimes.registry import RUNTIMES
+from spaces import cache
 from spaces.errors import UserError
 
 Content = dict[str, Any]
@@ -96,10 +97,7 @@ class Worker:
     def _put(self, request: Content) -> Content:
         data = base64.b64decode(request["data"])
         digest = hashlib.sha256(data).hexdigest()
-        self._store.mkdir(parents=True, exist_ok=True)
-        partial = self._store / f"{digest}.{os.getpid()}"
-        partial.write_bytes(data)
-        partial.replace(self._file(digest))
+        cache.write_atomically(self._file(digest), data)
         return {"digest": digest}
 
     def _file(self, digest: str) -> Path:

@@ -1,11 +1,11 @@
 """What a GPU runs well with TensorRT, by its compute capability, and where what was timed on it is kept."""
 
-import hashlib
 import os
 from pathlib import Path
 
 from evaluators.runtimes.base import Capabilities
 from evaluators.runtimes.tensorrt_gpu.cuda import Cuda
+from spaces import cache
 
 _FIRST = {"fp32": (0, 0), "fp16": (7, 0), "fp8": (8, 9), "int8": (6, 1)}
 """The compute capability from which each precision has fast instructions. Source: TensorRT support matrix."""
@@ -53,4 +53,4 @@ def timing_cache_file(version: str, cuda: Cuda) -> Path:
         import platformdirs  # a board, which may lack it, has been told the folder
 
         folder = platformdirs.user_cache_dir("deployfront")
-    return Path(folder) / "tensorrt" / f"timing-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.cache"
+    return Path(folder) / "tensorrt" / f"timing-{cache.key(repr(key))}.cache"

@@ -7,7 +7,6 @@ missing anywhere.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from evaluators.runtimes.tensorrt_gpu.capabilities import capabilities, timing_c
 from evaluators.runtimes.tensorrt_gpu.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
 from evaluators.runtimes.tensorrt_gpu.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
 from evaluators.runtimes.tensorrt_gpu.inspector import LayerRow, layer_rows
+from spaces.cache import write_atomically
 
 # tensorrt has no types. These are its classes' names, which a test compares with the real bindings: every attribute
 # that is used of something annotated with one of them has to exist, in every version that is accepted.
@@ -285,10 +285,7 @@ class EngineBuilder:
         if timings is None:
             return
         with suppress(OSError):  # it only saves time, so a full or read-only disk stops nothing
-            self._timing_cache.parent.mkdir(parents=True, exist_ok=True)
-            partly = self._timing_cache.with_suffix(f".{os.getpid()}")
-            partly.write_bytes(bytes(timings.serialize()))
-            partly.replace(self._timing_cache)
+            write_atomically(self._timing_cache, bytes(timings.serialize()))
 
 
 def _fitting_input(network: INetworkDefinition, shape: Shape) -> ITensor:

@@ -3,30 +3,26 @@
 from importlib import resources
 from pathlib import Path
 
-from spaces.errors import UserError
+from spaces.errors import FolderError
 
 FILES = ("study.toml", "model.py", "data.py", "README.md")
-
-
-class TemplateError(UserError):
-    """A folder that a study cannot be written to."""
 
 
 def write_template(folder: Path) -> None:
     """Writes a study that runs as it is into a new or empty folder, named after it.
 
     Raises:
-        TemplateError: the folder holds something, or cannot be written.
+        FolderError: the folder holds something, or cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise TemplateError(f"a study begins in a new or an empty folder, got {folder}; give another")
+            raise FolderError(f"a study begins in a new or an empty folder, got {folder}; give another")
         for name in FILES:
             text = resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
             (folder / name).write_text(text.replace("my-study", _name(folder)), encoding="utf-8")
     except OSError as error:
-        raise TemplateError(f"a study goes into a writable folder, got {folder}: {error.strerror}") from None
+        raise FolderError(f"a study goes into a writable folder, got {folder}: {error.strerror}") from None
 
 
 def _name(folder: Path) -> str:

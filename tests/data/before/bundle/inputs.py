@@ -1,0 +1,85 @@
+"""Reads what a bundle is asked about: arrays and pictures, one file or a folder; a bundle brings this file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+ARRAYS, PICTURES = (".npy", ".npz"), (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+"""The files that are read of a folder, by the end of their name."""
+
+
+def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
+    """Returns images and, where the file has them, labels."""
+    try:
+        content: Any = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"images come as .npz or .npy, got {str(path)!r}, which is neither") from error
+    if path.suffix == ".npy":
+        return np.asarray(content, dtype=np.float32), None
+    labels = content["labels"] if "labels" in content.files else None
+    return np.asarray(content["images"], dtype=np.float32), labels
+
+
+def read_all(path: Path, description: dict[str, Any]) -> Iterator[tuple[str, Floats, NDArray[np.int64] | None]]:
+    """Yields name, images `(n, c, h, w)` and perhaps labels of a file, or of every file below a folder, by name."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (*ARRAYS, *PICTURES))
+        if not files:
+            raise ValueError(
+                f"a folder of inputs has {', '.join((*ARRAYS, *PICTURES))} files, got none in {str(path)!r}"
+            )
+    wanted = tuple(description["image_shape"])
+    for file in files:
+        if file.suffix.lower() in PICTURES:
+            images, labels = picture(file, description.get("preprocessing")), None
+        else:
+            images, labels = read(file)
+        images = images[None] if images.shape == wanted else images
+        if images.shape[1:] != wanted or not len(images):
+            shapes = f"(n, {', '.join(map(str, wanted))}) with n above 0"
+            raise ValueError(f"images are {shapes}, got {images.shape} in {str(file)!r}")
+        yield (str(file.relative_to(path)) if file != path else file.name), images, labels
+
+
+def picture(file: Path, preprocessing: dict[str, Any] | None) -> Floats:
+    """Returns a picture as the network was trained on them, `(1, c, h, w)`."""
+    if preprocessing is None:
+        raise ValueError(
+            f"this bundle's data came preprocessed, got the picture {str(file)!r}; give .npy or .npz files"
+        )
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError(f"a picture needs pillow, got {error}; pip install pillow, or give .npy files") from error
+    mean, std = (np.array(preprocessing[name], np.float32) for name in ("mean", "std"))
+    size, shorter = preprocessing["size"], preprocessing["resize"]
+    with Image.open(file) as opened:
+        image = upright(opened, "L" if len(mean) == 1 else "RGB")
+    if min(image.size) != shorter:
+        sides = (shorter * image.width // min(image.size), shorter * image.height // min(image.size))
+        image = image.resize(sides, Image.Resampling[preprocessing["interpolation"]])
+    left, top = (round((side - size) / 2.0) for side in image.size)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32).reshape(1, size, size, -1)
+    normalised: Floats = (pixels * (np.float32(1 / 255) / std) - mean / std).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(normalised)
+
+
+def upright(image: Any, mode: str) -> Any:
+    """Returns a picture in `mode`, turned as its EXIF data says, 16 bits made 8, transparency laid on white."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
