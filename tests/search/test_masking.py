@@ -28,9 +28,9 @@ from spaces.dynamic.masks.base import masks_of
 from spaces.precision import uniform
 from spaces.pruning.prunable import find_groups, halves
 from spaces.pruning.slicing import sliced
+from spaces.testing import MaskContract
 from tests.helpers import skippable, tiny
 from tests.helpers.searches import finished, stored
-from tests.spaces.test_masks import MaskContract
 
 STUDY = """
 name = "masked"
