@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators.deployed import Answers, Deployed
+from evaluators.deployed import Answers, LoadedArtifact
 from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Target
 from evaluators.streams import KEY_FRAMES
@@ -73,7 +73,7 @@ class AccuracyEvaluator:
 
     metric = "accuracy"
 
-    def measure(self, subject: Deployed) -> Measurement:
+    def measure(self, subject: LoadedArtifact) -> Measurement:
         """Returns the share of right answers, 0 to 1, its standard error, and the share that leaves at each exit.
 
         Of a stream it has the share of key frames as well.

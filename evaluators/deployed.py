@@ -13,7 +13,7 @@ from evaluators.data import LabelledImages
 from evaluators.inference.frame_reuse import Reuse
 from evaluators.inference.staged import Routes, exits_of, skipped_of
 from evaluators.measurement import Measurement
-from evaluators.runtimes.base import Images, Opened, Runtime, Target
+from evaluators.runtimes.base import Images, Runtime, Session, Target
 from evaluators.streams import Stream
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
@@ -73,7 +73,7 @@ class Answers:
 
 
 def ask(
-    opened: Opened, stages: int, data: LabelledImages, batch: int, reuse: Reuse | None = None, blocks: int = 0
+    opened: Session, stages: int, data: LabelledImages, batch: int, reuse: Reuse | None = None, blocks: int = 0
 ) -> Answers:
     """Returns what an artifact answers, in batches of the size that is deployed.
 
@@ -103,7 +103,7 @@ def _answers(said: tuple[Images, Routes], stages: int, labels: NDArray[np.int64]
     return Answers(classes, classes == labels, exits, stages, profiles, passed, len(set(ways)), alike)
 
 
-def _ask_stream(opened: Opened, stages: int, stream: Stream, reuse: Reuse | None, blocks: int) -> Answers:
+def _ask_stream(opened: Session, stages: int, stream: Stream, reuse: Reuse | None, blocks: int) -> Answers:
     """Returns what is answered to each frame; only key frames are computed, one at a time."""
     answering = stream.key_frames(reuse)
     keys, given = np.unique(answering, return_inverse=True)
@@ -147,7 +147,7 @@ def _standing(ways: Sequence[tuple[int, ...]], stages: int) -> list[tuple[int, t
     return [(part.pop(len(part) // 2), tuple(part)) for part in parts]
 
 
-class Deployed:
+class LoadedArtifact:
     """One candidate as it would run on the target.
 
     The artifact is loaded, and asked about the validation images, when an evaluator first needs it.
@@ -176,7 +176,7 @@ class Deployed:
         self._begun: list[tuple[Images, Routes]] = []
 
     @cached_property
-    def opened(self) -> Opened:
+    def session(self) -> Session:
         """The artifact, loaded into the runtime."""
         made = self.artifact
         return self._runtime.open(made.deployed, made.plan, self.target.threads, made.confidence)
@@ -184,7 +184,7 @@ class Deployed:
     def answers_to(self, data: LabelledImages) -> Answers:
         """Returns what the artifact says to some images."""
         made = self.artifact
-        return ask(self.opened, len(made.exits) + 1, data, self.target.batch, made.reuse, len(made.blocks))
+        return ask(self.session, len(made.exits) + 1, data, self.target.batch, made.reuse, len(made.blocks))
 
     def first_answers(self, count: int) -> Answers:
         """Returns what the artifact says to the first validation images; `answers` goes on from there.
@@ -197,7 +197,7 @@ class Deployed:
 
     def _said(self, start: int, end: int) -> tuple[Images, Routes]:
         some = self.validation.some(np.arange(start, end))
-        return self.opened.answer(some.images, self.target.batch)
+        return self.session.answer(some.images, self.target.batch)
 
     def _joined(self, parts: Sequence[tuple[Images, Routes]]) -> Answers:
         logits, routes = (np.concatenate(each) for each in zip(*parts, strict=True))
@@ -213,7 +213,7 @@ class Deployed:
         return self._joined([*self._begun, self._said(count, len(self.validation))])
 
 
-class Subject(Deployed):
+class DeployedCandidate(LoadedArtifact):
     """One candidate, in torch too.
 
     Args:
@@ -243,6 +243,6 @@ class Evaluator(Protocol):
 
     metric: str
 
-    def measure(self, subject: Subject) -> Measurement:
+    def measure(self, subject: DeployedCandidate) -> Measurement:
         """Returns the measured value, in SI units, and how it came to be."""
         ...

@@ -1,6 +1,6 @@
 """How large the deployed artifact is."""
 
-from evaluators.deployed import Deployed, Subject
+from evaluators.deployed import DeployedCandidate, LoadedArtifact
 from evaluators.measurement import Measurement
 
 
@@ -9,7 +9,7 @@ class SizeEvaluator:
 
     metric = "size"
 
-    def measure(self, subject: Deployed) -> Measurement:
+    def measure(self, subject: LoadedArtifact) -> Measurement:
         """Returns the size of all stages together, in bytes."""
         count = len(subject.artifact.deployed)
         protocol = f"bytes of {count} ONNX file{'s' if count > 1 else ''} as the runtime loads them"
@@ -21,7 +21,7 @@ class ParamsEvaluator:
 
     metric = "params"
 
-    def measure(self, subject: Subject) -> Measurement:
+    def measure(self, subject: DeployedCandidate) -> Measurement:
         """Returns the number of trainable values that the deployed version has."""
         inactive = [f"exits.{name}." for name in subject.network.exit_names if name not in subject.artifact.exits]
         inactive += [f"skips.{block}." for block in subject.network.skip_blocks if block not in subject.artifact.blocks]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluators.artifact_builder import ArtifactBuilder
-from evaluators.deployed import Evaluator, Subject
+from evaluators.deployed import DeployedCandidate, Evaluator
 from evaluators.diagnosis.taps import find_taps, watched
 from evaluators.flops.evaluator import count_by_module
 from evaluators.flops.masked import MaskedFlops
@@ -32,7 +32,7 @@ from evaluators.quantization.calibration.ranges import histograms
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.base import Runtime, TimedBatch, deployed_stages
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.paired_timing import TimingProtocol
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.channels import SparsitySpace
 from spaces.dynamic.block_gates import BLOCK_GATES
@@ -45,7 +45,7 @@ from spaces.pruning.criteria import CRITERIA
 from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.prunable import find_groups
 from spaces.testing import BLOCKS, BlockGateContract, MaskContract, exit_network, gated_network, pictures
-from spaces.thresholds import GateSpace
+from spaces.thresholds import ThresholdSpace
 
 
 def space_of(network: ExitNetwork, layers: Sequence[str]) -> JointSpace:
@@ -55,7 +55,7 @@ def space_of(network: ExitNetwork, layers: Sequence[str]) -> JointSpace:
     return JointSpace(
         SparsitySpace(groups, scores, 4, 0.25),
         PrecisionSpace(tuple(layers), ("fp32", "int8")),
-        GateSpace(network.exit_names, 0.5, 0.05),
+        ThresholdSpace(network.exit_names, 0.5, 0.05),
     )
 
 
@@ -100,7 +100,7 @@ class EvaluatorContract:
         """The evaluator that is tested."""
         raise NotImplementedError
 
-    def test_measures_its_metric_and_says_how(self, evaluator: Evaluator, subject: Subject) -> None:
+    def test_measures_its_metric_and_says_how(self, evaluator: Evaluator, subject: DeployedCandidate) -> None:
         found = evaluator.measure(subject)
         assert found.metric == evaluator.metric
         assert found.metric in METRICS
@@ -111,16 +111,16 @@ class EvaluatorContract:
         assert found.protocol
         assert found.target
 
-    def test_round_trips_through_json(self, evaluator: Evaluator, subject: Subject) -> None:
+    def test_round_trips_through_json(self, evaluator: Evaluator, subject: DeployedCandidate) -> None:
         found = evaluator.measure(subject)
         assert Measurement.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
-    def test_every_statistic_of_a_budget_is_there(self, evaluator: Evaluator, subject: Subject) -> None:
+    def test_every_statistic_of_a_budget_is_there(self, evaluator: Evaluator, subject: DeployedCandidate) -> None:
         found = evaluator.measure(subject)
         for statistic in METRICS[evaluator.metric].statistics:
             assert found.statistic_value(statistic) > 0
 
-    def test_measures_the_same_twice(self, evaluator: Evaluator, subject: Subject) -> None:
+    def test_measures_the_same_twice(self, evaluator: Evaluator, subject: DeployedCandidate) -> None:
         if self.repeats_exactly:
             assert evaluator.measure(subject).value == evaluator.measure(subject).value
 
@@ -222,7 +222,7 @@ class RuntimeContract:
         strict = runtime.open(deployed, [0.999] * 2, 1, "margin")
         assert set(strict.answer(images.numpy(), batch=4)[1]) == {2}
         batches = [TimedBatch(0, 4), TimedBatch(4, 4), TimedBatch(0, 4, longest=True), TimedBatch(0, 4, exit=0)]
-        take_turn = opened.turns(images.numpy(), batches, reference, 2, Protocol(burst_s=0))
+        take_turn = opened.turns(images.numpy(), batches, reference, 2, TimingProtocol(burst_s=0))
         for candidate_first in (True, False):
             turn = take_turn(candidate_first)
             assert all(ratio > 0 for ratio in turn.ratios)

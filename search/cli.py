@@ -356,9 +356,9 @@ def diagnose(
     compared is the whole network in one --precision, a --trial of a search, or a --file, whose tensors are matched by
     name; where none match, only its logits are compared.
     """
-    from search.config.diagnosis_request import Wanted
+    from search.config.diagnosis_request import DiagnosisRequest
 
-    wanted = Wanted(precision, trial, file, against_target, images)
+    wanted = DiagnosisRequest(precision, trial, file, against_target, images)
     wanted.check()
     request = Request(study, None, model, weights, data, target)
     named = request != Request(target=target)

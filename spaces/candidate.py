@@ -11,7 +11,7 @@ from spaces import cache
 
 NEVER_EXIT = 1.0
 """The threshold that turns an exit off: its head is not even part of the artifact."""
-OPEN_EXIT = -1.0
+UNRESOLVED = -1.0
 """The threshold of an exit that takes part, while how confident it has to be is still to be found."""
 ALWAYS_RUN = -4.0
 """The threshold that turns a gate off: its block is always run, and the gate is not even part of the artifact."""
@@ -78,9 +78,9 @@ class Candidate:
         return {block: threshold for block, threshold in gates.items() if threshold > ALWAYS_RUN}
 
     @property
-    def is_open(self) -> bool:
+    def is_unresolved(self) -> bool:
         """Whether a threshold is still to be found, so that this is a choice of all else, and no version yet."""
-        return any(self.thresholds[name] == OPEN_EXIT for name in self.active_exits)
+        return any(self.thresholds[name] == UNRESOLVED for name in self.active_exits)
 
     def without_skips(self) -> Self:
         """Returns the same choices with every block run."""
@@ -88,9 +88,9 @@ class Candidate:
             self, thresholds={**self.thresholds, **{SKIP + block: ALWAYS_RUN for block in self.active_skips}}
         )
 
-    def reopened(self) -> Self:
+    def unresolved(self) -> Self:
         """Returns the same choices with the threshold of each active exit still to be found."""
-        thresholds = dict(self.thresholds) | dict.fromkeys(self.active_exits, OPEN_EXIT)
+        thresholds = dict(self.thresholds) | dict.fromkeys(self.active_exits, UNRESOLVED)
         return replace(self, thresholds=thresholds)
 
     def to_dict(self) -> dict[str, Any]:

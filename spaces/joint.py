@@ -9,7 +9,7 @@ from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import move_masks
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PREFIX, PrecisionSpace, uniform
-from spaces.thresholds import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, GateSpace
+from spaces.thresholds import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, ThresholdSpace
 
 NO_PATTERNS = PatternSpace({})
 """Every layer is dense."""
@@ -22,7 +22,7 @@ class JointSpace:
         self,
         sparsity: SparsitySpace,
         precision: PrecisionSpace,
-        gates: GateSpace,
+        gates: ThresholdSpace,
         patterns: PatternSpace = NO_PATTERNS,
     ) -> None:
         self.sparsity = sparsity

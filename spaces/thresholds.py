@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from spaces.candidate import ALWAYS_RUN, FRAMES, MASK, NEVER_EXIT, OPEN_EXIT, SKIP
+from spaces.candidate import ALWAYS_RUN, FRAMES, MASK, NEVER_EXIT, SKIP, UNRESOLVED
 from spaces.dimensions import Dimension, Real, Value
 
 PREFIX = "threshold."
@@ -14,7 +14,7 @@ TRAINED = 0.0
 _HIGHEST, _STEP = 4.0, 0.5
 
 
-class GateSpace:
+class ThresholdSpace:
     """The confidence at which each exit answers; at 1.0 it never does. And the logit from which each block is run.
 
     Gates go from always run, which is at the lower end, to skipped with a probability of at least 98%.
@@ -59,7 +59,7 @@ class GateSpace:
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Returns the threshold of every gate, rounded to where a sum of steps belongs; open where it is solved."""
-        solved: dict[str, Value] = dict.fromkeys(self.exits if self.solved else (), OPEN_EXIT)
+        solved: dict[str, Value] = dict.fromkeys(self.exits if self.solved else (), UNRESOLVED)
         return solved | {name.removeprefix(PREFIX): round(float(values[name]), 6) for name in self.dimensions()}
 
     def closed(self) -> dict[str, float]:

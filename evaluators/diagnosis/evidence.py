@@ -43,7 +43,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Case:
+class Evidence:
     """What findings are drawn from.
 
     Args:
@@ -60,8 +60,8 @@ class Case:
     reference: str
     version: str
     compared: Compared
-    halves: bool
-    eights: bool
+    has_fp16: bool
+    has_8_bits: bool
     targets: bool
     variances: Mapping[str, NDArray[np.generic]]
     norms: Mapping[str, NDArray[np.generic]]

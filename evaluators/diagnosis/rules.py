@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.diagnosis.comparison import Answered
-from evaluators.diagnosis.evidence import LOW_DB, Case, Finding, ratio
+from evaluators.diagnosis.evidence import LOW_DB, Evidence, Finding, ratio
 from evaluators.diagnosis.tensor_errors import Figures
 
 EXPLAINS = 0.9
@@ -19,13 +19,13 @@ SAME_POINTS = 0.3
 """One file on two targets gives the same accuracy within so many points."""
 
 
-def find(case: Case) -> list[Finding]:
+def find(case: Evidence) -> list[Finding]:
     """Returns everything that was found, the most important first: alarms before notes."""
     found = [finding for rule in _RULES for finding in rule(case)]
     return sorted(found, key=lambda finding: not finding.alarm)
 
 
-def _permuted(case: Case) -> list[Finding]:
+def _permuted(case: Evidence) -> list[Finding]:
     moved = [layer for layer in case.layers if _explains(layer)]
     if not moved:
         return []
@@ -51,7 +51,7 @@ def _explains(layer: Figures) -> bool:
     return order is not None and not order.is_identity and order.explained >= EXPLAINS
 
 
-def _overflow(case: Case) -> list[Finding]:
+def _overflow(case: Evidence) -> list[Finding]:
     beyond = [layer for layer in case.layers if layer.largest > LARGEST_HALF]
     if not beyond:
         return []
@@ -61,14 +61,14 @@ def _overflow(case: Case) -> list[Finding]:
         f"{beyond[0].name} is the first beyond fp16's range: its largest value is {beyond[0].largest:.3g}, fp16 ends at"
         f" {LARGEST_HALF:.0f}{rest}"
     )
-    if case.halves:
+    if case.has_fp16:
         remedy = "keep these layers in fp32, or scale the weights before them down and those behind them up"
     else:
         remedy = "nothing is wrong as long as they are not run in fp16"
-    return [Finding("fp16 overflow", case.halves, beyond[0].name, layer.largest, text, remedy)]
+    return [Finding("fp16 overflow", case.has_fp16, beyond[0].name, layer.largest, text, remedy)]
 
 
-def _not_finite(case: Case) -> list[Finding]:
+def _not_finite(case: Evidence) -> list[Finding]:
     before = next((layer for layer in case.layers if layer.not_finite_before), None)
     if before is not None:
         text = f"{before.name} gives {before.not_finite_before} values that are not finite already in {case.reference}"
@@ -84,7 +84,7 @@ def _not_finite(case: Case) -> list[Finding]:
     return [Finding("not finite", True, first.name, first.not_finite, text, remedy)]
 
 
-def _chance(case: Case) -> list[Finding]:
+def _chance(case: Evidence) -> list[Finding]:
     answered = case.compared.answered
     if is_chance(answered.before, answered):
         text = (
@@ -110,7 +110,7 @@ def is_chance(right: int, answered: Answered) -> bool:
     return right <= answered.images * guess + 2 * float(np.sqrt(answered.images * guess * (1 - guess)))
 
 
-def _two_targets(case: Case) -> list[Finding]:
+def _two_targets(case: Evidence) -> list[Finding]:
     answered = case.compared.answered
     apart = (answered.right - answered.before) / answered.images * 100
     if not case.targets or abs(apart) <= SAME_POINTS:
@@ -125,7 +125,7 @@ def _two_targets(case: Case) -> list[Finding]:
     return [Finding("targets differ", True, layer.name, apart, text, remedy)]
 
 
-def _noisy(case: Case) -> list[Finding]:
+def _noisy(case: Evidence) -> list[Finding]:
     layer = case.first_low()
     if layer is None:
         return []
@@ -136,7 +136,7 @@ def _noisy(case: Case) -> list[Finding]:
     )
     if guilty is not layer:
         text += f"; up to there {guilty.name} adds most noise of its own ({ratio(guilty.own_db)})"
-    if case.eights:
+    if case.has_8_bits:
         remedy = (
             'try [quantization] calibrator = "percentile" or equalize = true, or leave the layer in fp16 or fp32, and'
             " compare again"
@@ -146,11 +146,11 @@ def _noisy(case: Case) -> list[Finding]:
     return [Finding("noisy layer", True, layer.name, layer.sqnr_db, text, remedy)]
 
 
-def _vanishing(case: Case) -> list[Finding]:
+def _vanishing(case: Evidence) -> list[Finding]:
     return [*_unfolded(case), *_folded(case)]
 
 
-def _unfolded(case: Case) -> list[Finding]:
+def _unfolded(case: Evidence) -> list[Finding]:
     """Returns the finding on norms that are nodes of their own, whose variances fp16 rounds to 0."""
     lost = {name: _vanished(values) for name, values in case.norms.items()}
     names = [name for name, count in lost.items() if count]
@@ -166,7 +166,7 @@ def _unfolded(case: Case) -> list[Finding]:
     return [Finding("vanishing variance", in_half, first, _smallest(case.norms[names[0]]), text, remedy)]
 
 
-def _folded(case: Case) -> list[Finding]:
+def _folded(case: Evidence) -> list[Finding]:
     """Returns the finding on norms that have gone into a layer: nothing vanishes, but weights may become large."""
     lost = {name: _vanished(values) for name, values in case.variances.items() if name not in case.norms}
     names = [name for name, count in lost.items() if count]
@@ -198,7 +198,7 @@ def _more(names: Sequence[str]) -> str:
     return f"; so it is with {len(names) - 1} more norms" if len(names) > 1 else ""
 
 
-def _died(case: Case) -> list[Finding]:
+def _died(case: Evidence) -> list[Finding]:
     layers = [layer for layer in case.until_low() if layer.died and not layer.not_finite]
     if not layers:
         return []
@@ -207,14 +207,14 @@ def _died(case: Case) -> list[Finding]:
         f"silent in {case.version} but not in {case.reference}: {worst.died} of {worst.channels} channels of"
         f" {worst.name}, which stay below one step of the tensor's grid; {len(layers)} tensors lose some"
     )
-    if case.eights:
+    if case.has_8_bits:
         remedy = "equalize the channels' ranges ([quantization] equalize = true), or give the layer a higher precision"
     else:
         remedy = "give the layer a higher precision"
     return [Finding("silenced channels", False, worst.name, worst.died, text, remedy)]
 
 
-def _dead(case: Case) -> list[Finding]:
+def _dead(case: Evidence) -> list[Finding]:
     layers = [layer for layer in case.layers if layer.dead]
     if not layers:
         return []
@@ -228,7 +228,7 @@ def _dead(case: Case) -> list[Finding]:
     return [Finding("dead channels", False, worst.name, worst.dead, text, remedy)]
 
 
-_RULES: Sequence[Callable[[Case], list[Finding]]] = (
+_RULES: Sequence[Callable[[Evidence], list[Finding]]] = (
     _permuted,
     _overflow,
     _not_finite,

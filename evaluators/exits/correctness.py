@@ -11,7 +11,7 @@ _PARTS = 2.0**20
 """Likelihoods are whole numbers of such parts, so that their sums are exact."""
 
 
-def likelihoods(confidences: NDArray[np.floating], correct: NDArray[np.bool_]) -> Floats:
+def correctness_probabilities(confidences: NDArray[np.floating], correct: NDArray[np.bool_]) -> Floats:
     """Returns how likely each exit and the end are right about each image, `(n, exits + 1)`.
 
     Of many thresholds the best by counted answers is also the luckiest: chosen among 1,000 images, it lost 0.62 points

@@ -9,7 +9,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from numpy.typing import NDArray
 
-from evaluators.deployed import Answers, Subject
+from evaluators.deployed import Answers, DeployedCandidate
 from evaluators.measurement import Measurement
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import Mask, masks_of, needed
@@ -41,7 +41,7 @@ class FlopsEvaluator:
         self._begins, self._stage_of = _stages(network, image)
         self._counts: dict[tuple[tuple[str, int], ...], Mapping[str, float]] = {}
 
-    def measure(self, subject: Subject) -> Measurement:
+    def measure(self, subject: DeployedCandidate) -> Measurement:
         """Returns the mean FLOPs of what each image runs, and the longest path's beside.
 
         Notes tell the share of the blocks which may be skipped that images run, and its standard deviation over images.
@@ -64,7 +64,12 @@ class FlopsEvaluator:
         )
 
     def _masked(
-        self, subject: Subject, masks: Sequence[Mask], counts: Mapping[str, float], always: Floats, more: float
+        self,
+        subject: DeployedCandidate,
+        masks: Sequence[Mask],
+        counts: Mapping[str, float],
+        always: Floats,
+        more: float,
     ) -> Measurement:
         """Returns the mean of what images need where masks decide, stage by stage as far as each image goes."""
         images = subject.validation.images[:_MOST_MASKED]
@@ -84,18 +89,18 @@ class FlopsEvaluator:
         protocol = _PROTOCOL + _MASKED
         return Measurement("flops", float(found.mean()), "expected", len(found), spread, "any", protocol, others, notes)
 
-    def _run_by(self, subject: Subject) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def _run_by(self, subject: DeployedCandidate) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Returns which stages and which blocks each validation image runs, `(n, stages)` and `(n, blocks)`."""
         answers = subject.answers
         reached = (answers.exits[:, None] >= np.arange(answers.stages)) & answers.computed[:, None]
         return reached, reached[:, self._block_stages(subject)] & ~answers.passed
 
-    def _block_stages(self, subject: Subject) -> list[int]:
+    def _block_stages(self, subject: DeployedCandidate) -> list[int]:
         """Returns the stage that each block which may be skipped lies in."""
         names, active = subject.network.exit_names, subject.artifact.exits
         return [sum(names.index(name) < self._begins[block] for name in active) for block in subject.artifact.blocks]
 
-    def _parts(self, subject: Subject, counts: Mapping[str, float]) -> tuple[Floats, Floats]:
+    def _parts(self, subject: DeployedCandidate, counts: Mapping[str, float]) -> tuple[Floats, Floats]:
         """Returns the FLOPs of each stage without the blocks that may be skipped, and those of these blocks."""
         active, gated = subject.artifact.exits, subject.artifact.blocks
         always, blocks = np.zeros(len(active) + 1), np.zeros(len(gated))
@@ -107,7 +112,7 @@ class FlopsEvaluator:
                 always[self._stage(path, active, subject.network.exit_names)] += count
         return always, blocks
 
-    def stages(self, subject: Subject, ways: Answers | None = None) -> list[float]:
+    def stages(self, subject: DeployedCandidate, ways: Answers | None = None) -> list[float]:
         """Returns the FLOPs of each stage of the deployed version, heads included.
 
         Args:
@@ -119,7 +124,7 @@ class FlopsEvaluator:
         np.add.at(stages, self._block_stages(subject), ran * blocks)
         return [float(flops) for flops in stages]
 
-    def heads(self, subject: Subject) -> list[float]:
+    def heads(self, subject: DeployedCandidate) -> list[float]:
         """Returns the FLOPs of the head of each active exit."""
         counts = self._by_module(subject)
         return [
@@ -127,7 +132,7 @@ class FlopsEvaluator:
             for name in subject.artifact.exits
         ]
 
-    def _compared(self, subject: Subject) -> float:
+    def _compared(self, subject: DeployedCandidate) -> float:
         """Returns what comparing a frame with the last key frame costs: as fvcore counts pooling, one per value."""
         return float(self._image.numel()) if subject.artifact.reuse else 0.0
 
@@ -135,7 +140,7 @@ class FlopsEvaluator:
         """Returns how many exits lie before a module of the trunk."""
         return self._stage_of.get(path, 0)
 
-    def _nonzero(self, subject: Subject, counts: Mapping[str, float]) -> float:
+    def _nonzero(self, subject: DeployedCandidate, counts: Mapping[str, float]) -> float:
         """Returns the share of the trunk's FLOPs that multiply by a weight other than zero."""
         weights = dict(subject.network.named_parameters())
         trunk = {path: count for path, count in counts.items() if path.startswith("trunk.")}
@@ -150,7 +155,7 @@ class FlopsEvaluator:
         depth = self._stage_of.get(path, len(exits))
         return sum(1 for name in active if exits.index(name) < depth)
 
-    def _by_module(self, subject: Subject) -> Mapping[str, float]:
+    def _by_module(self, subject: DeployedCandidate) -> Mapping[str, float]:
         key = tuple(sorted(subject.candidate.channels.items()))
         if key not in self._counts:
             self._counts[key] = _without_masking(subject.network, count_by_module(subject.network, self._image))

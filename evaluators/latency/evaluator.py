@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact
 from evaluators.data import bytes_of
-from evaluators.deployed import Deployed
+from evaluators.deployed import LoadedArtifact
 from evaluators.latency.cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
-from evaluators.runtimes.base import Images, Opened, Proof, Runtime, Spent, Target, TimedBatch
+from evaluators.runtimes.base import Images, Proof, Runtime, Session, Spent, Target, TimedBatch
 from evaluators.runtimes.device_state import DeviceState, state_moved
-from evaluators.runtimes.paired_timing import PairedTiming, Protocol, time_pair
+from evaluators.runtimes.paired_timing import PairedTiming, TimingProtocol, time_pair
 from evaluators.streams import timed_frames
 
 _IMAGES_BYTES = 32_000_000
@@ -70,7 +70,7 @@ def reference_batch(batch: int) -> int:
 
 
 def median_seconds(
-    opened: Mapping[str, Opened], images: Images, bursts: int = 60, at_least_s: float = 2.0
+    opened: Mapping[str, Session], images: Images, bursts: int = 60, at_least_s: float = 2.0
 ) -> dict[str, Spent]:
     """Returns what each artifact takes for `images`, medians in seconds, in turn with each other.
 
@@ -95,9 +95,9 @@ def median_seconds(
     return {name: Spent(float(work), float(wall)) for name, (work, wall) in zip(opened, medians, strict=True)}
 
 
-def _burst_length(opened: Opened, images: Images) -> int:
+def _burst_length(opened: Session, images: Images) -> int:
     """Returns how many calls a burst has, after some to warm up."""
-    return Protocol().length(float(np.median([spent.work for spent in opened.seconds(images, 10)])))
+    return TimingProtocol().length(float(np.median([spent.work for spent in opened.seconds(images, 10)])))
 
 
 def slower_launch(launches: Mapping[str, float]) -> list[str]:
@@ -109,7 +109,7 @@ def slower_launch(launches: Mapping[str, float]) -> list[str]:
     return [slower] if seconds > 1.02 * others else []
 
 
-def _told_ways(subject: Deployed) -> str:
+def _told_ways(subject: LoadedArtifact) -> str:
     """Returns, in words, which ways through the blocks were timed; nothing where no block may be skipped."""
     if not subject.artifact.blocks:
         return ""
@@ -185,7 +185,7 @@ class _Found:
         )
 
 
-def _timed_batches(subject: Deployed, leaving: Sequence[float]) -> tuple[list[TimedBatch], list[float]]:
+def _timed_batches(subject: LoadedArtifact, leaving: Sequence[float]) -> tuple[list[TimedBatch], list[float]]:
     """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last.
 
     Args:
@@ -206,20 +206,20 @@ def _timed_batches(subject: Deployed, leaving: Sequence[float]) -> tuple[list[Ti
     return [*batches, TimedBatch(0, batch, longest=True)], [*_weights(subject, leaving), 0.0]
 
 
-def _several(subject: Deployed) -> int:
+def _several(subject: LoadedArtifact) -> int:
     """Returns how many batches of images are held in memory to be timed."""
     batch = bytes_of(subject.validation.images[: subject.target.batch])
     return min(_IMAGES_AT_MOST, max(_IMAGES_BYTES // batch, 1))
 
 
-def _spread(subject: Deployed, count: int) -> tuple[int, ...]:
+def _spread(subject: LoadedArtifact, count: int) -> tuple[int, ...]:
     """Returns the first images of at most so many batches from all over the validation images."""
     batch, images = subject.target.batch, len(subject.validation)
     starts = range(0, images - batch + 1, batch)
     return tuple(starts[:: max(len(starts) // count, 1)][1:count])
 
 
-def _left(subject: Deployed) -> dict[str, float]:
+def _left(subject: LoadedArtifact) -> dict[str, float]:
     """Returns the share of images that leaves at each exit, by the notes' names."""
     if not subject.artifact.exits:
         return {}
@@ -227,7 +227,7 @@ def _left(subject: Deployed) -> dict[str, float]:
     return {f"{LEFT}{name}": share for name, share in zip(places, subject.answers.leaving, strict=True)}
 
 
-def _weights(subject: Deployed, leaving: Sequence[float]) -> list[float]:
+def _weights(subject: LoadedArtifact, leaving: Sequence[float]) -> list[float]:
     """Returns how often each profile occurs: among the images, or where the exits' shares are given, as those say."""
     profiles, batch = subject.answers.profiles, subject.target.batch
     counts = [float(count) for _, count in profiles]
@@ -271,18 +271,18 @@ class LatencyEvaluator:
         references: Mapping[str, Reference],
         runtime: Runtime,
         target: Target,
-        protocol: Protocol | None = None,
+        protocol: TimingProtocol | None = None,
         cache: LatencyCache | None = None,
     ) -> None:
         self.references = dict(references)
-        self.protocol = protocol or Protocol()
+        self.protocol = protocol or TimingProtocol()
         self._runtime = runtime
         self._target = target
         able = runtime.capabilities()
         self._clock = able.clock
         self._cache = cache if able.compiles else None
 
-    def measure(self, subject: Deployed, leaving: Sequence[float] = ()) -> Measurement:
+    def measure(self, subject: LoadedArtifact, leaving: Sequence[float] = ()) -> Measurement:
         """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside.
 
         Args:
@@ -327,7 +327,7 @@ class LatencyEvaluator:
     def _waited(self, ratio: float, wait_s: float, reference_s: float) -> float:
         return ratio * reference_s + (wait_s if self._clock == "gpu" else 0.0)
 
-    def _told(self, subject: Deployed, precision: str, known: bool, found: _Found) -> str:
+    def _told(self, subject: LoadedArtifact, precision: str, known: bool, found: _Found) -> str:
         clock = CLOCKS[self._clock]
         beside = self.references[precision]
         reference = f"{beside.name or f'dense {precision}'}, {beside.seconds * 1e3:.3f} ms of {clock}"
@@ -337,7 +337,7 @@ class LatencyEvaluator:
         told += [f"launched {way}, as it is deployed" for way in list(found.launches)[:1]]
         return "; ".join([*told, *(["kept from an earlier measurement of the same shapes"] if known else [])])
 
-    def _known(self, subject: Deployed, precision: str, leaving: Sequence[float]) -> tuple[_Found, bool]:
+    def _known(self, subject: LoadedArtifact, precision: str, leaving: Sequence[float]) -> tuple[_Found, bool]:
         """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
         if self._cache is None or subject.artifact.is_dynamic:
             return self._fresh(subject, precision, leaving), False
@@ -352,20 +352,22 @@ class LatencyEvaluator:
         self._cache.keep(key, asdict(found))
         return found, False
 
-    def _fresh(self, subject: Deployed, precision: str, leaving: Sequence[float]) -> _Found:
+    def _fresh(self, subject: LoadedArtifact, precision: str, leaving: Sequence[float]) -> _Found:
         before = self._runtime.state()
         timing = self._pair(subject, precision, *_timed_batches(subject, leaving))
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
-        proof = subject.opened.proof(batch, subject.artifact.precisions)
-        launches = subject.opened.launches(batch)
+        proof = subject.session.proof(batch, subject.artifact.precisions)
+        launches = subject.session.launches(batch)
         return _Found.of(timing, subject.artifact.is_dynamic, launches, proof, before, after)
 
-    def paths(self, subject: Deployed, profiles: Profiles = FIRST, shares: Sequence[float] = ()) -> tuple[float, ...]:
+    def paths(
+        self, subject: LoadedArtifact, profiles: Profiles = FIRST, shares: Sequence[float] = ()
+    ) -> tuple[float, ...]:
         """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end."""
         return self.timed_paths(subject, profiles, shares).seconds
 
-    def timed_paths(self, subject: Deployed, profiles: Profiles = FIRST, shares: Sequence[float] = ()) -> Paths:
+    def timed_paths(self, subject: LoadedArtifact, profiles: Profiles = FIRST, shares: Sequence[float] = ()) -> Paths:
         """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end.
 
         Args:
@@ -395,18 +397,18 @@ class LatencyEvaluator:
         return time_pair(turns, [1.0], self.protocol, time.perf_counter).ratio
 
     def _pair(
-        self, subject: Deployed, precision: str, batches: Sequence[TimedBatch], weights: Sequence[float]
+        self, subject: LoadedArtifact, precision: str, batches: Sequence[TimedBatch], weights: Sequence[float]
     ) -> PairedTiming:
         images, reference = subject.validation.images, self._load(precision)
         timed = [replace(batch, share=weight) for batch, weight in zip(batches, weights, strict=True)]
-        turns = subject.opened.turns(images, timed, reference, reference_batch(subject.target.batch), self.protocol)
+        turns = subject.session.turns(images, timed, reference, reference_batch(subject.target.batch), self.protocol)
         return time_pair(turns, weights, self.protocol, time.perf_counter)
 
-    def _load(self, precision: str) -> Opened:
+    def _load(self, precision: str) -> Session:
         # Loaded for each timing: idle sessions beside the two that alternate would change what the caches hold.
         return self._runtime.open([self.references[precision].model], [], self._target.threads)
 
-    def majority(self, subject: Deployed) -> str:
+    def majority(self, subject: LoadedArtifact) -> str:
         """Returns the precision of the reference that a subject is timed beside: that of most of its layers."""
         layers = list(subject.candidate.precision.values())
         return max(self.references, key=layers.count)

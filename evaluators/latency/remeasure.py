@@ -17,7 +17,7 @@ import numpy as np
 
 from evaluators.artifact import Artifact
 from evaluators.data import LabelledImages
-from evaluators.deployed import Deployed
+from evaluators.deployed import LoadedArtifact
 from evaluators.inference.frame_reuse import Reuse
 from evaluators.inference.staged import Step, to_json
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
@@ -46,7 +46,7 @@ class Remeasured:
     speed: float
 
 
-def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> None:
+def write_job(folder: Path, subject: LoadedArtifact, latency: LatencyEvaluator) -> None:
     """Writes all that another process needs to time a subject."""
     for index, stage in enumerate(subject.artifact.deployed):
         (folder / f"stage{index}.onnx").write_bytes(stage)
@@ -70,14 +70,14 @@ def write_job(folder: Path, subject: Deployed, latency: LatencyEvaluator) -> Non
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
 
 
-def _frames(subject: Deployed) -> dict[str, Any] | None:
+def _frames(subject: LoadedArtifact) -> dict[str, Any] | None:
     """Returns, JSON-ready, which frames of a stream are computed, and where its clips start; None where all are."""
     if subject.artifact.reuse is None or not isinstance(subject.validation, Stream):
         return None
     return {"reuse": asdict(subject.artifact.reuse), "starts": subject.validation.starts.tolist()}
 
 
-def _write_images(folder: Path, subject: Deployed) -> None:
+def _write_images(folder: Path, subject: LoadedArtifact) -> None:
     """Writes the validation images, a few at a time; where all of them cost the same, only the first batch."""
     images, labels = subject.validation.images, subject.validation.labels
     count = len(labels) if subject.artifact.is_dynamic else min(subject.target.batch, len(labels))
@@ -132,7 +132,7 @@ def _measure(folder: Path) -> dict[str, Any]:
         blocks=tuple(job["blocks"]),
         steps=tuple(Step(**step) for step in job["steps"]),
     )
-    subject = Deployed(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
+    subject = LoadedArtifact(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
     evaluator = LatencyEvaluator(references, library, target)
     some = images[: reference_batch(target.batch)]
     opened = {name: library.open([reference.model], [], target.threads) for name, reference in references.items()}

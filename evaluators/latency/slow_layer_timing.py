@@ -11,29 +11,29 @@ from evaluators.latency.slow_layers import (
     GROUPS,
     TIMINGS,
     UNKNOWN,
-    Examined,
     Group,
     Hunt,
     Interval,
     Slower,
+    SlowLayers,
     Timed,
     Whole,
 )
-from evaluators.runtimes.base import Opened, Runtime, Target, TimedBatch
-from evaluators.runtimes.paired_timing import Protocol, time_pair
+from evaluators.runtimes.base import Runtime, Session, Target, TimedBatch
+from evaluators.runtimes.paired_timing import TimingProtocol, time_pair
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.errors import UserError
 from spaces.precision import uniform
 
-PROTOCOL = Protocol(half_width=0.01, limit_s=0.4)
+PROTOCOL = TimingProtocol(half_width=0.01, limit_s=0.4)
 _TURNS = 10
 """A slow network is timed longer than the protocol says: for about so many turns."""
 
 Step = Callable[[str, int, int], object]
 
 
-class PlacementExaminer:
+class SlowLayerFinder:
     """Examines one dense network on one target.
 
     The heads of exits are left alone: the dense network is deployed without them.
@@ -70,7 +70,7 @@ class PlacementExaminer:
         self._cache = cache
         self._refused: dict[str, None] = {}
 
-    def examine(self, progress: Step, limit_s: float) -> Examined:
+    def examine(self, progress: Step, limit_s: float) -> SlowLayers:
         """Returns what is slower in which precision, measured now or kept from the same network on this target.
 
         What was kept from an examination that had less time, and did not come to its end, is measured anew.
@@ -80,12 +80,12 @@ class PlacementExaminer:
             limit_s: for at most so many seconds in all, the network as a whole aside.
         """
         whole = [self._files(self._uniform(precision)) for precision in self._precisions]
-        form = " ".join(field.name for field in fields(Examined))  # what another form kept cannot be read
+        form = " ".join(field.name for field in fields(SlowLayers))  # what another form kept cannot be read
         circumstances = (self._runtime.version(), str(self._target), str(PROTOCOL), f"{TIMINGS} {GROUPS}", form)
         key = structure_key([file for files in whole for file in files], *circumstances)
         kept = self._cache.find(key)
         if kept is not None:
-            earlier = Examined.from_dict(kept)
+            earlier = SlowLayers.from_dict(kept)
             if not earlier.unfinished or earlier.limit_s >= limit_s:
                 return earlier
         found = self._measured(progress, limit_s)
@@ -93,16 +93,18 @@ class PlacementExaminer:
             self._cache.keep(key, found.to_dict())
         return found
 
-    def _measured(self, progress: Step, limit_s: float) -> Examined:
+    def _measured(self, progress: Step, limit_s: float) -> SlowLayers:
         begin = time.monotonic()
-        found = Examined(limit_s=limit_s)
+        found = SlowLayers(limit_s=limit_s)
         self._refused.clear()
         for index in range(1, len(self._precisions)):
             share = limit_s / (len(self._precisions) - 1)
             found = self._with(self._precisions[index], self._precisions[:index], found, progress, share)
         return replace(found, seconds=time.monotonic() - begin, refused=tuple(self._refused))
 
-    def _with(self, precision: str, higher: Sequence[str], found: Examined, progress: Step, limit_s: float) -> Examined:
+    def _with(
+        self, precision: str, higher: Sequence[str], found: SlowLayers, progress: Step, limit_s: float
+    ) -> SlowLayers:
         """Returns what was found before, and what is slower in `precision` than in the best of the `higher` ones."""
         begin = time.monotonic()
         best = self._fastest(higher)
@@ -162,7 +164,7 @@ class PlacementExaminer:
             return UNKNOWN  # what cannot be built proves nothing
         return Interval(timing.ratio, timing.half_width)
 
-    def _protocol(self, *pair: Opened) -> Protocol:
+    def _protocol(self, *pair: Session) -> TimingProtocol:
         """Returns the protocol with time enough for `_TURNS` turns, however slow both networks are."""
         call_s = sum(each.seconds(self._images, 2)[-1].wall for each in pair)
         return replace(PROTOCOL, limit_s=max(PROTOCOL.limit_s, _TURNS * PROTOCOL.burst * call_s))

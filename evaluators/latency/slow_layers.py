@@ -117,7 +117,7 @@ class Slower:
 
 
 @dataclass(frozen=True)
-class Examined:
+class SlowLayers:
     """What an examination found.
 
     Args:

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from evaluators.inference.staged import Routes, Step, Steps, leaving_at, longest
 from evaluators.runtimes.device_state import DeviceState
-from evaluators.runtimes.paired_timing import Protocol as TimingProtocol
-from evaluators.runtimes.paired_timing import TakeTurn
+from evaluators.runtimes.paired_timing import TakeTurn, TimingProtocol
 from spaces.errors import UserError
 
 if TYPE_CHECKING:
@@ -195,7 +194,7 @@ class Proof:
         return [*self.differences, *([hidden] if count else [])]
 
 
-class Opened(Protocol):
+class Session(Protocol):
     """An artifact, loaded where it will run: here, or on a board."""
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
@@ -274,7 +273,7 @@ class Runtime(Protocol):
         """Returns the file that is shipped for this runtime, made from a portable ONNX file."""
         ...
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> Opened:
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> Session:
         """Returns an artifact, loaded from the files that `deployable` or `deployed_stages` gave.
 
         Args:

@@ -12,7 +12,7 @@ from evaluators.inference.staged import Network, Routes, StagedNetwork, Steps
 from evaluators.runtimes.base import Capabilities, Follows, Images, Proof, Spent, TimedBatch, Watch
 from evaluators.runtimes.cpu import cpu_name, weight_bits
 from evaluators.runtimes.device_state import DeviceState, cpu_state
-from evaluators.runtimes.paired_timing import Call, Clock, Protocol, TakeTurn, turns_of
+from evaluators.runtimes.paired_timing import Call, Clock, TakeTurn, TimingProtocol, turns_of
 
 if TYPE_CHECKING:
     from evaluators.data import ImageStore
@@ -21,7 +21,7 @@ LoadedStage = Callable[[Images], Sequence[Images]]
 """A file as a function from a batch to its outputs, in the order in which the file has them."""
 
 
-class LocallyOpened:
+class LocalSession:
     """An artifact whose stages are functions of this process.
 
     Args:
@@ -71,9 +71,9 @@ class LocallyOpened:
         self,
         images: "ImageStore",
         batches: Sequence[TimedBatch],
-        reference: "LocallyOpened",
+        reference: "LocalSession",
         reference_batch: int,
-        protocol: Protocol,
+        protocol: TimingProtocol,
     ) -> TakeTurn:
         """Returns turns between some batches and the reference on the first `reference_batch` images, warmed up."""
         some = images[:reference_batch]
@@ -162,9 +162,9 @@ class LocalRuntime(ABC):
         """Returns the portable file as it is."""
         return model
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> LocallyOpened:
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> LocalSession:
         """Returns an artifact whose files are loaded one by one."""
-        return LocallyOpened([self.load(stage, threads) for stage in stages], plan, threads, confidence)
+        return LocalSession([self.load(stage, threads) for stage in stages], plan, threads, confidence)
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, as float32."""

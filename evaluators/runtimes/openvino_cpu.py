@@ -15,7 +15,7 @@ from evaluators.inference.sessions import BatchSizes, PaddedStage, openvino_has_
 from evaluators.inference.staged import Steps
 from evaluators.runtimes.base import Capabilities, Images, Proof, TargetError, TimedBatch, Watch, allows
 from evaluators.runtimes.cpu import weight_bits
-from evaluators.runtimes.local import LoadedStage, LocallyOpened, LocalRuntime
+from evaluators.runtimes.local import LoadedStage, LocalRuntime, LocalSession
 from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_activations
 
 _INSTALL = "pip install 'openvino>=2025.0'"
@@ -137,7 +137,7 @@ class OpenVino(LocalRuntime):
         return compiled
 
 
-class OpenedModels(LocallyOpened):
+class OpenedModels(LocalSession):
     """An artifact whose stages OpenVINO has compiled.
 
     With one thread OpenVINO runs a stage in the thread that calls it, whose CPU time is all of the work.

@@ -43,7 +43,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class TimingProtocol:
     """How a pair is timed.
 
     Calls come back to back, so that the caches hold what they hold in steady use: where candidate and reference
@@ -149,7 +149,7 @@ def weighted_percentile(values: Floats, weights: Floats, percent: float) -> floa
 
 
 def time_pair(
-    take_turn: TakeTurn, weights: Sequence[float], protocol: Protocol, wall: Callable[[], float], seed: int = 0
+    take_turn: TakeTurn, weights: Sequence[float], protocol: TimingProtocol, wall: Callable[[], float], seed: int = 0
 ) -> PairedTiming:
     """Returns how long a candidate takes beside its reference.
 
@@ -183,7 +183,7 @@ def time_pair(
 
 
 def turns_of(
-    candidate: Sequence[Call], reference: Call, protocol: Protocol, clock: Clock, shares: Sequence[float] = ()
+    candidate: Sequence[Call], reference: Call, protocol: TimingProtocol, clock: Clock, shares: Sequence[float] = ()
 ) -> TakeTurn:
     """Returns turns between calls of this process, which have been warmed up.
 
@@ -204,7 +204,7 @@ def turns_of(
     return _Turns(candidate, reference, protocol, clock, often / often.sum(), length, beside)
 
 
-def _warmed_up(calls: Sequence[Call], protocol: Protocol, clock: Clock) -> float:
+def _warmed_up(calls: Sequence[Call], protocol: TimingProtocol, clock: Clock) -> float:
     """Returns the median seconds of work of the first call, after running the others once: they share its code."""
     taken = [_timed(calls[0], clock)[0] for _ in range(protocol.warmups)]
     for call in calls[1:]:
@@ -229,7 +229,7 @@ class _Turns:
         self,
         candidate: Sequence[Call],
         reference: Call,
-        protocol: Protocol,
+        protocol: TimingProtocol,
         clock: Clock,
         shares: Floats,
         length: int,

@@ -16,7 +16,7 @@ RUNTIMES: Registry[type[Runtime]] = Registry(
 """What runs on this machine."""
 
 REMOTE: Registry[Callable[[str], Runtime]] = Registry(
-    "a remote target", {"ssh": "evaluators.runtimes.remote.runtime:Board"}
+    "a remote target", {"ssh": "evaluators.runtimes.remote.runtime:RemoteRuntime"}
 )
 """What runs on another one, by the scheme of its URL."""
 

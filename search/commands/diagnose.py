@@ -12,7 +12,7 @@ from rich.table import Table
 from evaluators.diagnosis.evidence import LOW_DB, Finding, ratio
 from evaluators.diagnosis.tensor_errors import Figures
 from search.commands.libraries import set_up_libraries
-from search.config.diagnosis_request import Wanted
+from search.config.diagnosis_request import DiagnosisRequest
 from search.config.overrides import Request
 from search.config.study import Study
 from search.config.units import percent
@@ -29,7 +29,9 @@ _CLEAN_DB = 60.0
 HEADINGS = ("layer", "input", "output", "cosine", "largest", "dead", "silent")
 
 
-def run_diagnose(request: Request, wanted: Wanted, name: str | None, runs: Path, download: bool, output: Output) -> int:
+def run_diagnose(
+    request: Request, wanted: DiagnosisRequest, name: str | None, runs: Path, download: bool, output: Output
+) -> int:
     """Compares a version with its float self and shows what was found; returns the exit code."""
     set_up_libraries()
     from search.pipeline.diagnosis import diagnose, evaluation_of

@@ -9,7 +9,7 @@ PRECISIONS = ("int8", "fp16", "fp8", "fp32")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DiagnosisRequest:
     """What a command line wants to have compared.
 
     Args:

@@ -7,7 +7,7 @@ from spaces.registry import Registry
 RECOVERIES: Registry[Any] = Registry(
     "a level of recovery",
     {
-        "none": "search.recovery.none:Nothing",
+        "none": "search.recovery.none:NoRecovery",
         "bn": "search.recovery.batchnorm:BatchNormRecovery",
         "finetune": "search.recovery.finetune:FinetuneRecovery",
         "elastic": "search.recovery.elastic:ElasticRecovery",

@@ -17,7 +17,7 @@ from evaluators.bundle import manifest
 from evaluators.bundle import run as run_bundle
 from evaluators.bundle.manifest import Check, DenseReference, DeploymentTarget, Frames, Manifest
 from evaluators.data import bytes_of
-from evaluators.deployed import Answers, Subject
+from evaluators.deployed import Answers, DeployedCandidate
 from evaluators.inference import frame_reuse, inputs, sessions, staged
 from evaluators.latency.evaluator import LEFT, LatencyEvaluator
 from evaluators.latency.remeasure import remeasure, write_job
@@ -68,7 +68,7 @@ class Confirmed:
     """
 
     version: Version
-    subject: Subject
+    subject: DeployedCandidate
     latency: Measurement
     speed: float
     test: Measurement
@@ -145,7 +145,7 @@ def _timed_again(
     return Again(version, mean_of(one.latency, two.latency), two.speed, 2)
 
 
-def _rebuilt(pipeline: CompressionPipeline, search: StoredSearch, version: Version) -> Subject:
+def _rebuilt(pipeline: CompressionPipeline, search: StoredSearch, version: Version) -> DeployedCandidate:
     given = search.baseline.given_precision(version)
     if given:
         return pipeline.given.subject(given)

@@ -9,7 +9,7 @@ import numpy as np
 from evaluators.artifact import Artifact
 from evaluators.bundle.manifest import FILE, Manifest
 from evaluators.data import LabelledImages
-from evaluators.deployed import Deployed
+from evaluators.deployed import LoadedArtifact
 from evaluators.inference.frame_reuse import Reuse
 from evaluators.inference.staged import Step, from_json
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
@@ -101,7 +101,7 @@ def measure_bundle(folder: Path, target: str | None) -> Found:
     )
 
 
-def _subject(folder: Path, manifest: Manifest, library: Runtime) -> Deployed:
+def _subject(folder: Path, manifest: Manifest, library: Runtime) -> LoadedArtifact:
     """Returns a bundle as evaluators look at it: the check images are what it is scored on."""
     target = replace(_target(manifest), runtime=library.name, device=library.device())
     portable = [file.read_bytes() for file in manifest.portable_files(folder)]
@@ -118,10 +118,10 @@ def _subject(folder: Path, manifest: Manifest, library: Runtime) -> Deployed:
         steps=tuple(step for step in from_json(manifest.steps) if isinstance(step, Step)),
     )
     # There is one reference, so nobody asks which precision most layers have.
-    return Deployed(Candidate({}, {}, {}), artifact, _check(folder, reuse), library, target)
+    return LoadedArtifact(Candidate({}, {}, {}), artifact, _check(folder, reuse), library, target)
 
 
-def _beside(folder: Path, manifest: Manifest, library: Runtime, subject: Deployed) -> _Beside:
+def _beside(folder: Path, manifest: Manifest, library: Runtime, subject: LoadedArtifact) -> _Beside:
     """Returns the reference that `pick` told the latency by; elsewhere, or without one, this machine's own clock."""
     told = manifest.reference
     if told is None or not (folder / told.file).is_file():
@@ -136,7 +136,7 @@ def _beside(folder: Path, manifest: Manifest, library: Runtime, subject: Deploye
     return _Beside(told.precision, Reference(model, _now(model, library, subject)), (remark,))
 
 
-def _now(model: bytes, library: Runtime, subject: Deployed) -> float:
+def _now(model: bytes, library: Runtime, subject: LoadedArtifact) -> float:
     """Returns what a reference takes for its batch, in seconds of work."""
     images = subject.validation.images[: reference_batch(subject.target.batch)]
     return median_seconds({"it": library.open([model], [], subject.target.threads)}, images)["it"].work

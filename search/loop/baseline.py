@@ -6,8 +6,8 @@ from dataclasses import replace
 from evaluators.graph.digest import form_of
 from evaluators.latency.cache import LatencyCache
 from evaluators.latency.evaluator import LatencyEvaluator
-from evaluators.latency.slow_layer_timing import PlacementExaminer
-from evaluators.latency.slow_layers import Examined, seconds_for
+from evaluators.latency.slow_layer_timing import SlowLayerFinder
+from evaluators.latency.slow_layers import SlowLayers, seconds_for
 from search.config.cache import cache_folder
 from search.config.environment import environment
 from search.config.progress import Progress
@@ -49,7 +49,7 @@ def measure_baseline(
     return Baseline(dense, seconds, twice, machine, walls, slow, tuple(simple))
 
 
-def find_slow_layers(pipeline: CompressionPipeline, progress: Progress, search_s: float) -> Examined | None:
+def find_slow_layers(pipeline: CompressionPipeline, progress: Progress, search_s: float) -> SlowLayers | None:
     """Returns which layers are slower in a lower precision, measured now or kept from the same network.
 
     Args:
@@ -63,7 +63,7 @@ def find_slow_layers(pipeline: CompressionPipeline, progress: Progress, search_s
     precision = pipeline.space.precision
     if not (pipeline.study.space.drop_slower and len(precision.computed) > 1 and precision.dimensions()):
         return None
-    finder = PlacementExaminer(
+    finder = SlowLayerFinder(
         pipeline.builder,
         pipeline.network,
         pipeline.space.dense(),

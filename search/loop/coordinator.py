@@ -18,7 +18,7 @@ from search.config.budget import Budget
 from search.config.registries import SAMPLERS
 from search.loop.front_recovery import RECOVERABLE
 from search.loop.interrupts import Interrupts
-from search.loop.patience import Stall
+from search.loop.patience import Patience
 from search.loop.resume import is_counted, put_right_running, resolved_choices, without_slow_precisions
 from search.loop.sampler_observations import observe_evaluations
 from search.loop.sampler_prior import problem_prior
@@ -115,7 +115,7 @@ class Coordinator:
         stored.sampler = SAMPLERS[sampler_name](drawn, prior, observe_evaluations)
         if isinstance(stored.sampler, InformedSampler):
             self._seeds = [*seeds, *stored.sampler.initial_proposals(self._distributions)]
-        self._stall = Stall(self._budget, self._dense, lines)
+        self._stall = Patience(self._budget, self._dense, lines)
         self._tried: set[str] = set()
         self._overhead = {"ask": 0.0, "tell": 0.0}
         self._interrupts = Interrupts()
@@ -196,7 +196,7 @@ class Coordinator:
             self._stored.tell(trial, state=TrialState.FAIL)
         else:
             telling = time.monotonic()
-            if choices.is_open:
+            if choices.is_unresolved:
                 trial.set_user_attr("choices", choices.key)
                 self._resolved[choices.key] = evaluation.candidate
             self._tell(trial, evaluation, self._known.get(evaluation.candidate.key))

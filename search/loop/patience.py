@@ -10,7 +10,7 @@ LEAST = 1e-3
 """A hypervolume that grows by less than this share of itself has not grown."""
 
 
-class Stall:
+class Patience:
     """Counts trials since the last that won hypervolume or, before any version is feasible, came nearer to the limits.
 
     Args:

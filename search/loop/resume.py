@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from evaluators.latency.slow_layers import Examined
+from evaluators.latency.slow_layers import SlowLayers
 from search.results.evaluation import Evaluation
 from search.results.pareto import OBJECTIVES, Version
 from search.results.store import SearchFolder, StoreError
@@ -52,7 +52,7 @@ def put_right_running(stored: optuna.Study) -> None:
             stored.enqueue_trial(trial.params, skip_if_exists=False)
 
 
-def without_slow_precisions(space: JointSpace, examined: Examined | None) -> JointSpace:
+def without_slow_precisions(space: JointSpace, examined: SlowLayers | None) -> JointSpace:
     """Returns the space without the precisions in which a layer was slower."""
     if examined is None:
         return space

@@ -13,7 +13,7 @@ from search.config.registries import RECOVERIES
 from search.config.study import FinetuneSection, QatSection, QuantizationSection
 from search.pipeline.given_network import AS_GIVEN
 from search.recovery.adaround_cache import LearnedRounding
-from search.recovery.base import Ground, Recovery, effort_of
+from search.recovery.base import Recovery, RecoveryContext, effort_of
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import train_int8_kept
 from search.training.batchnorm import recovery_images
@@ -81,7 +81,7 @@ class Compressor:
 
     def __init__(
         self,
-        context: Ground,
+        context: RecoveryContext,
         space: JointSpace,
         builder: ArtifactBuilder,
         quantization: QuantizationSection,

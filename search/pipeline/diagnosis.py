@@ -15,12 +15,12 @@ from evaluators.artifact import Artifact
 from evaluators.bundle.manifest import FILE, Manifest
 from evaluators.data import LabelledImages
 from evaluators.diagnosis.comparison import Answered, Compared, Side, compare
-from evaluators.diagnosis.evidence import Case, Finding
+from evaluators.diagnosis.evidence import Evidence, Finding
 from evaluators.diagnosis.rules import find
 from evaluators.diagnosis.taps import has_halves, norm_variances
 from evaluators.runtimes.base import Runtime, deployed_stages
 from evaluators.runtimes.registry import runtime
-from search.config.diagnosis_request import Wanted
+from search.config.diagnosis_request import DiagnosisRequest
 from search.config.progress import Progress
 from search.config.study import FinetuneSection
 from search.pipeline.pipeline import CompressionPipeline
@@ -94,7 +94,7 @@ class _Version:
 
 
 def diagnose(
-    pipeline: CompressionPipeline, wanted: Wanted, evaluation: Evaluation | None, progress: Progress
+    pipeline: CompressionPipeline, wanted: DiagnosisRequest, evaluation: Evaluation | None, progress: Progress
 ) -> Diagnosis:
     """Returns how a version of a study's network differs from its float self, or from itself on another target.
 
@@ -122,12 +122,12 @@ def diagnose(
         lambda done, total: progress(_STEP, done, total),
     )
     norms = {layer: values for stage in version.stages for layer, values in norm_variances(stage).items()}
-    case = Case(
+    case = Evidence(
         reference=reference.name,
         version=examined.name,
         compared=compared,
-        halves="fp16" in version.precisions,
-        eights=not version.precisions.isdisjoint(("int8", "fp8")),
+        has_fp16="fp16" in version.precisions,
+        has_8_bits=not version.precisions.isdisjoint(("int8", "fp8")),
         targets=wanted.other_target is not None,
         variances=_variances(subject.network.state_dict()) if version.own or not norms else {},
         norms={name.removeprefix("trunk."): values for name, values in norms.items()},
@@ -143,7 +143,7 @@ def diagnose(
     )
 
 
-def evaluation_of(wanted: Wanted, search: StoredSearch | None) -> Evaluation | None:
+def evaluation_of(wanted: DiagnosisRequest, search: StoredSearch | None) -> Evaluation | None:
     """Returns what is known of the candidate: from the search's trial or the bundle; None where neither is wanted.
 
     Raises:
@@ -172,7 +172,7 @@ def _sound(bundle: Path, name: str) -> Iterator[None]:
         raise UserError(f"a bundle is a folder that `pick` wrote, got {bundle} without a sound {name}") from error
 
 
-def _candidate(pipeline: CompressionPipeline, wanted: Wanted, evaluation: Evaluation | None) -> Candidate:
+def _candidate(pipeline: CompressionPipeline, wanted: DiagnosisRequest, evaluation: Evaluation | None) -> Candidate:
     """Returns the version to build, in which every block is run; a uniform one and a single file have no exits."""
     if evaluation is not None:
         return evaluation.candidate.without_skips()
@@ -185,7 +185,7 @@ def _finetuned(evaluation: Evaluation | None) -> FinetuneSection | None:
     return FinetuneSection.model_validate(evaluation.finetune) if evaluation and evaluation.finetune else None
 
 
-def _version(wanted: Wanted, artifact: Artifact) -> _Version:
+def _version(wanted: DiagnosisRequest, artifact: Artifact) -> _Version:
     if wanted.file is None:
         written = Counter(artifact.precisions.values())
         mixed = ", ".join(f"{count} layers {precision}" for precision, count in written.most_common())
@@ -212,7 +212,9 @@ def _version(wanted: Wanted, artifact: Artifact) -> _Version:
     return _Version(wanted.file.name, stages, wanted.bundle is not None, frozenset(found))
 
 
-def _sides(pipeline: CompressionPipeline, wanted: Wanted, version: _Version, exact: Artifact) -> tuple[Side, Side]:
+def _sides(
+    pipeline: CompressionPipeline, wanted: DiagnosisRequest, version: _Version, exact: Artifact
+) -> tuple[Side, Side]:
     if wanted.other_target is None:
         return Side("fp32", pipeline.runtime, exact.deployed), version.on(pipeline.runtime, version.name)
     other = runtime(wanted.other_target)
@@ -233,7 +235,11 @@ def _variances(state: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
 
 
 def _remarks(
-    pipeline: CompressionPipeline, wanted: Wanted, version: _Version, compared: Compared, evaluation: Evaluation | None
+    pipeline: CompressionPipeline,
+    wanted: DiagnosisRequest,
+    version: _Version,
+    compared: Compared,
+    evaluation: Evaluation | None,
 ) -> tuple[str, ...]:
     able = pipeline.runtime.capabilities().precisions
     foreign = sorted(version.precisions - {*able, "fp32"})

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from evaluators.accuracy import accuracy_of
 from evaluators.data import LabelledImages
-from evaluators.deployed import Answers, Subject
+from evaluators.deployed import Answers, DeployedCandidate
 from evaluators.measurement import Measurement
 from evaluators.statistics import Paired
 from search.config.budget import Budget, Constraint
@@ -60,11 +60,11 @@ class EarlyStopping(Protocol):
     step: ClassVar[str | None]
     """Under which name its time is noted; None where it takes none."""
 
-    def is_due(self, metric: str, deployed: Subject) -> bool:
+    def is_due(self, metric: str, deployed: DeployedCandidate) -> bool:
         """Returns whether it is asked before a metric is measured."""
         ...
 
-    def should_stop(self, deployed: Subject, measured: Mapping[str, Measurement]) -> Stop | None:
+    def should_stop(self, deployed: DeployedCandidate, measured: Mapping[str, Measurement]) -> Stop | None:
         """Returns why the rest is not measured; None where it is.
 
         Args:
@@ -89,11 +89,11 @@ class LimitsBroken:
     dense: Mapping[str, Measurement]
     step: ClassVar[str | None] = None
 
-    def is_due(self, metric: str, deployed: Subject) -> bool:  # noqa: ARG002
+    def is_due(self, metric: str, deployed: DeployedCandidate) -> bool:  # noqa: ARG002
         """Returns True: limits are looked at before every metric."""
         return True
 
-    def should_stop(self, deployed: Subject, measured: Mapping[str, Measurement]) -> Stop | None:  # noqa: ARG002
+    def should_stop(self, deployed: DeployedCandidate, measured: Mapping[str, Measurement]) -> Stop | None:  # noqa: ARG002
         """Returns the limit that is broken by more than a narrow miss."""
         broken = violations(self.budget, measured, self.dense).items()
         far = [limit for limit, by in broken if by > narrow(limit, measured)]
@@ -168,14 +168,14 @@ class AccuracyScreen:
         self._floor = budget.accuracy_floor(dense)
         self._recoverable = recoverable
 
-    def is_due(self, metric: str, deployed: Subject) -> bool:
+    def is_due(self, metric: str, deployed: DeployedCandidate) -> bool:
         """Returns whether all images would be asked next.
 
         Where the path depends on the input, costs follow from answers to all images, so it comes before FLOPs.
         """
         return metric == ("flops" if deployed.artifact.is_dynamic else "accuracy")
 
-    def should_stop(self, deployed: Subject, measured: Mapping[str, Measurement]) -> Stop | None:
+    def should_stop(self, deployed: DeployedCandidate, measured: Mapping[str, Measurement]) -> Stop | None:
         """Returns why an evaluation ends here, and the accuracy so far; None where it goes on.
 
         Args:
@@ -239,7 +239,7 @@ def _dominated(highest: float, measured: Mapping[str, Measurement], front: Seque
     return ""
 
 
-def _estimate(pair: Paired, answers: Answers, subject: Subject, highest: float) -> Measurement:
+def _estimate(pair: Paired, answers: Answers, subject: DeployedCandidate, highest: float) -> Measurement:
     counted = accuracy_of(answers, subject.target, "validation")
     return replace(
         counted,

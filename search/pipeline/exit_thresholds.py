@@ -13,7 +13,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from evaluators.accuracy import accuracy_of
-from evaluators.deployed import Subject
+from evaluators.deployed import DeployedCandidate
 from evaluators.exits.threshold_solver import Cost
 from evaluators.inference.staged import CONFIDENCES
 from evaluators.latency.evaluator import FIRST, LatencyEvaluator
@@ -32,7 +32,7 @@ AIM = 0.97
 _ROUNDS = 2
 """So often is a version solved again that misses a limit narrowly."""
 
-Deploy = Callable[[Candidate], Subject]
+Deploy = Callable[[Candidate], DeployedCandidate]
 """Deploys a candidate that has been compressed already, with any thresholds."""
 
 
@@ -120,7 +120,7 @@ class ExitThresholdSolver:
             choices: of all else.
             finetune: fine-tuning that comes on top of the study's recovery.
         """
-        if not choices.is_open:
+        if not choices.is_unresolved:
             return ResolvedCandidate(choices)
         begin = time.perf_counter()
         compressed = self._pipeline.compress(choices, finetune)
@@ -131,7 +131,7 @@ class ExitThresholdSolver:
     def resolve_again(self, candidate: Candidate, finetune: FinetuneSection) -> ResolvedCandidate:
         """Returns a version with new thresholds, where they are solved: training changes what its exits say."""
         solves = self._pipeline.solves_thresholds
-        return self.resolve(candidate.reopened() if solves else candidate, finetune)
+        return self.resolve(candidate.unresolved() if solves else candidate, finetune)
 
     def evaluate(
         self,
@@ -222,13 +222,13 @@ class ExitThresholdSolver:
         chosen = dict(zip(choices.active_exits, thresholds, strict=True))
         return self._pipeline.space.settled(choices, {**never, **chosen})
 
-    def _on_threshold_images(self, version: Subject) -> Subject:
+    def _on_threshold_images(self, version: DeployedCandidate) -> DeployedCandidate:
         """Returns a version whose batches are of the images that thresholds are chosen on."""
         pipeline = self._pipeline
         images, target = pipeline.threshold_images, pipeline.target
-        return Subject(version.network, version.candidate, version.artifact, images, pipeline.runtime, target)
+        return DeployedCandidate(version.network, version.candidate, version.artifact, images, pipeline.runtime, target)
 
-    def _problem(self, all_exits: Subject, without_exits: Subject | None) -> ThresholdProblem:
+    def _problem(self, all_exits: DeployedCandidate, without_exits: DeployedCandidate | None) -> ThresholdProblem:
         """Returns what the exits say to the images that serve for this, and what leaving there costs.
 
         Args:
@@ -237,14 +237,16 @@ class ExitThresholdSolver:
                 share of the FLOPs tells.
         """
         images = self._pipeline.threshold_images
-        logits = all_exits.opened.all_logits(images.images, all_exits.target.batch)
+        logits = all_exits.session.all_logits(images.images, all_exits.target.batch)
         confidence = CONFIDENCES[all_exits.artifact.confidence]
         confidences = np.stack([confidence(logits[:, place]) for place in range(logits.shape[1])], axis=1)
         correct = logits.argmax(axis=2) == images.labels[:, None]
         costs, left = self._costs(all_exits, without_exits)
         return ThresholdProblem(confidences, correct, costs, self._floor, left)
 
-    def _costs(self, all_exits: Subject, without_exits: Subject | None) -> tuple[dict[str, Cost], float]:
+    def _costs(
+        self, all_exits: DeployedCandidate, without_exits: DeployedCandidate | None
+    ) -> tuple[dict[str, Cost], float]:
         """Returns what leaving costs in seconds and in FLOPs, by the metric, first what is limited, and the margin.
 
         Where images pass blocks by, it is the mean over what they do; a gate knows nothing of thresholds of exits.

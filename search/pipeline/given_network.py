@@ -13,7 +13,7 @@ from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact import Artifact
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages, Splits
-from evaluators.deployed import Subject
+from evaluators.deployed import DeployedCandidate
 from evaluators.flops.evaluator import FlopsEvaluator
 from evaluators.graph.digest import form_of
 from evaluators.latency.cache import LatencyCache
@@ -129,11 +129,11 @@ class GivenNetwork:
         found = Evaluation(subject.candidate, measured, AS_GIVEN, subject.artifact.digest, seconds)
         return Simple(precision, found, is_own=False)
 
-    def subject(self, precision: str) -> Subject:
+    def subject(self, precision: str) -> DeployedCandidate:
         """Returns the network in one precision, built and ready to be measured."""
         candidate = Candidate({}, uniform(self.builder.layers, precision), {})
         artifact = self.builder.build(self.network, candidate)
-        return Subject(self.network, candidate, artifact, self.scored, self.runtime, self.target)
+        return DeployedCandidate(self.network, candidate, artifact, self.scored, self.runtime, self.target)
 
 
 def validation_parts(data: Splits, chooses: bool) -> tuple[LabelledImages, LabelledImages]:

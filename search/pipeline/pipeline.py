@@ -11,7 +11,7 @@ import torch
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages, Splits
-from evaluators.deployed import Evaluator, Subject
+from evaluators.deployed import DeployedCandidate, Evaluator
 from evaluators.flops.evaluator import FlopsEvaluator
 from evaluators.inference.frame_reuse import Reuse
 from evaluators.latency.evaluator import LatencyEvaluator
@@ -29,7 +29,7 @@ from search.pipeline.early_stopping import EarlyStopping, Stop
 from search.pipeline.given_network import GivenNetwork, fingerprint_of, timed, validation_parts
 from search.pipeline.references import References
 from search.pipeline.search_space import halves_told, left_out, runnable, searched, space_of
-from search.recovery.base import Ground, Int8Ground
+from search.recovery.base import QatContext, RecoveryContext
 from search.results.evaluation import Evaluation
 from search.training.block_gates import skip_blocks
 from search.training.dense import UNCUT, augmentation, exit_places, trained_network
@@ -108,15 +108,15 @@ class CompressionPipeline:
         """
         return self.compressor.compress(candidate, self.compressor.plan(candidate, finetune))
 
-    def deploy(self, candidate: Candidate, compressed: CompressedNetwork) -> Subject:
+    def deploy(self, candidate: Candidate, compressed: CompressedNetwork) -> DeployedCandidate:
         """Returns a candidate that has been compressed as it would run on the target; it may have other thresholds."""
         artifact = self.builder.build(compressed.network, candidate, compressed.ranges, compressed.grids)
         threshold = candidate.thresholds.get(FRAMES, 0.0)
         if self.study.frames and threshold > 0:
             artifact = replace(artifact, reuse=Reuse(threshold, self.study.frames.max_age))
-        return Subject(compressed.network, candidate, artifact, self.scored, self.runtime, self.target)
+        return DeployedCandidate(compressed.network, candidate, artifact, self.scored, self.runtime, self.target)
 
-    def deployed(self, candidate: Candidate, finetune: FinetuneSection | None = None) -> Subject:
+    def deployed(self, candidate: Candidate, finetune: FinetuneSection | None = None) -> DeployedCandidate:
         """Returns a candidate, compressed and deployed; see `compress`."""
         return self.deploy(candidate, self.compress(candidate, finetune))
 
@@ -141,7 +141,7 @@ class CompressionPipeline:
         with timed(seconds, "build"):
             deployed = self.deploy(candidate, compressed)
         with timed(seconds, "load"):
-            _ = deployed.opened
+            _ = deployed.session
         evaluators = (*self.cheap_evaluators, latency, AccuracyEvaluator())
         measured, stop = _measure(deployed, evaluators, stopping, seconds)
         plan = compressed.plan
@@ -178,7 +178,7 @@ class CompressionPipeline:
 
 
 def _measure(
-    deployed: Subject,
+    deployed: DeployedCandidate,
     evaluators: Sequence[Evaluator],
     stopping: Sequence[EarlyStopping],
     seconds: dict[str, float],
@@ -271,13 +271,13 @@ def _recovery_context(
     space: JointSpace,
     builder: ArtifactBuilder,
     progress: Progress,
-) -> Ground:
+) -> RecoveryContext:
     """Returns what every recovery of the study works with."""
     augment = study.data.augment
     source = source_of(load(augment)) if augment else ""
     fingerprint = fingerprint_of(network, given.data)
     key = "\0".join((fingerprint, repr(space.sparsity.description), source, torch.__version__))
-    return Ground(
+    return RecoveryContext(
         network=network,
         sparsity=space.sparsity,
         train=given.data.train,
@@ -290,7 +290,7 @@ def _recovery_context(
     )
 
 
-def _qat_context(study: Study, given: GivenNetwork, space: JointSpace, builder: ArtifactBuilder) -> Int8Ground | None:
+def _qat_context(study: Study, given: GivenNetwork, space: JointSpace, builder: ArtifactBuilder) -> QatContext | None:
     """Returns what trainings feel int8 with; None where the study does not ask for it or nothing is int8."""
     capabilities = given.runtime.capabilities()
     offered = {each for allowed in space.precision.allowed.values() for each in allowed}
@@ -299,4 +299,4 @@ def _qat_context(study: Study, given: GivenNetwork, space: JointSpace, builder: 
     # The class's name in this text is part of keys on users' disks: trainings are found by it.
     settings = repr(study.quantization).replace(type(study.quantization).__name__, "QuantizationSection", 1)
     able = f"{capabilities.weight_bits!r}, {capabilities.quantized_add!r}, {capabilities.int8_channels!r}"
-    return Int8Ground(builder, builder.trainable(), given.data.calibration.images[:], f"({settings}, {able})")
+    return QatContext(builder, builder.trainable(), given.data.calibration.images[:], f"({settings}, {able})")

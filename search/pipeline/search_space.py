@@ -20,7 +20,7 @@ from spaces.precision import PrecisionSpace
 from spaces.pruning.criteria import CRITERIA
 from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.groups import Groups
-from spaces.thresholds import GateSpace
+from spaces.thresholds import ThresholdSpace
 
 FEW_SCORED = 500
 """Where versions are scored on fewer images, the search says how well they are told apart."""
@@ -113,7 +113,7 @@ def _precisions(study: Study, layers: Sequence[str], able: Capabilities) -> Prec
     return PrecisionSpace(layers, able.precisions, dict.fromkeys(layers, same) | held)
 
 
-def _gates(study: Study, exits: Sequence[str], network: ExitNetwork, alone: bool) -> GateSpace:
+def _gates(study: Study, exits: Sequence[str], network: ExitNetwork, alone: bool) -> ThresholdSpace:
     """Returns the gates.
 
     Thresholds of exits are searched beside frames of a stream, which decide who reaches the exits; and where nothing
@@ -124,11 +124,11 @@ def _gates(study: Study, exits: Sequence[str], network: ExitNetwork, alone: bool
     masks = [mask.site.block for mask in masks_of(network) if mask.moves]
     if frames is None:
         solved = study.exits.thresholds == "solved" and not (alone and not skips and not masks)
-        return GateSpace(exits, *grid, solved=solved, skips=skips, masks=masks)
+        return ThresholdSpace(exits, *grid, solved=solved, skips=skips, masks=masks)
     steps = max(round(frames.highest_threshold / frames.threshold_step), 1)
     highest = round(steps * frames.threshold_step, 6)
     varies = Real(0.0, highest, frames.threshold_step) if "frames" in study.space.only else None
-    return GateSpace(exits, *grid, frames=varies, skips=skips, masks=masks)
+    return ThresholdSpace(exits, *grid, frames=varies, skips=skips, masks=masks)
 
 
 def runnable(study: Study, target: Runtime) -> Study:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluators.exits.correctness import likelihoods
+from evaluators.exits.correctness import correctness_probabilities
 from evaluators.exits.threshold_solver import Cost, Solved, Thresholds
 from evaluators.measurement import Measurement
 from spaces.candidate import NEVER_EXIT
@@ -134,7 +134,7 @@ class ThresholdProblem:
         return all(resolved.costs[metric] * (1 - self.margin) <= limit for metric, limit in limits.items())
 
     def _likelihoods(self) -> NDArray[np.float64]:
-        return likelihoods(self.confidences, self.correct)
+        return correctness_probabilities(self.confidences, self.correct)
 
     def _correction(self, metric: str) -> float:
         return self.corrections.get(metric, 1.0)

@@ -13,7 +13,7 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.quantization.adaround import Learning
 from evaluators.quantization.int8 import Grids, QuantizedWeight, Ranges
 from search.config.study import QuantizationSection
-from search.recovery.base import Ground
+from search.recovery.base import RecoveryContext
 from search.training.loop import save
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
@@ -34,7 +34,11 @@ class LearnedRounding:
     """
 
     def __init__(
-        self, ground: Ground, builder: ArtifactBuilder, settings: QuantizationSection, images: NDArray[np.float32]
+        self,
+        ground: RecoveryContext,
+        builder: ArtifactBuilder,
+        settings: QuantizationSection,
+        images: NDArray[np.float32],
     ) -> None:
         self._ground = ground
         self._builder = builder

@@ -30,7 +30,7 @@ Say = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Int8Ground:
+class QatContext:
     """What training needs to feel int8 as the target will run it.
 
     Args:
@@ -47,7 +47,7 @@ class Int8Ground:
 
 
 @dataclass(frozen=True)
-class Ground:
+class RecoveryContext:
     """What a recovery works with.
 
     Args:
@@ -70,7 +70,7 @@ class Ground:
     folder: Path
     key: str
     say: Say
-    int8: Int8Ground | None = None
+    int8: QatContext | None = None
 
     def file(self, kind: str, *parts: str) -> Path:
         """Returns the file for the weights that a training on this ground, with these settings, ends with."""

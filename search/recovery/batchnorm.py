@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from evaluators.quantization.int8 import Ranges
-from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground
+from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext
 from search.training.batchnorm import Seen, check_images, correct_statistics, observed_by_norms, recovery_images
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.pruning.groups import dropped_positions
@@ -20,7 +20,7 @@ class BatchNormRecovery:
     effort = "bn"
     ranges: Ranges = NO_RANGES
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: RecoveryContext) -> None:
         self.source = ground.network
         self._ground = ground
         self._images = recovery_images(ground.train, ground.settings.images)

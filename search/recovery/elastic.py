@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from search.config.study import ElasticSection
-from search.recovery.base import Ground, effort_of
+from search.recovery.base import RecoveryContext, effort_of
 from search.recovery.batchnorm import BatchNormRecovery
 from search.recovery.mixed_precision import MixedPrecision
 from search.training.batchnorm import refresh_statistics
@@ -28,7 +28,7 @@ class ElasticRecovery(BatchNormRecovery):
     trains_per_candidate: ClassVar[bool] = False
     shares_weights: ClassVar[bool] = True
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: RecoveryContext) -> None:
         super().__init__(ground)
         settings, qat = ground.settings.elastic, ground.settings.qat
         self.effort = f"elastic {effort_of(settings)}"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from evaluators.quantization.int8 import Ranges
 from search.config.study import FinetuneSection
-from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground, effort_of
-from search.recovery.gradual_pruning import Narrowing
+from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext, effort_of
+from search.recovery.gradual_pruning import GradualPruning
 from search.training.batchnorm import check_images, recovery_images, refresh_statistics
 from search.training.distillation import all_logits, total_loss
 from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
@@ -25,7 +25,7 @@ class FinetuneRecovery:
 
     ranges: Ranges = NO_RANGES
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: RecoveryContext) -> None:
         self.source = ground.network
         self.effort = f"finetune {effort_of(ground.settings.finetune)}"
         self._ground = ground
@@ -42,7 +42,7 @@ class FinetuneRecovery:
 
 
 def finetune_kept(
-    ground: Ground,
+    ground: RecoveryContext,
     network: ExitNetwork,
     channels: Mapping[str, int],
     settings: FinetuneSection,
@@ -72,9 +72,9 @@ def finetune_kept(
         return Fitted()
     narrowing = None
     if settings.pruning == "gradual":
-        narrowing = Narrowing(source or ground.network, patterns, channels, ground.sparsity)
+        narrowing = GradualPruning(source or ground.network, patterns, channels, ground.sparsity)
     elif patterns:
-        narrowing = Narrowing(network, patterns)
+        narrowing = GradualPruning(network, patterns)
     batches = TrainingBatches(ground.train, settings.batch, settings.seed, ground.augment)
     done = finetune(
         network,
@@ -97,7 +97,7 @@ def finetune(
     settings: FinetuneSection,
     checkpoint: Path | None = None,
     report: Report = lambda _done, _total: None,
-    narrowing: Narrowing | None = None,
+    narrowing: GradualPruning | None = None,
 ) -> Fitted:
     """Trains a pruned network with its exits in place, on labels and on the dense network's answers.
 

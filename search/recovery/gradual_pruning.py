@@ -50,7 +50,7 @@ class SparseRefined(torch.autograd.Function):
         return gradients[0] + SR_STE_DECAY * (1 - kept) * weight, None
 
 
-class Narrowing:
+class GradualPruning:
     """A network that is trained on its way to a candidate's shape.
 
     Masks follow the weights: in every step the largest stay. Two in each four are trained by SR-STE from the start;

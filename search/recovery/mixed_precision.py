@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from evaluators.quantization.int8 import Ranges
 from evaluators.quantization.trainable_graph import Rounding
 from search.config.registries import QUANTIZERS
-from search.recovery.base import Int8Ground
+from search.recovery.base import QatContext
 from search.recovery.quantizers.base import Method
 from search.recovery.quantizers.grid import LargestScaled
 from spaces.candidate import Candidate
@@ -31,7 +31,7 @@ class MixedPrecision(nn.Module):
         UserError: output channels share a scale, which would depend on batch statistics.
     """
 
-    def __init__(self, network: ExitNetwork, int8: Int8Ground, quantizer: str) -> None:
+    def __init__(self, network: ExitNetwork, int8: QatContext, quantizer: str) -> None:
         super().__init__()
         if not int8.graph.per_channel:
             raise UserError(

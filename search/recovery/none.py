@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from evaluators.quantization.int8 import Ranges
-from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground
+from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext
 from spaces.dynamic.exit_network import ExitNetwork
 
 
-class Nothing:
+class NoRecovery:
     """Leaves weights and statistics as the dense network had them."""
 
     trains_per_candidate: ClassVar[bool] = False
@@ -17,7 +17,7 @@ class Nothing:
     effort = "none"
     ranges: Ranges = NO_RANGES
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: RecoveryContext) -> None:
         self.source = ground.network
 
     def recover(

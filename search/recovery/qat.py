@@ -15,7 +15,7 @@ from evaluators.quantization.int8 import NO_GRIDS, Grids, Placement, Ranges
 from evaluators.quantization.trainable_graph import Rounding, TrainableGraph
 from search.config.registries import QUANTIZERS
 from search.config.study import QatSection
-from search.recovery.base import NO_PATTERNS, NO_RANGES, Ground, Int8Ground
+from search.recovery.base import NO_PATTERNS, NO_RANGES, QatContext, RecoveryContext
 from search.recovery.quantizers.base import Method
 from search.training.distillation import total_loss
 from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
@@ -37,7 +37,7 @@ class Learned:
     grids: Grids
 
 
-NOTHING = Learned(NO_RANGES, NO_GRIDS)
+NOT_TRAINED = Learned(NO_RANGES, NO_GRIDS)
 """No training felt int8."""
 
 
@@ -144,7 +144,12 @@ def train_int8(
 
 
 def train_int8_kept(
-    ground: Ground, int8: Int8Ground, network: ExitNetwork, candidate: Candidate, settings: QatSection, start: str
+    ground: RecoveryContext,
+    int8: QatContext,
+    network: ExitNetwork,
+    candidate: Candidate,
+    settings: QatSection,
+    start: str,
 ) -> Learned:
     """Trains a version in its own precisions in place, or loads what an earlier call with the same arguments came to.
 

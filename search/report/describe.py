@@ -1,7 +1,7 @@
 """What a version is and what its figures are worth, in words."""
 
 from evaluators.accuracy import wilson
-from evaluators.latency.slow_layers import Examined, Slower, Whole
+from evaluators.latency.slow_layers import Slower, SlowLayers, Whole
 from evaluators.measurement import Measurement
 from evaluators.streams import KEY_FRAMES
 from search.config.units import milliseconds, percent, size
@@ -15,7 +15,7 @@ ZEROS = (
 """Is said below a front in which layers may have zeros anywhere."""
 
 
-def examined_layers(examined: Examined) -> str:
+def examined_layers(examined: SlowLayers) -> str:
     """Returns, in a line, what each lower precision comes to for the whole network, and which layers it is not for."""
     cost = f"{examined.timings} timings, {examined.seconds:.1f} s"
     if examined.refused:

@@ -15,7 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from evaluators.latency.slow_layers import Examined
+from evaluators.latency.slow_layers import SlowLayers
 from search.config.budget import Budget
 from search.config.registries import SAMPLERS
 from search.config.study import Study
@@ -178,7 +178,7 @@ class Baseline:
     same_twice: float
     environment: dict[str, str]
     reference_wall: dict[str, float] = field(default_factory=dict)
-    examined: Examined | None = None
+    examined: SlowLayers | None = None
     simple: tuple[Simple, ...] = ()
 
     @property
@@ -211,7 +211,7 @@ class Baseline:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:
         """Returns the baseline that `to_dict` described."""
-        examined = Examined.from_dict(content["examined"]) if content.get("examined") else None
+        examined = SlowLayers.from_dict(content["examined"]) if content.get("examined") else None
         evaluation = Evaluation.from_dict(content["evaluation"])
         simple = tuple(Simple.from_dict(each) for each in content.get("simple", ()))
         return cls(**content | {"evaluation": evaluation, "examined": examined, "simple": simple})

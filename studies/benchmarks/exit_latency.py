@@ -19,7 +19,7 @@ from pathlib import Path
 from evaluators.artifact import Artifact
 from evaluators.bundle import run as run_bundle
 from evaluators.bundle.manifest import DeploymentTarget, Manifest
-from evaluators.deployed import Subject
+from evaluators.deployed import DeployedCandidate
 from evaluators.inference.staged import Floats, Network
 from evaluators.latency.evaluator import LatencyEvaluator
 from search.config.budget import Budget
@@ -31,7 +31,7 @@ from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.threshold_problem import ResolvedThresholds
 from search.results.evaluation import Evaluation
 from search.results.store import Baseline
-from spaces.candidate import NEVER_EXIT, OPEN_EXIT, Candidate
+from spaces.candidate import NEVER_EXIT, UNRESOLVED, Candidate
 from studies.benchmarks.markdown import print_table
 
 _AFTER = ("layer1", "layer2.0", "layer2")
@@ -125,7 +125,7 @@ def _rows(pipeline: CompressionPipeline, baseline: Baseline, dense: Evaluation) 
         full = Candidate(plain.channels, dict.fromkeys(plain.precision, precision), plain.thresholds)
         whole = latency.measure(pipeline.deployed(full)).value / latency.references["fp32"].seconds
         for exits, share in zip(_VERSIONS, cycle(_SHARES), strict=False):
-            thresholds = {name: OPEN_EXIT if name in exits else NEVER_EXIT for name in full.thresholds}
+            thresholds = {name: UNRESOLVED if name in exits else NEVER_EXIT for name in full.thresholds}
             open_ = Candidate(full.channels, full.precision, thresholds)
             yield _row(pipeline, latency, dense, precision, exits, f"{100 * share * whole:.1f}%", open_)
 
@@ -145,7 +145,7 @@ def _row(
     plain = _loaded(pipeline, pipeline.deployed(pipeline.space.dense()).artifact)
     ran = _ratio(_loaded(pipeline, subject.artifact), plain, pipeline.threshold_images.images[:])
     thresholds, dense_s = _thresholds(version), latency.references["fp32"].seconds
-    again = Subject(
+    again = DeployedCandidate(
         subject.network,
         subject.candidate,
         subject.artifact,

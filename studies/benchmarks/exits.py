@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from evaluators.accuracy import accuracy_of, wilson
 from evaluators.bundle import run as run_bundle
 from evaluators.data import LabelledImages
-from evaluators.deployed import Subject
+from evaluators.deployed import DeployedCandidate
 from evaluators.inference.staged import Network
 from evaluators.latency.evaluator import LatencyEvaluator
 from search.config.budget import Budget
@@ -32,7 +32,7 @@ from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
 from search.results.store import Baseline, SearchFolder, StoredSearch
-from spaces.candidate import OPEN_EXIT, Candidate
+from spaces.candidate import UNRESOLVED, Candidate
 
 _CHUNK = 50
 """So many images are answered by one bundle before the other has its turn."""
@@ -92,7 +92,7 @@ def _measure(pipeline: CompressionPipeline, out: Path) -> None:
         dense = pipeline.space.dense()
         full = Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds)
         whole = pipeline.evaluate(full, latency)
-        open_ = Candidate(full.channels, full.precision, dict.fromkeys(full.thresholds, OPEN_EXIT))
+        open_ = Candidate(full.channels, full.precision, dict.fromkeys(full.thresholds, UNRESOLVED))
         settled = ExitThresholdSolver(pipeline, latency, whole.measurements).resolve(open_)
         version = settled.stamped(pipeline.evaluate(settled.candidate, latency))
         bundles = [
@@ -176,9 +176,9 @@ def _print(
     )
 
 
-def _alone(subject: Subject, data: LabelledImages) -> NDArray[np.float64]:
+def _alone(subject: DeployedCandidate, data: LabelledImages) -> NDArray[np.float64]:
     """Returns how accurate each exit that is there, and last the end, would be for all images."""
-    right = subject.opened.all_logits(data.images, 1).argmax(axis=2) == data.labels[:, None]
+    right = subject.session.all_logits(data.images, 1).argmax(axis=2) == data.labels[:, None]
     accuracy: NDArray[np.float64] = right.mean(axis=0)
     return accuracy
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from evaluators.deployed import Answers, Deployed, Subject
+from evaluators.deployed import Answers, DeployedCandidate, LoadedArtifact
 from evaluators.inference.frame_reuse import FrameReuse, Reuse
 from evaluators.inference.staged import Floats, Network, StagedNetwork
 from evaluators.runtimes.onnxruntime_cpu import load
@@ -82,15 +82,15 @@ def measure(pipeline: CompressionPipeline, stream: Stream, precision: str, max_a
     return [_row(made, stream, every, reuse, _expected(pipeline, made, reuse, stream) / bare) for reuse in reuses]
 
 
-def _expected(pipeline: CompressionPipeline, made: Subject, reuse: Reuse | None, stream: Stream) -> float:
+def _expected(pipeline: CompressionPipeline, made: DeployedCandidate, reuse: Reuse | None, stream: Stream) -> float:
     """Returns the time per frame as the search measures it, as a ratio to the reference."""
     artifact = replace(made.artifact, reuse=reuse)
-    subject = Deployed(made.candidate, artifact, stream, pipeline.runtime, pipeline.target)
+    subject = LoadedArtifact(made.candidate, artifact, stream, pipeline.runtime, pipeline.target)
     evaluator = pipeline.references.latency_evaluator(dict.fromkeys(pipeline.space.precision.precisions, 1.0))
     return evaluator.measure(subject).notes["ratio"]
 
 
-def _row(made: Subject, stream: Stream, every: Answers, reuse: Reuse, expected: float) -> Row:
+def _row(made: DeployedCandidate, stream: Stream, every: Answers, reuse: Reuse, expected: float) -> Row:
     answering = stream.key_frames(reuse)
     classes = every.classes[answering]
     correct = (classes == stream.labels).astype(float)

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import Splits
-from evaluators.deployed import Subject
+from evaluators.deployed import DeployedCandidate
 from evaluators.flops.evaluator import FlopsEvaluator, count_by_module
 from evaluators.flops.masked import MaskedFlops, measure_need
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.runtimes.base import Target
 from evaluators.runtimes.cpu import cpu_name
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
-from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.paired_timing import TimingProtocol
 from search.config.overrides import Request
 from search.config.sections import MasksSection, SkipsSection
 from search.loading.prepare import prepare
@@ -54,7 +54,7 @@ _TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True)
-class Ground:
+class RecoveryContext:
     """What all methods begin with.
 
     Args:
@@ -74,7 +74,7 @@ class Ground:
         return self.folder / (f"{PLAIN}.pt" if method == PLAIN else f"{method}-{keep:g}.pt")
 
 
-def train_method(ground: Ground, method: str, keep: float, epochs: float, rate: float) -> ExitNetwork:
+def train_method(ground: RecoveryContext, method: str, keep: float, epochs: float, rate: float) -> ExitNetwork:
     """Returns the network with a method's gates, trained now or loaded."""
     file, image = ground.file(method, keep), torch.from_numpy(ground.data.calibration.images[:1])
     begin, is_new = time.perf_counter(), not file.is_file()
@@ -97,7 +97,7 @@ def train_method(ground: Ground, method: str, keep: float, epochs: float, rate: 
     return network.eval()
 
 
-def kept_method(ground: Ground, method: str, keep: float) -> ExitNetwork:
+def kept_method(ground: RecoveryContext, method: str, keep: float) -> ExitNetwork:
     """Returns the network with a method's gates as it was trained.
 
     Raises:
@@ -120,7 +120,7 @@ def kept_method(ground: Ground, method: str, keep: float) -> ExitNetwork:
     return network.eval()
 
 
-def _trained_plainly(ground: Ground, file: Path, epochs: float, rate: float) -> nn.Module:
+def _trained_plainly(ground: RecoveryContext, file: Path, epochs: float, rate: float) -> nn.Module:
     """Returns the network without gates, trained as the others are: on labels and on what it answered before."""
     trunk, settings = copy.deepcopy(ground.trunk), MasksSection(epochs=epochs, learning_rate=rate)
 
@@ -148,7 +148,7 @@ class Bench:
         ground: the network without gates, and the images.
     """
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: RecoveryContext) -> None:
         self._ground = ground
         self._runtime = OnnxRuntime()
         self._target = Target("onnxruntime", self._runtime.device(), 1, 1)
@@ -170,7 +170,9 @@ class Bench:
             skips = {SKIP + block: 0.0 for block in network.skip_blocks}
             candidate = Candidate({}, uniform(builder.layers, precision), skips)
             artifact = builder.build(network, candidate)
-            subject = Subject(network, candidate, artifact, self._ground.data.test, self._runtime, self._target)
+            subject = DeployedCandidate(
+                network, candidate, artifact, self._ground.data.test, self._runtime, self._target
+            )
             accuracy[precision] = AccuracyEvaluator().measure(subject)
             latency[precision] = self._latency(precision).measure(subject)
             flops = flops or self._flops(network, subject)
@@ -189,10 +191,10 @@ class Bench:
     def _latency(self, precision: str) -> LatencyEvaluator:
         """Returns what tells latency as a multiple of the network without gates in the same precision."""
         references = {precision: Reference(self._references[precision].deployed[0], 1.0)}
-        protocol = Protocol(turns=20, calls=5_000, limit_s=6.0, half_width=0.01)
+        protocol = TimingProtocol(turns=20, calls=5_000, limit_s=6.0, half_width=0.01)
         return LatencyEvaluator(references, self._runtime, self._target, protocol)
 
-    def _flops(self, network: ExitNetwork, subject: Subject) -> tuple[float, float, float]:
+    def _flops(self, network: ExitNetwork, subject: DeployedCandidate) -> tuple[float, float, float]:
         """Returns the mean over test images, its standard deviation, and the gates' own, as shares of all FLOPs."""
         image, trunk = torch.from_numpy(self._ground.data.calibration.images[:1]), self._ground.trunk
         if masks_of(network):
@@ -205,7 +207,7 @@ class Bench:
         return found.value / dense, found.spread * found.n**0.5 / dense, gates / dense
 
 
-def _kept(ground: Ground) -> list[tuple[str, float | None]]:
+def _kept(ground: RecoveryContext) -> list[tuple[str, float | None]]:
     """Returns the methods in the folder, with what was asked of each."""
     found: list[tuple[str, float | None]] = []
     for method in METHODS:
@@ -235,7 +237,7 @@ def main() -> None:
     given.keep.mkdir(parents=True, exist_ok=True)
     augment = augmentation(study.data.augment) if study.data.augment else None
     trunk = built.network.eval().to(memory_format=torch.channels_last)  # a training step then takes 0.86 of the time
-    ground = Ground(trunk, loaded.splits, augment, given.keep)
+    ground = RecoveryContext(trunk, loaded.splits, augment, given.keep)
     if given.what == "train":
         if given.method is None:
             parser.error("a method is named")

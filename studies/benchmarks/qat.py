@@ -36,7 +36,7 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Ground:
+class RecoveryContext:
     """The study's network with all that training it in int8 needs."""
 
     pipeline: CompressionPipeline
@@ -86,7 +86,9 @@ def _right(logits: Logits, data: LabelledImages) -> int:
     return right
 
 
-def rows(ground: Ground, keep: float, finetuning: int, settings: QatSection, quantizers: Sequence[str]) -> None:
+def rows(
+    ground: RecoveryContext, keep: float, finetuning: int, settings: QatSection, quantizers: Sequence[str]
+) -> None:
     """Prints the rows of one width: fp32, int8 after training, and int8 trained by each method."""
     candidate = ground.candidate(keep)
     network = ground.pruned(candidate, finetuning)
@@ -131,7 +133,7 @@ def main() -> None:
     study = Request(study="cifar10", weights=given.weights, data=given.data).to_study()
     recovery = study.recovery.model_copy(update={"qat": settings})
     study = study.model_copy(update={"exits": ExitsSection(after=()), "recovery": recovery})
-    ground = Ground(build_pipeline(study, lambda *_: None, say=lambda text: print(text)))
+    ground = RecoveryContext(build_pipeline(study, lambda *_: None, say=lambda text: print(text)))
     print("\n| channels | | deployed | in training | CPU seconds a step |\n|---|---|---|---|---|")
     for keep in given.keep:
         rows(ground, keep, given.finetune, settings, given.quantizers)

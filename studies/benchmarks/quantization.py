@@ -32,7 +32,7 @@ _BATCH = 250
 _WEIGHTS: tuple[Literal["per-channel", "per-tensor"], ...] = ("per-channel", "per-tensor")
 
 
-class Ground:
+class RecoveryContext:
     """The study's network, its images, and the accuracy of what is deployed.
 
     Args:
@@ -84,7 +84,7 @@ def all_layers(builder: ArtifactBuilder, precision: str) -> Candidate:
 
 def calibrators(given: argparse.Namespace) -> None:
     """Prints calibrator by granularity of the weights: accuracy, points lost, and CPU seconds of calibration."""
-    ground = Ground(given.data, given.weights, given.calibration)
+    ground = RecoveryContext(given.data, given.weights, given.calibration)
     exact = ground.float_accuracy()
     rows = [["fp32", f"{100 * exact:.2f}%", "", "", "", ""]]
     for name in CALIBRATORS:
@@ -97,7 +97,7 @@ def calibrators(given: argparse.Namespace) -> None:
     ground.close()
 
 
-def _calibrated(ground: Ground, scheme: Scheme) -> tuple[float, list[float]]:
+def _calibrated(ground: RecoveryContext, scheme: Scheme) -> tuple[float, list[float]]:
     """Returns the CPU seconds that calibration took and the accuracy for each granularity of the weights."""
     found, seconds = [], []
     for weights in _WEIGHTS:

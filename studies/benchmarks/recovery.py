@@ -62,7 +62,7 @@ class Results:
         return known[name]
 
 
-class Ground:
+class RecoveryContext:
     """The study's network, its images, and pruned networks by their channels."""
 
     def __init__(self, pipeline: CompressionPipeline) -> None:
@@ -118,7 +118,7 @@ def _right(network: ExitNetwork, data: LabelledImages) -> int:
     return right
 
 
-def criteria_table(ground: Ground, results: Results, epochs: float) -> None:
+def criteria_table(ground: RecoveryContext, results: Results, epochs: float) -> None:
     """Prints criterion by kept FLOPs by recovery."""
     settings = FinetuneSection(epochs=epochs or 1)
     ways = ("none", "bn", "finetune") if epochs else ("none", "bn")
@@ -143,7 +143,7 @@ def _since(begin: float) -> float:
     return time.perf_counter() - begin
 
 
-def _pruned(ground: Ground, space: SparsitySpace, share: float, how: str, settings: FinetuneSection) -> float:
+def _pruned(ground: RecoveryContext, space: SparsitySpace, share: float, how: str, settings: FinetuneSection) -> float:
     network = space.apply(ground.network, ground.uniform(space, share))
     if how != "none":
         ground.recalibrated(network)
@@ -152,7 +152,9 @@ def _pruned(ground: Ground, space: SparsitySpace, share: float, how: str, settin
     return ground.accuracy(network)
 
 
-def effort_table(ground: Ground, results: Results, out: Path, minutes: float, candidates: int, final: float) -> None:
+def effort_table(
+    ground: RecoveryContext, results: Results, out: Path, minutes: float, candidates: int, final: float
+) -> None:
     """Prints what each recovery brings at equal training time, and how well it ranks versions of equal FLOPs."""
     space = ground.space("l2", ground.pipeline.space.sparsity.finest)
     shared = _shared_weights(ground, space, out, minutes)
@@ -176,18 +178,22 @@ def effort_table(ground: Ground, results: Results, out: Path, minutes: float, ca
 
 
 def _recovered(
-    ground: Ground, space: SparsitySpace, source: ExitNetwork, channels: Channels, settings: FinetuneSection | None
+    ground: RecoveryContext,
+    space: SparsitySpace,
+    source: ExitNetwork,
+    channels: Channels,
+    settings: FinetuneSection | None,
 ) -> float:
     network = ground.recalibrated(space.apply(source, channels))
     return ground.accuracy(_tuned(ground, network, settings) if settings else network)
 
 
-def _tuned(ground: Ground, network: ExitNetwork, settings: FinetuneSection) -> ExitNetwork:
+def _tuned(ground: RecoveryContext, network: ExitNetwork, settings: FinetuneSection) -> ExitNetwork:
     finetune(network, ground.network, ground.batches(settings.batch), settings)
     return ground.recalibrated(network)
 
 
-def _shared_weights(ground: Ground, space: SparsitySpace, out: Path, minutes: float) -> ExitNetwork:
+def _shared_weights(ground: RecoveryContext, space: SparsitySpace, out: Path, minutes: float) -> ExitNetwork:
     shared = space.apply(ground.network, {group.name: group.channels for group in ground.groups})
     file = out / f"elastic-{minutes:g}min.pt"
     if file.is_file():
@@ -200,7 +206,7 @@ def _shared_weights(ground: Ground, space: SparsitySpace, out: Path, minutes: fl
     return shared
 
 
-def _half_random(ground: Ground, space: SparsitySpace) -> list[Channels]:
+def _half_random(ground: RecoveryContext, space: SparsitySpace) -> list[Channels]:
     """Returns ten random candidates with close to half of the FLOPs."""
     generator = torch.Generator().manual_seed(0)
     near: list[Channels] = []
@@ -257,7 +263,7 @@ def main() -> None:
     parser.add_argument("--final", type=float, default=2, help="epochs of fine-tuning in a recovery in full")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    ground = Ground(_pipeline(given.data, given.weights))
+    ground = RecoveryContext(_pipeline(given.data, given.weights))
     results = Results(given.out / f"{given.table}.json")
     if given.table == "criteria":
         criteria_table(ground, results, given.epochs)

@@ -19,14 +19,14 @@ from evaluators.data import LabelledImages
 from evaluators.deployed import ask
 from evaluators.runtimes.base import Fp32In, Runtime, TimedBatch
 from evaluators.runtimes.cpu import cpu_name
-from evaluators.runtimes.paired_timing import Protocol, time_pair
+from evaluators.runtimes.paired_timing import TimingProtocol, time_pair
 from evaluators.runtimes.registry import runtime
 from search.config.study import DataSection, ModelSection, Study, load_study
 from search.loading.prepare import prepare
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 
-PROTOCOL = Protocol(half_width=0.01, limit_s=3.0)
+PROTOCOL = TimingProtocol(half_width=0.01, limit_s=3.0)
 OCCASIONS = 3
 BATCHES = (1, 8)
 _TWO = ("onnxruntime", "openvino")

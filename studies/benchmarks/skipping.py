@@ -24,14 +24,14 @@ from torch import Tensor
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages, Splits
-from evaluators.deployed import Subject
+from evaluators.deployed import DeployedCandidate
 from evaluators.flops.evaluator import FlopsEvaluator
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Target
 from evaluators.runtimes.cpu import cpu_name
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
-from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.paired_timing import TimingProtocol
 from search.config.overrides import Request
 from search.config.study import ExitsSection, SkipsSection, Study
 from search.loading.models import Built
@@ -78,7 +78,7 @@ class Bench:
         plain = {name: self.builder.build(network, self.candidate(name, {})) for name in PRECISIONS}
         # A reference of one second: what is told as seconds is a ratio.
         references = {name: Reference(artifact.deployed[0], 1.0) for name, artifact in plain.items()}
-        protocol = Protocol(turns=20, calls=5_000, limit_s=6.0, half_width=0.01)
+        protocol = TimingProtocol(turns=20, calls=5_000, limit_s=6.0, half_width=0.01)
         self._latency = LatencyEvaluator(references, self.runtime, self.target, protocol)
 
     def candidate(self, precision: str, thresholds: dict[str, float]) -> Candidate:
@@ -102,7 +102,7 @@ class Bench:
         """Returns what a version measures."""
         candidate = self.candidate(precision, thresholds)
         artifact = self.builder.build(self.network, candidate)
-        subject = Subject(self.network, candidate, artifact, self.data.test, self.runtime, self.target)
+        subject = DeployedCandidate(self.network, candidate, artifact, self.data.test, self.runtime, self.target)
         measured = AccuracyEvaluator().measure(subject), self._flops.measure(subject), self._latency.measure(subject)
         return Measured(*measured)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from evaluators.data import LabelledImages, Splits
 from evaluators.runtimes.cpu import cpu_name
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
-from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.paired_timing import TimingProtocol
 from search.config.sections import FittingSection
 from search.training.loop import TrainingBatches
 from studies.benchmarks.markdown import print_table
@@ -43,7 +43,7 @@ _MOST_UPDATES = 0.6
 """What is chosen makes no more of the updates, validation images read, if anything does."""
 _SURE, _HALVINGS = 16.0, 14
 """Logits of a predictor between which its threshold is looked for, and in how many steps."""
-_PROTOCOL = Protocol(burst=8, dropped=3, turns=20, calls=100_000, limit_s=4.0, half_width=0.02)
+_PROTOCOL = TimingProtocol(burst=8, dropped=3, turns=20, calls=100_000, limit_s=4.0, half_width=0.02)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.runtimes.onnxruntime_cpu import open_session
-from evaluators.runtimes.paired_timing import Clock, PairedTiming, Protocol, time_pair, turns_of
+from evaluators.runtimes.paired_timing import Clock, PairedTiming, TimingProtocol, time_pair, turns_of
 from studies.recurrent.loops import File, Loop
 
 Floats = NDArray[np.float32]
@@ -44,7 +44,7 @@ def skimming(loop: Loop, sequences: Floats, labels: NDArray[np.int64]) -> Skimmi
 
 
 def time_beside(
-    loop: Loop, rival: Callable[[Floats], object], sequences: Floats, protocol: Protocol, threads: int = 1
+    loop: Loop, rival: Callable[[Floats], object], sequences: Floats, protocol: TimingProtocol, threads: int = 1
 ) -> PairedTiming:
     """Returns how long a loop takes for a sequence beside a rival that takes equally long for each.
 

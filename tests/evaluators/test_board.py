@@ -20,18 +20,18 @@ from optuna.trial import TrialState
 
 from evaluators.runtimes.base import Follows, TargetError, TimedBatch
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
-from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.paired_timing import TimingProtocol
 from evaluators.runtimes.registry import runtime
 from evaluators.runtimes.remote import runtime as board_module
 from evaluators.runtimes.remote.connection import (
     SSH_COMMAND,
     Address,
     ConnectionLostError,
-    Line,
+    SshConnection,
     worker_file,
     worker_files,
 )
-from evaluators.runtimes.remote.runtime import Board, _needed
+from evaluators.runtimes.remote.runtime import RemoteRuntime, _needed
 from evaluators.runtimes.remote.worker import Worker, choose_runtime
 from evaluators.testing import RuntimeContract
 from search.cli import run
@@ -62,7 +62,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def board(server):
-    made = Board(server.url())
+    made = RemoteRuntime(server.url())
     yield made
     made.close()
 
@@ -112,14 +112,14 @@ def test_a_line_that_breaks_within_a_job_does_it_again(server, board, builder, n
 
 def test_turns_go_on_after_a_cut(server, board, builder, network, space, images) -> None:
     candidate, reference = (opened_dense(board, builder, network, space) for _ in range(2))
-    take_turn = candidate.turns(images.numpy(), [TimedBatch(0, 4)], reference, 2, Protocol())
+    take_turn = candidate.turns(images.numpy(), [TimedBatch(0, 4)], reference, 2, TimingProtocol())
     assert len(take_turn(True).ratios) == 1
     server.cut()
     assert len(take_turn(False).ratios) == 1
 
 
 def test_a_job_that_does_not_come_back_in_time_is_done_again(server, builder, network, space, images) -> None:
-    patient = Board(server.url(timeout=3))
+    patient = RemoteRuntime(server.url(timeout=3))
     opened = opened_dense(patient, builder, network, space)
     before = opened.answer(images.numpy(), 4)[0]
     server.freeze()
@@ -133,7 +133,7 @@ def test_a_job_that_does_not_come_back_in_time_is_done_again(server, builder, ne
 
 
 def test_an_answer_that_does_not_come_in_time_breaks_the_line(server) -> None:
-    line = Line(Address.parse(server.url(timeout=0.5)))
+    line = SshConnection(Address.parse(server.url(timeout=0.5)))
     server.freeze()
     try:
         with pytest.raises(ConnectionLostError, match="did not answer in time"):
@@ -145,7 +145,7 @@ def test_an_answer_that_does_not_come_in_time_breaks_the_line(server) -> None:
 
 def test_a_board_that_is_always_too_late_fails_the_trial_with_that_reason(server, monkeypatch) -> None:
     monkeypatch.setattr(board_module, "RETRY_AFTER_S", (0.0, 0.0))
-    late = Board(server.url(timeout=1e-6))
+    late = RemoteRuntime(server.url(timeout=1e-6))
     with pytest.raises(TargetError, match="did not answer in time, 2 times in a row"):
         late.open([b"x"], [], 1).seconds(np.zeros((1, 1, 8, 8), np.float32), 1)
     late.close()
@@ -157,7 +157,7 @@ def test_a_board_tells_its_devices_state(board) -> None:
 
 def test_a_trial_whose_board_is_always_late_is_kept_with_its_reason(server, folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(board_module, "RETRY_AFTER_S", (0.0,))
-    mine, search = Board(server.url()), SearchFolder(tmp_path / "late")
+    mine, search = RemoteRuntime(server.url()), SearchFolder(tmp_path / "late")
     study = Study.parse(tiny.STUDY, "the tests' study")
     study = study.model_copy(update={"target": study.target.model_copy(update={"runtime": server.url()})})
     pipeline = build_pipeline(study, lambda *_: None, mine)
@@ -180,7 +180,7 @@ def test_what_was_uploaded_is_not_sent_again(server, board, builder, network, sp
     uploads = server.folder / "cache" / "deployfront" / "uploads"
     digest = hashlib.sha256(artifact.deployed[0]).hexdigest()
     stamp = (uploads / digest).stat().st_mtime_ns
-    again = Board(server.url())
+    again = RemoteRuntime(server.url())
     opened_dense(again, builder, network, space).seconds(np.zeros((1, 1, 8, 8), np.float32), 1)
     again.close()
     assert (uploads / digest).stat().st_mtime_ns == stamp
@@ -273,7 +273,11 @@ def test_a_worker_answers_a_frame_again_or_computes_it(tmp_path, builder, networ
     model, pictures = (ask("put", data=base64.b64encode(data).decode())["digest"] for data in (stage, file.getvalue()))
     ask("open", handle=1, stages=[model], plan=[], threads=1)
     batches = [TimedBatch(3, 1, follows=Follows(2, age, 1e9, 30)) for age in (1, 30)]
-    settings = {"images": pictures, "batches": [asdict(batch) for batch in batches], "protocol": asdict(Protocol())}
+    settings = {
+        "images": pictures,
+        "batches": [asdict(batch) for batch in batches],
+        "protocol": asdict(TimingProtocol()),
+    }
     ask("turns", handle=1, reference=1, reference_batch=1, **settings)
     turns = [ask("turn", candidate_first=index % 2 == 0)["ratios"] for index in range(15)]
     again, fresh = np.median(turns, axis=0)
@@ -312,7 +316,7 @@ def test_the_worker_brings_what_it_imports_and_needs_no_torch(tmp_path) -> None:
 
 def test_openvino_runs_on_a_board(server, builder, network, space, images) -> None:
     pytest.importorskip("openvino")
-    board = Board(server.url(runtime="openvino"))
+    board = RemoteRuntime(server.url(runtime="openvino"))
     try:
         here = runtime("openvino")
         assert (board.version(), board.capabilities()) == (here.version(), here.capabilities())
@@ -361,7 +365,9 @@ def test_many_images_cross_the_network_in_parts(board, builder, network, space, 
     monkeypatch.setattr("evaluators.runtimes.remote.runtime.SMALL_BYTES", images.numpy()[:5].nbytes)
     for one, other in zip(opened.answer(images.numpy(), 4), whole, strict=True):
         np.testing.assert_array_equal(one, other)
-    take_turn = opened.turns(images.numpy(), [TimedBatch(8, 4), TimedBatch(0, 4, longest=True)], opened, 2, Protocol())
+    take_turn = opened.turns(
+        images.numpy(), [TimedBatch(8, 4), TimedBatch(0, 4, longest=True)], opened, 2, TimingProtocol()
+    )
     assert len(take_turn(True).ratios) == 2
 
 
@@ -397,7 +403,7 @@ def test_frames_take_turns_on_a_board(board, builder, network, space, images) ->
     opened = opened_dense(board, builder, network, space)
     reused, computed = Follows(2, 1, 1e9, 30), Follows(2, 1, 0.0, 30)
     batches = [TimedBatch(3, 1, follows=reused), TimedBatch(3, 1, follows=computed)]
-    take_turn = opened.turns(images.numpy(), batches, opened, 1, Protocol())
+    take_turn = opened.turns(images.numpy(), batches, opened, 1, TimingProtocol())
     again, fresh = np.median([take_turn(index % 2 == 0).ratios for index in range(15)], axis=0)
     assert 0 < again < fresh
 

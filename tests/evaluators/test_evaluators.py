@@ -6,14 +6,14 @@ import torch
 
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.data import LabelledImages
-from evaluators.deployed import Deployed, Subject
+from evaluators.deployed import DeployedCandidate, LoadedArtifact
 from evaluators.flops.evaluator import FlopsEvaluator, count_by_module
 from evaluators.latency.cache import LatencyCache, is_two_in_four
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.runtimes.base import Target, TargetError
 from evaluators.runtimes.device_state import DeviceState
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
-from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.paired_timing import TimingProtocol
 from evaluators.runtimes.registry import RUNTIMES, runtime
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.testing import EvaluatorContract, RuntimeContract
@@ -21,7 +21,7 @@ from spaces.candidate import Candidate
 
 
 @pytest.fixture(params=["dense", "pruned int8 with exits"])
-def subject(request, builder, network, space, images) -> Subject:
+def subject(request, builder, network, space, images) -> DeployedCandidate:
     values = space.uniform(1.0, "fp32", 1.0) if request.param == "dense" else space.uniform(0.5, "int8", 0.6)
     candidate = space.candidate(values)
     pruned = space.apply(network, candidate)
@@ -30,7 +30,7 @@ def subject(request, builder, network, space, images) -> Subject:
     labels[0] = (labels[0] + 1) % 4
     data = LabelledImages(images.numpy(), labels)
     target = Target("onnxruntime", "test CPU", 4, 1)
-    return Subject(pruned, candidate, builder.build(pruned, candidate), data, OnnxRuntime(), target)
+    return DeployedCandidate(pruned, candidate, builder.build(pruned, candidate), data, OnnxRuntime(), target)
 
 
 class TestAccuracy(EvaluatorContract):
@@ -114,12 +114,12 @@ class TestLatency(EvaluatorContract):
             candidate = Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds)
             references[precision] = Reference(builder.build(network, candidate).deployed[0], 1.0)
         target = Target("onnxruntime", "test CPU", 4, 1)
-        return LatencyEvaluator(references, OnnxRuntime(), target, Protocol(limit_s=0.2))
+        return LatencyEvaluator(references, OnnxRuntime(), target, TimingProtocol(limit_s=0.2))
 
     def test_is_told_at_the_speed_of_the_reference(self, evaluator, subject) -> None:
         precision = "int8" if subject.artifact.exits else "fp32"
         twice = {name: Reference(found.model, 2.0) for name, found in evaluator.references.items()}
-        slower = LatencyEvaluator(twice, OnnxRuntime(), subject.target, Protocol(limit_s=0.2))
+        slower = LatencyEvaluator(twice, OnnxRuntime(), subject.target, TimingProtocol(limit_s=0.2))
         found = slower.measure(subject)
         assert found.value == pytest.approx(2.0 * found.notes["ratio"])
         assert f"dense {precision}" in found.protocol
@@ -144,7 +144,7 @@ class TestLatency(EvaluatorContract):
             def capabilities(self):
                 return replace(super().capabilities(), clock="gpu")
 
-        events = LatencyEvaluator(evaluator.references, ByEvents(), subject.target, Protocol(limit_s=0.2))
+        events = LatencyEvaluator(evaluator.references, ByEvents(), subject.target, TimingProtocol(limit_s=0.2))
         found = events.measure(subject)
         assert found.value == pytest.approx(found.notes["ratio"] * 1.0 + found.notes["wait_s"])
         assert "CUDA events" in found.protocol
@@ -171,7 +171,7 @@ def test_a_latency_is_measured_once_per_shape(builder, network, space, images, t
     library, target = Compiling(), Target("onnxruntime", "test CPU", 4, 1)
     dense = builder.build(network, space.dense()).deployed[0]
     make = lambda: LatencyEvaluator(  # noqa: E731
-        {"fp32": Reference(dense, 1.0)}, library, target, Protocol(limit_s=0.1), LatencyCache(tmp_path)
+        {"fp32": Reference(dense, 1.0)}, library, target, TimingProtocol(limit_s=0.1), LatencyCache(tmp_path)
     )
     data = LabelledImages(images.numpy(), np.zeros(len(images), np.int64))
 
@@ -180,7 +180,7 @@ def test_a_latency_is_measured_once_per_shape(builder, network, space, images, t
         pruned = space.apply(network, candidate)
         for parameter in pruned.parameters():
             parameter.data += noise
-        subject = Deployed(candidate, builder.build(pruned, candidate), data, library, target)
+        subject = LoadedArtifact(candidate, builder.build(pruned, candidate), data, library, target)
         before = library.opened
         return evaluator.measure(subject).value, library.opened - before
 
@@ -209,10 +209,12 @@ def test_a_latency_has_the_state_before_and_after_and_says_when_it_moved(builder
     library, target = Warming(cool, hot, DeviceState("GPU"), DeviceState("GPU")), Target("onnxruntime", "test", 4, 1)
     artifact = builder.build(network, space.dense())
     evaluator = LatencyEvaluator(
-        {"fp32": Reference(artifact.deployed[0], 1.0)}, library, target, Protocol(limit_s=0.05)
+        {"fp32": Reference(artifact.deployed[0], 1.0)}, library, target, TimingProtocol(limit_s=0.05)
     )
     data = LabelledImages(images.numpy(), np.zeros(len(images), np.int64))
-    first, second = (evaluator.measure(Deployed(space.dense(), artifact, data, library, target)) for _ in range(2))
+    first, second = (
+        evaluator.measure(LoadedArtifact(space.dense(), artifact, data, library, target)) for _ in range(2)
+    )
     assert first.states == {"before": cool.told(), "after": hot.told()}
     assert [word for line, word in zip(first.remarks, ("1000 MHz", "70 degrees"), strict=True) if word in line]
     assert first.notes["drift"] == pytest.approx(first.notes["work_s"] / first.notes["ratio"])

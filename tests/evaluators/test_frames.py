@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from evaluators.accuracy import accuracy_of
 from evaluators.data import LabelledImages
-from evaluators.deployed import Subject, ask
+from evaluators.deployed import DeployedCandidate, ask
 from evaluators.flops.evaluator import FlopsEvaluator
 from evaluators.inference.frame_reuse import FrameReuse, Reuse, difference, thumbnail
 from evaluators.inference.staged import StagedNetwork
@@ -23,7 +23,7 @@ from evaluators.testing import EvaluatorContract
 from spaces.candidate import Candidate
 from spaces.dimensions import Real
 from spaces.testing import SpaceContract
-from spaces.thresholds import GateSpace
+from spaces.thresholds import ThresholdSpace
 from tests.helpers import tiny
 
 NEVER = 1e9
@@ -63,13 +63,13 @@ def stream() -> Stream:
 
 
 @pytest.fixture(params=["fp32, exits", "int8, no exits"])
-def subject(request, builder, network, space, stream) -> Subject:
+def subject(request, builder, network, space, stream) -> DeployedCandidate:
     precision, threshold = ("fp32", 0.6) if "fp32" in request.param else ("int8", 1.0)
     candidate = space.candidate(space.uniform(0.5, precision, threshold))
     smaller = space.apply(network, candidate)
     artifact = replace(builder.build(smaller, candidate), reuse=Reuse(0.5, 10))
     target = Target("onnxruntime", "this CPU", batch=1, threads=1)
-    return Subject(smaller, candidate, artifact, stream, OnnxRuntime(), target)
+    return DeployedCandidate(smaller, candidate, artifact, stream, OnnxRuntime(), target)
 
 
 @pytest.mark.parametrize("max_age", [1, 2, 7])
@@ -153,13 +153,13 @@ def test_a_thumbnail_is_the_mean_of_its_cells(channels, height, width, seed) -> 
 @pytest.mark.parametrize("threshold", [0.2, 0.35, 0.9, 3.0])
 def test_accuracy_follows_from_single_answers_and_equals_that_of_the_loop(threshold, subject, stream) -> None:
     reuse, stages = Reuse(threshold, 9), len(subject.artifact.deployed)
-    every = ask(subject.opened, stages, stream, 1)
+    every = ask(subject.session, stages, stream, 1)
     network = StagedNetwork([load(stage, 1) for stage in subject.artifact.deployed], subject.artifact.thresholds)
     logits, exits, keys = FrameReuse(network, threshold, 9)(stream.images)
     answering = stream.key_frames(reuse)
     np.testing.assert_array_equal(every.classes[answering], logits.argmax(axis=1))
     np.testing.assert_array_equal(every.exits[answering], exits)
-    asked = ask(subject.opened, stages, stream, 1, reuse)
+    asked = ask(subject.session, stages, stream, 1, reuse)
     np.testing.assert_array_equal(asked.classes, logits.argmax(axis=1))
     np.testing.assert_array_equal(asked.exits, exits)
     np.testing.assert_array_equal(asked.computed, keys)
@@ -191,7 +191,7 @@ class TestFlops(EvaluatorContract):
 
     def test_only_key_frames_are_computed_and_every_frame_is_compared(self, evaluator, subject, stream) -> None:
         found = evaluator.measure(subject)
-        alone = Subject(
+        alone = DeployedCandidate(
             subject.network,
             subject.candidate,
             replace(subject.artifact, reuse=None),
@@ -234,18 +234,18 @@ class TestLatency(EvaluatorContract):
 
 class TestGates(SpaceContract):
     @pytest.fixture
-    def part(self) -> GateSpace:
-        return GateSpace(["exit1"], 0.5, 0.05, Real(0.0, 0.4, 0.1))
+    def part(self) -> ThresholdSpace:
+        return ThresholdSpace(["exit1"], 0.5, 0.05, Real(0.0, 0.4, 0.1))
 
 
 def test_a_gate_for_frames_is_no_exit() -> None:
     candidate = Candidate({}, {}, {"exit1": 0.8, "frames": 0.2})
     assert candidate.active_exits == ("exit1",)
-    gates = GateSpace(["exit1"], 0.5, 0.05, Real(0.0, 0.4, 0.1))
+    gates = ThresholdSpace(["exit1"], 0.5, 0.05, Real(0.0, 0.4, 0.1))
     assert gates.closed() == {"exit1": 1.0, "frames": 0.0}
     assert gates.as_open(1.0) == 0.0
     assert gates.as_open(0.5) == 0.4
-    assert GateSpace(["exit1"], 0.5, 0.05).closed() == {"exit1": 1.0}
+    assert ThresholdSpace(["exit1"], 0.5, 0.05).closed() == {"exit1": 1.0}
 
 
 @pytest.mark.parametrize("starts", [[], [1], [0, 3, 3], [0, 9]])

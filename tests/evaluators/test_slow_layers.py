@@ -15,23 +15,23 @@ from torch import Tensor, nn
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.latency.cache import LatencyCache
-from evaluators.latency.slow_layer_timing import PlacementExaminer
+from evaluators.latency.slow_layer_timing import SlowLayerFinder
 from evaluators.latency.slow_layers import (
     CONFIRMATIONS,
     LEAST_S,
     MOST_S,
     SHARE,
     TIMINGS,
-    Examined,
     Hunt,
     Interval,
     Lost,
     Slower,
+    SlowLayers,
     Whole,
     seconds_for,
 )
 from evaluators.runtimes.base import Target
-from evaluators.runtimes.local import LocallyOpened
+from evaluators.runtimes.local import LocalSession
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from search.loop.coordinator import Coordinator
 from search.loop.resume import without_slow_precisions
@@ -218,7 +218,7 @@ class Burdened(OnnxRuntime):
         self.burdens = burdens
 
     def open(self, stages, thresholds, threads, confidence="softmax"):
-        return LocallyOpened([self._slowed(stage, threads) for stage in stages], thresholds, threads, confidence)
+        return LocalSession([self._slowed(stage, threads) for stage in stages], thresholds, threads, confidence)
 
     def _slowed(self, stage: bytes, threads: int):
         loaded = load(stage, threads)
@@ -233,7 +233,7 @@ class Burdened(OnnxRuntime):
         return run
 
 
-def examiner_of(library: OnnxRuntime, folder, batch: int = 4) -> PlacementExaminer:
+def examiner_of(library: OnnxRuntime, folder, batch: int = 4) -> SlowLayerFinder:
     """Returns what examines a small network on a runtime."""
     torch.manual_seed(0)
     network = ExitNetwork(Smooth().eval(), [], []).eval()
@@ -241,7 +241,7 @@ def examiner_of(library: OnnxRuntime, folder, batch: int = 4) -> PlacementExamin
     builder = ArtifactBuilder(network, images, library)
     dense = Candidate({}, dict.fromkeys(builder.layers, "fp32"), {})
     target = Target("onnxruntime", "test CPU", batch, 1)
-    return PlacementExaminer(builder, network, dense, ("fp32", "int8"), library, target, images, LatencyCache(folder))
+    return SlowLayerFinder(builder, network, dense, ("fp32", "int8"), library, target, images, LatencyCache(folder))
 
 
 LAYERS = ("stem", "depthwise", "wide", "head")
@@ -259,7 +259,7 @@ def test_a_runtime_on_which_int8_is_slow_is_not_offered_int8(tmp_path) -> None:
     said = examined_layers(found)
     assert f"int8 as a whole takes {1 / whole.ratio:.2f}" in said
     assert "times as long as fp32 here; it is offered to no layer: none was proved faster" in said
-    assert Examined.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert SlowLayers.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 def test_with_no_time_at_all_the_whole_network_is_judged_all_the_same(tmp_path) -> None:
@@ -296,7 +296,7 @@ def test_networks_that_cannot_be_built_are_told_and_tried_again_the_next_time(tm
     found = examiner.examine(lambda *_: None, 5.0)
     assert (found.refused, found.slower) == (("no int8 here",), ())
     assert "some could not be taken: no int8 here)" in examined_layers(found)
-    assert Examined.from_dict(found.to_dict()) == found
+    assert SlowLayers.from_dict(found.to_dict()) == found
     library.refuses = False
     assert examiner.examine(lambda *_: None, 5.0).refused == ()
 
@@ -304,7 +304,7 @@ def test_networks_that_cannot_be_built_are_told_and_tried_again_the_next_time(tm
 def test_a_real_examination_is_consistent_and_done_once(tmp_path) -> None:
     told: list[int] = []
 
-    def examine(batch: int) -> Examined:
+    def examine(batch: int) -> SlowLayers:
         examiner = examiner_of(OnnxRuntime(), tmp_path, batch)
         return examiner.examine(lambda _, done, total: told.append(done), 5.0)
 
@@ -314,7 +314,7 @@ def test_a_real_examination_is_consistent_and_done_once(tmp_path) -> None:
     assert len(names) == len(set(names))
     assert set(names) <= set(LAYERS)
     assert all(each.ratio * (1 + each.half_width) < 1 for each in found.slower)
-    assert Examined.from_dict(found.to_dict()) == found
+    assert SlowLayers.from_dict(found.to_dict()) == found
     told.clear()
     assert examine(4) == found
     assert not told, "kept from before"
@@ -322,7 +322,7 @@ def test_a_real_examination_is_consistent_and_done_once(tmp_path) -> None:
     assert told, "another batch size is another question"
 
 
-FOUND = Examined((Slower(("b", "c"), "int8", "fp16", 0.9, 0.01),), 7, 3.21)
+FOUND = SlowLayers((Slower(("b", "c"), "int8", "fp16", 0.9, 0.01),), 7, 3.21)
 
 
 def test_a_layer_keeps_what_is_left() -> None:
@@ -340,8 +340,8 @@ def test_it_is_told_in_a_line() -> None:
         "Left out as slower: b + c not in int8 (with them in fp16 the network takes 0.900 ± 0.009 of its time)"
         " (7 timings, 3.2 s)."
     )
-    assert examined_layers(Examined(timings=7, seconds=3.0)).startswith("No layer is measurably slower")
-    many = Examined(tuple(replace(FOUND.slower[0], layers=(name,)) for name in "abcde"))
+    assert examined_layers(SlowLayers(timings=7, seconds=3.0)).startswith("No layer is measurably slower")
+    many = SlowLayers(tuple(replace(FOUND.slower[0], layers=(name,)) for name in "abcde"))
     assert "and 2 more" in examined_layers(many)
     assert "\n" not in examined_layers(many)
 
@@ -351,7 +351,7 @@ WHOLE = Whole("int8", "fp32", 3, 0.3125, 0.01, True)
 
 def test_a_network_that_is_slower_as_a_whole_is_told_with_what_is_offered() -> None:
     lost = Slower(("a", "b", "c"), "int8", "fp32", 0.3125, 0.01)
-    none = Examined((lost,), 9, 2.0, wholes=(WHOLE,))
+    none = SlowLayers((lost,), 9, 2.0, wholes=(WHOLE,))
     assert examined_layers(none) == (
         "int8 as a whole takes 3.20 ± 0.03 times as long as fp32 here; it is offered to no layer: none was proved"
         " faster (9 timings, 2.0 s)."
@@ -359,9 +359,9 @@ def test_a_network_that_is_slower_as_a_whole_is_told_with_what_is_offered() -> N
     some = replace(none, slower=(replace(lost, layers=("a", "b")),), unfinished=("int8",))
     assert "it is offered to 1 of 3 layers, where it was proved faster" in examined_layers(some)
     assert "the time was up before every part was looked at in int8" in examined_layers(some)
-    wins = Examined((), 1, 2.0, wholes=(replace(WHOLE, ratio=2.0, is_slower=False),))
+    wins = SlowLayers((), 1, 2.0, wholes=(replace(WHOLE, ratio=2.0, is_slower=False),))
     assert examined_layers(wins).startswith("int8 as a whole takes 0.50 ± 0.01 of fp32's time here. No layer is")
-    unsure = Examined((replace(lost, is_confirmed=False),), 1, 2.0)
+    unsure = SlowLayers((replace(lost, is_confirmed=False),), 1, 2.0)
     assert "of its time, seen once)" in examined_layers(unsure)
 
 
@@ -371,16 +371,16 @@ def test_what_earlier_versions_kept_is_read() -> None:
         "timings": 7,
         "seconds": 3.0,
     }
-    found = Examined.from_dict(old)
+    found = SlowLayers.from_dict(old)
     assert found.allowed(["a", "b"], ("fp32", "int8")) == {"a": ("fp32", "int8"), "b": ("fp32",)}
     assert (found.wholes, found.record, found.unfinished) == ((), (), ())
-    assert Examined.from_dict(found.to_dict()) == found
+    assert SlowLayers.from_dict(found.to_dict()) == found
 
 
 @pytest.fixture
 def excluding(folder) -> Baseline:
     """The dense network's figures, as if one layer had been slower in int8."""
-    slower = Examined((Slower(("inner.0",), "int8", "fp32", 0.9, 0.01),), 3, 1.0)
+    slower = SlowLayers((Slower(("inner.0",), "int8", "fp32", 0.9, 0.01),), 3, 1.0)
     return replace(stored(folder).baseline, examined=slower)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from evaluators.inference.staged import StagedNetwork
 from evaluators.runtimes.base import Follows, TargetError, TimedBatch
-from evaluators.runtimes.paired_timing import Protocol, time_pair
+from evaluators.runtimes.paired_timing import TimingProtocol, time_pair
 from evaluators.runtimes.tensorrt_gpu import cuda as cuda_module
 from evaluators.runtimes.tensorrt_gpu.cuda import (
     Buffer,
@@ -62,7 +62,7 @@ def test_every_exit_is_asked_and_a_batch_leaves_where_it_is_told(gpu: ScriptedGp
     np.testing.assert_allclose(found, StagedNetwork([first_half, second_half], [0.8]).all_logits(pictures), rtol=1e-6)
     assert found.shape[:2] == (len(pictures), 2)
     batches = [TimedBatch(0, batch, exit=place) for place in (0, 1)]
-    turn = network.turns(pictures, batches, opened(gpu, name="r"), 1, Protocol())(True)
+    turn = network.turns(pictures, batches, opened(gpu, name="r"), 1, TimingProtocol())(True)
     assert turn.works[1] > 1.5 * turn.works[0], "one engine, then both"
 
 
@@ -139,14 +139,14 @@ def test_without_a_graph_there_is_one_way_to_launch(gpu: ScriptedGpu, pictures: 
 def test_a_drifting_gpu_does_not_move_the_ratio(speed: Any, pictures: Any) -> None:
     gpu = ScriptedGpu(speed)
     candidate, reference = opened(gpu, 3e-3 - 2 * COPY_S), opened(gpu, 2e-3 - 2 * COPY_S, "r")
-    protocol = Protocol(limit_s=1e9)
+    protocol = TimingProtocol(limit_s=1e9)
     turns = candidate.turns(pictures, [TimedBatch(0, 4)], reference, 1, protocol)
     assert time_pair(turns, [1.0], protocol, lambda: gpu.now).ratio == pytest.approx(1.5, rel=0.02)
 
 
 def test_both_sides_are_warm_before_they_take_turns(gpu: ScriptedGpu, pictures: Any) -> None:
     candidate, reference = opened(gpu), opened(gpu, name="r")
-    take_turn = candidate.turns(pictures, [TimedBatch(0, 4)], reference, 1, Protocol(burst_s=0))
+    take_turn = candidate.turns(pictures, [TimedBatch(0, 4)], reference, 1, TimingProtocol(burst_s=0))
     assert gpu.now > 0.2
     gpu.kernels.clear()
     for first in (True, False):
@@ -157,7 +157,7 @@ def test_both_sides_are_warm_before_they_take_turns(gpu: ScriptedGpu, pictures: 
 def test_the_longest_path_passes_every_exit(gpu: ScriptedGpu, pictures: Any) -> None:
     candidate, reference = opened(gpu, thresholds=(0.0,)), opened(gpu, name="r")
     batches = [TimedBatch(0, 1), TimedBatch(0, 1, longest=True)]
-    turn = candidate.turns(pictures, batches, reference, 1, Protocol())(True)
+    turn = candidate.turns(pictures, batches, reference, 1, TimingProtocol())(True)
     alone = 1e-3 + 2 * COPY_S
     assert turn.ratios == pytest.approx([1.0, (alone + 1e-3 + COPY_S) / alone], rel=1e-3)
 
@@ -166,7 +166,7 @@ def test_a_frame_that_is_answered_again_leaves_the_gpu_alone(gpu: ScriptedGpu, p
     candidate, reference = opened(gpu), opened(gpu, name="r")
     reused, computed = Follows(0, 1, 1e9, 30), Follows(0, 30, 1e9, 30)
     batches = [TimedBatch(1, 1, follows=reused), TimedBatch(1, 1, follows=computed, share=0)]
-    take_turn = candidate.turns(pictures, batches, reference, 1, Protocol(burst_s=0))
+    take_turn = candidate.turns(pictures, batches, reference, 1, TimingProtocol(burst_s=0))
     gpu.kernels.clear()
     turn = take_turn(True)
     assert turn.ratios == pytest.approx([0.0, 1.0])
@@ -193,7 +193,7 @@ def test_an_engine_that_is_refused_without_a_reason_is_one_clear_line(gpu: Scrip
 
 def test_a_gpu_lost_in_the_middle_of_a_turn_is_one_clear_line(gpu: ScriptedGpu, pictures: Any) -> None:
     candidate, reference = opened(gpu), opened(gpu, name="r")
-    take_turn = candidate.turns(pictures, [TimedBatch(0, 4)], reference, 1, Protocol())
+    take_turn = candidate.turns(pictures, [TimedBatch(0, 4)], reference, 1, TimingProtocol())
     gpu.lost_after = len(gpu.kernels) + 3
     with pytest.raises(LaunchError) as error:
         take_turn(True)

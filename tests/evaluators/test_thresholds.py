@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from evaluators.exits.correctness import likelihoods
+from evaluators.exits.correctness import correctness_probabilities
 from evaluators.exits.threshold_solver import Cost, Thresholds
 from evaluators.inference.staged import CONFIDENCES
 from spaces.candidate import NEVER_EXIT
@@ -194,7 +194,7 @@ def test_likelihoods_say_on_average_what_was_counted() -> None:
     confidences = rng.random((500, 3))
     correct = rng.random((500, 3)) < confidences
     correct[:, 2] = True
-    found = likelihoods(confidences, correct)
+    found = correctness_probabilities(confidences, correct)
     np.testing.assert_allclose(found.mean(axis=0), correct.mean(axis=0), atol=1e-5)
     assert np.corrcoef(found[:, 0], confidences[:, 0])[0, 1] > 0.95
     assert found[:, 2].min() == 1
@@ -214,7 +214,10 @@ def test_thresholds_by_likelihood_hold_better_elsewhere_than_by_counting() -> No
     best, lost = truth.solve().accuracy, []
     for _ in range(12):
         sure, correct = drawn(400)
-        by = [Thresholds(sure[:, :2], told, [cost]).solve() for told in (likelihoods(sure, correct), correct)]
+        by = [
+            Thresholds(sure[:, :2], told, [cost]).solve()
+            for told in (correctness_probabilities(sure, correct), correct)
+        ]
         lost.append([best - truth.outcome(found.thresholds).accuracy for found in by])
     smooth, counted = np.mean(lost, axis=0)
     assert smooth < 0.75 * counted

@@ -5,11 +5,11 @@ import time
 import numpy as np
 import pytest
 
-from evaluators.runtimes.paired_timing import Clock, PairedTiming, Protocol, turns_of
+from evaluators.runtimes.paired_timing import Clock, PairedTiming, TimingProtocol, turns_of
 from evaluators.runtimes.paired_timing import time_pair as time_turns
 
 
-def time_pair(candidate, weights, reference, protocol: Protocol, clock: Clock) -> PairedTiming:
+def time_pair(candidate, weights, reference, protocol: TimingProtocol, clock: Clock) -> PairedTiming:
     return time_turns(turns_of(candidate, reference, protocol, clock), weights, protocol, clock.wall)
 
 
@@ -33,7 +33,7 @@ class Machine:
         return Clock(lambda: self.now, lambda: self.now)
 
 
-PROTOCOL = Protocol(limit_s=1e9)
+PROTOCOL = TimingProtocol(limit_s=1e9)
 
 
 def test_the_ratio_is_that_of_the_work() -> None:
@@ -61,14 +61,18 @@ def test_a_drifting_machine_does_not_move_the_ratio(speed) -> None:
 def test_the_two_sides_take_turns_and_change_who_begins() -> None:
     machine = Machine(lambda _: 1.0)
     time_pair(
-        [machine.call("c", 1.0)], [1], machine.call("r", 1.0), Protocol(warmups=0, turns=4, limit_s=1e9), machine.clock
+        [machine.call("c", 1.0)],
+        [1],
+        machine.call("r", 1.0),
+        TimingProtocol(warmups=0, turns=4, limit_s=1e9),
+        machine.clock,
     )
     assert "".join(machine.log) == "ccrr" + "rrcc" + "ccrr" + "rrcc"
 
 
 def test_bursts_last_until_the_caches_are_in_the_state_of_steady_use() -> None:
     machine = Machine(lambda _: 1.0)
-    protocol = Protocol(warmups=3, turns=2, burst_s=8.0, limit_s=1e9)
+    protocol = TimingProtocol(warmups=3, turns=2, burst_s=8.0, limit_s=1e9)
     time_pair([machine.call("c", 2.0)], [1], machine.call("r", 1.0), protocol, machine.clock)
     assert "".join(machine.log) == "rrr" + "ccc" + "ccccc" + "r" * 9 + "r" * 9 + "ccccc"
 
@@ -80,7 +84,7 @@ def test_what_interrupts_a_burst_now_and_then_counts_as_it_does_in_a_loop() -> N
     def interrupted() -> None:
         machine.now += next(costs)
 
-    protocol = Protocol(warmups=0, burst=9, limit_s=1e9)
+    protocol = TimingProtocol(warmups=0, burst=9, limit_s=1e9)
     found = time_pair([interrupted], [1], machine.call("r", 1.0), protocol, machine.clock)
     assert found.ratio == pytest.approx(1.5, rel=0.05)
 
@@ -112,7 +116,9 @@ def test_the_first_call_of_a_burst_is_not_counted() -> None:
     def cold_then_warm() -> None:
         machine.now += next(costs)
 
-    found = time_pair([cold_then_warm], [1], machine.call("r", 1.0), Protocol(warmups=0, limit_s=1e9), machine.clock)
+    found = time_pair(
+        [cold_then_warm], [1], machine.call("r", 1.0), TimingProtocol(warmups=0, limit_s=1e9), machine.clock
+    )
     assert found.ratio == pytest.approx(1.0)
 
 
@@ -129,7 +135,7 @@ def test_inputs_count_by_weight_and_a_weightless_one_is_only_reported() -> None:
 
 def test_it_stops_at_its_time_limit_after_two_turns_of_each_input() -> None:
     machine = Machine(lambda _: 1.0)
-    limit = Protocol(warmups=0, limit_s=0.1)
+    limit = TimingProtocol(warmups=0, limit_s=0.1)
     time_pair([machine.call("a", 1.0), machine.call("b", 1.0)], [1, 1], machine.call("r", 1.0), limit, machine.clock)
     assert (
         machine.log.count("a") + machine.log.count("b") == 7
@@ -140,7 +146,7 @@ def test_it_stops_at_its_time_limit_after_two_turns_of_each_input() -> None:
 def test_inputs_follow_each_other_as_often_as_they_occur() -> None:
     machine = Machine(lambda _: 1.0)
     calls = [machine.call(name, 1.0) for name in ("often", "seldom", "never")]
-    take_turn = turns_of(calls, machine.call("r", 1.0), Protocol(warmups=0, burst=41), machine.clock, (3, 1, 0))
+    take_turn = turns_of(calls, machine.call("r", 1.0), TimingProtocol(warmups=0, burst=41), machine.clock, (3, 1, 0))
     orders = []
     for _ in range(10):
         machine.log.clear()
@@ -163,7 +169,7 @@ def test_what_an_input_costs_after_others_is_what_it_costs_in_succession() -> No
         return run
 
     calls = [call("easy", 1.0, 0.0), call("hard", 4.0, 2.0)]
-    protocol = Protocol(burst=81, turns=20, limit_s=1e9, calls=10**6)
+    protocol = TimingProtocol(burst=81, turns=20, limit_s=1e9, calls=10**6)
     turns = turns_of(calls, machine.call("r", 1.0), protocol, machine.clock, (1, 1))
     found = time_turns(turns, [1, 1], protocol, machine.clock.wall)
     assert found.per_input == pytest.approx((1.0, 5.0), rel=0.05), "half of what is hard comes after what is easy"
@@ -195,6 +201,6 @@ def test_a_real_loop_twice_as_long_takes_twice_the_time() -> None:
 
         return run
 
-    found = time_pair([work(40_000)], [1], work(20_000), Protocol(limit_s=1.0), Clock.for_threads(1))
+    found = time_pair([work(40_000)], [1], work(20_000), TimingProtocol(limit_s=1.0), Clock.for_threads(1))
     assert 1.6 < found.ratio < 2.4
     assert found.wall_percentile(50) < time.get_clock_info("perf_counter").resolution + 1.0

@@ -9,7 +9,7 @@ import pytest
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.runtimes.base import Proof, TargetError, TimedBatch
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
-from evaluators.runtimes.paired_timing import Protocol, time_pair
+from evaluators.runtimes.paired_timing import TimingProtocol, time_pair
 from evaluators.runtimes.tensorrt_gpu import inspector as trt_report
 from evaluators.runtimes.tensorrt_gpu import runtime as trt
 from evaluators.runtimes.tensorrt_gpu.engines import WITH_GRAPH, WITHOUT_GRAPH
@@ -81,7 +81,7 @@ def test_a_layer_gets_the_precision_that_it_was_asked_for(runtime, builder, netw
 
 
 def test_an_engine_takes_as_long_as_itself(runtime, builder, network, space, images) -> None:
-    stage, protocol = one_stage(builder, network, space, "fp32"), Protocol()
+    stage, protocol = one_stage(builder, network, space, "fp32"), TimingProtocol()
     first, second = (runtime.open([stage], [], 1) for _ in range(2))
     turns = first.turns(images.numpy(), [TimedBatch(0, 4)], second, 4, protocol)
     assert time_pair(turns, [1.0], protocol, time.perf_counter).ratio == pytest.approx(1.0, abs=0.1)

@@ -13,7 +13,7 @@ from evaluators.runtimes.tensorrt_gpu.cuda import (
     Cuda,
     TimedStream,
 )
-from evaluators.runtimes.tensorrt_gpu.engines import EngineStage, OpenedEngines
+from evaluators.runtimes.tensorrt_gpu.engines import EngineSession, EngineStage
 
 CLASSES = 3
 COPY_S = 1e-4
@@ -237,7 +237,7 @@ def opened(gpu: ScriptedGpu, seconds: float = 1e-3, name: str = "c", thresholds:
         engine = ScriptedEngine(gpu, label, seconds, compute, places[0], places[1:])
         return EngineStage(stream, engine, feed, results)
 
-    return OpenedEngines(load, stream, thresholds, lambda engine: [], lambda: gpu.now)
+    return EngineSession(load, stream, thresholds, lambda engine: [], lambda: gpu.now)
 
 
 def one_line(error: pytest.ExceptionInfo[Any]) -> str:

@@ -87,7 +87,7 @@ def test_an_exit_behind_which_the_exported_graph_cannot_be_cut_is_left_out(cache
     subject = pipeline.deployed(pipeline.space.dense())
     with torch.no_grad():
         expected = pipeline.network.trunk(torch.from_numpy(pipeline.data.test.images[:4])).numpy()
-    np.testing.assert_allclose(subject.opened.all_logits(pipeline.data.test.images[:4], 4)[:, -1], expected, atol=1e-4)
+    np.testing.assert_allclose(subject.session.all_logits(pipeline.data.test.images[:4], 4)[:, -1], expected, atol=1e-4)
 
 
 def test_fewer_exits_than_weights_keep_those_of_their_shares(cache: Path) -> None:

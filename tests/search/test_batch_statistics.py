@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evaluators.data import LabelledImages
 from search.config.study import RecoverySection
 from search.pipeline.search_space import halves_told
-from search.recovery.base import Ground
+from search.recovery.base import RecoveryContext
 from search.recovery.batchnorm import BatchNormRecovery
 from search.training.batchnorm import check_images, recalibrate_batch_norm, recovery_images, refresh_statistics
 from spaces.dynamic.exit_network import ConvolutionalExitHead, ExitHead, ExitNetwork
@@ -44,7 +44,9 @@ def shuffled(seed: int) -> LabelledImages:
 def level(network: ExitNetwork, space, seed: int = 0, train: LabelledImages | None = None) -> BatchNormRecovery:
     settings = RecoverySection(level="bn", images=FEW)
     data = train or shuffled(seed)
-    return BatchNormRecovery(Ground(network, space, data, None, settings, Path("none"), "key", lambda *_: None))
+    return BatchNormRecovery(
+        RecoveryContext(network, space, data, None, settings, Path("none"), "key", lambda *_: None)
+    )
 
 
 def statistics(network: nn.Module) -> dict[str, Tensor]:

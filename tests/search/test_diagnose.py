@@ -13,12 +13,12 @@ from torch import nn
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
 from evaluators.diagnosis.comparison import Answered, Compared, Side, compare
-from evaluators.diagnosis.evidence import Case, Finding
+from evaluators.diagnosis.evidence import Evidence, Finding
 from evaluators.diagnosis.rules import find, is_chance
 from evaluators.diagnosis.taps import norm_variances
 from evaluators.runtimes.cpu import weight_bits
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
-from search.config.diagnosis_request import Wanted
+from search.config.diagnosis_request import DiagnosisRequest
 from search.pipeline.diagnosis import diagnose
 from spaces.candidate import NEVER_EXIT, Candidate
 from spaces.dynamic.exit_network import ExitNetwork
@@ -48,14 +48,14 @@ class Network:
         reference, version = (Side(name, OnnxRuntime(), (file,)) for name, file in (("fp32", self.exact), ("it", file)))
         return compare(reference, version, (self.exact,), self.data, CLASSES, lambda *_: None)
 
-    def case(self, file: bytes, precision: str) -> Case:
+    def case(self, file: bytes, precision: str) -> Evidence:
         state = self.network.state_dict()
-        return Case(
+        return Evidence(
             reference="fp32",
             version=precision,
             compared=self.compared(file),
-            halves=precision == "fp16",
-            eights=precision == "int8",
+            has_fp16=precision == "fp16",
+            has_8_bits=precision == "int8",
             targets=False,
             variances={name: state[name].numpy() for name in state if name.endswith("running_var")},
             norms=norm_variances(file),
@@ -303,7 +303,7 @@ def test_a_network_with_exits_is_compared_in_all_of_its_stages(pipeline) -> None
     compared = compare(*sides, exact.stages, pipeline.data.validation, pipeline.data.classes, lambda *_: None)
     assert compared.unmatched == ()
     assert set(pipeline.builder.layers) <= {layer.name for layer in compared.layers}
-    closed = diagnose(pipeline, Wanted(images=80), None, lambda *_: None).compared
+    closed = diagnose(pipeline, DiagnosisRequest(images=80), None, lambda *_: None).compared
     at_the_end = [next(layer for layer in each.layers if layer.name == "classifier") for each in (compared, closed)]
     assert at_the_end[0].sqnr_db == pytest.approx(at_the_end[1].sqnr_db, abs=1.0)
     assert NEVER_EXIT not in open_exits.thresholds.values()

@@ -12,16 +12,16 @@ from scipy.stats import binomtest
 
 from evaluators.accuracy import wilson
 from evaluators.data import Chosen, LabelledImages
-from evaluators.deployed import Deployed, Subject
-from evaluators.exits.correctness import likelihoods
+from evaluators.deployed import DeployedCandidate, LoadedArtifact
+from evaluators.exits.correctness import correctness_probabilities
 from evaluators.exits.threshold_solver import Cost, Thresholds
 from evaluators.inference.staged import CONFIDENCES, CONFIDENCES_OF_ONE, StagedNetwork
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Target, TimedBatch
-from evaluators.runtimes.local import LocallyOpened
+from evaluators.runtimes.local import LocalSession
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from evaluators.runtimes.paired_timing import Clock, Protocol
+from evaluators.runtimes.paired_timing import Clock, TimingProtocol
 from search.config.budget import Budget
 from search.config.study import Study
 from search.pipeline.early_stopping import NARROW, LimitsBroken
@@ -29,8 +29,8 @@ from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import build_pipeline
 from search.pipeline.threshold_problem import margin
 from search.results.pareto import Version, feasible
-from spaces.candidate import NEVER_EXIT, OPEN_EXIT, Candidate
-from spaces.thresholds import GateSpace
+from spaces.candidate import NEVER_EXIT, UNRESOLVED, Candidate
+from spaces.thresholds import ThresholdSpace
 from tests.helpers import tiny
 
 LOGITS = hnp.arrays(np.float32, (7, 5), elements=st.floats(-30, 30, width=32))
@@ -105,7 +105,7 @@ class Metered(OnnxRuntime):
         read = lambda: self.now  # noqa: E731
         units = self._units if len(stages) > 1 else (sum(self._units),)
         made = [metered(stage, each) for stage, each in zip(stages, units, strict=True)]
-        return LocallyOpened(made, thresholds, threads, confidence, Clock(read, read))
+        return LocalSession(made, thresholds, threads, confidence, Clock(read, read))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -116,9 +116,9 @@ def test_the_formula_and_the_measurement_agree_on_a_clock_without_noise(batch, b
     middles = {name: float(np.median(each)) for name, each in zip(network.exit_names, sure, strict=True)}
     candidate = replace(space.dense(), thresholds=middles)
     artifact, data = builder.build(network, candidate), LabelledImages(images.numpy(), np.zeros(12, np.int64))
-    subject = Deployed(candidate, artifact, data, library, target)
+    subject = LoadedArtifact(candidate, artifact, data, library, target)
     reference = Reference(builder.build(network, space.dense()).deployed[0], 10.0 * -(-batch // 4))
-    latency = LatencyEvaluator({"fp32": reference}, library, target, Protocol(limit_s=1e9, calls=40))
+    latency = LatencyEvaluator({"fp32": reference}, library, target, TimingProtocol(limit_s=1e9, calls=40))
     found, shares = latency.measure(subject), subject.answers.leaving
     assert len(set(subject.answers.exits)) == 3, "some images leave at each exit"
     assert latency.paths(subject) == pytest.approx(tuple(batch * units for units in (2.0, 5.0, 10.0)))
@@ -169,16 +169,16 @@ def test_the_interval_is_wilsons(counts) -> None:
 
 
 def test_solved_gates_are_no_choice_of_the_sampler(space) -> None:
-    gates = GateSpace(["exit1", "exit2"], 0.5, 0.05, solved=True)
+    gates = ThresholdSpace(["exit1", "exit2"], 0.5, 0.05, solved=True)
     assert gates.dimensions() == {}
-    assert gates.read({}) == {"exit1": OPEN_EXIT, "exit2": OPEN_EXIT}
+    assert gates.read({}) == {"exit1": UNRESOLVED, "exit2": UNRESOLVED}
     choices = Candidate({}, {"exits.exit1.classifier": "int8"}, gates.read({}))
-    assert choices.is_open
+    assert choices.is_unresolved
     assert choices.active_exits == ("exit1", "exit2")
     settled = space.settled(choices, {"exit1": NEVER_EXIT, "exit2": 0.7})
-    assert not settled.is_open
+    assert not settled.is_unresolved
     assert settled.precision == {"exits.exit1.classifier": "fp32"}, "a head that is not there has no precision"
-    assert settled.reopened().thresholds == {"exit1": NEVER_EXIT, "exit2": OPEN_EXIT}
+    assert settled.unresolved().thresholds == {"exit1": NEVER_EXIT, "exit2": UNRESOLVED}
     assert Candidate.from_dict(choices.to_dict()) == choices
 
 
@@ -200,7 +200,7 @@ def test_what_is_solved_is_what_the_deployed_files_do(limits, pipeline, dense) -
     solver = solver_for(pipeline, latency, measured, *limits)
     choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "int8", 1.0))
     settled = solver.resolve(choices)
-    assert not settled.candidate.is_open
+    assert not settled.candidate.is_unresolved
     subject = pipeline.deployed(settled.candidate)
     answers = subject.answers_to(pipeline.threshold_images)
     assert answers.correct.mean() == pytest.approx(settled.thresholds.accuracy)
@@ -221,13 +221,17 @@ def test_what_parted_batches_cost_more_is_measured_and_counts(pipeline, monkeypa
     metered, target = Metered((2.0, 3.0), start=4.0), Target("onnxruntime", "meter", 8, 1)
     pipeline = replace(pipeline, runtime=metered, target=target)
     reference = Reference(pipeline.deployed(pipeline.space.dense()).artifact.deployed[0], 5.0 * (4 + 2))
-    latency = LatencyEvaluator({"fp32": reference, "int8": reference}, metered, target, Protocol(limit_s=1e9, calls=40))
+    latency = LatencyEvaluator(
+        {"fp32": reference, "int8": reference}, metered, target, TimingProtocol(limit_s=1e9, calls=40)
+    )
     choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "fp32", 1.0))
     dense = {"latency": Measurement("latency", 5.0 * (4 + 8), "median", 1, 0.0, "meter", "")}
     settled = solver_for(pipeline, latency, dense, "latency<75%").resolve(choices)
     assert settled.thresholds.correction > 1.01, "a call costs as much for a few images"
     version = pipeline.deployed(settled.candidate)
-    asked = Subject(version.network, version.candidate, version.artifact, pipeline.threshold_images, metered, target)
+    asked = DeployedCandidate(
+        version.network, version.candidate, version.artifact, pipeline.threshold_images, metered, target
+    )
     assert latency.measure(asked).value == pytest.approx(settled.thresholds.first_cost, rel=0.1)
 
 
@@ -252,7 +256,9 @@ def test_an_exit_that_saves_nothing_as_it_runs_is_left_out(factor, exits, pipeli
     metered, target = ColdInSuccession((2.0, 3.0), factor), Target("onnxruntime", "meter", 1, 1)
     pipeline = replace(pipeline, runtime=metered, target=target)
     reference = Reference(pipeline.deployed(pipeline.space.dense()).artifact.deployed[0], 5.0)
-    latency = LatencyEvaluator({"fp32": reference, "int8": reference}, metered, target, Protocol(limit_s=1e9, calls=40))
+    latency = LatencyEvaluator(
+        {"fp32": reference, "int8": reference}, metered, target, TimingProtocol(limit_s=1e9, calls=40)
+    )
     choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0))
     dense = {"latency": Measurement("latency", 5.0, "median", 1, 0.0, "meter", "")}
     settled = solver_for(pipeline, latency, dense, "latency<1000%").resolve(choices)
@@ -271,7 +277,9 @@ def metered(pipeline):
     library, target = Metered((2.0, 3.0)), Target("onnxruntime", "meter", 1, 1)
     pipeline = replace(pipeline, runtime=library, target=target)
     reference = Reference(pipeline.deployed(pipeline.space.dense()).artifact.deployed[0], 5.0)
-    latency = LatencyEvaluator({"fp32": reference, "int8": reference}, library, target, Protocol(limit_s=1e9, calls=40))
+    latency = LatencyEvaluator(
+        {"fp32": reference, "int8": reference}, library, target, TimingProtocol(limit_s=1e9, calls=40)
+    )
     return pipeline, latency, pipeline.evaluate(pipeline.space.dense(), latency).measurements
 
 
@@ -352,12 +360,12 @@ def test_of_thresholds_that_are_alike_the_cheapest_are_taken(pipeline, dense) ->
     solver = solver_for(pipeline, *dense, "flops<1000%")
     told = solver.resolve(choices).thresholds
     subject = pipeline.deployed(choices)
-    logits = subject.opened.all_logits(pipeline.threshold_images.images, subject.target.batch)
+    logits = subject.session.all_logits(pipeline.threshold_images.images, subject.target.batch)
     kind = CONFIDENCES[subject.artifact.confidence]
     said = np.stack([kind(logits[:, place]) for place in (0, 1)], axis=1)
     confidences, likely = (
         said[:, :1],
-        likelihoods(said, logits.argmax(axis=2) == pipeline.threshold_images.labels[:, None]),
+        correctness_probabilities(said, logits.argmax(axis=2) == pipeline.threshold_images.labels[:, None]),
     )
     costs = [Cost(told.paths["flops"], pipeline.flops.heads(subject))]
     best = Thresholds(confidences, likely, costs, price=0.0).solve()
@@ -373,7 +381,7 @@ def test_what_is_not_open_stays_as_it_is(pipeline, dense) -> None:
     solver = ExitThresholdSolver(pipeline, *dense)
     assert solver.resolve(pipeline.space.dense()).candidate == pipeline.space.dense()
     again = solver.resolve_again(pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0)), None)
-    assert not again.candidate.is_open
+    assert not again.candidate.is_unresolved
 
 
 def test_every_version_is_scored_on_the_other_half(pipeline) -> None:

@@ -15,7 +15,7 @@ from evaluators.quantization.int8 import NO_GRIDS
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from search.config.registries import QUANTIZERS, RECOVERIES
 from search.config.study import ElasticSection, FittingSection, QatSection, RecoverySection
-from search.recovery.base import Ground, Int8Ground
+from search.recovery.base import QatContext, RecoveryContext
 from search.recovery.elastic import train_elastic
 from search.recovery.mixed_precision import MixedPrecision
 from search.recovery.qat import Int8Network, Learned, train_int8, train_int8_kept
@@ -235,10 +235,10 @@ def deployed_loss(builder, network, candidate, data, learned: Learned) -> float:
     return nn.functional.cross_entropy(logits, torch.from_numpy(data.validation.labels)).item()
 
 
-def ground_of(trained, sparsity, data, builder, folder: Path, **sections) -> Ground:
-    int8 = Int8Ground(builder, builder.trainable(), data.calibration.images[:], "int8")
+def ground_of(trained, sparsity, data, builder, folder: Path, **sections) -> RecoveryContext:
+    int8 = QatContext(builder, builder.trainable(), data.calibration.images[:], "int8")
     section = RecoverySection(images=64, qat=SHORT, **sections)
-    return Ground(trained, sparsity, data.train, None, section, folder, "key", lambda *_: None, int8)
+    return RecoveryContext(trained, sparsity, data.train, None, section, folder, "key", lambda *_: None, int8)
 
 
 class TestKept:

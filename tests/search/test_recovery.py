@@ -12,7 +12,7 @@ from torch import nn
 
 from search.config.registries import RECOVERIES
 from search.config.study import ElasticSection, FinetuneSection, FittingSection, RecoverySection, StudyError, finetuning
-from search.recovery.base import Ground
+from search.recovery.base import RecoveryContext
 from search.recovery.elastic import SharedWeights, random_channels, train_elastic
 from search.recovery.finetune import finetune
 from search.training.distillation import distillation_loss
@@ -273,11 +273,13 @@ class TestElastic:
         assert accuracy(shared, data.validation) > 0.9
 
 
-def ground_of(network, space, data, level, folder=None, **sections) -> Ground:
+def ground_of(network, space, data, level, folder=None, **sections) -> RecoveryContext:
     from pathlib import Path
 
     section = RecoverySection(level=level, images=64, **sections)
-    return Ground(network, space, data.train, None, section, folder or Path("/nonexistent"), "key", lambda *_: None)
+    return RecoveryContext(
+        network, space, data.train, None, section, folder or Path("/nonexistent"), "key", lambda *_: None
+    )
 
 
 class RecoveryContract:

@@ -10,7 +10,7 @@ from search.config.study import Study, StudyError
 from search.loop.baseline import find_slow_layers
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.search_space import searched
-from spaces.candidate import NEVER_EXIT, OPEN_EXIT
+from spaces.candidate import NEVER_EXIT, UNRESOLVED
 from tests.helpers import tiny
 from tests.helpers.searches import finished, stored
 
@@ -82,7 +82,7 @@ def test_exits_alone_have_their_thresholds_searched(cache: Path) -> None:
     assert any("searched, not solved: nothing else varies" in remark for remark in pipeline.remarks)
     both, _ = bench_of(study('"exits", "precision"'))
     assert kinds(both) == {"precision"}
-    assert set(both.space.candidate(both.space.uniform(1.0, "int8", 0.9)).thresholds.values()) == {OPEN_EXIT}
+    assert set(both.space.candidate(both.space.uniform(1.0, "int8", 0.9)).thresholds.values()) == {UNRESOLVED}
 
 
 def test_what_is_not_named_is_not_there() -> None:

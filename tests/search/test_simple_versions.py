@@ -12,7 +12,7 @@ from torch import nn
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.graph.digest import form_of
-from evaluators.latency.slow_layers import Examined, Slower, Whole
+from evaluators.latency.slow_layers import Slower, SlowLayers, Whole
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from search.cli import run
 from search.config.budget import Budget
@@ -154,7 +154,7 @@ def test_as_trials_they_are_complete_whatever_limit_they_break(cache, tmp_path) 
 
 def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(pipeline, folder, tmp_path) -> None:
     layers = tuple(layer for layer in pipeline.space.precision.layers if not layer.startswith("exits."))
-    examined = Examined(
+    examined = SlowLayers(
         (Slower(layers, "int8", "fp32", 0.3, 0.01),), 3, 1.0, wholes=(Whole("int8", "fp32", 7, 0.3, 0.01, True),)
     )
     baseline = replace(stored(folder).baseline, examined=examined)

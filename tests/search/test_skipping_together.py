@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evaluators.artifact_builder import ArtifactBuilder
-from evaluators.deployed import Subject, ask
+from evaluators.deployed import DeployedCandidate, ask
 from evaluators.flops.evaluator import FlopsEvaluator
 from evaluators.inference.frame_reuse import FrameReuse, Reuse
 from evaluators.inference.staged import StagedNetwork, exits_of, leaving_at, skipped_of
@@ -19,20 +19,20 @@ from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.base import Target, TimedBatch
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from evaluators.runtimes.openvino_cpu import OpenVino
-from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.paired_timing import TimingProtocol
 from evaluators.streams import Stream
 from search.config.overrides import Request
 from search.config.study import ExitsSection, Study
-from search.pipeline.diagnosis import Wanted, diagnose
+from search.pipeline.diagnosis import DiagnosisRequest, diagnose
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.recovery.qat import Int8Network
 from search.results.evaluation import Evaluation
 from search.training.exit_heads import train_exits
-from spaces.candidate import ALWAYS_RUN, FRAMES, OPEN_EXIT, Candidate
+from spaces.candidate import ALWAYS_RUN, FRAMES, UNRESOLVED, Candidate
 from spaces.dimensions import Real
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.thresholds import GateSpace
+from spaces.thresholds import ThresholdSpace
 from tests.helpers import skippable
 from tests.helpers.skippable import BLOCKS
 
@@ -159,17 +159,19 @@ def test_trainings_in_int8_skip_what_gates_say_and_leave_gates_alone(network, bu
 
 
 def test_solved_thresholds_leave_gates_of_blocks_to_the_sampler() -> None:
-    space = GateSpace(("exit1",), 0.5, 0.05, Real(0.0, 0.5, 0.05), solved=True, skips=("first",))
+    space = ThresholdSpace(("exit1",), 0.5, 0.05, Real(0.0, 0.5, 0.05), solved=True, skips=("first",))
     assert set(space.dimensions()) == {"threshold.skip.first", "threshold.frames"}
     read = space.read({"threshold.skip.first": 0.5, "threshold.frames": 0.1})
-    assert read == {"exit1": OPEN_EXIT, "skip.first": 0.5, FRAMES: 0.1}
+    assert read == {"exit1": UNRESOLVED, "skip.first": 0.5, FRAMES: 0.1}
     choices = Candidate({}, {}, {name: float(value) for name, value in read.items()})
-    assert choices.is_open
+    assert choices.is_unresolved
     assert choices.active_exits == ("exit1",)
     assert choices.active_skips == {"first": 0.5}
     assert choices.without_skips().active_skips == {}
     assert not Candidate({}, {}, space.closed()).active_skips
-    assert not Candidate({}, {}, {"exit1": 0.7, "skip.first": OPEN_EXIT}).is_open, "a gate's logit is no confidence"
+    assert not Candidate({}, {}, {"exit1": 0.7, "skip.first": UNRESOLVED}).is_unresolved, (
+        "a gate's logit is no confidence"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,7 @@ def test_what_is_solved_beside_gates_is_what_the_deployed_files_do(pipeline) -> 
         _, *gates, _ = pipeline.network(images)
     medians = {f"skip.{block}": float(each.median()) for block, each in zip(BLOCKS, gates, strict=True)}
     closed = pipeline.space.dense()
-    choices = Candidate(closed.channels, closed.precision, {"exit1": OPEN_EXIT, **medians})
+    choices = Candidate(closed.channels, closed.precision, {"exit1": UNRESOLVED, **medians})
     latency = pipeline.references.latency_evaluator(
         {name: spent.work for name, spent in pipeline.references.time().items()}
     )
@@ -211,13 +213,13 @@ def stream(pictures) -> Stream:
 
 
 @pytest.fixture(scope="module", params=["exits", "no exits"])
-def streamed(request, network, builder, stream, sure) -> Callable[[Reuse | None], Subject]:
+def streamed(request, network, builder, stream, sure) -> Callable[[Reuse | None], DeployedCandidate]:
     chosen = candidate(builder, sure if request.param == "exits" else dict.fromkeys(sure, 1.0))
     target = Target("onnxruntime", "here", 1, 1)
 
-    def made(reuse: Reuse | None) -> Subject:
+    def made(reuse: Reuse | None) -> DeployedCandidate:
         artifact = replace(builder.build(network, chosen), reuse=reuse)
-        return Subject(network, chosen, artifact, stream, OnnxRuntime(), target)
+        return DeployedCandidate(network, chosen, artifact, stream, OnnxRuntime(), target)
 
     return made
 
@@ -242,7 +244,7 @@ def test_flops_of_a_stream_are_those_of_what_its_key_frames_run(streamed, networ
     reuse = Reuse(0.1, 30)
     whole, some = evaluator.measure(streamed(None)), streamed(reuse)
     found = evaluator.measure(some)
-    every = ask(some.opened, len(some.artifact.exits) + 1, stream, 1, None, 3)
+    every = ask(some.session, len(some.artifact.exits) + 1, stream, 1, None, 3)
     keys = some.answers.computed
     always, blocks = evaluator._parts(some, evaluator._by_module(some))
     reached = every.exits[:, None] >= np.arange(every.stages)
@@ -257,7 +259,7 @@ def test_latency_of_a_stream_with_gates_has_a_longest_path(streamed, network, bu
     subject = streamed(Reuse(0.1, 30))
     plain = builder.build(network, Candidate({}, {}, {}))
     reference = Reference(plain.deployed[0], 1.0)
-    protocol = Protocol(turns=2, calls=200, limit_s=0.3)
+    protocol = TimingProtocol(turns=2, calls=200, limit_s=0.3)
     latency = LatencyEvaluator({"fp32": reference}, OnnxRuntime(), subject.target, protocol)
     found = latency.measure(subject)
     assert found.statistic == "expected over the frames of the validation stream"
@@ -285,8 +287,8 @@ def test_a_version_that_skips_blocks_is_diagnosed_with_all_of_them_run(pipeline)
     precision = dict.fromkeys(dense.precision, "int8")
     version = Candidate(dense.channels, precision, {"exit1": 1.0, **OPEN})
     evaluation = Evaluation(version, {}, "", {})
-    found = diagnose(pipeline, Wanted(trial=0, images=20), evaluation, lambda *_: None)
+    found = diagnose(pipeline, DiagnosisRequest(trial=0, images=20), evaluation, lambda *_: None)
     assert any("every block was run" in remark for remark in found.remarks)
     assert {"first.conv1", "last.conv2"} <= {layer.name for layer in found.compared.layers}
-    uniform = diagnose(pipeline, Wanted(images=20), None, lambda *_: None)
+    uniform = diagnose(pipeline, DiagnosisRequest(images=20), None, lambda *_: None)
     assert [layer.name for layer in uniform.compared.layers] == [layer.name for layer in found.compared.layers]

@@ -18,7 +18,7 @@ from search.cli import run
 from search.config.study import FinetuneSection, Study, StudyError
 from search.pipeline.pipeline import build_pipeline
 from search.recovery.finetune import finetune, finetune_kept
-from search.recovery.gradual_pruning import RAMP, Narrowing, SparseRefined, ramp
+from search.recovery.gradual_pruning import RAMP, GradualPruning, SparseRefined, ramp
 from search.results.store import SearchFolder, StoredSearch
 from search.samplers.distributions import first_guesses
 from search.training.loop import TrainingBatches
@@ -156,7 +156,7 @@ def test_the_ramp_is_cubic() -> None:
 
 def test_channels_narrow_step_by_step_to_the_candidates(space, network) -> None:
     final = {group.name: space.sparsity.smallest(group) for group in space.sparsity.groups}
-    narrowing = Narrowing(network, {}, final, space.sparsity)
+    narrowing = GradualPruning(network, {}, final, space.sparsity)
     places = [narrowing.channels_at(place / 20) for place in range(21)]
     assert places[0] == {group.name: group.channels for group in space.sparsity.groups}
     assert places[-1] == final
@@ -203,7 +203,7 @@ def test_fine_tuning_keeps_the_zeros_and_goes_on_after_an_interrupt(pruning, pip
 
 def test_gradual_training_starts_wide_and_ends_as_the_candidate(pipeline) -> None:
     candidate = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32", 1.0))
-    narrowing = Narrowing(pipeline.network, {}, candidate.channels, pipeline.space.sparsity)
+    narrowing = GradualPruning(pipeline.network, {}, candidate.channels, pipeline.space.sparsity)
     images = torch.from_numpy(pipeline.data.train.images[:8])
     with torch.no_grad():
         wide = narrowing.logits(images, 0.0)[-1]
@@ -223,7 +223,7 @@ def test_gradual_fine_tuning_learns(pipeline) -> None:
     candidate = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32", 1.0))
     settings = FinetuneSection(epochs=6, batch=50, learning_rate=0.02, pruning="gradual")
     network = pipeline.space.apply(pipeline.network, candidate)
-    narrowing = Narrowing(pipeline.network, {}, candidate.channels, pipeline.space.sparsity)
+    narrowing = GradualPruning(pipeline.network, {}, candidate.channels, pipeline.space.sparsity)
     batches = TrainingBatches(pipeline.data.train, settings.batch, 0)
     before = _accuracy(network, pipeline)
     finetune(network, pipeline.network, batches, settings, narrowing=narrowing)

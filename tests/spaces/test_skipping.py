@@ -37,7 +37,7 @@ from spaces.joint import JointSpace
 from spaces.precision import PrecisionSpace
 from spaces.pruning.prunable import find_groups, halves
 from spaces.pruning.slicing import sliced
-from spaces.thresholds import GateSpace
+from spaces.thresholds import ThresholdSpace
 from tests.helpers import skippable, tiny
 from tests.helpers.skippable import BLOCKS, SkippableNetwork
 from tests.helpers.tiny import sparsity_space
@@ -309,7 +309,7 @@ def test_the_space_offers_a_threshold_for_each_gate(pictures) -> None:
     space = JointSpace(
         sparsity_space(network, groups, step=4, minimum=0.25),
         PrecisionSpace(builder.layers, ("fp32", "int8")),
-        GateSpace(network.exit_names, 0.5, 0.05, skips=network.skip_blocks),
+        ThresholdSpace(network.exit_names, 0.5, 0.05, skips=network.skip_blocks),
     )
     dense = space.dense()
     assert dense.active_skips == {}
@@ -324,13 +324,13 @@ def test_the_space_offers_a_threshold_for_each_gate(pictures) -> None:
 
 
 def test_ways_are_counted_and_many_of_them_stand_for_equal_shares(pictures) -> None:
-    class Opened:
+    class Session:
         def answer(self, images, batch):
             routes = np.random.default_rng(0).integers(0, 2**6, len(images)) << 8
             return np.zeros((len(images), 4), np.float32), routes
 
     many = LabelledImages(np.zeros((400, 1, 1, 1), np.float32), np.zeros(400, np.int64))
-    answers = ask(Opened(), 1, many, 1, blocks=6)
+    answers = ask(Session(), 1, many, 1, blocks=6)
     assert answers.ways == 64
     assert len(answers.profiles) == 24
     assert sum(count for _, count in answers.profiles) == 400

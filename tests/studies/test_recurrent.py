@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evaluators.data import LabelledImages
-from evaluators.runtimes.paired_timing import Protocol
+from evaluators.runtimes.paired_timing import TimingProtocol
 from search.config.sections import FittingSection
 from search.training.loop import TrainingBatches
 from studies.digits.data import splits
@@ -249,7 +249,7 @@ def test_skimming_counts_answers_and_updates(skipping, sequences, digits, count)
 def test_every_number_of_updates_is_timed_as_often_as_it_occurs(skipping, sequences) -> None:
     loop = SkipLoop(load_file(skip_step_file(skipping), 1), load_file(head_file(skipping.head), 1), HIDDEN)
     read = as_read(sequences[:60])
-    timing = time_beside(loop, loop, read, Protocol(turns=2, limit_s=0.1))
+    timing = time_beside(loop, loop, read, TimingProtocol(turns=2, limit_s=0.1))
     _, counts = np.unique([loop(sequence).updates.sum() for sequence in read], return_counts=True)
     assert timing.shares == pytest.approx(counts / 60)
     assert timing.ratio > 0

@@ -146,7 +146,7 @@ def worker_file() -> bytes:
     return file.getvalue()
 
 
-class Line:
+class SshConnection:
     """A running worker, and what it has been sent.
 
     Args:

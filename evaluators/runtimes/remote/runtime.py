@@ -14,8 +14,8 @@ from evaluators.data import SMALL_BYTES, ImageStore, bytes_of
 from evaluators.inference.staged import Routes, Step, Steps, to_json
 from evaluators.runtimes.base import Capabilities, Images, Proof, Spent, TargetError, TimedBatch, Watch
 from evaluators.runtimes.device_state import DeviceState
-from evaluators.runtimes.paired_timing import Protocol, TakeTurn, Turn
-from evaluators.runtimes.remote.connection import Address, ConnectionLostError, JobError, Line
+from evaluators.runtimes.paired_timing import TakeTurn, TimingProtocol, Turn
+from evaluators.runtimes.remote.connection import Address, ConnectionLostError, JobError, SshConnection
 
 ALIVE = 2
 """So many artifacts stay loaded on a board: a candidate and its reference."""
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 _Recipe = tuple[tuple[bytes, ...], tuple[float | Step, ...], int, str]
 
 
-class Board:
+class RemoteRuntime:
     """A runtime that a worker offers over ssh.
 
     A line that breaks is set up again, and what was under way is done again: uploads that arrived stay on the board.
@@ -41,7 +41,7 @@ class Board:
     def __init__(self, url: str) -> None:
         self._address = Address.parse(url)
         self.name = url
-        self._line = Line(self._address)
+        self._line = SshConnection(self._address)
         self._handles: OrderedDict[_Recipe, int] = OrderedDict()
         self._next_handle = 0
         self.reconnections = 0
@@ -82,9 +82,9 @@ class Board:
             return unsigned_activations(model)
         return model
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "RemotelyOpened":
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "RemoteSession":
         """Returns an artifact that is loaded on the board when it is first asked."""
-        return RemotelyOpened(self, (tuple(stages), tuple(plan), threads, confidence))
+        return RemoteSession(self, (tuple(stages), tuple(plan), threads, confidence))
 
     def tensors(self, model: bytes) -> Watch:
         """Returns a function from a batch to all outputs of a file, computed on the board."""
@@ -96,7 +96,7 @@ class Board:
         def watch(images: Images) -> dict[str, Images]:
             stored = _npy(images)
 
-            def job(line: Line) -> str:
+            def job(line: SshConnection) -> str:
                 return str(line.ask("tensors", stage=line.upload([model])[0], images=line.upload([stored])[0])["npz"])
 
             with np.load(io.BytesIO(base64.b64decode(self.doing(job)))) as found:
@@ -108,7 +108,7 @@ class Board:
         """Returns the files that the board's runtime adds to a bundle."""
         stored = _npy(images)
 
-        def job(line: Line) -> dict[str, str]:
+        def job(line: SshConnection) -> dict[str, str]:
             found: dict[str, str] = line.ask("extras", stages=line.upload(stages), images=line.upload([stored])[0])[
                 "files"
             ]
@@ -126,7 +126,7 @@ class Board:
         """Ends the worker."""
         self._line.close()
 
-    def doing(self, job: Callable[[Line], Result]) -> Result:
+    def doing(self, job: Callable[[SshConnection], Result]) -> Result:
         """Returns what `job` returns, on a line that is set up again where it breaks.
 
         Raises:
@@ -151,12 +151,12 @@ class Board:
         self._handles.clear()
         time.sleep(pause)
         try:
-            self._line = Line(self._address)
+            self._line = SshConnection(self._address)
             self.reconnections += 1
         except (TargetError, ConnectionLostError):
             return  # still closed, so the next attempt breaks at once and waits longer
 
-    def handle(self, line: Line, recipe: _Recipe) -> int:
+    def handle(self, line: SshConnection, recipe: _Recipe) -> int:
         """Returns the worker's number for an artifact, loaded if it is not; the one unused for longest makes room."""
         if recipe in self._handles:
             self._handles.move_to_end(recipe)
@@ -178,7 +178,7 @@ class Board:
         return self._next_handle
 
 
-class RemotelyOpened:
+class RemoteSession:
     """An artifact on a board.
 
     Args:
@@ -186,7 +186,7 @@ class RemotelyOpened:
         recipe: its stages, how they are run, threads, and what tells how sure an exit is.
     """
 
-    def __init__(self, board: Board, recipe: _Recipe) -> None:
+    def __init__(self, board: RemoteRuntime, recipe: _Recipe) -> None:
         self._board = board
         self._recipe = recipe
 
@@ -217,16 +217,16 @@ class RemotelyOpened:
         self,
         images: ImageStore,
         batches: Sequence[TimedBatch],
-        reference: "RemotelyOpened",
+        reference: "RemoteSession",
         reference_batch: int,
-        protocol: Protocol,
+        protocol: TimingProtocol,
     ) -> TakeTurn:
         """Returns turns that are taken on the board: not a byte crosses the network while a clock runs."""
         some, batches = _needed(images, batches, reference_batch)
         stored = _npy(some)
-        prepared: list[Line] = []
+        prepared: list[SshConnection] = []
 
-        def prepare(line: Line) -> None:
+        def prepare(line: SshConnection) -> None:
             line.ask(
                 "turns",
                 handle=self._board.handle(line, self._recipe),
@@ -239,7 +239,7 @@ class RemotelyOpened:
             prepared[:] = [line]
 
         def take_turn(candidate_first: bool) -> Turn:
-            def job(line: Line) -> Turn:
+            def job(line: SshConnection) -> Turn:
                 if prepared != [line]:  # a new line knows nothing of what the old one was told
                     prepare(line)
                 found = line.ask("turn", candidate_first=candidate_first)
@@ -258,7 +258,7 @@ class RemotelyOpened:
         """Returns what the worker answers about this artifact and some images."""
         stored = _npy(images)
 
-        def job(line: Line) -> dict[str, Any]:
+        def job(line: SshConnection) -> dict[str, Any]:
             handle = self._board.handle(line, self._recipe)
             return line.ask(do, handle=handle, images=line.upload([stored])[0], **content)
 

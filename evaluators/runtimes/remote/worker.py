@@ -23,8 +23,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from evaluators.inference.staged import from_json
-from evaluators.runtimes.base import Follows, Opened, Runtime, TimedBatch, Watch
-from evaluators.runtimes.paired_timing import Protocol, TakeTurn
+from evaluators.runtimes.base import Follows, Runtime, Session, TimedBatch, Watch
+from evaluators.runtimes.paired_timing import TakeTurn, TimingProtocol
 from evaluators.runtimes.registry import RUNTIMES
 from spaces import cache
 from spaces.errors import UserError
@@ -43,7 +43,7 @@ class Worker:
     def __init__(self, runtime: Runtime, store: Path) -> None:
         self._runtime = runtime
         self._store = store
-        self._opened: dict[int, Opened] = {}
+        self._opened: dict[int, Session] = {}
         self._watched: dict[str, Watch] = {}
         self._turns: TakeTurn | None = None
         self._images: dict[str, Any] = {}
@@ -142,7 +142,7 @@ class Worker:
             [_timed_batch(batch) for batch in request["batches"]],
             self._opened[request["reference"]],
             request["reference_batch"],
-            Protocol(**request["protocol"]),
+            TimingProtocol(**request["protocol"]),
         )
         return {}
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evaluators.inference.staged import Routes, StagedNetwork, Steps, longest
 from evaluators.runtimes.base import Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.runtimes.local import following
-from evaluators.runtimes.paired_timing import Call, Clock, Protocol, TakeTurn, turns_of
+from evaluators.runtimes.paired_timing import Call, Clock, TakeTurn, TimingProtocol, turns_of
 from evaluators.runtimes.tensorrt_gpu.cuda import Buffer, CaptureError, CudaError, Handle, TimedStream
 from evaluators.runtimes.tensorrt_gpu.inspector import LayerRow, precision_proof
 
@@ -158,7 +158,7 @@ class EngineStage:
             self._stream.cuda.launch(self._graph, self._stream.stream)
 
 
-class OpenedEngines:
+class EngineSession:
     """An artifact whose stages are engines on this machine's GPU.
 
     Calls are serial and each waits for its answer, so a call's time is a latency. With exits, the host decides after
@@ -239,9 +239,9 @@ class OpenedEngines:
         self,
         images: "ImageStore",
         batches: Sequence[TimedBatch],
-        reference: "OpenedEngines",
+        reference: "EngineSession",
         reference_batch: int,
-        protocol: Protocol,
+        protocol: TimingProtocol,
     ) -> TakeTurn:
         """Returns turns, by the GPU's clock, between some batches and the reference, warmed up."""
         calls = [self._call(images, batch) for batch in batches]

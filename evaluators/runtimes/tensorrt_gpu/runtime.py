@@ -20,7 +20,7 @@ from evaluators.runtimes.base import Capabilities, Images, TargetError, Watch, a
 from evaluators.runtimes.device_state import DeviceState, gpu_state, state_moved
 from evaluators.runtimes.tensorrt_gpu.capabilities import capabilities, timing_cache_file
 from evaluators.runtimes.tensorrt_gpu.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
-from evaluators.runtimes.tensorrt_gpu.engines import EngineError, EngineStage, OpenedEngines, Plan, Shape, layer_seconds
+from evaluators.runtimes.tensorrt_gpu.engines import EngineError, EngineSession, EngineStage, Plan, Shape, layer_seconds
 from evaluators.runtimes.tensorrt_gpu.inspector import LayerRow, layer_rows
 from spaces.cache import write_atomically
 
@@ -103,7 +103,7 @@ class TensorRT:
         """Returns the model as it is: symmetric s8 is the form that TensorRT reads."""
         return model
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> OpenedEngines:  # noqa: ARG002
+    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> EngineSession:  # noqa: ARG002
         """Returns engines that are built for a batch size when it is first asked for; `threads` is not used.
 
         Raises:
@@ -111,13 +111,13 @@ class TensorRT:
         """
         thresholds = thresholds_of(plan)
         stream = self._stream(len(stages))
-        return OpenedEngines(
+        return EngineSession(
             partial(self._load, tuple(stages), stream), stream, thresholds, inspect, confidence=confidence
         )
 
     def open_engines(
         self, description: bytes, folder: Path, thresholds: Sequence[float], confidence: str = "softmax"
-    ) -> OpenedEngines:
+    ) -> EngineSession:
         """Returns engines that `extras` made, loaded without being built again.
 
         Args:
@@ -130,7 +130,7 @@ class TensorRT:
         plans = [Plan((folder / e["file"]).read_bytes(), e["source"], tuple(e["results"])) for e in told["engines"]]
         stream = self._stream(len(plans))
         ready: list[Callable[[Shape], Plan]] = [lambda _, plan=plan: plan for plan in plans]  # type: ignore[misc]
-        return OpenedEngines(
+        return EngineSession(
             partial(self._load_plans, ready, stream), stream, thresholds, inspect, confidence=confidence
         )
 
