@@ -16,18 +16,18 @@ NO_PATTERNS = PatternSpace({})
 
 
 class JointSpace:
-    """Sparsity, precision, gates and patterns of zeros together: what one trial chooses from."""
+    """Channels, precision, thresholds and patterns of zeros together: what one trial chooses from."""
 
     def __init__(
         self,
         sparsity: SparsitySpace,
         precision: PrecisionSpace,
-        gates: ThresholdSpace,
+        thresholds: ThresholdSpace,
         patterns: PatternSpace = NO_PATTERNS,
     ) -> None:
         self.sparsity = sparsity
         self.precision = precision
-        self.gates = gates
+        self.thresholds = thresholds
         self.patterns = patterns
 
     def dimensions(self) -> dict[str, Dimension]:
@@ -35,7 +35,7 @@ class JointSpace:
         return {
             **self.sparsity.dimensions(),
             **self.precision.dimensions(),
-            **self.gates.dimensions(),
+            **self.thresholds.dimensions(),
             **self.patterns.dimensions(),
         }
 
@@ -45,19 +45,19 @@ class JointSpace:
         Raises:
             KeyError: a dimension has no value.
         """
-        thresholds = {name: float(value) for name, value in self.gates.read(values).items()}
+        thresholds = {name: float(value) for name, value in self.thresholds.read(values).items()}
         precision = {name: str(value) for name, value in self.precision.read(values).items()}
         channels = {name: int(value) for name, value in self.sparsity.read(values).items()}
         patterns = {name: str(value) for name, value in self.patterns.read(values).items() if value != DENSE}
-        return self.settled(Candidate(channels, precision, thresholds, patterns), thresholds)
+        return self.with_thresholds(Candidate(channels, precision, thresholds, patterns), thresholds)
 
-    def settled(self, candidate: Candidate, thresholds: Mapping[str, float]) -> Candidate:
+    def with_thresholds(self, candidate: Candidate, thresholds: Mapping[str, float]) -> Candidate:
         """Returns a candidate with these thresholds.
 
         The head of an exit that never fires, and the gate of a block that is always run, are not deployed, so their
         precision is that of the reference: candidates that deploy the same thing are the same candidate.
         """
-        owners = [self.gates.idle_layers(name, threshold) for name, threshold in thresholds.items()]
+        owners = [self.thresholds.idle_layers(name, threshold) for name, threshold in thresholds.items()]
         idle = tuple(owner for owner in owners if owner is not None)
         layers = [layer for layer in candidate.precision if layer.startswith(idle)]
         precision = dict(candidate.precision) | dict.fromkeys(layers, self.precision.precisions[0])
@@ -71,7 +71,7 @@ class JointSpace:
         """Returns the network with every channel and every gate closed, in one precision, offered to it or not."""
         channels = {group.name: group.channels for group in self.sparsity.groups}
         layers = uniform(self.precision.layers, precision, self.precision.precisions[0])
-        return self.settled(Candidate(channels, layers, {}), self.gates.closed())
+        return self.with_thresholds(Candidate(channels, layers, {}), self.thresholds.closed())
 
     def uniform(self, keep: float, precision: str, threshold: float, pattern: str = DENSE) -> dict[str, Value]:
         """Returns values that treat every layer alike: a share of the channels, one precision, threshold and pattern.
@@ -85,7 +85,7 @@ class JointSpace:
             if name.startswith((SKIP_THRESHOLD, MASK_THRESHOLD)):
                 values[name] = ALWAYS_RUN if threshold >= NEVER_EXIT else TRAINED
             elif not isinstance(dimension, Choice):
-                opened = self.gates.as_open(threshold) if name == FRAMES_THRESHOLD else threshold
+                opened = self.thresholds.as_open(threshold) if name == FRAMES_THRESHOLD else threshold
                 values[name] = _nearest(dimension, keep, opened)
             elif name.startswith(PREFIX):
                 values[name] = self.precision.nearest(name.removeprefix(PREFIX), precision)
@@ -95,7 +95,7 @@ class JointSpace:
 
     def narrowed(self, allowed: Mapping[str, Sequence[str]]) -> "JointSpace":
         """Returns the space with only these precisions left to each layer."""
-        return JointSpace(self.sparsity, self.precision.without(allowed), self.gates, self.patterns)
+        return JointSpace(self.sparsity, self.precision.without(allowed), self.thresholds, self.patterns)
 
     def apply(self, network: ExitNetwork, candidate: Candidate) -> ExitNetwork:
         """Returns the compressed network in torch, with masks that open where the candidate says.

@@ -297,7 +297,7 @@ class Runtime(Protocol):
         ...
 
 
-def deployed_stages(library: Runtime, stages: Sequence[bytes], skips: bool) -> tuple[bytes, ...]:
+def deployed_stages(runtime: Runtime, stages: Sequence[bytes], skips: bool) -> tuple[bytes, ...]:
     """Returns the files that are shipped of an artifact's portable ones.
 
     Args:
@@ -305,9 +305,9 @@ def deployed_stages(library: Runtime, stages: Sequence[bytes], skips: bool) -> t
         stages: the portable files.
         skips: whether inputs may pass blocks by: what comes around a block is not quantized as what comes through it.
     """
-    features = library.capabilities().features
+    features = runtime.capabilities().features
     if skips or features == "float":
-        return tuple(library.deployable(stage) for stage in stages)
+        return tuple(runtime.deployable(stage) for stage in stages)
     from evaluators.runtimes.onnx_rewrites.stage_boundaries import integer_seams
 
-    return integer_seams(stages, library.deployable, channels_last=features == "u8 channels-last")
+    return integer_seams(stages, runtime.deployable, channels_last=features == "u8 channels-last")

@@ -146,11 +146,11 @@ class SearchRun:
 
 
 def _recover(
-    pipeline: CompressionPipeline, stored: optuna.Study, baseline: Baseline, outcome: Outcome, display: Display
+    pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline, outcome: Outcome, display: Display
 ) -> Outcome:
     """Recovers the front in full where the study asks for it; returns how the search ended then."""
     try:
-        done = recover_front(pipeline, stored, baseline, display.say)
+        done = recover_front(pipeline, journal, baseline, display.say)
     except KeyboardInterrupt:
         return replace(outcome, reason="interrupted", code=130)
     if done:

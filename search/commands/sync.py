@@ -16,8 +16,8 @@ def run_sync(name: str | None, runs: Path, tracking_uri: str | None, output: Out
     from search.tracking.mirror import mirror_all, reason
 
     folder = find_search(runs, name)
-    stored = folder.open()
-    tracking = Tracking.of(runs, tracking_uri, remembered(stored))
+    journal = folder.open()
+    tracking = Tracking.of(runs, tracking_uri, remembered(journal))
     with folder.lock():
         search = StoredSearch.read(folder)
         try:

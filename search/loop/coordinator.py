@@ -83,7 +83,7 @@ class Coordinator:
     def __init__(
         self,
         pipeline: CompressionPipeline,
-        stored: optuna.Study,
+        journal: optuna.Study,
         baseline: Baseline,
         sampler_name: str,
         seed: int,
@@ -92,7 +92,7 @@ class Coordinator:
     ) -> None:
         self._pipeline = pipeline
         self._seeds: Sequence[Mapping[str, Value]] = seeds
-        self._stored = stored
+        self._stored = journal
         self._dense = baseline.evaluation.measurements
         self._budget: Budget = pipeline.study.budget
         self._observers = observers
@@ -102,19 +102,19 @@ class Coordinator:
         self._space = without_slow_precisions(pipeline.space, baseline.examined)
         self._distributions = distributions(self._space)
         self._known: dict[str, Version] = {
-            version.evaluation.candidate.key: version for version in versions_of(stored.get_trials(deepcopy=False))
+            version.evaluation.candidate.key: version for version in versions_of(journal.get_trials(deepcopy=False))
         }
         self._simple = {each.evaluation.candidate.key: each.evaluation for each in baseline.simple if each.is_own}
         lines = baseline.lines_to_beat
         screen = accuracy_screen(pipeline, self._dense, ChainMap(self._known, {line.title: line for line in lines}))
         self._stopping: list[EarlyStopping] = [LimitsBroken(self._budget, self._dense), *([screen] if screen else [])]
-        self._resolved = resolved_choices(stored.get_trials(deepcopy=False), self._known.values())
+        self._resolved = resolved_choices(journal.get_trials(deepcopy=False), self._known.values())
         self._codec = Codec(self._distributions)
-        drawn = seed + len(stored.get_trials(deepcopy=False))
+        drawn = seed + len(journal.get_trials(deepcopy=False))
         prior = partial(problem_prior, pipeline, self._space, baseline)
-        stored.sampler = SAMPLERS[sampler_name](drawn, prior, observe_evaluations)
-        if isinstance(stored.sampler, InformedSampler):
-            self._seeds = [*seeds, *stored.sampler.initial_proposals(self._distributions)]
+        journal.sampler = SAMPLERS[sampler_name](drawn, prior, observe_evaluations)
+        if isinstance(journal.sampler, InformedSampler):
+            self._seeds = [*seeds, *journal.sampler.initial_proposals(self._distributions)]
         self._stall = Patience(self._budget, self._dense, lines)
         self._tried: set[str] = set()
         self._overhead = {"ask": 0.0, "tell": 0.0}

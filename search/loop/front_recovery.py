@@ -18,7 +18,7 @@ RECOVERABLE = 0.05
 Say = Callable[[str], None]
 
 
-def recover_front(pipeline: CompressionPipeline, stored: optuna.Study, baseline: Baseline, say: Say) -> int:
+def recover_front(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline, say: Say) -> int:
     """Fine-tunes versions as `[recovery.final]` says and measures them again; returns how many were.
 
     These are the ones on the front of all that keep the budget in everything but accuracy, and in that almost: the
@@ -37,19 +37,19 @@ def recover_front(pipeline: CompressionPipeline, stored: optuna.Study, baseline:
     solver = ExitThresholdSolver(pipeline, latency, baseline.evaluation.measurements)
     done = 0
     with Interrupts() as interrupts:
-        while waiting := _waiting(pipeline, stored, baseline, final.versions):
+        while waiting := _waiting(pipeline, journal, baseline, final.versions):
             say(f"Recovering trial {waiting[0].number} in full; {len(waiting)} versions wait.")
             candidate = waiting[0].evaluation.candidate
             with interrupts.allowed():
                 evaluation = solver.evaluate(solver.resolve_again(candidate, settings), (), settings)
-            keep_recovered(stored, waiting[0].number, evaluation)
+            keep_recovered(journal, waiting[0].number, evaluation)
             done += 1
     return done
 
 
-def _waiting(pipeline: CompressionPipeline, stored: optuna.Study, baseline: Baseline, most: int) -> list[Version]:
+def _waiting(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline, most: int) -> list[Version]:
     """Returns the versions that are to be recovered and have not been, of `most` in all."""
-    versions = versions_of_study(stored)
+    versions = versions_of_study(journal)
     already = sum(version.evaluation.finetune is not None for version in versions)
     front = pareto([version for version in versions if _is_within_reach(version, pipeline.study.budget, baseline)])
     waiting = [

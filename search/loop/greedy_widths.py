@@ -42,7 +42,7 @@ def greedy_seeds(
         return []
     precision = pipeline.space.precision.computed[-1]
     found = greedy_versions(pipeline, profiler.run(progress))
-    thresholds = (NEVER_EXIT, _THRESHOLD) if pipeline.space.gates.dimensions() else (NEVER_EXIT,)
+    thresholds = (NEVER_EXIT, _THRESHOLD) if pipeline.space.thresholds.dimensions() else (NEVER_EXIT,)
     return [
         pipeline.space.uniform(1.0, precision, threshold) | {PREFIX + name: count for name, count in kept.items()}
         for _, kept in found

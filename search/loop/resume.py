@@ -32,24 +32,24 @@ def is_counted(trial: FrozenTrial) -> bool:
     return trial.state.is_finished() and "interrupted" not in trial.user_attrs
 
 
-def put_right_running(stored: optuna.Study) -> None:
+def put_right_running(journal: optuna.Study) -> None:
     """Gives up trials that a stopped process left running, and queues the same proposals again."""
-    for trial in stored.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    for trial in journal.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if "evaluation" in trial.user_attrs:  # it was measured, and stopped on the way into the journal
             version = Version(trial.number, Evaluation.from_dict(trial.user_attrs["evaluation"]))
             whole = version.is_complete
             values = [version.measured[metric].value for metric in OBJECTIVES] if whole else None
             state = TrialState.COMPLETE if whole else TrialState.PRUNED
-            stored.tell(trial.number, values, state)
+            journal.tell(trial.number, values, state)
             continue
         # A trial is told by its number, but its attributes are written through a Trial only, and to a Trial of what
         # another process asked for there is no other way than by the number that the storage gives it.
-        running = Trial(stored, trial._trial_id)
+        running = Trial(journal, trial._trial_id)
         running.set_user_attr("interrupted", True)
         running.set_user_attr("reason", "interrupted")
-        stored.tell(running, state=TrialState.FAIL)
+        journal.tell(running, state=TrialState.FAIL)
         if trial.params:
-            stored.enqueue_trial(trial.params, skip_if_exists=False)
+            journal.enqueue_trial(trial.params, skip_if_exists=False)
 
 
 def without_slow_precisions(space: JointSpace, examined: SlowLayers | None) -> JointSpace:

@@ -80,7 +80,7 @@ def _structure(
     columns = {group.name: column for column, group in enumerate(searched)}
     precision_names = [precision.PREFIX + name for name in layers]
     reference = next(iter(space.precision.precisions))
-    exits = tuple(gates.PREFIX + name for name in space.gates.exits if gates.PREFIX + name in dimensions)
+    exits = tuple(gates.PREFIX + name for name in space.thresholds.exits if gates.PREFIX + name in dimensions)
     exit_count = len(pipeline.network.exit_names) if pipeline.solves_thresholds else len(exits)
     depths = [pipeline.flops.exits_before(paths[name]) for name in layers]
     return NetworkStructure(

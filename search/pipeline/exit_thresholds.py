@@ -81,7 +81,7 @@ class ResolvedCandidate:
         if self.thresholds is None:
             return evaluation
         seconds = {"thresholds": self.seconds, **evaluation.seconds}
-        return replace(evaluation, gates=self.thresholds.to_dict(), seconds=seconds)
+        return replace(evaluation, exit_thresholds=self.thresholds.to_dict(), seconds=seconds)
 
 
 class ExitThresholdSolver:
@@ -220,7 +220,7 @@ class ExitThresholdSolver:
         """Returns the choices with these thresholds of their active exits; the other exits never answer."""
         never = dict(choices.thresholds) | dict.fromkeys(choices.active_exits, NEVER_EXIT)
         chosen = dict(zip(choices.active_exits, thresholds, strict=True))
-        return self._pipeline.space.settled(choices, {**never, **chosen})
+        return self._pipeline.space.with_thresholds(choices, {**never, **chosen})
 
     def _on_threshold_images(self, version: DeployedCandidate) -> DeployedCandidate:
         """Returns a version whose batches are of the images that thresholds are chosen on."""

@@ -84,7 +84,7 @@ class CompressionPipeline:
     @property
     def solves_thresholds(self) -> bool:
         """Whether thresholds of exits are solved for each candidate, and no choice of the sampler's."""
-        return bool(self.space.gates.solved and self.space.gates.exits)
+        return bool(self.space.thresholds.solved and self.space.thresholds.exits)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -243,7 +243,7 @@ def build_pipeline(
     groups = find_groups(network, image, builder.disagreement)
     progress(_FINDING_GROUPS, 1, 1)
     space = space_of(study, network, groups, given.data, builder.layers, given.runtime)
-    threshold_images, scored = validation_parts(given.data, bool(space.gates.solved and space.gates.exits))
+    threshold_images, scored = validation_parts(given.data, bool(space.thresholds.solved and space.thresholds.exits))
     context = _recovery_context(study, given, network, space, builder, progress)
     return CompressionPipeline(
         study=study,

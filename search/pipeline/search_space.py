@@ -28,14 +28,14 @@ EXAMPLE = 0.9
 """Intervals are told for this accuracy, because none is measured yet."""
 
 
-def target_of(study: Study, library: Runtime) -> Target:
+def target_of(study: Study, runtime: Runtime) -> Target:
     """Returns the target that the study asks for, here.
 
     Raises:
         StudyError: its fp32 layers are wanted in what the device cannot run, or frames of a stream in batches.
     """
-    wanted, device = study.target, library.device()
-    if wanted.fp32_in not in ("fp32", *library.capabilities().fp32_in):
+    wanted, device = study.target, runtime.device()
+    if wanted.fp32_in not in ("fp32", *runtime.capabilities().fp32_in):
         able = {"tf32": "TensorRT on a GPU from Ampere on", "bf16": "OpenVINO on a CPU that multiplies bf16"}
         raise StudyError(
             f"target.fp32_in = {wanted.fp32_in!r} wants {able[wanted.fp32_in]}, got {wanted.runtime} on {device};"
@@ -144,7 +144,7 @@ def _patterns(study: Study, target: Runtime) -> tuple[str, ...]:
     return tuple(pattern for pattern in study.space.patterns if able or pattern != TWO_OF_FOUR)
 
 
-def left_out(study: Study, library: Runtime, target: Target, space: JointSpace) -> list[str]:
+def left_out(study: Study, runtime: Runtime, target: Target, space: JointSpace) -> list[str]:
     """Returns, in words, what of the study's wishes does not come true."""
     where = f"{target.device} has no {{}} in {target.runtime}"
     found = [
@@ -152,16 +152,16 @@ def left_out(study: Study, library: Runtime, target: Target, space: JointSpace) 
         for kind in study.space.storage
         if kind not in space.precision.storage
     ]
-    if _patterns(study, library) != study.space.patterns:
+    if _patterns(study, runtime) != study.space.patterns:
         found = [f"pattern {TWO_OF_FOUR} is left out: {where.format('sparse kernels')}", *found]
-    if runnable(study, library).skips != study.skips:
+    if runnable(study, runtime).skips != study.skips:
         found.append(f"[skips] is left out: {target.runtime} does not skip blocks at batch {target.batch}")
     if study.masks.method:
         found.append(
             f"[masks] save FLOPs only: {target.runtime} computes what is masked too, and the masks beside it;"
             " ask for FLOPs in --budget to use them"
         )
-    if space.gates.exits and study.exits.thresholds == "solved" and not space.gates.solved:
+    if space.thresholds.exits and study.exits.thresholds == "solved" and not space.thresholds.solved:
         why = "frames of a stream decide who reaches them" if study.frames else "nothing else varies"
         found.append(f"thresholds of exits are searched, not solved: {why}")
     return found

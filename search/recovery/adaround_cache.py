@@ -35,12 +35,12 @@ class LearnedRounding:
 
     def __init__(
         self,
-        ground: RecoveryContext,
+        context: RecoveryContext,
         builder: ArtifactBuilder,
         settings: QuantizationSection,
         images: NDArray[np.float32],
     ) -> None:
-        self._ground = ground
+        self._context = context
         self._builder = builder
         self._wanted = settings.rounding == "adaround"
         self._learning = Learning(settings.rounding_steps)
@@ -75,7 +75,7 @@ class LearnedRounding:
         precisions = self._builder.written_precisions(network, candidate)
         learning = json.dumps(asdict(self._learning))
         what = (self._builder.grid, sorted(precisions.items()), sorted(ranges.items()), learning)
-        file = self._ground.file("adaround", content.hexdigest(), repr(what))
+        file = self._context.file("adaround", content.hexdigest(), repr(what))
         if (known := _load(file)) is not None:
             return known
         found = self._builder.learn_rounding(
@@ -84,7 +84,7 @@ class LearnedRounding:
             self._images,
             self._learning,
             ranges,
-            lambda done, total: self._ground.say("Learning how to round weights", done, total),
+            lambda done, total: self._context.say("Learning how to round weights", done, total),
         )
         save({name: (torch.from_numpy(g.values), torch.from_numpy(g.scale)) for name, g in found.items()}, file)
         return found

@@ -20,11 +20,11 @@ class BatchNormRecovery:
     effort = "bn"
     ranges: Ranges = NO_RANGES
 
-    def __init__(self, ground: RecoveryContext) -> None:
-        self.source = ground.network
-        self._ground = ground
-        self._images = recovery_images(ground.train, ground.settings.images)
-        self._check = check_images(ground.train, ground.settings.images)
+    def __init__(self, context: RecoveryContext) -> None:
+        self.source = context.network
+        self._context = context
+        self._images = recovery_images(context.train, context.settings.images)
+        self._check = check_images(context.train, context.settings.images)
 
     def recover(
         self,
@@ -33,7 +33,7 @@ class BatchNormRecovery:
         patterns: Mapping[str, str] = NO_PATTERNS,  # noqa: ARG002
     ) -> None:
         """Corrects the running statistics of the norms whose features are others than the source's."""
-        sparsity = self._ground.sparsity
+        sparsity = self._context.sparsity
         gone = dropped_positions(sparsity.groups, sparsity.kept(channels))
         dropped = {path: axes["out"] for path, axes in gone.items() if "out" in axes}
         correct_statistics(network, self._seen_of_source, dropped, self._images, self._check)

@@ -28,27 +28,27 @@ class ElasticRecovery(BatchNormRecovery):
     trains_per_candidate: ClassVar[bool] = False
     shares_weights: ClassVar[bool] = True
 
-    def __init__(self, ground: RecoveryContext) -> None:
-        super().__init__(ground)
-        settings, qat = ground.settings.elastic, ground.settings.qat
+    def __init__(self, context: RecoveryContext) -> None:
+        super().__init__(context)
+        settings, qat = context.settings.elastic, context.settings.qat
         self.effort = f"elastic {effort_of(settings)}"
-        self.source = copy.deepcopy(ground.network)
+        self.source = copy.deepcopy(context.network)
         learner: nn.Module = self.source
         parts, mixed = [settings.model_dump_json()], None
-        if qat is not None and ground.int8 is not None:
+        if qat is not None and context.int8 is not None:
             self.effort += f" with qat ({qat.quantizer})"
-            learner = mixed = MixedPrecision(self.source, ground.int8, qat.quantizer)
-            parts += [ground.int8.key, qat.quantizer]
-        file = ground.file("elastic", *parts)
+            learner = mixed = MixedPrecision(self.source, context.int8, qat.quantizer)
+            parts += [context.int8.key, qat.quantizer]
+        file = context.file("elastic", *parts)
         if not load_weights(learner, file):
-            batches = TrainingBatches(ground.train, settings.batch, settings.seed, ground.augment)
+            batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
             train_elastic(
                 self.source,
-                ground.sparsity,
+                context.sparsity,
                 batches,
                 settings,
                 file.with_suffix(".partial.pt"),
-                lambda part, total: ground.say("Training shared weights, once", part, total),
+                lambda part, total: context.say("Training shared weights, once", part, total),
                 mixed,
             )
             refresh_statistics(self.source, self._images, self._check)

@@ -25,11 +25,11 @@ class FinetuneRecovery:
 
     ranges: Ranges = NO_RANGES
 
-    def __init__(self, ground: RecoveryContext) -> None:
-        self.source = ground.network
-        self.effort = f"finetune {effort_of(ground.settings.finetune)}"
-        self._ground = ground
-        self._images = recovery_images(ground.train, ground.settings.images)
+    def __init__(self, context: RecoveryContext) -> None:
+        self.source = context.network
+        self.effort = f"finetune {effort_of(context.settings.finetune)}"
+        self._context = context
+        self._images = recovery_images(context.train, context.settings.images)
 
     def recover(
         self,
@@ -38,11 +38,11 @@ class FinetuneRecovery:
         patterns: Mapping[str, str] = NO_PATTERNS,
     ) -> None:
         """Trains the network, unless these channels and patterns were trained before."""
-        finetune_kept(self._ground, network, channels, self._ground.settings.finetune, self._images, "", patterns)
+        finetune_kept(self._context, network, channels, self._context.settings.finetune, self._images, "", patterns)
 
 
 def finetune_kept(
-    ground: RecoveryContext,
+    context: RecoveryContext,
     network: ExitNetwork,
     channels: Mapping[str, int],
     settings: FinetuneSection,
@@ -67,25 +67,25 @@ def finetune_kept(
         DivergedError: the loss is not finite for the second time.
     """
     shape = repr(sorted(channels.items())) + (repr(sorted(patterns.items())) if patterns else "")
-    file = ground.file("finetune", start, shape, settings.model_dump_json())
+    file = context.file("finetune", start, shape, settings.model_dump_json())
     if load_weights(network, file):
         return Fitted()
     narrowing = None
     if settings.pruning == "gradual":
-        narrowing = GradualPruning(source or ground.network, patterns, channels, ground.sparsity)
+        narrowing = GradualPruning(source or context.network, patterns, channels, context.sparsity)
     elif patterns:
         narrowing = GradualPruning(network, patterns)
-    batches = TrainingBatches(ground.train, settings.batch, settings.seed, ground.augment)
+    batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
     done = finetune(
         network,
-        ground.network,
+        context.network,
         batches,
         settings,
         file.with_suffix(".partial.pt"),
-        lambda part, total: ground.say("Fine-tuning a version", part, total),
+        lambda part, total: context.say("Fine-tuning a version", part, total),
         narrowing,
     )
-    refresh_statistics(network, images, check_images(ground.train, len(images)))
+    refresh_statistics(network, images, check_images(context.train, len(images)))
     save(network.state_dict(), file)
     return done
 

@@ -17,8 +17,8 @@ class NoRecovery:
     effort = "none"
     ranges: Ranges = NO_RANGES
 
-    def __init__(self, ground: RecoveryContext) -> None:
-        self.source = ground.network
+    def __init__(self, context: RecoveryContext) -> None:
+        self.source = context.network
 
     def recover(
         self,

@@ -144,7 +144,7 @@ def train_int8(
 
 
 def train_int8_kept(
-    ground: RecoveryContext,
+    context: RecoveryContext,
     int8: QatContext,
     network: ExitNetwork,
     candidate: Candidate,
@@ -167,7 +167,7 @@ def train_int8_kept(
     placement = int8.builder.int8_placement(network, candidate)
     places = repr((sorted(placement.nodes), sorted(placement.tensors)))
     shape = repr((sorted(candidate.channels.items()), sorted(candidate.patterns.items())))
-    file = ground.file("qat", start, int8.key, shape, places, settings.model_dump_json())
+    file = context.file("qat", start, int8.key, shape, places, settings.model_dump_json())
 
     def learner(ranges: Ranges) -> Int8Network:
         return Int8Network(network, int8.graph, placement, settings.quantizer, ranges, candidate.patterns)
@@ -175,14 +175,14 @@ def train_int8_kept(
     found = learner(int8.builder.ranges)
     if not load_weights(found, file):
         found = learner(int8.builder.read_ranges(network, int8.calibration))
-        batches = TrainingBatches(ground.train, settings.batch, settings.seed, ground.augment)
+        batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
         train_int8(
             found,
-            ground.network,
+            context.network,
             batches,
             settings,
             file.with_suffix(".partial.pt"),
-            lambda part, total: ground.say("Training a version in int8", part, total),
+            lambda part, total: context.say("Training a version in int8", part, total),
         )
         save(found.state_dict(), file)
     return found.learned()

@@ -19,7 +19,7 @@ class Evaluation:
         digest: of the deployed artifact; empty where none was built.
         seconds: what each step took.
         finetune: the fine-tuning that came on top of the search's own recovery, in the study's terms; None without.
-        gates: what the thresholds came to on the images that they were chosen on; None where nobody chose.
+        exit_thresholds: what they came to on the images that they were chosen on; None where nobody chose.
         ended: why it was ended early, its accuracy being known from some of the images only; empty where it was not.
     """
 
@@ -29,7 +29,7 @@ class Evaluation:
     digest: str
     seconds: Mapping[str, float] = field(default_factory=dict)
     finetune: Mapping[str, Any] | None = None
-    gates: Mapping[str, Any] | None = None
+    exit_thresholds: Mapping[str, Any] | None = None
     ended: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Evaluation:
             "digest": self.digest,
             "seconds": dict(self.seconds),
             "finetune": dict(self.finetune) if self.finetune else None,
-            "gates": dict(self.gates) if self.gates else None,
+            "gates": dict(self.exit_thresholds) if self.exit_thresholds else None,
             "ended": self.ended,
         }
 

@@ -256,8 +256,8 @@ class StoredSearch:
         Raises:
             StoreError: there is none, its journal is corrupt, or it ended before its baseline was measured.
         """
-        stored = folder.open()
-        attributes = stored.user_attrs
+        journal = folder.open()
+        attributes = journal.user_attrs
         if "baseline" not in attributes:
             raise StoreError(f"search {folder.name!r} was stopped before its first trial; run its command again")
         study = Study.stored(attributes["study"])
@@ -265,7 +265,7 @@ class StoredSearch:
         report = attributes.get(REPORT, {})
         members = attributes.get("structure", {}).get("members", {})
         return cls(
-            folder, study, baseline, tuple(stored.trials), _recovered(stored), members, _samplers(stored), report
+            folder, study, baseline, tuple(journal.trials), _recovered(journal), members, _samplers(journal), report
         )
 
     def sampler_of(self, number: int) -> str:
@@ -285,46 +285,46 @@ def versions_of(
     ]
 
 
-def versions_of_study(stored: optuna.Study) -> list[Version]:
+def versions_of_study(journal: optuna.Study) -> list[Version]:
     """Returns what the trials of a study measured, with what was recovered since."""
-    return versions_of(stored.get_trials(deepcopy=False), _recovered(stored))
+    return versions_of(journal.get_trials(deepcopy=False), _recovered(journal))
 
 
-def given_of(stored: optuna.Study) -> Given | None:
+def given_of(journal: optuna.Study) -> Given | None:
     """Returns what was measured of the network as it was given; None where nothing was, yet."""
-    content = stored.user_attrs.get(_GIVEN)
+    content = journal.user_attrs.get(_GIVEN)
     return Given.from_dict(content) if content else None
 
 
-def keep_given(stored: optuna.Study, given: Given) -> None:
+def keep_given(journal: optuna.Study, given: Given) -> None:
     """Writes what was measured of the network as it was given."""
-    stored.set_user_attr(_GIVEN, given.to_dict())
+    journal.set_user_attr(_GIVEN, given.to_dict())
 
 
-def keep_sampler(stored: optuna.Study, name: str) -> None:
+def keep_sampler(journal: optuna.Study, name: str) -> None:
     """Notes which sampler is at work from now on; one that was renamed is the same one."""
-    samplers = _samplers(stored)
+    samplers = _samplers(journal)
     if not samplers or samplers[max(samplers)] != SAMPLERS.renamed(name):
-        stored.set_user_attr(f"{_SAMPLER}{len(stored.get_trials(deepcopy=False))}", name)
+        journal.set_user_attr(f"{_SAMPLER}{len(journal.get_trials(deepcopy=False))}", name)
 
 
-def _samplers(stored: optuna.Study) -> dict[int, str]:
+def _samplers(journal: optuna.Study) -> dict[int, str]:
     """Returns the sampler from each of some trials on, by its present name."""
     return {
         int(key.removeprefix(_SAMPLER)): SAMPLERS.renamed(name)
-        for key, name in stored.user_attrs.items()
+        for key, name in journal.user_attrs.items()
         if key.startswith(_SAMPLER)
     }
 
 
-def keep_recovered(stored: optuna.Study, number: int, evaluation: Evaluation) -> None:
+def keep_recovered(journal: optuna.Study, number: int, evaluation: Evaluation) -> None:
     """Writes what the version of a finished trial came to when it was recovered in full."""
-    stored.set_user_attr(f"{_RECOVERED}{number}", evaluation.to_dict())
+    journal.set_user_attr(f"{_RECOVERED}{number}", evaluation.to_dict())
 
 
-def _recovered(stored: optuna.Study) -> dict[int, Evaluation]:
+def _recovered(journal: optuna.Study) -> dict[int, Evaluation]:
     return {
         int(name.removeprefix(_RECOVERED)): Evaluation.from_dict(content)
-        for name, content in stored.user_attrs.items()
+        for name, content in journal.user_attrs.items()
         if name.startswith(_RECOVERED)
     }

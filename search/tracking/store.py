@@ -111,15 +111,15 @@ def tracking_uri(runs: Path) -> str:
     return f"sqlite:///{(runs / DATABASE).resolve()}"
 
 
-def remember(stored: optuna.Study, tracking: Tracking, runs: Path) -> None:
+def remember(journal: optuna.Study, tracking: Tracking, runs: Path) -> None:
     """Notes in a search's journal where its runs go, for the commands that come later."""
-    if tracking.shown != (remembered(stored) or tracking_uri(runs)):
-        stored.set_user_attr(_REMEMBERED, tracking.shown)
+    if tracking.shown != (remembered(journal) or tracking_uri(runs)):
+        journal.set_user_attr(_REMEMBERED, tracking.shown)
 
 
-def remembered(stored: optuna.Study) -> str | None:
+def remembered(journal: optuna.Study) -> str | None:
     """Returns where a search's runs go; None where it is the database beside it."""
-    uri: str | None = stored.user_attrs.get(_REMEMBERED)
+    uri: str | None = journal.user_attrs.get(_REMEMBERED)
     return uri
 
 

@@ -164,7 +164,7 @@ def _print(
     low, high = wilson(float(gated.correct.mean()), len(gated.correct))
     drop = full.correct.astype(float) - gated.correct
     error = drop.std() / len(drop) ** 0.5
-    gates = version.gates or {}
+    gates = version.exit_thresholds or {}
     print(
         f"\n{precision}: accuracy {full.correct.mean():.2%} in full, {gated.correct.mean():.2%} with exits (95%"
         f" interval {low:.2%} to {high:.2%}; drop {drop.mean() * 100:.2f} ± {error * 100:.2f} points) on"

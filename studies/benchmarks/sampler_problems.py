@@ -217,7 +217,7 @@ def _recorded(evaluation: Evaluation) -> list[Any]:
     """Returns accuracy, None if not measured, seconds and FLOPs, and where and at what cost inputs leave."""
     measured = evaluation.measurements
     values = [_short(measured[name].value) if name in measured else None for name in OBJECTIVES]
-    if not (gates := evaluation.gates):
+    if not (gates := evaluation.exit_thresholds):
         return [*values, None]
     ways = {metric: [_short(cost) for cost in costs] for metric, costs in gates["ways"].items()}
     return [*values, {"shares": [_short(share) for share in gates["shares"]], "ways": ways}]

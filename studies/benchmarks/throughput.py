@@ -144,7 +144,7 @@ def _print_building(pipeline: CompressionPipeline, watch: Stopwatch) -> None:
 def _random_candidate(pipeline: CompressionPipeline, rng: np.random.Generator) -> Candidate:
     values = pipeline.space.uniform(float(rng.uniform(0.4, 0.9)), "int8", 1.0)
     candidate = pipeline.space.candidate(values)
-    return pipeline.space.settled(candidate, dict.fromkeys(candidate.thresholds, NEVER_EXIT))
+    return pipeline.space.with_thresholds(candidate, dict.fromkeys(candidate.thresholds, NEVER_EXIT))
 
 
 def _build_naively(pipeline: CompressionPipeline, candidate: Candidate) -> bytes:

@@ -126,7 +126,11 @@ def test_choices_that_differ_in_a_head_that_is_not_there_come_to_one_version(pip
     two = replace(one, precision={**one.precision, "exits.exit1.classifier": "int8"})
     assert one.key != two.key
     never = dict.fromkeys(one.thresholds, NEVER_EXIT)
-    assert pipeline.space.settled(one, never) == pipeline.space.settled(two, never) == pipeline.space.dense()
+    assert (
+        pipeline.space.with_thresholds(one, never)
+        == pipeline.space.with_thresholds(two, never)
+        == pipeline.space.dense()
+    )
 
 
 def test_patience_ends_a_search_that_wins_nothing_and_says_so(coordinate) -> None:

@@ -249,7 +249,7 @@ def searched(pipeline, baseline, tmp_path_factory):
 
 def test_nothing_is_asked_twice_and_nothing_comes_out_otherwise(pipeline, baseline) -> None:
     for exit_from in (1.0, 0.5):  # without exits, and with all of them
-        subject = pipeline.deployed(pipeline.space.settled(*settled(pipeline, exit_from)))
+        subject = pipeline.deployed(pipeline.space.with_thresholds(*settled(pipeline, exit_from)))
         asked: list[int] = []
         opened, answer = subject.session, subject.session.answer
         opened.answer = lambda images, batch, a=answer, asked=asked: (asked.append(len(images)), a(images, batch))[1]

@@ -175,7 +175,7 @@ def test_solved_gates_are_no_choice_of_the_sampler(space) -> None:
     choices = Candidate({}, {"exits.exit1.classifier": "int8"}, gates.read({}))
     assert choices.is_unresolved
     assert choices.active_exits == ("exit1", "exit2")
-    settled = space.settled(choices, {"exit1": NEVER_EXIT, "exit2": 0.7})
+    settled = space.with_thresholds(choices, {"exit1": NEVER_EXIT, "exit2": 0.7})
     assert not settled.is_unresolved
     assert settled.precision == {"exits.exit1.classifier": "fp32"}, "a head that is not there has no precision"
     assert settled.unresolved().thresholds == {"exit1": NEVER_EXIT, "exit2": UNRESOLVED}
@@ -211,7 +211,7 @@ def test_what_is_solved_is_what_the_deployed_files_do(limits, pipeline, dense) -
         assert settled.thresholds.first_cost == pytest.approx(reached)
         assert reached <= 0.7 * measured["flops"].value
     evaluation = settled.stamped(pipeline.evaluate(settled.candidate, latency))
-    assert evaluation.gates["images"] == len(pipeline.threshold_images)
+    assert evaluation.exit_thresholds["images"] == len(pipeline.threshold_images)
     assert evaluation.digest == pipeline.deployed(evaluation.candidate).artifact.digest, "rebuilt byte for byte"
     assert evaluation.measurements["accuracy"].n == len(pipeline.scored) == 40
     assert evaluation.measurements["accuracy"].others["low"] < evaluation.measurements["accuracy"].value
@@ -298,12 +298,12 @@ def test_a_narrow_miss_is_solved_again_and_scored(metered) -> None:
             found = solver.evaluate(settled, [LimitsBroken(budget, dense)])
             if not 0 < limit.violation(once["latency"], dense["latency"]) <= NARROW:
                 assert found.candidate == settled.candidate
-                assert "rounds" not in found.gates
+                assert "rounds" not in found.exit_thresholds
                 continue
             near.append(found)
             assert limit.violation(found.measurements["latency"], dense["latency"]) <= 0
-            assert 1 <= found.gates["rounds"] <= 2
-            assert found.gates["correction"] > 1, "the images that count cost more"
+            assert 1 <= found.exit_thresholds["rounds"] <= 2
+            assert found.exit_thresholds["correction"] > 1, "the images that count cost more"
             assert found.measurements["accuracy"].n == len(scored)
     assert near, "other images leave elsewhere, so one limit or the other is missed"
 
@@ -398,6 +398,6 @@ def test_every_version_is_scored_on_the_other_half(pipeline) -> None:
 
 def test_a_network_is_compressed_once_for_its_thresholds_and_its_measurement(pipeline) -> None:
     choices = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 1.0))
-    settled = pipeline.space.settled(choices, dict.fromkeys(choices.thresholds, 0.8))
+    settled = pipeline.space.with_thresholds(choices, dict.fromkeys(choices.thresholds, 0.8))
     assert pipeline.compress(settled) is pipeline.compress(choices)
     assert pipeline.compress(replace(choices, patterns={"hidden": "50%"})) is not pipeline.compress(choices)

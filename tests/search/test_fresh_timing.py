@@ -135,7 +135,7 @@ def forget_simple(search: SearchFolder) -> None:
 def narrower(pipeline, precision: str) -> Candidate:
     """Returns a pruned version in one precision, without exits."""
     choices = pipeline.space.candidate(pipeline.space.uniform(0.5, precision, 1.0))
-    return pipeline.space.settled(choices, dict.fromkeys(choices.thresholds, NEVER_EXIT))
+    return pipeline.space.with_thresholds(choices, dict.fromkeys(choices.thresholds, NEVER_EXIT))
 
 
 def slow(search: SearchFolder, precision: str) -> None:

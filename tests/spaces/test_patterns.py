@@ -34,7 +34,7 @@ PATTERNS = {"inner.0": "2:4", "outer.0": "75%", "hidden": "50%"}
 @pytest.fixture
 def patterned(space: JointSpace, network) -> JointSpace:
     offered = offered_patterns(network, space.sparsity.groups, space.sparsity.finest, ("2:4", "75%"))
-    return JointSpace(space.sparsity, space.precision, space.gates, PatternSpace(offered))
+    return JointSpace(space.sparsity, space.precision, space.thresholds, PatternSpace(offered))
 
 
 class TestPatternSpace(SpaceContract):

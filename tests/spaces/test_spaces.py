@@ -26,7 +26,7 @@ class TestPrecisionSpace(SpaceContract):
 class TestGateSpace(SpaceContract):
     @pytest.fixture
     def part(self, space: JointSpace):
-        return space.gates
+        return space.thresholds
 
 
 def made(network, image, step: int, widest: int) -> SparsitySpace:
