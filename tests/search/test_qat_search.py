@@ -60,7 +60,7 @@ def test_more_fine_tuning_feels_int8_at_any_level(cache) -> None:
     assert pipeline.compressor.plan(dense, more).effort == "as given + qat 1 epoch (lsq)"
     assert pipeline.compressor.may_recover(dense)
     assert not pipeline.compressor.may_recover(pipeline.space.dense())
-    assert not plain.may_recover(dense)
+    assert not plain.compressor.may_recover(dense)
     assert pipeline.deployed(half).artifact.digest == plain.deployed(half).artifact.digest
     assert pipeline.deployed(dense, more).artifact.digest != pipeline.deployed(dense).artifact.digest
 
