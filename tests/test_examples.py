@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from optuna.samplers import BaseSampler
 from torch import nn
 
 from evaluators.quantization.calibration import CALIBRATORS
@@ -20,7 +21,8 @@ from evaluators.runtimes.registry import RUNTIMES, runtime
 from evaluators.testing import MaskFileContract
 from search.config.registries import SAMPLERS
 from search.config.study import Study, StudyError
-from search.samplers.base import SamplerFactory
+from search.samplers.base import SamplerFactory, SearchKnowledge
+from search.samplers.hypervolume.observations import observe_values
 from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.block_gates.base import BlockGate
 from spaces.dynamic.masks.base import Mask, masks_of
@@ -145,3 +147,9 @@ def test_a_target_may_be_ones_own() -> None:
     assert runtime("evaluators.runtimes.onnxruntime_cpu:OnnxRuntime").name == "onnxruntime"
     with pytest.raises(UnknownNameError, match=r"mine\.runtimes:Mine"):
         runtime("mine.runtimes:Mine")
+
+
+def test_the_sampler_is_made_as_a_search_makes_it() -> None:
+    (page,) = (page for page in PAGES if page.stem == "sampler")
+    knowledge = SearchKnowledge(lambda: pytest.fail("it does not ask for the prior"), observe_values)
+    assert isinstance(Registry[Any]("a sampler", dict([line(page)]))[line(page)[0]](0, knowledge), BaseSampler)

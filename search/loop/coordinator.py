@@ -28,7 +28,7 @@ from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import OBJECTIVES, Version
 from search.results.store import REPORT, Baseline, versions_of
-from search.samplers.base import InformedSampler
+from search.samplers.base import InformedSampler, SearchKnowledge
 from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Codec
 from spaces.candidate import Candidate
@@ -112,7 +112,8 @@ class Coordinator:
         self._codec = Codec(self._distributions)
         drawn = seed + len(journal.get_trials(deepcopy=False))
         prior = partial(problem_prior, pipeline, self._space, baseline)
-        journal.sampler = SAMPLERS[sampler_name](drawn, prior, observe_evaluations)
+        knowledge = SearchKnowledge(prior, observe_evaluations)
+        journal.sampler = SAMPLERS[sampler_name](drawn, knowledge)
         if isinstance(journal.sampler, InformedSampler):
             self._seeds = [*seeds, *journal.sampler.initial_proposals(self._distributions)]
         self._stall = Patience(self._budget, self._dense, lines)

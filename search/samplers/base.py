@@ -1,6 +1,7 @@
 """What the loop of trials asks of samplers beyond what Optuna does."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from optuna.distributions import BaseDistribution
@@ -10,8 +11,18 @@ from optuna.trial import FrozenTrial
 from search.samplers.hypervolume.observations import ObservesTrials
 from search.samplers.hypervolume.prior import ProblemPrior
 
-MakesPrior = Callable[[], ProblemPrior]
-"""Makes what is known of the problem without measuring; that takes a moment, so only who uses it calls it."""
+
+@dataclass(frozen=True)
+class SearchKnowledge:
+    """What a search can tell a sampler beyond what Optuna's study says; samplers may ignore all of it.
+
+    Args:
+        prior: makes what is known of the problem without measuring; that takes a moment, so only who uses it calls it.
+        observe: reads what was measured in trials, of versions that broke a limit as well.
+    """
+
+    prior: Callable[[], ProblemPrior]
+    observe: ObservesTrials
 
 
 class SamplerFactory(Protocol):
@@ -22,23 +33,22 @@ class SamplerFactory(Protocol):
 
         from optuna.samplers import BaseSampler, QMCSampler
 
-        from search.samplers.base import MakesPrior
+        from search.samplers.base import SearchKnowledge
 
 
-        def qmc(seed: int, _prior: MakesPrior | None = None) -> BaseSampler:
+        def qmc(seed: int, _knowledge: SearchKnowledge | None = None) -> BaseSampler:
             """Returns a scrambled Sobol sequence; choices, which have no order, are drawn independently."""
             return QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
     '''
 
-    def __call__(
-        self, seed: int, prior: MakesPrior | None = None, observe: ObservesTrials | None = None, /
-    ) -> BaseSampler:
+    def __call__(self, seed: int, knowledge: SearchKnowledge | None = None, /) -> BaseSampler:
         """Returns a sampler.
+
+        It is called once, when a search begins or goes on, and then asked by Optuna for one trial after the other.
 
         Args:
             seed: of its draws.
-            prior: see `MakesPrior`; samplers may ignore it.
-            observe: reads what was measured in trials; samplers may ignore it, and know their values alone.
+            knowledge: of the search; None where a sampler is tried without one.
         """
         ...
 

@@ -24,6 +24,7 @@ from search.config.overrides import Request
 from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.loop.sampler_observations import observe_evaluations
+from search.samplers.base import SearchKnowledge
 from studies.benchmarks.markdown import print_table
 from studies.benchmarks.sampler_problems import Case, Record, StudyCase, SyntheticCase
 from studies.benchmarks.synthetic import Setting
@@ -78,7 +79,8 @@ class Trace:
 
 def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
     """Returns what an arm does with a case."""
-    made: BaseSampler = SAMPLERS[arm.sampler](seed, lambda: case.prior, observe_evaluations)
+    knowledge = SearchKnowledge(lambda: case.prior, observe_evaluations)
+    made: BaseSampler = SAMPLERS[arm.sampler](seed, knowledge)
     study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=made)
     for values in case.warm if arm.is_warm else ():
         study.enqueue_trial(dict(values), skip_if_exists=True)

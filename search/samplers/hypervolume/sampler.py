@@ -13,7 +13,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial
 
-from search.samplers.base import MakesPrior
+from search.samplers.base import SearchKnowledge
 from search.samplers.hypervolume.batch_planner import BatchPlanner
 from search.samplers.hypervolume.calibration_error import (
     calibration_error,
@@ -224,12 +224,13 @@ def _best_rows(observations: Observations, posteriors: Posteriors) -> Array:
     return observations.rows[best_first(np.where(is_unknown, worst, costs), violations, _PARENTS)]
 
 
-def ehvi(seed: int, prior: MakesPrior | None = None, observe: ObservesTrials | None = None) -> BaseSampler:
+def ehvi(seed: int, knowledge: SearchKnowledge | None = None) -> BaseSampler:
     """Returns the sampler of expected hypervolume improvement.
 
     Args:
         seed: of its draws.
-        prior: makes what is known of the problem without measuring.
-        observe: reads what was measured in trials; their values alone where not given.
+        knowledge: of the search: its prior, and what was measured; without, it learns from the trials' values alone.
     """
-    return HypervolumeSampler(seed, prior() if prior else None, observe=observe or observe_values)
+    if knowledge is None:
+        return HypervolumeSampler(seed)
+    return HypervolumeSampler(seed, knowledge.prior(), observe=knowledge.observe)
