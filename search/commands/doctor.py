@@ -49,7 +49,7 @@ def _told(name: str) -> dict[str, Any]:
     if able.int8_channels > 1:
         notes.append(f"8 bits from {able.int8_channels} channels on")
     for kind in able.fp32_in:
-        notes.append(f'all fp32 layers in {kind} with [target] fp32_in = "{kind}" in the study')
+        notes.append(f'all fp32 layers in {kind} with target.fp32_in = "{kind}" in the study')
     for kind in able.storage:
         notes.append(f"weights in {kind} with space.storage in the study")
     if able.weight_bits < 8:

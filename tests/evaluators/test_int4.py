@@ -169,7 +169,7 @@ def test_a_study_asks_for_it_and_it_comes_after_the_target_s_own(cache) -> None:
     assert asking.space.precision.precisions == ("fp32", "int8", "int4")
     assert asking.space.precision.computed == ("fp32", "int8")
     assert not any("int4" in line for line in asking.remarks)
-    references = asking.references()
+    references = asking.references.artifacts
     assert references["int4"].size < 0.9 * references["int8"].size < references["fp32"].size
     assert {guess["precision.inner.0"] for guess in first_guesses(asking.space)} == {"fp32", "int8", "int4"}
     examined = SlowLayers((Slower(("inner.0",), "int8", "fp32", 0.9, 0.01),))
