@@ -186,15 +186,15 @@ def search(
 
 def _exit_thresholds(given: str | None, gates: str | None) -> Literal["solved", "searched"] | None:
     """Returns how thresholds of exits are found; None for what the study says. `gates` is what it was called before."""
-    if gates is not None and given is None:
-        sys.stderr.write("--gates inner and outer are called --exit-thresholds solved and searched now\n")
-        given = gates
-    if given is not None and given not in EXIT_THRESHOLDS:
+    name = given or gates
+    if name is not None and name not in EXIT_THRESHOLDS:
         raise UserError(
-            f"thresholds of exits are solved or searched, got {given!r}; leave --exit-thresholds out for what the"
+            f"thresholds of exits are solved or searched, got {name!r}; leave --exit-thresholds out for what the"
             " study says"
         )
-    return EXIT_THRESHOLDS[given] if given else None
+    if gates is not None:
+        sys.stderr.write("--gates inner and outer are called --exit-thresholds solved and searched now\n")
+    return EXIT_THRESHOLDS[name] if name else None
 
 
 @app.command()

@@ -61,8 +61,9 @@ class SearchRun:
             f"Searching study {self.study.name} within {self.study.budget} on {self.study.target.runtime}."
         )
         with self.folder.lock():
-            journal = self.folder.create()
-            given, simple = self._measure_given(journal)
+            given = GivenNetwork(self.study, self.display.step, self.runtime, self.display.say, self.download)
+            journal = self.folder.create()  # not before, so that a network that cannot be had leaves nothing behind
+            simple = None if "baseline" in journal.user_attrs else self._measure_given(journal, given)
             pipeline = self._build(journal, given)
             if "baseline" not in journal.user_attrs:
                 self._measure_baseline(journal, pipeline, simple)
@@ -74,21 +75,18 @@ class SearchRun:
     def _trials(self) -> int:
         return self.ending.trials or self.study.search.trials
 
-    def _measure_given(self, journal: optuna.Study) -> tuple[GivenNetwork, Given | None]:
-        """Returns the network as it is, and what it comes to in each precision where that is not in the journal.
+    def _measure_given(self, journal: optuna.Study, given: GivenNetwork) -> Given:
+        """Returns what the network as it is comes to in each precision, measured now or earlier.
 
         That is before exits, gates or weights for pruned versions are trained: the first answer comes first.
         """
-        given = GivenNetwork(self.study, self.display.step, self.runtime, self.display.say, self.download)
-        if "baseline" in journal.user_attrs:
-            return given, None
         simple = given_of(journal)
         if simple is None or (simple.question, simple.network) != (self.study.question_key, given.fingerprint):
             simple = given.measured(self.display.step)
             keep_given(journal, simple)
         for line in simple_lines(simple):
             self.display.say(line)
-        return given, simple
+        return simple
 
     def _build(self, journal: optuna.Study, given: GivenNetwork) -> CompressionPipeline:
         """Returns the pipeline, and says what of the study's wishes comes true."""

@@ -36,7 +36,7 @@ def study(tmp_path: Path) -> Path:
         (["--batch", "0"], ["--batch"]),
         (["init"], ["FOLDER"]),
         (["--sampler", "tpee"], ["did you mean 'tpe'"]),
-        (["--sampler", "foo"], ["is one of ehvi, tpe, nsga2, gp, random, got 'foo'"]),
+        (["--sampler", "foo"], ["is one of ehvi, tpe, nsga2, gp, random or package.module:attribute, got 'foo'"]),
         (["--target", "abacus"], ["onnxruntime", "tensorrt", "doctor"]),
         (["--target", "ssh://"], ["ssh://[user@]host"]),
         (["--trials", "0"], ["--trials"]),

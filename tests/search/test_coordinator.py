@@ -24,11 +24,11 @@ class Wrecked:
     def __getattr__(self, name):
         return getattr(self._pipeline, name)
 
-    def evaluate(self, candidate, latency, stop, **more):
+    def evaluate(self, candidate, latency, stopping=(), finetune=None):
         reason = next(self._reasons)
         if reason:
             raise RuntimeError(reason)
-        return self._pipeline.evaluate(candidate, latency, stop, **more)
+        return self._pipeline.evaluate(candidate, latency, stopping, finetune)
 
 
 @pytest.fixture
@@ -162,6 +162,6 @@ def test_our_sampler_knows_the_study_and_reports_on_itself(pipeline, tmp_path, f
     for more in (0, 3):  # a run without proposals leaves the report as it was
         with search.lock():
             Coordinator(pipeline, search.create(), baseline, "ehvi", 0, []).run(seeds + 8 + more, None)
-        again = stored(search.path.parent, "front").report
+        again = stored(search.path.parent, "ehvi").report
         assert sum(again["proposals"].values()) == proposed + more
         assert again["held_out"] == report["held_out"] or more

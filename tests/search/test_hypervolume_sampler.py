@@ -157,10 +157,10 @@ def test_points_won_are_the_expected_hypervolume_improvement() -> None:
     rng = np.random.default_rng(0)
     marginals = Marginals(np.array([[0.5, 0.5], [0.9, 0.1]]), np.full((2, 2), 0.2), np.log([1.0, 0.5]))
     ideal = np.full(2, -0.5)  # nothing that is likely lies below
-    points = non_dominated_points(ideal, reference, front, rng)
+    points = [non_dominated_points(ideal, reference, front, rng) for _ in range(20)]
     dominated = float(HV(ref_point=reference)(front))
     volume = 1.5**2 - dominated
-    expected = marginals.domination_probability(points).mean(axis=1) * volume
+    expected = np.mean([marginals.domination_probability(each).mean(axis=1) for each in points], axis=0) * volume
     for row in range(2):
         outcomes = marginals.means[row] + marginals.stds[row] * rng.standard_normal((4000, 2))
         won = [float(HV(ref_point=reference)(np.vstack([front, outcome]))) - dominated for outcome in outcomes]

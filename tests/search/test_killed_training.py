@@ -21,7 +21,7 @@ from search.training.loop import TrainingBatches
 from search.config.study import ElasticSection, FinetuneSection
 from spaces.pruning.prunable import find_groups
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
-from tests import tiny
+from tests.helpers import tiny
 
 kind, folder, stops = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "stops"
 
@@ -61,7 +61,7 @@ import torch
 from search.training.exit_heads import train_exits
 from search.config.study import ExitsSection
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
-from tests import tiny
+from tests.helpers import tiny
 
 kind, folder, stops = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "stops"
 calls = {"augment": 0, "exit1": 0, "exit2": 0, "pool": 0}

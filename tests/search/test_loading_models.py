@@ -76,7 +76,7 @@ def test_without_the_file_a_line_says_what_to_type_and_a_download_that_fails_say
     [
         ("torchvision:mobilnet_v2", "did you mean 'mobilenet_v2'"),
         ("torchvision:squeezenet1_1@IMAGENET1K_V7", "one of DEFAULT, IMAGENET1K_V1, none"),
-        ("tests.helpers.tiny:nothing", "it has network, no_network, randomized, short, sparsity_space, splits"),
+        ("tests.helpers.tiny:nothing", "it has network, no_network, short, sparsity_space, splits"),
         ("tests.nowhere:network", "start from the folder that has it"),
         ("/no/such/file.py:build", "check its path"),
         ("tests.helpers.tiny:no_network", r"broken on purpose at .*tiny.py:\d+"),
@@ -198,9 +198,9 @@ class Twofold(nn.Module):
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (Peeking(), r"decides by what it sees at .*test_sources_models.py:\d+"),
+        (Peeking(), r"decides by what it sees at .*test_loading_models.py:\d+"),
         (Rolling(), "same image alike"),
-        (Failing(), r"no_such_method.* at .*test_sources_models.py:\d+"),
+        (Failing(), r"no_such_method.* at .*test_loading_models.py:\d+"),
         (Twofold(), "got tuple"),
         (nn.Flatten(), r"4 logits an image.*\(no images of 'dogwood': .*\(2, 64\) for 2 images"),
     ],

@@ -1,6 +1,7 @@
 """The sensitivity profile: right figures, kept, shown; and the widths that follow from it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from evaluators.flops.pruned import ScaledFlops
 from search.cli import run
 from search.config.study import Study
 from search.loop.greedy_widths import greedy_seeds, greedy_widths
+from search.pipeline.compressor import Compressor
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.sensitivity_profiler import Profiler, widths
 from search.results.sensitivity import Point, Profile
@@ -22,12 +24,12 @@ from tests.helpers import tiny
 
 
 @pytest.fixture
-def fresh(pipeline, tmp_path, monkeypatch) -> CompressionPipeline:
-    """The tests' workbench with a cache in which no profile lies yet."""
-    from dataclasses import replace
-
-    monkeypatch.setattr(pipeline, "ground", replace(pipeline.compressor.context, folder=tmp_path))
-    return pipeline
+def fresh(pipeline, tmp_path) -> CompressionPipeline:
+    """The tests' pipeline with a cache in which no profile lies yet."""
+    context = replace(pipeline.compressor.context, folder=tmp_path)
+    calibration = pipeline.data.calibration.images[:]
+    compressor = Compressor(context, pipeline.space, pipeline.builder, pipeline.study.quantization, calibration)
+    return replace(pipeline, compressor=compressor)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ import pytest
 
 from evaluators.bundle import run as program
 from search.cli import run
+from search.config.renamed import with_present_names
 from search.config.study import Study, load_study
 from search.deploy.measure_bundle import measure_bundle
+from search.pipeline.pipeline import build_pipeline
 from search.results.store import SearchFolder, StoredSearch
 from tests.helpers.searches import ROOT
 
@@ -61,6 +63,10 @@ def test_a_search_of_before_shows_its_front_and_its_report(runs: Path, capsys: p
 @pytest.mark.slow
 def test_a_version_of_a_search_of_before_is_picked(runs: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "picked"
+    search = StoredSearch.read(SearchFolder(runs / NAME))
+    journal = search.folder.journal  # the training of this machine, which other machines round otherwise
+    now = build_pipeline(search.study, lambda *_: None).fingerprint
+    journal.write_text(journal.read_text().replace(search.folder.open().user_attrs["fingerprint"], now))
     options = ["--runs", str(runs), "--prefer", "accuracy", "--budget", "latency<9999%", "--out", str(out)]
     assert run(["pick", *options]) == 0
     before = json.loads((BEFORE / "bundle" / "bundle.json").read_text())
@@ -92,7 +98,7 @@ def test_a_bundle_of_before_answers_by_the_program_of_today(bundle: Path) -> Non
 @pytest.mark.parametrize(("file", "key"), [("search/study.toml", SEARCH_KEY), ("every_key.toml", EVERY_KEY)])
 def test_a_study_file_of_before_means_the_same(file: str, key: str) -> None:
     study = load_study(str(BEFORE / file))
-    content = tomllib.loads((BEFORE / file).read_text())
+    content, _ = with_present_names(tomllib.loads((BEFORE / file).read_text()))
     assert study.model_dump(mode="json", exclude_none=True) == content
     assert tomllib.loads(study.to_toml()) == content
     assert study.question_key == key, "the same question is the same search"

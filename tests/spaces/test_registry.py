@@ -21,7 +21,9 @@ def test_a_name_of_before_is_accepted_and_has_a_present_one() -> None:
 
 def test_only_present_names_are_listed() -> None:
     assert list(FUNCTIONS) == ["sqrt", "exp"]
-    with pytest.raises(UnknownNameError, match=r"a function is one of sqrt, exp or .*, got 'sqr'; did you mean 'sqrt'\?"):
+    with pytest.raises(
+        UnknownNameError, match=r"a function is one of sqrt, exp or .*, got 'sqr'; did you mean 'sqrt'\?"
+    ):
         FUNCTIONS.known("sqr")
     with pytest.raises(ValueError, match="one of sqrt, exp"):
         FUNCTIONS.check("log")
