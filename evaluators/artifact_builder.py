@@ -21,7 +21,7 @@ from evaluators.quantization.fp16 import HalfWriter
 from evaluators.quantization.int8 import FOLLOWING, NO_GRIDS, Grids, Placement, Quantizer, Ranges
 from evaluators.quantization.scheme import MINMAX, Scheme
 from evaluators.quantization.trainable_graph import TrainableGraph
-from evaluators.runtimes.base import ALLOWANCES, Fp32In, Runtime, deployed_stages
+from evaluators.runtimes.base import FP32_IN_METADATA, Fp32In, Runtime, deployed_stages
 from evaluators.runtimes.onnxruntime_cpu import load
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
@@ -66,7 +66,7 @@ class ArtifactBuilder:
         self._runtime = runtime
         self._scheme = scheme
         self._calibration = calibration[:_MEAN_IMAGES]
-        self._properties = ALLOWANCES[fp32_in]
+        self._properties = FP32_IN_METADATA[fp32_in]
         self._template = Template(network, torch.from_numpy(calibration[:1]))
         outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
         outputs += [gate_logits_name(block) for block in network.skip_blocks]

@@ -11,7 +11,7 @@ from evaluators.data import LabelledImages
 from evaluators.diagnosis.taps import FileError, Tap, find_taps, watched
 from evaluators.diagnosis.tensor_errors import Figures, TensorComparison
 from evaluators.graph.exporter import OUTPUT
-from evaluators.runtimes.base import Images, Runtime, Watch
+from evaluators.runtimes.base import Images, Runtime, TensorReader
 
 _PIXELS = 200_000
 """So many pixels of each channel are compared at a time: all tensors of a batch are in memory at once."""
@@ -156,7 +156,7 @@ class _Watched:
         self._side = side
         self._stages = [self._stage(file, names) for file, names in zip(side.stages, tensors, strict=True)]
 
-    def _stage(self, file: bytes, tensors: Sequence[str]) -> tuple[Watch, Mapping[str, str], str]:
+    def _stage(self, file: bytes, tensors: Sequence[str]) -> tuple[TensorReader, Mapping[str, str], str]:
         model, names = watched(file, tensors)
         first = onnx.load_from_string(file).graph.output[0].name
         try:

@@ -93,7 +93,7 @@ class FlopsEvaluator:
         """Returns which stages and which blocks each validation image runs, `(n, stages)` and `(n, blocks)`."""
         answers = subject.answers
         reached = (answers.exits[:, None] >= np.arange(answers.stages)) & answers.computed[:, None]
-        return reached, reached[:, self._block_stages(subject)] & ~answers.passed
+        return reached, reached[:, self._block_stages(subject)] & ~answers.skipped
 
     def _block_stages(self, subject: DeployedCandidate) -> list[int]:
         """Returns the stage that each block which may be skipped lies in."""
@@ -120,7 +120,7 @@ class FlopsEvaluator:
             ways: which blocks images pass by when nobody leaves; where not given, every block is run.
         """
         stages, blocks = self._parts(subject, self._by_module(subject))
-        ran = np.ones(len(blocks)) if ways is None else 1 - ways.passed.mean(axis=0)
+        ran = np.ones(len(blocks)) if ways is None else 1 - ways.skipped.mean(axis=0)
         np.add.at(stages, self._block_stages(subject), ran * blocks)
         return [float(flops) for flops in stages]
 

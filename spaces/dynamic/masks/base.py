@@ -65,7 +65,7 @@ class Mask(nn.Module):
         self.site = site
         self.keep = keep
         self.needed: dict[str, Tensor] = {}
-        self.session: dict[str, Tensor] = {}
+        self.opened: dict[str, Tensor] = {}
         """The share of each kind of gate that is open, `(n,)`."""
 
     def attach(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:  # noqa: ARG002  for subclasses
@@ -78,7 +78,7 @@ class Mask(nn.Module):
         block.register_forward_pre_hook(self._before)
 
     def _before(self, _block: nn.Module, args: tuple[Any, ...]) -> None:
-        self.needed, self.session = {}, {}
+        self.needed, self.opened = {}, {}
         self.look(args[0])
 
     def look(self, features: Tensor) -> None:
@@ -163,7 +163,7 @@ def needed(masks: Sequence[Mask]) -> dict[str, Tensor]:
 def each_opened(masks: Sequence[Mask]) -> Iterator[tuple[Mask, str, Tensor]]:
     """Yields every mask's gates with the share that each image opened in the last forward."""
     for mask in masks:
-        for kind, share in mask.session.items():
+        for kind, share in mask.opened.items():
             yield mask, kind, share
 
 

@@ -63,7 +63,7 @@ class PartialSumMask(Mask):
         share, path = average(decisions), self._gated[number].path
         part = base / conv.in_channels
         self.needed[path] = part + (1 - part) * share
-        self.session[f"sums{number}"] = share
+        self.opened[f"sums{number}"] = share
         bias = 0.0 if conv.bias is None else conv.bias.view(1, -1, 1, 1)
         return (
             torch.where(decisions > 0, out, sums + bias) if not self.training else _mixed(decisions, out, sums + bias)

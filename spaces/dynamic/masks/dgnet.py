@@ -99,8 +99,8 @@ class DualMask(Mask):
         reads, gives = [None, *kept], [*kept, None]
         for conv, share, read, given in zip(self.site.convs, opened, reads, gives, strict=True):
             self.needed[conv.path] = _product(conv, share, read, given)
-        self.session["tiles"] = opened[-1]
-        self.session |= {f"channels{number}": share for number, share in enumerate(kept)}
+        self.opened["tiles"] = opened[-1]
+        self.opened |= {f"channels{number}": share for number, share in enumerate(kept)}
 
     def _hide(self, number: int, _conv: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Masks what the convolution of this number gave, before the next one reads it."""

@@ -46,7 +46,7 @@ class PixelMask(Mask):
         for conv, reads in zip(reversed(self.site.convs), reversed(self._reads), strict=True):
             self.needed[conv.path] = average(positions)
             positions = reads.dilated(positions, conv.source)
-        self.session["pixels"] = average(self._positions)
+        self.opened["pixels"] = average(self._positions)
 
     def _last(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         return out * self._positions.to(out.dtype)

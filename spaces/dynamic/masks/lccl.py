@@ -77,7 +77,7 @@ class CollaborativeMask(Mask):
     def _multiply(self, number: int, _conv: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         values, opened = self.beside[number](args[0])
         self.needed[self.site.convs[number].path] = share = average(opened)
-        self.session[f"outputs{number}"] = share
+        self.opened[f"outputs{number}"] = share
         multiplied: Tensor = out * values.to(out.dtype)
         return multiplied
 
