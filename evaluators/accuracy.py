@@ -14,18 +14,18 @@ from evaluators.streams import KEY_FRAMES
 def accuracy_of(answers: Answers, target: Target, images: str) -> Measurement:
     """Returns the share of right answers, with its standard error, and its 95% interval beside it.
 
-    Frames of one clip are right or wrong together, so of a stream it is the error over clips, of which there may be any
-    number of frames, and the interval is as wide as so many independent images would leave it.
+    Frames of one clip tend to be right or wrong together, so for a stream the standard error is taken over clips, and
+    the interval is that of the number of independent images with the same standard error.
 
     Args:
-        answers: to labelled images.
-        target: what ran the network.
-        images: which images they were, for the record.
+        answers: predictions for labelled images.
+        target: the target that ran the network.
+        images: which images these are, for the protocol.
     """
     n, clips = len(answers.correct), answers.clips
     share = float(answers.correct.mean())
     shares = {f"exit{stage + 1}": float((answers.exits == stage).mean()) for stage in range(answers.stages - 1)}
-    if answers.answering is not None:
+    if answers.key_frames is not None:
         shares[KEY_FRAMES] = float(answers.computed.mean())
     spread = math.sqrt(share * (1 - share) / n) if clips is None else _over_clips(answers.correct, clips)
     return Measurement(
@@ -37,13 +37,15 @@ def accuracy_of(answers: Answers, target: Target, images: str) -> Measurement:
         target=str(target),
         protocol=f"top-1 of the deployed artifact on {n} {images} {'images' if clips is None else 'frames'}, batch"
         f" {target.batch}",
-        others=dict(zip(("low", "high"), wilson(share, n if clips is None else _alone(share, spread, n)), strict=True)),
+        others=dict(
+            zip(("low", "high"), wilson(share, n if clips is None else _effective_size(share, spread, n)), strict=True)
+        ),
         notes=shares,
     )
 
 
 def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """Returns the interval in which a share that was seen among `n` lies, at 95% where `z` is not given.
+    """Returns the Wilson score interval of a share observed in `n` samples, at 95% by default.
 
     Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
     """
@@ -51,8 +53,8 @@ def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return max((middle - width) / (1 + z * z / n), 0.0), min((middle + width) / (1 + z * z / n), 1.0)
 
 
-def _alone(share: float, spread: float, n: int) -> float:
-    """Returns how many images that come alone would leave the same error: no more than there are frames.
+def _effective_size(share: float, spread: float, n: int) -> float:
+    """Returns how many independent images would give the same standard error: at most the number of frames.
 
     Source: Kish, Survey Sampling, 1965, section 8.2 (the design effect).
     """
@@ -60,7 +62,7 @@ def _alone(share: float, spread: float, n: int) -> float:
 
 
 def _over_clips(correct: NDArray[np.bool_], clips: NDArray[np.int64]) -> float:
-    """Returns the standard error of a share whose samples come in clips.
+    """Returns the standard error of the share of right answers, with clips as clusters.
 
     Source: Cochran, Sampling Techniques, 1977, section 9.2 (a ratio over clusters of unequal size).
     """
@@ -76,6 +78,6 @@ class AccuracyEvaluator:
     def measure(self, subject: LoadedArtifact) -> Measurement:
         """Returns the share of right answers, 0 to 1, its standard error, and the share that leaves at each exit.
 
-        Of a stream it has the share of key frames as well.
+        For a stream it includes the share of key frames.
         """
         return accuracy_of(subject.answers, subject.target, "validation")

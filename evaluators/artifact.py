@@ -1,4 +1,4 @@
-"""What would be deployed: ONNX with explicit Q/DQ, one file per stage, written without an export per candidate."""
+"""The files of one version: ONNX with explicit Q/DQ, one file per stage."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from evaluators.inference.staged import Step, Steps
 
 @dataclass(frozen=True)
 class Artifact:
-    """One version of a network, ready to be shipped.
+    """One version of a network, ready to be deployed.
 
     Args:
         stages: portable ONNX files: int8 as symmetric s8 Q/DQ, bias in float. A stage that ends in an exit returns the
-            features for the next stage and the exit's logits; the last one returns the logits. What they return where
-            blocks may be skipped is in `Step`.
-        deployed: the same stages as the target's runtime wants them; what is measured.
+            features for the next stage and the exit's logits; the last one returns the logits. `Step` says what they
+            return if blocks may be skipped.
+        deployed: the same stages in the form of the target's runtime; these are measured and shipped.
         exits: the exit at the end of each stage but the last.
-        thresholds: the confidence at which each of them answers.
-        precisions: what each layer was written in, by the name of its ONNX node.
-        boundaries: how many layers read from a layer that runs in another precision.
-        confidence: what tells how sure an exit is, a name in `staged.CONFIDENCES`.
-        reuse: when a frame of a stream is answered as the last key frame was; None where each input is computed.
-        blocks: those that may be skipped, in the order in which they run.
-        steps: how the stages are run where blocks may be skipped; where none may, they run one after the other.
+        thresholds: the confidence from which each of these exits answers.
+        precisions: the precision in which each layer was written, by the name of its ONNX node.
+        boundaries: the number of layers that read from a layer in another precision.
+        confidence: the measure of an exit's confidence, a name in `staged.CONFIDENCES`.
+        reuse: when a frame of a stream reuses the last key frame's prediction; None if every input is computed.
+        blocks: the blocks that may be skipped, in the order in which they run.
+        steps: how the stages are run if blocks may be skipped; empty if they run one after the other.
     """
 
     stages: tuple[bytes, ...]
@@ -41,7 +41,7 @@ class Artifact:
 
     @property
     def plan(self) -> Steps:
-        """How the stages are run: a confidence for each exit, or steps where blocks may be skipped."""
+        """How the stages are run: the confidence threshold of each exit, or steps if blocks may be skipped."""
         return self.steps or self.thresholds
 
     @property
@@ -51,7 +51,7 @@ class Artifact:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the deployed stages, the thresholds and, with exits, what they are held against."""
+        """SHA-256 of the deployed stages, the plan, the frame reuse and, with exits, the measure of confidence."""
         gates = repr(self.plan) + (self.confidence if self.exits else "")
         content = hashlib.sha256(gates.encode())
         if self.reuse is not None:
@@ -62,5 +62,5 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """Bytes on disk of what is deployed."""
+        """Bytes on disk of the deployed stages."""
         return sum(len(stage) for stage in self.deployed)

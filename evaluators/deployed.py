@@ -1,4 +1,4 @@
-"""What evaluators look at: one compressed network, its artifact, and what it answers."""
+"""A candidate's artifact loaded on the target's runtime, and its predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,28 +18,30 @@ from evaluators.streams import Stream
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 
-MOST_WAYS = 24
-"""So many ways through blocks are timed each; where there are more, so many batches stand for all."""
-_AT_ONCE = 64
-"""So many key frames are gathered at a time."""
+MAX_TIMED_PATHS = 24
+"""Up to this many paths through the blocks are timed one by one; of more, this many batches are timed as a sample."""
+_KEY_FRAME_BATCH = 64
+"""How many key frames are read from the stream at a time."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What an artifact said to a set of images.
+    """An artifact's predictions for `n` images, and the path that each image took.
 
     Args:
-        classes: the predicted class of each image.
-        correct: whether it is right.
-        exits: the exit that answered, 0 being the first and the last index the end.
-        stages: how many parts the exits divide the artifact into.
-        profiles: for each way in which a batch shrinks on its way, one batch that does, as `(first image, batches)`;
-            of a stream, the key frames' only.
-        passed: the blocks that each image passed by, `(n, blocks)`; none behind its exit.
-        ways: how many ways there are: more than profiles where there were too many to time each.
-        alike: for each profile, the first images of further batches that it stands for; none of a stream.
-        answering: of a stream, the key frame whose answer each frame was given, `(n,)`; a key frame its own.
-        clips: of a stream, the clip that each frame belongs to, `(n,)`.
+        classes: the predicted class of each image, `(n,)`.
+        correct: whether the prediction is right, `(n,)`.
+        exits: the exit that answered each image, `(n,)`; 0 is the first exit, the last index the end of the network.
+        stages: the number of parts that the exits divide the artifact into.
+        profiles: one batch to time for each path, as `(index of its first image, number of batches on that path)`. For
+            a stream, key frames only.
+        skipped: the blocks that each image skipped, `(n, blocks)`; False for blocks after its exit.
+        path_count: the number of different paths; larger than the number of profiles where there are too many paths to
+            time each one.
+        same_path: for each profile, the first images of the other batches that it stands for; empty for a stream.
+        key_frames: for a stream, the index of the key frame whose prediction each frame reuses, `(n,)`; for a key frame
+            that is its own index.
+        clips: for a stream, the clip that each frame belongs to, `(n,)`.
     """
 
     classes: NDArray[np.int64]
@@ -47,116 +49,132 @@ class Answers:
     exits: NDArray[np.int64]
     stages: int
     profiles: tuple[tuple[int, int], ...]
-    passed: NDArray[np.bool_]
-    ways: int
-    alike: tuple[tuple[int, ...], ...] = ()
-    answering: NDArray[np.int64] | None = None
+    skipped: NDArray[np.bool_]
+    path_count: int
+    same_path: tuple[tuple[int, ...], ...] = ()
+    key_frames: NDArray[np.int64] | None = None
     clips: NDArray[np.int64] | None = None
 
     @property
-    def reached(self) -> tuple[float, ...]:
-        """The share of images that reaches each stage: 1 for the first, or the share of key frames."""
+    def reach_shares(self) -> tuple[float, ...]:
+        """The share of images that reaches each stage: 1 for the first stage, or the share of key frames."""
         computed = self.computed
         return tuple(float(np.mean((self.exits >= stage) & computed)) for stage in range(self.stages))
 
     @property
     def computed(self) -> NDArray[np.bool_]:
-        """Whether the network looked at an image, `(n,)`; at a frame that is no key frame it did not."""
-        own = np.arange(len(self.exits))
-        computed: NDArray[np.bool_] = own == (own if self.answering is None else self.answering)
+        """Whether the network was run on each image, `(n,)`; False for frames that reuse a key frame's prediction."""
+        indices = np.arange(len(self.exits))
+        computed: NDArray[np.bool_] = indices == (indices if self.key_frames is None else self.key_frames)
         return computed
 
     @property
-    def leaving(self) -> tuple[float, ...]:
-        """The share of images that leaves at each exit and, last, goes to the end."""
+    def exit_shares(self) -> tuple[float, ...]:
+        """The share of images that each exit answers and, last, the share that runs to the end of the network."""
         return tuple(float(np.mean(self.exits == stage)) for stage in range(self.stages))
 
 
-def ask(
-    opened: Session, stages: int, data: LabelledImages, batch: int, reuse: Reuse | None = None, blocks: int = 0
+def predict(
+    session: Session, stages: int, data: LabelledImages, batch: int, reuse: Reuse | None = None, blocks: int = 0
 ) -> Answers:
-    """Returns what an artifact answers, in batches of the size that is deployed.
+    """Returns an artifact's predictions for some images, computed in batches of the deployed size.
 
     Args:
-        opened: the artifact.
-        stages: the parts that its exits divide it into.
+        session: the loaded artifact.
+        stages: the number of parts that its exits divide it into.
         data: images, or a stream.
-        batch: how many are computed at once; of a stream, one.
-        reuse: which frames of a stream are computed; all of them where not given.
-        blocks: how many of its blocks may be skipped.
+        batch: the batch size; 1 for a stream.
+        reuse: which frames of a stream reuse an earlier prediction; None computes every frame.
+        blocks: the number of blocks that may be skipped.
     """
     if isinstance(data, Stream):
-        return _ask_stream(opened, stages, data, reuse, blocks)
-    return _answers(opened.answer(data.images, batch), stages, data.labels, batch, blocks)
+        return _predict_stream(session, stages, data, reuse, blocks)
+    return _answers(session.answer(data.images, batch), stages, data.labels, batch, blocks)
 
 
-def _answers(said: tuple[Images, Routes], stages: int, labels: NDArray[np.int64], batch: int, blocks: int) -> Answers:
-    """Returns what logits and routes to some images come to."""
-    logits, routes = said
+def _answers(
+    outputs: tuple[Images, Routes], stages: int, labels: NDArray[np.int64], batch: int, blocks: int
+) -> Answers:
+    """Returns predictions and paths from a session's logits `(n, classes)` and routes `(n,)`."""
+    logits, routes = outputs
     classes = logits.argmax(axis=1)
     exits = exits_of(routes)
-    passed = skipped_of(routes, blocks)
-    ways = _ways(exits, passed, batch, stages)
-    standing = _standing(ways, stages)
-    profiles = tuple((stands * batch, len(others) + 1) for stands, others in standing)
-    alike = tuple(tuple(at * batch for at in others) for _, others in standing)
-    return Answers(classes, classes == labels, exits, stages, profiles, passed, len(set(ways)), alike)
+    skipped = skipped_of(routes, blocks)
+    paths = _batch_paths(exits, skipped, batch, stages)
+    representatives = _representatives(paths, stages)
+    profiles = tuple((index * batch, len(others) + 1) for index, others in representatives)
+    same_path = tuple(tuple(other * batch for other in others) for _, others in representatives)
+    return Answers(classes, classes == labels, exits, stages, profiles, skipped, len(set(paths)), same_path)
 
 
-def _ask_stream(opened: Session, stages: int, stream: Stream, reuse: Reuse | None, blocks: int) -> Answers:
-    """Returns what is answered to each frame; only key frames are computed, one at a time."""
-    answering = stream.key_frames(reuse)
-    keys, given = np.unique(answering, return_inverse=True)
-    parts = [opened.answer(stream.images[keys[at : at + _AT_ONCE]], 1) for at in range(0, len(keys), _AT_ONCE)]
+def _predict_stream(session: Session, stages: int, stream: Stream, reuse: Reuse | None, blocks: int) -> Answers:
+    """Returns the predictions for all frames of a stream; only key frames are computed, one at a time."""
+    key_frames = stream.key_frames(reuse)
+    keys, key_index = np.unique(key_frames, return_inverse=True)
+    starts = range(0, len(keys), _KEY_FRAME_BATCH)
+    parts = [session.answer(stream.images[keys[start : start + _KEY_FRAME_BATCH]], 1) for start in starts]
     logits = np.concatenate([part for part, _ in parts])
     routes = np.concatenate([part for _, part in parts])
-    classes = logits.argmax(axis=1)[given]
+    classes = logits.argmax(axis=1)[key_index]
     exits = exits_of(routes)
-    passed = skipped_of(routes, blocks)
-    # From behind, because the first frame of all has no key frame before it.
-    ways = _ways(exits, passed, 1, stages)[::-1]
-    kinds = tuple((int(keys[-1 - stands]), len(others) + 1) for stands, others in _standing(ways, stages))
-    correct, number = classes == stream.labels, len(set(ways))
-    return Answers(classes, correct, exits[given], stages, kinds, passed[given], number, (), answering, stream.clips)
+    skipped = skipped_of(routes, blocks)
+    # In reverse, so that the very first frame, which no key frame precedes, represents a path only where it must.
+    paths = _batch_paths(exits, skipped, 1, stages)[::-1]
+    representatives = _representatives(paths, stages)
+    profiles = tuple((int(keys[-1 - index]), len(others) + 1) for index, others in representatives)
+    return Answers(
+        classes,
+        classes == stream.labels,
+        exits[key_index],
+        stages,
+        profiles,
+        skipped[key_index],
+        len(set(paths)),
+        key_frames=key_frames,
+        clips=stream.clips,
+    )
 
 
-def _ways(exits: NDArray[np.int64], passed: NDArray[np.bool_], batch: int, stages: int) -> list[tuple[int, ...]]:
-    """Returns, for each full batch, how many images reach each stage and how many pass each block by.
+def _batch_paths(
+    exits: NDArray[np.int64], skipped: NDArray[np.bool_], batch: int, stages: int
+) -> list[tuple[int, ...]]:
+    """Returns, for each full batch, how many images reach each stage, then how many skip each block.
 
-    On a dense runtime, only these counts decide what a batch costs.
+    On a dense runtime only these counts decide how long a batch takes.
     """
     starts = range(0, max(len(exits) - batch, 0) + 1, batch)
-    reached = [[int((exits[at : at + batch] >= stage).sum()) for stage in range(stages)] for at in starts]
-    left_out = [passed[at : at + batch].sum(axis=0).tolist() for at in starts]
-    return [tuple(some + more) for some, more in zip(reached, left_out, strict=True)]
+    reached = [[int((exits[start : start + batch] >= stage).sum()) for stage in range(stages)] for start in starts]
+    skips = [skipped[start : start + batch].sum(axis=0).tolist() for start in starts]
+    return [tuple(counts + more) for counts, more in zip(reached, skips, strict=True)]
 
 
-def _standing(ways: Sequence[tuple[int, ...]], stages: int) -> list[tuple[int, tuple[int, ...]]]:
-    """Returns batches that stand for all, and the others that each stands for: of every way, or of equal shares.
+def _representatives(paths: Sequence[tuple[int, ...]], stages: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Returns the batches to time, each with the other batches that it stands for.
 
-    The latter are the middle ones, by how much they leave out: the more, the fewer images reach their stages and,
-    then, the more pass their blocks by. Without blocks every way is timed.
+    Up to `MAX_TIMED_PATHS` paths, or without skippable blocks, it is one batch for each path. Of more paths, batches
+    are sorted by how much they leave out (images that reach a stage, then skipped blocks) and divided into equal
+    shares; the middle batch represents each share.
     """
-    found: dict[tuple[int, ...], list[int]] = {}
-    for index, way in enumerate(ways):
-        found.setdefault(way, []).append(index)
-    if len(found) <= MOST_WAYS or len(ways[0]) == stages:
-        return [(first, tuple(others)) for first, *others in found.values()]
-    order = sorted(range(len(ways)), key=lambda index: (sum(ways[index][:stages]), -sum(ways[index][stages:])))
-    parts = [part.tolist() for part in np.array_split(order, MOST_WAYS)]
-    return [(part.pop(len(part) // 2), tuple(part)) for part in parts]
+    batches_by_path: dict[tuple[int, ...], list[int]] = {}
+    for index, path in enumerate(paths):
+        batches_by_path.setdefault(path, []).append(index)
+    if len(batches_by_path) <= MAX_TIMED_PATHS or len(paths[0]) == stages:
+        return [(first, tuple(others)) for first, *others in batches_by_path.values()]
+    order = sorted(range(len(paths)), key=lambda index: (sum(paths[index][:stages]), -sum(paths[index][stages:])))
+    shares = [share.tolist() for share in np.array_split(order, MAX_TIMED_PATHS)]
+    return [(share.pop(len(share) // 2), tuple(share)) for share in shares]
 
 
 class LoadedArtifact:
-    """One candidate as it would run on the target.
+    """One candidate's artifact, as it would run on the target.
 
-    The artifact is loaded, and asked about the validation images, when an evaluator first needs it.
+    The artifact is loaded, and run on the validation images, when an evaluator first needs it.
 
     Args:
         candidate: the version.
-        artifact: what would be deployed.
-        validation: what it is scored on.
-        runtime: what runs it.
+        artifact: the files that would be deployed.
+        validation: the images that accuracy is measured on.
+        runtime: the library that runs the artifact.
         target: batch size and threads.
     """
 
@@ -173,55 +191,58 @@ class LoadedArtifact:
         self.validation = validation
         self.target = target
         self._runtime = runtime
-        self._begun: list[tuple[Images, Routes]] = []
+        self._first_outputs: list[tuple[Images, Routes]] = []
 
     @cached_property
     def session(self) -> Session:
         """The artifact, loaded into the runtime."""
-        made = self.artifact
-        return self._runtime.open(made.deployed, made.plan, self.target.threads, made.confidence)
+        artifact = self.artifact
+        return self._runtime.open(artifact.deployed, artifact.plan, self.target.threads, artifact.confidence)
 
     def answers_to(self, data: LabelledImages) -> Answers:
-        """Returns what the artifact says to some images."""
-        made = self.artifact
-        return ask(self.session, len(made.exits) + 1, data, self.target.batch, made.reuse, len(made.blocks))
+        """Returns the artifact's predictions for some images."""
+        artifact = self.artifact
+        stages, blocks = len(artifact.exits) + 1, len(artifact.blocks)
+        return predict(self.session, stages, data, self.target.batch, artifact.reuse, blocks)
 
     def first_answers(self, count: int) -> Answers:
-        """Returns what the artifact says to the first validation images; `answers` goes on from there.
+        """Returns the predictions for the first validation images; `answers` computes only the rest after that.
 
         Args:
-            count: how many, in whole batches; of images that come alone, not of a stream.
+            count: the number of images, a multiple of the batch size. Not for streams.
         """
-        self._begun = [self._said(0, count)]
-        return self._joined(self._begun)
+        self._first_outputs = [self._outputs(0, count)]
+        return self._joined(self._first_outputs)
 
-    def _said(self, start: int, end: int) -> tuple[Images, Routes]:
-        some = self.validation.some(np.arange(start, end))
-        return self.session.answer(some.images, self.target.batch)
+    def _outputs(self, start: int, end: int) -> tuple[Images, Routes]:
+        """Returns logits and routes of the validation images from `start` to `end`."""
+        images = self.validation.some(np.arange(start, end)).images
+        return self.session.answer(images, self.target.batch)
 
     def _joined(self, parts: Sequence[tuple[Images, Routes]]) -> Answers:
-        logits, routes = (np.concatenate(each) for each in zip(*parts, strict=True))
-        labels, made = self.validation.labels[: len(logits)], self.artifact
-        return _answers((logits, routes), len(made.exits) + 1, labels, self.target.batch, len(made.blocks))
+        logits, routes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        labels = self.validation.labels[: len(logits)]
+        stages, blocks = len(self.artifact.exits) + 1, len(self.artifact.blocks)
+        return _answers((logits, routes), stages, labels, self.target.batch, blocks)
 
     @cached_property
     def answers(self) -> Answers:
-        """What the artifact says to the validation images."""
-        if not self._begun:
+        """The artifact's predictions for the validation images."""
+        if not self._first_outputs:
             return self.answers_to(self.validation)
-        count = len(self._begun[0][0])
-        return self._joined([*self._begun, self._said(count, len(self.validation))])
+        count = len(self._first_outputs[0][0])
+        return self._joined([*self._first_outputs, self._outputs(count, len(self.validation))])
 
 
 class DeployedCandidate(LoadedArtifact):
-    """One candidate, in torch too.
+    """One candidate with both its artifact and its torch network.
 
     Args:
-        network: compressed and recovered.
+        network: the torch network, compressed and recovered.
         candidate: the version.
-        artifact: what would be deployed.
-        validation: what it is scored on.
-        runtime: what runs it.
+        artifact: the files that would be deployed.
+        validation: the images that accuracy is measured on.
+        runtime: the library that runs the artifact.
         target: batch size and threads.
     """
 
@@ -239,10 +260,10 @@ class DeployedCandidate(LoadedArtifact):
 
 
 class Evaluator(Protocol):
-    """Measures one metric of a subject."""
+    """Measures one metric of a deployed candidate."""
 
     metric: str
 
     def measure(self, subject: DeployedCandidate) -> Measurement:
-        """Returns the measured value, in SI units, and how it came to be."""
+        """Returns the measured value, in SI units, with the protocol of the measurement."""
         ...

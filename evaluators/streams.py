@@ -1,4 +1,4 @@
-"""Streams: images that follow each other, and which of them a network need not look at."""
+"""Streams of frames: which frames are computed, and which reuse the prediction of an earlier key frame."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,19 @@ from numpy.typing import NDArray
 
 from evaluators.data import LabelledImages
 from evaluators.inference.frame_reuse import Reuse, is_key, thumbnail
-from evaluators.runtimes.base import Follows, TimedBatch
+from evaluators.runtimes.base import PrecedingKeyFrame, TimedBatch
 
 KEY_FRAMES = "key frames"
-"""The note of an accuracy that tells the share of the frames that were computed."""
-_AT_ONCE = 64
+"""The name under which an accuracy's notes hold the share of frames that were computed."""
+_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Stream(LabelledImages):
-    """Frames in their order, with the class of each; some of them begin a clip that has nothing to do with the last.
+    """Frames in order, with the class of each, made up of clips that are unrelated to each other.
 
-    Nobody tells a deployed network where a clip begins: `starts` serves the statistics alone.
+    `starts` holds the index of each clip's first frame. A deployed network does not know where clips begin; `starts` is
+    used by the statistics only.
     """
 
     starts: NDArray[np.int64]
@@ -32,7 +33,7 @@ class Stream(LabelledImages):
             raise ValueError(f"clips start at frame 0 and then later and later in the stream, got {self.starts}")
 
     def mixed(self, seed: int = 0) -> "Stream":  # noqa: ARG002  the images' signature
-        """Returns the stream as it is: frames have one order."""
+        """Returns the stream unchanged: the order of frames matters."""
         return self
 
     def head(self, count: int) -> "Stream":
@@ -46,51 +47,52 @@ class Stream(LabelledImages):
 
     @cached_property
     def thumbnails(self) -> NDArray[np.float32]:
-        """What frames are compared by, `(n, rows, columns)`."""
-        parts = (self.images[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE))
+        """The thumbnails by which frames are compared, `(n, rows, columns)`."""
+        parts = (self.images[start : start + _BATCH] for start in range(0, len(self), _BATCH))
         return np.stack([thumbnail(frame) for part in parts for frame in part])
 
     def key_frames(self, reuse: Reuse | None) -> NDArray[np.int64]:
-        """Returns the key frame whose answer each frame gets, `(n,)`; a key frame, or any without reuse, its own.
+        """Returns the index of the key frame whose prediction each frame reuses, `(n,)`; a key frame's own index.
 
-        No network is asked: the difference of two frames does not depend on what was said to them. So what any
-        threshold costs in accuracy follows exactly from the answers to single frames.
+        Without reuse every frame is a key frame. Frames are compared by their thumbnails, not by predictions, so the
+        accuracy at any threshold follows exactly from the predictions for single frames, without running the network.
         """
         if reuse is None:
             return np.arange(len(self))
-        answering = np.zeros(len(self), dtype=np.int64)
+        key_frames = np.zeros(len(self), dtype=np.int64)
         small, last = self.thumbnails, 0
         for index in range(1, len(self)):
             if is_key(small[index], small[last], index - last, reuse.threshold, reuse.max_age):
                 last = index
-            answering[index] = last
-        return answering
+            key_frames[index] = last
+        return key_frames
 
 
 def timed_frames(
-    answering: NDArray[np.int64], kinds: Sequence[tuple[int, int]], reuse: Reuse, differ: bool
+    key_frames: NDArray[np.int64], profiles: Sequence[tuple[int, int]], reuse: Reuse, is_dynamic: bool
 ) -> tuple[list[TimedBatch], list[float]]:
-    """Returns one frame of each kind, as it is met in the stream, and how many there are; the longest path comes last.
+    """Returns one frame to time for each path, in its place in the stream, and the number of frames on that path.
 
-    Where all key frames take one, that is the path of every key frame, so it is not timed beside it.
+    A frame that reuses a prediction comes first, if there is one. Of a dynamic network the longest path comes last;
+    otherwise every key frame takes it anyway.
 
     Args:
-        answering: the key frame whose answer each frame gets, `(n,)`.
-        kinds: for each way that key frames take, one that does, and how many do.
-        reuse: decides on the frames.
-        differ: whether key frames may leave early or pass blocks by.
+        key_frames: the key frame whose prediction each frame reuses, `(n,)`.
+        profiles: for each path that key frames take, one key frame on it and the number of key frames on it.
+        reuse: decides which frames are computed.
+        is_dynamic: whether key frames may leave early or skip blocks.
     """
-    reused = np.flatnonzero(answering != np.arange(len(answering)))
+    reused = np.flatnonzero(key_frames != np.arange(len(key_frames)))
     frames = [(int(reused[0]), float(len(reused)), False)] if len(reused) else []
-    frames += [(key, float(count), False) for key, count in kinds]
-    frames += [(kinds[0][0], 0.0, True)] if differ else []
-    batches = [TimedBatch(frame, 1, longest, _met(frame, answering, reuse)) for frame, _, longest in frames]
+    frames += [(key, float(count), False) for key, count in profiles]
+    frames += [(profiles[0][0], 0.0, True)] if is_dynamic else []
+    batches = [TimedBatch(frame, 1, longest, _position(frame, key_frames, reuse)) for frame, _, longest in frames]
     return batches, [count for _, count, _ in frames]
 
 
-def _met(frame: int, answering: NDArray[np.int64], reuse: Reuse) -> Follows:
-    """Returns what a frame finds when it comes; the first one, which finds nothing, a key frame that is too old."""
+def _position(frame: int, key_frames: NDArray[np.int64], reuse: Reuse) -> PrecedingKeyFrame:
+    """Returns the key frame before a frame and its age; for the first frame, one that is too old to be reused."""
     if frame == 0:
-        return Follows(0, reuse.max_age, reuse.threshold, reuse.max_age)
-    key = int(answering[frame - 1])
-    return Follows(key, frame - key, reuse.threshold, reuse.max_age)
+        return PrecedingKeyFrame(0, reuse.max_age, reuse.threshold, reuse.max_age)
+    key = int(key_frames[frame - 1])
+    return PrecedingKeyFrame(key, frame - key, reuse.threshold, reuse.max_age)

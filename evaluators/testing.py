@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.deployed import DeployedCandidate, Evaluator
-from evaluators.diagnosis.taps import find_taps, watched
+from evaluators.diagnosis.taps import find_taps, with_taps
 from evaluators.flops.evaluator import count_by_module
 from evaluators.flops.masked import MaskedFlops
 from evaluators.inference.staged import skipped_of
@@ -254,7 +254,7 @@ class RuntimeContract:
         taps = find_taps(write("fp32", NEVER_EXIT)[0])
         for precision in runtime.capabilities().precisions:
             (stage,) = write(precision, NEVER_EXIT)
-            model, names = watched(runtime.deployable(stage), [tap.tensor for tap in taps])
+            model, names = with_taps(runtime.deployable(stage), [tap.tensor for tap in taps])
             tensors = runtime.tensors(model)(images.numpy())
             assert set(names) == {tap.tensor for tap in taps}
             for tap in taps:

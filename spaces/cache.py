@@ -1,4 +1,4 @@
-"""Files that are made once and used again: what they are called, and how they are written."""
+"""Names of cache files, and atomic writes."""
 
 import hashlib
 import os
@@ -10,24 +10,24 @@ Writer = Callable[[Path], object]
 
 
 def key(*parts: str) -> str:
-    """Returns sixteen hexadecimal digits over all that a cached result depends on; they name its file.
+    """Returns sixteen hexadecimal digits of a hash over everything that a cached result depends on; its file name.
 
     Args:
-        parts: in an order that never changes. What is kept of a class here is its JSON, never its `repr`: a class that
-            gets another name would make everything anew.
+        parts: in a fixed order. Objects take part as JSON, never as `repr`, so that renaming a class does not
+            invalidate the cache.
     """
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def write_atomically(file: Path, content: bytes | str | Writer) -> None:
-    """Writes a file, and the folders above it, so that it is whole or not there at all, whoever reads it meanwhile.
+    """Writes a file atomically and creates its folders: readers see the old content or the new, never a part.
 
     Args:
-        file: that is written, or replaced.
-        content: what is in it, text as UTF-8; or what writes a file that does not exist yet.
+        file: the file to write or replace.
+        content: the bytes, the text in UTF-8, or a function that writes to a path.
 
     Raises:
-        OSError: it cannot be written; what was there before stays.
+        OSError: it cannot be written; the old file stays.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}")

@@ -10,33 +10,33 @@ from typing import Any, Self
 from spaces import cache
 
 NEVER_EXIT = 1.0
-"""The threshold that turns an exit off: its head is not even part of the artifact."""
+"""The threshold that turns an exit off: its head is not part of the artifact."""
 UNRESOLVED = -1.0
-"""The threshold of an exit that takes part, while how confident it has to be is still to be found."""
+"""The threshold of an active exit whose confidence threshold has not been solved yet."""
 ALWAYS_RUN = -4.0
-"""The threshold that turns a gate off: its block is always run, and the gate is not even part of the artifact."""
+"""The threshold that turns a gate off: its block is always run, and the gate is not part of the artifact."""
 SKIP = "skip."
-"""What a gate's threshold is called, followed by its block's path."""
+"""The prefix of the name of a gate's threshold; its block's path follows."""
 MASK = "mask."
-"""What a mask's threshold is called, followed by its block's path; at `ALWAYS_RUN` all of the block is computed."""
+"""The prefix of the name of a mask's threshold; its block's path follows. At `ALWAYS_RUN` nothing is masked."""
 FRAMES = "frames"
-"""The gate that lets a frame of a stream be answered as the last key frame was; it is no exit, and 0 turns it off."""
+"""The name of the threshold of frame reuse in streams; 0 turns reuse off: every frame is computed."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer, threshold per gate, and the pattern of zeros of some layers.
+    """Channels kept per group, precision per layer, thresholds, and the sparsity pattern of some layers.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, {"exit1": 0.9})
 
-    Two candidates are equal when their content is; `key` names that content.
+    Candidates are compared by content; `key` identifies the content.
     """
 
     channels: Mapping[str, int]
     precision: Mapping[str, str]
     thresholds: Mapping[str, float]
     patterns: Mapping[str, str] = field(default_factory=dict)
-    """Of layers that have zeros by choice; one that is not named is dense."""
+    """The sparsity pattern of some layers, by name; other layers are dense."""
 
     def __post_init__(self) -> None:
         for part in ("channels", "precision", "thresholds", "patterns"):
@@ -52,44 +52,44 @@ class Candidate:
 
     @property
     def exits(self) -> list[str]:
-        """The exits of the network, whether they can fire or not: what has a threshold and is no other gate."""
+        """All exits of the network, active or not: the thresholds that are not of frames, gates or masks."""
         return [name for name in self.thresholds if name != FRAMES and not name.startswith((SKIP, MASK))]
 
     @property
     def masks(self) -> dict[str, float]:
-        """The blocks with masks, by their paths, each with the logit from which its gates are open."""
+        """For each block with a mask, by path, the logit from which the mask's gates are open."""
         return {name.removeprefix(MASK): value for name, value in self.mask_thresholds.items()}
 
     @property
     def mask_thresholds(self) -> dict[str, float]:
-        """The thresholds of masks: part of the network in torch, as channels are, where others are of the runtime."""
+        """The thresholds of masks, by full name. They act in the torch network, others only at run time."""
         return {name: value for name, value in self.thresholds.items() if name.startswith(MASK)}
 
     @property
     def active_exits(self) -> tuple[str, ...]:
-        """The exits that can fire, in order of depth."""
+        """The exits that may answer, in order of depth."""
         names = sorted(self.exits, key=lambda name: (len(name), name))  # exit2 before exit10
         return tuple(name for name in names if self.thresholds[name] < NEVER_EXIT)
 
     @property
     def active_skips(self) -> dict[str, float]:
-        """The blocks that may be skipped, by their paths, each with the logit from which its gate runs it."""
+        """For each block that may be skipped, by path, the gate's logit from which the block is run."""
         gates = {name.removeprefix(SKIP): value for name, value in self.thresholds.items() if name.startswith(SKIP)}
         return {block: threshold for block, threshold in gates.items() if threshold > ALWAYS_RUN}
 
     @property
     def is_unresolved(self) -> bool:
-        """Whether a threshold is still to be found, so that this is a choice of all else, and no version yet."""
+        """Whether the threshold of an active exit has not been solved yet; then this cannot be deployed."""
         return any(self.thresholds[name] == UNRESOLVED for name in self.active_exits)
 
     def without_skips(self) -> Self:
-        """Returns the same choices with every block run."""
+        """Returns the same candidate with every block run."""
         return replace(
             self, thresholds={**self.thresholds, **{SKIP + block: ALWAYS_RUN for block in self.active_skips}}
         )
 
     def unresolved(self) -> Self:
-        """Returns the same choices with the threshold of each active exit still to be found."""
+        """Returns the same candidate with the thresholds of all active exits unresolved."""
         thresholds = dict(self.thresholds) | dict.fromkeys(self.active_exits, UNRESOLVED)
         return replace(self, thresholds=thresholds)
 

@@ -1,4 +1,4 @@
-"""Channels kept per dependency group, in steps that the target likes."""
+"""Channels kept per dependency group, in multiples that suit the target, as dimensions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,23 @@ from spaces.pruning.slicing import sliced
 
 PREFIX = "channels."
 CHOICES = 4
-"""A group's step is narrowed until it has so many widths to choose from."""
+"""A group's step is halved until it has at least this many widths."""
 
 
 def _in_units(step: int, group: ChannelGroup) -> int:
-    """Returns a step of layers' channels in the group's own, each of which may stand for several."""
+    """Returns a step in channels of layers as a step in channels of the group, each of which may stand for several."""
     return step // math.gcd(step, group.width)
 
 
 class SparsitySpace:
-    """How many channels each group keeps; which ones follows from their scores, most important first.
+    """The number of channels that each group keeps; the channels with the highest scores are kept.
 
     Args:
         groups: the dense network's dependency groups.
-        scores: of each group's channels, by a criterion.
-        step: channels come in multiples of it, as the target's kernels want.
+        scores: the scores of each group's channels, by a criterion.
+        step: the smallest multiple of channels that suits the target's kernels.
         minimum: the smallest share of its channels that a group may keep, rounded up to a step.
-        widest: the multiple that the most demanding of the target's precisions wants; `step` where not given.
+        widest: the multiple of channels that the most demanding precision of the target needs; `step` by default.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class SparsitySpace:
 
     @property
     def description(self) -> dict[str, list[int]]:
-        """All that decides which slices there are: the order of each group's channels, its step and its minimum."""
+        """Everything that determines the slices: the order of each group's channels, its step and its minimum."""
         orders = {name: [int(channel) for channel in order] for name, order in self._order.items()}
         return orders | {"": [n for group in self.groups for n in (self.step(group), self.smallest(group))]}
 
     def dimensions(self) -> dict[str, Dimension]:
-        """Returns one dimension per group that has a choice: its kept channels."""
+        """Returns one dimension per group that can be pruned: the number of kept channels."""
         sizes = [(group, self.smallest(group), group.channels, self.step(group)) for group in self.groups]
         return {
             PREFIX + group.name: Integer(low, low + (high - low) // step * step, step)
@@ -64,17 +64,17 @@ class SparsitySpace:
         }
 
     def step(self, group: ChannelGroup) -> int:
-        """Returns the multiple in which the channels of `group` come.
+        """Returns the step of a group's channels.
 
-        Precision is chosen per layer and channels per group, so the step cannot follow the precision: it is the widest,
-        so that no layer is padded in any precision, and halved as long as it does not divide the group's channels or
-        leaves it fewer than `CHOICES` widths. What is padded then is measured, padding included.
+        Precision is chosen per layer and channels per group, so the step cannot depend on the precision. It is the
+        widest, which needs no padding in any precision, halved while it does not divide the group's channels or leaves
+        fewer than `CHOICES` widths. Latency of a padded layer is measured with its padding.
         Source: TensorRT documentation, Optimizing performance: channels are padded to 4 in TF32, 8 in FP16, 32 in INT8.
         """
-        wanted = self.widest
-        while wanted > self.finest and not self._is_fitting(group, _in_units(wanted, group)):
-            wanted = max(wanted // 2, self.finest)
-        return _in_units(wanted, group)
+        step = self.widest
+        while step > self.finest and not self._is_fitting(group, _in_units(step, group)):
+            step = max(step // 2, self.finest)
+        return _in_units(step, group)
 
     def _is_fitting(self, group: ChannelGroup, step: int) -> bool:
         widths = (group.channels - self._lowest(group, step)) // step + 1
@@ -83,7 +83,7 @@ class SparsitySpace:
     def smallest(self, group: ChannelGroup) -> int:
         """Returns the fewest channels that `group` may keep.
 
-        What remains above it up to the full width divides by the step, so that the dense width is always on offer.
+        It differs from the full width by a multiple of the step, so that the dense width is always a choice.
         """
         return self._lowest(group, self.step(group))
 
@@ -92,7 +92,7 @@ class SparsitySpace:
         return min(steps * step + group.channels % step, group.channels)
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """Returns the kept channels of every group."""
+        """Returns the number of kept channels of every group."""
         free = self.dimensions()
         return {
             group.name: values[PREFIX + group.name] if PREFIX + group.name in free else group.channels
@@ -100,7 +100,7 @@ class SparsitySpace:
         }
 
     def kept(self, channels: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
-        """Returns the indices of the channels that stay, ascending, for each group that loses some.
+        """Returns the indices of the kept channels, ascending, for each group that loses some.
 
         Raises:
             ValueError: a group keeps none of its channels, or more than it has.
@@ -115,13 +115,13 @@ class SparsitySpace:
         return kept
 
     def lost(self, name: str, count: int) -> float:
-        """Returns the share of a group's importance, by its scores, that goes when it keeps `count` channels."""
+        """Returns the share of a group's total score that is lost if it keeps `count` channels."""
         falling = self._scores[name][self._order[name]]
         total = float(falling.sum())
         return float(falling[count:].sum()) / total if total > 0 else 1 - count / len(falling)
 
     def apply(self, network: ExitNetwork, channels: Mapping[str, int]) -> ExitNetwork:
-        """Returns a smaller copy of `network`, whose weights are slices of its own.
+        """Returns a smaller copy of `network`, with slices of its weights.
 
         Raises:
             ValueError: a group keeps none of its channels, or more than it has.

@@ -1,4 +1,4 @@
-"""What a search may vary, described without naming the library that searches."""
+"""Dimensions of a search space, independent of the library that searches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ Dimension = Integer | Real | Choice
 
 
 class Space(Protocol):
-    """One kind of freedom: the dimensions it opens, and two ways to fill them."""
+    """One kind of choices: its dimensions, and how their values become a part of a candidate."""
 
     def dimensions(self) -> dict[str, Dimension]:
-        """Returns what may vary, by parameter name; a dimension that has one value is left out."""
+        """Returns the dimensions by parameter name, without those that have only one value."""
         ...
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:

@@ -1,4 +1,4 @@
-"""All freedoms in one space."""
+"""All dimensions of a search together."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ NO_PATTERNS = PatternSpace({})
 
 
 class JointSpace:
-    """Channels, precision, thresholds and patterns of zeros together: what one trial chooses from."""
+    """The search space: channels, precisions, thresholds and sparsity patterns."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class JointSpace:
         }
 
     def candidate(self, values: Mapping[str, Value]) -> Candidate:
-        """Returns the candidate that `values`, one for each dimension, describe.
+        """Returns the candidate for one value of each dimension.
 
         Raises:
             KeyError: a dimension has no value.
@@ -52,41 +52,41 @@ class JointSpace:
         return self.with_thresholds(Candidate(channels, precision, thresholds, patterns), thresholds)
 
     def with_thresholds(self, candidate: Candidate, thresholds: Mapping[str, float]) -> Candidate:
-        """Returns a candidate with these thresholds.
+        """Returns the candidate with other thresholds.
 
-        The head of an exit that never fires, and the gate of a block that is always run, are not deployed, so their
-        precision is that of the reference: candidates that deploy the same thing are the same candidate.
+        The head of an exit that never answers and the gate of a block that is always run are not deployed. Their layers
+        get the reference precision, so that candidates with the same deployed files are equal.
         """
-        owners = [self.thresholds.idle_layers(name, threshold) for name, threshold in thresholds.items()]
-        idle = tuple(owner for owner in owners if owner is not None)
+        prefixes = [self.thresholds.idle_layers(name, threshold) for name, threshold in thresholds.items()]
+        idle = tuple(prefix for prefix in prefixes if prefix is not None)
         layers = [layer for layer in candidate.precision if layer.startswith(idle)]
         precision = dict(candidate.precision) | dict.fromkeys(layers, self.precision.precisions[0])
         return Candidate(candidate.channels, precision, thresholds, candidate.patterns)
 
     def dense(self) -> Candidate:
-        """Returns the network as it was given: every channel, the reference precision, every gate closed."""
+        """Returns the dense candidate: all channels, the reference precision, no exits, skips or reuse."""
         return self.whole(self.precision.precisions[0])
 
     def whole(self, precision: str) -> Candidate:
-        """Returns the network with every channel and every gate closed, in one precision, offered to it or not."""
+        """Returns the unpruned candidate without exits, skips or reuse in one precision, whether allowed or not."""
         channels = {group.name: group.channels for group in self.sparsity.groups}
         layers = uniform(self.precision.layers, precision, self.precision.precisions[0])
         return self.with_thresholds(Candidate(channels, layers, {}), self.thresholds.closed())
 
     def uniform(self, keep: float, precision: str, threshold: float, pattern: str = DENSE) -> dict[str, Value]:
-        """Returns values that treat every layer alike: a share of the channels, one precision, threshold and pattern.
+        """Returns values that are the same for all layers: a share of the channels, a precision, threshold and pattern.
 
-        Shares are rounded to the nearest step of each group; the threshold to the nearest on offer. It is the exits';
-        frames of a stream get one that is as open. Where exits may answer, gates of blocks decide as they were trained
-        to, and masks; else all of every block is run.
+        Shares and the threshold are rounded to the nearest step. The threshold is that of exits; frames get the
+        threshold at the same relative position. If the threshold lets exits answer, gates and masks get the threshold
+        of their training; otherwise every block is run completely.
         """
         values: dict[str, Value] = {}
         for name, dimension in self.dimensions().items():
             if name.startswith((SKIP_THRESHOLD, MASK_THRESHOLD)):
                 values[name] = ALWAYS_RUN if threshold >= NEVER_EXIT else TRAINED
             elif not isinstance(dimension, Choice):
-                opened = self.thresholds.as_open(threshold) if name == FRAMES_THRESHOLD else threshold
-                values[name] = _nearest(dimension, keep, opened)
+                own = self.thresholds.as_open(threshold) if name == FRAMES_THRESHOLD else threshold
+                values[name] = _nearest(dimension, keep, own)
             elif name.startswith(PREFIX):
                 values[name] = self.precision.nearest(name.removeprefix(PREFIX), precision)
             else:
@@ -94,13 +94,13 @@ class JointSpace:
         return values
 
     def narrowed(self, allowed: Mapping[str, Sequence[str]]) -> "JointSpace":
-        """Returns the space with only these precisions left to each layer."""
+        """Returns the space with only these precisions allowed for each layer."""
         return JointSpace(self.sparsity, self.precision.without(allowed), self.thresholds, self.patterns)
 
     def apply(self, network: ExitNetwork, candidate: Candidate) -> ExitNetwork:
-        """Returns the compressed network in torch, with masks that open where the candidate says.
+        """Returns the compressed torch network, with the candidate's channels, patterns and thresholds of masks.
 
-        Precision and the other thresholds take effect in the artifact.
+        Precisions and the other thresholds only take effect in the artifact.
 
         Raises:
             ValueError: the candidate does not fit the network.
@@ -112,7 +112,7 @@ class JointSpace:
 
 
 def _nearest(dimension: Integer | Real, keep: float, threshold: float) -> Value:
-    wanted = keep * dimension.high if isinstance(dimension, Integer) else threshold
-    steps = round((wanted - dimension.low) / dimension.step)
+    value = keep * dimension.high if isinstance(dimension, Integer) else threshold
+    steps = round((value - dimension.low) / dimension.step)
     nearest = min(max(dimension.low + steps * dimension.step, dimension.low), dimension.high)
     return nearest if isinstance(dimension, Integer) else round(nearest, 6)

@@ -1,4 +1,4 @@
-"""Zeros inside a layer: two in each four weights, or a share of the smallest."""
+"""Sparsity patterns inside layers, as dimensions: 2:4, or a share of the smallest weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,17 +20,17 @@ class PatternError(UserError):
 
 
 class PatternSpace:
-    """The pattern of zeros of each layer.
+    """The sparsity pattern of each layer.
 
     Args:
-        patterns: those on offer for each layer by name, beside `dense`; layers without any are left out.
+        patterns: the possible patterns of each layer by name, besides `dense`.
     """
 
     def __init__(self, patterns: Mapping[str, Sequence[str]]) -> None:
         self.patterns = {layer: tuple(offered) for layer, offered in patterns.items() if offered}
 
     def dimensions(self) -> dict[str, Dimension]:
-        """Returns one choice per layer that has any."""
+        """Returns one choice per layer that may have a pattern."""
         return {PREFIX + layer: Choice((DENSE, *offered)) for layer, offered in self.patterns.items()}
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
@@ -39,7 +39,7 @@ class PatternSpace:
 
 
 def zeros_of(pattern: str) -> float:
-    """Returns the share of zeros that a pattern asks for.
+    """Returns the share of zeros of a pattern.
 
     zeros_of("2:4")  # 0.5
     zeros_of("75%")  # 0.75
@@ -60,14 +60,14 @@ def offered_patterns(
 ) -> dict[str, tuple[str, ...]]:
     """Returns which of the wanted patterns each layer of the trunk may have.
 
-    Depthwise and grouped convolutions stay dense. 2:4 is for layers whose input channels divide by four, whatever
-    is cut from them.
+    Depthwise and grouped convolutions stay dense. 2:4 needs a number of input channels that is divisible by four,
+    also after pruning.
 
     Args:
         network: the dense network.
         groups: its dependency groups.
-        step: channels are cut in multiples of it.
-        wanted: patterns.
+        step: channels are pruned in multiples of it.
+        wanted: the patterns of the study.
     """
     cut = {member.path for group in groups for member in group.members if member.axis == "in"}
     offered = {}
@@ -83,13 +83,13 @@ def _groups(module: nn.Module) -> int:
 
 
 def mask(weight: Tensor, zeros: float, two_of_four: bool = False) -> Tensor:
-    """Returns which weights stay, as ones and zeros in the shape of `weight`: the largest by magnitude.
+    """Returns a mask of the largest weights by magnitude, ones and zeros in the shape of `weight`.
 
     Args:
         weight: `(out, in, ...)`.
-        zeros: the share that goes, rounded to whole weights.
-        two_of_four: instead, the two smallest of each four consecutive input channels go, for the same output and
-            kernel position.
+        zeros: the share of zeros, rounded to whole weights.
+        two_of_four: whether instead the two smallest of each four consecutive input channels are zero, for each output
+            and kernel position.
 
     Raises:
         ValueError: 2:4 of a number of input channels that does not divide by four.
@@ -109,7 +109,7 @@ def mask(weight: Tensor, zeros: float, two_of_four: bool = False) -> Tensor:
 
 
 def mask_of(weight: Tensor, pattern: str) -> Tensor:
-    """Returns which weights a pattern lets stay, as ones and zeros.
+    """Returns the mask of a weight for a pattern, ones and zeros in the shape of `weight`.
 
     Raises:
         PatternError: there is no such pattern.
@@ -118,7 +118,7 @@ def mask_of(weight: Tensor, pattern: str) -> Tensor:
 
 
 def apply_patterns(network: nn.Module, patterns: Mapping[str, str]) -> None:
-    """Sets the weights that the patterns take away to zero, in place."""
+    """Sets the smallest weights to zero by the patterns, in place."""
     weights = layer_weights(network, patterns)
     with torch.no_grad():
         for layer, path in weights.items():
@@ -127,7 +127,7 @@ def apply_patterns(network: nn.Module, patterns: Mapping[str, str]) -> None:
 
 
 def layer_weights(network: nn.Module, layers: Mapping[str, object]) -> dict[str, str]:
-    """Returns the path of the weight of each of some layers.
+    """Returns the path of the weight of each layer.
 
     Raises:
         ValueError: the network lacks a layer.

@@ -1,4 +1,4 @@
-"""Tables of implementations by name: what a study, a command line or a board may ask for."""
+"""Tables of implementations by name."""
 
 import difflib
 import importlib
@@ -12,11 +12,11 @@ Item = TypeVar("Item")
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 FORM = "package.module:attribute"
-"""How an implementation is named that lies elsewhere; its module must be importable where the program is started."""
+"""The form of the name of a user's own implementation; its module must be importable."""
 
 
 def is_reference(name: object) -> bool:
-    """Returns whether a name says itself where its implementation is, as `package.module:attribute`."""
+    """Returns whether a name has the form `package.module:attribute`."""
     return isinstance(name, str) and _REFERENCE.fullmatch(name) is not None
 
 
@@ -25,7 +25,7 @@ class UnknownNameError(UserError):
 
 
 class Registry(Generic[Item]):
-    """Implementations by name, each imported when it is asked for.
+    """Implementations by name, each imported when it is first used.
 
     CRITERIA: Registry[Criterion] = Registry("a criterion", {"l1": "spaces.pruning.criteria.l1:scores"})
     CRITERIA["l1"]       # the function; its module is imported now
@@ -33,13 +33,13 @@ class Registry(Generic[Item]):
     CRITERIA["l3"]       # UnknownNameError: a criterion is one of l1 or package.module:attribute, got 'l3'; ...
     CRITERIA.check       # the validator of a key of a study file
 
-    To add an implementation is a file and a line of the table: docs/extending has a page for each kind. One that gets
-    another name keeps the old one as an alias: study files and journals have it.
+    A new implementation needs a file and a line in the table: docs/extending has a page for each kind. A renamed one
+    keeps its old name as an alias, because study files and journals may have it.
 
     Args:
-        kind: what they are, for messages, such as "a criterion".
+        kind: the kind of implementation with its article, for messages, such as "a criterion".
         entries: `"package.module:attribute"` by name.
-        aliases: names of before, which go on working, and the present one of each.
+        aliases: the present name of each implementation by its former name.
     """
 
     def __init__(self, kind: str, entries: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> None:
@@ -57,11 +57,11 @@ class Registry(Generic[Item]):
         return self.renamed(str(name)) in self._entries
 
     def __getitem__(self, name: str) -> Item:
-        """Returns the implementation called `name`, or the one that `package.module:attribute` is.
+        """Returns the implementation called `name`, or the one at `package.module:attribute`.
 
         Raises:
-            UnknownNameError: there is none; the nearest name is told.
-            ImportError: one of ours needs a library that is not installed.
+            UnknownNameError: there is none; the message has the nearest name.
+            ImportError: a built-in implementation needs a library that is not installed.
         """
         if is_reference(name):
             return self._imported(name)
@@ -69,7 +69,7 @@ class Registry(Generic[Item]):
         return cast(Item, getattr(importlib.import_module(module), attribute))
 
     def _imported(self, reference: str) -> Item:
-        """Returns an implementation of the user's own."""
+        """Returns a user's own implementation."""
         module, _, attribute = reference.partition(":")
         try:
             return cast(Item, getattr(importlib.import_module(module), attribute))
@@ -80,19 +80,19 @@ class Registry(Generic[Item]):
             ) from error
 
     def renamed(self, name: str) -> str:
-        """Returns the present name of what had another one before, and every other name as it is."""
+        """Returns the present name for a former one; any other name unchanged."""
         return self._aliases.get(name, name)
 
     def names_of(self, name: str) -> tuple[str, ...]:
-        """Returns the present name of an implementation, and then those that it had before."""
+        """Returns the present name of an implementation, followed by its former names."""
         present = self.renamed(name)
         return (present, *(before for before, now in self._aliases.items() if now == present))
 
     def known(self, name: str) -> str:
-        """Returns the present name; what is the user's own is imported to see that it is there.
+        """Returns the present name; a user's own implementation is imported to check that it exists.
 
         Raises:
-            UnknownNameError: nothing is called so, or was.
+            UnknownNameError: no implementation has or had this name.
         """
         if is_reference(name):
             self._imported(name)
@@ -103,14 +103,15 @@ class Registry(Generic[Item]):
         return self.renamed(name)
 
     def module(self, name: str) -> str:
-        """Returns the name of the module that has an implementation, without importing it."""
+        """Returns the name of the module of an implementation, without importing it."""
         present = self.renamed(name)
         return self._entries.get(present, present).partition(":")[0]
 
     def check(self, name: str) -> str:
-        """Returns the name as it is, for pydantic, which tells the key and the value itself.
+        """Returns the name unchanged; a validator for pydantic, whose message has the key and the value.
 
-        What `package.module:attribute` names is not imported: a journal is read where its code is not installed too.
+        A name of the form `package.module:attribute` is not imported, because a journal must be readable where that
+        code is not installed.
 
         Raises:
             ValueError: there is no such implementation.
@@ -123,5 +124,5 @@ class Registry(Generic[Item]):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the known name that a misspelt one resembles most; None where none is close."""
+    """Returns the known name that is most similar to a misspelt one; None if none is close."""
     return next(iter(difflib.get_close_matches(name, list(known), 1)), None)

@@ -1,4 +1,4 @@
-"""When an input may leave early or pass a block by, a threshold each; and when a frame need not be computed at all."""
+"""Thresholds of exits, gates, masks and frames, as dimensions."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,25 +10,24 @@ FRAMES_THRESHOLD = PREFIX + FRAMES
 SKIP_THRESHOLD = PREFIX + SKIP
 MASK_THRESHOLD = PREFIX + MASK
 TRAINED = 0.0
-"""The logit from which a gate was trained to run its block, or a mask's gates to be open."""
+"""The logit from which gates run their block, and masks' gates are open, as they were trained."""
 _HIGHEST, _STEP = 4.0, 0.5
 
 
 class ThresholdSpace:
-    """The confidence at which each exit answers; at 1.0 it never does. And the logit from which each block is run.
+    """The thresholds of exits (confidences), of gates and masks (logits), and of frames (differences).
 
-    Gates go from always run, which is at the lower end, to skipped with a probability of at least 98%.
+    An exit at 1.0 never answers. A gate's threshold ranges from `ALWAYS_RUN`, the lower end, to a logit of 4, at which
+    a block is run only if its gate gives it a probability of at least 98%.
 
     Args:
-        exits: their names, by depth.
-        lowest: the lowest threshold on offer, above 1 / classes.
-        step: how far apart thresholds are.
-        frames: from 0 on, the differences from the last key frame below which a frame of a stream gets its answer; none
-            where inputs come alone.
-        solved: whether nobody has to choose the exits' thresholds: they are found for each candidate from what its
-            exits say.
-        skips: paths of the blocks that may be skipped.
-        masks: paths of the blocks whose masks have a threshold that can be moved.
+        exits: the names of the exits, by depth.
+        lowest: the lowest confidence threshold, above 1 / classes.
+        step: the step between confidence thresholds.
+        frames: the thresholds of frame reuse, from 0 on; None for independent images.
+        solved: whether the thresholds of exits are solved for each candidate instead of searched.
+        skips: the paths of the blocks that may be skipped.
+        masks: the paths of the blocks whose masks have an adjustable threshold.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class ThresholdSpace:
         self.solved = solved
 
     def dimensions(self) -> dict[str, Dimension]:
-        """Returns one threshold per gate; none of the exits' where they are solved."""
+        """Returns one dimension per threshold; none for exits if their thresholds are solved."""
         searched = () if self.solved else self.exits
         exits: dict[str, Dimension] = {PREFIX + name: Real(self.lowest, NEVER_EXIT, self.step) for name in searched}
         skips = {SKIP_THRESHOLD + block: Real(ALWAYS_RUN, _HIGHEST, _STEP) for block in self.skips}
@@ -58,23 +57,23 @@ class ThresholdSpace:
         return exits | skips | masks | ({FRAMES_THRESHOLD: self.frames} if self.frames else {})
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """Returns the threshold of every gate, rounded to where a sum of steps belongs; open where it is solved."""
+        """Returns every threshold, rounded to 6 decimals; `UNRESOLVED` for exits if their thresholds are solved."""
         solved: dict[str, Value] = dict.fromkeys(self.exits if self.solved else (), UNRESOLVED)
         return solved | {name.removeprefix(PREFIX): round(float(values[name]), 6) for name in self.dimensions()}
 
     def closed(self) -> dict[str, float]:
-        """Returns the thresholds at which no exit answers, and all of every block and frame is computed."""
+        """Returns the thresholds at which everything is computed: no exit answers and nothing is skipped or reused."""
         skips = {SKIP + block: ALWAYS_RUN for block in self.skips} | {MASK + block: ALWAYS_RUN for block in self.masks}
         return dict.fromkeys(self.exits, NEVER_EXIT) | skips | ({FRAMES: 0.0} if self.frames else {})
 
     def as_open(self, threshold: float) -> float:
-        """Returns the threshold of frames that is as far from closed, as a share of its grid, as one of exits is."""
+        """Returns the threshold of frames at the same relative position in its range as a threshold of exits."""
         openness = (NEVER_EXIT - threshold) / (NEVER_EXIT - self.lowest)
         return openness * self.frames.high if self.frames else 0.0
 
     @staticmethod
     def idle_layers(name: str, threshold: float) -> str | None:
-        """Returns the prefix of the layers that are not deployed at this threshold of a gate; None where all are."""
+        """Returns the prefix of the layers that are not deployed at a threshold; None if all are deployed."""
         if name.startswith(MASK):
             return None
         if name.startswith(SKIP):

@@ -8,24 +8,24 @@ import onnx
 from numpy.typing import NDArray
 
 from evaluators.data import LabelledImages
-from evaluators.diagnosis.taps import FileError, Tap, find_taps, watched
+from evaluators.diagnosis.taps import FileError, Tap, find_taps, with_taps
 from evaluators.diagnosis.tensor_errors import Figures, TensorComparison
 from evaluators.graph.exporter import OUTPUT
-from evaluators.runtimes.base import Images, Runtime, Watch
+from evaluators.runtimes.base import Images, Runtime, TensorReader
 
 _PIXELS = 200_000
-"""So many pixels of each channel are compared at a time: all tensors of a batch are in memory at once."""
-_MOST_IMAGES = 64
+"""The largest number of pixels per channel in a batch, because all tensors of a batch are in memory."""
+_MAX_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the versions that are compared.
+    """One of the two versions that are compared.
 
     Args:
-        name: what it is called in front of users.
-        runtime: what runs it.
-        stages: its files, as the runtime wants them.
+        name: its name for users.
+        runtime: the library that runs it.
+        stages: its deployed files.
     """
 
     name: str
@@ -35,15 +35,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Answered:
-    """What both versions said to the images, no exit taken.
+    """The predictions of both versions without exits, as counts.
 
     Args:
-        images: how many.
-        classes: how many there are to choose from.
-        before: right answers of the reference.
-        right: right answers of the version.
-        same: images to which both gave the same class.
-        only: the class that the version gave to every image; None where it gave several.
+        images: the number of images.
+        classes: the number of classes.
+        before: the number of right predictions of the reference.
+        right: the number of right predictions of the version.
+        same: the number of images for which both predict the same class.
+        only: the class that the version predicts for all images; None if it predicts several.
     """
 
     images: int
@@ -56,12 +56,12 @@ class Answered:
 
 @dataclass(frozen=True)
 class Compared:
-    """A version beside its reference.
+    """The comparison of a version with its reference.
 
     Args:
-        layers: the figures of each tensor that both have, in the order in which they are computed.
-        unmatched: the watched tensors that the version lacks, or has in another shape.
-        answered: what both said.
+        layers: the error statistics of each tensor that both have, in the order in which they are computed.
+        unmatched: the tapped tensors that the version lacks, or has in another shape.
+        answered: the predictions of both.
     """
 
     layers: tuple[Figures, ...]
@@ -80,12 +80,12 @@ def compare(
     """Returns how the tensors of two versions differ.
 
     Args:
-        reference: what is right.
-        version: what is examined.
-        float_stages: portable float files with the tensors' names; they tell what is worth watching.
+        reference: the correct version.
+        version: the version to examine.
+        float_stages: portable float files, which define the taps.
         data: images and their labels.
-        classes: how many there are.
-        progress: told how many of how many images are done.
+        classes: the number of classes.
+        progress: called with the number of images that are done and of all images.
 
     Raises:
         FileError: the version cannot be run on these images.
@@ -93,34 +93,34 @@ def compare(
     taps = [find_taps(stage) for stage in float_stages]
     pair = _Pair(reference, version, taps)
     logits: list[tuple[Images, Images]] = []
-    batch = max(min(_PIXELS // int(np.prod(data.images.shape[2:])), _MOST_IMAGES), 1)
+    batch = max(min(_PIXELS // int(np.prod(data.images.shape[2:])), _MAX_BATCH), 1)
     for start in range(0, len(data), batch):
         progress(start, len(data))
         logits.append(pair.compare(data.images[start : start + batch]))
     progress(len(data), len(data))
-    before, found = (np.concatenate(side) for side in zip(*logits, strict=True))
-    return Compared(pair.figures(), pair.unmatched(), _answered(before, found, data.labels, classes))
+    expected, actual = (np.concatenate(side) for side in zip(*logits, strict=True))
+    return Compared(pair.figures(), pair.unmatched(), _answered(expected, actual, data.labels, classes))
 
 
 class _Pair:
-    """Both versions, and what their tensors have come to so far.
+    """Both versions, and the error statistics of their tensors so far.
 
     Args:
-        reference: what is right.
-        version: what is examined.
-        taps: what is watched in each stage.
+        reference: the correct version.
+        version: the version to examine.
+        taps: the taps of each stage.
     """
 
     def __init__(self, reference: Side, version: Side, taps: Sequence[Sequence[Tap]]) -> None:
-        tensors = [[tap.tensor for tap in some] for some in taps]
+        tensors = [[tap.tensor for tap in stage_taps] for stage_taps in taps]
         self._version = version
-        self._exact, self._other = _Watched(reference, tensors), _Watched(version, tensors)
-        self._taps = [tap for some in taps for tap in some]
+        self._exact, self._other = _TappedNetwork(reference, tensors), _TappedNetwork(version, tensors)
+        self._taps = [tap for stage_taps in taps for tap in stage_taps]
         self._comparisons = {tap.tensor: TensorComparison(tap.axis) for tap in self._taps}
         self._unmatched: set[str] = set()
 
     def compare(self, images: Images) -> tuple[Images, Images]:
-        """Returns both logits for one batch, whose tensors are taken in."""
+        """Returns the logits of both for one batch, and adds its tensors to the statistics."""
         ours, theirs = self._exact(images), self._other(images)
         for tensor, comparison in self._comparisons.items():
             if tensor in theirs and theirs[tensor].shape == ours[tensor].shape:
@@ -130,7 +130,7 @@ class _Pair:
         return ours[OUTPUT], _logits(theirs, ours[OUTPUT].shape, self._version)
 
     def figures(self) -> tuple[Figures, ...]:
-        """Returns the figures of each tensor that both have."""
+        """Returns the error statistics of each tensor that both have."""
         taps = [tap for tap in self._taps if tap.tensor not in self._unmatched]
         ratios = {tap.tensor: self._comparisons[tap.tensor].sqnr_db for tap in taps}
 
@@ -144,20 +144,20 @@ class _Pair:
         return tuple(tap.name for tap in self._taps if tap.tensor in self._unmatched)
 
 
-class _Watched:
-    """A version whose tensors are seen under the names that the float files give them.
+class _TappedNetwork:
+    """A version whose tensors are returned under their names in the float files.
 
     Args:
         side: the version.
-        tensors: to look at in each stage.
+        tensors: the tapped tensors of each stage.
     """
 
     def __init__(self, side: Side, tensors: Sequence[Sequence[str]]) -> None:
         self._side = side
         self._stages = [self._stage(file, names) for file, names in zip(side.stages, tensors, strict=True)]
 
-    def _stage(self, file: bytes, tensors: Sequence[str]) -> tuple[Watch, Mapping[str, str], str]:
-        model, names = watched(file, tensors)
+    def _stage(self, file: bytes, tensors: Sequence[str]) -> tuple[TensorReader, Mapping[str, str], str]:
+        model, names = with_taps(file, tensors)
         first = onnx.load_from_string(file).graph.output[0].name
         try:
             return self._side.runtime.tensors(model), names, first
@@ -165,37 +165,37 @@ class _Watched:
             raise self._refusal(error) from error
 
     def __call__(self, images: Images) -> dict[str, Images]:
-        """Returns every watched tensor that the version has; all images go through all of its stages."""
-        found: dict[str, Images] = {}
-        for watch, names, first in self._stages:
+        """Returns every tapped tensor that the version has; all images are run through all of its stages."""
+        tensors: dict[str, Images] = {}
+        for read_tensors, names, first in self._stages:
             try:
-                outputs = watch(images)
+                outputs = read_tensors(images)
             except Exception as error:
                 raise self._refusal(error) from error
-            found |= {tensor: outputs[name] for tensor, name in names.items()}
+            tensors |= {tensor: outputs[name] for tensor, name in names.items()}
             images = outputs[first]
-        return found
+        return tensors
 
     def _refusal(self, error: Exception) -> FileError:
         reason = " ".join(str(error).split())[:300]
         return FileError(f"{self._side.runtime.name} runs what is compared, got {self._side.name}: {reason}")
 
 
-def _logits(found: Mapping[str, Images], shape: tuple[int, ...], version: Side) -> Images:
-    if OUTPUT not in found or found[OUTPUT].shape != shape:
-        got = found[OUTPUT].shape if OUTPUT in found else "none"
+def _logits(tensors: Mapping[str, Images], shape: tuple[int, ...], version: Side) -> Images:
+    if OUTPUT not in tensors or tensors[OUTPUT].shape != shape:
+        got = tensors[OUTPUT].shape if OUTPUT in tensors else "none"
         raise FileError(f"a version answers with logits {shape}, got {got} from {version.name}; is it of this network?")
-    return found[OUTPUT]
+    return tensors[OUTPUT]
 
 
-def _answered(before: Images, found: Images, labels: NDArray[np.int64], classes: int) -> Answered:
-    ours, theirs = before.argmax(axis=1), found.argmax(axis=1)
-    given = set(map(int, theirs))
+def _answered(expected: Images, actual: Images, labels: NDArray[np.int64], classes: int) -> Answered:
+    ours, theirs = expected.argmax(axis=1), actual.argmax(axis=1)
+    predicted = set(map(int, theirs))
     return Answered(
         images=len(labels),
         classes=classes,
         before=int((ours == labels).sum()),
         right=int((theirs == labels).sum()),
         same=int((ours == theirs).sum()),
-        only=given.pop() if len(given) == 1 and len(labels) > 1 else None,
+        only=predicted.pop() if len(predicted) == 1 and len(labels) > 1 else None,
     )

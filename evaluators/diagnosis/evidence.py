@@ -1,6 +1,6 @@
-"""What findings about a version are drawn from, and what a finding is.
+"""Findings about a version, and the evidence for them.
 
-An alarm is what explains lost accuracy or will cost some; a note is worth knowing.
+An alarm explains lost accuracy or predicts a loss; a note is only worth knowing.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from evaluators.diagnosis.comparison import Compared
 from evaluators.diagnosis.tensor_errors import Figures
 
 LOW_DB = 20.0
-"""Below this ratio of signal to noise a layer is worth a look: the error is a tenth of the signal."""
+"""Below this signal-to-noise ratio a layer is suspicious: the error is a tenth of the signal."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One finding.
 
     Args:
-        kind: what it is, in a word or two.
-        alarm: whether it explains lost accuracy, or will cost some.
-        layer: where; empty where it is about the whole network.
-        figure: the number that tells.
-        text: what was found, in a sentence.
+        kind: its kind, in a word or two.
+        alarm: whether it explains lost accuracy, or predicts a loss.
+        layer: the layer; empty if it is about the whole network.
+        figure: the number that the finding is based on.
+        text: the finding, in a sentence.
         remedy: what to do about it.
     """
 
@@ -44,17 +44,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What findings are drawn from.
+    """The comparison of a version with its reference, and facts about the version.
 
     Args:
-        reference: what the version is compared with, in a word.
-        version: what is examined, in a word.
-        compared: the figures.
-        halves: whether any of the version is in fp16.
-        eights: whether any of it is in int8 or fp8.
+        reference: the name of the reference.
+        version: the name of the version.
+        compared: the comparison, tensor by tensor.
+        has_fp16: whether the version has fp16 tensors.
+        has_8_bits: whether the version has int8 or fp8 tensors.
         targets: whether one version is compared on two targets.
-        variances: running variances of the network's batch norms, by name.
-        norms: running variances of those that are still nodes in the version's files, as they are there.
+        variances: the running variances of the network's batch norms, by name.
+        norms: the running variances in the version's files, of batch norms that are not folded.
     """
 
     reference: str
@@ -68,25 +68,25 @@ class Evidence:
 
     @property
     def layers(self) -> tuple[Figures, ...]:
-        """The figures of each tensor, in the order in which they are computed."""
+        """The error statistics of each tensor, in the order in which they are computed."""
         return self.compared.layers
 
     def first_low(self) -> Figures | None:
-        """Returns the first tensor below `LOW_DB`; None where there is none."""
+        """Returns the first tensor below `LOW_DB`; None if there is none."""
         return next((layer for layer in self.layers if layer.sqnr_db < LOW_DB), None)
 
     def guilty(self) -> Figures:
-        """Returns the tensor that adds most noise of its own, up to the first that is too noisy."""
+        """Returns the tensor that adds the most noise of its own, up to the first below `LOW_DB`."""
         return min(self.until_low(), key=lambda layer: layer.own_db)
 
     def until_low(self) -> tuple[Figures, ...]:
-        """Returns the tensors up to the first below `LOW_DB`: behind it little is a layer's own doing."""
+        """Returns the tensors up to the first below `LOW_DB`; after it, most noise comes from earlier layers."""
         low = self.first_low()
         return self.layers[: self.layers.index(low) + 1] if low else self.layers
 
 
 def ratio(decibels: float) -> str:
-    """Returns a ratio of signal to noise as people read it: `12.3 dB`, `exact`, or `not finite`."""
+    """Returns a signal-to-noise ratio as text: `12.3 dB`, `exact`, or `not finite`."""
     if np.isfinite(decibels):
         return f"{decibels:.1f} dB"
     return "exact" if decibels > 0 else "not finite"

@@ -1,8 +1,8 @@
-"""Where a network's file can be watched, and the file that returns what is there beside its answer.
+"""Taps: inner tensors of a network's file that can be read, and the file that returns them beside its outputs.
 
-Watched is what a runtime has in memory anyway: the tensor behind a layer and the activation that is fused into it,
-which is the one that carries Q/DQ. A dequantized tensor is returned through a DequantizeLinear of its own, so that what
-is fused around the one in the file stays fused.
+Taps are at tensors that a runtime has in memory anyway: the output of a layer with the activation that is fused into
+it, which is the tensor that carries Q/DQ. A dequantized tensor is returned through an additional DequantizeLinear, so
+that the fusions around the original one are kept.
 """
 
 from collections import Counter
@@ -22,10 +22,10 @@ from spaces.dynamic.exit_network import layer_name
 from spaces.errors import UserError
 
 _WATCHED = {"Add", "Concat", "BatchNormalization"}
-"""Are watched beside the layers, where they compute something from several tensors or from statistics."""
+"""Operators that are tapped besides layers, unless they only add a bias."""
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _OWN = "/tap"
-"""The end of the name of an output that has been made for watching."""
+"""The suffix of the name of an output that is added for a tap."""
 
 
 class FileError(UserError):
@@ -34,13 +34,13 @@ class FileError(UserError):
 
 @dataclass(frozen=True)
 class Tap:
-    """A tensor that is watched.
+    """A tensor that is read.
 
     Args:
-        name: what users know it by: the layer, or else the module and the operator.
+        name: its name for users: the layer, or else the module and the operator.
         tensor: its name in the file.
-        axis: of its channels.
-        sources: the watched tensors, or the stage's input, that it is computed from.
+        axis: the axis of its channels.
+        sources: the nearest taps, or the stage's input, that it is computed from.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Tap:
 
 
 def find_taps(stage: bytes) -> tuple[Tap, ...]:
-    """Returns the tensors to watch in a stage of a float artifact, in the order in which they are computed."""
+    """Returns the taps of a stage of a float artifact, in the order in which they are computed."""
     return _Graph(parsed(stage)).taps()
 
 
 class _Graph:
-    """Who makes and who reads each tensor of a float file."""
+    """The producer and the readers of each tensor of a float file."""
 
     def __init__(self, model: ModelProto) -> None:
         self._model = model
@@ -63,7 +63,7 @@ class _Graph:
         self._initializers = {tensor.name for tensor in model.graph.initializer}
         self._fixed = self._initializers | {node.output[0] for node in self._nodes if node.op_type == "Constant"}
         self._outputs = dict.fromkeys(info.name for info in model.graph.output)
-        self._makers = {name: node for node in self._nodes for name in node.output}
+        self._producers = {name: node for node in self._nodes for name in node.output}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in self._nodes:
             for name in node.input:
@@ -72,10 +72,10 @@ class _Graph:
 
     def taps(self) -> tuple[Tap, ...]:
         ends = {self._end(node): node for node in self._nodes if self._is_watched(node)}
-        ends |= {name: self._makers[name] for name in self._outputs if name not in ends and name in self._makers}
+        ends |= {name: self._producers[name] for name in self._outputs if name not in ends and name in self._producers}
         ends = {tensor: node for tensor, node in ends.items() if self._has_channels(tensor)}
         limits = {*ends, self._model.graph.input[0].name}
-        names = _told_apart([self._name(node) for node in ends.values()])
+        names = _unique_names([self._name(node) for node in ends.values()])
         return tuple(
             Tap(name, tensor, self._axis(tensor, node), self._sources(node, limits))
             for name, (tensor, node) in zip(names, ends.items(), strict=True)
@@ -87,7 +87,7 @@ class _Graph:
     def _is_watched(self, node: NodeProto) -> bool:
         if node.op_type == "Add":
             return not self._is_bias(node)
-        moved = self._makers.get(node.input[0]) if node.op_type == "Reshape" else None
+        moved = self._producers.get(node.input[0]) if node.op_type == "Reshape" else None
         shuffles = moved is not None and moved.op_type == "Transpose"
         return shuffles or node.op_type in _WATCHED or self._is_layer(node)
 
@@ -95,7 +95,7 @@ class _Graph:
         return any(name in self._fixed for name in node.input)
 
     def _end(self, node: NodeProto) -> str:
-        """Returns the tensor behind a node, its bias and the activation that runs inside it."""
+        """Returns the tensor after a node, its bias and the activation that is fused into it."""
         tensor = str(node.output[0])
         while tensor not in self._outputs and len(readers := self._readers.get(tensor, [])) == 1:
             (reader,) = readers
@@ -105,12 +105,12 @@ class _Graph:
         return tensor
 
     def _has_channels(self, tensor: str) -> bool:
-        """Returns whether a tensor has numbers in it, image by image; one that inference knows nothing of may have."""
+        """Returns whether a tensor is a float tensor with channels; tensors of unknown type count as such."""
         kind, rank = self._kinds.get(tensor, (TensorProto.FLOAT, 4))
         return kind in _FLOATS and rank >= 2
 
     def _axis(self, tensor: str, node: NodeProto) -> int:
-        """Returns the axis of the channels: the last one behind a product and of tokens `(n, tokens, channels)`."""
+        """Returns the channel axis: the last one after a matrix product and of tokens `(n, tokens, channels)`."""
         last = node.op_type in ("Gemm", "MatMul") or self._kinds.get(tensor, (0, 4))[1] == 3
         return -1 if last else 1
 
@@ -129,20 +129,20 @@ class _Graph:
             name = todo.pop(0)
             if name in limits:
                 found[name] = None
-            elif name not in seen and name in self._makers:
-                todo += self._makers[name].input
+            elif name not in seen and name in self._producers:
+                todo += self._producers[name].input
             seen.add(name)
         return tuple(found)
 
 
-def _told_apart(names: list[str]) -> list[str]:
-    """Returns names of which each is there once: a layer that runs again is its own second."""
+def _unique_names(names: list[str]) -> list[str]:
+    """Returns the names, made unique by a number: a layer that runs twice gets a second name."""
     seen = Counter[str]()
-    found = []
+    unique = []
     for name in names:
         seen[name] += 1
-        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return found
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return unique
 
 
 def _module(scope: list[str]) -> str:
@@ -157,7 +157,7 @@ def _module(scope: list[str]) -> str:
 
 
 def canonical(tensor: str) -> str:
-    """Returns the name of a node or tensor without the scope of what our own export puts around a network."""
+    """Returns the name of a node or tensor without the scopes that our own export adds."""
     return tensor.removeprefix("/network").removeprefix("/trunk")
 
 
@@ -170,10 +170,10 @@ def _kinds(model: ModelProto) -> dict[str, tuple[int, int]]:
 
 
 def parsed(model: bytes) -> ModelProto:
-    """Returns an ONNX file with one input.
+    """Returns a parsed ONNX file with one input.
 
     Raises:
-        FileError: it is something else.
+        FileError: it is no valid ONNX file, or has several inputs.
     """
     try:
         proto = onnx.load_from_string(model)
@@ -188,43 +188,47 @@ def parsed(model: bytes) -> ModelProto:
     return proto
 
 
-def watched(model: bytes, tensors: Iterable[str]) -> tuple[bytes, dict[str, str]]:
-    """Returns a file that returns some tensors beside its answer, and the output of each that it has.
+def with_taps(model: bytes, tensors: Iterable[str]) -> tuple[bytes, dict[str, str]]:
+    """Returns a file with some tensors as additional outputs, and the name of the output of each tensor that it has.
 
-    A tensor of our export is found in a file of another exporter by its name without our scope, and in half precision
-    behind its own ending. The logits are the file's last output, whatever their name.
+    A tensor of our export is found in a file of another exporter by its name without our scopes, and in fp16 by its
+    suffix. The logits are the file's last output, whatever their name.
     """
     proto = parsed(model)
-    makers = {canonical(name): (name, node) for node in proto.graph.node for name in node.output}
+    producers = {canonical(name): (name, node) for node in proto.graph.node for name in node.output}
     kinds = _kinds(proto)
-    answers = [info.name for info in proto.graph.output]
-    found: dict[str, str] = {}
+    outputs = [info.name for info in proto.graph.output]
+    output_of: dict[str, str] = {}
     for tensor in tensors:
         known = canonical(tensor)
-        name, maker = makers.get(known + HALF) or makers.get(known) or makers.get(known + QUANTIZED) or ("", None)
-        if tensor in answers or (tensor == OUTPUT and maker is None):
-            found[tensor] = tensor if tensor in answers else answers[-1]
-        elif maker is not None:
-            found[tensor] = _returned(proto, name, maker, kinds)
-    return proto.SerializeToString(deterministic=True), found
+        name, producer = (
+            producers.get(known + HALF) or producers.get(known) or producers.get(known + QUANTIZED) or ("", None)
+        )
+        if tensor in outputs or (tensor == OUTPUT and producer is None):
+            output_of[tensor] = tensor if tensor in outputs else outputs[-1]
+        elif producer is not None:
+            output_of[tensor] = _add_output(proto, name, producer, kinds)
+    return proto.SerializeToString(deterministic=True), output_of
 
 
-def _returned(proto: ModelProto, name: str, maker: NodeProto, kinds: Mapping[str, tuple[int, int]]) -> str:
-    """Returns the output that a tensor has been made, or already was."""
+def _add_output(proto: ModelProto, name: str, producer: NodeProto, kinds: Mapping[str, tuple[int, int]]) -> str:
+    """Makes a tensor an output if it is none yet, and returns the output's name."""
     kind, rank = kinds.get(name, (TensorProto.FLOAT, 0))
-    if maker.op_type in ("DequantizeLinear", "QuantizeLinear"):
-        quantized = maker.output[0] if maker.op_type == "QuantizeLinear" else maker.input[0]
-        inputs, name = [quantized, *maker.input[1:]], name.removesuffix(QUANTIZED) + _OWN
+    if producer.op_type in ("DequantizeLinear", "QuantizeLinear"):
+        quantized = producer.output[0] if producer.op_type == "QuantizeLinear" else producer.input[0]
+        inputs, name = [quantized, *producer.input[1:]], name.removesuffix(QUANTIZED) + _OWN
         kind = TensorProto.FLOAT
-        attributes = {each.name: helper.get_attribute_value(each) for each in maker.attribute if each.name == "axis"}
-        proto.graph.node.append(helper.make_node("DequantizeLinear", inputs, [name], maker.name + _OWN, **attributes))
+        attributes = {each.name: helper.get_attribute_value(each) for each in producer.attribute if each.name == "axis"}
+        proto.graph.node.append(
+            helper.make_node("DequantizeLinear", inputs, [name], producer.name + _OWN, **attributes)
+        )
     if name not in {info.name for info in proto.graph.output}:
         proto.graph.output.append(helper.make_tensor_value_info(name, kind, [None] * rank or None))
     return name
 
 
 def norm_variances(model: bytes) -> dict[str, NDArray[np.generic]]:
-    """Returns the running variances in a file, by name: those of batch normalisation that is no part of a layer."""
+    """Returns the running variances of the batch norms in a file that are not folded, by name."""
     proto = parsed(model)
     arrays = {tensor.name: tensor for tensor in proto.graph.initializer}
     names = [node.input[4] for node in proto.graph.node if node.op_type == "BatchNormalization"]
@@ -232,6 +236,6 @@ def norm_variances(model: bytes) -> dict[str, NDArray[np.generic]]:
 
 
 def has_halves(model: bytes) -> bool:
-    """Returns whether anything in a file is in half precision."""
+    """Returns whether a file has fp16 tensors."""
     proto = parsed(model)
     return any(tensor.data_type == TensorProto.FLOAT16 for tensor in proto.graph.initializer)

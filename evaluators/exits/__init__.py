@@ -1,1 +1,1 @@
-"""Thresholds of exits; numpy alone."""
+"""The solver of exit thresholds; numpy only."""

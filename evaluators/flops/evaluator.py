@@ -22,12 +22,12 @@ _MASKED = (
     " tensors saves them"
 )
 _BATCH = 64
-_MOST_MASKED = 512
-"""So many of the scored images tell what masks open: each goes through the network in torch."""
+_MAX_MASKED_IMAGES = 512
+"""The largest number of images on which masks are evaluated, because each is run through the torch network."""
 
 
 class FlopsEvaluator:
-    """FLOPs per image, as expected over the validation images where inputs decide what is run.
+    """FLOPs per image; the mean over the validation images if inputs decide what is run.
 
     Args:
         network: the dense network with its exits and gates.
@@ -42,9 +42,9 @@ class FlopsEvaluator:
         self._counts: dict[tuple[tuple[str, int], ...], Mapping[str, float]] = {}
 
     def measure(self, subject: DeployedCandidate) -> Measurement:
-        """Returns the mean FLOPs of what each image runs, and the longest path's beside.
+        """Returns the mean FLOPs per image, and those of the longest path.
 
-        Notes tell the share of the blocks which may be skipped that images run, and its standard deviation over images.
+        Notes have the mean share of skippable blocks that images run, and its standard deviation over images.
         """
         counts = self._by_module(subject)
         always, blocks = self._parts(subject, counts)
@@ -56,11 +56,11 @@ class FlopsEvaluator:
         if not subject.artifact.is_dynamic:
             return Measurement("flops", worst, "expected", 1, 0.0, "any", _PROTOCOL, {"worst": worst}, notes)
         reached, ran = self._run_by(subject)
-        found = compared + reached @ always + ran @ blocks  # of each image
-        n, spread = len(found), float(found.std() / np.sqrt(len(found)))
+        per_image = compared + reached @ always + ran @ blocks
+        n, spread = len(per_image), float(per_image.std() / np.sqrt(len(per_image)))
         notes |= _shares(ran[subject.answers.computed], subject.artifact.blocks)
         return Measurement(
-            "flops", float(found.mean()), "expected", n, spread, "any", _PROTOCOL, {"worst": worst}, notes
+            "flops", float(per_image.mean()), "expected", n, spread, "any", _PROTOCOL, {"worst": worst}, notes
         )
 
     def _masked(
@@ -71,8 +71,8 @@ class FlopsEvaluator:
         always: Floats,
         more: float,
     ) -> Measurement:
-        """Returns the mean of what images need where masks decide, stage by stage as far as each image goes."""
-        images = subject.validation.images[:_MOST_MASKED]
+        """Returns the mean FLOPs of a network with masks, up to the exit that each image takes."""
+        images = subject.validation.images[:_MAX_MASKED_IMAGES]
         saved = np.zeros((len(images), len(always)))
         with torch.no_grad():
             for start in range(0, len(images), _BATCH):
@@ -83,25 +83,26 @@ class FlopsEvaluator:
         reached = np.ones_like(saved)
         if subject.artifact.is_dynamic:
             reached = self._run_by(subject)[0][: len(images)].astype(float)
-        found = more + (reached * (always - saved)).sum(axis=1)
-        spread, worst = float(found.std() / np.sqrt(len(found))), more + float(always.sum())
-        others, notes = {"worst": worst}, {"std": float(found.std())}
+        per_image = more + (reached * (always - saved)).sum(axis=1)
+        n, spread = len(per_image), float(per_image.std() / np.sqrt(len(per_image)))
+        others = {"worst": more + float(always.sum())}
+        notes = {"std": float(per_image.std())}
         protocol = _PROTOCOL + _MASKED
-        return Measurement("flops", float(found.mean()), "expected", len(found), spread, "any", protocol, others, notes)
+        return Measurement("flops", float(per_image.mean()), "expected", n, spread, "any", protocol, others, notes)
 
     def _run_by(self, subject: DeployedCandidate) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Returns which stages and which blocks each validation image runs, `(n, stages)` and `(n, blocks)`."""
         answers = subject.answers
         reached = (answers.exits[:, None] >= np.arange(answers.stages)) & answers.computed[:, None]
-        return reached, reached[:, self._block_stages(subject)] & ~answers.passed
+        return reached, reached[:, self._block_stages(subject)] & ~answers.skipped
 
     def _block_stages(self, subject: DeployedCandidate) -> list[int]:
-        """Returns the stage that each block which may be skipped lies in."""
+        """Returns the stage of each skippable block."""
         names, active = subject.network.exit_names, subject.artifact.exits
         return [sum(names.index(name) < self._begins[block] for name in active) for block in subject.artifact.blocks]
 
     def _parts(self, subject: DeployedCandidate, counts: Mapping[str, float]) -> tuple[Floats, Floats]:
-        """Returns the FLOPs of each stage without the blocks that may be skipped, and those of these blocks."""
+        """Returns the FLOPs of each stage without skippable blocks, and those of each skippable block."""
         active, gated = subject.artifact.exits, subject.artifact.blocks
         always, blocks = np.zeros(len(active) + 1), np.zeros(len(gated))
         for path, count in counts.items():
@@ -112,15 +113,15 @@ class FlopsEvaluator:
                 always[self._stage(path, active, subject.network.exit_names)] += count
         return always, blocks
 
-    def stages(self, subject: DeployedCandidate, ways: Answers | None = None) -> list[float]:
+    def stages(self, subject: DeployedCandidate, answers: Answers | None = None) -> list[float]:
         """Returns the FLOPs of each stage of the deployed version, heads included.
 
         Args:
             subject: the version.
-            ways: which blocks images pass by when nobody leaves; where not given, every block is run.
+            answers: the blocks that images skip if no image leaves early; None if every block is run.
         """
         stages, blocks = self._parts(subject, self._by_module(subject))
-        ran = np.ones(len(blocks)) if ways is None else 1 - ways.passed.mean(axis=0)
+        ran = np.ones(len(blocks)) if answers is None else 1 - answers.skipped.mean(axis=0)
         np.add.at(stages, self._block_stages(subject), ran * blocks)
         return [float(flops) for flops in stages]
 
@@ -133,15 +134,15 @@ class FlopsEvaluator:
         ]
 
     def _compared(self, subject: DeployedCandidate) -> float:
-        """Returns what comparing a frame with the last key frame costs: as fvcore counts pooling, one per value."""
+        """Returns the FLOPs of comparing a frame with the last key frame: one per value, as fvcore counts pooling."""
         return float(self._image.numel()) if subject.artifact.reuse else 0.0
 
     def exits_before(self, path: str) -> int:
-        """Returns how many exits lie before a module of the trunk."""
+        """Returns the number of exits before a module of the trunk."""
         return self._stage_of.get(path, 0)
 
     def _nonzero(self, subject: DeployedCandidate, counts: Mapping[str, float]) -> float:
-        """Returns the share of the trunk's FLOPs that multiply by a weight other than zero."""
+        """Returns the share of the trunk's FLOPs with nonzero weights."""
         weights = dict(subject.network.named_parameters())
         trunk = {path: count for path, count in counts.items() if path.startswith("trunk.")}
         left = sum(
@@ -151,7 +152,7 @@ class FlopsEvaluator:
         return left / sum(trunk.values())
 
     def _stage(self, path: str, active: tuple[str, ...], exits: tuple[str, ...]) -> int:
-        """Returns the stage that a module runs in, when only the `active` exits cut the network."""
+        """Returns the stage in which a module runs if only the `active` exits cut the network."""
         depth = self._stage_of.get(path, len(exits))
         return sum(1 for name in active if exits.index(name) < depth)
 
@@ -163,7 +164,7 @@ class FlopsEvaluator:
 
 
 def _without_masking(network: ExitNetwork, counts: Mapping[str, float]) -> dict[str, float]:
-    """Returns the counts but for what masks do beside a block's layers: a partial sum is a part of its convolution."""
+    """Returns the counts without those that masks add to a block itself: partial sums are part of a convolution."""
     beside = {f"trunk.{mask.site.block}" for mask in masks_of(network)}
     return {path: count for path, count in counts.items() if path not in beside}
 
@@ -189,7 +190,7 @@ def _shares(ran: NDArray[np.bool_], blocks: Sequence[str]) -> dict[str, float]:
 
 
 def _is_deployed(path: str, exits: Sequence[str], blocks: Sequence[str]) -> bool:
-    """Returns whether a module is in the files: not where it is the head of no exit or the gate of no block."""
+    """Returns whether a module is deployed: exit heads and gates are only if they are active."""
     if path.startswith("exits."):
         return path.split(".")[1] in exits
     return not path.startswith("skips.") or any(path.startswith(f"skips.{block}.") for block in blocks)

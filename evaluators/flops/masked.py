@@ -1,4 +1,4 @@
-"""FLOPs of networks whose masks decide what of each layer an image needs."""
+"""FLOPs of networks with masks, which decide for each image what part of a layer is computed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _BATCH = 100
 
 
 class MaskedFlops:
-    """Counts what images need.
+    """Counts the FLOPs per image of a network with masks.
 
     Args:
         plain: the network without masks, in evaluation mode.
@@ -29,13 +29,13 @@ class MaskedFlops:
         """FLOPs without masks."""
         own = count_by_module(masked, image)
         self.gates = sum(count for path, count in own.items() if NAME in path.split("."))
-        """What the gates cost themselves."""
+        """FLOPs of the gates themselves."""
 
     def per_image(self, shares: Mapping[str, Tensor]) -> Tensor:
         """Returns the FLOPs that each image needs, `(n,)`, with the gradients of the shares.
 
         Args:
-            shares: of its multiply-adds that each image needs of each masked convolution, by its path.
+            shares: the share of each masked convolution's multiply-adds that each image needs, `(n,)`, by its path.
         """
         saved = [self._layers[path] * (1 - share) for path, share in shares.items()]
         return self.dense + self.gates - torch.stack(saved).sum(dim=0)
@@ -43,12 +43,12 @@ class MaskedFlops:
 
 @dataclass(frozen=True)
 class Need:
-    """What images needed.
+    """Predictions and FLOPs per image of a network with masks.
 
     Args:
-        answers: the class that each image gets, `(n,)`.
+        answers: the predicted class of each image, `(n,)`.
         flops: of each image, `(n,)`.
-        opened: the share that each gate opened, by mask and kind, `(n,)` each.
+        opened: the share of open gates, by mask and kind, `(n,)` each.
     """
 
     answers: NDArray[np.int64]
@@ -57,7 +57,7 @@ class Need:
 
 
 def measure_need(network: nn.Module, flops: MaskedFlops, images: NDArray[np.float32]) -> Need:
-    """Returns what images need of a network with masks, in evaluation mode."""
+    """Returns predictions and FLOPs per image of a network with masks, in evaluation mode."""
     answers = []
     counts = []
     opened = dict[str, list[Tensor]]()

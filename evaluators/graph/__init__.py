@@ -1,1 +1,1 @@
-"""Surgery on ONNX graphs: export, slicing, cutting at exits, simplification, more outputs."""
+"""Operations on ONNX graphs: export, simplification, slicing, cutting into stages, reading of inner tensors."""

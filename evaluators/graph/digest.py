@@ -1,14 +1,14 @@
-"""Whether two ONNX files compute the same thing in the same way, whatever their tensors are called."""
+"""A digest of ONNX files that does not depend on the names of tensors."""
 
 import hashlib
 
 import onnx
 
 
-def form_of(file: bytes) -> str:
-    """Returns a digest over an ONNX file's nodes, weights and metadata, and not over the names that it gives to them.
+def nameless_digest(file: bytes) -> str:
+    """Returns a SHA-256 of an ONNX file's nodes, weights and metadata, independent of the names of nodes and tensors.
 
-    A tensor that an exit reads has another name in the file than the same tensor where there is no exit.
+    Files of the same network with and without an exit call the tensor that the exit reads by different names.
     """
     model = onnx.load_from_string(file)
     graph = model.graph

@@ -1,4 +1,4 @@
-"""The one place that turns torch into ONNX, once per network."""
+"""Exports torch networks to ONNX, once per network."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ class ExportError(UserError):
 
 
 class _WithCuts(nn.Module):
-    """Returns the features at each cut point and the ends of each block beside the logits of its exit or gate."""
+    """Returns the features at each cut point with the exit's logits, and each block's ends with the gate's logits."""
 
     def __init__(self, network: ExitNetwork) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def logits_name(exit_name: str) -> str:
 
 
 def block_ends(block: str) -> tuple[str, str]:
-    """Returns the names of the tensors that a block with a gate reads and gives."""
+    """Returns the names of the input and output tensors of a block with a gate."""
     return f"{block}/source", f"{block}/result"
 
 
@@ -63,37 +63,37 @@ def gate_logits_name(block: str) -> str:
 
 
 def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
-    """Returns the network's graph, whose initializers carry the names of its state dict but not its values.
+    """Returns the network's graph; its initializers have the names of the state dict, but random values.
 
-    Batch normalisation stays a node, the batch size is free. Values are random: the exporter merges tensors of equal
-    content, which would tie layers together that only happen to be equal today.
+    Batch normalisation stays a node, and the batch size is dynamic. Values are random because the exporter merges
+    tensors of equal content, which would tie layers whose weights happen to be equal.
 
     Args:
         network: in evaluation mode.
         image: one input, `(1, c, h, w)`.
 
     Raises:
-        ExportError: torch cannot export it; the reason is passed on.
+        ExportError: torch cannot export it; the message has torch's reason.
     """
     names = [name for exit_name in network.exit_names for name in (cut_name(exit_name), logits_name(exit_name))]
     for block in network.skip_blocks:
         source, result = block_ends(block)
         names += [source, gate_logits_name(block), result]
     names.append(OUTPUT)
-    scrambled = _scrambled(network)
+    randomized = _with_random_values(network)
     try:
-        model = _export(_WithCuts(scrambled), (image,), names)
+        model = _export(_WithCuts(randomized), (image,), names)
     except Exception as error:
-        path, reason = _offender(scrambled, image) or ("", error)
-        inner = path not in ("", "trunk")  # the network as a whole is no place
-        place = f" at {layer_name(path)!r} ({type(network.get_submodule(path)).__name__})" if inner else ""
-        raise ExportError(f"the network cannot be exported to ONNX{place}: {_first_line(reason)}") from error
+        path, reason = _unexportable_module(randomized, image) or ("", error)
+        is_inner = path not in ("", "trunk")
+        location = f" at {layer_name(path)!r} ({type(network.get_submodule(path)).__name__})" if is_inner else ""
+        raise ExportError(f"the network cannot be exported to ONNX{location}: {_first_line(reason)}") from error
     _strip_prefix(model, "network.")
     return model
 
 
 def _export(module: nn.Module, inputs: tuple[Any, ...], outputs: Sequence[str] = ()) -> onnx.ModelProto:
-    """Returns a module as a graph, with a batch of any size where its outputs are named."""
+    """Returns a module's graph; with a dynamic batch size if its outputs are named."""
     file = io.BytesIO()
     with warnings.catch_warnings(), _any_pooling(), _quiet():
         warnings.simplefilter("ignore")
@@ -114,19 +114,19 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], outputs: Sequence[str] =
 
 @contextmanager
 def _any_pooling() -> Iterator[None]:
-    """Lets adaptive pooling be exported at any size.
+    """Makes adaptive pooling exportable at any size.
 
-    The exporter loses sight of sizes behind a padding or a slice. So even bins are written as plain pooling, uneven
-    ones as a product with constant matrices.
+    The exporter does not know sizes after a padding or a slice. So equal bins are exported as plain pooling, and
+    unequal ones as a product with constant matrices.
     """
-    given = F.adaptive_avg_pool2d
+    original = F.adaptive_avg_pool2d
 
     def pool(features: Tensor, output_size: Any) -> Tensor:
         height, width = (
-            int(wanted or size) for wanted, size in zip(_pair(output_size), features.shape[-2:], strict=True)
+            int(output or size) for output, size in zip(_pair(output_size), features.shape[-2:], strict=True)
         )
         if (height, width) == (1, 1):
-            return given(features, output_size)
+            return original(features, output_size)
         if features.shape[-2] % height == 0 and features.shape[-1] % width == 0:
             return F.avg_pool2d(features, (int(features.shape[-2]) // height, int(features.shape[-1]) // width))
         rows, columns = _bins(int(features.shape[-2]), height), _bins(int(features.shape[-1]), width)
@@ -136,7 +136,7 @@ def _any_pooling() -> Iterator[None]:
     try:
         yield
     finally:
-        F.adaptive_avg_pool2d = given
+        F.adaptive_avg_pool2d = original
 
 
 def _bins(size: int, bins: int) -> Tensor:
@@ -146,16 +146,16 @@ def _bins(size: int, bins: int) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter from printing the whole graph when it fails; its own switch is switched on by itself."""
-    given = torch._C._jit_onnx_log
+    """Keeps the exporter from printing the whole graph on failure; it turns its own log switch on by itself."""
+    original = torch._C._jit_onnx_log
     torch._C._jit_onnx_log = lambda *_: None
     try:
         yield
     finally:
-        torch._C._jit_onnx_log = given
+        torch._C._jit_onnx_log = original
 
 
-def _offender(network: nn.Module, image: Tensor) -> tuple[str, Exception] | None:
+def _unexportable_module(network: nn.Module, image: Tensor) -> tuple[str, Exception] | None:
     """Returns the path of the innermost module that cannot be exported by itself, and the exporter's reason."""
     inputs: dict[str, tuple[Any, ...]] = {}
     hooks = [
@@ -166,19 +166,19 @@ def _offender(network: nn.Module, image: Tensor) -> tuple[str, Exception] | None
         network(image)
     for hook in hooks:
         hook.remove()
-    found: tuple[str, Exception] | None = None
+    failure: tuple[str, Exception] | None = None
     todo = [name for name, _ in network.named_children()]
     while todo:
         path = todo.pop(0)
         error = _failure(network, path, inputs)
         if error is not None:
-            found = path, error
+            failure = path, error
             todo = [f"{path}.{name}" for name, _ in network.get_submodule(path).named_children()]
-    return found
+    return failure
 
 
 def _failure(network: nn.Module, path: str, inputs: Mapping[str, tuple[Any, ...]]) -> Exception | None:
-    """Returns why a module cannot be exported by itself; of a list that never runs, why one of those in it cannot."""
+    """Returns why a module cannot be exported by itself; for a container that is never called, why a part cannot."""
     module = network.get_submodule(path)
     if path not in inputs:
         failures = (_failure(network, f"{path}.{name}", inputs) for name, _ in module.named_children())
@@ -195,13 +195,13 @@ def _first_line(error: Exception) -> str:
     return lines[0].partition("  [Caused by")[0] if lines else type(error).__name__
 
 
-def _scrambled(network: ExitNetwork) -> ExitNetwork:
-    scrambled = copy.deepcopy(network).eval()
+def _with_random_values(network: ExitNetwork) -> ExitNetwork:
+    randomized = copy.deepcopy(network).eval()
     generator = torch.Generator().manual_seed(0)
-    for tensor in [*scrambled.parameters(), *scrambled.buffers()]:
+    for tensor in [*randomized.parameters(), *randomized.buffers()]:
         if tensor.is_floating_point():
             tensor.data = torch.rand(tensor.shape, generator=generator) + 0.5
-    return scrambled
+    return randomized
 
 
 def _strip_prefix(model: onnx.ModelProto, prefix: str) -> None:

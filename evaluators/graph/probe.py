@@ -1,4 +1,4 @@
-"""Looking at what happens inside a file: the values of its tensors, and the means of its channels."""
+"""Reads tensors inside an ONNX file: their values, and the means of channels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,16 +14,16 @@ Means = Mapping[str, NDArray[np.float64]]
 """The mean of each input channel of a layer, `(inputs,)`, by the name of the layer's weight."""
 
 _BATCH = 8
-"""So many images at a time keep the memory small."""
+"""The batch size, small to save memory."""
 
 
-def observing(file: bytes, tensors: Sequence[str], reductions: Sequence[NodeProto] = ()) -> bytes:
-    """Returns a file with other outputs, and without the nodes that they do not need.
+def with_outputs(file: bytes, tensors: Sequence[str], reductions: Sequence[NodeProto] = ()) -> bytes:
+    """Returns a file with other outputs, without the nodes that they do not need.
 
     Args:
         file: a stage as ONNX.
-        tensors: what it returns instead, in this order.
-        reductions: nodes that are added and may be asked for.
+        tensors: the names of the new outputs, in order.
+        reductions: nodes to add, whose outputs may be among `tensors`.
     """
     model = onnx.load_from_string(file)
     nodes = [*model.graph.node, *reductions]
@@ -39,23 +39,23 @@ def observing(file: bytes, tensors: Sequence[str], reductions: Sequence[NodeProt
 
 
 def observe(file: bytes, tensor: str, images: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    """Yields the values that one tensor takes for some images, a few at a time."""
-    batches = [images[at : at + _BATCH] for at in range(0, len(images), _BATCH)]
+    """Yields the values of one tensor for images `(n, c, h, w)`, a few images at a time."""
+    batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
     if tensor == onnx.load_from_string(file).graph.input[0].name:
         yield from batches
         return
-    run = load(observing(file, [tensor]), 0)
+    run = load(with_outputs(file, [tensor]), 0)
     yield from (run(batch)[0] for batch in batches)
 
 
 def input_means(file: bytes, nodes: Sequence[NodeProto], images: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
     """Returns the mean of each input channel of each convolution and linear layer over `images`, `(inputs,)`.
 
-    It is taken inside the graph, so that one number a channel leaves it, batch by batch.
+    Means are computed inside the graph, which returns one number per channel and batch.
 
     Args:
         file: the float network.
-        nodes: its layers, among others.
+        nodes: its nodes.
         images: `(n, c, h, w)`.
     """
     layers = [node for node in nodes if node.op_type in LAYER_OPS[:2]]
@@ -69,11 +69,11 @@ def input_means(file: bytes, nodes: Sequence[NodeProto], images: NDArray[np.floa
         )
         for node in layers
     ]
-    run = load(observing(file, [node.output[0] for node in reductions], reductions), 0)
-    batches = [images[at : at + _BATCH] for at in range(0, len(images), _BATCH)]
-    found = [run(batch) for batch in batches]
+    run = load(with_outputs(file, [node.output[0] for node in reductions], reductions), 0)
+    batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
+    means = [run(batch) for batch in batches]
     sizes = [len(batch) for batch in batches]
-    columns = zip(*found, strict=True)
+    columns = zip(*means, strict=True)
     return {
         node.input[1]: np.average(np.array(column, dtype=np.float64), axis=0, weights=sizes)
         for node, column in zip(layers, columns, strict=True)

@@ -1,7 +1,7 @@
-"""The exported graph without what only costs time: constants computed once, pads inside convolutions, no identities.
+"""Simplifies the exported graph: folds constants, moves pads into convolutions, removes identities.
 
-Runtimes fold some of this for themselves, but not once Q/DQ stands in between: a padding of 17 of EfficientNet-Lite0's
-convolutions in float took 40% of the time of its int8 file.
+Runtimes do some of this themselves, but not if Q/DQ is in between: pads in float before 17 convolutions of
+EfficientNet-Lite0 took 40% of the time of its int8 file.
 """
 
 from collections import Counter
@@ -18,17 +18,17 @@ from onnx.reference import ReferenceEvaluator
 Arrays = dict[str, NDArray[np.generic]]
 
 _COPIES = {"Identity", "Dropout"}
-"""Give what they read, in evaluation mode."""
-_LARGEST = 1_000_000
-"""Constants of more values are left to the runtime, which may compute them smaller than they are stored."""
+"""Operators that return their input, in evaluation mode."""
+_MAX_CONSTANT = 1_000_000
+"""Constants with more values are not folded: the nodes that compute them may be smaller than their values."""
 
 
 def simplified(model: ModelProto, parameters: AbstractSet[str]) -> ModelProto:
-    """Returns a graph of the same function: constants folded, batch sizes read from nowhere, pads folded, no copies.
+    """Returns an equivalent graph with constants and pads folded, copies removed and batch sizes kept dynamic.
 
     Args:
-        model: as it was exported.
-        parameters: initializers whose values are not known yet, and whose shapes may change.
+        model: the exported graph.
+        parameters: the initializers whose values are not known yet and whose shapes may change.
     """
     graph, outputs = model.graph, {info.name for info in model.graph.output}
     nodes = _without_copies(graph.node, outputs)
@@ -48,7 +48,7 @@ def simplified(model: ModelProto, parameters: AbstractSet[str]) -> ModelProto:
 
 
 def _without_copies(nodes: Sequence[NodeProto], outputs: AbstractSet[str]) -> list[NodeProto]:
-    """Returns the nodes without those that only pass on what they read; what gives an output its name stays."""
+    """Returns the nodes without those that return their input, except those that name an output of the graph."""
     names: dict[str, str] = {}
     left = []
     for original in nodes:
@@ -61,7 +61,12 @@ def _without_copies(nodes: Sequence[NodeProto], outputs: AbstractSet[str]) -> li
 
 
 def _reading(original: NodeProto, names: Mapping[str, str]) -> NodeProto:
-    """Returns a copy of a node that reads other tensors, by the names of those that it read."""
+    """Returns a copy of a node with renamed inputs.
+
+    Args:
+        original: the node.
+        names: the new name of each renamed tensor, by its present name.
+    """
     node = NodeProto()
     node.CopyFrom(original)
     for index, name in enumerate(node.input):
@@ -70,7 +75,7 @@ def _reading(original: NodeProto, names: Mapping[str, str]) -> NodeProto:
 
 
 def _batched(model: ModelProto) -> frozenset[str]:
-    """Returns the tensors whose first axis is the batch, as far as shapes can be inferred."""
+    """Returns the tensors whose first axis is the batch axis, as far as shapes can be inferred."""
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     infos = [*inferred.input, *inferred.value_info]
@@ -82,9 +87,9 @@ def _batched(model: ModelProto) -> frozenset[str]:
 
 
 def _with_copied_batch(nodes: Sequence[NodeProto], batched: AbstractSet[str]) -> list[NodeProto]:
-    """Returns the nodes with 0, "as it was", for every batch size that a reshape is told from another tensor's shape.
+    """Returns the nodes with 0, "keep the size", for each batch size that a reshape takes from another tensor's shape.
 
-    `x.view(images.size(0), -1)` reads a number from the images, which would tie everything behind it to the input.
+    `x.view(images.size(0), -1)` reads the size from the images, so that all later stages would depend on the input.
     """
     producers = {output: node for node in nodes for output in node.output}
     constants = {
@@ -108,11 +113,11 @@ def _with_copied_batch(nodes: Sequence[NodeProto], batched: AbstractSet[str]) ->
     for node in nodes:
         sizes = producers.get(node.input[1]) if node.op_type == "Reshape" and node.input[0] in batched else None
         if sizes is not None and sizes.op_type == "Concat" and is_batch_size(sizes.input[0]):
-            same, told = f"{node.output[0]}/same_batch", f"{node.output[0]}/sizes"
+            same, shape = f"{node.output[0]}/same_batch", f"{node.output[0]}/sizes"
             zero = numpy_helper.from_array(np.zeros(1, dtype=np.int64))
             made.append(helper.make_node("Constant", [], [same], same, value=zero))
-            made.append(helper.make_node("Concat", [same, *sizes.input[1:]], [told], told, axis=0))
-            node = _reading(node, {node.input[1]: told})
+            made.append(helper.make_node("Concat", [same, *sizes.input[1:]], [shape], shape, axis=0))
+            node = _reading(node, {node.input[1]: shape})
         made.append(node)
     return made
 
@@ -120,36 +125,36 @@ def _with_copied_batch(nodes: Sequence[NodeProto], batched: AbstractSet[str]) ->
 def _folded_constants(
     nodes: Sequence[NodeProto], constants: Mapping[str, NDArray[np.generic]], outputs: AbstractSet[str]
 ) -> tuple[list[NodeProto], Arrays]:
-    """Returns the nodes that depend on an input or a parameter, and the values of all that the others gave."""
+    """Returns the nodes that depend on an input or a parameter, and the values of all constants."""
     values, left = dict(constants), []
     for node in nodes:
         is_known = all(name in values for name in node.input if name) and outputs.isdisjoint(node.output)
-        found = _evaluated(node, values) if is_known else None
-        if found is None:
+        results = _evaluated(node, values) if is_known else None
+        if results is None:
             left.append(node)
         else:
-            values |= found
+            values |= results
     return left, values
 
 
 def _evaluated(node: NodeProto, values: Mapping[str, NDArray[np.generic]]) -> Arrays | None:
-    """Returns what a node gives for known inputs; None where it is random, too large, or nobody knows how to run it."""
+    """Returns a node's outputs for constant inputs; None if it is random, too large or cannot be evaluated."""
     if node.op_type.startswith("Random") or any(attribute.HasField("g") for attribute in node.attribute):
         return None
     try:
-        found = ReferenceEvaluator(node).run(None, {name: values[name] for name in node.input if name})
-    except Exception:  # whatever the reference implementation lacks stays in the graph
+        outputs = ReferenceEvaluator(node).run(None, {name: values[name] for name in node.input if name})
+    except Exception:  # operators that the reference implementation lacks stay in the graph
         return None
-    named = {name: np.asarray(value) for name, value in zip(node.output, found, strict=True)}
-    return named if sum(value.size for value in named.values()) <= _LARGEST else None
+    named = {name: np.asarray(value) for name, value in zip(node.output, outputs, strict=True)}
+    return named if sum(value.size for value in named.values()) <= _MAX_CONSTANT else None
 
 
 def _folded_pads(
     nodes: Sequence[NodeProto], constants: Mapping[str, NDArray[np.generic]], outputs: AbstractSet[str]
 ) -> list[NodeProto]:
-    """Returns the nodes without pads of zeros that only convolutions read, which pad their input themselves.
+    """Returns the nodes without zero pads that only convolutions read; the convolutions pad instead.
 
-    Other pads of zeros do not say so.
+    Other zero pads lose their explicit value, because zero is the default.
     """
     readers: dict[str, list[NodeProto]] = {}
     for node in nodes:
@@ -160,7 +165,7 @@ def _folded_pads(
     for original in nodes:
         node = _reading(original, names)
         if node.op_type == "Pad" and len(node.input) > 2 and not np.any(constants.get(node.input[2], 1)):
-            del node.input[2:]  # zero is what goes without saying
+            del node.input[2:]  # zero is the default
         pads = _zeros_around(node, constants)
         following = readers.get(original.output[0], [])
         if pads and original.output[0] not in outputs and all(_pads_itself(reader, original) for reader in following):
@@ -174,7 +179,7 @@ def _folded_pads(
 
 
 def _zeros_around(node: NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> list[int] | None:
-    """Returns by how many zeros a `Pad` lengthens the axes behind batch and channels, as ONNX writes it; else None."""
+    """Returns the spatial pads of a `Pad` node with zeros, in ONNX's order; None for any other node."""
     mode = next((attribute.s for attribute in node.attribute if attribute.name == "mode"), b"constant")
     if node.op_type != "Pad" or mode != b"constant" or node.input[1] not in constants or len(node.input) > 3:
         return None
@@ -186,29 +191,31 @@ def _zeros_around(node: NodeProto, constants: Mapping[str, NDArray[np.generic]])
 
 
 def _pads_itself(reader: NodeProto, pad: NodeProto) -> bool:
-    """Returns whether a node is a convolution of the padded tensor whose own padding is told in numbers."""
+    """Returns whether a node is a convolution of the padded tensor with explicit padding of its own."""
     automatic = next((attribute.s for attribute in reader.attribute if attribute.name == "auto_pad"), b"NOTSET")
     is_input = Counter(reader.input)[pad.output[0]] == 1 and reader.input[0] == pad.output[0]
     return reader.op_type == "Conv" and automatic in (b"NOTSET", b"VALID") and is_input
 
 
 def _padded(node: NodeProto, pads: Sequence[int]) -> NodeProto:
-    """Returns a convolution that pads by so much more."""
+    """Returns a convolution with pads added to its own."""
     made = NodeProto()
     made.CopyFrom(node)
     own = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "pads"), [0] * len(pads))
     kept = [attribute for attribute in node.attribute if attribute.name not in ("pads", "auto_pad")]
     del made.attribute[:]
     made.attribute.extend(kept)
-    made.attribute.append(helper.make_attribute("pads", [more + less for more, less in zip(own, pads, strict=True)]))
+    made.attribute.append(
+        helper.make_attribute("pads", [before + added for before, added in zip(own, pads, strict=True)])
+    )
     return made
 
 
 def _needed(nodes: Sequence[NodeProto], outputs: AbstractSet[str]) -> list[NodeProto]:
-    """Returns the nodes that lead to an output, in their order."""
-    wanted, left = set(outputs), []
+    """Returns the nodes that an output depends on, in order."""
+    needed, left = set(outputs), []
     for node in reversed(nodes):
-        if not wanted.isdisjoint(node.output):
-            wanted.update(node.input)
+        if not needed.isdisjoint(node.output):
+            needed.update(node.input)
             left.append(node)
     return left[::-1]

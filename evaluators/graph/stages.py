@@ -1,4 +1,4 @@
-"""Where a graph is cut into files, and in which order they run: between exits and around blocks that may be skipped."""
+"""Cuts a graph into stages at exits and around skippable blocks, and lists the steps that run them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from evaluators.inference.staged import Step
 from spaces.candidate import Candidate
 
 Between = Callable[[str, Sequence[str], str], tuple[NodeProto, ...]]
-"""Returns the nodes that lead from one tensor to others; told whose place it is, for errors."""
+"""Returns the nodes between one tensor and others; the last argument names the exit or block in errors."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class LaidStep:
-    """One step, before thresholds are known.
+class LayoutStep:
+    """One step without thresholds.
 
     Args:
-        stage: the file that it runs.
-        exit: the exit at its end.
-        block: the block that it is.
-        gate: the file that tells whether the block is run, where the step before may not have told.
-        keeps: whether its file only reads the features, and returns none.
+        stage: the index of the file that it runs.
+        exit: the exit at its end; None without one.
+        block: the skippable block that it runs; None for other steps.
+        gate: the index of the file with the block's gate alone; None if the step before returns the gate's logit.
+        keeps: whether its file returns no features, because the next step reads the same ones.
     """
 
     stage: int
@@ -43,14 +43,14 @@ class LaidStep:
 
 @dataclass
 class Layout:
-    """The files that a graph falls into, and the steps that run them.
+    """The stages of a graph, and the steps that run them.
 
-    A gate is computed in the file before its block. Where that file is a block that may itself be skipped, there is a
-    file of the gate alone, too.
+    A gate is part of the file before its block. If that file is a block that may itself be skipped, there is also a
+    file with the gate alone.
     """
 
     stages: list[Stage] = field(default_factory=list)
-    steps: list[LaidStep] = field(default_factory=list)
+    steps: list[LayoutStep] = field(default_factory=list)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -59,11 +59,11 @@ class Layout:
 
     @property
     def nodes(self) -> frozenset[str]:
-        """The names of all nodes that are deployed."""
+        """The names of all deployed nodes."""
         return frozenset(node.name for stage in self.stages for node in stage.nodes)
 
-    def planned(self, candidate: Candidate) -> tuple[Step, ...]:
-        """Returns the steps with a candidate's thresholds; none where no block may be skipped."""
+    def steps_with_thresholds(self, candidate: Candidate) -> tuple[Step, ...]:
+        """Returns the steps with a candidate's thresholds; empty if no block may be skipped."""
         skips = candidate.active_skips
         if not skips:
             return ()
@@ -85,12 +85,12 @@ def lay_out(
     position: Callable[[str], int],
     between: Between,
 ) -> Layout:
-    """Returns the files between the places where the graph is cut.
+    """Returns the stages and steps of a graph that is cut at some exits and around some blocks.
 
     Args:
         exits: the tensor that each active exit reads.
-        blocks: what each block that may be skipped reads and gives.
-        position: where in the graph a tensor is made.
+        blocks: the input and output tensor of each skippable block.
+        position: returns the position in the graph of the node that computes a tensor.
         between: finds the nodes between tensors.
     """
     exit_at = {tensor: name for name, tensor in exits.items()}
@@ -99,25 +99,25 @@ def lay_out(
     ends = sorted({*exit_at, *(tensor for pair in blocks.values() for tensor in pair)}, key=position)
     layout = Layout()
     start = INPUT
-    told = True
+    gate_known = True  # whether the file before always returns the gate's logit
 
-    def add(source: str, outputs: Sequence[str], place: str) -> int:
-        layout.stages.append(Stage(between(source, outputs, place), source, tuple(outputs)))
+    def add(source: str, outputs: Sequence[str], owner: str) -> int:
+        layout.stages.append(Stage(between(source, outputs, owner), source, tuple(outputs)))
         return len(layout.stages) - 1
 
-    place = ""
+    owner = ""
     for end in [*ends, OUTPUT]:
         block = block_of.get((start, end))
         exit_name = exit_at.get(end)
         gated = gate_at.get(end)
-        place = exit_name or place
+        owner = exit_name or owner
         exit_logits = [logits_name(exit_name)] if exit_name else []
         logits = [*exit_logits, *([gate_logits_name(gated)] if gated else [])]
-        gate = None if block is None or told else add(start, [gate_logits_name(block)], place)
-        if block is not None and exit_name is not None:  # who skips the block reaches the exit as well
-            layout.steps.append(LaidStep(add(start, [end], place), block=block, gate=gate))
-            layout.steps.append(LaidStep(add(end, logits, place), exit_name, keeps=True))
+        gate = None if block is None or gate_known else add(start, [gate_logits_name(block)], owner)
+        if block is not None and exit_name is not None:  # inputs that skip the block reach the exit as well
+            layout.steps.append(LayoutStep(add(start, [end], owner), block=block, gate=gate))
+            layout.steps.append(LayoutStep(add(end, logits, owner), exit_name, keeps=True))
         else:
-            layout.steps.append(LaidStep(add(start, [end, *logits], place), exit_name, block, gate))
-        start, told = end, block is None or exit_name is not None
+            layout.steps.append(LayoutStep(add(start, [end, *logits], owner), exit_name, block, gate))
+        start, gate_known = end, block is None or exit_name is not None
     return layout

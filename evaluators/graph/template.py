@@ -1,4 +1,4 @@
-"""A network's ONNX graph, parsed once: which weights go where, and where it can be cut into stages."""
+"""A network's ONNX graph without weights: candidates' files are written from it, and it is cut into stages."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,21 +31,21 @@ from spaces.errors import StructureError
 Arrays = dict[str, NDArray[np.generic]]
 
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
-"""What a convolution or a linear layer becomes."""
+"""The operators of convolutions and linear layers."""
 
 DEQUANTIZED = "/dq"
-"""The end of the name of a weight or an input that has been through Q/DQ."""
+"""The suffix of the name of a weight or an input after Q/DQ."""
 QUANTIZED = "/q"
-"""The end of the name of a tensor in int8."""
+"""The suffix of the name of an int8 tensor."""
 HALF = "/fp16"
-"""The end of the name of a tensor in half precision."""
+"""The suffix of the name of an fp16 tensor."""
 TRANSPOSED = "/transposed"
-"""The end of the name of a linear layer's weight as `(inputs, outputs)`."""
+"""The suffix of the name of a linear layer's weight of shape `(inputs, outputs)`."""
 
 
 @dataclass(frozen=True)
 class BatchNormFold:
-    """A batch normalisation that disappears into the convolution before it."""
+    """A batch normalisation that is folded into the convolution before it."""
 
     weight: str
     bias: str
@@ -55,9 +55,9 @@ class BatchNormFold:
 
 
 class Template:
-    """The dense network's graph without its values.
+    """The dense network's graph without its weights.
 
-    A candidate's file is this graph with the compressed network's weights written in: nothing is exported again.
+    A candidate's file is this graph with the compressed network's weights, so nothing is exported again.
 
     Args:
         network: the network with all its exits, in evaluation mode.
@@ -80,25 +80,25 @@ class Template:
         self._infos: dict[str, onnx.ValueInfoProto] = {
             info.name: info for info in [*model.graph.input, *model.graph.output]
         }
-        named, self.blocks = _without_twins(
+        named, self.blocks = _without_aliases(
             model.graph.node, {block: block_ends(block) for block in network.skip_blocks}
         )
         nodes, self._transposed = _transpose_weights(named, parameters)
         self.nodes, self.folds = _fold_batch_norms(nodes, {info.name for info in model.graph.output}, parameters)
-        found = _layers(self.nodes, parameters)
-        self.layers = {layer: node.name for layer, node in found.items()}
-        self.layer_weights = {layer: _weight(node) for layer, node in found.items()}
-        self.grouped = frozenset(node.input[1] for node in found.values() if _groups(node) > 1)
+        layer_nodes = _layers(self.nodes, parameters)
+        self.layers = {layer: node.name for layer, node in layer_nodes.items()}
+        self.layer_weights = {layer: _weight(node) for layer, node in layer_nodes.items()}
+        self.grouped = frozenset(node.input[1] for node in layer_nodes.values() if _groups(node) > 1)
         self.exit_names = network.exit_names
-        answers = {logits_name(name) for name in network.exit_names}
-        self.answering = frozenset(layer for layer, node in found.items() if node.output[0] in answers)
+        exit_logits = {logits_name(name) for name in network.exit_names}
+        self.exit_classifiers = frozenset(layer for layer, node in layer_nodes.items() if node.output[0] in exit_logits)
         self._position = {output: index for index, node in enumerate(self.nodes) for output in node.output}
         self._layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], Layout] = {}
         self.layout(self.exit_names, network.skip_blocks)
 
     @cached_property
     def constants(self) -> Arrays:
-        """What the graph holds that is no parameter, by the name of its tensor."""
+        """The values of the graph's constants, by the name of the tensor."""
         values: Arrays = dict(self._constants)
         for node in self.nodes:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -116,20 +116,20 @@ class Template:
         return self._constants | arrays
 
     def layout(self, exits: Sequence[str], skips: Sequence[str] = ()) -> Layout:
-        """Returns the parts that the graph falls into when only these exits can fire and these blocks be skipped."""
+        """Returns the stages of the graph if only these exits are active and only these blocks may be skipped."""
         key = tuple(exits), tuple(block for block in self.blocks if block in skips)
         if key not in self._layouts:
-            places = {name: cut_name(name) for name in key[0]}
+            cuts = {name: cut_name(name) for name in key[0]}
             ends = {block: self.blocks[block] for block in key[1]}
-            self._layouts[key] = lay_out(places, ends, self._position.__getitem__, self._between)
+            self._layouts[key] = lay_out(cuts, ends, self._position.__getitem__, self._between)
         return self._layouts[key]
 
     @property
     def flows(self) -> tuple[tuple[NodeProto, ...], ...]:
-        """The graph in which every block is run, and, where there are gates, the one in which they decide."""
-        return (self.nodes, self._decided()) if self.blocks else (self.nodes,)
+        """The graph in which every block is run and, if there are gates, the graph in which they decide."""
+        return (self.nodes, self._with_gates()) if self.blocks else (self.nodes,)
 
-    def _decided(self) -> tuple[NodeProto, ...]:
+    def _with_gates(self) -> tuple[NodeProto, ...]:
         nodes: dict[str, NodeProto] = {}
         ends = {result: (block, source) for block, (source, result) in self.blocks.items()}
         for node in self.nodes:
@@ -142,23 +142,23 @@ class Template:
                 nodes.setdefault(node.name, node)
         return tuple(nodes.values())
 
-    def _between(self, start: str, ends: Sequence[str], place: str) -> tuple[NodeProto, ...]:
+    def _between(self, start: str, ends: Sequence[str], owner: str) -> tuple[NodeProto, ...]:
         producers = {output: node for node in self.nodes for output in node.output}
-        wanted, todo = set(), list(ends)
+        needed, todo = set(), list(ends)
         while todo:
             tensor = todo.pop()
             if tensor == start:
                 continue
             if tensor == INPUT:
                 raise StructureError(
-                    f"an exit sits where one tensor separates the network in two, got {place!r}, which is bypassed;"
+                    f"an exit sits where one tensor separates the network in two, got {owner!r}, which is bypassed;"
                     " move it behind the block"
                 )
             node = producers.get(tensor)
-            if node is not None and node.name not in wanted:
-                wanted.add(node.name)
+            if node is not None and node.name not in needed:
+                needed.add(node.name)
                 todo += list(node.input)
-        return tuple(node for node in self.nodes if node.name in wanted)
+        return tuple(node for node in self.nodes if node.name in needed)
 
     def file(
         self,
@@ -172,11 +172,11 @@ class Template:
         """Returns one stage as an ONNX file.
 
         Args:
-            stage: which part of the graph.
-            nodes: its nodes, as they are written.
+            stage: the part of the graph.
+            nodes: the nodes to write.
             arrays: the value of every initializer.
-            channels: of the features between stages; left open where not given.
-            opset: that the nodes are written in.
+            channels: the number of channels of features between stages; dynamic by default.
+            opset: the opset of the nodes.
             properties: metadata for the runtime.
         """
         names = {name for node in nodes for name in node.input}
@@ -196,14 +196,14 @@ class Template:
     def _info(self, name: str, channels: Mapping[str, int]) -> onnx.ValueInfoProto:
         if name in (INPUT, OUTPUT) or name.endswith("_logits"):
             return self._infos[name]
-        # Features between stages lose channels with the layer before them, so only their rank is fixed.
+        # The channels of features between stages depend on the candidate, so only their rank is fixed.
         rank = len(self._infos[name].type.tensor_type.shape.dim)
         dims: list[str | int] = ["batch", *(f"{name}_{axis}" for axis in range(1, rank))]
         dims[1] = channels.get(name, dims[1])
         return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
 
     def _fit_groups(self, node: NodeProto, arrays: Arrays) -> NodeProto:
-        """Returns a grouped convolution with as many groups as it has left; any other node as it is."""
+        """Returns a grouped convolution with the number of groups that its weight still has; other nodes unchanged."""
         weight = node.input[1].removesuffix(DEQUANTIZED).removesuffix(HALF) if node.op_type == "Conv" else ""
         if weight not in self._shapes or _groups(node) == 1:
             return node
@@ -215,20 +215,22 @@ class Template:
         return fitted
 
 
-def _without_twins(
+def _without_aliases(
     nodes: Sequence[NodeProto], blocks: Mapping[str, tuple[str, str]]
 ) -> tuple[list[NodeProto], dict[str, tuple[str, str]]]:
-    """Returns the nodes without copies that only give a tensor a second name, and the names of blocks' ends."""
+    """Returns the nodes without identities that rename the ends of blocks, and the names of the blocks' ends."""
     names = {name for ends in blocks.values() for name in ends}
-    twins = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Identity" and node.output[0] in names}
-    left = [node for node in nodes if node.output[0] not in twins]
+    aliases = {
+        node.output[0]: node.input[0] for node in nodes if node.op_type == "Identity" and node.output[0] in names
+    }
+    left = [node for node in nodes if node.output[0] not in aliases]
     return left, {
-        block: (twins.get(source, source), twins.get(result, result)) for block, (source, result) in blocks.items()
+        block: (aliases.get(source, source), aliases.get(result, result)) for block, (source, result) in blocks.items()
     }
 
 
 def _choice(logits: str, source: str, last: NodeProto) -> list[NodeProto]:
-    """Returns the last node of a block, and those that take its source where the gate's logit is below 0."""
+    """Returns the last node of a block, and nodes that return the block's input if the gate's logit is below 0."""
     ran = NodeProto()
     ran.CopyFrom(last)
     result = ran.output[0]
@@ -252,14 +254,14 @@ def _ir_version(opset: int) -> int:
 
 
 def output_channels(file: bytes) -> dict[str, int]:
-    """Returns the channels of each output of a stage, as far as its input's are known."""
+    """Returns the number of channels of each output of a stage, if that of its input is known."""
     inferred = onnx.shape_inference.infer_shapes(onnx.load_from_string(file))
     shapes = {info.name: info.type.tensor_type.shape.dim for info in inferred.graph.output}
     return {name: dims[1].dim_value for name, dims in shapes.items() if len(dims) > 1 and dims[1].dim_value}
 
 
 def bounds_of(node: NodeProto, constants: Arrays) -> tuple[float, float]:
-    """Returns the least and the largest value that a `Relu` or `Clip` lets through, infinite where it has no bound."""
+    """Returns the lower and upper bound of a `Relu` or `Clip`; infinite if it has none."""
     if node.op_type == "Relu":
         return 0.0, np.inf
     low, high = (*node.input[1:], "", "")[:2]
@@ -287,7 +289,7 @@ def _layers(nodes: Sequence[NodeProto], parameters: AbstractSet[str]) -> dict[st
 def _transpose_weights(
     nodes: Sequence[NodeProto], parameters: AbstractSet[str]
 ) -> tuple[list[NodeProto], frozenset[str]]:
-    """Returns the nodes without those that transpose a weight for a product, and these weights."""
+    """Returns the nodes without transpositions of weights for matrix products, and the names of these weights."""
     readers: dict[str, list[NodeProto]] = {}
     for node in nodes:
         for name in node.input:
@@ -310,14 +312,14 @@ def _transpose_weights(
 
 
 def _fold_batch_norms(
-    given: Sequence[NodeProto], outputs: AbstractSet[str], parameters: AbstractSet[str]
+    original: Sequence[NodeProto], outputs: AbstractSet[str], parameters: AbstractSet[str]
 ) -> tuple[tuple[NodeProto, ...], tuple[BatchNormFold, ...]]:
-    """Returns the nodes without the batch normalisations that a convolution can take in, and those."""
-    readers = Counter(name for node in given for name in node.input)
-    convolutions = {node.output[0]: node for node in given if node.op_type == "Conv"}
+    """Returns the nodes without the batch normalisations that can be folded into a convolution, and the folds."""
+    readers = Counter(name for node in original for name in node.input)
+    convolutions = {node.output[0]: node for node in original if node.op_type == "Conv"}
     nodes: list[NodeProto] = []
     folds = []
-    for node in given:
+    for node in original:
         source = node.input[0] if node.input else ""
         convolution = convolutions.get(source)
         if (
@@ -325,7 +327,7 @@ def _fold_batch_norms(
             and convolution is not None
             and readers[source] == 1
             and source not in outputs
-            # A convolution that runs twice, or whose weight is computed, cannot take in a norm.
+            # Nothing can be folded into a convolution that runs twice or whose weight is computed.
             and all(readers[name] == 1 for name in convolution.input[1:])
             and {*convolution.input[1:], *node.input[1:]} <= parameters
         ):

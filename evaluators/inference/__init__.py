@@ -1,1 +1,1 @@
-"""The run loop of staged networks; numpy alone, and copied into bundles."""
+"""The run loop of staged networks; numpy only, copied into bundles."""

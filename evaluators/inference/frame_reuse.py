@@ -1,4 +1,4 @@
-"""Runs networks on streams, where a frame need not be computed; a bundle brings this file, which needs numpy only."""
+"""Runs networks on streams, reusing predictions for similar frames; copied into bundles, so it needs numpy only."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from evaluators.inference.staged import Floats, Network, Routes
 
 CELLS = 8
-"""A thumbnail has so many cells each way, or one a pixel where there are fewer."""
+"""The number of cells of a thumbnail along each axis; as many as pixels if there are fewer."""
 
 
 class KeyFrame(NamedTuple):
-    """A frame that was computed: its thumbnail, and what the network said."""
+    """A frame that was computed: its thumbnail, and the network's logits and routes."""
 
     thumbnail: Floats
     logits: Floats
@@ -25,12 +25,12 @@ class KeyFrame(NamedTuple):
 
 
 class FrameReuse:
-    """A network for streams: a frame that hardly differs from the last key frame is answered as that was.
+    """A network for streams: a frame that differs little from the last key frame reuses its prediction.
 
     Args:
-        network: maps a batch of one to logits and routes.
-        threshold: the `difference` from which a frame is a key frame; at 0 all are.
-        max_age: so many frames after a key frame the next one is, whatever it looks like.
+        network: maps a batch of one image to logits and routes.
+        threshold: the `difference` from which a frame is a key frame; at 0 every frame is.
+        max_age: the number of frames after a key frame at which the next key frame is due at the latest.
     """
 
     def __init__(self, network: Network, threshold: float, max_age: int) -> None:
@@ -41,17 +41,17 @@ class FrameReuse:
         self.age = 0
 
     def __call__(self, frames: Floats) -> tuple[Floats, Routes, NDArray[np.bool_]]:
-        """Returns the logits `(n, classes)`, the routes `(n,)`, and which are key frames `(n,)`, one after another.
+        """Returns the logits `(n, classes)`, the routes `(n,)`, and which of the frames are key frames, `(n,)`.
 
-        The last key frame is remembered from call to call.
+        The last key frame is remembered between calls.
         """
-        found = [self.frame(frames[index : index + 1]) for index in range(len(frames))]
-        logits = np.concatenate([key.logits for key, _ in found])
-        routes = np.concatenate([key.routes for key, _ in found])
-        return logits, routes, np.array([is_new for _, is_new in found])
+        results = [self.frame(frames[index : index + 1]) for index in range(len(frames))]
+        logits = np.concatenate([key.logits for key, _ in results])
+        routes = np.concatenate([key.routes for key, _ in results])
+        return logits, routes, np.array([is_new for _, is_new in results])
 
     def frame(self, frame: Floats) -> tuple[KeyFrame, bool]:
-        """Returns the key frame that answers a frame `(1, c, h, w)`, and whether it is that frame itself."""
+        """Returns the key frame whose prediction a frame `(1, c, h, w)` gets, and whether it is the frame itself."""
         self.age += 1
         small = thumbnail(frame[0])
         if self.last is None or is_key(small, self.last.thumbnail, self.age, self.threshold, self.max_age):
@@ -63,17 +63,17 @@ def is_key(frame: Floats, last: Floats, age: int, threshold: float, max_age: int
     """Returns whether a frame is a key frame.
 
     Args:
-        frame: its thumbnail.
-        last: that of the last key frame.
+        frame: the frame's thumbnail.
+        last: the thumbnail of the last key frame.
         age: how many frames ago that was.
-        threshold: the difference from which it is.
-        max_age: the age at which it is anyway.
+        threshold: the difference from which the frame is a key frame.
+        max_age: the age from which it is a key frame whatever the difference.
     """
     return age >= max_age or threshold <= 0 or difference(frame, last) >= threshold
 
 
 def thumbnail(frame: Floats) -> Floats:
-    """Returns a frame `(c, h, w)` in grey, as the means of at most 8x8 cells."""
+    """Returns a frame `(c, h, w)` in greyscale, averaged over at most 8x8 cells."""
     channels, height, width = frame.shape
     rows, columns, pixels = _cells(height, width)
     grey = np.add.reduce(frame, axis=0)
@@ -83,7 +83,7 @@ def thumbnail(frame: Floats) -> Floats:
 
 @cache
 def _cells(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
-    """Returns where the cells' rows and columns begin, and how many pixels each cell has."""
+    """Returns the first row and the first column of each cell, and the number of pixels of each cell."""
     ends = [np.linspace(0, size, min(CELLS, size) + 1).astype(np.int64) for size in (height, width)]
     rows, columns = (np.diff(end) for end in ends)
     return ends[0][:-1], ends[1][:-1], np.outer(rows, columns).astype(np.float32)
@@ -96,11 +96,12 @@ def difference(first: Floats, second: Floats) -> float:
 
 @dataclass(frozen=True)
 class Reuse:
-    """When a frame is answered as the last key frame was.
+    """When a frame reuses the prediction of the last key frame.
 
     Args:
-        threshold: the mean absolute difference of thumbnails, in units of the network's input, from which it is not.
-        max_age: so many frames after a key frame the next one is, whatever it looks like.
+        threshold: the mean absolute difference of thumbnails, in units of the network's input, from which a frame is
+            computed.
+        max_age: the number of frames after a key frame at which the next key frame is due at the latest.
     """
 
     threshold: float

@@ -1,4 +1,4 @@
-"""Reads what a bundle is asked about: arrays and pictures, one file or a folder; a bundle brings this file."""
+"""Reads the inputs of a bundle: arrays and pictures, one file or a folder; copied into bundles."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 ARRAYS, PICTURES = (".npy", ".npz"), (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-"""The files that are read of a folder, by the end of their name."""
+"""The suffixes of the files that are read from a folder."""
 
 
 def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
-    """Returns images and, where the file has them, labels."""
+    """Returns images and, if the file has them, labels."""
     try:
         content: Any = np.load(path)
     except (ValueError, EOFError) as error:
@@ -30,15 +30,15 @@ def read(path: Path) -> tuple[Floats, NDArray[np.int64] | None]:
 def read_all(
     path: Path, image_shape: tuple[int, ...], preprocessing: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, Floats, NDArray[np.int64] | None]]:
-    """Yields name, images `(n, c, h, w)` and perhaps labels of a file, or of every file below a folder, by name.
+    """Yields the name, images `(n, c, h, w)` and labels, if any, of a file, or of each file below a folder, sorted.
 
     Args:
-        path: of a file or a folder.
-        image_shape: that every image has, `(c, h, w)`.
-        preprocessing: how a picture becomes an image, see `picture`; None where pictures are not taken.
+        path: a file or a folder.
+        image_shape: the shape of each image, `(c, h, w)`.
+        preprocessing: how a picture becomes an image, see `picture`; None if pictures are not accepted.
 
     Raises:
-        ValueError: a file holds something else.
+        ValueError: a file has other content.
     """
     files = [path]
     if path.is_dir():
@@ -60,7 +60,7 @@ def read_all(
 
 
 def picture(file: Path, preprocessing: Mapping[str, Any] | None) -> Floats:
-    """Returns a picture as the network was trained on them, `(1, c, h, w)`."""
+    """Returns a picture preprocessed as in training, `(1, c, h, w)`."""
     if preprocessing is None:
         raise ValueError(
             f"this bundle's data came preprocessed, got the picture {str(file)!r}; give .npy or .npz files"
@@ -83,7 +83,7 @@ def picture(file: Path, preprocessing: Mapping[str, Any] | None) -> Floats:
 
 
 def upright(image: Any, mode: str) -> Any:
-    """Returns a picture in `mode`, turned as its EXIF data says, 16 bits made 8, transparency laid on white."""
+    """Returns a picture in `mode`, rotated by its EXIF data, with 16 bits reduced to 8 and transparency on white."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)

@@ -1,4 +1,4 @@
-"""Latency of the deployed artifact on the target, paired with a reference of the same kind."""
+"""Latency of the deployed artifact on the target, timed in turn with a reference network."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -18,31 +18,31 @@ from evaluators.runtimes.device_state import DeviceState, state_moved
 from evaluators.runtimes.paired_timing import PairedTiming, TimingProtocol, time_pair
 from evaluators.streams import timed_frames
 
-_IMAGES_BYTES = 32_000_000
-_IMAGES_AT_MOST = 64
-"""So many batches at most, and so many bytes of them, are timed where images decide what they cost."""
+_MAX_TIMED_BYTES = 32_000_000
+_MAX_TIMED_BATCHES = 64
+"""At most this many batches, and bytes of images, are held in memory to time a network whose cost depends on them."""
 
 Profiles = Sequence[tuple[int, int]]
-"""Batches that stand for all: their first images, and for how many each."""
+"""Batches to time: the index of each one's first image, and the number of batches that it stands for."""
 LEFT = "left at "
-"""The notes that tell the share of images that leaves at each exit, followed by its name."""
-_SUCCESSION = "different images in random order, each way through the stages as often as it occurs"
+"""The prefix of the notes that hold the share of images that leave at each exit; the exit's name follows."""
+_IMAGE_ORDER = "different images in random order, each way through the stages as often as it occurs"
 FIRST: Profiles = ((0, 1),)
-"""The first batch stands for all."""
+"""Only the first batch."""
 CLOCKS = {
     "cpu": "CPU time, or of wall-clock time with several threads",
     "gpu": "CUDA events, copies included, to which the host's part of a call is added as the wall clock shows it",
 }
-"""What tells work, and what is added to it, by the name that a target's capabilities give it."""
+"""What a latency's protocol says about the clock, by the name of the clock in a target's capabilities."""
 
 
 @dataclass(frozen=True)
 class Paths:
-    """What ways out of a network cost.
+    """The latency of each exit path of a network.
 
     Args:
-        seconds: of a batch that leaves as one at each exit and, last, of one that goes to the end.
-        half_width: of the 95% interval of their mean, as a share of it.
+        seconds: of a batch that leaves as a whole at each exit and, last, of one that runs to the end.
+        half_width: of the 95% confidence interval of their mean, relative to the mean.
     """
 
     seconds: tuple[float, ...]
@@ -51,12 +51,12 @@ class Paths:
 
 @dataclass(frozen=True)
 class Reference:
-    """What candidates are timed beside: a dense network of one precision, and how long a batch took it.
+    """The network that candidates are timed beside: the dense network in one precision.
 
     Args:
         model: the deployed file.
-        seconds: its median work for `reference_batch` images when the search began, by the clock that ratios are in.
-        name: what it is; the dense network where not given.
+        seconds: its median work for `reference_batch` images when the search began, by the target's clock.
+        name: its name in a protocol; empty for the dense network.
     """
 
     model: bytes
@@ -65,81 +65,84 @@ class Reference:
 
 
 def reference_batch(batch: int) -> int:
-    """Returns the batch of the reference: a quarter of the candidate's, so that most of the time goes to the latter."""
+    """Returns the reference's batch size: a quarter of the candidate's, so that the candidate gets most of the time."""
     return -(-batch // 4)
 
 
 def median_seconds(
-    opened: Mapping[str, Session], images: Images, bursts: int = 60, at_least_s: float = 2.0
+    sessions: Mapping[str, Session], images: Images, bursts: int = 60, at_least_s: float = 2.0
 ) -> dict[str, Spent]:
-    """Returns what each artifact takes for `images`, medians in seconds, in turn with each other.
+    """Returns the median time of each artifact on `images`, in seconds, with the artifacts timed in turn.
 
-    The first one's is the median over its bursts; the others' are that times the median of their ratios to it, burst by
-    burst. So a machine that changes its speed meanwhile changes that of all, and not how they compare. Bursts are as
-    long as those of candidates, and their first call does not count either.
+    The first artifact's time is the median over its bursts; each other one's is that times the median of its ratio to
+    the first, burst by burst. So a change of the machine's speed affects all of them alike. Bursts are as long as those
+    of candidates, and the first call of each is discarded as well.
 
     Args:
-        opened: artifacts by name.
+        sessions: loaded artifacts by name.
         images: one batch.
-        bursts: of each artifact, at least.
-        at_least_s: seconds that all of it takes: a speed may last for one.
+        bursts: the least number of bursts of each artifact.
+        at_least_s: the least total time in seconds, because a CPU may keep one clock speed for about a second.
     """
-    lengths = [_burst_length(item, images) for item in opened.values()]
+    lengths = [_burst_length(session, images) for session in sessions.values()]
     rounds: list[NDArray[np.float64]] = []
     begin = time.perf_counter()
     while len(rounds) < bursts or time.perf_counter() - begin < at_least_s:
-        taken = [item.seconds(images, calls)[1:] for item, calls in zip(opened.values(), lengths, strict=True)]
-        rounds.append(np.array([np.mean([(each.work, each.wall) for each in some], axis=0) for some in taken]))
-    found = np.stack(rounds)  # (rounds, artifacts, work and wall)
-    medians = np.median(found[:, 0], axis=0) * np.median(found / found[:, :1], axis=0)
-    return {name: Spent(float(work), float(wall)) for name, (work, wall) in zip(opened, medians, strict=True)}
+        pairs = zip(sessions.values(), lengths, strict=True)
+        taken = [session.seconds(images, calls)[1:] for session, calls in pairs]
+        rounds.append(np.array([np.mean([(call.work, call.wall) for call in calls], axis=0) for calls in taken]))
+    seconds = np.stack(rounds)  # (rounds, artifacts, work and wall)
+    medians = np.median(seconds[:, 0], axis=0) * np.median(seconds / seconds[:, :1], axis=0)
+    return {name: Spent(float(work), float(wall)) for name, (work, wall) in zip(sessions, medians, strict=True)}
 
 
-def _burst_length(opened: Session, images: Images) -> int:
-    """Returns how many calls a burst has, after some to warm up."""
-    return TimingProtocol().length(float(np.median([spent.work for spent in opened.seconds(images, 10)])))
+def _burst_length(session: Session, images: Images) -> int:
+    """Returns the number of calls in a burst, after some calls to warm up."""
+    return TimingProtocol().length(float(np.median([call.work for call in session.seconds(images, 10)])))
 
 
 def slower_launch(launches: Mapping[str, float]) -> list[str]:
-    """Returns, in words, that the way in which a batch is launched is not the fastest, where it is not by 2%."""
+    """Returns a remark if the deployed launch mode is more than 2% slower than the other one."""
     if len(launches) < 2:
         return []
-    (way, seconds), (other, others) = list(launches.items())[:2]
-    slower = f"a batch takes {seconds * 1e3:.3f} ms {way}, as it is deployed, and {others * 1e3:.3f} ms {other}"
-    return [slower] if seconds > 1.02 * others else []
+    (mode, seconds), (other, other_s) = list(launches.items())[:2]
+    slower = f"a batch takes {seconds * 1e3:.3f} ms {mode}, as it is deployed, and {other_s * 1e3:.3f} ms {other}"
+    return [slower] if seconds > 1.02 * other_s else []
 
 
-def _told_ways(subject: LoadedArtifact) -> str:
-    """Returns, in words, which ways through the blocks were timed; nothing where no block may be skipped."""
+def _block_paths_text(subject: LoadedArtifact) -> str:
+    """Returns which paths through the blocks were timed, as a part of the protocol; empty without skippable blocks."""
     if not subject.artifact.blocks:
         return ""
-    timed, ways = len(subject.answers.profiles), subject.answers.ways
-    if timed == ways:
-        return f"; each of {ways} ways through the blocks timed"
+    timed, paths = len(subject.answers.profiles), subject.answers.path_count
+    if timed == paths:
+        return f"; each of {paths} ways through the blocks timed"
     return (
-        f"; {timed} batches timed for {ways} ways through the blocks, each for an equal share, by what they leave out"
+        f"; {timed} batches timed for {paths} ways through the blocks, each for an equal share, by what they leave out"
     )
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What is kept of a timing: ratios to the reference, and the candidate's seconds by the clocks.
+class _Timing:
+    """A timing as it is cached: ratios to the reference, and the candidate's times in seconds.
+
+    The names of the fields are part of the cache's key.
 
     Args:
-        ratio: of work, candidate to reference.
-        half_width: of its 95% interval, as a share of it.
-        worst_ratio: of the longest path.
-        calls: of the candidate that were counted.
-        work_s: its work, seconds.
-        wait_s: what a caller waits beyond it.
+        ratio: the candidate's work divided by the reference's.
+        half_width: of the ratio's 95% confidence interval, relative to the ratio.
+        worst_ratio: the same ratio on the longest path.
+        calls: the number of the candidate's calls that were counted.
+        work_s: the candidate's work.
+        wait_s: the time that a caller waits beyond the work.
         worst_wait_s: the same on the longest path.
-        wall_median: seconds on the wall.
-        wall_cv: their standard deviation over their mean.
-        tails: percentiles on the wall, as multiples of what is typical there.
-        launches: median seconds of each way to launch a batch.
-        remarks: on the precisions that layers run in.
-        unproven: layers that do not tell theirs.
-        states: what the device told of itself before and after.
+        wall_median: the median wall-clock time.
+        wall_cv: the coefficient of variation of wall-clock times.
+        tails: percentiles of wall-clock times, as multiples of the typical one.
+        launches: the median wall-clock time of each launch mode.
+        remarks: on the precisions that layers run in, and on changes of the device's state.
+        unproven: nodes whose precision the runtime does not report.
+        states: the state of the device before and after the timing.
     """
 
     ratio: float
@@ -186,55 +189,56 @@ class _Found:
 
 
 def _timed_batches(subject: LoadedArtifact, leaving: Sequence[float]) -> tuple[list[TimedBatch], list[float]]:
-    """Returns what is timed of a subject, and how often each occurs; with a choice of paths, the longest comes last.
+    """Returns the batches to time, and how often each occurs; of a dynamic network, the longest path comes last.
 
     Args:
-        subject: with the images that tell how often.
-        leaving: the share of images that leaves at each exit, where other images told it; else nothing.
+        subject: the artifact, with the images that decide how often each path occurs.
+        leaving: the share of images that leave at each exit, if it was measured on other images; else empty.
     """
     batch, reuse = subject.target.batch, subject.artifact.reuse
-    if reuse is not None and subject.answers.answering is not None:
-        differ = bool(subject.artifact.exits or subject.artifact.blocks)
-        return timed_frames(subject.answers.answering, subject.answers.profiles, reuse, differ)
+    if reuse is not None and subject.answers.key_frames is not None:
+        is_dynamic = bool(subject.artifact.exits or subject.artifact.blocks)
+        return timed_frames(subject.answers.key_frames, subject.answers.profiles, reuse, is_dynamic)
     if not subject.artifact.is_dynamic:
         return [TimedBatch(0, batch)], [1.0]
-    profiles, alike = subject.answers.profiles, subject.answers.alike
-    each = max(_several(subject) // len(profiles), 1)
+    profiles, same_path = subject.answers.profiles, subject.answers.same_path
+    per_profile = max(_batch_limit(subject) // len(profiles), 1)
     batches = [
-        TimedBatch(start, batch, others=others[: each - 1]) for (start, _), others in zip(profiles, alike, strict=True)
+        TimedBatch(start, batch, others=others[: per_profile - 1])
+        for (start, _), others in zip(profiles, same_path, strict=True)
     ]
     return [*batches, TimedBatch(0, batch, longest=True)], [*_weights(subject, leaving), 0.0]
 
 
-def _several(subject: LoadedArtifact) -> int:
-    """Returns how many batches of images are held in memory to be timed."""
-    batch = bytes_of(subject.validation.images[: subject.target.batch])
-    return min(_IMAGES_AT_MOST, max(_IMAGES_BYTES // batch, 1))
+def _batch_limit(subject: LoadedArtifact) -> int:
+    """Returns how many batches of images may be held in memory to be timed."""
+    batch_bytes = bytes_of(subject.validation.images[: subject.target.batch])
+    return min(_MAX_TIMED_BATCHES, max(_MAX_TIMED_BYTES // batch_bytes, 1))
 
 
-def _spread(subject: LoadedArtifact, count: int) -> tuple[int, ...]:
-    """Returns the first images of at most so many batches from all over the validation images."""
+def _further_starts(subject: LoadedArtifact, count: int) -> tuple[int, ...]:
+    """Returns the first images of up to `count - 1` batches after the first, spread over the validation images."""
     batch, images = subject.target.batch, len(subject.validation)
     starts = range(0, images - batch + 1, batch)
     return tuple(starts[:: max(len(starts) // count, 1)][1:count])
 
 
-def _left(subject: LoadedArtifact) -> dict[str, float]:
-    """Returns the share of images that leaves at each exit, by the notes' names."""
+def _exit_notes(subject: LoadedArtifact) -> dict[str, float]:
+    """Returns the share of images that leave at each exit, as notes of a measurement."""
     if not subject.artifact.exits:
         return {}
-    places = [*subject.artifact.exits, "end"]
-    return {f"{LEFT}{name}": share for name, share in zip(places, subject.answers.leaving, strict=True)}
+    names = [*subject.artifact.exits, "end"]
+    return {f"{LEFT}{name}": share for name, share in zip(names, subject.answers.exit_shares, strict=True)}
 
 
 def _weights(subject: LoadedArtifact, leaving: Sequence[float]) -> list[float]:
-    """Returns how often each profile occurs: among the images, or where the exits' shares are given, as those say."""
+    """Returns how often each profile occurs: by `leaving` if it is given and fits the profiles, else by the images."""
     profiles, batch = subject.answers.profiles, subject.target.batch
     counts = [float(count) for _, count in profiles]
     exits = [int(subject.answers.exits[start]) for start, _ in profiles]
-    if batch > 1 or subject.artifact.blocks or {place for place, share in enumerate(leaving) if share} != set(exits):
+    if batch > 1 or subject.artifact.blocks or {index for index, share in enumerate(leaving) if share} != set(exits):
         return counts
-    return [leaving[place] for place in exits]  # one image at a time, so each exit has one profile
+    return [leaving[index] for index in exits]  # one image at a time, so each exit has one profile
 
 
 def _statistic(artifact: Artifact) -> str:
@@ -244,24 +248,24 @@ def _statistic(artifact: Artifact) -> str:
 
 
 class LatencyEvaluator:
-    """Seconds per batch that a caller waits.
+    """Latency: the seconds per batch that a caller waits.
 
-    A candidate's work is its ratio to the reference times the work of the reference when the search began, by the same
-    clock: the CPU's, or the GPU's events. So all trials of a search are told at one speed of the machine, however that
-    drifts. On a GPU a call has a part on the host as well: the copy into page-locked memory, the launch, the wait.
-    It does not shrink with the network, so it is added as it was, not scaled: scaled with the reference's, it would
-    make a network of half the kernels look as if it were launched in half the time. On a CPU what the wall clock
-    shows beyond the work is other programs' time, and is left out.
+    A candidate's work is its ratio to the reference times the reference's work when the search began, both by the same
+    clock: the CPU's, or the GPU's events. So all trials of a search are given at one speed of the machine, however that
+    drifts. On a GPU a call also has a part on the host: the copy into page-locked memory, the launch, the wait. It does
+    not shrink with the network, so it is added unscaled: scaled with the reference's, it would make a network of half
+    the kernels look as if it were launched in half the time. On a CPU the wall-clock time beyond the work is other
+    programs' time, and is left out.
 
-    Percentiles are the wall clock's, in multiples of what is typical on it, times the latency: in a slow minute the
-    bare ones would stand apart from a latency that is told at the reference's speed.
+    Percentiles are those of the wall clock divided by its typical time, times the latency: in a slow minute the
+    wall-clock percentiles themselves would not fit a latency at the reference's speed.
 
     Args:
-        references: by precision; a candidate is compared with the one that most of its layers share.
-        runtime: what runs them.
+        references: by precision; a candidate is compared with the one in the precision of most of its layers.
+        runtime: the library that runs them.
         target: batch size and threads.
-        protocol: how a pair is timed.
-        cache: of latencies that need not be measured again; used where the runtime compiles.
+        protocol: how a candidate and a reference are timed in turn.
+        cache: of earlier timings; used only if the runtime compiles.
     """
 
     metric = "latency"
@@ -278,125 +282,127 @@ class LatencyEvaluator:
         self.protocol = protocol or TimingProtocol()
         self._runtime = runtime
         self._target = target
-        able = runtime.capabilities()
-        self._clock = able.clock
-        self._cache = cache if able.compiles else None
+        capabilities = runtime.capabilities()
+        self._clock = capabilities.clock
+        self._cache = cache if capabilities.compiles else None
 
     def measure(self, subject: LoadedArtifact, leaving: Sequence[float] = ()) -> Measurement:
-        """Returns the median seconds per batch, or with exits the expected ones, and the longest path's beside.
+        """Returns the median seconds per batch, or the expected ones of a dynamic network, and the longest path's.
 
         Args:
-            subject: what is timed.
-            leaving: the share of images that leaves at each exit, where other images than the subject's told it.
+            subject: the artifact to time.
+            leaving: the share of images that leave at each exit, if it was measured on other images than the subject's.
         """
         precision = self.majority(subject)
-        found, known = self._known(subject, precision, leaving)
+        timing, is_cached = self._cached_timing(subject, precision, leaving)
         reference_s = self.references[precision].seconds
-        value = self._waited(found.ratio, found.wait_s, reference_s)
+        value = self._waited(timing.ratio, timing.wait_s, reference_s)
         return Measurement(
             metric="latency",
             value=value,
             statistic=_statistic(subject.artifact),
-            n=found.calls,
-            spread=found.half_width / 1.96 * found.ratio * reference_s,
+            n=timing.calls,
+            spread=timing.half_width / 1.96 * timing.ratio * reference_s,
             target=str(subject.target),
-            protocol=self._told(subject, precision, known, found) + _told_ways(subject),
+            protocol=self._protocol_text(subject, precision, is_cached, timing) + _block_paths_text(subject),
             others={
-                **{name: tail * value for name, tail in found.tails.items()},
-                "worst": self._waited(found.worst_ratio, found.worst_wait_s, reference_s),
+                **{name: tail * value for name, tail in timing.tails.items()},
+                "worst": self._waited(timing.worst_ratio, timing.worst_wait_s, reference_s),
             },
-            # Work by the CPU's or GPU's own clock and time on the wall, apart, as they were at that moment.
+            # Work by the CPU's or GPU's own clock, and wall-clock time, as measured at that moment.
             notes={
-                "ratio": found.ratio,
-                "half_width": found.half_width,
-                "work_s": found.work_s,
-                "wait_s": found.wait_s,
-                "wall_median": found.wall_median,
-                "wall_cv": found.wall_cv,
+                "ratio": timing.ratio,
+                "half_width": timing.half_width,
+                "work_s": timing.work_s,
+                "wait_s": timing.wait_s,
+                "wall_median": timing.wall_median,
+                "wall_cv": timing.wall_cv,
                 "boundaries": subject.artifact.boundaries,
-                **_left(subject),
-                # How many times as long as when the search began the reference takes now.
-                **({} if known else {"drift": found.work_s / found.ratio / reference_s}),
-                **{f"seconds {way}": seconds for way, seconds in found.launches.items()},
+                **_exit_notes(subject),
+                # The reference's time now, as a multiple of its time when the search began.
+                **({} if is_cached else {"drift": timing.work_s / timing.ratio / reference_s}),
+                **{f"seconds {mode}": seconds for mode, seconds in timing.launches.items()},
             },
-            remarks=(*found.remarks, *slower_launch(found.launches)),
-            unproven=tuple(found.unproven),
-            states=found.states,
+            remarks=(*timing.remarks, *slower_launch(timing.launches)),
+            unproven=tuple(timing.unproven),
+            states=timing.states,
         )
 
     def _waited(self, ratio: float, wait_s: float, reference_s: float) -> float:
+        """Returns the seconds that a caller waits for a batch, at the reference's speed when the search began."""
         return ratio * reference_s + (wait_s if self._clock == "gpu" else 0.0)
 
-    def _told(self, subject: LoadedArtifact, precision: str, known: bool, found: _Found) -> str:
+    def _protocol_text(self, subject: LoadedArtifact, precision: str, is_cached: bool, timing: _Timing) -> str:
         clock = CLOCKS[self._clock]
-        beside = self.references[precision]
-        reference = f"{beside.name or f'dense {precision}'}, {beside.seconds * 1e3:.3f} ms of {clock}"
-        told = [str(self.protocol), f"reference: {reference}"]
-        told += [_SUCCESSION] if subject.artifact.is_dynamic else []
-        told.append("percentiles: the wall clock's, over its own median, times the latency")
-        told += [f"launched {way}, as it is deployed" for way in list(found.launches)[:1]]
-        return "; ".join([*told, *(["kept from an earlier measurement of the same shapes"] if known else [])])
+        reference = self.references[precision]
+        name = reference.name or f"dense {precision}"
+        parts = [str(self.protocol), f"reference: {name}, {reference.seconds * 1e3:.3f} ms of {clock}"]
+        parts += [_IMAGE_ORDER] if subject.artifact.is_dynamic else []
+        parts.append("percentiles: the wall clock's, over its own median, times the latency")
+        parts += [f"launched {mode}, as it is deployed" for mode in list(timing.launches)[:1]]
+        return "; ".join([*parts, *(["kept from an earlier measurement of the same shapes"] if is_cached else [])])
 
-    def _known(self, subject: LoadedArtifact, precision: str, leaving: Sequence[float]) -> tuple[_Found, bool]:
-        """Returns a timing and whether it had been kept: only where loading compiles, and no input decides the path."""
+    def _cached_timing(self, subject: LoadedArtifact, precision: str, leaving: Sequence[float]) -> tuple[_Timing, bool]:
+        """Returns a timing, and whether it came from the cache: only if the runtime compiles and the path is fixed."""
         if self._cache is None or subject.artifact.is_dynamic:
-            return self._fresh(subject, precision, leaving), False
+            return self._time(subject, precision, leaving), False
         reference = self.references[precision].model
-        form = " ".join(field.name for field in fields(_Found))  # what another form kept cannot be read
+        form = " ".join(field.name for field in fields(_Timing))  # an entry with other fields cannot be read
         circumstances = (self._runtime.version(), str(subject.target), str(self.protocol), form)
         key = structure_key([*subject.artifact.deployed, reference], *circumstances)
         kept = self._cache.find(key)
         if kept is not None:
-            return _Found(**kept), True
-        found = self._fresh(subject, precision, leaving)
-        self._cache.keep(key, asdict(found))
-        return found, False
+            return _Timing(**kept), True
+        timing = self._time(subject, precision, leaving)
+        self._cache.keep(key, asdict(timing))
+        return timing, False
 
-    def _fresh(self, subject: LoadedArtifact, precision: str, leaving: Sequence[float]) -> _Found:
+    def _time(self, subject: LoadedArtifact, precision: str, leaving: Sequence[float]) -> _Timing:
         before = self._runtime.state()
-        timing = self._pair(subject, precision, *_timed_batches(subject, leaving))
+        timing = self._time_pair(subject, precision, *_timed_batches(subject, leaving))
         after = self._runtime.state()
         batch = subject.validation.images[: subject.target.batch]
         proof = subject.session.proof(batch, subject.artifact.precisions)
         launches = subject.session.launches(batch)
-        return _Found.of(timing, subject.artifact.is_dynamic, launches, proof, before, after)
+        return _Timing.of(timing, subject.artifact.is_dynamic, launches, proof, before, after)
 
     def paths(
         self, subject: LoadedArtifact, profiles: Profiles = FIRST, shares: Sequence[float] = ()
     ) -> tuple[float, ...]:
-        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end."""
+        """Returns the seconds of a batch that leaves as a whole at each exit and, last, of one that runs to the end."""
         return self.timed_paths(subject, profiles, shares).seconds
 
     def timed_paths(self, subject: LoadedArtifact, profiles: Profiles = FIRST, shares: Sequence[float] = ()) -> Paths:
-        """Returns the seconds of a batch that leaves as one at each exit, and of one that goes to the end.
+        """Returns the seconds of a batch that leaves as a whole at each exit and, last, of one that runs to the end.
 
         Args:
-            subject: with its exits.
-            profiles: what is timed: more than the first batch where images decide which blocks they pass by.
-            shares: how often batches leave at each, which tells what the caches hold; equally often where not given.
+            subject: the artifact with its exits.
+            profiles: the batches to time; more than the first one if images decide which blocks they skip.
+            shares: how often batches leave at each exit, which affects what is in the caches; equally often if empty.
         """
         batch, precision = subject.target.batch, self.majority(subject)
         starts, counts = zip(*profiles, strict=True)
-        places = range(len(subject.artifact.exits) + 1)
-        # Where images decide which blocks they pass by, each start stands for its own way.
-        others = () if subject.artifact.blocks else _spread(subject, max(_several(subject) // len(places), 1))
-        batches = [TimedBatch(start, batch, exit=place, others=others) for place in places for start in starts]
-        often = np.outer(shares or [1.0] * len(places), counts).ravel()
-        timing = self._pair(subject, precision, batches, often.tolist())
+        exits = range(len(subject.artifact.exits) + 1)
+        # If images decide which blocks they skip, each start stands for a path of its own.
+        per_exit = max(_batch_limit(subject) // len(exits), 1)
+        others = () if subject.artifact.blocks else _further_starts(subject, per_exit)
+        batches = [TimedBatch(start, batch, exit=index, others=others) for index in exits for start in starts]
+        weights = np.outer(shares or [1.0] * len(exits), counts).ravel()
+        timing = self._time_pair(subject, precision, batches, weights.tolist())
         reference_s = self.references[precision].seconds
         waits = zip(timing.per_input, timing.waits_s, strict=True)
-        each = np.array([self._waited(ratio, wait, reference_s) for ratio, wait in waits])
-        means = np.average(each.reshape(len(places), len(starts)), axis=1, weights=counts)
+        seconds = np.array([self._waited(ratio, wait, reference_s) for ratio, wait in waits])
+        means = np.average(seconds.reshape(len(exits), len(starts)), axis=1, weights=counts)
         return Paths(tuple(means.tolist()), timing.half_width)
 
     def same_twice(self, precision: str, images: Images) -> float:
-        """Returns the ratio of a reference to itself, loaded twice: how far from 1 a ratio may be by chance."""
+        """Returns the time ratio of a reference to itself, loaded twice: a sample of the noise of ratios around 1."""
         count = reference_batch(self._target.batch)
         first, second = self._load(precision), self._load(precision)
         turns = first.turns(images, [TimedBatch(0, count)], second, count, self.protocol)
         return time_pair(turns, [1.0], self.protocol, time.perf_counter).ratio
 
-    def _pair(
+    def _time_pair(
         self, subject: LoadedArtifact, precision: str, batches: Sequence[TimedBatch], weights: Sequence[float]
     ) -> PairedTiming:
         images, reference = subject.validation.images, self._load(precision)
@@ -405,10 +411,10 @@ class LatencyEvaluator:
         return time_pair(turns, weights, self.protocol, time.perf_counter)
 
     def _load(self, precision: str) -> Session:
-        # Loaded for each timing: idle sessions beside the two that alternate would change what the caches hold.
+        # Loaded for each timing: other idle sessions in memory would change what the caches hold.
         return self._runtime.open([self.references[precision].model], [], self._target.threads)
 
     def majority(self, subject: LoadedArtifact) -> str:
-        """Returns the precision of the reference that a subject is timed beside: that of most of its layers."""
+        """Returns the precision of most of a candidate's layers: that of the reference which it is timed beside."""
         layers = list(subject.candidate.precision.values())
         return max(self.references, key=layers.count)

@@ -1,7 +1,7 @@
 """Latency of files on disk, measured in a process of its own: `python -m evaluators.latency.remeasure FOLDER`.
 
-The folder holds what `write_job` put there. The answer is one line of JSON: the measurement, and how fast the
-references are now.
+The folder holds what `write_job` wrote. The output is one line of JSON: the measurement, and how long the references
+take now.
 """
 
 import json
@@ -23,23 +23,23 @@ from evaluators.inference.staged import Step, to_json
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Target
-from evaluators.runtimes.registry import runtime
+from evaluators.runtimes.registry import runtime as load_runtime
 from evaluators.streams import Stream
 from spaces.candidate import Candidate
 
 OCCASIONS = 3
 _IMAGES, _LABELS = "images.npy", "labels.npy"
-_AT_ONCE = 64
+_WRITE_BATCH = 64
 _PAUSE_S = 1.0
 
 
 @dataclass(frozen=True)
 class Remeasured:
-    """What a fresh process found.
+    """A latency measured in a new process.
 
     Args:
-        latency: the middle one of three occasions, at the speed that the search's references had.
-        speed: how long the references take now, as a multiple of what they took then.
+        latency: the median of three measurements, at the speed that the references had when the search began.
+        speed: the references' time now, as a multiple of their time when the search began.
     """
 
     latency: Measurement
@@ -47,7 +47,7 @@ class Remeasured:
 
 
 def write_job(folder: Path, subject: LoadedArtifact, latency: LatencyEvaluator) -> None:
-    """Writes all that another process needs to time a subject."""
+    """Writes everything that another process needs to time an artifact."""
     for index, stage in enumerate(subject.artifact.deployed):
         (folder / f"stage{index}.onnx").write_bytes(stage)
     for name, reference in latency.references.items():
@@ -71,20 +71,20 @@ def write_job(folder: Path, subject: LoadedArtifact, latency: LatencyEvaluator) 
 
 
 def _frames(subject: LoadedArtifact) -> dict[str, Any] | None:
-    """Returns, JSON-ready, which frames of a stream are computed, and where its clips start; None where all are."""
+    """Returns, JSON-ready, a stream's frame reuse and where its clips start; None if every frame is computed."""
     if subject.artifact.reuse is None or not isinstance(subject.validation, Stream):
         return None
     return {"reuse": asdict(subject.artifact.reuse), "starts": subject.validation.starts.tolist()}
 
 
 def _write_images(folder: Path, subject: LoadedArtifact) -> None:
-    """Writes the validation images, a few at a time; where all of them cost the same, only the first batch."""
+    """Writes the validation images, a few at a time; only the first batch if the network is not dynamic."""
     images, labels = subject.validation.images, subject.validation.labels
     count = len(labels) if subject.artifact.is_dynamic else min(subject.target.batch, len(labels))
     shape = (count, *images.shape[1:])
     file = np.lib.format.open_memmap(folder / _IMAGES, mode="w+", dtype=np.float32, shape=shape)
-    for start in range(0, count, _AT_ONCE):
-        end = min(start + _AT_ONCE, count)
+    for start in range(0, count, _WRITE_BATCH):
+        end = min(start + _WRITE_BATCH, count)
         file[start:end] = images[start:end]
     file.flush()
     np.save(folder / _LABELS, labels[:count])
@@ -94,7 +94,7 @@ def remeasure(folder: Path) -> Remeasured:
     """Returns the latency of a written job, measured in a new process.
 
     Raises:
-        RuntimeError: that process failed; its last words are passed on.
+        RuntimeError: that process failed; the message has its last line.
     """
     command = [sys.executable, "-m", "evaluators.latency.remeasure", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -108,7 +108,7 @@ def remeasure(folder: Path) -> Remeasured:
 def _measure(folder: Path) -> dict[str, Any]:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     target = Target(**job["target"])
-    library = runtime(target.runtime)
+    runtime = load_runtime(target.runtime)
     stages = tuple((folder / f"stage{index}.onnx").read_bytes() for index in range(job["stages"]))
     images = np.load(folder / _IMAGES, mmap_mode="r")
     validation = LabelledImages(images, np.load(folder / _LABELS))
@@ -132,17 +132,17 @@ def _measure(folder: Path) -> dict[str, Any]:
         blocks=tuple(job["blocks"]),
         steps=tuple(Step(**step) for step in job["steps"]),
     )
-    subject = LoadedArtifact(Candidate.from_dict(job["candidate"]), artifact, validation, library, target)
-    evaluator = LatencyEvaluator(references, library, target)
-    some = images[: reference_batch(target.batch)]
-    opened = {name: library.open([reference.model], [], target.threads) for name, reference in references.items()}
-    now = median_seconds(opened, some)
-    opened.clear()
-    found = []
+    subject = LoadedArtifact(Candidate.from_dict(job["candidate"]), artifact, validation, runtime, target)
+    evaluator = LatencyEvaluator(references, runtime, target)
+    batch = images[: reference_batch(target.batch)]
+    sessions = {name: runtime.open([reference.model], [], target.threads) for name, reference in references.items()}
+    now = median_seconds(sessions, batch)
+    sessions.clear()
+    measurements = []
     for occasion in range(OCCASIONS):
         time.sleep(_PAUSE_S if occasion else 0)
-        found.append(evaluator.measure(subject))
-    middle = sorted(found, key=lambda measurement: measurement.value)[OCCASIONS // 2]
+        measurements.append(evaluator.measure(subject))
+    middle = sorted(measurements, key=lambda measurement: measurement.value)[OCCASIONS // 2]
     speed = statistics.median(now[name].work / reference.seconds for name, reference in references.items())
     return {"latency": middle.to_dict(), "speed": speed}
 

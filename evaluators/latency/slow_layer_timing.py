@@ -1,4 +1,4 @@
-"""Timing the flips that tell which layers are slower in a lower precision, on one target."""
+"""Times the networks that show which layers are slower in a lower precision on one target."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +12,12 @@ from evaluators.latency.slow_layers import (
     TIMINGS,
     UNKNOWN,
     Group,
-    Hunt,
+    GroupTiming,
     Interval,
-    Slower,
+    SlowerLayers,
+    SlowGroupSearch,
     SlowLayers,
-    Timed,
-    Whole,
+    WholeNetwork,
 )
 from evaluators.runtimes.base import Runtime, Session, Target, TimedBatch
 from evaluators.runtimes.paired_timing import TimingProtocol, time_pair
@@ -28,25 +28,26 @@ from spaces.precision import uniform
 
 PROTOCOL = TimingProtocol(half_width=0.01, limit_s=0.4)
 _TURNS = 10
-"""A slow network is timed longer than the protocol says: for about so many turns."""
+"""Slow networks are timed longer than the protocol's limit, for about this many turns."""
 
-Step = Callable[[str, int, int], object]
+Progress = Callable[[str, int, int], object]
+"""Reports progress: what is done, the number of steps that are done, and the number of all steps."""
 
 
 class SlowLayerFinder:
-    """Examines one dense network on one target.
+    """Finds the layers of a dense network that are slower in a lower precision on one target.
 
-    The heads of exits are left alone: the dense network is deployed without them.
+    Exit heads are not tested: the dense network is deployed without them.
 
     Args:
-        builder: writes its files.
-        network: dense, with its exits.
+        builder: writes the network's files.
+        network: the dense network with its exits.
         dense: the candidate that changes nothing.
-        precisions: what the target runs, the reference first.
-        runtime: what runs them.
+        precisions: the precisions of the target, the reference first.
+        runtime: the library that runs the files.
         target: batch size and threads.
         images: at least one batch.
-        cache: of earlier examinations, by structure.
+        cache: of earlier results, by the structure of the network.
     """
 
     def __init__(
@@ -70,103 +71,105 @@ class SlowLayerFinder:
         self._cache = cache
         self._refused: dict[str, None] = {}
 
-    def examine(self, progress: Step, limit_s: float) -> SlowLayers:
-        """Returns what is slower in which precision, measured now or kept from the same network on this target.
+    def examine(self, progress: Progress, limit_s: float) -> SlowLayers:
+        """Returns the layers that are slower in each precision, from new timings or from the cache.
 
-        What was kept from an examination that had less time, and did not come to its end, is measured anew.
+        A cached result that was not finished within a shorter limit is measured again.
 
         Args:
-            progress: told about every timing.
-            limit_s: for at most so many seconds in all, the network as a whole aside.
+            progress: called at every timing.
+            limit_s: the time limit in seconds, timings of the network as a whole aside.
         """
-        whole = [self._files(self._uniform(precision)) for precision in self._precisions]
-        form = " ".join(field.name for field in fields(SlowLayers))  # what another form kept cannot be read
+        uniform_files = [self._files(self._uniform(precision)) for precision in self._precisions]
+        form = " ".join(field.name for field in fields(SlowLayers))  # an entry with other fields cannot be read
         circumstances = (self._runtime.version(), str(self._target), str(PROTOCOL), f"{TIMINGS} {GROUPS}", form)
-        key = structure_key([file for files in whole for file in files], *circumstances)
+        key = structure_key([file for files in uniform_files for file in files], *circumstances)
         kept = self._cache.find(key)
         if kept is not None:
             earlier = SlowLayers.from_dict(kept)
             if not earlier.unfinished or earlier.limit_s >= limit_s:
                 return earlier
-        found = self._measured(progress, limit_s)
-        if not found.refused:  # a reason such as a full GPU may be gone the next time
-            self._cache.keep(key, found.to_dict())
-        return found
+        slow = self._find(progress, limit_s)
+        if not slow.refused:  # a reason such as a full GPU may be gone the next time
+            self._cache.keep(key, slow.to_dict())
+        return slow
 
-    def _measured(self, progress: Step, limit_s: float) -> SlowLayers:
+    def _find(self, progress: Progress, limit_s: float) -> SlowLayers:
         begin = time.monotonic()
-        found = SlowLayers(limit_s=limit_s)
+        slow = SlowLayers(limit_s=limit_s)
         self._refused.clear()
         for index in range(1, len(self._precisions)):
             share = limit_s / (len(self._precisions) - 1)
-            found = self._with(self._precisions[index], self._precisions[:index], found, progress, share)
-        return replace(found, seconds=time.monotonic() - begin, refused=tuple(self._refused))
+            slow = self._with_precision(self._precisions[index], self._precisions[:index], slow, progress, share)
+        return replace(slow, seconds=time.monotonic() - begin, refused=tuple(self._refused))
 
-    def _with(
-        self, precision: str, higher: Sequence[str], found: SlowLayers, progress: Step, limit_s: float
+    def _with_precision(
+        self, precision: str, higher: Sequence[str], slow: SlowLayers, progress: Progress, limit_s: float
     ) -> SlowLayers:
-        """Returns what was found before, and what is slower in `precision` than in the best of the `higher` ones."""
+        """Adds to `slow` the layers that are slower in `precision` than in the fastest of the `higher` ones."""
         begin = time.monotonic()
         best = self._fastest(higher)
-        able = found.allowed(tuple(self._dense.precision), higher)
-        instead = {layer: best if best in left else left[-1] for layer, left in able.items()}
-        record: list[Timed] = []
+        allowed = slow.allowed(tuple(self._dense.precision), higher)
+        instead = {layer: best if best in left else left[-1] for layer, left in allowed.items()}
+        record: list[GroupTiming] = []
 
-        def times(group: Group, kept: Group) -> Interval:
-            progress(f"layers slower in {precision}", min(hunt.spent, TIMINGS), TIMINGS)
-            beside = self._uniform(precision) | {layer: instead[layer] for layer in kept}
-            seen = self._time(beside | {layer: instead[layer] for layer in group}, beside)
-            if seen is not UNKNOWN:
-                record.append(Timed(group, precision, best, len(kept), seen.ratio, seen.half_width))
-            return seen
+        def times(group: Group, raised: Group) -> Interval:
+            progress(f"layers slower in {precision}", min(search.timing_count, TIMINGS), TIMINGS)
+            reference = self._uniform(precision) | {layer: instead[layer] for layer in raised}
+            interval = self._time(reference | {layer: instead[layer] for layer in group}, reference)
+            if interval is not UNKNOWN:
+                record.append(GroupTiming(group, precision, best, len(raised), interval.ratio, interval.half_width))
+            return interval
 
-        hunt = Hunt(times, TIMINGS, lambda: time.monotonic() - begin > limit_s)
+        search = SlowGroupSearch(times, TIMINGS, lambda: time.monotonic() - begin > limit_s)
         layers = self._layers(precision)
-        lost = [
-            Slower(each.group, precision, best, each.interval.ratio, each.interval.half_width, each.is_confirmed)
-            for each in hunt.run(layers)
+        slower = [
+            SlowerLayers(one.group, precision, best, one.interval.ratio, one.interval.half_width, one.is_confirmed)
+            for one in search.run(layers)
         ]
-        known = hunt.whole is not UNKNOWN
-        whole = Whole(precision, best, len(layers), hunt.whole.ratio, hunt.whole.half_width, hunt.has_lost_whole)
+        interval = search.whole
+        whole = WholeNetwork(precision, best, len(layers), interval.ratio, interval.half_width, search.is_whole_slower)
         return replace(
-            found,
-            slower=(*found.slower, *lost),
-            timings=found.timings + hunt.spent,
-            wholes=(*found.wholes, *([whole] if known else [])),
-            record=(*found.record, *record),
-            unfinished=(*found.unfinished, *([precision] if hunt.is_cut else [])),
+            slow,
+            slower=(*slow.slower, *slower),
+            timings=slow.timings + search.timing_count,
+            wholes=(*slow.wholes, *([whole] if interval is not UNKNOWN else [])),
+            record=(*slow.record, *record),
+            unfinished=(*slow.unfinished, *([precision] if search.is_unfinished else [])),
         )
 
     def _layers(self, precision: str) -> Group:
-        """Returns the layers that are deployed, and written in this precision where a candidate asks for it."""
-        everywhere = self._candidate(self._uniform(precision))
-        written = self._builder.written_precisions(self._network, everywhere)
-        return tuple(layer for layer, given in written.items() if given == precision and not layer.startswith("exits."))
+        """Returns the deployed layers that are written in this precision if a candidate asks for it everywhere."""
+        candidate = self._candidate(self._uniform(precision))
+        written = self._builder.written_precisions(self._network, candidate)
+        return tuple(name for name, kind in written.items() if kind == precision and not name.startswith("exits."))
 
     def _fastest(self, precisions: Sequence[str]) -> str:
-        whole = [self._uniform(precision) for precision in precisions]
-        ratios = [1.0, *(self._time(other, whole[0]).ratio for other in whole[1:])]
+        """Returns the precision in which the network as a whole is fastest."""
+        first, *others = [self._uniform(precision) for precision in precisions]
+        ratios = [1.0, *(self._time(other, first).ratio for other in others)]
         return precisions[ratios.index(min(ratios))]
 
-    def _time(self, flipped: Mapping[str, str], beside: Mapping[str, str]) -> Interval:
+    def _time(self, precisions: Mapping[str, str], reference_precisions: Mapping[str, str]) -> Interval:
+        """Returns the ratio of the network's times in two assignments of precisions; unknown if one cannot be built."""
         batch = self._target.batch
         try:
-            # Loaded for each timing, so that confirmations do not share one load's luck.
-            opened, reference = (
-                self._runtime.open(self._files(precisions), [], self._target.threads)
-                for precisions in (flipped, beside)
+            # Loaded for each timing, so that confirmations do not share the memory layout of one load.
+            session, reference = (
+                self._runtime.open(self._files(assignment), [], self._target.threads)
+                for assignment in (precisions, reference_precisions)
             )
-            protocol = self._protocol(opened, reference)
-            turns = opened.turns(self._images, [TimedBatch(0, batch)], reference, batch, protocol)
+            protocol = self._protocol(session, reference)
+            turns = session.turns(self._images, [TimedBatch(0, batch)], reference, batch, protocol)
             timing = time_pair(turns, [1.0], protocol, time.perf_counter)
         except (UserError, RuntimeError) as error:
             self._refused[str(error)] = None
-            return UNKNOWN  # what cannot be built proves nothing
+            return UNKNOWN
         return Interval(timing.ratio, timing.half_width)
 
     def _protocol(self, *pair: Session) -> TimingProtocol:
-        """Returns the protocol with time enough for `_TURNS` turns, however slow both networks are."""
-        call_s = sum(each.seconds(self._images, 2)[-1].wall for each in pair)
+        """Returns the protocol with enough time for `_TURNS` turns, however slow the two networks are."""
+        call_s = sum(session.seconds(self._images, 2)[-1].wall for session in pair)
         return replace(PROTOCOL, limit_s=max(PROTOCOL.limit_s, _TURNS * PROTOCOL.burst * call_s))
 
     def _uniform(self, precision: str) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""Which layers are slower in a lower precision than in a higher one, found by timing the whole network both ways.
+"""Which layers are slower in a lower precision than in a higher one, found by timing the whole network.
 
-A layer's own time says little: what it costs depends on what it fuses with and on the conversions around it. So the
-whole network is timed in both precisions first. Where the lower one loses, no layer gets it until parts are proved
-faster in it, big ones first. Where it wins, the layers with which the network would be faster without it are left out.
+A layer's own time says little, because its cost depends on fusions and on the conversions around it. So the whole
+network is first timed in both precisions. If it is slower in the lower precision, no layer gets that precision until a
+part of the network proves faster in it, large parts first. If it is faster, layers are excluded whose conversion back
+to the higher precision makes the network faster still.
 """
 
 import math
@@ -11,22 +12,22 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 GROUPS = 8
-"""Layers are flipped in at least so many groups of neighbours; groups that do not clearly gain are halved further."""
+"""Layers are tested in at least this many groups of neighbours; groups without a clear gain are halved further."""
 TIMINGS = 60
-"""At most so many pairs are timed for one precision."""
+"""The largest number of pairs of networks that are timed for one precision."""
 SHARE = 0.1
-"""So much of what a search will take may go into this, for all precisions together."""
+"""The share of the search's time that this may take, for all precisions together."""
 LEAST_S, MOST_S = 5.0, 600.0
-"""But no less and no more than so many seconds; the network as a whole is timed whatever that takes."""
+"""The least and the most seconds that this may take; timing the network as a whole is not limited."""
 CONFIRMATIONS = 2
-"""A flip counts when so many further timings, of networks loaded anew, agree: each load lies elsewhere in memory."""
+"""A difference counts if this many further timings agree, each of newly loaded networks, at new memory addresses."""
 
 Group = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A ratio of times, and half of its 95% interval as a share of it."""
+    """A ratio of times, and the half-width of its 95% confidence interval relative to the ratio."""
 
     ratio: float
     half_width: float
@@ -42,28 +43,28 @@ class Interval:
         return self.ratio * (1 + self.half_width)
 
     def over(self, other: Self) -> Self:
-        """Returns what is left of a ratio once another one, above 1, is taken out of it: no narrower than it is."""
+        """Returns the quotient of this ratio and another one above 1, with an interval that is no narrower."""
         ratio = self.ratio / other.ratio
         return replace(self, ratio=ratio, half_width=self.high / other.low / ratio - 1)
 
 
 UNKNOWN = Interval(1.0, math.inf)
 """Neither faster nor slower."""
-Time = Callable[[Group, Group], Interval]
-"""Times a network with one group, and those before it, flipped back, beside the same with only the latter."""
+TimeGroup = Callable[[Group, Group], Interval]
+"""Returns the ratio of the network's time with both groups in the higher precision to that with only the second."""
 
 
 @dataclass(frozen=True)
-class Timed:
-    """One timing of the network with some layers in one precision beside the same with them in another.
+class GroupTiming:
+    """The network with some layers in one precision, timed against the same network with them in another one.
 
     Args:
-        layers: that differ.
-        precision: in which they are on one side.
-        instead: in which they are on the other.
-        raised: so many other layers were in the higher precision on both sides.
-        ratio: of the network's time with them in `instead` to that with them in `precision`.
-        half_width: of the ratio's 95% interval, as a share of it.
+        layers: the layers that differ.
+        precision: the lower precision.
+        instead: the higher precision.
+        raised: the number of other layers that were in the higher precision in both networks.
+        ratio: the network's time with the layers in `instead` divided by that with them in `precision`.
+        half_width: of the ratio's 95% confidence interval, relative to the ratio.
     """
 
     layers: Group
@@ -75,16 +76,16 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeNetwork:
     """The network as a whole in one precision.
 
     Args:
-        precision: of all its layers that can have it.
-        instead: what it was compared with.
-        layers: how many can have it.
-        ratio: of the network's time in `instead` to that in `precision`.
-        half_width: of the ratio's 95% interval, as a share of it.
-        is_slower: whether it takes longer in `precision`, as timings of newly loaded files confirmed.
+        precision: the precision of all layers that can have it.
+        instead: the precision that it was compared with.
+        layers: the number of layers that can have `precision`.
+        ratio: the network's time in `instead` divided by that in `precision`.
+        half_width: of the ratio's 95% confidence interval, relative to the ratio.
+        is_slower: whether the network is slower in `precision`, confirmed by timings of newly loaded files.
     """
 
     precision: str
@@ -96,16 +97,16 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Slower:
-    """Layers that cost the network time in one precision.
+class SlowerLayers:
+    """Layers that make the network slower in one precision.
 
     Args:
-        layers: one, or neighbours that lose together and not one by one.
-        precision: in which they are slower.
-        instead: what they were compared with.
-        ratio: of the network's time with them in `instead` to that with them in `precision`: below 1.
-        half_width: of the ratio's 95% interval, as a share of it.
-        is_confirmed: whether further timings agreed; without, the time was up and they are left out to be safe.
+        layers: one layer, or neighbours that are slower together but not one by one.
+        precision: the precision in which they are slower.
+        instead: the precision that it was compared with.
+        ratio: the network's time with the layers in `instead` divided by that with them in `precision`; below 1.
+        half_width: of the ratio's 95% confidence interval, relative to the ratio.
+        is_confirmed: whether further timings agreed; False if the time was up, and they are excluded to be safe.
     """
 
     layers: Group
@@ -118,36 +119,41 @@ class Slower:
 
 @dataclass(frozen=True)
 class SlowLayers:
-    """What an examination found.
+    """The layers that are slower in a lower precision on one target.
+
+    The names of the fields are part of a cache's key.
 
     Args:
-        slower: what is to be left out.
-        timings: pairs that were timed.
-        seconds: that it took.
-        refused: why networks that were to be timed could not be, each reason once; such layers stay as they are.
+        slower: the layers to exclude from a precision.
+        timings: the number of pairs that were timed.
+        seconds: how long that took.
+        refused: why networks could not be built or timed, each reason once; their layers are not excluded.
         wholes: the network as a whole in each lower precision.
         record: every timing.
-        unfinished: precisions of which not every part was looked at, because the time was up.
-        limit_s: the seconds that it was given.
+        unfinished: the precisions of which not all parts were tested, because the time was up.
+        limit_s: the time limit in seconds.
     """
 
-    slower: tuple[Slower, ...] = ()
+    slower: tuple[SlowerLayers, ...] = ()
     timings: int = 0
     seconds: float = 0.0
     refused: tuple[str, ...] = ()
-    wholes: tuple[Whole, ...] = ()
-    record: tuple[Timed, ...] = ()
+    wholes: tuple[WholeNetwork, ...] = ()
+    record: tuple[GroupTiming, ...] = ()
     unfinished: tuple[str, ...] = ()
     limit_s: float = 0.0
 
     def allowed(self, layers: Sequence[str], precisions: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Returns the precisions that are left to each layer, in the order of `precisions`."""
-        out = {(layer, found.precision) for found in self.slower for layer in found.layers}
-        return {layer: tuple(each for each in precisions if (layer, each) not in out) for layer in layers}
+        """Returns the precisions that are not excluded for each layer, in the order of `precisions`."""
+        excluded = {(layer, group.precision) for group in self.slower for layer in group.layers}
+        return {
+            layer: tuple(precision for precision in precisions if (layer, precision) not in excluded)
+            for layer in layers
+        }
 
     def left_out(self, precision: str) -> int:
-        """Returns how many layers do not get a precision."""
-        return sum(len(found.layers) for found in self.slower if found.precision == precision)
+        """Returns the number of layers that are excluded from a precision."""
+        return sum(len(group.layers) for group in self.slower if group.precision == precision)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -155,31 +161,37 @@ class SlowLayers:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Returns the examination that `to_dict` described."""
+        """Returns the result that `to_dict` described."""
         return cls(
-            slower=tuple(Slower(**{**each, "layers": tuple(each["layers"])}) for each in content["slower"]),
+            slower=tuple(SlowerLayers(**_with_tuple(group)) for group in content["slower"]),
             timings=content["timings"],
             seconds=content["seconds"],
             refused=tuple(content.get("refused", ())),
-            wholes=tuple(Whole(**each) for each in content.get("wholes", ())),
-            record=tuple(Timed(**{**each, "layers": tuple(each["layers"])}) for each in content.get("record", ())),
+            wholes=tuple(WholeNetwork(**whole) for whole in content.get("wholes", ())),
+            record=tuple(GroupTiming(**_with_tuple(timing)) for timing in content.get("record", ())),
             unfinished=tuple(content.get("unfinished", ())),
             limit_s=content.get("limit_s", 0.0),
         )
 
 
+def _with_tuple(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the JSON of a dataclass with its layers as a tuple."""
+    return {**content, "layers": tuple(content["layers"])}
+
+
 def seconds_for(search_s: float) -> float:
-    """Returns the seconds that an examination may take before a search of `search_s` seconds."""
+    """Returns the seconds that finding slow layers may take before a search of `search_s` seconds."""
     return min(max(SHARE * search_s, LEAST_S), MOST_S)
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A group that does not get the lower precision.
+class SlowGroup:
+    """A group of layers that does not get the lower precision.
 
     Args:
         group: its layers.
-        interval: of the network's time without the lower precision in them to that with it, the most cautious one.
+        interval: the network's time with the group in the higher precision divided by that in the lower one; of several
+            timings, the one with the highest upper end.
         is_confirmed: whether further timings agreed.
     """
 
@@ -188,125 +200,131 @@ class Lost:
     is_confirmed: bool = True
 
 
-class Hunt:
-    """Finds the groups of neighbours that lose, from timings alone.
+class SlowGroupSearch:
+    """Finds the groups of neighbouring layers that are slower in the lower precision, from timings of the network.
 
-    All layers are flipped first, and where the network is then faster, again as often as a confirmation asks for,
-    however late it is. A network that is confirmed to lose has lost all of its layers, and wins back, big parts first
-    and then their halves, those that are confirmed to be faster in the lower precision. One that does not lose is
-    halved, down to `GROUPS` groups, and further where a group does not clearly gain; a group that is seen to lose is
-    confirmed before it is divided, and then wins back what it can. So whenever the time is up, what was seen to lose is
-    left out, confirmed or not, and nothing comes back unproved.
+    Each timing raises a group to the higher precision and compares. First all layers are raised; if the network is then
+    faster, that is confirmed by further timings, whatever the time limit. If the network is confirmed to be slower in
+    the lower precision, all of its layers are excluded, and parts that are confirmed to be faster in the lower
+    precision, halves first and then their halves, are restored. Otherwise the layers are halved, down to `GROUPS`
+    groups, and further if a group has no clear gain; a group that seems slower is confirmed and excluded, and its parts
+    are tested for restoring. So when the time is up, everything that seemed slower is excluded, confirmed or not, and
+    nothing is restored without proof.
 
-    A flip that is kept is part of all later timings, so in the end the network is no slower than in either precision
-    alone. What stays hidden is a loser in a group that gains more than it loses, and what crosses the middle of a
-    group.
+    Exclusions are part of all later timings, so in the end the network is no slower than in either precision alone. Not
+    found are slow layers in a group that gains more than they lose, and groups that cross the middle of a group.
 
     Args:
-        times: a flip.
-        timings: at most so many, the whole network's aside.
-        is_late: whether there is no time left.
+        times: times the network with a group raised.
+        timings: the largest number of timings, those of the whole network aside.
+        is_late: returns whether the time is up.
     """
 
-    def __init__(self, times: Time, timings: int, is_late: Callable[[], bool]) -> None:
-        self.found: list[Lost] = []
+    def __init__(self, times: TimeGroup, timings: int, is_late: Callable[[], bool]) -> None:
+        self.excluded: list[SlowGroup] = []
         self.whole = UNKNOWN
-        self.has_lost_whole = False
-        self.spent = 0
-        self.is_cut = False
+        self.is_whole_slower = False
+        self.timing_count = 0
+        self.is_unfinished = False
         self._times = times
         self._timings = timings
         self._is_late = is_late
 
-    def run(self, layers: Group) -> list[Lost]:
-        """Returns the groups that lose, each with the most cautious of its timings."""
+    def run(self, layers: Group) -> list[SlowGroup]:
+        """Returns the groups that are slower in the lower precision."""
         if layers:
-            self._judge(layers)
-        return self.found
+            self._test_whole(layers)
+        return self.excluded
 
-    def _judge(self, layers: Group) -> None:
-        seen = [self._flip(layers)]
-        while seen[-1].high < 1 and len(seen) <= CONFIRMATIONS:
-            seen.append(self._flip(layers))
-        self.has_lost_whole = all(each.high < 1 for each in seen)
-        self.whole = max(seen, key=lambda each: each.high) if self.has_lost_whole else seen[-1]
+    def _test_whole(self, layers: Group) -> None:
+        intervals = [self._time(layers)]
+        while intervals[-1].high < 1 and len(intervals) <= CONFIRMATIONS:
+            intervals.append(self._time(layers))
+        self.is_whole_slower = all(interval.high < 1 for interval in intervals)
+        self.whole = max(intervals, key=lambda interval: interval.high) if self.is_whole_slower else intervals[-1]
         fine = -(-len(layers) // GROUPS)
-        if self.has_lost_whole:
-            self._lose(Lost(layers, self.whole), fine)
+        if self.is_whole_slower:
+            self._exclude(SlowGroup(layers, self.whole), fine)
         else:
-            self._look_into(layers, self.whole, fine)
+            self._test_parts(layers, self.whole, fine)
 
-    def _look_into(self, group: Group, seen: Interval, fine: int) -> None:
-        """Looks for what loses in a group; one that gains is divided only while it has more than `fine` layers."""
-        lost = self._confirmed_lost(group, seen) if seen.high < 1 else None
-        if lost is not None:
-            self._lose(lost, fine)
-            return
-        if len(group) == 1 or (seen.low > 1 and len(group) <= fine):
-            return
-        halves = [(self._timed(half), half) for half in _halves(group)]
-        for interval, half in sorted(halves, key=lambda pair: pair[0].ratio):
-            self._look_into(half, interval, fine)
+    def _test_parts(self, group: Group, interval: Interval, fine: int) -> None:
+        """Excludes a group, or parts of it, if they are slower; a group that gains is halved down to `fine` layers.
 
-    def _confirmed_lost(self, group: Group, seen: Interval) -> Lost | None:
-        """Returns a group that was seen to lose; None where a further timing does not agree."""
-        timings = [seen]
+        Args:
+            group: its layers.
+            interval: the group's timing.
+            fine: the number of layers up to which a group with a clear gain is not divided.
+        """
+        slow = self._confirmed_slow(group, interval) if interval.high < 1 else None
+        if slow is not None:
+            self._exclude(slow, fine)
+            return
+        if len(group) == 1 or (interval.low > 1 and len(group) <= fine):
+            return
+        halves = [(self._time_within_limit(half), half) for half in _halves(group)]
+        for half_interval, half in sorted(halves, key=lambda pair: pair[0].ratio):
+            self._test_parts(half, half_interval, fine)
+
+    def _confirmed_slow(self, group: Group, interval: Interval) -> SlowGroup | None:
+        """Returns a group that was slower in one timing; None if a further timing does not agree."""
+        timings = [interval]
         while len(timings) <= CONFIRMATIONS:
-            again = self._timed(group)
+            again = self._time_within_limit(group)
             if again is UNKNOWN:
-                return Lost(group, seen, is_confirmed=False)
+                return SlowGroup(group, interval, is_confirmed=False)
             timings.append(again)
             if again.high >= 1:
                 return None
-        return Lost(group, max(timings, key=lambda each: each.high))
+        return SlowGroup(group, max(timings, key=lambda timing: timing.high))
 
-    def _lose(self, lost: Lost, fine: int) -> None:
-        """Leaves a group out, and looks for parts of it that are proved faster with the lower precision.
+    def _exclude(self, slow: SlowGroup, fine: int) -> None:
+        """Excludes a group, and restores parts of it that are proved faster in the lower precision.
 
-        Parts of one size are tried in turn, first those whose group lost the least.
+        Parts of one size are tried in turn, first those of the group with the smallest loss.
         """
-        self.found.append(lost)
-        won: list[tuple[Group, Interval]] = []
-        parts = list(_halves(lost.group))
+        self.excluded.append(slow)
+        restored: list[tuple[Group, Interval]] = []
+        parts = list(_halves(slow.group))
         while parts:
-            seen = [(part, self._gain(part)) for part in parts]
-            won += [(part, gain) for part, gain in seen if gain.low > 1]
-            unproved = sorted((pair for pair in seen if pair[1].low <= 1), key=lambda pair: -pair[1].ratio)
+            tried = [(part, self._try_to_restore(part)) for part in parts]
+            restored += [(part, gain) for part, gain in tried if gain.low > 1]
+            unproved = sorted((pair for pair in tried if pair[1].low <= 1), key=lambda pair: -pair[1].ratio)
             parts = [half for part, _ in unproved for half in _halves(part)]
-        for part, gain in won:
-            self._look_into(part, gain, fine)
+        for part, gain in restored:
+            self._test_parts(part, gain, fine)
 
-    def _gain(self, part: Group) -> Interval:
-        """Returns the ratio of the network's time without the lower precision in a part to that with it.
+    def _try_to_restore(self, part: Group) -> Interval:
+        """Returns the network's time with a part in the higher precision divided by that in the lower one.
 
-        Where that is proved to be above 1, the part gets it back; else it is what the last timing says.
+        If that is proved to be above 1, the part is restored; otherwise it is the last timing.
         """
         timings: list[Interval] = []
         while len(timings) <= CONFIRMATIONS:
-            timings.append(self._timed(part))
+            timings.append(self._time_within_limit(part))
             if timings[-1].low <= 1:
                 return timings[-1]
-        gain = min(timings, key=lambda each: each.low)
-        self._give_back(part, gain)
+        gain = min(timings, key=lambda timing: timing.low)
+        self._restore(part, gain)
         return gain
 
-    def _give_back(self, part: Group, gain: Interval) -> None:
-        place = next(index for index, lost in enumerate(self.found) if part[0] in lost.group)
-        lost = self.found[place]
-        rest = tuple(layer for layer in lost.group if layer not in part)
-        left = [Lost(rest, lost.interval.over(gain), lost.is_confirmed)] if rest else []
-        self.found[place : place + 1] = left
+    def _restore(self, part: Group, gain: Interval) -> None:
+        index = next(index for index, slow in enumerate(self.excluded) if part[0] in slow.group)
+        slow = self.excluded[index]
+        rest = tuple(layer for layer in slow.group if layer not in part)
+        remaining = [SlowGroup(rest, slow.interval.over(gain), slow.is_confirmed)] if rest else []
+        self.excluded[index : index + 1] = remaining
 
-    def _timed(self, group: Group) -> Interval:
-        if self.spent >= self._timings or self._is_late():
-            self.is_cut = True
+    def _time_within_limit(self, group: Group) -> Interval:
+        if self.timing_count >= self._timings or self._is_late():
+            self.is_unfinished = True
             return UNKNOWN
-        return self._flip(group)
+        return self._time(group)
 
-    def _flip(self, group: Group) -> Interval:
-        self.spent += 1
-        lost = (layer for each in self.found for layer in each.group)
-        return self._times(group, tuple(layer for layer in lost if layer not in group))
+    def _time(self, group: Group) -> Interval:
+        self.timing_count += 1
+        excluded = (layer for slow in self.excluded for layer in slow.group)
+        return self._times(group, tuple(layer for layer in excluded if layer not in group))
 
 
 def _halves(group: Group) -> tuple[Group, ...]:

@@ -1,7 +1,7 @@
-"""AdaRound: each weight goes to the step above or below, whichever keeps the layer's answers.
+"""AdaRound: each weight is rounded up or down, whichever preserves the layer's outputs.
 
-Every layer is seen as a product of matrices: a convolution's input as patches, one row for each position of its output,
-of which some are drawn at random.
+Every layer is treated as a matrix product: a convolution's input becomes patches, one row for each output position, of
+which some are drawn at random.
 Source: Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, 2020.
 """
 
@@ -22,11 +22,11 @@ from evaluators.quantization.int8 import ABSORBED, Grids, Placement, QuantizedWe
 from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_activations
 
 _ROWS = 8192
-"""So many patches of a layer's input are looked at; all of them if there are fewer."""
-_ROWS_AN_IMAGE = 128
+"""The number of patches of a layer's input; all of them if there are fewer."""
+_ROWS_PER_IMAGE = 128
 _BATCH = 256
 _WARM_UP = 0.2
-"""The share of the steps in which weights may lie between two steps of their grid at no cost."""
+"""The share of optimization steps without the regulariser."""
 _BETA = (20.0, 2.0)
 _STRETCH = (-0.1, 1.1)
 
@@ -36,13 +36,13 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Learning:
-    """How roundings are learned.
+    """The optimization settings of AdaRound.
 
     Args:
-        steps: for each layer.
-        rate: of Adam. The paper's 1e-3 is for ten thousand steps and more; hundreds get nowhere with it.
-        weight: of the regulariser that drives weights onto the grid, relative to the error of rounding to nearest.
-            A small one leaves weights between two steps, whose final choice is then no better than the nearest.
+        steps: the number of optimization steps for each layer.
+        rate: Adam's learning rate. The paper's 1e-3 is for ten thousand steps and more, too low for hundreds.
+        weight: of the regulariser that drives weights to levels, relative to the error of rounding to nearest. If it is
+            small, weights end between two levels, and their final rounding is no better than rounding to nearest.
         seed: of the patches and their order.
     """
 
@@ -54,16 +54,16 @@ class Learning:
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """One layer as a product: `activation(inputs @ weight + bias)` is to stay what it is.
+    """One layer as a matrix product whose outputs `activation(inputs @ weight + bias)` are to be preserved.
 
     Args:
-        inputs: as the quantized network has them, `(groups, rows, k)`.
-        targets: what the float network answers, `(groups, rows, outputs)`.
+        inputs: the layer's inputs in the quantized network, `(groups, rows, k)`.
+        targets: the layer's outputs in the float network, `(groups, rows, outputs)`.
         weight: float, `(groups, outputs, k)`.
         scale: of each output, `(groups, outputs, 1)`.
         bias: `(groups, 1, outputs)`.
-        bounds: of the activation behind it.
-        limit: the largest step of the grid.
+        bounds: of the activation after the layer.
+        limit: the largest level.
     """
 
     inputs: Tensor
@@ -77,38 +77,38 @@ class LinearProblem:
     def error(self, steps: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Returns the mean over rows of the squared error, summed over outputs, of a weight `steps * scale`."""
         weight = torch.clamp(steps, -self.limit, self.limit) * self.scale
-        answers = self.inputs[:, rows] @ weight.transpose(1, 2) + self.bias
-        return ((answers.clamp(*self.bounds) - self.targets[:, rows]) ** 2).sum(dim=(0, 2)).mean()
+        outputs = self.inputs[:, rows] @ weight.transpose(1, 2) + self.bias
+        return ((outputs.clamp(*self.bounds) - self.targets[:, rows]) ** 2).sum(dim=(0, 2)).mean()
 
     @property
     def nearest(self) -> Tensor:
-        """The weight rounded to the nearest steps, `(groups, outputs, k)`."""
+        """The weight rounded to the nearest levels, `(groups, outputs, k)`."""
         return torch.round(self.weight / self.scale).clamp(-self.limit, self.limit)
 
 
-def rectified_sigmoid(given: Tensor) -> Tensor:
+def rectified_sigmoid(variable: Tensor) -> Tensor:
     """Returns `clip(1.2 sigmoid(v) - 0.1, 0, 1)`, which reaches 0 and 1."""
     low, high = _STRETCH
-    return (torch.sigmoid(given) * (high - low) + low).clamp(0, 1)
+    return (torch.sigmoid(variable) * (high - low) + low).clamp(0, 1)
 
 
 def learned_steps(problem: LinearProblem, learning: Learning) -> Tensor:
-    """Returns whole steps for a layer's weight, `(groups, outputs, k)`, never worse than the nearest on its inputs.
+    """Returns integer levels for a layer's weight, `(groups, outputs, k)`, at most as wrong as the nearest levels.
 
-    The error counts relative to that of the nearest steps and the regulariser `1 - |2 h - 1|^beta` as a mean, so that
-    layers of any size and scale are treated alike.
+    The error is relative to that of the nearest levels, and the regulariser `1 - |2 h - 1|^beta` is a mean, so that one
+    setting suits layers of any size and scale.
     """
     floor = torch.floor(problem.weight / problem.scale)
     low, high = _STRETCH
-    part = (problem.weight / problem.scale - floor).clamp(0.001, 0.999)
-    variable = torch.logit((part - low) / (high - low)).requires_grad_()
+    fraction = (problem.weight / problem.scale - floor).clamp(0.001, 0.999)
+    variable = torch.logit((fraction - low) / (high - low)).requires_grad_()
     optimizer = torch.optim.Adam([variable], learning.rate)
     generator = torch.Generator().manual_seed(learning.seed)
-    usual = float(problem.error(problem.nearest)) or 1.0
+    nearest_error = float(problem.error(problem.nearest)) or 1.0
     for step in range(learning.steps):
         rows = torch.randint(problem.inputs.shape[1], (_BATCH,), generator=generator)
         share = rectified_sigmoid(variable)
-        loss = problem.error(floor + share, rows) / usual
+        loss = problem.error(floor + share, rows) / nearest_error
         done = (step / learning.steps - _WARM_UP) / (1 - _WARM_UP)
         if done >= 0:
             beta = _BETA[0] + (_BETA[1] - _BETA[0]) * done
@@ -117,19 +117,19 @@ def learned_steps(problem: LinearProblem, learning: Learning) -> Tensor:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        found = (floor + (variable >= 0)).clamp(-problem.limit, problem.limit)
-        return min(found, problem.nearest, key=lambda steps: float(problem.error(steps)))
+        learned = (floor + (variable >= 0)).clamp(-problem.limit, problem.limit)
+        return min(learned, problem.nearest, key=lambda steps: float(problem.error(steps)))
 
 
 @dataclass(frozen=True)
 class RoundingTask:
-    """A network whose weights are to be put on their grids.
+    """A network whose weights are to be quantized.
 
     Args:
         template: of the network.
-        stage: all of its graph.
+        stage: the whole graph.
         quantizer: writes Q/DQ.
-        placement: where.
+        placement: the placement of Q/DQ.
         weights: the value of every initializer.
         ranges: of the activations.
     """
@@ -164,7 +164,7 @@ class RoundingTask:
         return grids
 
     def _quantized(self, node: NodeProto, grids: Grids, images: Values) -> Iterable[Values]:
-        """Returns the input of a layer in the network that is quantized, `(n, ...)`."""
+        """Returns the input of a layer in the quantized network, `(n, ...)`, in batches."""
         nodes, values = self.quantizer.write(self.stage, self.placement, self.weights, self.ranges, grids)
         tensor = next(written.input[0] for written in nodes if written.name == node.name)
         return observe(unsigned_activations(self.template.file(self.stage, nodes, values)), tensor, images)
@@ -183,7 +183,7 @@ class RoundingTask:
         return LinearProblem(inputs, targets, matrix, scale, shift, bounds, self.quantizer.weight_limit)
 
     def _bounds(self, tensor: str) -> tuple[float, float]:
-        """Returns the bounds of the activation that alone reads a tensor; infinite where there is no such."""
+        """Returns the bounds of the activation that is a tensor's only reader; infinite if there is none."""
         readers = [node for node in self.stage.nodes if tensor in node.input]
         if len(readers) == 1 and readers[0].op_type in ABSORBED:
             return bounds_of(readers[0], self.template.constants)
@@ -191,7 +191,7 @@ class RoundingTask:
 
 
 def patches(node: NodeProto, shape: tuple[int, ...], batches: Iterable[Values]) -> Tensor:
-    """Returns what a layer multiplies with its weight, `(groups, rows, k)`; the same positions at every call.
+    """Returns the rows that a layer multiplies with its weight, `(groups, rows, k)`; the same positions in each call.
 
     Args:
         node: the layer.
@@ -217,4 +217,4 @@ def _rows(node: NodeProto, shape: tuple[int, ...], image: Tensor, generator: tor
         dilation, stride = (attributes.get(name, (1, 1)) for name in ("dilations", "strides"))
         columns = F.unfold(F.pad(image, (left, right, top, bottom)), shape[2:], dilation, 0, stride)
         rows = columns[0].T
-    return rows[torch.randperm(len(rows), generator=generator)[:_ROWS_AN_IMAGE]]
+    return rows[torch.randperm(len(rows), generator=generator)[:_ROWS_PER_IMAGE]]

@@ -18,7 +18,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from evaluators.graph.exporter import INPUT, OPSET
-from evaluators.graph.probe import observing
+from evaluators.graph.probe import with_outputs
 from evaluators.graph.stages import Stage
 from evaluators.graph.template import Template, bounds_of
 from evaluators.runtimes.onnxruntime_cpu import load
@@ -176,7 +176,7 @@ class _Walk:
         """Returns the moments of every tensor that depends on the input, for those of the input."""
         names = [name for node in self._nodes for name in node.output if name]
         # Shapes, and what is computed from shapes, do not depend on the image.
-        run = load(observing(self._file, names), 1)
+        run = load(with_outputs(self._file, names), 1)
         self._values |= dict(zip(names, run(np.zeros_like(given.mean)), strict=True))
         found = {INPUT: given}
         for node in self._nodes:

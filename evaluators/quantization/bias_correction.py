@@ -1,4 +1,4 @@
-"""Biases that make up for what the rounding of weights does to a layer's mean output."""
+"""Bias correction: restores the mean outputs of layers after their weights are rounded."""
 
 from collections.abc import Sequence
 
@@ -11,30 +11,29 @@ from evaluators.graph.template import DEQUANTIZED, Arrays
 
 
 def corrected(nodes: Sequence[NodeProto], values: Arrays, means: Means) -> tuple[list[NodeProto], Arrays]:
-    """Returns a stage whose int8 layers have the mean output of the float ones: `b - (W_q - W) E[x]`.
+    """Returns a stage whose int8 layers have the mean outputs of the float layers: the bias is `b - (W_q - W) E[x]`.
 
-    Borders are left out of account: padding is taken for a usual input. A product whose bias is a node of its own
-    stays as it is.
+    Padding is treated like other inputs. A matrix product whose bias is a separate node is not corrected.
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019, section 4.2.
 
     Args:
-        nodes: with Q/DQ.
-        values: of every initializer, float weights among them.
-        means: of the layers' inputs.
+        nodes: the stage's nodes with Q/DQ.
+        values: the value of every initializer, including float weights.
+        means: the means of the layers' inputs.
     """
     written, arrays = [], dict(values)
     for node in nodes:
         weight = node.input[1].removesuffix(DEQUANTIZED) if len(node.input) > 1 else ""
         if weight in means and node.input[1] == weight + DEQUANTIZED:
             node, bias = _with_bias(node, f"{weight}/bias")
-            given = values[bias].astype(np.float64) if bias else 0.0
-            arrays[node.input[2]] = (given - mean_error(node, weight, values, means)).astype(np.float32)
+            original = values[bias].astype(np.float64) if bias else 0.0
+            arrays[node.input[2]] = (original - mean_error(node, weight, values, means)).astype(np.float32)
         written.append(node)
     return written, arrays
 
 
 def mean_error(node: NodeProto, weight: str, values: Arrays, means: Means) -> NDArray[np.float64]:
-    """Returns what rounding adds to the mean of each output channel of a convolution or linear layer, `(outputs,)`."""
+    """Returns the mean error of each output channel of a layer due to the rounding of its weight, `(outputs,)`."""
     axis = 0 if node.op_type == "Conv" or _is_transposed(node) else 1
     scale = values[f"{weight}/scale"].astype(np.float64)
     error = np.moveaxis(values[f"{weight}/q"].astype(np.float64), axis, 0)
@@ -50,10 +49,10 @@ def _is_transposed(node: NodeProto) -> bool:
     return any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
 
 
-def _with_bias(given: NodeProto, name: str) -> tuple[NodeProto, str]:
-    """Returns a layer with a bias of that name, and the name that its bias had; empty where it had none."""
+def _with_bias(layer: NodeProto, name: str) -> tuple[NodeProto, str]:
+    """Returns a copy of a layer with a bias of that name, and the name of its original bias; empty without one."""
     node = NodeProto()
-    node.CopyFrom(given)
+    node.CopyFrom(layer)
     bias = node.input[2] if len(node.input) > 2 else ""
     del node.input[2:]
     node.input.append(name)

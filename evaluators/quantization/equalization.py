@@ -1,7 +1,7 @@
-"""Cross-layer equalization: the same network, whose channels have weights of like size.
+"""Cross-layer equalization: an equivalent network whose channels have weights of similar magnitude.
 
-What one layer hands to the next through ReLU or pooling may be divided by any positive number, channel by channel, if
-the next layer multiplies it again.
+Each channel between two layers with only ReLU or pooling between them may be divided by a positive number in the first
+layer and multiplied by it in the second.
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, 2019, section 4.1.
 """
 
@@ -22,24 +22,25 @@ from spaces.dynamic.exit_network import ExitNetwork
 _HOMOGENEOUS = {"Relu", "LeakyRelu", "Identity", "Dropout", "Flatten"}
 _POOLING = {"MaxPool", "AveragePool", "GlobalAveragePool"}
 _SHIFTING = {"Relu", "Identity", "Dropout", "Flatten", "MaxPool", "GlobalAveragePool"}
-"""What is added in front of them comes out behind them, where it keeps the values above 0."""
+"""Operators that commute with adding a constant, as long as values stay above 0."""
 
-_SETTLED = 1e-3
-_SWEEPS = 200
+_TOLERANCE = 1e-3
+"""Sweeps end when no factor changes by more than this, in logarithms."""
+_MAX_SWEEPS = 200
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Knobs:
-    """What turns a layer's outputs up and down.
+class ScalableLayer:
+    """The tensors by which a layer's outputs and inputs are scaled.
 
     Args:
-        weight: of the convolution or linear layer, by its name in the state dict.
-        bias: of it; empty where it has none.
-        norm: the batch normalisation behind it; None without.
-        groups: of its input channels.
-        padded: whether zeros are laid around its input.
+        weight: the name of the layer's weight in the state dict.
+        bias: the name of its bias; empty without one.
+        norm: the batch normalisation after it; None without one.
+        groups: the number of groups of its input channels.
+        padded: whether its input is padded with zeros.
     """
 
     weight: str
@@ -50,7 +51,7 @@ class Knobs:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The tensors that grow with the output."""
+        """The tensors that scale the layer's output."""
         if self.norm is not None:
             return self.norm.norm[:2]
         return (self.weight, self.bias) if self.bias else (self.weight,)
@@ -58,17 +59,17 @@ class Knobs:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers, of which the second alone reads what the first gives, and the operators between them."""
+    """Two layers and the operators between them; the second is the only reader of the first one's output."""
 
-    first: Knobs
-    second: Knobs
+    first: ScalableLayer
+    second: ScalableLayer
     between: tuple[str, ...]
 
 
 def equalized(network: ExitNetwork, image: Tensor) -> ExitNetwork:
-    """Returns a network with the same answers, whose layers lose less when they are rounded.
+    """Returns an equivalent network whose layers lose less accuracy when they are quantized.
 
-    Its channels are evened out, and high biases moved on.
+    Channels are equalized, and high biases are absorbed into the next layer.
 
     Args:
         network: trained, in evaluation mode.
@@ -84,29 +85,29 @@ def equalized(network: ExitNetwork, image: Tensor) -> ExitNetwork:
 
 
 def equalize(template: Template, state: Mapping[str, Tensor]) -> State:
-    """Returns a state dict of the same function, in which paired channels have weights of one size.
+    """Returns a state dict of the same function, in which paired channels have equal weight ranges.
 
     With `r1` the largest folded weight of an output channel and `r2` of the input channel that reads it, the first is
-    divided by `sqrt(r1 / r2)` and the second multiplied by it, again and again until no pair changes. Batch
+    divided by `sqrt(r1 / r2)` and the second multiplied by it, repeatedly until no pair changes. Batch
     normalisation stays: its gamma and beta are scaled in place of the weight before it.
 
-    ReLU6 is no pair's: a bound does not scale, unless it is 0 or none. Nor are tensors that an exit or a shortcut reads
-    too, nor products that are no convolution or `Gemm`.
+    Not equalized are layers before a ReLU6, because its bound does not scale, tensors that an exit or a shortcut reads
+    too, and matrix products other than convolutions and `Gemm`.
     """
     pairs, arrays = find_pairs(template), template.weights(state)
     weights = {layer.weight for pair in pairs for layer in (pair.first, pair.second)}
     folded = {name: torch.from_numpy(arrays[name].astype(np.float64)) for name in weights}
     factors = {pair: torch.ones(len(folded[pair.first.weight]), dtype=torch.float64) for pair in pairs}
-    for _ in range(_SWEEPS):
-        steps = {pair: _even_out(pair, folded) for pair in pairs}
+    for _ in range(_MAX_SWEEPS):
+        steps = {pair: _equalize_pair(pair, folded) for pair in pairs}
         factors = {pair: factors[pair] * step for pair, step in steps.items()}
-        if all(step.log().abs().max() < _SETTLED for step in steps.values()):
+        if all(step.log().abs().max() < _TOLERANCE for step in steps.values()):
             break
     return scaled(state, factors)
 
 
 def scaled(state: Mapping[str, Tensor], factors: Mapping[Pair, Tensor]) -> State:
-    """Returns a state dict of the same function: each pair's first layer divided by its factors, `(channels,)`."""
+    """Returns a state dict of the same function, with each pair's first layer divided by factors `(channels,)`."""
     made = {name: tensor.clone() for name, tensor in state.items()}
     for pair, factor in factors.items():
         for name in pair.first.outputs:
@@ -122,22 +123,22 @@ def _by_row(tensor: Tensor, factor: Tensor) -> Tensor:
 
 
 def absorb(template: Template, state: Mapping[str, Tensor]) -> State:
-    """Returns a state dict in which high biases have moved into the next layer: almost the same function.
+    """Returns a state dict of almost the same function, in which high biases are absorbed into the next layer.
 
-    Where beta lies more than three gamma above 0, ReLU cuts next to nothing, so `c = beta - 3 gamma` may as well be
-    added behind the next layer, to its running mean or its bias. One value in 740 of such a channel is cut otherwise.
-    Layers that lay zeros around their input are left alone: there is no `c` in the border.
+    If beta is more than three gamma above 0, ReLU clips almost nothing, so `c = beta - 3 gamma` can be added after the
+    next layer instead, to its running mean or its bias. One value in 740 of such a channel is clipped differently.
+    Layers that pad their input with zeros are excluded, because the padding lacks `c`.
     """
     made = {name: tensor.clone() for name, tensor in state.items()}
     for pair in find_pairs(template):
         if pair.first.norm is None or pair.second.padded or not set(pair.between) <= _SHIFTING:
             continue
         if "Relu" in pair.between and (pair.second.norm or pair.second.bias):
-            _move_on(pair, pair.first.norm, made)
+            _absorb_pair(pair, pair.first.norm, made)
     return made
 
 
-def _move_on(pair: Pair, norm: BatchNormFold, state: State) -> None:
+def _absorb_pair(pair: Pair, norm: BatchNormFold, state: State) -> None:
     gamma, beta = (state[name].double() for name in norm.norm[:2])
     moved = torch.clamp(beta - 3 * gamma.abs(), min=0)
     grouped = _by_group(state[pair.second.weight], pair.second, len(moved))
@@ -148,8 +149,8 @@ def _move_on(pair: Pair, norm: BatchNormFold, state: State) -> None:
     state[norm.norm[1]] = (beta - moved).to(state[norm.norm[1]].dtype)
 
 
-def _even_out(pair: Pair, folded: dict[str, Tensor]) -> Tensor:
-    """Returns what a pair's first layer is to be divided by, `(channels,)`, and does so in the folded weights."""
+def _equalize_pair(pair: Pair, folded: dict[str, Tensor]) -> Tensor:
+    """Returns the factors by which a pair's first layer is divided, `(channels,)`, and scales the folded weights."""
     first, second = folded[pair.first.weight], folded[pair.second.weight]
     grouped = _by_group(second, pair.second, len(first))
     r1, r2 = first.abs().flatten(1).amax(dim=1), grouped.abs().amax(dim=(1, 3)).flatten()
@@ -160,7 +161,7 @@ def _even_out(pair: Pair, folded: dict[str, Tensor]) -> Tensor:
     return factor
 
 
-def _by_group(weight: Tensor, layer: Knobs, channels: int) -> Tensor:
+def _by_group(weight: Tensor, layer: ScalableLayer, channels: int) -> Tensor:
     """Returns a weight as `(groups, outputs, inputs, the rest)` for `channels` inputs, in double precision.
 
     The rest is the kernel, or the positions of a flattened feature map.
@@ -169,19 +170,19 @@ def _by_group(weight: Tensor, layer: Knobs, channels: int) -> Tensor:
 
 
 def find_pairs(template: Template) -> list[Pair]:
-    """Returns every pair of layers between which channels can be scaled freely, in the order in which they run."""
+    """Returns every pair of layers that can be equalized, in the order in which they run."""
     graph = _Graph(template)
     pairs = []
     for node in template.nodes:
-        first = graph.knobs(node)
-        found = graph.next_layer(node) if first is not None else None
-        if first is not None and found is not None:
-            pairs.append(Pair(first, *found))
+        first = graph.scalable_layer(node)
+        second = graph.next_layer(node) if first is not None else None
+        if first is not None and second is not None:
+            pairs.append(Pair(first, *second))
     return pairs
 
 
 class _Graph:
-    """Who reads what in a network's graph."""
+    """The readers of each tensor of a network's graph."""
 
     def __init__(self, template: Template) -> None:
         self._layers = set(template.layers.values())
@@ -195,8 +196,8 @@ class _Graph:
         self._owners = Counter(name for fold in template.folds for name in fold.norm)
         self._constants = template.constants
 
-    def knobs(self, node: NodeProto) -> Knobs | None:
-        """Returns what scales a layer's output and input; None where something else has a part in it."""
+    def scalable_layer(self, node: NodeProto) -> ScalableLayer | None:
+        """Returns the tensors that scale a layer; None for other nodes and if other nodes use these tensors too."""
         if node.name not in self._layers or node.op_type == "MatMul" or output_axis(node) != 0:
             return None
         weight, fold = node.input[1], self._folds.get(node.input[1])
@@ -209,10 +210,10 @@ class _Graph:
         attributes = {attribute.name: attribute for attribute in node.attribute}
         groups = attributes["group"].i if "group" in attributes else 1
         padded = "pads" in attributes and any(attributes["pads"].ints)
-        return None if shared else Knobs(weight, bias, fold, groups, padded)
+        return None if shared else ScalableLayer(weight, bias, fold, groups, padded)
 
-    def next_layer(self, node: NodeProto) -> tuple[Knobs, tuple[str, ...]] | None:
-        """Returns the only layer that reads what another gives, and the operators on the way; None without one."""
+    def next_layer(self, node: NodeProto) -> tuple[ScalableLayer, tuple[str, ...]] | None:
+        """Returns the only layer that reads a layer's output, and the operators between; None if there is none."""
         between: list[str] = []
         while True:
             tensor = node.output[0]
@@ -220,7 +221,7 @@ class _Graph:
             if tensor in self._outputs or len(readers) != 1:
                 return None
             (node,) = readers
-            if (layer := self.knobs(node)) is not None:
+            if (layer := self.scalable_layer(node)) is not None:
                 return layer, tuple(between)
             if not self._is_homogeneous(node):
                 return None

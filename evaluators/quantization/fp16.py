@@ -1,8 +1,8 @@
 """Half precision for any choice of layers: fp16 initializers, and Cast nodes where fp16 meets float.
 
-Precision lives in the file, so that a runtime that takes types literally runs each layer as it is written. What comes
-behind a layer (activations, additions, pooling) runs in fp16 when everything that feeds it does. A stage's inputs and
-outputs stay float, and so does every tensor that carries Q/DQ.
+Precisions are written into the file, so that a strongly typed runtime runs each layer in its precision. Operators after
+a layer (activations, additions, pooling) run in fp16 if all of their inputs are fp16. A stage's inputs and outputs stay
+float, and so does every tensor that carries Q/DQ.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from evaluators.quantization.int8 import ABSORBED, FOLLOWING, VALUE_PRESERVING
 from spaces.errors import QuantizationError
 
 _BETWEEN = ABSORBED | VALUE_PRESERVING | FOLLOWING | {"Mul", "Sigmoid", "HardSigmoid", "HardSwish"}
-"""Run in fp16 when everything that feeds them does."""
+"""Operators that run in fp16 if all of their inputs are fp16."""
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -37,11 +37,11 @@ class HalfWriter:
         self._computed = {output for node in nodes for output in node.output} - set(self._constants)
 
     def place(self, fp16_layers: Iterable[str], quantized: AbstractSet[str]) -> frozenset[str]:
-        """Returns the nodes that run in fp16 when these layers do.
+        """Returns the nodes that run in fp16 if these layers do.
 
         Args:
             fp16_layers: the layers' names.
-            quantized: the tensors that carry Q/DQ, which is computed in float.
+            quantized: the tensors that carry Q/DQ, which stay float.
         """
         placed = {self._layers[layer] for layer in fp16_layers}
         halves: set[str] = set()
@@ -67,7 +67,7 @@ class HalfWriter:
             outputs: the stage's outputs.
 
         Raises:
-            QuantizationError: a layer's weight or bias is beyond fp16's range.
+            QuantizationError: a layer's weight or bias exceeds fp16's range.
         """
         floats = {name for node in nodes if node.name not in placed for name in node.input} | set(outputs)
         values: Arrays = dict(arrays)
@@ -85,7 +85,7 @@ class HalfWriter:
         return _without_idle_constants(written) if placed else written, values
 
     def _casts_before(self, node: NodeProto, values: Arrays, halves: set[str]) -> list[NodeProto]:
-        """Returns the casts that a node's inputs still want, adding its constants to `values` and all to `halves`."""
+        """Returns the casts that a node's inputs need; adds fp16 constants to `values` and all names to `halves`."""
         casts = []
         for name in _float_inputs(node):
             if not name or name in halves:
@@ -99,7 +99,7 @@ class HalfWriter:
         return casts
 
     def _half(self, value: NDArray[np.generic], node: NodeProto) -> NDArray[np.float16]:
-        """Returns a constant in fp16; one that is no layer's, such as the bound of a Clip, may become infinite."""
+        """Returns a constant in fp16; those that are not of a layer, such as a Clip's bound, may become infinite."""
         largest = float(np.abs(value).max(initial=0))
         if node.name in self._names and not largest <= _LARGEST:
             raise QuantizationError(
@@ -119,7 +119,7 @@ def _constants(nodes: Sequence[NodeProto]) -> Arrays:
 
 
 def _float_inputs(node: NodeProto) -> list[str]:
-    """Returns a node's inputs of the precision that it runs in: all but shapes and places."""
+    """Returns a node's inputs that have its precision: all except shapes and indices."""
     return list(node.input[:1] if node.op_type in ("Reshape", "Slice", "Split") else node.input)
 
 
@@ -136,12 +136,12 @@ def _originals(node: NodeProto) -> list[str]:
 
 
 def _cast(name: str, to: int) -> NodeProto:
-    """Returns the node that makes the half of a float tensor, or the float tensor of its half."""
+    """Returns the node that casts a float tensor to fp16, or back."""
     source, result = (name, name + HALF) if to == TensorProto.FLOAT16 else (name + HALF, name)
     return helper.make_node("Cast", [source], [result], f"{name}/Cast", to=to)
 
 
 def _without_idle_constants(nodes: Sequence[NodeProto]) -> list[NodeProto]:
-    """Returns the nodes without the constants whose only readers now have their own in fp16."""
+    """Returns the nodes without constants that are no longer read, because their readers have fp16 copies."""
     read = {name for node in nodes for name in node.input}
     return [node for node in nodes if node.op_type != "Constant" or node.output[0] in read]

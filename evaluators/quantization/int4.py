@@ -1,7 +1,7 @@
 """4-bit weights for any choice of layers: packed INT4 initializers, dequantized per output channel.
 
-This is how a layer is stored, not how it runs: activations and arithmetic stay float. The grid is symmetric, -7 to 7
-times the channel's scale, so that 0 is a step and a sign costs nothing; values are rounded to the nearest step.
+Only storage is in 4 bits: activations and arithmetic stay float. Levels are symmetric, -7 to 7 times the channel's
+scale, and include 0; values are rounded to the nearest level.
 Source: ONNX operators, DequantizeLinear, from opset 21 on.
 """
 
@@ -18,7 +18,7 @@ from evaluators.quantization.int8 import output_axis, quantize_weight
 OPSET = 21
 """The first in which DequantizeLinear knows INT4."""
 LARGEST = 7
-"""The outermost step of the grid; -8 is left out."""
+"""The largest level; -8 is not used."""
 
 _INT4 = np.dtype(ml_dtypes.int4)
 
@@ -27,14 +27,14 @@ class Int4Writer:
     """Writes the weights of one network's layers in 4 bits.
 
     Args:
-        layers: the node of each layer that may be stored so.
+        layers: the node of each layer that may be stored in 4 bits.
     """
 
     def __init__(self, layers: Mapping[str, str]) -> None:
         self._layers = dict(layers)
 
     def place(self, int4_layers: Iterable[str]) -> frozenset[str]:
-        """Returns the nodes whose weights are stored in 4 bits when these layers' are: theirs alone."""
+        """Returns the nodes whose weights are stored in 4 bits: those of these layers."""
         return frozenset(self._layers[layer] for layer in int4_layers)
 
     def write(

@@ -1,9 +1,9 @@
-"""Explicit Q/DQ for any choice of int8 layers, from ranges that are already known.
+"""Writes explicit Q/DQ for any choice of int8 layers, from given activation ranges.
 
-The form is the one that every runtime reads: symmetric s8 activations per tensor, symmetric s8 weights per output
-channel, bias in float. What a runtime fuses is quantized as a whole: a convolution with its ReLU, additions and pooling
-whose inputs come from int8 layers. A runtime that runs a residual addition inside the convolution before it gets that
-convolution's output without Q/DQ.
+The form is one that every runtime reads: symmetric s8 activations per tensor, symmetric s8 weights per output channel,
+bias in float. Operators that a runtime fuses are quantized together: a convolution with its ReLU, additions and pooling
+whose inputs come from int8 layers. For a runtime that fuses a residual addition into the convolution before it, that
+convolution's output has no Q/DQ.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,24 +21,24 @@ from evaluators.graph.stages import Stage
 from evaluators.graph.template import DEQUANTIZED, LAYER_OPS, QUANTIZED, Arrays
 
 Ranges = Mapping[str, tuple[float, float]]
-"""The lowest and highest value seen of each activation tensor."""
+"""The lowest and highest value of each activation tensor."""
 
 ABSORBED = {"Relu", "Clip"}
-"""Run inside the layer before them, so Q/DQ comes after."""
+"""Operators that are fused into the layer before them, so that Q/DQ comes after them."""
 VALUE_PRESERVING = {"MaxPool", "Flatten", "Reshape", "Identity", "Transpose", "Slice", "Split"}
-"""Move values without changing them, so input and output share a scale."""
+"""Operators that move values without changing them, so that input and output share a scale."""
 FOLLOWING = frozenset({"Add", "Concat", "GlobalAveragePool", "AveragePool"})
-"""Run in int8 when everything that feeds them does, on every target; some targets run more so."""
+"""Operators that run in int8 if all of their inputs are int8, on every target; some targets have more."""
 _POOLING = {"GlobalAveragePool", "AveragePool"}
-"""Are slower in int8 than in float, unless what reads them would have to quantize their output."""
+"""Operators that are slower in int8 than in float, unless the next operator would quantize their output."""
 _JOINING = {"Add", "Concat", "Mul"}
-"""Read several tensors."""
+"""Operators with several data inputs."""
 
 _TINY = 1e-8
 
 
 def moves_values(node: NodeProto) -> bool:
-    """Returns whether a node gives only values that it read, or zeros, so that input and output share a scale."""
+    """Returns whether a node's outputs are only input values or zeros, so that input and output share a scale."""
     if node.op_type != "Pad":
         return node.op_type in VALUE_PRESERVING
     mode = next((attribute.s for attribute in node.attribute if attribute.name == "mode"), b"constant")
@@ -47,11 +47,11 @@ def moves_values(node: NodeProto) -> bool:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight on its grid.
+    """A quantized weight.
 
     Args:
         values: s8, in the weight's shape.
-        scale: of each output channel, `(channels,)`, positive.
+        scale: the positive scale of each output channel, `(channels,)`.
     """
 
     values: NDArray[np.int8]
@@ -59,14 +59,14 @@ class QuantizedWeight:
 
 
 Grids = Mapping[str, QuantizedWeight]
-"""Weights that something learned has put on their grids, by the name of the initializer."""
+"""Weights that are quantized already, by AdaRound or QAT, by the name of the initializer."""
 NO_GRIDS: Grids = MappingProxyType({})
-"""Every weight is rounded to the nearest step."""
+"""Every weight is rounded to the nearest level."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which nodes run in int8 and which tensors carry Q/DQ for it."""
+    """The nodes that run in int8, and the tensors that carry Q/DQ."""
 
     nodes: frozenset[str]
     tensors: frozenset[str]
@@ -81,9 +81,9 @@ class Quantizer:
         outputs: the graph's outputs, which stay float.
         weight_bits: 8, or 7 where the target's accumulating instruction would overflow.
         per_channel: whether each output channel of a weight has a scale of its own.
-        quantized_add: which inputs of an addition carry Q/DQ: `both`, or the `residual` one only where the other comes
-            straight from an int8 convolution.
-        following: the operators that run in int8 when everything that feeds them does.
+        quantized_add: which inputs of an addition carry Q/DQ: `both`, or the `residual` one only if the other comes
+            directly from an int8 convolution.
+        following: the operators that run in int8 if all of their inputs are int8.
     """
 
     def __init__(
@@ -110,21 +110,21 @@ class Quantizer:
         self._fused = self._fused_inputs() if quantized_add == "residual" else set()
 
     def activations(self) -> list[str]:
-        """Returns every tensor whose range a placement may ask for."""
-        able = self._quantized(self._layers)
-        wanted = self._spread({tensor for node in self._nodes if node.name in able for tensor in self._around(node)})
+        """Returns every tensor whose range some placement needs."""
+        nodes = self._quantized(self._layers)
+        needed = self._spread({tensor for node in self._nodes if node.name in nodes for tensor in self._around(node)})
         names = dict.fromkeys(name for node in self._nodes for name in (*node.input, *node.output))
-        return [name for name in names if name in wanted]
+        return [name for name in names if name in needed]
 
     def place(self, int8_layers: Iterable[str]) -> Placement:
-        """Returns where Q/DQ goes when these layers are int8."""
+        """Returns the placement of Q/DQ if these layers are int8."""
         quantized = self._quantized(int8_layers)
         fused = {tensor for tensor in self._fused if self._producers[tensor].name in quantized}
         tensors = {tensor for node in self._nodes if node.name in quantized for tensor in self._around(node)}
         return Placement(frozenset(quantized), frozenset(self._spread(tensors - fused) - self._outputs))
 
     def _quantized(self, int8_layers: Iterable[str]) -> set[str]:
-        """Returns the nodes that run in int8 when these layers do."""
+        """Returns the nodes that run in int8 if these layers do."""
         quantized = {self._layers[layer] for layer in int8_layers}
         for node in self._nodes:
             is_fed = node.op_type in self._following and self._is_fed_by(node, quantized)
@@ -133,7 +133,7 @@ class Quantizer:
         return quantized
 
     def _is_read_in_int8(self, node: NodeProto, quantized: AbstractSet[str]) -> bool:
-        """Returns whether what comes next may be int8 too: in front of a float node some operators gain nothing."""
+        """Returns whether the next node may be int8: before a float node some operators are not worth quantizing."""
         following = {reader.op_type for reader in self._consumers.get(node.output[0], [])}
         if node.op_type == "Concat":
             return not following.isdisjoint({*LAYER_OPS, *ABSORBED, *VALUE_PRESERVING, *self._following})
@@ -141,8 +141,8 @@ class Quantizer:
         return not readers or any(reader.op_type in self._following or reader.name in quantized for reader in readers)
 
     def _readers(self, tensor: str) -> list[NodeProto]:
-        """Returns the nodes that read a tensor, behind those that only move its values."""
-        found: list[NodeProto] = []
+        """Returns the nodes that read a tensor, directly or after nodes that only move its values."""
+        readers: list[NodeProto] = []
         todo, seen = [tensor], {tensor}
         while todo:
             for reader in self._consumers.get(todo.pop(), []):
@@ -150,21 +150,21 @@ class Quantizer:
                     todo += [name for name in reader.output if name not in seen]
                     seen.update(reader.output)
                 else:
-                    found.append(reader)
-        return found
+                    readers.append(reader)
+        return readers
 
     def boundaries(self, precisions: Mapping[str, str], among: AbstractSet[str]) -> int:
-        """Returns how many layers read from a node of another precision.
+        """Returns the number of layers that read from a node in another precision.
 
         Args:
-            precisions: of each node that is not fp32.
-            among: the nodes that are there.
+            precisions: the precision of each node that is not fp32.
+            among: the deployed nodes.
         """
         layers = among & set(self._layers.values())
         return sum(self._is_boundary(node, precisions) for node in self._nodes if node.name in layers)
 
     def _source(self, tensor: str, between: AbstractSet[str] = ABSORBED) -> NodeProto | None:
-        """Returns the node that a tensor comes from, behind those in between and those that only move values."""
+        """Returns the node that computes a tensor, before operators in `between` and those that only move values."""
         node = self._producers.get(tensor)
         while node is not None and (node.op_type in between or moves_values(node)):
             node = self._producers.get(node.input[0])
@@ -175,13 +175,13 @@ class Quantizer:
         return all(source is not None and source.name in quantized for source in sources)
 
     def _is_boundary(self, node: NodeProto, precisions: Mapping[str, str]) -> bool:
-        # Pooling runs in what comes before it or in float: either way the layer before it is what matters.
+        # Pooling runs in the precision before it or in float; in both cases the layer before it decides.
         source = self._source(node.input[0], ABSORBED | _POOLING)
         before = precisions.get(source.name, "fp32") if source is not None else "fp32"
         return before != precisions.get(node.name, "fp32")
 
     def _fused_inputs(self) -> set[str]:
-        """Returns the input of each addition whose convolution takes it in: the longest branch that ends in one."""
+        """Returns the input of each addition whose convolution fuses it: the longest branch that ends in one."""
         fused = set()
         for node in self._nodes:
             inputs = [tensor for tensor in node.input if self._is_convolution_for_one(tensor)]
@@ -194,13 +194,13 @@ class Quantizer:
         return producer is not None and producer.op_type == "Conv" and len(self._consumers[tensor]) == 1
 
     def _branch_length(self, addition: NodeProto, tensor: str) -> int:
-        """Returns how many layers lead to one input of an addition and to none of its others."""
+        """Returns the number of layers before one input of an addition that are not before its other inputs."""
         others = [self._layers_before(other) for other in addition.input if other != tensor]
         return len(self._layers_before(tensor).difference(*others))
 
     def _layers_before(self, tensor: str) -> set[str]:
         seen = set()
-        found = set()
+        layers = set()
         todo = [tensor]
         while todo:
             node = self._producers.get(todo.pop())
@@ -208,14 +208,14 @@ class Quantizer:
                 continue
             seen.add(node.name)
             if node.op_type in LAYER_OPS:
-                found.add(node.name)
+                layers.add(node.name)
             todo += list(node.input)
-        return found
+        return layers
 
     def _around(self, node: NodeProto) -> list[str]:
-        """Returns the tensors that carry Q/DQ when a node is int8."""
+        """Returns the tensors that carry Q/DQ if a node is int8."""
         if node.op_type == "MatMul":
-            # Its bias is added by the next node: runtimes go on in float, at no loss.
+            # Its bias is added by the next node, which runtimes compute in float at no extra cost.
             return [node.input[0]]
         output = node.output[0]
         while len(following := self._consumers.get(output, [])) == 1 and following[0].op_type in ABSORBED:
@@ -224,10 +224,11 @@ class Quantizer:
 
     @staticmethod
     def _data(node: NodeProto) -> list[str]:
-        """Returns the tensors that a node computes with, without its weights, slopes or bounds."""
+        """Returns a node's data inputs, without weights, slopes or bounds."""
         return list(node.input) if node.op_type in _JOINING else [node.input[0]]
 
     def _spread(self, tensors: set[str]) -> set[str]:
+        """Returns the tensors, and those with the same values before and after nodes that only move them."""
         spread = set(tensors)
         for node in reversed(self._nodes):
             if moves_values(node) and not spread.isdisjoint(node.output):
@@ -238,7 +239,7 @@ class Quantizer:
         return spread
 
     def origin(self, tensor: str) -> str:
-        """Returns the tensor whose scale an activation has: values that only move share one."""
+        """Returns the tensor whose scale an activation shares, before nodes that only move values."""
         node = self._producers.get(tensor)
         while node is not None and moves_values(node):
             tensor = node.input[0]
@@ -255,17 +256,17 @@ class Quantizer:
         """Returns a stage's nodes with Q/DQ in place, and its initializers.
 
         Args:
-            stage: which part of the graph.
-            placement: where Q/DQ goes.
+            stage: the part of the graph.
+            placement: the placement of Q/DQ.
             arrays: the value of every initializer.
             ranges: of the activations.
-            grids: weights that are on their grids already; any other is rounded to the nearest step.
+            grids: weights that are quantized already; all others are rounded to the nearest level.
         """
         nodes: list[NodeProto] = []
         values: Arrays = dict(arrays)
         renamed: dict[str, str] = {}
         if stage.input in placement.tensors:
-            # An input keeps its name, so its readers move; elsewhere the writer moves and the readers keep theirs.
+            # The stage's input keeps its name, so its readers are renamed; other tensors are renamed at their writer.
             renamed[stage.input] = stage.input + DEQUANTIZED
             nodes += self._pair(stage.input, stage.input, renamed[stage.input], ranges, values)
         for original in stage.nodes:
@@ -307,7 +308,7 @@ class Quantizer:
         return helper.make_node("DequantizeLinear", inputs, [name + DEQUANTIZED], f"{name}/DequantizeLinear", axis=axis)
 
     def nearest(self, weight: NDArray[np.generic], axis: int) -> QuantizedWeight:
-        """Returns a weight rounded to the nearest steps of its grid, whose output channels lie along `axis`."""
+        """Returns a weight rounded to the nearest levels, with output channels along `axis`."""
         return quantize_weight(weight, axis, self.weight_limit, self.per_channel)
 
 
@@ -320,7 +321,7 @@ def output_axis(node: NodeProto) -> int:
 def quantize_weight(weight: NDArray[np.generic], axis: int, limit: int, per_channel: bool = True) -> QuantizedWeight:
     """Returns a weight in s8 and its scale per channel along `axis`: symmetric, `|q| <= limit`.
 
-    Where channels share a scale it is that of the largest, written once for each of them.
+    Channels that share a scale have that of the largest weight, repeated for each channel.
     """
     values = weight.astype(np.float32)
     others = tuple(index for index in range(values.ndim) if index != axis)

@@ -1,4 +1,4 @@
-"""How int8 is made from float: where ranges come from, how weights are rounded, and what is corrected."""
+"""The settings of int8 quantization: ranges, rounding of weights, and corrections."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,17 +6,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Scheme:
-    """The ways of quantization that a study names; the same for every candidate of a search.
+    """The quantization settings of a study; the same for every candidate of a search.
 
     Args:
-        calibrator: reads the range of an activation from its histogram.
-        percentile: of an activation's magnitudes that stay inside, where the calibrator is `percentile`.
-        weights: whether each output channel of a weight has a scale of its own.
-        ranges: of activations, from the calibration images or from what batch normalisation says about them.
-        equalize: whether the ranges of channels are evened out between layers, which leaves the function as it is.
-        bias_correction: where the mean input of a layer comes from, whose rounding error its bias makes up for.
-        rounding: of weights, to the nearest step or to the one that keeps a layer's answers on calibration images.
-        rounding_steps: of learning for each layer.
+        calibrator: chooses the range of an activation from its histogram.
+        percentile: the percentage of an activation's magnitudes within its range; for the calibrator `percentile`.
+        weights: the granularity of the scales of weights.
+        ranges: whether activation ranges come from calibration images or from batch normalisation's parameters.
+        equalize: whether cross-layer equalization is applied, which does not change the network's function.
+        bias_correction: the source of layers' mean inputs for bias correction.
+        rounding: whether weights are rounded to the nearest level or by AdaRound.
+        rounding_steps: the number of AdaRound's optimization steps for each layer.
     """
 
     calibrator: str = "minmax"
@@ -30,4 +30,4 @@ class Scheme:
 
 
 MINMAX = Scheme()
-"""What a study gets that says nothing: the extremes of the calibration images, a scale per output channel."""
+"""The default: min-max ranges of the calibration images, and one scale per output channel."""

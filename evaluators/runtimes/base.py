@@ -1,4 +1,4 @@
-"""Where a network will run, and what can run there."""
+"""What a runtime is: the protocols that every runtime implements, targets, and capabilities."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,26 +18,32 @@ if TYPE_CHECKING:
     from evaluators.data import ImageStore
 
 Images = NDArray[np.float32]
-Watch = Callable[[Images], dict[str, Images]]
-"""A network that answers a batch with every output that its file has, by name."""
+TensorReader = Callable[[Images], dict[str, Images]]
+"""A loaded file as a function from a batch to all of its outputs, by name."""
 
 Fp32In = Literal["fp32", "tf32", "bf16"]
-"""What all fp32 layers of a file together run in."""
+"""The type that all fp32 layers of a file run in."""
 
-ALLOWANCES: Mapping[str, Mapping[str, str]] = {"fp32": {}, "tf32": {"allow_tf32": "1"}, "bf16": {"allow_bf16": "1"}}
-"""Metadata of an ONNX file, by what its fp32 layers may run in; a runtime that has no such type never sees it."""
+FP32_IN_METADATA: Mapping[str, Mapping[str, str]] = {
+    "fp32": {},
+    "tf32": {"allow_tf32": "1"},
+    "bf16": {"allow_bf16": "1"},
+}
+"""The metadata of an ONNX file that allows a type for its fp32 layers; ignored by runtimes that lack the type."""
 
 
 def allows(model: bytes, kind: Literal["tf32", "bf16"]) -> bool:
-    """Returns whether an ONNX file's metadata allows a type; read from its bytes, because a board has no onnx package.
+    """Returns whether an ONNX file's metadata allows its fp32 layers to run in a faster type.
+
+    The protobuf message is searched for in the file's bytes, because a board has no onnx package.
 
     Args:
         model: the file.
-        kind: what its fp32 layers may run in.
+        kind: the type.
     """
-    (pair,) = ALLOWANCES[kind].items()
-    texts = b"".join(bytes([field << 3 | 2, len(text)]) + text.encode() for field, text in enumerate(pair, 1))
-    return bytes([14 << 3 | 2, len(texts)]) + texts in model  # metadata_props is field 14 of a ModelProto
+    (pair,) = FP32_IN_METADATA[kind].items()
+    fields = b"".join(bytes([field << 3 | 2, len(text)]) + text.encode() for field, text in enumerate(pair, 1))
+    return bytes([14 << 3 | 2, len(fields)]) + fields in model  # metadata_props is field 14 of a ModelProto
 
 
 class TargetError(UserError):
@@ -46,7 +52,7 @@ class TargetError(UserError):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a target runs well; a space never offers what is not here.
+    """What a target can run; search spaces offer nothing else.
 
     Args:
         precisions: the reference precision first.
@@ -55,20 +61,20 @@ class Capabilities:
         dynamic_batch: whether one artifact takes batches of any size, which exits need at batch sizes above one.
         quantized_add: which inputs of an int8 residual addition carry Q/DQ: `both`, or the `residual` one only where
             the runtime fuses the addition into the convolution that feeds the other.
-        int8_operators: beside additions, concatenations and average pooling, the operators without weights that run no
-            slower in int8 than in float where all that feeds them is int8.
-        int8_channels: the fewest input and output channels with which a layer may be int8 or fp8.
-        sparse_2_4: whether two zeros in each four weights along the input channels make a layer faster.
-        compiles: whether loading compiles for the device, so that a known latency is worth keeping.
-        fp32_in: the faster types in which fp32 layers can run, all of them together: a property of a whole engine.
-        storage: precisions that weights can be stored in, at no promise of speed.
-        skips: whether a block that an input passes by is a part of the artifact that is not run.
-        int8_heads: whether the linear layer that an exit answers by is faster in int8 although its answer is float.
-        features: what stages hand on fastest where both ends quantize it: float, u8, or u8 with the channels as the
-            last axis, as int8 convolutions may compute.
-        clock: what work is told by. `cpu`: the CPU time of the calling thread, or the wall clock where several threads
-            share the work; that is all a caller waits for, other programs aside. `gpu`: the device's own events; a
-            caller waits for the host's part of a call as well.
+        int8_operators: operators without weights, besides addition, concatenation and average pooling, that are no
+            slower in int8 than in float if all of their inputs are int8.
+        int8_channels: the least number of input and output channels of an int8 or fp8 layer.
+        sparse_2_4: whether 2:4 sparsity along the input channels makes a layer faster.
+        compiles: whether loading an artifact compiles it for the device, so that timings are cached.
+        fp32_in: faster types in which all fp32 layers of a file together can run.
+        storage: precisions in which weights can be stored without making layers faster.
+        skips: whether the runtime can skip a block for an input.
+        int8_heads: whether an exit's last linear layer, whose output is float, is faster in int8.
+        features: the fastest type for features between stages that are quantized on both sides: float, u8, or u8 with
+            the channels as the last axis.
+        clock: how work is timed. `cpu`: the CPU time of the calling thread, or the wall clock with several threads; it
+            is the whole latency, other programs aside. `gpu`: the device's events; the host's part of a call is added
+            to the latency.
     """
 
     precisions: tuple[str, ...]
@@ -90,7 +96,7 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime on a device, with the batch size and threads of the deployment, and what fp32 layers run in."""
+    """A runtime on a device, with the deployed batch size and threads, and the type that fp32 layers run in."""
 
     runtime: str
     device: str
@@ -109,14 +115,14 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Follows:
-    """What a frame of a stream finds when it comes.
+class PrecedingKeyFrame:
+    """The key frame that comes before a frame of a stream, and when it is reused.
 
     Args:
-        key: the last key frame.
+        key: the index of the key frame.
         age: how many frames ago that was.
-        threshold: the difference from it from which a frame is a key frame.
-        max_age: the age at which a frame is one anyway.
+        threshold: the difference from the key frame from which the frame is computed.
+        max_age: the age from which the frame is computed whatever the difference.
     """
 
     key: int
@@ -127,38 +133,38 @@ class Follows:
 
 @dataclass(frozen=True)
 class TimedBatch:
-    """Some consecutive images whose way through an artifact is timed.
+    """A batch of consecutive images to time, and the path that it takes.
 
     Args:
-        start: the first of them.
-        count: how many.
-        longest: whether no exit may answer and no block be passed by.
-        follows: of one frame of a stream, what decides whether it is computed; None where images come alone.
-        exit: where all leave, whatever they are like; None where their confidences decide.
-        share: how often such images come, in any unit, and so before others that are timed.
-        others: the first images of further batches that go the same way; in a process of ours they take turns.
+        start: the index of the first image.
+        count: the number of images.
+        longest: whether to take the longest path: no exit answers and no block is skipped.
+        follows: for a frame of a stream, the key frame before it; None for independent images.
+        exit: the exit at which all images leave; None if their confidences decide.
+        share: how often such batches occur, relative to the other timed batches, in any unit.
+        others: the first images of further batches that take the same path; local runtimes alternate between them.
     """
 
     start: int
     count: int
     longest: bool = False
-    follows: Follows | None = None
+    follows: PrecedingKeyFrame | None = None
     exit: int | None = None
     share: float = 1.0
     others: tuple[int, ...] = ()
 
-    def way(self, plan: Steps) -> Steps:
-        """Returns the plan that makes its images go the way that it asks for."""
+    def path_plan(self, plan: Steps) -> Steps:
+        """Returns the plan with thresholds that force the requested path; unchanged if none is requested."""
         if self.longest:
             return longest(plan)
         return plan if self.exit is None else leaving_at(plan, self.exit)
 
 
-def thresholds_of(plan: Steps) -> list[float]:
-    """Returns the confidence from which each exit answers.
+def exit_thresholds(plan: Steps) -> list[float]:
+    """Returns the confidence threshold of each exit.
 
     Raises:
-        TargetError: blocks may be skipped, which engines cannot: each reads the buffer of the one before it.
+        TargetError: blocks may be skipped, which engines cannot do: each reads the buffer of the one before it.
     """
     thresholds = [threshold for threshold in plan if not isinstance(threshold, Step)]
     if len(thresholds) < len(plan):
@@ -168,7 +174,7 @@ def thresholds_of(plan: Steps) -> list[float]:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a call took, or the median of several: seconds of work by the runtime's clock, and on the wall."""
+    """The time of a call, or the median of several: work by the runtime's clock, and wall-clock time, in seconds."""
 
     work: float
     wall: float
@@ -176,18 +182,18 @@ class Spent:
 
 @dataclass(frozen=True)
 class Proof:
-    """In which precision layers really run, as far as the runtime tells.
+    """The precisions in which layers really run, as far as the runtime reports them.
 
     Args:
-        differences: in words, every layer that does not run in the precision that it was written in.
-        unproven: the nodes inside a fused region, whose precision the runtime does not tell.
+        differences: a sentence for each layer that does not run in the precision that it was written in.
+        unproven: the nodes inside a fused region, whose precision the runtime does not report.
     """
 
     differences: tuple[str, ...] = ()
     unproven: tuple[str, ...] = ()
 
     def remarks(self) -> list[str]:
-        """Returns the differences, and one line for all that is unproven."""
+        """Returns the differences, and one line that counts the unproven layers."""
         count = len(self.unproven)
         layers = "1 layer runs" if count == 1 else f"{count} layers run"
         hidden = f"{layers} inside a fused region whose precision the runtime does not tell"
@@ -195,27 +201,27 @@ class Proof:
 
 
 class Session(Protocol):
-    """An artifact, loaded where it will run: here, or on a board."""
+    """An artifact loaded on its runtime, on this machine or on a board."""
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
-        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, from `batch` images at a time.
+        """Returns the logits `(n, classes)` and the routes `(n,)` of images, computed `batch` images at a time.
 
-        A route is the exit that answered and the blocks that were passed by: see `staged`.
+        A route encodes the exit that answered and the skipped blocks: see `evaluators.inference.staged`.
         """
         ...
 
     def all_logits(self, images: "ImageStore", batch: int) -> Images:
-        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
+        """Returns the logits of every exit and, last, of the end, `(n, exits + 1, classes)`; no image leaves early."""
         ...
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
-        """Returns what each of `calls` runs on one batch took."""
+        """Returns the time of each of `calls` runs on one batch."""
         ...
 
     def launches(self, images: Images, /) -> dict[str, float]:
-        """Returns the median wall-clock seconds of each way to launch a batch, the one that is deployed first.
+        """Returns the median wall-clock seconds of each launch mode, the deployed one first.
 
-        There is nothing to tell where there is one way only.
+        Empty if the runtime has only one launch mode.
         """
         ...
 
@@ -227,15 +233,18 @@ class Session(Protocol):
         reference_batch: int,
         protocol: TimingProtocol,
     ) -> TakeTurn:
-        """Returns turns between some batches and the reference on the first `reference_batch` images, warmed up."""
+        """Returns a function that times the batches and the reference, on the first `reference_batch` images, in turn.
+
+        Both are warmed up already.
+        """
         ...
 
     def proof(self, images: Images, precisions: Mapping[str, str], /) -> Proof:
-        """Returns which layers do not run in the precision that they were written in, or do not tell.
+        """Returns the layers that do not run in the precision in which they were written, and the unknown ones.
 
         Args:
-            images: one batch, as large as those that are deployed.
-            precisions: what was written, by the name of the ONNX node; of the stages that are here.
+            images: one batch of the deployed size.
+            precisions: the written precision of each layer of the deployed stages, by the name of its ONNX node.
         """
         ...
 
@@ -243,14 +252,14 @@ class Session(Protocol):
 class Runtime(Protocol):
     """The library that runs artifacts on a device.
 
-    One that runs files in this process needs a few lines: `evaluators.runtimes.local.LocalRuntime` has the rest.
+    A library that runs ONNX files in this process subclasses `evaluators.runtimes.local.LocalRuntime`.
     """
 
     name: str
 
     @staticmethod
     def missing() -> str | None:
-        """Returns why this runtime cannot be used here and what to do about it; None where it can."""
+        """Returns why this runtime cannot be used here and what to do about it; None if it can be used."""
         ...
 
     def version(self) -> str:
@@ -258,34 +267,34 @@ class Runtime(Protocol):
         ...
 
     def device(self) -> str:
-        """Returns the name of the device it runs on."""
+        """Returns the name of the device that it runs on."""
         ...
 
     def capabilities(self) -> Capabilities:
-        """Returns what runs well on this device."""
+        """Returns what this device can run."""
         ...
 
     def state(self) -> DeviceState:
-        """Returns how fast the device may run just now; in less than a millisecond, because it is asked in a trial."""
+        """Returns the device's clocks, power mode and temperature; in under a millisecond, as trials call it."""
         ...
 
     def deployable(self, model: bytes) -> bytes:
-        """Returns the file that is shipped for this runtime, made from a portable ONNX file."""
+        """Returns the file that is deployed on this runtime, made from a portable ONNX file."""
         ...
 
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> Session:
-        """Returns an artifact, loaded from the files that `deployable` or `deployed_stages` gave.
+        """Returns an artifact, loaded from the files that `deployable` or `deployed_stages` returned.
 
         Args:
             stages: the files.
-            plan: the confidence from which each exit answers; or steps, where the runtime can skip blocks.
-            threads: that run them.
-            confidence: what tells how sure an exit is.
+            plan: the confidence threshold of each exit; or steps, if blocks may be skipped.
+            threads: the number of threads.
+            confidence: the measure of an exit's confidence, a name in `staged.CONFIDENCES`.
         """
         ...
 
-    def tensors(self, model: bytes) -> Watch:
-        """Returns one file, loaded to be looked into: a function from a batch to all of its outputs, as float32."""
+    def tensors(self, model: bytes) -> TensorReader:
+        """Returns a file, loaded as a function from a batch to all of its outputs by name, as float32."""
         ...
 
     def extras(self, stages: Sequence[bytes], images: Images, /) -> dict[str, bytes]:
@@ -293,17 +302,18 @@ class Runtime(Protocol):
         ...
 
     def remarks(self) -> list[str]:
-        """Returns what a user should know about the measurements so far: a line that broke, a clock that moved."""
+        """Returns remarks on the measurements so far, such as a lost connection or a changed clock."""
         ...
 
 
 def deployed_stages(runtime: Runtime, stages: Sequence[bytes], skips: bool) -> tuple[bytes, ...]:
-    """Returns the files that are shipped of an artifact's portable ones.
+    """Returns the deployed files of an artifact's portable stages.
 
     Args:
-        library: what will run them.
+        runtime: the library that will run them.
         stages: the portable files.
-        skips: whether inputs may pass blocks by: what comes around a block is not quantized as what comes through it.
+        skips: whether blocks may be skipped; then features stay float between stages, because those that come around
+            a block are not quantized like those that come through it.
     """
     features = runtime.capabilities().features
     if skips or features == "float":

@@ -1,4 +1,4 @@
-"""Runtimes of this process, and artifacts that run in it."""
+"""Runtimes that run artifacts in this process."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from evaluators.inference.frame_reuse import FrameReuse
 from evaluators.inference.staged import Network, Routes, StagedNetwork, Steps
-from evaluators.runtimes.base import Capabilities, Follows, Images, Proof, Spent, TimedBatch, Watch
+from evaluators.runtimes.base import Capabilities, Images, PrecedingKeyFrame, Proof, Spent, TensorReader, TimedBatch
 from evaluators.runtimes.cpu import cpu_name, weight_bits
 from evaluators.runtimes.device_state import DeviceState, cpu_state
 from evaluators.runtimes.paired_timing import Call, Clock, TakeTurn, TimingProtocol, turns_of
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from evaluators.data import ImageStore
 
 LoadedStage = Callable[[Images], Sequence[Images]]
-"""A file as a function from a batch to its outputs, in the order in which the file has them."""
+"""A loaded file as a function from a batch to its outputs, in the file's order."""
 
 
 class LocalSession:
     """An artifact whose stages are functions of this process.
 
     Args:
-        stages: each maps a batch to what its step wants.
-        plan: the confidence from which each exit answers, or the steps.
-        threads: that the stages use; it decides which clock tells their work.
-        confidence: what the gates ask for.
-        clock: to read; where not given, the one that goes with the threads.
+        stages: each maps a batch to the outputs that its step needs.
+        plan: the confidence threshold of each exit, or the steps.
+        threads: the number of threads of the stages, which decides the clock.
+        confidence: the measure of an exit's confidence, a name in `staged.CONFIDENCES`.
+        clock: the clock to read; by default that of the number of threads.
     """
 
     def __init__(
@@ -41,21 +41,21 @@ class LocalSession:
         clock: Clock | None = None,
     ) -> None:
         self._network = StagedNetwork(stages, plan, confidence)
-        self._kind = confidence
+        self._confidence = confidence
         self._clock = clock or Clock.for_threads(threads)
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
-        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, from `batch` images at a time."""
+        """Returns the logits `(n, classes)` and the routes `(n,)` of images, computed `batch` images at a time."""
         parts = [self._network(images[start : start + batch]) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([routes for _, routes in parts])
 
     def all_logits(self, images: "ImageStore", batch: int) -> Images:
-        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
+        """Returns the logits of every exit and, last, of the end, `(n, exits + 1, classes)`; no image leaves early."""
         starts = range(0, len(images), batch)
         return np.concatenate([self._network.all_logits(images[start : start + batch]) for start in starts])
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
-        """Returns what each of `calls` runs on one batch took."""
+        """Returns the time of each of `calls` runs on one batch."""
         taken = []
         for _ in range(calls):
             work, wall = self._clock.work(), self._clock.wall()
@@ -64,7 +64,7 @@ class LocalSession:
         return taken
 
     def launches(self, _images: Images, /) -> dict[str, float]:
-        """Returns nothing: on a CPU there is one way to call."""
+        """Returns nothing: on a CPU there is only one launch mode."""
         return {}
 
     def turns(
@@ -75,31 +75,32 @@ class LocalSession:
         reference_batch: int,
         protocol: TimingProtocol,
     ) -> TakeTurn:
-        """Returns turns between some batches and the reference on the first `reference_batch` images, warmed up."""
-        some = images[:reference_batch]
+        """Returns a function that times batches and the reference, on the first `reference_batch` images, in turn."""
+        reference_images = images[:reference_batch]
         calls = [self._call(images, batch) for batch in batches]
         shares = [batch.share for batch in batches]
-        return turns_of(calls, lambda: reference._network(some), protocol, self._clock, shares)
+        return turns_of(calls, lambda: reference._network(reference_images), protocol, self._clock, shares)
 
     def proof(self, _images: Images, _precisions: Mapping[str, str], /) -> Proof:
-        """Returns an empty proof: a CPU runtime computes in the types that the file says."""
+        """Returns an empty proof: a CPU runtime computes in the types of the file."""
         return Proof()
 
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
-        network = StagedNetwork(self._network.stages, batch.way(self._network.plan), self._kind)
+        network = StagedNetwork(self._network.stages, batch.path_plan(self._network.plan), self._confidence)
         if batch.follows is not None:
-            chosen = images[batch.start : batch.start + batch.count]
-            return following(network, images[batch.follows.key : batch.follows.key + 1], chosen, batch.follows)
+            frame = images[batch.start : batch.start + batch.count]
+            key = images[batch.follows.key : batch.follows.key + 1]
+            return frame_call(network, key, frame, batch.follows)
         starts = (batch.start, *batch.others)
-        several = cycle([np.array(images[start : start + batch.count]) for start in starts])
-        return lambda: network(next(several))
+        batches = cycle([np.array(images[start : start + batch.count]) for start in starts])
+        return lambda: network(next(batches))
 
 
 class LocalRuntime(ABC):
-    '''A library that runs ONNX files in this process, with what most of them have in common on a CPU.
+    '''Base class of libraries that run ONNX files in this process, with defaults for CPUs.
 
-    A subclass has a name, a version and a way to load a file; it overrides the rest where it does more. It is named by
-    a line of `evaluators.runtimes.registry.RUNTIMES`.
+    A subclass has a name, a version and a method that loads a file; it may override the rest. It is registered by a
+    line of `evaluators.runtimes.registry.RUNTIMES`.
 
     Example:
         """The reference implementation of ONNX: what every operator means, at no speed."""
@@ -137,13 +138,13 @@ class LocalRuntime(ABC):
         """Returns a file as a function from a batch of any size to its outputs.
 
         Args:
-            model: what `deployable` gave.
-            threads: that run it.
+            model: a file that `deployable` returned.
+            threads: the number of threads.
         """
 
     @staticmethod
     def missing() -> str | None:
-        """Returns why this runtime cannot be used here and what to do about it; None where it can."""
+        """Returns why this runtime cannot be used here and what to do about it; None if it can be used."""
         return None
 
     def device(self) -> str:
@@ -151,22 +152,22 @@ class LocalRuntime(ABC):
         return cpu_name()
 
     def capabilities(self) -> Capabilities:
-        """Returns what holds on most CPUs: fp32, channels in eights, any batch size, blocks that can be skipped."""
+        """Returns the capabilities of most CPUs: fp32, channels in eights, any batch size, skippable blocks."""
         return Capabilities(("fp32",), {"fp32": 8}, weight_bits(), dynamic_batch=True, skips=True)
 
     def state(self) -> DeviceState:
-        """Returns the CPU's frequency, governor and temperature, where the system tells."""
+        """Returns the CPU's frequency, governor and temperature, as far as the system reports them."""
         return cpu_state()
 
     def deployable(self, model: bytes) -> bytes:
-        """Returns the portable file as it is."""
+        """Returns the portable file unchanged."""
         return model
 
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> LocalSession:
-        """Returns an artifact whose files are loaded one by one."""
+        """Returns an artifact, each of whose files is loaded by `load`."""
         return LocalSession([self.load(stage, threads) for stage in stages], plan, threads, confidence)
 
-    def tensors(self, model: bytes) -> Watch:
+    def tensors(self, model: bytes) -> TensorReader:
         """Returns a function from a batch to all outputs of a file, as float32."""
         import onnx  # a board runs files and makes none, so it has no onnx
 
@@ -174,29 +175,29 @@ class LocalRuntime(ABC):
         dtype = onnx.helper.tensor_dtype_to_np_dtype(graph.input[0].type.tensor_type.elem_type)
         run, names = self.load(model, 1), [output.name for output in graph.output]
 
-        def watch(images: Images) -> dict[str, Images]:
-            found = run(images.astype(dtype, copy=False))
-            return {name: np.asarray(tensor, np.float32) for name, tensor in zip(names, found, strict=True)}
+        def read_tensors(images: Images) -> dict[str, Images]:
+            tensors = run(images.astype(dtype, copy=False))
+            return {name: np.asarray(tensor, np.float32) for name, tensor in zip(names, tensors, strict=True)}
 
-        return watch
+        return read_tensors
 
     def extras(self, _stages: Sequence[bytes], _images: Images, /) -> dict[str, bytes]:
-        """Returns nothing: the files themselves are all that it needs."""
+        """Returns nothing: the deployed files are all that a bundle needs."""
         return {}
 
     def remarks(self) -> list[str]:
-        """Returns nothing: paired turns have taken care of a CPU whose speed moved."""
+        """Returns nothing: timing in turn with a reference already cancels changes of a CPU's speed."""
         return []
 
 
-def following(network: Network, key: Images, frame: Images, follows: Follows) -> Call:
-    """Returns a call that answers a frame as it is met in its stream, over and over.
+def frame_call(network: Network, key: Images, frame: Images, follows: PrecedingKeyFrame) -> Call:
+    """Returns a call that processes a frame each time as if it came in its place in the stream.
 
     Args:
-        network: that it is about.
+        network: the network to run if the frame is computed.
         key: the last key frame, `(1, c, h, w)`.
         frame: the frame, `(1, c, h, w)`.
-        follows: how long ago the key frame was, and what decides.
+        follows: the age of the key frame, and the settings of its reuse.
     """
     reuse = FrameReuse(network, follows.threshold, follows.max_age)
     last, _ = reuse.frame(key)

@@ -9,7 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from evaluators.inference.sessions import harmful_optimizers, session_entries
-from evaluators.runtimes.base import Capabilities, Images, Watch
+from evaluators.runtimes.base import Capabilities, Images, TensorReader
 from evaluators.runtimes.cpu import weight_bits
 from evaluators.runtimes.local import LoadedStage, LocalRuntime
 from evaluators.runtimes.onnx_rewrites.integer_operators import integer_form
@@ -66,7 +66,7 @@ class OnnxRuntime(LocalRuntime):
         """Returns a session with `threads` threads inside an operator and one operator at a time."""
         return load(model, threads)
 
-    def tensors(self, model: bytes) -> Watch:
+    def tensors(self, model: bytes) -> TensorReader:
         """Returns a function from a batch to all outputs of a file, as float32; its input may be half precision or u8.
 
         Half precision is rounded, and overflows, as the file says: see `rounded_halves`.

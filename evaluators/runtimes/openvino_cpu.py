@@ -13,7 +13,7 @@ import numpy as np
 
 from evaluators.inference.sessions import BatchSizes, PaddedStage, openvino_has_bf16, openvino_settings
 from evaluators.inference.staged import Steps
-from evaluators.runtimes.base import Capabilities, Images, Proof, TargetError, TimedBatch, Watch, allows
+from evaluators.runtimes.base import Capabilities, Images, Proof, TargetError, TensorReader, TimedBatch, allows
 from evaluators.runtimes.cpu import weight_bits
 from evaluators.runtimes.local import LoadedStage, LocalRuntime, LocalSession
 from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_activations
@@ -101,7 +101,7 @@ class OpenVino(LocalRuntime):
         self._lacks_bf16 |= wanted and not able
         return openvino_settings(threads, wanted and able)
 
-    def tensors(self, model: bytes) -> Watch:
+    def tensors(self, model: bytes) -> TensorReader:
         """Returns a function from a batch to all outputs of a file, as float32; half precision runs in f32."""
         settings = openvino_settings(1, allows(model, "bf16") and openvino_has_bf16(self._core))
 

@@ -1,10 +1,10 @@
-"""How long a call takes, told so that two answers a minute apart agree.
+"""Times a call relative to a reference, so that two measurements a minute apart agree.
 
 Processors change speed by 10 to 30 percent, within seconds. So a candidate is never timed alone: it takes turns with a
-reference that runs the same kind of kernels, and what is kept of a turn is the ratio of the two's means, in the
-thread's own CPU time. The median over turns then stands still where percentiles of either side, and their ratio, wander
-with the machine: on a machine that switches between two speeds, a ratio of tenth percentiles varied by 4 to 6% at equal
-cost, the median of paired ratios by 1%. Wall-clock percentiles are kept beside it.
+reference that runs the same kind of kernels, and each turn gives the ratio of their mean times, in the thread's own CPU
+time. The median ratio over turns is stable, while percentiles of either side, and their ratio, vary with the machine:
+on a machine that switches between two speeds, a ratio of tenth percentiles varied by 4 to 6% at equal cost, the median
+of paired ratios by 1%. Wall-clock percentiles are kept beside it.
 """
 
 import math
@@ -18,27 +18,27 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Call = Callable[[], object]
 TakeTurn = Callable[[bool], "Turn"]
-"""Takes one turn of every input; told whether the candidate goes first."""
+"""Takes one turn of every input; the argument is whether the candidate goes first."""
 
 _RESAMPLES = 200
-_LONGEST = 2000
-"""A burst has no more calls than this."""
+_MAX_BURST = 2000
+"""The largest number of calls in a burst."""
 _PATIENCE = 4
-"""So many times its limit a timing takes, at most, where it is not known well by then."""
-_ALONE = 4
-"""An input that never occurs is timed in bursts that are so many times shorter."""
+"""A timing stops at this multiple of its time limit, however wide its interval is."""
+_UNUSED_SHARE = 4
+"""The factor by which bursts of inputs that never occur are shorter."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Two clocks, in seconds: work done, and time gone by."""
+    """Two clocks, in seconds: work, and wall-clock time."""
 
     work: Callable[[], float]
     wall: Callable[[], float]
 
     @staticmethod
     def for_threads(threads: int) -> "Clock":
-        """Returns this thread's CPU time as the clock of work, or wall-clock time where several threads share it."""
+        """Returns the clocks for a number of threads: work is this thread's CPU time; with several, wall-clock time."""
         return Clock(time.thread_time if threads == 1 else time.perf_counter, time.perf_counter)
 
 
@@ -46,9 +46,8 @@ class Clock:
 class TimingProtocol:
     """How a pair is timed.
 
-    Calls come back to back, so that the caches hold what they hold in steady use: where candidate and reference
-    alternate call by call, both start cold, and a ResNet's int8 file takes 0.53 of the dense one's time in place of
-    0.43.
+    Calls come back to back, so that caches are in the state of steady use: if candidate and reference alternated call
+    by call, both would start cold, and a ResNet's int8 file would take 0.53 of the dense one's time instead of 0.43.
 
     Args:
         warmups: calls before the first timed one, of each side.
@@ -79,9 +78,9 @@ class TimingProtocol:
         )
 
     def length(self, seconds: float) -> int:
-        """Returns how many calls a burst has of which each takes so many seconds of work."""
-        wanted = self.dropped + math.ceil(self.burst_s / seconds) if seconds > 0 else 0
-        return max(self.burst, min(wanted, _LONGEST))
+        """Returns the number of calls in a burst, for calls that take this many seconds of work."""
+        calls = self.dropped + math.ceil(self.burst_s / seconds) if seconds > 0 else 0
+        return max(self.burst, min(calls, _MAX_BURST))
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class PairedTiming:
-    """What a timing found.
+    """The result of a timing.
 
     Args:
-        ratio: candidate to reference.
-        half_width: of the ratio's 95% interval, as a share of it.
+        ratio: the candidate's work divided by the reference's.
+        half_width: of the ratio's 95% confidence interval, relative to the ratio.
         per_input: the ratio of each input alone.
         work_s: seconds of the candidate's work by its own clock, the CPU's or the GPU's.
         shares: how often each input occurs.
@@ -151,11 +150,11 @@ def weighted_percentile(values: Floats, weights: Floats, percent: float) -> floa
 def time_pair(
     take_turn: TakeTurn, weights: Sequence[float], protocol: TimingProtocol, wall: Callable[[], float], seed: int = 0
 ) -> PairedTiming:
-    """Returns how long a candidate takes beside its reference.
+    """Returns the timing of a candidate relative to its reference.
 
     Args:
-        take_turn: runs both, here or on a board.
-        weights: how often each input occurs; 0 times it without counting it in.
+        take_turn: runs both, on this machine or on a board.
+        weights: how often each input occurs; inputs of weight 0 are timed but do not count in the ratio.
         protocol: when to stop.
         wall: a clock, in seconds.
         seed: of the bootstrap.
@@ -170,7 +169,7 @@ def time_pair(
     turns: list[Turn] = []
     begin = wall()
     while True:
-        # Who goes first alternates, so that a drift within the turn does not favour a side.
+        # The side that goes first alternates, so that a drift within a turn favours neither.
         turns.append(take_turn(len(turns) % 2 == 0))
         spent = wall() - begin
         late = spent >= protocol.limit_s
@@ -185,18 +184,18 @@ def time_pair(
 def turns_of(
     candidate: Sequence[Call], reference: Call, protocol: TimingProtocol, clock: Clock, shares: Sequence[float] = ()
 ) -> TakeTurn:
-    """Returns turns between calls of this process, which have been warmed up.
+    """Returns a function that takes turns between calls of this process, after warming them up.
 
-    Inputs that take ways of their own follow each other in random order, each as often as it occurs: the layers that
-    most of them leave out are not in the caches, so that two files which take 0.366 and 0.130 of a network's time over
-    and over take 0.545 in succession. An input that never occurs is timed over and over.
+    Inputs with different paths follow each other in random order, each as often as it occurs: layers that most inputs
+    skip are not in the caches, so that two files which take 0.366 and 0.130 of a network's time when repeated take
+    0.545 one after the other. An input that never occurs is timed by repeating it.
 
     Args:
-        candidate: one call per input that may take a time of its own.
-        reference: what it is compared with.
-        protocol: how long a burst is.
-        clock: what to read.
-        shares: how often each input occurs, in any unit; equally often where not given.
+        candidate: one call for each input that may take a different time.
+        reference: the call that it is compared with.
+        protocol: the length of bursts.
+        clock: the clock to read.
+        shares: how often each input occurs, in any unit; equally often by default.
     """
     often = np.array(shares or [1.0] * len(candidate))
     beside = protocol.length(_warmed_up([reference], protocol, clock))
@@ -243,7 +242,7 @@ class _Turns:
         counted = length - protocol.dropped
         often = np.maximum(np.rint(shares * counted), 1).astype(int) * (shares > 0)
         self._succession = np.repeat(np.arange(len(shares)), often)
-        self._alone = {int(index): max(counted // _ALONE, 1) for index in np.flatnonzero(shares == 0)}
+        self._alone = {int(index): max(counted // _UNUSED_SHARE, 1) for index in np.flatnonzero(shares == 0)}
 
     def __call__(self, candidate_first: bool) -> Turn:
         """Returns one turn of every input."""

@@ -1,4 +1,4 @@
-"""Every runtime, by the name that `--target` gives it; a library is imported when it is asked for."""
+"""Every runtime, by its name in `--target`; a library is imported when its runtime is first used."""
 
 from collections.abc import Callable
 
@@ -13,16 +13,16 @@ RUNTIMES: Registry[type[Runtime]] = Registry(
         "openvino": "evaluators.runtimes.openvino_cpu:OpenVino",
     },
 )
-"""What runs on this machine."""
+"""Runtimes on this machine."""
 
 REMOTE: Registry[Callable[[str], Runtime]] = Registry(
     "a remote target", {"ssh": "evaluators.runtimes.remote.runtime:RemoteRuntime"}
 )
-"""What runs on another one, by the scheme of its URL."""
+"""Runtimes on other machines, by the scheme of the target's URL."""
 
 
 def runtime(name: str) -> Runtime:
-    """Returns the runtime called `name`, here, or for `ssh://[user@]host` the one on that board.
+    """Returns the runtime called `name` on this machine, or for `ssh://[user@]host` the one on that board.
 
     Raises:
         TargetError: there is no such runtime, it is not installed here, or the board cannot be reached.
@@ -36,8 +36,8 @@ def runtime(name: str) -> Runtime:
         remedy = f"did you mean {near!r}?" if near else "see: python -m search doctor"
         known = f"ssh://[user@]host, {FORM} or one of {', '.join(RUNTIMES)}"
         raise TargetError(f"a target is {known}, got {name!r}; {remedy}")
-    found = RUNTIMES[name]
-    reason = found.missing()
+    runtime_class = RUNTIMES[name]
+    reason = runtime_class.missing()
     if reason:
         raise TargetError(f"target {name!r} is not available here: {reason}")
-    return found()
+    return runtime_class()

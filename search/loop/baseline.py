@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from evaluators.graph.digest import form_of
+from evaluators.graph.digest import nameless_digest
 from evaluators.latency.cache import LatencyCache
 from evaluators.latency.evaluator import LatencyEvaluator
 from evaluators.latency.slow_layer_timing import SlowLayerFinder
@@ -105,7 +105,11 @@ def _known(pipeline: CompressionPipeline, candidate: Candidate, earlier: Evaluat
     """Returns an earlier evaluation as a candidate's own, where its file is of the same form; else None."""
     deployed = pipeline.deployed(candidate)
     files = deployed.artifact.deployed
-    if len(files) != 1 or form_of(files[0]) != form or earlier.measurements["accuracy"].n != len(pipeline.scored):
+    if (
+        len(files) != 1
+        or nameless_digest(files[0]) != form
+        or earlier.measurements["accuracy"].n != len(pipeline.scored)
+    ):
         return None
     counted = {evaluator.metric: evaluator.measure(deployed) for evaluator in pipeline.cheap_evaluators}
     measured = {**earlier.measurements, **counted}

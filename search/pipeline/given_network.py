@@ -15,7 +15,7 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages, Splits
 from evaluators.deployed import DeployedCandidate
 from evaluators.flops.evaluator import FlopsEvaluator
-from evaluators.graph.digest import form_of
+from evaluators.graph.digest import nameless_digest
 from evaluators.latency.cache import LatencyCache
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.quantization.equalization import equalized
@@ -113,7 +113,7 @@ class GivenNetwork:
             progress("Measuring the network as it is", done, len(able.precisions))
             simple.append(self.simple(precision, latency))
         progress("Measuring the network as it is", len(simple), len(simple))
-        forms = {name: form_of(artifact.deployed[0]) for name, artifact in files.items()}
+        forms = {name: nameless_digest(artifact.deployed[0]) for name, artifact in files.items()}
         return Given(self.study.question_key, self.fingerprint, spent, forms, tuple(simple))
 
     def simple(self, precision: str, latency: LatencyEvaluator) -> Simple:

@@ -7,7 +7,7 @@ from functools import cached_property
 from evaluators.artifact import Artifact
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import Splits
-from evaluators.graph.digest import form_of
+from evaluators.graph.digest import nameless_digest
 from evaluators.latency.evaluator import LatencyEvaluator
 from evaluators.runtimes.base import Runtime, Spent, Target
 from search.pipeline.given_network import latency_evaluator, time_references
@@ -47,8 +47,8 @@ class References:
         }
 
     def have_forms(self, forms: Mapping[str, str]) -> bool:
-        """Returns whether the references are files of these forms, see `form_of`, by precision."""
-        return {name: form_of(artifact.deployed[0]) for name, artifact in self.artifacts.items()} == dict(forms)
+        """Returns whether the references are files of these forms, see `nameless_digest`, by precision."""
+        return {name: nameless_digest(artifact.deployed[0]) for name, artifact in self.artifacts.items()} == dict(forms)
 
     def time(self) -> dict[str, Spent]:
         """Returns what each reference takes for its batch, medians in seconds, timed side by side."""

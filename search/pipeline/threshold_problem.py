@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.exits.correctness import correctness_probabilities
-from evaluators.exits.threshold_solver import Cost, Solved, Thresholds
+from evaluators.exits.threshold_solver import Cost, Solution, ThresholdSolver
 from evaluators.measurement import Measurement
 from spaces.candidate import NEVER_EXIT
 
@@ -147,9 +147,9 @@ class ThresholdProblem:
         correct: NDArray[np.bool_] | NDArray[np.floating],
         floor: float | None,
         is_frugal: bool = False,
-    ) -> Thresholds:
+    ) -> ThresholdSolver:
         exits = self.confidences[:, :-1]
-        return Thresholds(exits, correct, self._corrected_costs(), floor, is_frugal=is_frugal)
+        return ThresholdSolver(exits, correct, self._corrected_costs(), floor, is_frugal=is_frugal)
 
     def _resolved(self, thresholds: Sequence[float], expected: float) -> ResolvedThresholds:
         """Returns what thresholds come to by counting."""
@@ -166,7 +166,7 @@ class ThresholdProblem:
             paths={metric: tuple(float(each) for each in cost.leave) for metric, cost in self.costs.items()},
         )
 
-    def _cheapest_of_equal_accuracy(self, best: Solved, likely: NDArray[np.floating]) -> Solved:
+    def _cheapest_of_equal_accuracy(self, best: Solution, likely: NDArray[np.floating]) -> Solution:
         """Returns the cheapest thresholds that are as accurate as the best ones, as far as so many images can tell.
 
         Without, a budget that is easily kept would leave it to chance what exits save. Where no cost is limited the

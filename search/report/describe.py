@@ -1,7 +1,7 @@
 """What a version is and what its figures are worth, in words."""
 
 from evaluators.accuracy import wilson
-from evaluators.latency.slow_layers import Slower, SlowLayers, Whole
+from evaluators.latency.slow_layers import SlowerLayers, SlowLayers, WholeNetwork
 from evaluators.measurement import Measurement
 from evaluators.streams import KEY_FRAMES
 from search.config.units import milliseconds, percent, size
@@ -34,7 +34,7 @@ def examined_layers(examined: SlowLayers) -> str:
     return f"{'. '.join(told)} ({cost})."
 
 
-def _as_a_whole(whole: Whole, left_out: int) -> str:
+def _as_a_whole(whole: WholeNetwork, left_out: int) -> str:
     """Returns what a network's time in one precision is to that in another, and to how many layers it is offered."""
     name = whole.precision
     times = 1 / whole.ratio
@@ -53,7 +53,7 @@ def _as_a_whole(whole: Whole, left_out: int) -> str:
     )
 
 
-def _slower(each: Slower) -> str:
+def _slower(each: SlowerLayers) -> str:
     them = "them" if len(each.layers) > 1 else "it"
     seen = "" if each.is_confirmed else ", seen once"
     return (

@@ -1,4 +1,4 @@
-"""Where an exit may sit: behind modules whose output alone separates the image from the logits."""
+"""Finds cut points for exits: modules whose output alone separates the image from the logits."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from spaces.errors import StructureError
 
 Edge = tuple[Any, int]
-"""A tensor in autograd's graph: the node that made it, and which of its outputs it is."""
+"""A tensor in autograd's graph: the node that computed it, and the index among the node's outputs."""
 
 EARLIEST, LATEST = 0.05, 0.9
-"""Before the first, features say little about the class; behind the second, an exit saves nothing."""
+"""The range of shares of FLOPs for exits: earlier, features say little about the class; later, exits save nothing."""
 _FARTHEST = 0.2
-"""An exit may sit this far from the wanted share of the multiply-adds, and no further."""
+"""The largest distance of an exit from the requested share of multiply-adds."""
 _NEAR = 0.08
-"""The end of a block this much further from the wanted share is better than the middle of one."""
+"""The end of a block is preferred to its inside up to this much additional distance."""
 
 
 @dataclass(frozen=True)
 class CutPoints:
-    """Places for exits.
+    """Cut points for exits.
 
     Args:
-        after: paths of modules, in the order in which they run.
-        shares: the share of the network's multiply-adds that each has behind it.
-        reason: why there are fewer than asked for; empty where there are not.
+        after: the paths of the modules after which exits sit, in the order in which they run.
+        shares: the share of the network's multiply-adds up to each cut point.
+        reason: why there are fewer than requested; empty if there are not.
     """
 
     after: tuple[str, ...]
@@ -41,18 +41,18 @@ class CutPoints:
         return f"{found} {self.reason}".strip() if self.reason else found
 
     def only(self, after: Sequence[str], reason: str) -> Self:
-        """Returns those of the places that are named; with the reason where some are not."""
+        """Returns the cut points after the named modules; with the reason if others are left out."""
         kept = [(path, share) for path, share in zip(self.after, self.shares, strict=True) if path in after]
-        gone = [path for path in self.after if path not in after]
-        told = f"{self.reason} None after {' and '.join(gone)}: {reason}.".strip() if gone else self.reason
+        dropped = [path for path in self.after if path not in after]
+        message = f"{self.reason} None after {' and '.join(dropped)}: {reason}.".strip() if dropped else self.reason
         return replace(
-            self, after=tuple(path for path, _ in kept), shares=tuple(share for _, share in kept), reason=told
+            self, after=tuple(path for path, _ in kept), shares=tuple(share for _, share in kept), reason=message
         )
 
 
 @dataclass(frozen=True)
 class _Output:
-    """What a module gave."""
+    """The output of a module in one forward pass."""
 
     path: str
     tensor: Tensor
@@ -64,7 +64,7 @@ class _Output:
 
 @dataclass
 class _Run:
-    """One forward of the network, with what its modules gave."""
+    """One forward pass of the network, with the outputs of its modules."""
 
     outputs: list[_Output] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
@@ -72,11 +72,11 @@ class _Run:
 
 
 def find_cut_points(trunk: nn.Module, image: Tensor, shares: Sequence[float]) -> CutPoints:
-    """Returns where exits may sit, one near each of the wanted shares of the network's multiply-adds.
+    """Returns cut points for exits, one near each of the requested shares of the network's multiply-adds.
 
-    A tensor separates the network when autograd, on its way back from the logits, cannot reach the image without it;
-    and when another image gives the same logits once it is put in, because autograd does not see what is detached.
-    The ends of blocks are preferred to what lies inside them.
+    A tensor separates the network if autograd cannot get from the logits back to the image without it, and if another
+    image gives the same logits once the tensor is put in, because autograd does not see detached tensors. The ends of
+    blocks are preferred to their insides.
 
     Args:
         trunk: maps an image to logits, in evaluation mode.
@@ -99,7 +99,7 @@ def find_cut_points(trunk: nn.Module, image: Tensor, shares: Sequence[float]) ->
         near = [one for one in usable if abs(one.macs / run.macs - share) <= _FARTHEST]
         for one in sorted(near, key=lambda one: _distance(one, run.macs, share)):
             if one.path not in separates:
-                bypassed = reaches(logits.grad_fn, source, one.edge) or _is_passed_by(trunk, one.path, image)
+                bypassed = reaches(logits.grad_fn, source, one.edge) or _is_bypassed(trunk, one.path, image)
                 separates[one.path] = not bypassed
             if separates[one.path] and one.path not in found:
                 found[one.path] = one
@@ -115,10 +115,10 @@ def find_cut_points(trunk: nn.Module, image: Tensor, shares: Sequence[float]) ->
 
 
 def check_cut_points(trunk: nn.Module, image: Tensor, after: Sequence[str]) -> CutPoints:
-    """Returns the cut points behind modules that are known by their paths.
+    """Returns the cut points after given modules.
 
     Raises:
-        StructureError: what one of them gives does not separate the image from the logits.
+        StructureError: the output of one of them does not separate the image from the logits.
     """
     source = image.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -127,7 +127,7 @@ def check_cut_points(trunk: nn.Module, image: Tensor, after: Sequence[str]) -> C
     for path in after if logits.grad_fn is not None else ():
         if path not in given:
             continue
-        if reaches(logits.grad_fn, source, given[path].edge) or _is_passed_by(trunk, path, image):
+        if reaches(logits.grad_fn, source, given[path].edge) or _is_bypassed(trunk, path, image):
             raise StructureError(
                 f"an exit sits where one tensor separates the network in two, got {path!r}, which is bypassed;"
                 " move it behind the block"
@@ -135,8 +135,8 @@ def check_cut_points(trunk: nn.Module, image: Tensor, after: Sequence[str]) -> C
     return CutPoints(tuple(after), tuple(given[path].macs / run.macs if path in given else 0.0 for path in after))
 
 
-def _is_passed_by(trunk: nn.Module, path: str, image: Tensor) -> bool:
-    """Returns whether another image changes the logits although a module gives what it gave for the first one."""
+def _is_bypassed(trunk: nn.Module, path: str, image: Tensor) -> bool:
+    """Returns whether another image changes the logits although a module's output is kept."""
     one, other = torch.randn(2, *image.shape, generator=torch.Generator().manual_seed(0)).to(image.dtype)
     given: list[Tensor] = []
 
@@ -184,16 +184,16 @@ def _observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, _Run]:
 
 
 def _rank(module: nn.Module) -> int:
-    """Returns 0 for a block, 1 for an activation or pooling, 2 for a layer that one of them still follows."""
+    """Returns the rank of a module as a cut point: 0 for a block, 1 for an activation or pooling, 2 for a layer."""
     if any(True for _ in module.children()):
         return 0
     return 2 if any(True for _ in module.parameters()) else 1
 
 
 def _distinct(run: _Run, image: Tensor) -> list[_Output]:
-    """Returns the feature maps, each by the outermost module that gives it.
+    """Returns the feature maps, each with the outermost module that returns it.
 
-    A module that runs twice has no place in the network; nor has a tensor that is changed after it was given.
+    Modules that run twice and tensors that are changed in place afterwards are left out.
     """
     outermost: dict[Edge, _Output] = {}
     for one in run.outputs:
@@ -206,13 +206,13 @@ def _distinct(run: _Run, image: Tensor) -> list[_Output]:
 
 
 def _is_map(features: Tensor, image: Tensor) -> bool:
-    """Returns whether the last two axes are a height and a width: more than a point, in the image's proportion."""
+    """Returns whether the last two axes are a height and a width: larger than 1x1, with the image's aspect ratio."""
     height, width = features.shape[2:]
     return max(height, width) > 1 and abs(height * image.shape[3] / image.shape[2] - width) <= 1
 
 
 def reaches(start: Any, image: Tensor, without: Edge | None) -> bool:
-    """Returns whether autograd's graph leads from a node back to the image, without one tensor."""
+    """Returns whether autograd's graph leads from a node back to the image, if one tensor is removed."""
     seen, todo = {start}, [start]
     while todo:
         node = todo.pop()

@@ -1,4 +1,4 @@
-"""A network with its early exits and the gates of its blocks, as one torch module."""
+"""A network with early exits and gates around blocks, as one torch module."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -12,11 +12,11 @@ from spaces.errors import StructureError
 _TRUNK = "trunk."
 
 Decide = Callable[[str, Tensor], Tensor]
-"""Turns a block's path and its gate's logits `(n, 1)` into 1 where the block is run and 0 where it is skipped."""
+"""Maps a block's path and its gate's logits `(n, 1)` to 1 where the block is run and 0 where it is skipped."""
 
 
 def decided(block: str, logits: Tensor) -> Tensor:  # noqa: ARG001
-    """Returns what gates say when they are deployed as they were trained: a block is run from a logit of 0 on."""
+    """Returns the decisions of gates at the threshold of their training: a block is run from a logit of 0 on."""
     return (logits.detach() >= 0).to(logits.dtype)
 
 
@@ -25,7 +25,7 @@ NO_GATES: Mapping[str, nn.Module] = MappingProxyType({})
 
 
 def layer_name(path: str) -> str:
-    """Returns the name users know a module by: its path in the network that they gave.
+    """Returns the name of a module for users: its path in their network.
 
     layer_name("trunk.stage1.0.conv1")    # "stage1.0.conv1"
     layer_name("exits.exit1.classifier")  # "exits.exit1.classifier"
@@ -36,7 +36,7 @@ def layer_name(path: str) -> str:
 class ExitHead(nn.Module):
     """Average pooling to a small grid and one linear layer.
 
-    The grid keeps some of the spatial layout, which a shallow layer's features need.
+    The grid keeps some of the spatial layout, which helps with the features of shallow layers.
     Source: Kaya et al., Shallow-Deep Networks, 2019.
     """
 
@@ -56,7 +56,7 @@ class ExitHead(nn.Module):
 class ConvolutionalExitHead(nn.Module):
     """Average pooling to twice the grid, one convolution, pooling to the grid and one linear layer.
 
-    A shallow layer's features say more about a class once they have been combined.
+    The convolution combines the features of shallow layers, which say little about a class one by one.
     """
 
     def __init__(self, channels: int, classes: int, grid: int) -> None:
@@ -82,7 +82,7 @@ HEADS: Mapping[str, type[ExitHead] | type[ConvolutionalExitHead]] = {
     "linear": ExitHead,
     "conv": ConvolutionalExitHead,
 }
-"""Every kind of head, by the name that a study gives it; each begins by what its `pool` does."""
+"""Every kind of exit head, by its name in a study; each begins with its `pool`."""
 
 
 class ExitNetwork(nn.Module):
@@ -92,7 +92,7 @@ class ExitNetwork(nn.Module):
         trunk: maps images `(n, c, h, w)` to logits `(n, classes)`.
         cut_points: paths of the trunk's modules, in the order in which they run, after which an exit sits.
         heads: one head for each cut point.
-        gates: by the path of the block that an input may pass by, in the order in which they run.
+        gates: the gate of each skippable block by the block's path, in the order in which they run.
     """
 
     def __init__(
@@ -120,29 +120,29 @@ class ExitNetwork(nn.Module):
         return self.skips.get_submodule(block)
 
     def run_trunk(self, images: Tensor, decide: Decide = decided) -> tuple[list[Tensor], Tensor]:
-        """Returns the features at each cut point and the trunk's logits, where every image skips what it may.
+        """Returns the features at each cut point and the trunk's logits, with blocks skipped by the gates.
 
         Args:
             images: `(n, c, h, w)`.
-            decide: who runs which block.
+            decide: turns the gates' logits into decisions.
         """
 
-        def pass_by(block: str, source: Tensor, result: Tensor) -> Tensor:
+        def gated(block: str, source: Tensor, result: Tensor) -> Tensor:
             runs = decide(block, self.gate(block)(source))[:, :, None, None].to(result.dtype)
             return runs * result + (1 - runs) * source
 
-        blocks = {block: self._passing(block, pass_by) for block in self.skip_blocks}
+        blocks = {block: self._gate_hook(block, gated) for block in self.skip_blocks}
         return self._run(images, blocks)
 
     def observe(self, images: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], Tensor]:
-        """Returns the features at each cut point, what each gated block reads and gives, and the trunk's logits.
+        """Returns the features at each cut point, each gated block's input and output, and the trunk's logits.
 
         Every block is run.
         """
-        seen: list[tuple[Tensor, Tensor]] = []
-        hook: _Hook = lambda _module, args, out: seen.append((args[0], out))  # noqa: E731
+        ends: list[tuple[Tensor, Tensor]] = []
+        hook: _Hook = lambda _module, args, out: ends.append((args[0], out))  # noqa: E731
         features, logits = self._run(images, dict.fromkeys(self.skip_blocks, hook))
-        return features, seen, logits
+        return features, ends, logits
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns the logits of each exit, each gate, and, last, the trunk `(n, classes)`; every block is run."""
@@ -153,15 +153,15 @@ class ExitNetwork(nn.Module):
 
     def answers(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns the logits of each exit and, last, of the trunk, each `(n, classes)`; every block is run."""
-        found = self(images)
-        return (*found[: len(self.exit_names)], found[-1])
+        logits = self(images)
+        return (*logits[: len(self.exit_names)], logits[-1])
 
     @staticmethod
-    def _passing(block: str, pass_by: Callable[[str, Tensor, Tensor], Tensor]) -> "_Hook":
-        return lambda _module, args, out: pass_by(block, args[0], out)
+    def _gate_hook(block: str, gated: Callable[[str, Tensor, Tensor], Tensor]) -> "_Hook":
+        return lambda _module, args, out: gated(block, args[0], out)
 
     def _run(self, images: Tensor, blocks: Mapping[str, "_Hook"]) -> tuple[list[Tensor], Tensor]:
-        """Returns the features at each cut point and the logits; exits see what hooks around blocks have made."""
+        """Returns the features at each cut point, after the hooks around blocks, and the logits."""
         features: list[Tensor] = []
         hooks = [self.trunk.get_submodule(path).register_forward_hook(hook) for path, hook in blocks.items()]
         hooks += [
@@ -180,7 +180,7 @@ _Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 
 
 def _tree(gates: Mapping[str, nn.Module]) -> nn.Module:
-    """Returns a module in which each gate has its block's path: a module's name may not hold a dot."""
+    """Returns a module tree in which each gate has its block's path, because a module's name may not have a dot."""
     root = nn.Module()
     for path, gate in gates.items():
         parent = root
@@ -194,7 +194,7 @@ def _tree(gates: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def feature_channels(trunk: nn.Module, cut_points: Sequence[str], image: Tensor) -> list[int]:
-    """Returns how many channels the output of each cut point has, for one image `(1, c, h, w)`.
+    """Returns the number of channels of each cut point's output, for one image `(1, c, h, w)`.
 
     Raises:
         StructureError: a cut point is not a module of the trunk, or its output is no feature map.
@@ -213,5 +213,5 @@ def feature_channels(trunk: nn.Module, cut_points: Sequence[str], image: Tensor)
 
 
 def is_of_gate(name: str) -> bool:
-    """Returns whether a layer, or a group of channels, is inside the gate of a block or a mask: narrow as it is."""
+    """Returns whether a layer, or a group of channels, is part of a block's gate or of a mask."""
     return name.startswith("skips.") or f".{NAME}." in name

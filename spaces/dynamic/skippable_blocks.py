@@ -1,4 +1,4 @@
-"""Where a gate may sit: around blocks whose input also reaches their output past them."""
+"""Finds the blocks that a gate may skip: blocks with an identity shortcut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from spaces.dynamic.cut_points import Edge, reaches
 from spaces.errors import StructureError
 
 _PASSING = {"AddBackward0", "ReluBackward0", "HardtanhBackward0", "CloneBackward0", "AliasBackward0"}
-"""What an identity shortcut may run through in autograd's graph: the addition, and a clamp behind it."""
+"""The nodes of autograd's graph that an identity shortcut may have: the addition, and a clamp after it."""
 MOST = 48
-"""So many blocks may have gates: which of them an image skipped is written into one whole number."""
+"""The largest number of blocks with gates: the skipped ones are encoded in one integer."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks that an input may pass by.
+    """The blocks that can be skipped.
 
     Args:
         gated: their paths, in the order in which they run.
-        others: blocks of the same kinds that are not gated, because their output is not of their input's shape or
-            nothing passes them by: those that halve the resolution, as a rule.
+        others: blocks of the same classes that cannot be skipped, because their output has another shape than their
+            input or they have no identity shortcut: usually those that halve the resolution.
     """
 
     gated: tuple[str, ...]
@@ -36,8 +36,8 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one module read and gave."""
+class ModuleCall:
+    """The input and output of a module in one forward pass."""
 
     source: Tensor
     result: Tensor
@@ -46,25 +46,25 @@ class Seen:
 
     @property
     def before(self) -> Edge:
-        """What it read, in autograd's graph."""
+        """The input, in autograd's graph."""
         return self.edges[0]
 
     @property
     def after(self) -> Edge:
-        """What it gave."""
+        """The output, in autograd's graph."""
         return self.edges[1]
 
     @property
     def is_changed(self) -> bool:
-        """Whether one of the two was changed in place, inside the block or behind it."""
+        """Whether the input or output was changed in place, inside the block or after it."""
         return (self.source._version, self.result._version) != self.versions
 
 
 def find_blocks(trunk: nn.Module, image: Tensor) -> Blocks:
-    """Returns all blocks that may be skipped, the innermost where one holds another.
+    """Returns all blocks that can be skipped, the innermost of nested ones.
 
-    The identity may stand for such a block: its output has its input's shape, both separate the network, and from the
-    input leads a way to the output that only adds and clamps.
+    Such a block can be replaced by the identity: its output has its input's shape, both separate the network, and there
+    is a path from the input to the output that only adds and clamps.
 
     Args:
         trunk: maps an image to logits, in evaluation mode.
@@ -79,10 +79,10 @@ def find_blocks(trunk: nn.Module, image: Tensor) -> Blocks:
 
 
 def check_blocks(trunk: nn.Module, image: Tensor, paths: Sequence[str]) -> Blocks:
-    """Returns the blocks that are known by their paths, in the order in which they run.
+    """Returns the blocks with given paths, in the order in which they run.
 
     Raises:
-        StructureError: one of them cannot be skipped, or lies in another.
+        StructureError: one of them cannot be skipped, or is inside another.
     """
     logits, source, seen = observed(trunk, image)
     for path in paths:
@@ -100,11 +100,11 @@ def _few(blocks: Blocks) -> Blocks:
     return blocks
 
 
-def observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, dict[str, Seen]]:
-    """Returns the logits, the image that they come from, and what each module that runs once read and gave."""
+def observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, dict[str, ModuleCall]]:
+    """Returns the logits, their input image, and the call of each module that runs once, by path."""
     source = image.detach().clone().requires_grad_()
     begun: dict[str, tuple[Tensor, Edge, int]] = {}
-    seen: dict[str, Seen] = {}
+    seen: dict[str, ModuleCall] = {}
     calls: dict[str, int] = {}
 
     def begin(path: str, args: tuple[object, ...]) -> None:
@@ -115,7 +115,7 @@ def observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, dict[str,
     def finish(path: str, out: object) -> None:
         if path in begun and isinstance(out, Tensor):
             given, edge, version = begun[path]
-            seen[path] = Seen(given, out, (edge, (out.grad_fn, out.output_nr)), (version, out._version))
+            seen[path] = ModuleCall(given, out, (edge, (out.grad_fn, out.output_nr)), (version, out._version))
 
     hooks = []
     for path, module in trunk.named_modules():
@@ -130,8 +130,8 @@ def observed(trunk: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, dict[str,
     return logits, source, {path: one for path, one in seen.items() if path and calls[path] == 1}
 
 
-def _refusal(trunk: nn.Module, path: str, seen: dict[str, Seen], logits: Tensor, image: Tensor) -> str | None:
-    """Returns why a block cannot be skipped; None where it can."""
+def _refusal(trunk: nn.Module, path: str, seen: dict[str, ModuleCall], logits: Tensor, image: Tensor) -> str | None:
+    """Returns why a block cannot be skipped; None if it can."""
     if path not in seen:
         return "no module of the network that runs once, with one tensor in and one out"
     one = seen[path]
@@ -148,7 +148,7 @@ def _refusal(trunk: nn.Module, path: str, seen: dict[str, Seen], logits: Tensor,
 
 
 def _passes(start: Edge, end: Edge) -> bool:
-    """Returns whether one tensor is another, with something added to it and clamped."""
+    """Returns whether a tensor is another one after additions and clamps only."""
     seen, todo = set(), [start]
     while todo:
         edge = todo.pop()

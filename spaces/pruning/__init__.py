@@ -1,1 +1,1 @@
-"""Which channels hang together, which of them matter, and how they are cut."""
+"""Channel pruning: dependency groups, criteria and slicing."""

@@ -1,7 +1,7 @@
 """Dependency groups from torch-pruning's graph: which indices of which modules belong to the same channel.
 
-torch-pruning traces the network; the graph it makes is walked here, index by index, so that a graph which it misread
-(reshapes that multiply channels without end, channels that are tied to each other) is noticed instead of followed.
+torch-pruning traces the network. Its graph is followed here index by index, so that errors in the graph (reshapes that
+multiply channels without end, channels that are tied to each other) are detected.
 """
 
 import warnings
@@ -26,16 +26,16 @@ _NO_MATCH = "the groups of a grouped convolution do not match its neighbours' ch
 
 Layer = nn.Conv2d | nn.Linear
 Walk = dict[tuple[Any, Callable[..., Any]], dict[int, int]]
-"""Of each node and side that a walk reached: the indices, and the root's channel that each belongs to."""
+"""For each node and pruning function that was reached: the root's channel that each index belongs to."""
 
 
 class _WholeError(Exception):
-    """Why a group stays whole: the reason, and what exactly."""
+    """A group cannot be pruned: the reason and its details."""
 
 
 @dataclass
-class _Found:
-    """What one walk found."""
+class _LayerGroup:
+    """The channels that one layer computes, and the modules that hold them."""
 
     name: str
     channels: int
@@ -46,9 +46,9 @@ class _Found:
 
 
 def dependency_groups(network: nn.Module, image: Tensor) -> Groups:
-    """Returns the groups of `network`, in the order in which it runs; that they can be cut is not yet proved.
+    """Returns the groups of `network`, in the order in which it runs, without testing that they can be pruned.
 
-    The groups that hold a classifier's classes or the image's channels are not among them.
+    Groups of a classifier's classes or of the image's channels are left out.
 
     Args:
         network: returns a tuple of logits.
@@ -61,20 +61,20 @@ def dependency_groups(network: nn.Module, image: Tensor) -> Groups:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Gradients that begin at the image leave a trace even where every weight is frozen.
+            # With gradients of the image, the network is traced even if all weights are frozen.
             graph.build_dependency(network, image.clone().requires_grad_(), verbose=False)
-    except Exception as error:  # whatever it stumbles over, the network itself is fine
-        # Where it stumbled over indices the graph is there; what is wrong in it will not survive being cut.
+    except Exception as error:  # a failure of torch-pruning, not of the network
+        # The graph may exist in spite of the error; wrong groups are detected when they are cut.
         detail = f"{type(error).__name__}: {error}"
     seen = getattr(graph, "module2node", {})
     found, visited = [], set(outputs)
-    # A mask decides before its block runs, and yet the channels are the block's.
+    # A mask runs before the layers of its block, but the channels are named after the block's layers.
     for root in sorted(order, key=lambda layer: NAME in paths[layer].split(".")):
         if root in visited:
             continue
         if root not in seen:
             reason = ("torch-pruning cannot follow the network there", detail)
-            found.append(_Found(layer_name(paths[root]), root.weight.shape[0], reason=reason))
+            found.append(_LayerGroup(layer_name(paths[root]), root.weight.shape[0], reason=reason))
         else:
             one, made = _group_of(graph, root, paths)
             visited |= made
@@ -84,10 +84,10 @@ def dependency_groups(network: nn.Module, image: Tensor) -> Groups:
 
 
 def _layers_that_run(network: nn.Module, image: Tensor) -> tuple[list[Layer], set[nn.Module]]:
-    """Returns convolutions and linear layers as they run, and those of them whose output is the network's."""
+    """Returns convolutions and linear layers in the order in which they run, and those that compute outputs."""
     order: dict[Layer, None] = {}
     made: dict[int, nn.Module] = {}
-    kept: list[Tensor] = []  # so that no tensor takes over the identity of one that is gone
+    kept: list[Tensor] = []  # keeps tensors alive, so that no id is used twice
 
     def ran(module: nn.Module, _args: object, out: Tensor) -> None:
         assert isinstance(module, Layer)
@@ -104,9 +104,9 @@ def _layers_that_run(network: nn.Module, image: Tensor) -> tuple[list[Layer], se
     return list(order), {made[id(out)] for out in outputs if id(out) in made}
 
 
-def _group_of(graph: Any, root: Layer, paths: Mapping[nn.Module, str]) -> tuple[_Found, set[nn.Module]]:
-    """Returns the group of the channels that `root` makes, and every layer that makes some of them."""
-    found = _Found(layer_name(paths[root]), root.weight.shape[0])
+def _group_of(graph: Any, root: Layer, paths: Mapping[nn.Module, str]) -> tuple[_LayerGroup, set[nn.Module]]:
+    """Returns the group of the channels that `root` computes, and every layer that computes some of them."""
+    found = _LayerGroup(layer_name(paths[root]), root.weight.shape[0])
     walk: Walk = {}
     limit = max(max(layer.weight.shape[0], _size(layer, "in")) for layer in paths if isinstance(layer, Layer))
     try:
@@ -123,7 +123,7 @@ def _group_of(graph: Any, root: Layer, paths: Mapping[nn.Module, str]) -> tuple[
 
 
 def _walk(graph: Any, root: Layer, walk: Walk, limit: int) -> None:
-    """Follows the channels that `root` makes to every module that holds them.
+    """Follows the channels that `root` computes to every module that holds them.
 
     Raises:
         _WholeError: two of them are tied to each other, or they multiply beyond `limit`.
@@ -157,7 +157,9 @@ def _words(module: object) -> str:
     return str(module).partition("(")[0].strip("_")
 
 
-def _add_member(found: _Found, module: Any, axis: Axis, roots: Mapping[int, int], paths: Mapping[Any, str]) -> None:
+def _add_member(
+    found: _LayerGroup, module: Any, axis: Axis, roots: Mapping[int, int], paths: Mapping[Any, str]
+) -> None:
     if not roots:
         return
     if isinstance(module, nn.Parameter):
@@ -204,9 +206,9 @@ def _positions(roots: Mapping[int, int], channels: int) -> NDArray[np.int64]:
     return np.array([sorted(by_channel[channel]) for channel in range(channels)], dtype=np.int64)
 
 
-def _joined(found: Sequence[_Found]) -> Groups:
-    """Returns the groups, those on both sides of a grouped convolution made one: they lose whole groups of it."""
-    components: list[list[_Found]] = []
+def _joined(found: Sequence[_LayerGroup]) -> Groups:
+    """Returns the groups, with those on both sides of a grouped convolution merged: they lose whole groups of it."""
+    components: list[list[_LayerGroup]] = []
     for one in found:
         touching = [part for part in components if any(set(one.grouped) & set(other.grouped) for other in part)]
         components = [part for part in components if part not in touching]
@@ -222,7 +224,7 @@ def _joined(found: Sequence[_Found]) -> Groups:
     return Groups(tuple(free), tuple(whole))
 
 
-def _one_group(part: Sequence[_Found]) -> ChannelGroup:
+def _one_group(part: Sequence[_LayerGroup]) -> ChannelGroup:
     for one in part:
         if one.reason is not None:
             raise _WholeError(*one.reason)
@@ -247,7 +249,7 @@ def _one_group(part: Sequence[_Found]) -> ChannelGroup:
 
 
 def _without_overlaps(groups: Groups) -> Groups:
-    """Returns the groups, with those whole that claim an index which another one has."""
+    """Returns the groups; those that share an index with another group stay whole."""
     claims: dict[tuple[str, Axis, int], set[str]] = defaultdict(set)
     for group in groups.free:
         for member in group.members:

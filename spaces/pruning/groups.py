@@ -1,4 +1,4 @@
-"""Which channels must go together, as plans of indices."""
+"""Dependency groups of channels, as indices into the weights of modules."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ Axis = Literal["out", "in"]
 
 @dataclass(frozen=True)
 class Member:
-    """One side of one module that follows a group.
+    """One axis of one module that is pruned with a group.
 
-    `positions[c]` are the indices along that axis that belong to the group's channel `c`: one for a convolution, a
-    whole grid of them for a linear layer behind a flattened feature map. Shape `(channels, k)`.
+    `positions[c]` are the indices along that axis that belong to the group's channel `c`: one for a convolution,
+    several for a linear layer after a flattened feature map. Shape `(channels, k)`.
     """
 
     path: str
@@ -26,14 +26,15 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that are kept or dropped together, because additions and layers between them tie them.
+    """Channels of several modules that must be pruned together, because additions or layers connect them.
 
     Args:
-        name: the first layer that makes them.
-        channels: how many there are to choose from. Around a grouped convolution it is convolution groups that are
-            kept or dropped, each with all of its channels.
-        members: the modules that hold them.
-        width: how many channels of a layer each of them stands for: 1, but for grouped convolutions.
+        name: the first layer that computes them.
+        channels: the number of channels. Around a grouped convolution, a channel of the group is a whole convolution
+            group with all of its channels.
+        members: the modules and axes that hold the channels.
+        width: the number of a layer's channels that one channel of the group stands for: 1 except for grouped
+            convolutions.
     """
 
     name: str
@@ -44,13 +45,13 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class WholeGroup:
-    """Channels that stay as they are.
+    """A group of channels that cannot be pruned.
 
     Args:
-        name: the first layer that makes them.
-        channels: how many there are.
-        reason: why, in a few words that fit other groups too.
-        detail: what exactly was in the way here; may be empty.
+        name: the first layer that computes them.
+        channels: the number of channels.
+        reason: why, in words that may apply to several groups.
+        detail: the details for this group; may be empty.
     """
 
     name: str
@@ -61,14 +62,14 @@ class WholeGroup:
 
 @dataclass(frozen=True)
 class Groups:
-    """Every group of channels of a network: those that may be cut, and those that stay whole."""
+    """All dependency groups of a network: those that can be pruned, and those that stay whole."""
 
     free: tuple[ChannelGroup, ...]
     whole: tuple[WholeGroup, ...]
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many groups stay whole for each reason, the most frequent first."""
+        """The number of groups that stay whole for each reason, the most frequent reason first."""
         return dict(Counter(group.reason for group in self.whole).most_common())
 
     def __str__(self) -> str:
@@ -81,18 +82,18 @@ class Groups:
 def dropped_positions(
     groups: Sequence[ChannelGroup], kept: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, dict[Axis, NDArray[np.int64]]]:
-    """Returns, for each module that loses channels, the indices that go along each axis.
+    """Returns, for each module that loses channels, the dropped indices along each axis.
 
     Args:
         groups: the network's groups.
-        kept: the channels that remain, for each group that loses some.
+        kept: the kept channels of each group that loses some.
     """
     dropped: dict[str, dict[Axis, list[NDArray[np.int64]]]] = defaultdict(lambda: defaultdict(list))
     for group in groups:
         if group.name in kept:
-            gone = np.setdiff1d(np.arange(group.channels), kept[group.name])
+            lost = np.setdiff1d(np.arange(group.channels), kept[group.name])
             for member in group.members:
-                dropped[member.path][member.axis].append(member.positions[gone].ravel())
+                dropped[member.path][member.axis].append(member.positions[lost].ravel())
     return {
         path: {axis: np.concatenate(positions) for axis, positions in axes.items()} for path, axes in dropped.items()
     }

@@ -1,4 +1,4 @@
-"""Which groups of channels may be cut: each is proved by cutting it."""
+"""Finds the groups of channels that can be pruned, by pruning each and comparing the outputs."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -14,25 +14,25 @@ from spaces.pruning.groups import ChannelGroup, Groups, WholeGroup, dropped_posi
 from spaces.pruning.slicing import sliced
 
 Refusal = tuple[str, str]
-"""Why channels cannot be cut: the reason, and what exactly."""
+"""Why channels cannot be pruned: the reason and its details."""
 Proof = Callable[[ExitNetwork], Refusal | None]
-"""Says why a sliced network is of no use; None where it is fine."""
+"""Returns why a sliced network cannot be used; None if it can."""
 
 _OF_THE_EFFECT, _OF_THE_SCALE = 1e-3, 1e-5
-"""A cut may differ from zeros by this share of what the zeros change, and by this share of the answers."""
+"""Tolerances of the comparison, relative to the effect of the pruning and to the largest output."""
 
 
 def find_groups(network: ExitNetwork, image: Tensor, proof: Proof | None = None) -> Groups:
-    """Returns the groups of `network` that may be cut, in the order in which it runs, and those that stay whole.
+    """Returns the groups of `network` that can be pruned, in the order in which it runs, and those that stay whole.
 
-    Each free group has been cut to half: the network ran, and answered what it answers when nothing reads the dropped
-    channels. All are tried together first; only what fails is divided. The groups that hold a classifier's classes, the
-    image's channels, or the few features inside a gate are not among them.
+    Each group that can be pruned has been cut to half: the sliced network ran, and its outputs were those of the dense
+    network in which nothing reads the dropped channels. All groups are tried together first, then divided where that
+    fails. Groups of a classifier's classes, of the image's channels, or inside a gate are left out.
 
     Args:
         network: the dense network, in evaluation mode.
         image: one input, `(1, c, h, w)`.
-        proof: a further test of the sliced network, such as that its file answers the same.
+        proof: a further test of the sliced network, such as whether its ONNX file has the same outputs.
     """
     found = _without_gates(dependency_groups(network, image))
     with torch.no_grad():
@@ -51,7 +51,7 @@ def _without_gates(found: Groups) -> Groups:
 
 
 def halves(groups: Sequence[ChannelGroup], seed: int = 0) -> dict[str, NDArray[np.int64]]:
-    """Returns about half of each group's channels, chosen at random, ascending."""
+    """Returns half of each group's channels, rounded down, chosen at random, ascending."""
     rng = np.random.default_rng(seed)
     return {
         group.name: np.sort(rng.permutation(group.channels)[: group.channels // 2])
@@ -61,19 +61,19 @@ def halves(groups: Sequence[ChannelGroup], seed: int = 0) -> dict[str, NDArray[n
 
 
 class _Cuts:
-    """Cuts of one network, compared with the same network when nothing reads the dropped channels."""
+    """Trial cuts of a network, compared with the dense network in which nothing reads the dropped channels."""
 
     def __init__(self, network: ExitNetwork, image: Tensor) -> None:
         self._network = network
         generator = torch.Generator().manual_seed(0)
-        # A flat image would hide what is mixed up.
+        # With a uniform image alone, mixed-up channels could go unnoticed.
         self._images = torch.cat([image, torch.randn(image.shape, generator=generator)])
         self._dense = network(self._images)
 
     def divide(
         self, groups: Sequence[ChannelGroup], refuse: Callable[[Sequence[ChannelGroup]], Refusal | None]
     ) -> tuple[list[ChannelGroup], list[WholeGroup]]:
-        """Returns the groups that can be cut together, and the others with the reason."""
+        """Returns the groups that can be pruned together, and the others with the reason."""
         refusal = refuse(groups) if groups else None
         if refusal is None:
             return list(groups), []
@@ -87,7 +87,7 @@ class _Cuts:
         return first, [*gone, *more, *(WholeGroup(group.name, group.channels, *refusal) for group in second)]
 
     def refuse(self, groups: Sequence[ChannelGroup]) -> Refusal | None:
-        """Returns why a network in which these groups are cut to half does not work; None where it does."""
+        """Returns why the network with these groups cut to half does not work; None if it does."""
         kept = halves(groups)
         smaller = sliced(self._network, groups, kept)
         try:
@@ -103,7 +103,7 @@ class _Cuts:
         return None
 
     def _unread(self, groups: Sequence[ChannelGroup], kept: dict[str, NDArray[np.int64]]) -> nn.Module:
-        """Returns the dense network, in which no layer reads the channels that are not kept."""
+        """Returns the dense network with zero weights for the dropped input channels of each layer."""
         masked = copy.deepcopy(self._network)
         modules = dict(masked.named_modules())
         for path, axes in dropped_positions(groups, kept).items():
@@ -114,7 +114,7 @@ class _Cuts:
 
 
 def _place(network: nn.Module, images: Tensor, error: Exception) -> str:
-    """Returns the innermost module whose forward fails, and what it says."""
+    """Returns the innermost module whose forward fails, and its error message."""
     running: list[str] = []
     hooks = []
     for path, module in network.named_modules():

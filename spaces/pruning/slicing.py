@@ -1,4 +1,4 @@
-"""Cutting channels out of torch modules."""
+"""Removes channels from torch modules."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,16 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def sliced(network: Network, groups: Sequence[ChannelGroup], kept: Mapping[str, NDArray[np.int64]]) -> Network:
-    """Returns a smaller copy of `network`, whose weights are slices of its own.
+    """Returns a smaller copy of `network`, with slices of its weights.
 
     Args:
         network: the dense network.
         groups: its dependency groups.
-        kept: the channels that remain, ascending, for each group that loses some.
+        kept: the kept channels, ascending, of each group that loses some.
     """
     dropped = dropped_positions(groups, kept)
     modules = dict(network.named_modules())
-    # What is about to be cut is replaced anyway, so the copy may share it until then.
+    # Parameters that are about to be sliced are replaced anyway, so the copy may share them until then.
     shared = [tensor for path in dropped for tensor in modules[path].parameters(recurse=False)]
     smaller = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
     modules = dict(smaller.named_modules())
@@ -35,7 +35,7 @@ def sliced(network: Network, groups: Sequence[ChannelGroup], kept: Mapping[str, 
 
 
 def cut(module: nn.Module, dropped: Mapping[Axis, NDArray[np.int64]]) -> None:
-    """Removes channels from a convolution, linear layer or batch norm, in place; its tensors become new ones."""
+    """Removes channels from a convolution, linear layer or batch norm, in place, with new tensors."""
     if isinstance(module, _BatchNorm):
         _cut_batch_norm(module, dropped["out"])
     elif isinstance(module, nn.Conv2d | nn.Linear):
@@ -68,7 +68,7 @@ def _buffer(buffer: torch.Tensor | None) -> torch.Tensor:
 
 
 def _cut_weight(layer: nn.Conv2d | nn.Linear, axis: int, dropped: NDArray[np.int64]) -> None:
-    """Keeps what is not dropped; a grouped convolution loses whole groups, by its outputs."""
+    """Removes the dropped indices along an axis; a grouped convolution loses whole groups, along its outputs."""
     keep = _remaining(layer.weight.shape[axis], dropped)
     per_group = layer.weight.shape[0] // layer.groups if isinstance(layer, nn.Conv2d) else 0
     layer.weight = _like(layer.weight, layer.weight.detach().index_select(axis, keep))

@@ -16,7 +16,7 @@ import torch
 from evaluators.artifact import Artifact
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
-from evaluators.deployed import ask
+from evaluators.deployed import predict
 from evaluators.runtimes.base import Fp32In, Runtime, TimedBatch
 from evaluators.runtimes.cpu import cpu_name
 from evaluators.runtimes.paired_timing import TimingProtocol, time_pair
@@ -116,7 +116,7 @@ def _print_accuracies(
 
 def _right(artifact: Artifact, library: Runtime, images: LabelledImages) -> int:
     """Returns how many images are answered right."""
-    return int(ask(library.open(artifact.deployed, [], 1), 1, images, 100).correct.sum())
+    return int(predict(library.open(artifact.deployed, [], 1), 1, images, 100).correct.sum())
 
 
 def _print_speeds(

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from evaluators.runtimes.base import Follows, TargetError, TimedBatch
+from evaluators.runtimes.base import PrecedingKeyFrame, TargetError, TimedBatch
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.paired_timing import TimingProtocol
 from evaluators.runtimes.registry import runtime
@@ -272,7 +272,7 @@ def test_a_worker_answers_a_frame_again_or_computes_it(tmp_path, builder, networ
     (stage,) = builder.build(network, space.dense()).deployed
     model, pictures = (ask("put", data=base64.b64encode(data).decode())["digest"] for data in (stage, file.getvalue()))
     ask("open", handle=1, stages=[model], plan=[], threads=1)
-    batches = [TimedBatch(3, 1, follows=Follows(2, age, 1e9, 30)) for age in (1, 30)]
+    batches = [TimedBatch(3, 1, follows=PrecedingKeyFrame(2, age, 1e9, 30)) for age in (1, 30)]
     settings = {
         "images": pictures,
         "batches": [asdict(batch) for batch in batches],
@@ -388,7 +388,10 @@ def test_turns_get_the_images_that_they_need(monkeypatch) -> None:
 
 def test_a_frame_crosses_the_network_with_its_key_frame(monkeypatch) -> None:
     images = np.arange(40, dtype=np.float32).reshape(10, 1, 2, 2)
-    batches = [TimedBatch(4, 1, False, Follows(2, 2, 0.5, 30)), TimedBatch(9, 1, True, Follows(8, 1, 0.5, 30))]
+    batches = [
+        TimedBatch(4, 1, False, PrecedingKeyFrame(2, 2, 0.5, 30)),
+        TimedBatch(9, 1, True, PrecedingKeyFrame(8, 1, 0.5, 30)),
+    ]
     monkeypatch.setattr("evaluators.runtimes.remote.runtime.SMALL_BYTES", 0)
     some, moved = _needed(images, batches, 1)
     assert len(some) == 5
@@ -401,7 +404,7 @@ def test_a_frame_crosses_the_network_with_its_key_frame(monkeypatch) -> None:
 
 def test_frames_take_turns_on_a_board(board, builder, network, space, images) -> None:
     opened = opened_dense(board, builder, network, space)
-    reused, computed = Follows(2, 1, 1e9, 30), Follows(2, 1, 0.0, 30)
+    reused, computed = PrecedingKeyFrame(2, 1, 1e9, 30), PrecedingKeyFrame(2, 1, 0.0, 30)
     batches = [TimedBatch(3, 1, follows=reused), TimedBatch(3, 1, follows=computed)]
     take_turn = opened.turns(images.numpy(), batches, opened, 1, TimingProtocol())
     again, fresh = np.median([take_turn(index % 2 == 0).ratios for index in range(15)], axis=0)

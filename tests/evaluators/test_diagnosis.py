@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from evaluators.artifact_builder import ArtifactBuilder
-from evaluators.diagnosis.taps import FileError, find_taps, has_halves, parsed, watched
+from evaluators.diagnosis.taps import FileError, find_taps, has_halves, parsed, with_taps
 from evaluators.diagnosis.tensor_errors import Figures, TensorComparison, closest_order, decibels, shuffle_order
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load, rounded_halves
 from spaces.candidate import Candidate
@@ -164,7 +164,7 @@ def test_every_layer_is_watched_under_its_name_in_every_precision(name: str) -> 
     assert all(tap.sources and set(tap.sources) <= known for tap in taps)
     for precision in ("fp32", "fp16", "fp8", "int8"):
         (file,) = artifact(builder, network, precision).deployed
-        model, found = watched(file, [tap.tensor for tap in taps])
+        model, found = with_taps(file, [tap.tensor for tap in taps])
         onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
         assert set(found) == {tap.tensor for tap in taps}
         tensors = OnnxRuntime().tensors(model)(images)
@@ -183,7 +183,7 @@ def test_watching_an_int8_network_moves_no_kernel_and_no_bit_of_its_answers(name
     network, builder, images = made(name)
     taps = find_taps(artifact(builder, network, "fp32").stages[0])
     (file,) = artifact(builder, network, "int8").deployed
-    model, found = watched(file, [tap.tensor for tap in taps])
+    model, found = with_taps(file, [tap.tensor for tap in taps])
     np.testing.assert_array_equal(OnnxRuntime().tensors(model)(images)[found["logits"]], load(file, 1)(images)[0])
     plain, looked_into = operators(file, tmp_path / "a.onnx"), operators(model, tmp_path / "b.onnx")
     kernels = [kind for kind in plain | looked_into if kind.startswith(("QLinear", "Conv", "Gemm", "QGemm", "MatMul"))]
@@ -195,7 +195,7 @@ def test_what_is_seen_of_an_fp32_network_is_what_torch_computes() -> None:
     network, builder, images = made("tiny")
     (file,) = artifact(builder, network, "fp32").stages
     taps = {tap.name: tap.tensor for tap in find_taps(file)}
-    model, found = watched(file, taps.values())
+    model, found = with_taps(file, taps.values())
     tensors = OnnxRuntime().tensors(model)(images)
     with torch.no_grad():
         stem = network.trunk.stem(torch.from_numpy(images))
@@ -213,7 +213,7 @@ def test_half_precision_is_rounded_between_layers_and_other_files_stay_as_they_a
     (file,) = artifact(builder, network, "fp16").deployed
     assert has_halves(file)
     (tap,) = [tap for tap in find_taps(artifact(builder, network, "fp32").stages[0]) if tap.name == "stem.0"]
-    model, found = watched(file, [tap.tensor])
+    model, found = with_taps(file, [tap.tensor])
     seen = OnnxRuntime().tensors(model)(images)[found[tap.tensor]]
     np.testing.assert_array_equal(seen, seen.astype(np.float16).astype(np.float32))
 

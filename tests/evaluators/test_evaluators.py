@@ -85,7 +85,7 @@ class TestFlops(EvaluatorContract):
         second = ("trunk.depthwise", "trunk.pointwise", "exits.exit2")
         stages = [sum(c for name, c in counts.items() if name.startswith(prefix)) for prefix in (first, second)]
         stages.append(total - sum(stages))
-        assert found.value == pytest.approx(np.dot(subject.answers.reached, stages))
+        assert found.value == pytest.approx(np.dot(subject.answers.reach_shares, stages))
 
 
 def test_flops_of_a_layer_scale_exactly_with_its_kept_channels(network, space, image) -> None:

@@ -109,9 +109,9 @@ def test_answers_know_who_got_how_far(builder, network, space, images) -> None:
     artifact, _ = staged(builder, network, space, [0.6, 0.6])
     opened = OnnxRuntime().open(artifact.deployed, artifact.thresholds, 1)
     answers = ask(opened, 3, LabelledImages(images.numpy(), np.zeros(len(images), np.int64)), batch=4)
-    assert answers.reached[0] == 1.0
-    assert list(answers.reached) == sorted(answers.reached, reverse=True)
-    assert answers.reached[2] == pytest.approx(np.mean(answers.exits == 2))
+    assert answers.reach_shares[0] == 1.0
+    assert list(answers.reach_shares) == sorted(answers.reach_shares, reverse=True)
+    assert answers.reach_shares[2] == pytest.approx(np.mean(answers.exits == 2))
     assert sum(count for _, count in answers.profiles) == 3
     assert len(answers.classes) == len(images)
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from evaluators.accuracy import accuracy_of
 from evaluators.data import LabelledImages
-from evaluators.deployed import DeployedCandidate, ask
+from evaluators.deployed import DeployedCandidate, predict
 from evaluators.flops.evaluator import FlopsEvaluator
 from evaluators.inference.frame_reuse import FrameReuse, Reuse, difference, thumbnail
 from evaluators.inference.staged import StagedNetwork
@@ -153,13 +153,13 @@ def test_a_thumbnail_is_the_mean_of_its_cells(channels, height, width, seed) -> 
 @pytest.mark.parametrize("threshold", [0.2, 0.35, 0.9, 3.0])
 def test_accuracy_follows_from_single_answers_and_equals_that_of_the_loop(threshold, subject, stream) -> None:
     reuse, stages = Reuse(threshold, 9), len(subject.artifact.deployed)
-    every = ask(subject.session, stages, stream, 1)
+    every = predict(subject.session, stages, stream, 1)
     network = StagedNetwork([load(stage, 1) for stage in subject.artifact.deployed], subject.artifact.thresholds)
     logits, exits, keys = FrameReuse(network, threshold, 9)(stream.images)
     answering = stream.key_frames(reuse)
     np.testing.assert_array_equal(every.classes[answering], logits.argmax(axis=1))
     np.testing.assert_array_equal(every.exits[answering], exits)
-    asked = ask(subject.session, stages, stream, 1, reuse)
+    asked = predict(subject.session, stages, stream, 1, reuse)
     np.testing.assert_array_equal(asked.classes, logits.argmax(axis=1))
     np.testing.assert_array_equal(asked.exits, exits)
     np.testing.assert_array_equal(asked.computed, keys)
@@ -179,7 +179,7 @@ def test_the_standard_error_does_not_fall_with_frames_of_the_same_clip(right, re
         def answer(self, images, batch):
             return images.reshape(len(images), -1), np.zeros(len(images), np.int64)
 
-    found = accuracy_of(ask(Says(), 1, stream, 1), Target("onnxruntime", "none", 1, 1), "validation")
+    found = accuracy_of(predict(Says(), 1, stream, 1), Target("onnxruntime", "none", 1, 1), "validation")
     share = right.mean()
     assert found.spread == pytest.approx(np.sqrt(share * (1 - share) / 24), abs=1e-9)
 
@@ -266,7 +266,7 @@ def test_the_head_of_a_stream_is_answered_as_in_the_whole(count) -> None:
 
 def test_every_kind_of_frame_is_timed_as_often_as_it_occurs_and_the_longest_path_last(subject) -> None:
     answers, reuse = subject.answers, subject.artifact.reuse
-    batches, counts = timed_frames(answers.answering, answers.profiles, reuse, differ=answers.stages > 1)
+    batches, counts = timed_frames(answers.key_frames, answers.profiles, reuse, is_dynamic=answers.stages > 1)
     assert sum(counts) == len(subject.validation)
     keys = [batch for batch in batches if answers.computed[batch.start]]
     assert len(batches) - len(keys) == 1, "one frame that is answered again"

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.bundle.run import session_entries
 from evaluators.latency.cache import structure_key
-from evaluators.latency.slow_layers import Slower, SlowLayers
+from evaluators.latency.slow_layers import SlowerLayers, SlowLayers
 from evaluators.quantization.int4 import LARGEST
 from evaluators.quantization.int8 import quantize_weight
 from evaluators.runtimes.base import TargetError
@@ -172,7 +172,7 @@ def test_a_study_asks_for_it_and_it_comes_after_the_target_s_own(cache) -> None:
     references = asking.references.artifacts
     assert references["int4"].size < 0.9 * references["int8"].size < references["fp32"].size
     assert {guess["precision.inner.0"] for guess in first_guesses(asking.space)} == {"fp32", "int8", "int4"}
-    examined = SlowLayers((Slower(("inner.0",), "int8", "fp32", 0.9, 0.01),))
+    examined = SlowLayers((SlowerLayers(("inner.0",), "int8", "fp32", 0.9, 0.01),))
     left = without_slow_precisions(asking.space, examined).precision
     assert left.allowed["inner.0"] == ("fp32", "int4")
     assert left.allowed["outer.0"] == left.precisions == ("fp32", "int8", "int4")

@@ -22,12 +22,12 @@ from evaluators.latency.slow_layers import (
     MOST_S,
     SHARE,
     TIMINGS,
-    Hunt,
     Interval,
-    Lost,
-    Slower,
+    SlowerLayers,
+    SlowGroup,
+    SlowGroupSearch,
     SlowLayers,
-    Whole,
+    WholeNetwork,
     seconds_for,
 )
 from evaluators.runtimes.base import Target
@@ -67,14 +67,14 @@ def named(gains: list[int]) -> Costs:
     return Costs({f"layer{index}": gain for index, gain in enumerate(gains)})
 
 
-def hunt(costs, timings: int = 1000) -> Hunt:
-    made = Hunt(costs, timings, lambda: False)
+def hunt(costs, timings: int = 1000) -> SlowGroupSearch:
+    made = SlowGroupSearch(costs, timings, lambda: False)
     made.run(tuple(costs.gains))
     return made
 
 
-def losers(found: Hunt) -> set[str]:
-    return {layer for lost in found.found for layer in lost.group}
+def losers(found: SlowGroupSearch) -> set[str]:
+    return {layer for lost in found.excluded for layer in lost.group}
 
 
 @given(GAINS)
@@ -87,9 +87,9 @@ def test_in_a_small_network_exactly_the_losers_are_found(gains: list[int]) -> No
 def test_what_is_left_never_loses_whenever_the_time_is_up(gains: list[int], timings: int) -> None:
     costs = named(gains)
     found = hunt(costs, timings)
-    assert found.spent == len(costs.seen) <= max(timings, 1 + CONFIRMATIONS)
+    assert found.timing_count == len(costs.seen) <= max(timings, 1 + CONFIRMATIONS)
     kept: set[str] = set()
-    for lost in found.found:
+    for lost in found.excluded:
         assert lost.interval.high < 1
         assert costs.total({*kept, *lost.group}) < costs.total(kept)
         assert not kept & set(lost.group)
@@ -119,10 +119,10 @@ def test_a_network_that_loses_as_a_whole_is_judged_before_anything_else(gains: l
     if sum(gains) < 0:
         assert [group for group, _ in costs.seen] == [whole] * (1 + CONFIRMATIONS)
         assert losers(found) == set(whole)
-        assert (found.has_lost_whole, found.whole.ratio < 1) == (True, True)
+        assert (found.is_whole_slower, found.whole.ratio < 1) == (True, True)
     else:
         assert [group for group, _ in costs.seen] == [whole]
-        assert (losers(found), found.has_lost_whole) == (set(), False)
+        assert (losers(found), found.is_whole_slower) == (set(), False)
 
 
 def test_big_parts_are_tried_before_small_ones() -> None:
@@ -135,7 +135,7 @@ def test_big_parts_are_tried_before_small_ones() -> None:
 
 def test_what_is_left_of_a_group_has_the_ratio_that_is_left() -> None:
     costs = Costs(dict.fromkeys("abc", -9) | {"d": 5})
-    (lost,) = hunt(costs).found
+    (lost,) = hunt(costs).excluded
     assert lost.group == tuple("abc")
     assert lost.interval.ratio == pytest.approx(costs.total({*"abc"}) / costs.total(set()))
 
@@ -150,28 +150,30 @@ def test_layers_that_lose_together_only_are_found_as_a_whole() -> None:
             return super().total(flipped) + 5 * borders
 
     costs = Conversions(dict.fromkeys(("a", "b"), 20) | dict.fromkeys(("c", "d"), -7) | dict.fromkeys("efgh", 20))
-    assert [lost.group for lost in hunt(costs).found] == [("c", "d")]
+    assert [lost.group for lost in hunt(costs).excluded] == [("c", "d")]
 
 
 def test_a_single_lucky_timing_is_not_believed() -> None:
     said = iter([Interval(0.9, 0.01)] * CONFIRMATIONS + [Interval(1.0, 0.01)])
-    assert Hunt(lambda *_: next(said), 100, lambda: False).run(("a",)) == []
+    assert SlowGroupSearch(lambda *_: next(said), 100, lambda: False).run(("a",)) == []
     said = iter([Interval(0.9, 0.01)] * CONFIRMATIONS + [Interval(0.95, 0.01)])
-    assert Hunt(lambda *_: next(said), 100, lambda: False).run(("a",)) == [Lost(("a",), Interval(0.95, 0.01))]
+    assert SlowGroupSearch(lambda *_: next(said), 100, lambda: False).run(("a",)) == [
+        SlowGroup(("a",), Interval(0.95, 0.01))
+    ]
 
 
 def test_a_part_does_not_come_back_for_a_single_lucky_timing() -> None:
     faster, slower = Interval(1.1, 0.01), Interval(0.9, 0.01)
     said = iter([slower] * (1 + CONFIRMATIONS) + [faster] * CONFIRMATIONS + [Interval(1.0, 0.01)] + [slower])
-    assert Hunt(lambda *_: next(said), 100, lambda: False).run(("a", "b")) == [Lost(("a", "b"), slower)]
+    assert SlowGroupSearch(lambda *_: next(said), 100, lambda: False).run(("a", "b")) == [SlowGroup(("a", "b"), slower)]
 
 
 def test_what_was_seen_to_lose_when_the_time_was_up_is_left_out_and_said_to_be_unconfirmed() -> None:
     costs = Costs(dict.fromkeys("abcd", 9) | dict.fromkeys("efgh", -5))
-    late = Hunt(costs, 100, lambda: late.spent >= 3)
+    late = SlowGroupSearch(costs, 100, lambda: late.timing_count >= 3)
     late.run(tuple("abcdefgh"))
-    assert (late.spent, late.is_cut) == (3, True)
-    assert [(lost.group, lost.is_confirmed) for lost in late.found] == [(tuple("efgh"), False)]
+    assert (late.timing_count, late.is_unfinished) == (3, True)
+    assert [(lost.group, lost.is_confirmed) for lost in late.excluded] == [(tuple("efgh"), False)]
 
 
 def test_an_examination_takes_a_share_of_the_search_and_no_more_than_is_sane() -> None:
@@ -322,7 +324,7 @@ def test_a_real_examination_is_consistent_and_done_once(tmp_path) -> None:
     assert told, "another batch size is another question"
 
 
-FOUND = SlowLayers((Slower(("b", "c"), "int8", "fp16", 0.9, 0.01),), 7, 3.21)
+FOUND = SlowLayers((SlowerLayers(("b", "c"), "int8", "fp16", 0.9, 0.01),), 7, 3.21)
 
 
 def test_a_layer_keeps_what_is_left() -> None:
@@ -346,11 +348,11 @@ def test_it_is_told_in_a_line() -> None:
     assert "\n" not in examined_layers(many)
 
 
-WHOLE = Whole("int8", "fp32", 3, 0.3125, 0.01, True)
+WHOLE = WholeNetwork("int8", "fp32", 3, 0.3125, 0.01, True)
 
 
 def test_a_network_that_is_slower_as_a_whole_is_told_with_what_is_offered() -> None:
-    lost = Slower(("a", "b", "c"), "int8", "fp32", 0.3125, 0.01)
+    lost = SlowerLayers(("a", "b", "c"), "int8", "fp32", 0.3125, 0.01)
     none = SlowLayers((lost,), 9, 2.0, wholes=(WHOLE,))
     assert examined_layers(none) == (
         "int8 as a whole takes 3.20 ± 0.03 times as long as fp32 here; it is offered to no layer: none was proved"
@@ -380,7 +382,7 @@ def test_what_earlier_versions_kept_is_read() -> None:
 @pytest.fixture
 def excluding(folder) -> Baseline:
     """The dense network's figures, as if one layer had been slower in int8."""
-    slower = SlowLayers((Slower(("inner.0",), "int8", "fp32", 0.9, 0.01),), 3, 1.0)
+    slower = SlowLayers((SlowerLayers(("inner.0",), "int8", "fp32", 0.9, 0.01),), 3, 1.0)
     return replace(stored(folder).baseline, examined=slower)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evaluators.inference.staged import StagedNetwork
-from evaluators.runtimes.base import Follows, TargetError, TimedBatch
+from evaluators.runtimes.base import PrecedingKeyFrame, TargetError, TimedBatch
 from evaluators.runtimes.paired_timing import TimingProtocol, time_pair
 from evaluators.runtimes.tensorrt_gpu import cuda as cuda_module
 from evaluators.runtimes.tensorrt_gpu.cuda import (
@@ -164,7 +164,7 @@ def test_the_longest_path_passes_every_exit(gpu: ScriptedGpu, pictures: Any) -> 
 
 def test_a_frame_that_is_answered_again_leaves_the_gpu_alone(gpu: ScriptedGpu, pictures: Any) -> None:
     candidate, reference = opened(gpu), opened(gpu, name="r")
-    reused, computed = Follows(0, 1, 1e9, 30), Follows(0, 30, 1e9, 30)
+    reused, computed = PrecedingKeyFrame(0, 1, 1e9, 30), PrecedingKeyFrame(0, 30, 1e9, 30)
     batches = [TimedBatch(1, 1, follows=reused), TimedBatch(1, 1, follows=computed, share=0)]
     take_turn = candidate.turns(pictures, batches, reference, 1, TimingProtocol(burst_s=0))
     gpu.kernels.clear()

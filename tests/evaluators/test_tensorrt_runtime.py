@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from evaluators.inference.staged import StagedNetwork
-from evaluators.runtimes.base import ALLOWANCES, Proof, allows
+from evaluators.runtimes.base import FP32_IN_METADATA, Proof, allows
 from evaluators.runtimes.tensorrt_gpu import runtime as trt
 from evaluators.runtimes.tensorrt_gpu.capabilities import capabilities
 from evaluators.runtimes.tensorrt_gpu.cuda import (
@@ -66,7 +66,7 @@ def test_all_outputs_of_a_file_are_told_by_name(scripted: Any, pictures: Any) ->
 
 def test_tf32_is_on_where_the_file_allows_it(scripted: Any, pictures: Any) -> None:
     model = onnx.helper.make_model(onnx.helper.make_graph([], "stage", [], []))
-    onnx.helper.set_model_props(model, {"author": "nobody", **ALLOWANCES["tf32"]})
+    onnx.helper.set_model_props(model, {"author": "nobody", **FP32_IN_METADATA["tf32"]})
     assert allows(model.SerializeToString(), "tf32")
     assert not allows(b"allow_tf32", "tf32")
     TensorRT().open([model.SerializeToString()], [], 1).answer(pictures, 1)

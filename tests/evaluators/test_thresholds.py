@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from evaluators.exits.correctness import correctness_probabilities
-from evaluators.exits.threshold_solver import Cost, Thresholds
+from evaluators.exits.threshold_solver import Cost, ThresholdSolver
 from evaluators.inference.staged import CONFIDENCES
 from spaces.candidate import NEVER_EXIT
 
@@ -78,7 +78,7 @@ def test_no_thresholds_at_all_are_better(answers, goal, share, floor) -> None:
     confidences, correct, leave, heads = answers
     limit, floor = limits(goal, leave, share, floor)
     is_frugal = goal == "frugal"
-    found = Thresholds(confidences, correct, [Cost(leave, heads, limit)], floor, is_frugal=is_frugal).solve()
+    found = ThresholdSolver(confidences, correct, [Cost(leave, heads, limit)], floor, is_frugal=is_frugal).solve()
     full = leave[-1] - sum(heads)
     mine = loss(*by_hand(*answers, found.thresholds), full, limit, floor, is_frugal)
     for each in product(*([0.0, *np.minimum(np.unique(column), 0.9999999), 1.0] for column in confidences.T)):
@@ -91,7 +91,7 @@ def test_500_random_thresholds_are_no_better(answers, goal, share, floor, seed) 
     confidences, correct, leave, heads = answers
     limit, floor = limits(goal, leave, share, floor)
     is_frugal = goal == "frugal"
-    solver = Thresholds(confidences, correct, [Cost(leave, heads, limit)], floor, is_frugal=is_frugal)
+    solver = ThresholdSolver(confidences, correct, [Cost(leave, heads, limit)], floor, is_frugal=is_frugal)
     full = leave[-1] - sum(heads)
     found = solver.solve()
     mine = loss(found.accuracy, found.costs[0], full, limit, floor, is_frugal)
@@ -105,7 +105,7 @@ def test_500_random_thresholds_are_no_better(answers, goal, share, floor, seed) 
 @given(cached(most_exits=6, most_images=40), st.lists(st.floats(0, 1), min_size=6, max_size=6), st.booleans())
 def test_what_thresholds_come_to_is_what_counting_says(answers, thresholds, solve) -> None:
     confidences, correct, leave, heads = answers
-    solver = Thresholds(confidences, correct, [Cost(leave, heads, 0.7 * leave[-1])])
+    solver = ThresholdSolver(confidences, correct, [Cost(leave, heads, 0.7 * leave[-1])])
     found = solver.solve() if solve else solver.outcome(thresholds[: len(heads)])
     accuracy, cost = by_hand(*answers, found.thresholds)
     assert found.accuracy == pytest.approx(accuracy)
@@ -119,7 +119,7 @@ def test_batches_that_part_pay_for_what_one_of_them_starts(answers, batch, share
     confidences, correct, leave, heads = answers
     rng = np.random.default_rng(seed)
     starts = rng.random(len(heads)) * np.diff(leave)
-    solver = Thresholds(confidences, correct, [Cost(leave, heads, share * leave[-1], batch, starts)])
+    solver = ThresholdSolver(confidences, correct, [Cost(leave, heads, share * leave[-1], batch, starts)])
     found = solver.solve()
     stay = 1 - np.cumsum(found.shares)[:-1]
     met = [binom(batch, max(each, 0.0)).sf(0) - each for each in stay]  # beyond what each image's own share pays for
@@ -135,7 +135,7 @@ def test_a_real_size_is_solved_as_well_as_by_many_tries() -> None:
     confidences = (1 - 0.8 * hard[:, None] * rng.random((3000, 3))).astype(np.float32)
     correct = rng.random((3000, 4)) < np.array([0.75, 0.85, 0.9, 0.95]) * (1.05 - 0.3 * hard[:, None])
     leave, heads = (0.3, 0.55, 0.8, 1.05), (0.02, 0.02, 0.02)
-    solver = Thresholds(confidences, correct, [Cost(leave, heads, 0.6)])
+    solver = ThresholdSolver(confidences, correct, [Cost(leave, heads, 0.6)])
     found = solver.solve()
     assert found.costs[0] <= 0.6
     tries = [solver.outcome(each) for each in rng.random((500, 3))]
@@ -145,14 +145,14 @@ def test_a_real_size_is_solved_as_well_as_by_many_tries() -> None:
 def test_an_exit_that_is_never_right_is_turned_off_and_its_head_saved() -> None:
     confidences = np.linspace(0.3, 0.9, 10, dtype=np.float32)[:, None]
     correct = np.array([[False, True]] * 10)
-    found = Thresholds(confidences, correct, [Cost((0.5, 1.1), (0.1,), 1.0)]).solve()
+    found = ThresholdSolver(confidences, correct, [Cost((0.5, 1.1), (0.1,), 1.0)]).solve()
     assert found.thresholds == (NEVER_EXIT,)
     assert found.costs == pytest.approx((1.0,))
 
 
 def test_an_exit_that_is_always_right_answers_always() -> None:
     confidences = np.linspace(0.3, 0.9, 10, dtype=np.float32)[:, None]
-    found = Thresholds(confidences, np.ones((10, 2), bool), [Cost((0.5, 1.1), (0.1,))]).solve()
+    found = ThresholdSolver(confidences, np.ones((10, 2), bool), [Cost((0.5, 1.1), (0.1,))]).solve()
     assert found.shares == (1.0, 0.0)
     assert found.costs == pytest.approx((0.5,))
 
@@ -160,33 +160,33 @@ def test_an_exit_that_is_always_right_answers_always() -> None:
 def test_of_equal_thresholds_the_cheapest_and_then_the_highest_is_taken() -> None:
     confidences = np.array([[0.2], [0.4], [0.6], [0.8]], np.float32)
     correct = np.array([[False, True], [True, True], [True, True], [True, True]])
-    found = Thresholds(confidences, correct, [Cost((0.5, 1.0), (0.0,), 2.0)]).solve()
+    found = ThresholdSolver(confidences, correct, [Cost((0.5, 1.0), (0.0,), 2.0)]).solve()
     assert found.accuracy == 1.0
     assert found.shares[0] == 0.75, "as many as can leave without harm do"
     assert 0.399 < found.thresholds[0] <= 0.4, "no lower than the confidence that it lets pass"
-    free = Thresholds(confidences, np.ones((4, 2), bool), [Cost((1.0, 1.0), (0.0,), 2.0)]).solve()
+    free = ThresholdSolver(confidences, np.ones((4, 2), bool), [Cost((1.0, 1.0), (0.0,), 2.0)]).solve()
     assert free.thresholds == (NEVER_EXIT,), "where nothing is saved nobody leaves"
 
 
 def test_where_no_thresholds_keep_the_limits_the_nearest_miss_is_taken() -> None:
     confidences = np.array([[0.5], [0.9]], np.float32)
     correct = np.array([[False, True], [True, True]])
-    found = Thresholds(confidences, correct, [Cost((0.5, 1.0), (0.0,), 0.1)]).solve()
+    found = ThresholdSolver(confidences, correct, [Cost((0.5, 1.0), (0.0,), 0.1)]).solve()
     assert found.costs[0] == pytest.approx(0.5)
-    lost = Thresholds(confidences, ~correct, [Cost((0.5, 1.0), (0.0,))], floor=0.9).solve()
+    lost = ThresholdSolver(confidences, ~correct, [Cost((0.5, 1.0), (0.0,))], floor=0.9).solve()
     assert lost.accuracy == 0.5
 
 
 def test_a_certain_softmax_is_no_exit_that_is_off() -> None:
     confidences = np.ones((4, 1), np.float32)
-    found = Thresholds(confidences, np.ones((4, 2), bool), [Cost((0.5, 1.0), (0.0,))]).solve()
+    found = ThresholdSolver(confidences, np.ones((4, 2), bool), [Cost((0.5, 1.0), (0.0,))]).solve()
     assert found.thresholds[0] < NEVER_EXIT
     assert found.shares == (1.0, 0.0)
 
 
 def test_answers_have_to_fit() -> None:
     with pytest.raises(ValueError, match="exits \\+ 1"):
-        Thresholds(np.ones((4, 2)), np.ones((4, 2), bool), [Cost((1.0, 2.0), (0.0,))])
+        ThresholdSolver(np.ones((4, 2)), np.ones((4, 2), bool), [Cost((1.0, 2.0), (0.0,))])
 
 
 def test_likelihoods_say_on_average_what_was_counted() -> None:
@@ -210,12 +210,12 @@ def test_thresholds_by_likelihood_hold_better_elsewhere_than_by_counting() -> No
 
     cost = Cost((0.4, 0.7, 1.1), (0.05, 0.05), 0.75)
     everywhere, right = drawn(50_000)
-    truth = Thresholds(everywhere[:, :2], right, [cost])
+    truth = ThresholdSolver(everywhere[:, :2], right, [cost])
     best, lost = truth.solve().accuracy, []
     for _ in range(12):
         sure, correct = drawn(400)
         by = [
-            Thresholds(sure[:, :2], told, [cost]).solve()
+            ThresholdSolver(sure[:, :2], told, [cost]).solve()
             for told in (correctness_probabilities(sure, correct), correct)
         ]
         lost.append([best - truth.outcome(found.thresholds).accuracy for found in by])

@@ -259,7 +259,7 @@ def test_nothing_is_asked_twice_and_nothing_comes_out_otherwise(pipeline, baseli
         whole = subject.answers_to(pipeline.scored)
         for name in ("classes", "correct", "exits", "passed"):
             assert (getattr(parts, name) == getattr(whole, name)).all()
-        assert (parts.profiles, parts.ways) == (whole.profiles, whole.ways)
+        assert (parts.profiles, parts.path_count) == (whole.profiles, whole.path_count)
 
 
 def settled(pipeline, threshold: float):

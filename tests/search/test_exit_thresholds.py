@@ -14,7 +14,7 @@ from evaluators.accuracy import wilson
 from evaluators.data import Chosen, LabelledImages
 from evaluators.deployed import DeployedCandidate, LoadedArtifact
 from evaluators.exits.correctness import correctness_probabilities
-from evaluators.exits.threshold_solver import Cost, Thresholds
+from evaluators.exits.threshold_solver import Cost, ThresholdSolver
 from evaluators.inference.staged import CONFIDENCES, CONFIDENCES_OF_ONE, StagedNetwork
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.measurement import Measurement
@@ -80,10 +80,10 @@ def test_a_batch_may_be_told_where_to_leave() -> None:
     stages = [lambda batch: [batch, batch]] * 2 + [lambda batch: [batch]]
     batch = np.eye(3, dtype=np.float32)
     for place in (0, 1, 2):
-        gates = TimedBatch(0, 3, exit=place).way([0.5, 0.5])
+        gates = TimedBatch(0, 3, exit=place).path_plan([0.5, 0.5])
         assert set(StagedNetwork(stages, gates)(batch)[1]) == {place}
-    assert TimedBatch(0, 3, longest=True).way([0.5, 0.5]) == TimedBatch(0, 3, exit=2).way([0.5, 0.5])
-    assert TimedBatch(0, 3).way([0.5, 0.6]) == [0.5, 0.6]
+    assert TimedBatch(0, 3, longest=True).path_plan([0.5, 0.5]) == TimedBatch(0, 3, exit=2).path_plan([0.5, 0.5])
+    assert TimedBatch(0, 3).path_plan([0.5, 0.6]) == [0.5, 0.6]
 
 
 class Metered(OnnxRuntime):
@@ -119,12 +119,12 @@ def test_the_formula_and_the_measurement_agree_on_a_clock_without_noise(batch, b
     subject = LoadedArtifact(candidate, artifact, data, library, target)
     reference = Reference(builder.build(network, space.dense()).deployed[0], 10.0 * -(-batch // 4))
     latency = LatencyEvaluator({"fp32": reference}, library, target, TimingProtocol(limit_s=1e9, calls=40))
-    found, shares = latency.measure(subject), subject.answers.leaving
+    found, shares = latency.measure(subject), subject.answers.exit_shares
     assert len(set(subject.answers.exits)) == 3, "some images leave at each exit"
     assert latency.paths(subject) == pytest.approx(tuple(batch * units for units in (2.0, 5.0, 10.0)))
     assert found.value == pytest.approx(batch * np.dot(shares, (2.0, 5.0, 10.0)))
     assert found.others["worst"] == pytest.approx(batch * 10.0)
-    stages = np.dot(subject.answers.reached, (2.0, 3.0, 5.0))
+    stages = np.dot(subject.answers.reach_shares, (2.0, 3.0, 5.0))
     assert found.value == pytest.approx(batch * stages), "shares times paths is reached times stages"
 
 
@@ -205,9 +205,9 @@ def test_what_is_solved_is_what_the_deployed_files_do(limits, pipeline, dense) -
     answers = subject.answers_to(pipeline.threshold_images)
     assert answers.correct.mean() == pytest.approx(settled.thresholds.accuracy)
     present = [share for share in settled.thresholds.shares if share] or [1.0]
-    assert [share for share in answers.leaving if share] == pytest.approx(present)
+    assert [share for share in answers.exit_shares if share] == pytest.approx(present)
     if limits == ("flops<70%",):
-        reached = np.dot(answers.reached, pipeline.flops.stages(subject))
+        reached = np.dot(answers.reach_shares, pipeline.flops.stages(subject))
         assert settled.thresholds.first_cost == pytest.approx(reached)
         assert reached <= 0.7 * measured["flops"].value
     evaluation = settled.stamped(pipeline.evaluate(settled.candidate, latency))
@@ -368,11 +368,11 @@ def test_of_thresholds_that_are_alike_the_cheapest_are_taken(pipeline, dense) ->
         correctness_probabilities(said, logits.argmax(axis=2) == pipeline.threshold_images.labels[:, None]),
     )
     costs = [Cost(told.paths["flops"], pipeline.flops.heads(subject))]
-    best = Thresholds(confidences, likely, costs, price=0.0).solve()
+    best = ThresholdSolver(confidences, likely, costs, price=0.0).solve()
     alike = best.accuracy - 0.5 / len(likely)
     assert alike <= told.expected_accuracy < best.accuracy
     assert told.first_cost < best.costs[0]
-    solved = Thresholds(confidences, likely, costs)
+    solved = ThresholdSolver(confidences, likely, costs)
     outcomes = [solved.outcome([each]) for each in (*np.unique(confidences), 1.0)]
     assert told.first_cost == pytest.approx(min(each.costs[0] for each in outcomes if each.accuracy >= alike))
 

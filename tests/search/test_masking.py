@@ -76,7 +76,7 @@ def test_gates_are_held_alike_at_first_and_free_at_last() -> None:
     with torch.no_grad():
         network(torch.randn(8, 1, 8, 8))
     masks = masks_of(network)
-    shares = [float(share.mean()) for mask in masks for share in mask.session.values()]
+    shares = [float(share.mean()) for mask in masks for share in mask.opened.values()]
     at_first = np.mean([(share - 0.25**0.5) ** 2 for share in shares])
     assert float(bounds_loss(masks, 0.25, 0.0)) == pytest.approx(at_first, rel=1e-5)
     assert float(bounds_loss(masks, 0.25, 1.0)) < 0.1 * at_first

@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 from torch import nn
 
 from evaluators.artifact_builder import ArtifactBuilder
-from evaluators.graph.digest import form_of
-from evaluators.latency.slow_layers import Slower, SlowLayers, Whole
+from evaluators.graph.digest import nameless_digest
+from evaluators.latency.slow_layers import SlowerLayers, SlowLayers, WholeNetwork
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from search.cli import run
 from search.config.budget import Budget
@@ -155,7 +155,10 @@ def test_as_trials_they_are_complete_whatever_limit_they_break(cache, tmp_path) 
 def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(pipeline, folder, tmp_path) -> None:
     layers = tuple(layer for layer in pipeline.space.precision.layers if not layer.startswith("exits."))
     examined = SlowLayers(
-        (Slower(layers, "int8", "fp32", 0.3, 0.01),), 3, 1.0, wholes=(Whole("int8", "fp32", 7, 0.3, 0.01, True),)
+        (SlowerLayers(layers, "int8", "fp32", 0.3, 0.01),),
+        3,
+        1.0,
+        wholes=(WholeNetwork("int8", "fp32", 7, 0.3, 0.01, True),),
     )
     baseline = replace(stored(folder).baseline, examined=examined)
     search = SearchFolder(tmp_path / "guarded")
@@ -257,11 +260,13 @@ def test_a_file_has_the_same_form_whatever_an_exit_calls_its_tensors(network, im
         closed = Candidate({}, dict.fromkeys(other.layers, precision), dict.fromkeys(network.exit_names, 1.0))
         with_exits = builder.build(network, closed).deployed[0]
         without = other.build(alone, Candidate({}, closed.precision, {})).deployed[0]
-        assert form_of(with_exits) == form_of(without)
+        assert nameless_digest(with_exits) == nameless_digest(without)
         third = ArtifactBuilder(moved, images.numpy(), OnnxRuntime())
-        assert form_of(third.build(moved, replace(closed, thresholds={"exit1": 1.0})).deployed[0]) != form_of(without)
+        assert nameless_digest(
+            third.build(moved, replace(closed, thresholds={"exit1": 1.0})).deployed[0]
+        ) != nameless_digest(without)
     fp32, int8 = (
-        form_of(other.build(alone, Candidate({}, dict.fromkeys(other.layers, each), {})).deployed[0])
+        nameless_digest(other.build(alone, Candidate({}, dict.fromkeys(other.layers, each), {})).deployed[0])
         for each in ("fp32", "int8")
     )
     assert fp32 != int8

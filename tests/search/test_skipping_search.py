@@ -142,7 +142,7 @@ def test_flops_are_those_of_the_blocks_that_each_image_ran(pipeline: Compression
     counts = count_by_module(ExitNetwork(pipeline.network.trunk, (), ()), torch.zeros(1, 1, 8, 8))
     blocks = np.array([sum(n for path, n in counts.items() if path.startswith(f"trunk.{b}.")) for b in BLOCKS])
     gates = sum(n for path, n in count_by_module(pipeline.network, torch.zeros(1, 1, 8, 8)).items() if "skips." in path)
-    ran = ~subject.answers.passed
+    ran = ~subject.answers.skipped
     assert 0.2 < ran.mean() < 0.8
     assert flops.value == pytest.approx(sum(counts.values()) + gates - ((~ran) @ blocks).mean())
     assert flops.others["worst"] == pytest.approx(sum(counts.values()) + gates)
@@ -220,7 +220,7 @@ def test_a_bundle_skips_the_same_blocks_elsewhere(pipeline, candidate, tmp_path,
     out = tmp_path / "deploy"
     write_bundle(out, pipeline, search, budget, confirmed)  # which lets it check itself
     done = subprocess.run([sys.executable, "-I", str(out / "run.py")], capture_output=True, text=True, check=True)
-    passed = confirmed.answers.passed.sum(axis=0)
+    passed = confirmed.answers.skipped.sum(axis=0)
     for block, count in zip(BLOCKS, passed, strict=True):
         assert f"passed {block} by: {count}" in done.stdout
     capsys.readouterr()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evaluators.artifact_builder import ArtifactBuilder
-from evaluators.deployed import DeployedCandidate, ask
+from evaluators.deployed import DeployedCandidate, predict
 from evaluators.flops.evaluator import FlopsEvaluator
 from evaluators.inference.frame_reuse import FrameReuse, Reuse
 from evaluators.inference.staged import StagedNetwork, exits_of, leaving_at, skipped_of
@@ -101,7 +101,7 @@ def test_a_batch_that_is_told_where_to_leave_still_skips(network, builder, pictu
     stages = [load(stage, 1) for stage in artifact.deployed]
     _, ways = StagedNetwork(stages, leaving_at(artifact.plan, 2))(pictures.numpy())
     for place in (0, 1, 2):
-        _, routes = StagedNetwork(stages, TimedBatch(0, 40, exit=place).way(artifact.plan))(pictures.numpy())
+        _, routes = StagedNetwork(stages, TimedBatch(0, 40, exit=place).path_plan(artifact.plan))(pictures.numpy())
         assert set(exits_of(routes)) == {place}
         reached = [0, 2, 3][place]  # no block lies before the first exit, and the last one behind the second
         np.testing.assert_array_equal(skipped_of(routes, 3)[:, :reached], skipped_of(ways, 3)[:, :reached])
@@ -198,7 +198,7 @@ def test_what_is_solved_beside_gates_is_what_the_deployed_files_do(pipeline) -> 
     subject = pipeline.deployed(found)
     answers = subject.answers_to(pipeline.threshold_images)
     assert answers.correct.mean() == pytest.approx(settled.thresholds.accuracy)
-    assert [share for share in answers.leaving if share] == pytest.approx(
+    assert [share for share in answers.exit_shares if share] == pytest.approx(
         [share for share in settled.thresholds.shares if share]
     )
     assert settled.thresholds.first_cost <= 0.85 * dense["flops"].value
@@ -235,7 +235,7 @@ def test_frames_that_are_computed_skip_blocks(streamed, stream) -> None:
     np.testing.assert_array_equal(answers.computed, keys)
     np.testing.assert_array_equal(answers.classes, logits.argmax(axis=1))
     np.testing.assert_array_equal(answers.exits, exits_of(routes))
-    np.testing.assert_array_equal(answers.passed, skipped_of(routes, 3))
+    np.testing.assert_array_equal(answers.skipped, skipped_of(routes, 3))
     assert sum(count for _, count in answers.profiles) == keys.sum()
 
 
@@ -244,11 +244,11 @@ def test_flops_of_a_stream_are_those_of_what_its_key_frames_run(streamed, networ
     reuse = Reuse(0.1, 30)
     whole, some = evaluator.measure(streamed(None)), streamed(reuse)
     found = evaluator.measure(some)
-    every = ask(some.session, len(some.artifact.exits) + 1, stream, 1, None, 3)
+    every = predict(some.session, len(some.artifact.exits) + 1, stream, 1, None, 3)
     keys = some.answers.computed
     always, blocks = evaluator._parts(some, evaluator._by_module(some))
     reached = every.exits[:, None] >= np.arange(every.stages)
-    ran = reached[:, evaluator._block_stages(some)] & ~every.passed
+    ran = reached[:, evaluator._block_stages(some)] & ~every.skipped
     each = reached @ always + ran @ blocks
     assert found.value == pytest.approx(pictures[0].numel() + (each * keys).mean())
     assert whole.value == pytest.approx(each.mean())

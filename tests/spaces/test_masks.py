@@ -88,7 +88,7 @@ class TestCgnet(MaskFileContract):
 
     def multiplications(self, mask: Mask, number: int, image: int) -> int:
         conv = mask.site.convs[number]
-        opened = round(float(mask.session[f"sums{number}"][image]) * conv.outputs * conv.size[0] * conv.size[1])
+        opened = round(float(mask.opened[f"sums{number}"][image]) * conv.outputs * conv.size[0] * conv.size[1])
         outputs = conv.outputs * conv.size[0] * conv.size[1]
         base = conv.inputs // 4
         return outputs * 9 * base + opened * 9 * (conv.inputs - base)
@@ -110,7 +110,7 @@ class TestLccl(MaskFileContract):
     def multiplications(self, mask: Mask, number: int, image: int) -> int:
         conv = mask.site.convs[number]
         outputs = conv.outputs * conv.size[0] * conv.size[1]
-        return round(float(mask.session[f"outputs{number}"][image]) * outputs) * full(conv)
+        return round(float(mask.opened[f"outputs{number}"][image]) * outputs) * full(conv)
 
     def test_what_is_counted_as_zero_is_zero(self, plain: nn.Module) -> None:
         network = self.undecided(self.masked(plain))

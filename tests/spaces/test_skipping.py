@@ -331,9 +331,9 @@ def test_ways_are_counted_and_many_of_them_stand_for_equal_shares(pictures) -> N
 
     many = LabelledImages(np.zeros((400, 1, 1, 1), np.float32), np.zeros(400, np.int64))
     answers = ask(Session(), 1, many, 1, blocks=6)
-    assert answers.ways == 64
+    assert answers.path_count == 64
     assert len(answers.profiles) == 24
     assert sum(count for _, count in answers.profiles) == 400
-    passed = answers.passed.sum(axis=1)
+    passed = answers.skipped.sum(axis=1)
     estimate = sum(passed[start] * count for start, count in answers.profiles) / 400
     assert estimate == pytest.approx(passed.mean(), abs=0.1)

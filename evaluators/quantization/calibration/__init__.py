@@ -1,4 +1,4 @@
-"""Where an activation is clipped, read from its histogram: one calibrator a file, one line each in the table."""
+"""Calibrators, which choose the range of an activation from its histogram: a file and a table line each."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What a calibrator is given, and what it returns."""
+"""The protocol of calibrators."""
 
 from typing import Protocol
 
@@ -28,10 +28,10 @@ class Calibrator(Protocol):
     '''
 
     def __call__(self, histogram: Histogram, scheme: Scheme, /) -> float:
-        """Returns the magnitude that the largest level stands for; larger ones are clipped to it.
+        """Returns the magnitude of the largest level; larger magnitudes are clipped to it.
 
         Args:
-            histogram: of all the values that the activation took.
-            scheme: has the settings of calibrators that need any.
+            histogram: of the activation's values over the calibration images.
+            scheme: the settings of calibrators, if they have any.
         """
         ...

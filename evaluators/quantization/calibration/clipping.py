@@ -1,4 +1,4 @@
-"""What symmetric s8 makes of a histogram that is clipped somewhere, for every place at once."""
+"""The effect of symmetric s8 quantization on a histogram, for all clipping points at once."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ _FEWEST = 128
 
 
 def cuts(bins: int) -> NDArray[np.int64]:
-    """Returns the numbers of bins `(cuts,)` that a histogram of so many may be clipped to, the last one all of them."""
+    """Returns the numbers of bins `(cuts,)` to which a histogram may be clipped, up to all of its bins."""
     return np.arange(min(_FEWEST, bins), bins + 1)
 
 
@@ -36,5 +36,5 @@ def running(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def widest_best(kept: NDArray[np.int64], losses: NDArray[np.float64]) -> int:
-    """Returns the number of bins with the least loss, the largest where several have it."""
+    """Returns the number of bins with the least loss, the largest of several."""
     return int(kept[::-1][np.argmin(losses[::-1])])

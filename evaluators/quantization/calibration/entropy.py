@@ -1,4 +1,4 @@
-"""The least information lost: the divergence of the rounded distribution from the one that is clipped alone."""
+"""Entropy calibration: the least divergence between the clipped and the quantized distribution."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +10,9 @@ from evaluators.quantization.scheme import Scheme
 
 
 def threshold(histogram: Histogram, _scheme: Scheme, /) -> float:
-    """Returns the magnitude at which the Kullback-Leibler divergence is least, the largest where several are equal.
+    """Returns the clipping magnitude with the least Kullback-Leibler divergence, the largest of several.
 
-    Zeros are exact on every grid, so the first bin, which holds them, counts as much as the second.
+    Zeros are exact in any quantization, so the count of the first bin, which has them, is set to that of the second.
     Source: Migacz, 8-bit Inference with TensorRT, 2017; NVIDIA, pytorch-quantization, histogram calibration.
     """
     counts = histogram.used.astype(np.float64)

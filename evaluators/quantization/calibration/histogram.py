@@ -1,4 +1,4 @@
-"""How often an activation has which magnitude, counted batch by batch."""
+"""Histograms of the magnitudes of activations, counted batch by batch."""
 
 import math
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ BINS = 4096
 _DOUBLINGS = BINS.bit_length() - 1
 _FINEST = -126
 """The exponent of the narrowest bins, those of nothing but zeros; float32 holds its inverse."""
-_AT_ONCE = 2**18
-"""So many values at a time keep what is computed between in the processor's cache."""
+_CHUNK = 2**18
+"""The number of values that are counted at a time, so that intermediate results fit the CPU's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def _counts(values: NDArray[np.float32], exponent: int) -> NDArray[np.int64]:
     """
     scale = np.float32(2.0**-exponent)
     counts = np.zeros(BINS, dtype=np.int64)
-    for start in range(0, len(values), _AT_ONCE):
-        bins = (np.abs(values[start : start + _AT_ONCE]) * scale).astype(np.int64)
+    for start in range(0, len(values), _CHUNK):
+        bins = (np.abs(values[start : start + _CHUNK]) * scale).astype(np.int64)
         counts += np.bincount(bins, minlength=BINS)
     return counts

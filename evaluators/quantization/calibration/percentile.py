@@ -1,4 +1,4 @@
-"""A share of the values stays inside."""
+"""Percentile calibration: a share of the values is not clipped."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from evaluators.quantization.scheme import Scheme
 
 
 def threshold(histogram: Histogram, scheme: Scheme) -> float:
-    """Returns the first edge of a bin below which the scheme's percentage of the magnitudes lies, zeros counted.
+    """Returns the first bin edge below which the scheme's percentage of the magnitudes lies, zeros included.
 
     Source: Wu et al., Integer Quantization for Deep Learning Inference, 2020.
     """

@@ -1,4 +1,4 @@
-"""The ranges of a network's activations over its calibration images, as a calibrator reads them."""
+"""The ranges of a network's activations over calibration images, chosen by a calibrator."""
 
 from collections.abc import Sequence
 
@@ -15,12 +15,12 @@ from spaces.errors import QuantizationError
 def calibrated_ranges(
     model: bytes, tensors: Sequence[str], images: NDArray[np.float32], scheme: Scheme
 ) -> dict[str, tuple[float, float]]:
-    """Returns the lowest and highest value of each of a float model's tensors that is not clipped, 0 included.
+    """Returns the lowest and highest unclipped value of each of a float model's tensors, 0 included.
 
     Args:
         model: an ONNX file.
-        tensors: activations of it.
-        images: that they are seen on, `(n, c, h, w)`.
+        tensors: the names of activations.
+        images: the calibration images, `(n, c, h, w)`.
         scheme: names the calibrator.
 
     Raises:
@@ -28,10 +28,10 @@ def calibrated_ranges(
         QuantizationError: an activation is not finite.
     """
     threshold = CALIBRATORS[scheme.calibrator]
-    if scheme.calibrator == "minmax":  # asks for no histogram, only for what the graph can tell by itself
+    if scheme.calibrator == "minmax":  # needs no histogram: the graph computes the extremes
         return activation_ranges(model, tensors, images)
-    found = histograms(model, tensors, images)
-    return {name: histogram.clipped(threshold(histogram, scheme)) for name, histogram in found.items()}
+    by_tensor = histograms(model, tensors, images)
+    return {name: histogram.clipped(threshold(histogram, scheme)) for name, histogram in by_tensor.items()}
 
 
 def histograms(model: bytes, tensors: Sequence[str], images: NDArray[np.float32]) -> dict[str, Histogram]:
@@ -40,12 +40,12 @@ def histograms(model: bytes, tensors: Sequence[str], images: NDArray[np.float32]
     Raises:
         QuantizationError: an activation is not finite.
     """
-    found: dict[str, Histogram] = {}
+    by_tensor: dict[str, Histogram] = {}
     for batch in activations(model, tensors, images):
         for name, values in batch.items():
             histogram = _histogram(name, values)
-            found[name] = found[name] + histogram if name in found else histogram
-    return found
+            by_tensor[name] = by_tensor[name] + histogram if name in by_tensor else histogram
+    return by_tensor
 
 
 def _histogram(name: str, values: NDArray[np.float32]) -> Histogram:

@@ -12,7 +12,7 @@ import numpy as np
 
 from evaluators.data import SMALL_BYTES, ImageStore, bytes_of
 from evaluators.inference.staged import Routes, Step, Steps, to_json
-from evaluators.runtimes.base import Capabilities, Images, Proof, Spent, TargetError, TimedBatch, Watch
+from evaluators.runtimes.base import Capabilities, Images, Proof, Spent, TargetError, TensorReader, TimedBatch
 from evaluators.runtimes.device_state import DeviceState
 from evaluators.runtimes.paired_timing import TakeTurn, TimingProtocol, Turn
 from evaluators.runtimes.remote.connection import Address, ConnectionLostError, JobError, SshConnection
@@ -86,7 +86,7 @@ class RemoteRuntime:
         """Returns an artifact that is loaded on the board when it is first asked."""
         return RemoteSession(self, (tuple(stages), tuple(plan), threads, confidence))
 
-    def tensors(self, model: bytes) -> Watch:
+    def tensors(self, model: bytes) -> TensorReader:
         """Returns a function from a batch to all outputs of a file, computed on the board."""
         if self._line.board["runtime"] == "onnxruntime":
             from evaluators.runtimes.onnxruntime_cpu import rounded_halves

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from evaluators.inference.staged import from_json
-from evaluators.runtimes.base import Follows, Runtime, Session, TimedBatch, Watch
+from evaluators.runtimes.base import PrecedingKeyFrame, Runtime, Session, TensorReader, TimedBatch
 from evaluators.runtimes.paired_timing import TakeTurn, TimingProtocol
 from evaluators.runtimes.registry import RUNTIMES
 from spaces import cache
@@ -44,7 +44,7 @@ class Worker:
         self._runtime = runtime
         self._store = store
         self._opened: dict[int, Session] = {}
-        self._watched: dict[str, Watch] = {}
+        self._watched: dict[str, TensorReader] = {}
         self._turns: TakeTurn | None = None
         self._images: dict[str, Any] = {}
         self._requests: dict[str, Callable[[Content], Content]] = {
@@ -178,7 +178,7 @@ def _encoded(array: Any) -> str:
 
 def _timed_batch(content: Content) -> TimedBatch:
     follows = content["follows"]
-    return TimedBatch(**content | {"follows": Follows(**follows) if follows else None})
+    return TimedBatch(**content | {"follows": PrecedingKeyFrame(**follows) if follows else None})
 
 
 def choose_runtime(name: str) -> Runtime:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evaluators.inference.staged import Routes, StagedNetwork, Steps, longest
 from evaluators.runtimes.base import Images, Proof, Spent, TargetError, TimedBatch
-from evaluators.runtimes.local import following
+from evaluators.runtimes.local import frame_call
 from evaluators.runtimes.paired_timing import Call, Clock, TakeTurn, TimingProtocol, turns_of
 from evaluators.runtimes.tensorrt_gpu.cuda import Buffer, CaptureError, CudaError, Handle, TimedStream
 from evaluators.runtimes.tensorrt_gpu.inspector import LayerRow, precision_proof
@@ -260,10 +260,10 @@ class EngineSession:
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
         chosen = images[batch.start : batch.start + batch.count]
         self.stages((batch.count, *images.shape[1:]))  # built before the clock runs
-        plan = batch.way(self._thresholds)
+        plan = batch.path_plan(self._thresholds)
         if batch.follows is not None:
             key = images[batch.follows.key : batch.follows.key + 1]
-            return following(lambda frame: self._run(frame, 1, plan), key, chosen, batch.follows)
+            return frame_call(lambda frame: self._run(frame, 1, plan), key, chosen, batch.follows)
         return lambda: self._run(chosen, batch.count, plan)
 
     def _spent(self, images: Images, plan: Steps | None = None) -> Spent:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from evaluators.inference.staged import Steps
-from evaluators.runtimes.base import Capabilities, Images, TargetError, Watch, allows, thresholds_of
+from evaluators.runtimes.base import Capabilities, Images, TargetError, TensorReader, allows, exit_thresholds
 from evaluators.runtimes.device_state import DeviceState, gpu_state, state_moved
 from evaluators.runtimes.tensorrt_gpu.capabilities import capabilities, timing_cache_file
 from evaluators.runtimes.tensorrt_gpu.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
@@ -109,7 +109,7 @@ class TensorRT:
         Raises:
             TargetError: blocks may be skipped.
         """
-        thresholds = thresholds_of(plan)
+        thresholds = exit_thresholds(plan)
         stream = self._stream(len(stages))
         return EngineSession(
             partial(self._load, tuple(stages), stream), stream, thresholds, inspect, confidence=confidence
@@ -134,7 +134,7 @@ class TensorRT:
             partial(self._load_plans, ready, stream), stream, thresholds, inspect, confidence=confidence
         )
 
-    def tensors(self, model: bytes) -> Watch:
+    def tensors(self, model: bytes) -> TensorReader:
         """Returns a function from a batch to all outputs of a file, from an engine built for that batch."""
         opened = self.open([model], [], 1)
 

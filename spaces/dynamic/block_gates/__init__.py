@@ -1,4 +1,4 @@
-"""Gates that decide for each input whether a block is run, a file and a table line each."""
+"""Gates that decide for each input whether a block is run: a file and a table line each."""
 
 from typing import TYPE_CHECKING
 

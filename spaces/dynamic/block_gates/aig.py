@@ -10,7 +10,7 @@ _HIDDEN = 16
 class AigGate(nn.Module):
     """Global average pooling, a linear layer to 16 features, and one to the logit.
 
-    The original ends in two logits, whose difference is all that decides: it is what the last layer gives here.
+    The original has two logits, of which only the difference matters; the last layer here returns that difference.
     Source: Veit & Belongie, Convolutional Networks with Adaptive Inference Graphs, 2018.
     """
 

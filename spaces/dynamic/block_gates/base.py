@@ -1,15 +1,15 @@
-"""What the gates of blocks have in common."""
+"""The protocol of block gates."""
 
 from typing import Protocol
 
 from torch import nn
 
 OPEN_BIAS = 1.9
-"""Gates start with this logit, which is a probability of 87% to run the block."""
+"""The initial logit of gates: a probability of 87% to run the block."""
 
 
 class BlockGate(Protocol):
-    '''Makes an untrained gate: mostly a class, named by a line of `spaces.dynamic.block_gates.BLOCK_GATES`.
+    '''Returns an untrained gate: usually a class, registered by a line of `spaces.dynamic.block_gates.BLOCK_GATES`.
 
     Example:
         """The largest value of each channel and one linear layer."""
@@ -36,9 +36,9 @@ class BlockGate(Protocol):
     '''
 
     def __call__(self, channels: int) -> nn.Module:
-        """Returns a gate for feature maps of so many channels.
+        """Returns a gate for feature maps with this number of channels.
 
-        It maps features `(n, channels, h, w)` to logits `(n, 1)`: how much more likely the block is run than skipped.
-        Its layers are cut with the network's channels, so they are modules, each called once.
+        The gate maps features `(n, channels, h, w)` to logits `(n, 1)`, the log-odds that the block is run. Its layers
+        must be modules that are called once each, because they are pruned with the network's channels.
         """
         ...

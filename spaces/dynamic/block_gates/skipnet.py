@@ -8,7 +8,7 @@ from spaces.dynamic.block_gates.base import OPEN_BIAS
 class SkipNetGate(nn.Module):
     """A 3x3 convolution with stride 2, global average pooling, and a linear layer to the logit.
 
-    It sees where features are, and takes an eighth of what a block of two 3x3 convolutions takes.
+    It uses the positions of features, and costs an eighth of a block of two 3x3 convolutions.
     Source: Wang et al., SkipNet: Learning Dynamic Routing in Convolutional Networks, 2018, FFGate-II.
     """
 

@@ -1,4 +1,4 @@
-"""Gates that learn which positions and channels an input needs: where they are, and how they decide, a file each."""
+"""Masks: gates that learn which positions and channels of a block an input needs, a file and a table line each."""
 
 from typing import TYPE_CHECKING
 
@@ -17,4 +17,4 @@ MASKS: "Registry[type[Mask]]" = Registry(
         "lccl": "spaces.dynamic.masks.lccl:CollaborativeMask",
     },
 )
-"""Every kind of mask, by the name that `[masks] method` gives it; one mask sits in one residual block."""
+"""Every kind of mask, by its name in `[masks] method`; each residual block has a mask of its own."""

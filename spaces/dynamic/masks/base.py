@@ -1,4 +1,4 @@
-"""What masks of every kind have in common: they sit in a residual block, and tell what of it an image needs."""
+"""The base class of masks, which decide for each image what part of a residual block is computed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,22 +11,22 @@ from spaces.dynamic.masks.hard_gate import OPEN, SHUT, Gate
 from spaces.dynamic.masks.residual_blocks import Site
 
 NAME = "mask"
-"""A mask is a part of its block, by this name."""
+"""The name of a mask as a submodule of its block."""
 
 
 class Mask(nn.Module):
     '''The gates of one residual block.
 
-    A subclass computes decisions in `look`, which is given the block's input, and applies them by what it hangs on the
-    block's layers in `attach`. After each forward `needed` tells, by the path of each convolution, the share of its
-    multiply-adds that each image needs, `(n,)`, with the gradients of the decisions.
+    A subclass computes decisions in `look`, which gets the block's input, and applies them by hooks that it registers
+    on the block's layers in `attach`. After each forward pass `needed` has, by the path of each convolution, the share
+    of its multiply-adds that each image needs, `(n,)`, with the gradients of the decisions.
 
     Args:
         site: the block.
-        keep: the share of the network's FLOPs that is aimed at.
+        keep: the target share of the network's FLOPs.
 
     Example:
-        """One decision an image: the block's branch is computed or left out."""
+        """One decision per image: the block's branch is computed or skipped."""
 
         from torch import nn
 
@@ -56,36 +56,36 @@ class Mask(nn.Module):
     '''
 
     moves: ClassVar[bool] = True
-    """Whether the threshold can be another one than that of the training."""
+    """Whether the threshold can be changed after training."""
     factors: ClassVar[int] = 1
-    """How many gates multiply: where a training holds shares to what is aimed at, each has this root of it."""
+    """The number of gates whose shares multiply: training holds each share to this root of the target share."""
 
     def __init__(self, site: Site, keep: float) -> None:
         super().__init__()
         self.site = site
         self.keep = keep
         self.needed: dict[str, Tensor] = {}
-        self.session: dict[str, Tensor] = {}
-        """The share of each kind of gate that is open, `(n,)`."""
+        self.opened: dict[str, Tensor] = {}
+        """The share of open gates for each image, `(n,)`, by the kind of gate."""
 
     def attach(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:  # noqa: ARG002  for subclasses
-        """Hangs the mask on its block.
+        """Registers the mask's hooks on its block.
 
         Args:
-            block: that the mask is a part of already.
+            block: the block; the mask is a submodule of it already.
             layers: the block's modules, by their paths in the trunk.
         """
         block.register_forward_pre_hook(self._before)
 
     def _before(self, _block: nn.Module, args: tuple[Any, ...]) -> None:
-        self.needed, self.session = {}, {}
+        self.needed, self.opened = {}, {}
         self.look(args[0])
 
     def look(self, features: Tensor) -> None:
-        """Decides, from the block's input `(n, c, h, w)`."""
+        """Computes the decisions from the block's input `(n, c, h, w)`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy takes along: not the gradients of the last forward."""
+        """Returns the state for a copy, without the gradients of the last forward pass."""
         return {name: _detached(value) for name, value in self.__dict__.items()}
 
     @property
@@ -94,20 +94,20 @@ class Mask(nn.Module):
         return [module for module in self.modules() if isinstance(module, Gate)]
 
     def move(self, threshold: float) -> None:
-        """Opens the gates from another logit on."""
+        """Sets the logit from which gates are open."""
         for gate in self.gates:
             gate.threshold.fill_(threshold)
 
     def open(self) -> None:
-        """Opens everything: the block is what it was without the mask."""
+        """Opens all gates: the block computes the same as without the mask."""
         self.move(OPEN)
 
     def close(self) -> None:
-        """Closes all that can be closed."""
+        """Closes all gates."""
         self.move(SHUT)
 
     def go_on(self, done: float) -> None:
-        """Is told the share of the training that is behind, 0 to 1."""
+        """Called during training with the share of it that is done, 0 to 1."""
 
 
 def _detached(value: Any) -> Any:
@@ -119,7 +119,7 @@ def _detached(value: Any) -> Any:
 
 
 def _holds(value: dict[Any, Any]) -> bool:
-    """Returns whether a dictionary holds tensors that some forward came to, and no parameters or modules."""
+    """Returns whether a dictionary holds tensors from a forward pass, and no parameters or modules."""
     return any(isinstance(each, Tensor) and each.grad_fn is not None for each in value.values())
 
 
@@ -129,8 +129,8 @@ def insert_masks(trunk: nn.Module, sites: Sequence[Site], kind: type[Mask], keep
     Args:
         trunk: the network.
         sites: its blocks.
-        kind: of mask.
-        keep: the share of the network's FLOPs that is aimed at.
+        kind: the class of the masks.
+        keep: the target share of the network's FLOPs.
     """
     for site in sites:
         block = trunk.get_submodule(site.block)
@@ -143,7 +143,7 @@ def insert_masks(trunk: nn.Module, sites: Sequence[Site], kind: type[Mask], keep
 
 
 def move_masks(network: nn.Module, thresholds: Mapping[str, float]) -> None:
-    """Lets masks open from other logits on, in place: by their blocks' paths, everything at the lowest on offer."""
+    """Sets the thresholds of masks by their blocks' paths, in place; at `ALWAYS_RUN` all gates are open."""
     for mask in masks_of(network):
         threshold = thresholds.get(mask.site.block)
         if threshold is not None:
@@ -156,22 +156,22 @@ def masks_of(network: nn.Module) -> list[Mask]:
 
 
 def needed(masks: Sequence[Mask]) -> dict[str, Tensor]:
-    """Returns the share of its multiply-adds that each image needs of each masked convolution in the last forward."""
+    """Returns the share of each masked convolution's multiply-adds that each image needed in the last forward pass."""
     return {path: share for mask in masks for path, share in mask.needed.items()}
 
 
 def each_opened(masks: Sequence[Mask]) -> Iterator[tuple[Mask, str, Tensor]]:
-    """Yields every mask's gates with the share that each image opened in the last forward."""
+    """Yields each mask, kind of gate and share of open gates `(n,)` of the last forward pass."""
     for mask in masks:
-        for kind, share in mask.session.items():
+        for kind, share in mask.opened.items():
             yield mask, kind, share
 
 
 class LogitNorm(nn.BatchNorm2d):
-    """Normalises the logits `(n, gates, h, w)` of some gates; their mean begins at `bias`.
+    """Normalises the logits `(n, gates, h, w)` of gates; their mean is initially `bias`.
 
-    Logits that differ little between images are all open without noise where they are mostly open with it, and all
-    closed a little later. So that a gate closes for some images first, its logits have a standard deviation of 1.
+    If logits differed little between images, a gate would close for all images almost at once. With a standard
+    deviation of 1 it closes for some images first.
     """
 
     def __init__(self, gates: int, bias: float) -> None:
@@ -180,21 +180,22 @@ class LogitNorm(nn.BatchNorm2d):
 
 
 def grid_of(size: tuple[int, int]) -> int:
-    """Returns the side of a tile for feature maps of a size, so that there are about eight tiles in a row.
+    """Returns the side of a tile for feature maps of a size, so that there are about eight tiles per row.
 
-    The last maps of small images have four: as DGNet has it (4, 2, 2 for 32, 16 and 8 pixels; 8, 4, 2, 1 for 56 to 7).
+    The last feature maps of small images have four, as in DGNet (4, 2, 2 for 32, 16 and 8 pixels; 8, 4,
+    2, 1 for 56 to 7).
     """
     side = max(size)
     return max(round(side / 8), 2 if side == 8 else 1)
 
 
 def spread(tiles: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns decisions on tiles `(n, 1, a, b)` for positions, `(n, 1, *size)`."""
+    """Returns decisions on tiles `(n, 1, a, b)` upsampled to positions, `(n, 1, *size)`."""
     return nn.functional.interpolate(tiles, size=size, mode="nearest")
 
 
 def average(features: Tensor) -> Tensor:
-    """Returns the mean of everything but the first axis, `(n,)`."""
+    """Returns the mean over all axes except the first, `(n,)`."""
     return features.flatten(1).mean(dim=1)
 
 

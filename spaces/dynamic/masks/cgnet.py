@@ -1,4 +1,4 @@
-"""CGNet: a convolution's first input channels tell where the others are needed."""
+"""CGNet: the partial sums over a convolution's first input channels decide where the others are needed."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -12,12 +12,12 @@ from spaces.dynamic.masks.hard_gate import Gate
 from spaces.dynamic.masks.residual_blocks import Conv, Site
 
 _PARTS = 4
-"""The base path reads one of so many parts of the input channels."""
+"""The base path reads the first of this number of equal parts of the input channels."""
 _OPEN_BIAS = 2.0
 
 
 class _PartialSum(nn.Module):
-    """Where the sum over the first channels is high enough, the others are added.
+    """Gates on partial sums: where the sum over the first channels is high enough, the others are added.
 
     Args:
         conv: the convolution.
@@ -35,10 +35,10 @@ class _PartialSum(nn.Module):
 
 
 class PartialSumMask(Mask):
-    """Every convolution of the block is gated by its own partial sums, so that its base path is never wasted.
+    """Gates every convolution of the block by its own partial sums, so that the base path is never wasted.
 
-    The published loss pulls each channel's threshold towards a given one; here the loss on expected FLOPs moves them,
-    as it moves the gates of the other methods. `move` is by how much all thresholds are raised.
+    The published loss pulls each channel's threshold towards a target; here the loss on expected FLOPs moves them, as
+    for the other methods. `move` raises all thresholds by the same amount.
     Source: Hua et al., Channel Gating Neural Networks, 2019.
     """
 
@@ -57,13 +57,13 @@ class PartialSumMask(Mask):
         assert isinstance(conv, nn.Conv2d)
         base = conv.in_channels // _PARTS
         first = torch.arange(conv.in_channels).view(1, -1, 1, 1) < base
-        # The same weights on an input whose other channels are zero: one weight in the file, whatever is done to it.
+        # The same weight on an input whose other channels are zero, so that the file has the weight only once.
         sums = conv._conv_forward(args[0] * first.to(args[0].dtype), conv.weight, None)
         decisions = self.sums[number](sums)
         share, path = average(decisions), self._gated[number].path
         part = base / conv.in_channels
         self.needed[path] = part + (1 - part) * share
-        self.session[f"sums{number}"] = share
+        self.opened[f"sums{number}"] = share
         bias = 0.0 if conv.bias is None else conv.bias.view(1, -1, 1, 1)
         return (
             torch.where(decisions > 0, out, sums + bias) if not self.training else _mixed(decisions, out, sums + bias)
@@ -71,6 +71,6 @@ class PartialSumMask(Mask):
 
 
 def _mixed(decisions: Tensor, whole: Tensor, part: Tensor) -> Tensor:
-    """Returns one or the other, with a gradient to the decisions."""
+    """Returns one or the other by the decisions, with a gradient for them."""
     opened = decisions.to(whole.dtype)
     return opened * whole + (1 - opened) * part

@@ -1,4 +1,4 @@
-"""Dynamic group convolution: each group of outputs reads the input channels that count for this image."""
+"""Dynamic group convolution: each group of outputs reads the most salient input channels of an image."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -11,13 +11,13 @@ from spaces.dynamic.masks.base import Mask, constant
 from spaces.dynamic.masks.residual_blocks import Conv, Site
 
 HEADS = 4
-"""Groups of outputs, each with a choice of its own."""
+"""The number of groups of outputs, each with its own choice of input channels."""
 _FIRST, _LAST = 1 / 12, 3 / 4
-"""The shares of a training between which channels are taken away, a few at a time."""
+"""The shares of training between which channels are removed, a few at a time."""
 
 
 class _Saliency(nn.Module):
-    """Global average pooling and two 1x1 convolutions: how much each input channel counts.
+    """Global average pooling and two 1x1 convolutions: the saliency of each input channel.
 
     Args:
         channels: of the input.
@@ -36,11 +36,11 @@ class _Saliency(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns `(n, channels, 1, 1)`."""
-        told: Tensor = self.clamp(self.tell(self.relu(self.reduce(self.pool(features)))))
-        return told
+        saliency: Tensor = self.clamp(self.tell(self.relu(self.reduce(self.pool(features)))))
+        return saliency
 
     def give(self, value: float) -> None:
-        """Makes every channel count alike, whatever the input."""
+        """Gives every channel the same saliency, whatever the input."""
         nn.init.zeros_(self.tell.weight)
         nn.init.constant_(self.tell.bias, value)  # type: ignore[arg-type]
 
@@ -48,8 +48,8 @@ class _Saliency(nn.Module):
 class GroupMask(Mask):
     """Each convolution's outputs are divided into heads, and each head reads the channels of the highest saliency.
 
-    How many is fixed, so every image costs the same. Begun from a trained network there is no shuffle of channels
-    behind the heads: they are its own outputs, in their order.
+    Their number is fixed, so every image costs the same. There is no shuffle of channels after the heads, because they
+    start from a trained network and keep the order of its outputs.
     Source: Su et al., Dynamic Group Convolution for Accelerating Convolutional Neural Networks, 2020.
     """
 
@@ -62,14 +62,14 @@ class GroupMask(Mask):
         self.share = keep
 
     def attach(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Makes one grouped convolution of each, whose groups are the heads; its weights stay as they are."""
+        """Turns each convolution into a grouped one, whose groups are the heads; its weights stay."""
         super().attach(block, layers)
         for number, conv in enumerate(self._gated):
             layers[conv.path].groups = HEADS  # type: ignore[assignment]
             layers[conv.path].register_forward_pre_hook(partial(self._read, number))
 
     def _read(self, number: int, _conv: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """Returns what each head reads, one after the other."""
+        """Returns the inputs of all heads, concatenated along the channels."""
         described, features = self._gated[number], args[0]
         kept = self._kept(described)
         self.needed[described.path] = constant(kept / described.inputs, features)
@@ -85,12 +85,12 @@ class GroupMask(Mask):
         return max(1, round(self.share * conv.inputs))
 
     def go_on(self, done: float) -> None:
-        """Takes channels away, between the first twelfth and three quarters of the training."""
+        """Removes channels, between the first twelfth and three quarters of training."""
         part = min(max((done - _FIRST) / (_LAST - _FIRST), 0.0), 1.0)
         self.share = 1 - part * (1 - self.keep)
 
     def open(self) -> None:
-        """Lets every head read every channel as it is."""
+        """Lets every head read every channel unscaled."""
         self.share = 1.0
         with torch.no_grad():
             for number in range(len(self._gated)):
@@ -103,7 +103,7 @@ class GroupMask(Mask):
 
 
 def _highest(saliency: Tensor, count: int) -> Tensor:
-    """Returns the highest numbers of each image as they are, and 0 in place of the others, `(n, c, 1, 1)`."""
-    places = torch.topk(saliency, count, dim=1).indices
-    chosen = torch.zeros_like(saliency).scatter(1, places, 1.0)  # exactly so many, where some are alike too
+    """Returns the highest saliencies of each image, with 0 in place of the others, `(n, c, 1, 1)`."""
+    indices = torch.topk(saliency, count, dim=1).indices
+    chosen = torch.zeros_like(saliency).scatter(1, indices, 1.0)  # exactly `count`, also with ties
     return saliency * chosen

@@ -1,4 +1,4 @@
-"""DGNet: which tiles of a block are computed, and which of its hidden channels."""
+"""DGNet: masks on the tiles of a block and on its hidden channels."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -12,16 +12,16 @@ from spaces.dynamic.masks.hard_gate import Gate
 from spaces.dynamic.masks.residual_blocks import Conv, Site
 
 _OPEN_BIAS = 2.0
-"""Gates start with this mean logit."""
+"""The initial mean logit of gates."""
 _REDUCTION = 4
 
 
 class SpatialGate(nn.Module):
-    """Average pooling to tiles, and a 3x3 convolution to one logit for each.
+    """Average pooling to tiles, and a 3x3 convolution to one logit per tile.
 
     Args:
         site: the block.
-        bias: the logit to begin with.
+        bias: the initial logit.
     """
 
     def __init__(self, site: Site, bias: float = _OPEN_BIAS) -> None:
@@ -40,11 +40,11 @@ class SpatialGate(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """Global average pooling and two 1x1 convolutions, a quarter as wide between.
+    """Global average pooling and two 1x1 convolutions, with a quarter of the channels in between.
 
     Args:
         channels: of the block's input.
-        outputs: channels to decide on.
+        outputs: the number of channels to decide on.
     """
 
     def __init__(self, channels: int, outputs: int) -> None:
@@ -66,11 +66,11 @@ class ChannelGate(nn.Module):
 
 
 class DualMask(Mask):
-    """A spatial gate for the whole block, and a channel gate for what each convolution but the last gives.
+    """A spatial gate for the whole block, and a channel gate for the output of each convolution but the last.
 
-    All look at the block's input. What is masked is zero: the next convolution need not read it. As published, hidden
-    features keep their positions in training, so that batch statistics are those of features and not of zeros: a block
-    that few images need would have hardly any variance to be divided by.
+    All gates read the block's input. Masked values are zero, so the next convolution need not read them. As published,
+    positions of hidden features are not masked in training, so that batch statistics are those of features and not of
+    zeros: a block that few images need would have almost no variance.
     Source: Li et al., Dynamic Dual Gating Neural Networks, 2021.
     """
 
@@ -84,7 +84,7 @@ class DualMask(Mask):
         self._hidden: list[Tensor] = []
 
     def attach(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Masks what each convolution but the first reads, and what the last one gives."""
+        """Masks the input of each convolution but the first, and the output of the last one."""
         super().attach(block, layers)
         for number, conv in enumerate(self.site.convs[1:]):
             layers[conv.path].register_forward_pre_hook(partial(self._hide, number))
@@ -99,15 +99,15 @@ class DualMask(Mask):
         reads, gives = [None, *kept], [*kept, None]
         for conv, share, read, given in zip(self.site.convs, opened, reads, gives, strict=True):
             self.needed[conv.path] = _product(conv, share, read, given)
-        self.session["tiles"] = opened[-1]
-        self.session |= {f"channels{number}": share for number, share in enumerate(kept)}
+        self.opened["tiles"] = opened[-1]
+        self.opened |= {f"channels{number}": share for number, share in enumerate(kept)}
 
     def _hide(self, number: int, _conv: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """Masks what the convolution of this number gave, before the next one reads it."""
+        """Masks the output of the convolution of this number, before the next one reads it."""
         hidden = args[0] * self._hidden[number].to(args[0].dtype)
         if self.training:
             return (hidden,)
-        # Detached, so that channels which may be cut are not tied to those of the block's output, masked by the same.
+        # Detached, so that hidden channels are not in one dependency group with those of the block's output.
         return (hidden * spread(self._tiles.detach(), self.site.convs[number].size).to(hidden.dtype),)
 
     def _last(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -115,13 +115,13 @@ class DualMask(Mask):
 
 
 def _product(conv: Conv, positions: Tensor, read: Tensor | None, given: Tensor | None) -> Tensor:
-    """Returns the share of a convolution's multiply-adds: positions times channels read times channels given.
+    """Returns the share of a convolution's multiply-adds: positions times input channels times output channels.
 
-    Each channel that a depthwise convolution gives reads its own.
+    For a depthwise convolution only output channels count, because each reads only its own input channel.
     """
-    found = positions
+    share = positions
     if given is not None:
-        found = found * given
+        share = share * given
     if read is not None and conv.groups == 1:
-        found = found * read
-    return found
+        share = share * read
+    return share

@@ -1,4 +1,4 @@
-"""DynConv: which pixels of a block are computed."""
+"""DynConv: masks on the pixels of a block."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +17,8 @@ _OPEN_BIAS = 2.0
 class PixelMask(Mask):
     """One decision for each position of the block's output, from its input.
 
-    The last convolution runs where it is open; each one before it wherever the next one reads: on the mask, dilated by
-    its kernel. That changes nothing of what is computed, so only the block's branch is multiplied.
+    The last convolution runs at open positions; each one before it runs where the next one reads: on the mask dilated
+    by the kernel. That does not change the open outputs, so only the end of the block's branch is multiplied.
     Source: Verelst & Tuytelaars, Dynamic Convolutions: Exploiting Spatial Sparsity for Faster Inference, 2020.
     """
 
@@ -34,7 +34,7 @@ class PixelMask(Mask):
         self._reads: list[_Reads] = []
 
     def attach(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Masks what the last convolution gives."""
+        """Masks the output of the last convolution."""
         super().attach(block, layers)
         self._reads = [_Reads.of(layers[conv.path]) for conv in self.site.convs]
         layers[self.site.convs[-1].end].register_forward_hook(self._last)
@@ -46,14 +46,14 @@ class PixelMask(Mask):
         for conv, reads in zip(reversed(self.site.convs), reversed(self._reads), strict=True):
             self.needed[conv.path] = average(positions)
             positions = reads.dilated(positions, conv.source)
-        self.session["pixels"] = average(self._positions)
+        self.opened["pixels"] = average(self._positions)
 
     def _last(self, _module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
         return out * self._positions.to(out.dtype)
 
 
 class _Reads:
-    """Which positions of its input a convolution reads.
+    """The positions of its input that a convolution reads.
 
     Args:
         kernel: its size.
@@ -78,7 +78,7 @@ class _Reads:
         return cls(conv.kernel_size, conv.stride, padding, conv.dilation)
 
     def dilated(self, positions: Tensor, size: tuple[int, int]) -> Tensor:
-        """Returns where the input is read for output at some positions, `(n, 1, *size)`."""
+        """Returns the positions of the input that are read for some output positions, `(n, 1, *size)`."""
         ones = torch.ones(1, 1, *self._kernel, dtype=positions.dtype)
         rest = [
             size[axis]

@@ -1,4 +1,4 @@
-"""A hard decision that learns: open or closed, with the gradient of a soft one."""
+"""A trainable hard decision: open or closed, with the gradient of a soft decision."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 OPEN, SHUT = -1e4, 1e4
-"""Thresholds at which a gate is always open, and never."""
+"""Thresholds at which a gate is always open and always closed."""
 
 
 class _Step(torch.autograd.Function):
@@ -33,11 +33,11 @@ class _Step(torch.autograd.Function):
 
 @dataclass
 class Noise:
-    """What decisions are blurred by in training.
+    """The noise that is added to logits in training.
 
     Args:
-        generator: draws it.
-        strength: multiplies it; it falls to 0 in the course of a training, so that its end learns what is deployed.
+        generator: draws the noise.
+        strength: a factor, which falls to 0 during training, so that the end of it trains the deployed network.
     """
 
     generator: torch.Generator
@@ -47,11 +47,11 @@ class Noise:
 class Gate(nn.Module):
     """Decides from logits: open from a threshold on.
 
-    In training logistic noise, the difference of two Gumbel variables, is added where `noise` is set.
+    In training, logistic noise, the difference of two Gumbel variables, is added where `noise` is set.
     Source: Jang et al., Categorical Reparameterization with Gumbel-Softmax, 2017.
 
     Args:
-        temperature: of the soft decision that gradients are those of.
+        temperature: of the soft decision whose gradient is used.
     """
 
     threshold: Tensor

@@ -1,4 +1,4 @@
-"""Where masks may sit: in blocks around which their input passes, whose convolutions follow each other."""
+"""Finds the residual blocks that masks can sit in: with a shortcut and a chain of convolutions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from spaces.dynamic.cut_points import Edge
-from spaces.dynamic.skippable_blocks import Seen, observed
+from spaces.dynamic.skippable_blocks import ModuleCall, observed
 from spaces.errors import StructureError
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution on the way that can be masked.
+    """A convolution of a block's branch that can be masked.
 
     Args:
-        path: in the trunk.
-        end: path of the batch normalisation behind it, or its own where there is none.
-        inputs: channels that it reads.
-        outputs: channels that it gives.
-        size: height and width of what it gives.
-        source: height and width of what it reads.
+        path: its path in the trunk.
+        end: the path of the batch normalisation after it, or its own path without one.
+        inputs: the number of input channels.
+        outputs: the number of output channels.
+        size: height and width of the output.
+        source: height and width of the input.
         groups: of the convolution.
     """
 
@@ -42,7 +42,7 @@ class Site:
         channels: of its input.
         source: height and width of its input.
         size: height and width of its output.
-        convs: those of the way that something passes by, in the order in which they run.
+        convs: the convolutions of its branch, in the order in which they run.
     """
 
     block: str
@@ -55,16 +55,16 @@ class Site:
 def find_sites(trunk: nn.Module, image: Tensor, blocks: Sequence[str] | None = None) -> tuple[Site, ...]:
     """Returns the residual blocks of a network, in the order in which they run.
 
-    In such a block two convolutions or more follow each other, with nothing but normalisations and activations between
-    them, and a way leads past them to the block's output.
+    Such a block has a chain of two or more convolutions, with only normalisations and activations between them, and a
+    shortcut around them to the block's output.
 
     Args:
         trunk: maps an image to logits, in evaluation mode.
         image: one input, `(1, c, h, w)`.
-        blocks: their paths; all where not given.
+        blocks: their paths; None for all.
 
     Raises:
-        StructureError: one of `blocks` is none, or the network has none.
+        StructureError: one of `blocks` is no residual block, or the network has none.
     """
     _, _, calls = observed(trunk, image)
     found = [site for path in calls if (site := _site(trunk, path, calls)) is not None]
@@ -83,8 +83,8 @@ def find_sites(trunk: nn.Module, image: Tensor, blocks: Sequence[str] | None = N
     return tuple(known[path] for path in known if path in set(blocks))
 
 
-def _site(trunk: nn.Module, path: str, calls: dict[str, Seen]) -> Site | None:
-    """Returns a block's site; None where it is no residual block."""
+def _site(trunk: nn.Module, path: str, calls: dict[str, ModuleCall]) -> Site | None:
+    """Returns a block's site; None if it is no residual block."""
     block = calls[path]
     inside = [name for name in calls if name.startswith(f"{path}.")]
     convs = {name: calls[name] for name in inside if isinstance(trunk.get_submodule(name), nn.Conv2d)}
@@ -102,41 +102,41 @@ def _site(trunk: nn.Module, path: str, calls: dict[str, Seen]) -> Site | None:
     return Site(path, block.source.shape[1], _size(block.source), _size(block.result), described)
 
 
-def _chain(convs: dict[str, Seen], block: Seen) -> list[str]:
-    """Returns the longest row of convolutions that follow each other from the block's input to its output."""
+def _chain(convs: dict[str, ModuleCall], block: ModuleCall) -> list[str]:
+    """Returns the longest chain of convolutions from the block's input to its output."""
     ends = {call.after: name for name, call in convs.items()}
     before = {name: _nearest(call.before, {*ends, block.before}) for name, call in convs.items()}
-    rows = []
+    chains = []
     for edge in _nearest(block.after, {*ends, block.before}):
-        row: list[str] = []
+        chain: list[str] = []
         while edge in ends and before[ends[edge]] and len(before[ends[edge]]) == 1:
-            row.insert(0, ends[edge])
+            chain.insert(0, ends[edge])
             (edge,) = before[ends[edge]]
-        rows.append(row if edge == block.before else [])
-    return max(rows, key=len, default=[])
+        chains.append(chain if edge == block.before else [])
+    return max(chains, key=len, default=[])
 
 
 def _nearest(start: Edge, ends: set[Edge]) -> set[Edge]:
-    """Returns which of some tensors a tensor comes from, without passing through another of them."""
-    found: set[Edge] = set()
+    """Returns which of some tensors a tensor is computed from, without passing through another of them."""
+    nearest: set[Edge] = set()
     seen: set[Edge] = set()
     todo = [start]
     while todo:
         edge = todo.pop()
         if edge in ends:
-            found.add(edge)
+            nearest.add(edge)
         elif edge[0] is not None and edge not in seen:
             seen.add(edge)
             todo += edge[0].next_functions
-    return found
+    return nearest
 
 
 def _leads(start: Edge, end: Edge, without: set[Edge]) -> bool:
-    """Returns whether a tensor comes from another by a way that does not lead through some others."""
+    """Returns whether a tensor is computed from another by a path that avoids some others."""
     return end in _nearest(start, {end, *without})
 
 
-def _conv(trunk: nn.Module, path: str, call: Seen, end: str) -> Conv:
+def _conv(trunk: nn.Module, path: str, call: ModuleCall, end: str) -> Conv:
     module = trunk.get_submodule(path)
     assert isinstance(module, nn.Conv2d)
     return Conv(
