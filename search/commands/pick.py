@@ -10,7 +10,7 @@ from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
 from search.config.study import finetuning
 from search.config.units import milliseconds, percent, points, size
-from search.deploy.fresh_timing import content, lines, slack
+from search.deploy.fresh_timing import content, lines, wider_budget
 from search.loop.resume import check_same_network
 from search.report.display import Display
 from search.report.output import SPOKEN, Output, write_json, write_lines
@@ -47,7 +47,7 @@ def run_pick(
     if not overview.front:
         print_front(overview, console)
         return NO_VERSION
-    from search.deploy.bundle import check_out, confirm, count_pick, measure_afresh, recover_more, write_bundle
+    from search.deploy.bundle import check_out, confirm, count_pick, finetune_version, time_again, write_bundle
     from search.pipeline.pipeline import build_pipeline
 
     check_out(out)
@@ -59,29 +59,31 @@ def run_pick(
             pruned = next(
                 (version for version in choose(overview.front, prefer) if version.number >= 0), overview.front[0]
             )
-            versions = [recover_more(pipeline, search, pruned, more)]
+            versions = [finetune_version(pipeline, search, pruned, more)]
         display.say("Measuring the picked version afresh, in a new process...")
         dense = overview.dense.measured
-        found = measure_afresh(pipeline, search, versions, limits, prefer, display.say)
-        wider = slack(found, versions if more else [*overview.simple, *overview.versions], prefer, limits, dense)
-        if found.taken is None:
+        timings = time_again(pipeline, search, versions, limits, prefer, display.say)
+        wider = wider_budget(
+            timings, versions if more else [*overview.simple, *overview.versions], prefer, limits, dense
+        )
+        if timings.chosen is None:
             if output.as_json:
                 failed = {"trial": None, "prefer": prefer, "budget": str(limits)}
-                write_json(failed | content(found, wider, limits, dense))
-            for line in lines(found, wider, prefer, limits, dense):
+                write_json(failed | content(timings, wider, limits, dense))
+            for line in lines(timings, wider, prefer, limits, dense):
                 display.warn(line)
             return NO_VERSION
-        confirmed = confirm(pipeline, search, found.taken)
+        confirmed = confirm(pipeline, search, timings.chosen)
         used = count_pick(search, confirmed)
         write_bundle(out, pipeline, search, limits, confirmed)
         tracking = Tracking.of(runs, tracking_uri, remembered(search.folder.open()))
         registered = _registered(tracking, search, confirmed, out, display)
     if output.as_json:
-        again = content(found, wider, limits, dense)
+        again = content(timings, wider, limits, dense)
         write_json(_content(confirmed, prefer, limits, out, registered) | again)
         return 0
     told = _confirmation(confirmed, overview.dense, prefer, limits, used)
-    told += lines(found, wider, prefer, limits, dense)
+    told += lines(timings, wider, prefer, limits, dense)
     told.append(f"Wrote {out}/. Check it anywhere: {_check(out)}")
     if registered:
         told += [f"Registered as version {registered.version} of model {registered.name}:", f"  {registered.serve}"]

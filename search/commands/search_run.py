@@ -19,8 +19,8 @@ from search.pipeline.sensitivity_profiler import Profiler
 from search.report.describe import examined_layers, simple_lines
 from search.report.display import Display, SearchView
 from search.report.overview import write_profile
-from search.results.simple_versions import Given
-from search.results.store import Baseline, SearchFolder, StoredSearch, given_of, keep_given, keep_sampler
+from search.results.simple_versions import GivenMeasurements
+from search.results.store import Baseline, SearchFolder, StoredSearch, read_given, store_given, store_sampler
 from search.tracking.mirror import Follower
 from search.tracking.store import Tracking, remember, remembered
 
@@ -74,7 +74,7 @@ class SearchRun:
     def _trials(self) -> int:
         return self.ending.trials or self.study.search.trials
 
-    def _measure_given(self, journal: optuna.Study) -> tuple[GivenNetwork, Given | None]:
+    def _measure_given(self, journal: optuna.Study) -> tuple[GivenNetwork, GivenMeasurements | None]:
         """Returns the network as it is, and what it comes to in each precision where that is not in the journal.
 
         That is before exits, gates or weights for pruned versions are trained: the first answer comes first.
@@ -82,10 +82,10 @@ class SearchRun:
         given = GivenNetwork(self.study, self.display.step, self.runtime, self.display.say, self.download)
         if "baseline" in journal.user_attrs:
             return given, None
-        simple = given_of(journal)
+        simple = read_given(journal)
         if simple is None or (simple.question, simple.network) != (self.study.question_key, given.fingerprint):
-            simple = given.measured(self.display.step)
-            keep_given(journal, simple)
+            simple = given.measure(self.display.step)
+            store_given(journal, simple)
         for line in simple_lines(simple):
             self.display.say(line)
         return given, simple
@@ -104,7 +104,9 @@ class SearchRun:
             display.say(f"Note: {remark}.")
         return pipeline
 
-    def _measure_baseline(self, journal: optuna.Study, pipeline: CompressionPipeline, simple: Given | None) -> None:
+    def _measure_baseline(
+        self, journal: optuna.Study, pipeline: CompressionPipeline, simple: GivenMeasurements | None
+    ) -> None:
         """Measures what has to be beaten, and writes down what the search is about."""
         self.display.say("Measuring the dense network...")
         (self.folder.path / "study.toml").write_text(_AS_SEARCHED + self.study.to_toml(), encoding="utf-8")
@@ -117,7 +119,7 @@ class SearchRun:
 
     def _try(self, journal: optuna.Study, pipeline: CompressionPipeline) -> Outcome:
         """Tries candidates, recovers the front where the study asks for it, and mirrors all into MLflow."""
-        keep_sampler(journal, self.sampler)
+        store_sampler(journal, self.sampler)
         tracking = Tracking.of(self.folder.path.parent, self.tracking_uri, remembered(journal))
         remember(journal, tracking, self.folder.path.parent)
         search, display = StoredSearch.read(self.folder), self.display
@@ -127,7 +129,7 @@ class SearchRun:
         done = sum(is_counted(trial) for trial in search.trials)
         if done:
             display.say(f"Going on with search {self.folder.name}: {done} trials are there")
-        lines = search.baseline.lines_to_beat
+        lines = search.baseline.versions_to_beat
         view = SearchView(display, search.versions, search.budget, lines[0], done, self._trials, lines)
         seeds = greedy_seeds(pipeline, display.step, display.say) if self.study.search.warm_start else []
         coordinator = Coordinator(pipeline, journal, search.baseline, self.sampler, self.seed, [mirror, view], seeds)
@@ -166,7 +168,7 @@ def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
     )
     if not all(each.is_own for each in baseline.simple):
         display.say("That is with what was trained for it; what was given has to be beaten as well:")
-        for line in baseline.lines_to_beat[1:]:
+        for line in baseline.versions_to_beat[1:]:
             told = milliseconds(line.measured["latency"].value), percent(line.measured["accuracy"].value)
             display.say(f"  {line.title}  {told[0]}  accuracy {told[1]}")
     if measured["accuracy"].value < NEAR_CHANCE / classes:

@@ -13,14 +13,14 @@ from search.config.environment import environment
 from search.config.progress import Progress
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
-from search.results.simple_versions import Given, Simple
+from search.results.simple_versions import GivenMeasurements, SimpleVersion
 from search.results.store import Baseline
 from spaces.candidate import Candidate
 
 
 def measure_baseline(
     pipeline: CompressionPipeline,
-    given: Given | None = None,
+    given: GivenMeasurements | None = None,
     trials: int | None = None,
     timeout_s: float | None = None,
     progress: Progress = lambda *_: None,
@@ -77,8 +77,8 @@ def find_slow_layers(pipeline: CompressionPipeline, progress: Progress, search_s
 
 
 def simple_versions(
-    pipeline: CompressionPipeline, latency: LatencyEvaluator, given: Given | None, same: bool
-) -> list[Simple]:
+    pipeline: CompressionPipeline, latency: LatencyEvaluator, given: GivenMeasurements | None, same: bool
+) -> list[SimpleVersion]:
     """Returns the network as it is in each precision: the search's own, then as it was given where that is another.
 
     Args:
@@ -87,17 +87,17 @@ def simple_versions(
         given: what was measured before; of a file that is the same, accuracy and latency hold.
         same: whether its latencies were told beside the references of this search.
     """
-    own: list[Simple] = []
-    others: list[Simple] = []
+    own: list[SimpleVersion] = []
+    others: list[SimpleVersion] = []
     for precision in pipeline.space.precision.computed:
         candidate = pipeline.space.whole(precision)
         earlier = given.of(precision) if given else None
         form = given.forms[precision] if given and same else None
         known = _known(pipeline, candidate, earlier, form) if earlier and form else None
-        own.append(Simple(precision, known or pipeline.evaluate(candidate, latency)))
+        own.append(SimpleVersion(precision, known or pipeline.evaluate(candidate, latency)))
         if earlier and not known:
-            before = earlier if same else pipeline.given.simple(precision, latency).evaluation
-            others.append(Simple(precision, replace(before, candidate=candidate), is_own=False))
+            before = earlier if same else pipeline.given.evaluate(precision, latency).evaluation
+            others.append(SimpleVersion(precision, replace(before, candidate=candidate), is_own=False))
     return [*own, *others]
 
 

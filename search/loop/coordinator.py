@@ -105,7 +105,7 @@ class Coordinator:
             version.evaluation.candidate.key: version for version in versions_of(journal.get_trials(deepcopy=False))
         }
         self._simple = {each.evaluation.candidate.key: each.evaluation for each in baseline.simple if each.is_own}
-        lines = baseline.lines_to_beat
+        lines = baseline.versions_to_beat
         screen = accuracy_screen(pipeline, self._dense, ChainMap(self._known, {line.title: line for line in lines}))
         self._stopping: list[EarlyStopping] = [LimitsBroken(self._budget, self._dense), *([screen] if screen else [])]
         self._resolved = resolved_choices(journal.get_trials(deepcopy=False), self._known.values())

@@ -10,7 +10,7 @@ from search.loop.interrupts import Interrupts
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.pareto import Version, pareto
-from search.results.store import Baseline, keep_recovered, versions_of_study
+from search.results.store import Baseline, store_recovered, versions_of_study
 
 RECOVERABLE = 0.05
 """So much accuracy below the budget's limit may be won back: a version that lacks more is not tried."""
@@ -42,7 +42,7 @@ def recover_front(pipeline: CompressionPipeline, journal: optuna.Study, baseline
             candidate = waiting[0].evaluation.candidate
             with interrupts.allowed():
                 evaluation = solver.evaluate(solver.resolve_again(candidate, settings), (), settings)
-            keep_recovered(journal, waiting[0].number, evaluation)
+            store_recovered(journal, waiting[0].number, evaluation)
             done += 1
     return done
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from evaluators.flops.pruned import ScaledFlops
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
-from search.pipeline.exit_thresholds import aimed
+from search.pipeline.exit_thresholds import cost_target
 from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.sensitivity_profiler import Profiler
-from search.results.pareto import OBJECTIVES, worst_that_counts
+from search.results.pareto import OBJECTIVES, reference_point
 from search.results.sensitivity import Profile
 from search.results.store import Baseline
 from search.samplers.hypervolume.encoding import Array
@@ -43,11 +43,13 @@ def problem_prior(pipeline: CompressionPipeline, space: JointSpace, baseline: Ba
 
 
 def _targets(pipeline: CompressionPipeline, dense: Mapping[str, Measurement]) -> tuple[CostTarget, ...]:
-    worst = worst_that_counts(pipeline.study.budget, dense)
+    worst = reference_point(pipeline.study.budget, dense)
     kinds: Mapping[str, Kind] = {"accuracy": "accuracy", "latency": "latency", "flops": "flops"}
     chance, limits = 1 / pipeline.data.classes, pipeline.study.budget
     return tuple(
-        CostTarget(kinds[name], dense[name].value, worst[name], min(chance, worst[name]), aimed(limits, name, dense))
+        CostTarget(
+            kinds[name], dense[name].value, worst[name], min(chance, worst[name]), cost_target(limits, name, dense)
+        )
         for name in OBJECTIVES
     )
 

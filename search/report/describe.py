@@ -5,7 +5,7 @@ from evaluators.latency.slow_layers import Slower, SlowLayers, Whole
 from evaluators.measurement import Measurement
 from evaluators.streams import KEY_FRAMES
 from search.config.units import milliseconds, percent, size
-from search.results.simple_versions import Given
+from search.results.simple_versions import GivenMeasurements
 from spaces.candidate import Candidate
 
 ZEROS = (
@@ -62,7 +62,7 @@ def _slower(each: Slower) -> str:
     )
 
 
-def simple_lines(given: Given) -> list[str]:
+def simple_lines(given: GivenMeasurements) -> list[str]:
     """Returns the network as it is in each precision, a line each below one that says what they are."""
     dense = given.simple[0].evaluation.measurements
     lines = [

@@ -9,7 +9,7 @@ from typing import Self
 
 from search.config.budget import Budget
 from search.report.importance import Importance, importance
-from search.results.pareto import Dense, Version, beats, choose, feasible, front_within, hypervolume, pareto
+from search.results.pareto import Measurements, Version, beats, choose, feasible, front_within, hypervolume, pareto
 from search.results.sensitivity import Profile
 from search.results.store import StoredSearch
 
@@ -52,7 +52,7 @@ class Overview:
     def of(cls, search: StoredSearch, budget: Budget | None = None) -> Self:
         """Returns the overview of a search under its own budget or another."""
         limits = budget or search.budget
-        simple = search.baseline.lines_to_beat
+        simple = search.baseline.versions_to_beat
         versions = search.versions
         dense = simple[0]
         good = feasible(versions, limits, dense.measured)
@@ -157,7 +157,7 @@ def most_worth(front: Sequence[Version]) -> list[tuple[str, Version]]:
 
 
 def growth(
-    versions: Sequence[Version], budget: Budget, dense: Dense, begin: Sequence[Version] = ()
+    versions: Sequence[Version], budget: Budget, dense: Measurements, begin: Sequence[Version] = ()
 ) -> list[tuple[int, float]]:
     """Returns the hypervolume after each of the versions, and those that were there before: a trial and a share."""
     front = pareto(begin)

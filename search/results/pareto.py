@@ -16,7 +16,7 @@ PREFERENCES = ("accuracy", "latency", "flops", "size", "knee")
 _ACCURACY_SPAN = 0.10
 """Without an accuracy limit, hypervolume counts versions down to this far below the dense network."""
 
-Dense = Mapping[str, Measurement]
+Measurements = Mapping[str, Measurement]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Version:
         return np.array([METRICS[metric].sign * self.measured[metric].value for metric in OBJECTIVES])
 
 
-def feasible(versions: Sequence[Version], budget: Budget, dense: Dense) -> list[Version]:
+def feasible(versions: Sequence[Version], budget: Budget, dense: Measurements) -> list[Version]:
     """Returns the fully measured versions that keep every limit."""
     return [version for version in versions if version.is_complete and budget.is_met(version.measured, dense)]
 
@@ -91,7 +91,7 @@ class Front:
     beaten: tuple[Version, ...]
 
 
-def front_within(versions: Sequence[Version], simple: Sequence[Version], budget: Budget, dense: Dense) -> Front:
+def front_within(versions: Sequence[Version], simple: Sequence[Version], budget: Budget, dense: Measurements) -> Front:
     """Returns the front of the versions that keep every limit.
 
     Args:
@@ -114,13 +114,13 @@ def beats(one: Version, other: Version) -> bool:
     return mine["latency"].value < its["latency"].value and mine["accuracy"].value > its["accuracy"].value
 
 
-def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> float:
+def hypervolume(versions: Sequence[Version], budget: Budget, dense: Measurements) -> float:
     """Returns the share of the budget's box that these feasible versions dominate, 0 to 1.
 
     The box spans from a perfect network at no cost to the worst that counts: the budget's limits, or without one the
     dense network's latency and FLOPs, and ten points below its accuracy.
     """
-    worst = worst_that_counts(budget, dense)
+    worst = reference_point(budget, dense)
     scaled = [
         [
             (1 - version.measured["accuracy"].value) / (1 - worst["accuracy"]),
@@ -140,7 +140,7 @@ def box_share(costs: NDArray[np.float64]) -> float:
     return float(HV(ref_point=np.ones(costs.shape[1]))(inside)) if len(inside) else 0.0
 
 
-def worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:
+def reference_point(budget: Budget, dense: Measurements) -> dict[str, float]:
     """Returns the worst value of each objective that hypervolume counts."""
     floor = budget.accuracy_floor(dense)
     lowest = dense["accuracy"].value - _ACCURACY_SPAN if floor is None else floor
@@ -166,7 +166,7 @@ def choose(front: Sequence[Version], prefer: str) -> list[Version]:
 
 
 def nearest_miss(
-    versions: Sequence[Version], budget: Budget, dense: Dense
+    versions: Sequence[Version], budget: Budget, dense: Measurements
 ) -> tuple[Version, dict[Constraint, float]] | None:
     """Returns the version that oversteps its limits the least, and by how much; None where nothing was measured.
 

@@ -11,7 +11,7 @@ _GIVEN = "given-"
 
 
 @dataclass(frozen=True)
-class Simple:
+class SimpleVersion:
     """One simple version, measured in full whatever limit it breaks.
 
     Args:
@@ -41,7 +41,7 @@ class Simple:
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenMeasurements:
     """What was measured of the network before anything was added to it.
 
     Args:
@@ -56,7 +56,7 @@ class Given:
     network: str
     spent: Mapping[str, Spent]
     forms: Mapping[str, str]
-    simple: tuple[Simple, ...]
+    simple: tuple[SimpleVersion, ...]
 
     def of(self, precision: str) -> Evaluation:
         """Returns what was measured in one precision."""
@@ -80,5 +80,5 @@ class Given:
             network=content["network"],
             spent={name: Spent(**spent) for name, spent in content["spent"].items()},
             forms=content["forms"],
-            simple=tuple(Simple.from_dict(each) for each in content["simple"]),
+            simple=tuple(SimpleVersion.from_dict(each) for each in content["simple"]),
         )

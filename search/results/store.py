@@ -21,7 +21,7 @@ from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
-from search.results.simple_versions import Given, Simple
+from search.results.simple_versions import GivenMeasurements, SimpleVersion
 from spaces.errors import UserError
 
 DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "minimize"]
@@ -179,7 +179,7 @@ class Baseline:
     environment: dict[str, str]
     reference_wall: dict[str, float] = field(default_factory=dict)
     examined: SlowLayers | None = None
-    simple: tuple[Simple, ...] = ()
+    simple: tuple[SimpleVersion, ...] = ()
 
     @property
     def dense(self) -> Version:
@@ -187,7 +187,7 @@ class Baseline:
         return Version(-1, self.evaluation, "dense")
 
     @property
-    def lines_to_beat(self) -> list[Version]:
+    def versions_to_beat(self) -> list[Version]:
         """The dense network and, as far as they were measured, the other simple versions."""
         others = [each for each in self.simple if each.evaluation != self.evaluation]
         return [self.dense, *(Version(-2 - place, each.evaluation, each.name) for place, each in enumerate(others))]
@@ -213,7 +213,7 @@ class Baseline:
         """Returns the baseline that `to_dict` described."""
         examined = SlowLayers.from_dict(content["examined"]) if content.get("examined") else None
         evaluation = Evaluation.from_dict(content["evaluation"])
-        simple = tuple(Simple.from_dict(each) for each in content.get("simple", ()))
+        simple = tuple(SimpleVersion.from_dict(each) for each in content.get("simple", ()))
         return cls(**content | {"evaluation": evaluation, "examined": examined, "simple": simple})
 
 
@@ -290,18 +290,18 @@ def versions_of_study(journal: optuna.Study) -> list[Version]:
     return versions_of(journal.get_trials(deepcopy=False), _recovered(journal))
 
 
-def given_of(journal: optuna.Study) -> Given | None:
+def read_given(journal: optuna.Study) -> GivenMeasurements | None:
     """Returns what was measured of the network as it was given; None where nothing was, yet."""
     content = journal.user_attrs.get(_GIVEN)
-    return Given.from_dict(content) if content else None
+    return GivenMeasurements.from_dict(content) if content else None
 
 
-def keep_given(journal: optuna.Study, given: Given) -> None:
+def store_given(journal: optuna.Study, given: GivenMeasurements) -> None:
     """Writes what was measured of the network as it was given."""
     journal.set_user_attr(_GIVEN, given.to_dict())
 
 
-def keep_sampler(journal: optuna.Study, name: str) -> None:
+def store_sampler(journal: optuna.Study, name: str) -> None:
     """Notes which sampler is at work from now on; one that was renamed is the same one."""
     samplers = _samplers(journal)
     if not samplers or samplers[max(samplers)] != SAMPLERS.renamed(name):
@@ -317,7 +317,7 @@ def _samplers(journal: optuna.Study) -> dict[int, str]:
     }
 
 
-def keep_recovered(journal: optuna.Study, number: int, evaluation: Evaluation) -> None:
+def store_recovered(journal: optuna.Study, number: int, evaluation: Evaluation) -> None:
     """Writes what the version of a finished trial came to when it was recovered in full."""
     journal.set_user_attr(f"{_RECOVERED}{number}", evaluation.to_dict())
 
