@@ -9,7 +9,7 @@ from search.config.overrides import Ending
 from search.config.study import Study
 from search.config.units import milliseconds, percent
 from search.loop.baseline import measure_baseline
-from search.loop.coordinator import Coordinator, Outcome
+from search.loop.coordinator import Outcome, build_coordinator
 from search.loop.front_recovery import recover_front
 from search.loop.greedy_widths import greedy_seeds
 from search.loop.resume import check_same_network, is_counted, put_right_running
@@ -132,7 +132,9 @@ class SearchRun:
         lines = search.baseline.versions_to_beat
         view = SearchView(display, search.versions, search.budget, lines[0], done, self._trials, lines)
         seeds = greedy_seeds(pipeline, display.step, display.say) if self.study.search.warm_start else []
-        coordinator = Coordinator(pipeline, journal, search.baseline, self.sampler, self.seed, [mirror, view], seeds)
+        coordinator = build_coordinator(
+            pipeline, journal, search.baseline, self.sampler, self.seed, [mirror, view], seeds
+        )
         outcome = coordinator.run(self._trials, self.ending.timeout_s, self.ending.patience)
         if outcome.code == 0:
             outcome = _recover(pipeline, journal, search.baseline, outcome, display)

@@ -33,7 +33,7 @@ from evaluators.latency.slow_layers import (
 from evaluators.runtimes.base import Target
 from evaluators.runtimes.local import LocalSession
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from search.loop.coordinator import Coordinator
+from search.loop.coordinator import build_coordinator
 from search.loop.resume import without_slow_precisions
 from search.report.describe import examined_layers
 from search.results.store import Baseline, SearchFolder
@@ -392,9 +392,9 @@ def test_a_search_never_proposes_what_was_left_out(pipeline, excluding, tmp_path
     assert any("int8" in guess.values() for guess in first_guesses(space))
     search = SearchFolder(tmp_path / "narrow")
     with search.lock():
-        coordinator = Coordinator(pipeline, search.create(), again, "random", 0, [])
+        coordinator = build_coordinator(pipeline, search.create(), again, "random", 0, [])
         assert coordinator.run(6, None).code == 0
-        more = Coordinator(pipeline, search.create(), again, "random", 0, [])
+        more = build_coordinator(pipeline, search.create(), again, "random", 0, [])
         assert more.run(9, None).code == 0
     evaluations = [trial.user_attrs.get("evaluation") for trial in search.open().trials]
     given = [found["candidate"]["precision"] for found in evaluations if found]

@@ -20,7 +20,8 @@ from search.commands.front import front_json
 from search.config.budget import Budget
 from search.config.study import Study
 from search.loop.baseline import measure_baseline
-from search.loop.coordinator import Coordinator, accuracy_screen
+from search.loop.candidate_evaluator import accuracy_screen
+from search.loop.coordinator import build_coordinator
 from search.loop.resume import put_right_running
 from search.loop.sampler_observations import observe_evaluations
 from search.pipeline.early_stopping import (
@@ -243,7 +244,7 @@ def searched(pipeline, baseline, tmp_path_factory):
         study = search.create()
         study.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         study.set_user_attr("baseline", baseline.to_dict())
-        outcome = Coordinator(pipeline, study, baseline, "random", 0, []).run(14, None)
+        outcome = build_coordinator(pipeline, study, baseline, "random", 0, []).run(14, None)
     return search, outcome
 
 
@@ -324,7 +325,7 @@ def test_a_search_that_goes_on_keeps_them(pipeline, baseline, searched) -> None:
         for trial in study.trials:
             if trial.number in before:
                 study.enqueue_trial(trial.params)
-        Coordinator(pipeline, study, baseline, "random", 0, []).run(14 + len(before), None)
+        build_coordinator(pipeline, study, baseline, "random", 0, []).run(14 + len(before), None)
         running = study.ask()  # it was measured, and stopped on the way into the journal
         running.set_user_attr("evaluation", next(iter(before.values())).to_dict())
         put_right_running(study)

@@ -20,7 +20,7 @@ from search.config.overrides import Request
 from search.config.study import Study
 from search.deploy.bundle import confirm, time_again, write_bundle
 from search.loop.baseline import measure_baseline
-from search.loop.coordinator import Coordinator
+from search.loop.coordinator import build_coordinator
 from search.pipeline.given_network import GivenNetwork
 from search.pipeline.pipeline import build_pipeline
 from search.report.compare import parse_side
@@ -143,7 +143,7 @@ def test_as_trials_they_are_complete_whatever_limit_they_break(cache, tmp_path) 
     baseline = replace(measure_baseline(pipeline), examined=None)
     search = SearchFolder(tmp_path / "tight")
     with search.lock():
-        Coordinator(pipeline, search.create(), baseline, "random", 0, []).run(4, None)
+        build_coordinator(pipeline, search.create(), baseline, "random", 0, []).run(4, None)
     trials = search.open().trials
     assert [trial.state for trial in trials[:2]] == [TrialState.COMPLETE] * 2
     for trial, each in zip(trials, baseline.simple, strict=False):
@@ -163,7 +163,7 @@ def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(pipeline, 
         study = search.create()
         study.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         study.set_user_attr("baseline", baseline.to_dict())
-        Coordinator(pipeline, study, baseline, "random", 0, []).run(3, None)
+        build_coordinator(pipeline, study, baseline, "random", 0, []).run(3, None)
     overview = Overview.of(StoredSearch.read(search))
     given = [each.evaluation.candidate.precision for each in overview.versions]
     assert {precision[layer] for precision in given for layer in layers} == {"fp32"}
