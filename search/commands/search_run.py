@@ -12,7 +12,7 @@ from search.loop.baseline import measure_baseline
 from search.loop.coordinator import Outcome, build_coordinator
 from search.loop.front_recovery import recover_front
 from search.loop.greedy_widths import greedy_seeds
-from search.loop.resume import check_same_network, is_counted, put_right_running
+from search.loop.resume import check_same_network, is_counted, requeue_running
 from search.pipeline.given_network import GivenNetwork
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.sensitivity_profiler import Profiler
@@ -96,7 +96,7 @@ class SearchRun:
         pipeline = build_pipeline(self.study, display.step, self.runtime, display.say, self.download, given)
         display.say(f"{pipeline.exit_places} {pipeline.groups}")
         check_same_network(self.folder, journal.user_attrs.get("fingerprint"), pipeline.fingerprint)
-        put_right_running(journal)
+        requeue_running(journal)
         effort = f"Recovery of pruned versions: {pipeline.compressor.recovery.effort}."
         none = "No version loses channels or weights, so none is recovered."
         display.say(effort if pipeline.compressor.may_be_needed else none)

@@ -16,7 +16,7 @@ from search.config.registries import SAMPLERS
 from search.loop.candidate_evaluator import CandidateEvaluator
 from search.loop.interrupts import Interrupts
 from search.loop.patience import Patience
-from search.loop.resume import is_counted, put_right_running, without_slow_precisions
+from search.loop.resume import is_counted, requeue_running, without_slow_precisions
 from search.loop.sampler_observations import observe_evaluations
 from search.loop.sampler_prior import problem_prior
 from search.pipeline.early_stopping import saved_seconds
@@ -87,6 +87,7 @@ class Coordinator:
         observers: Sequence[Observer],
     ) -> None:
         self.initial_proposals = [*first_guesses(space), *initial_proposals]
+        """Tried before the sampler proposes anything: the uniform versions first."""
         self._journal = journal
         self._space = space
         self._distributions = distributions(space)
@@ -116,7 +117,7 @@ class Coordinator:
         return outcome
 
     def _run(self, trials: int, timeout_s: float | None, patience: int | None) -> Outcome:
-        put_right_running(self._journal)
+        requeue_running(self._journal)
         for trial in self._journal.get_trials(deepcopy=False):
             if is_counted(trial):
                 self._count(trial)
@@ -136,7 +137,7 @@ class Coordinator:
                     if outcome:
                         return outcome
             except KeyboardInterrupt:
-                put_right_running(self._journal)
+                requeue_running(self._journal)
                 return Outcome("interrupted", 130, self._overhead)
         return Outcome(f"all {trials} trials are done", 0, self._overhead)
 

@@ -138,7 +138,7 @@ class Compressor:
         recovers = is_pruned or (trains_int8 and self._shares_weights)
         trains_each = finetune is not None or RECOVERIES[settings.level].trains_per_candidate
         qat = settings.qat if trains_int8 and trains_each else None
-        learns_rounding = qat is None and self._rounding.is_due(candidate, is_pruned, finetune is not None)
+        learns_rounding = qat is None and self._rounding.applies(candidate, is_pruned, finetune is not None)
         finetune_pruned = finetune if is_pruned else None
         efforts = [
             self.recovery.effort if recovers else NO_RECOVERY,

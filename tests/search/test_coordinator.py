@@ -164,6 +164,6 @@ def test_our_sampler_knows_the_study_and_reports_on_itself(pipeline, tmp_path, f
     for more in (0, 3):  # a run without proposals leaves the report as it was
         with search.lock():
             build_coordinator(pipeline, search.create(), baseline, "ehvi", 0, []).run(seeds + 8 + more, None)
-        again = stored(search.path.parent, "front").report
+        again = stored(search.path.parent, "ehvi").report
         assert sum(again["proposals"].values()) == proposed + more
         assert again["held_out"] == report["held_out"] or more

@@ -22,7 +22,7 @@ from search.config.study import Study
 from search.loop.baseline import measure_baseline
 from search.loop.candidate_evaluator import accuracy_screen
 from search.loop.coordinator import build_coordinator
-from search.loop.resume import put_right_running
+from search.loop.resume import requeue_running
 from search.loop.sampler_observations import observe_evaluations
 from search.pipeline.early_stopping import (
     ENOUGH,
@@ -328,7 +328,7 @@ def test_a_search_that_goes_on_keeps_them(pipeline, baseline, searched) -> None:
         build_coordinator(pipeline, study, baseline, "random", 0, []).run(14 + len(before), None)
         running = study.ask()  # it was measured, and stopped on the way into the journal
         running.set_user_attr("evaluation", next(iter(before.values())).to_dict())
-        put_right_running(study)
+        requeue_running(study)
         trials = study.trials
     assert trials[-1].state == TrialState.PRUNED
     again = [trial for trial in trials if trial.user_attrs.get("duplicate_of") in before]
