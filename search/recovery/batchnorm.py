@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from evaluators.quantization.int8 import Ranges
 from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext
-from search.training.batchnorm import Seen, check_images, correct_statistics, observed_by_norms, recovery_images
+from search.training.batchnorm import InputStatistics, check_images, correct_statistics, norm_inputs, recovery_images
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.pruning.groups import dropped_positions
 
@@ -39,6 +39,6 @@ class BatchNormRecovery:
         correct_statistics(network, self._source_inputs, dropped, self._images, self._check)
 
     @cached_property
-    def _source_inputs(self) -> "Mapping[str, Seen]":
+    def _source_inputs(self) -> "Mapping[str, InputStatistics]":
         """Statistics of the inputs of the source's batch norms on the same images."""
-        return observed_by_norms(self.source, self._images)
+        return norm_inputs(self.source, self._images)
