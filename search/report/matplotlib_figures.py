@@ -10,9 +10,9 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
-from search.report.axes import accuracy_view, caption, flops_share, limit_lines, place, stairs
+from search.report.axes import accuracy_view, caption, coordinates, flops_share, limit_lines, stairs
 from search.report.importance import IMPORTANCE
-from search.report.layers import HeatMap, heat_map, left, parallel_axes
+from search.report.layers import HeatMap, heat_map, leaving_shares, parallel_axes
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.report.palette import (
     BLACK,
@@ -66,7 +66,7 @@ def front_picture(overview: Overview) -> Figure:
     for (name, version), (shape, _) in zip(overview.notable, NOTABLE_SHAPES, strict=False):
         label = f"{name}: {version.title}"
         ring: dict[str, Any] = {"s": 170, "facecolors": "none", "edgecolors": BLACK, "linewidths": 1.6}
-        axes.scatter(*place(version), marker=shape, label=label, zorder=7, **ring)
+        axes.scatter(*coordinates(version), marker=shape, label=label, zorder=7, **ring)
     for line in limit_lines(overview.budget, overview.dense):
         draw = axes.axvline if line.axis == "x" else axes.axhline
         draw(line.value, linestyle="--", color=LIMIT, label=line.label, zorder=1)
@@ -91,7 +91,7 @@ def _scatter(axes: Axes, overview: Overview, name: str, versions: Sequence[Any],
     sizes = [160 if name == DENSE else 18 + 60 * flops_share(version, overview.dense) for version in versions]
     label = name if name == DENSE else f"{name} ({len(versions)})"
     edge: dict[str, Any] = {"linewidths": 1.2} if name == OVER else {"edgecolors": "white", "linewidths": 0.5}
-    x, y = zip(*map(place, versions), strict=True)
+    x, y = zip(*map(coordinates, versions), strict=True)
     axes.scatter(x, y, s=sizes, color=mark.color, marker=mark.matplotlib, label=label, zorder=order, **edge)
 
 
@@ -101,7 +101,7 @@ def _set_view(axes: Axes, overview: Overview) -> str:
     if view is None:
         return ""
     axes.set_ylim(*view)
-    return f"{sum(place(version)[1] < view[0] for version in overview.complete)} lie below"
+    return f"{sum(coordinates(version)[1] < view[0] for version in overview.complete)} lie below"
 
 
 def parallel_picture(overview: Overview) -> Figure | None:
@@ -204,7 +204,7 @@ def exits_picture(overview: Overview) -> Figure | None:
     if not exits or not overview.front:
         return None
     versions = overview.by_latency
-    shares = np.array([[*left(version), 1 - sum(left(version))] for version in versions]).T * 100
+    shares = np.array([[*leaving_shares(version), 1 - sum(leaving_shares(version))] for version in versions]).T * 100
     figure = Figure(figsize=(max(6.5, 2 + _COLUMN * len(versions)), 4), layout="constrained")
     axes = figure.add_subplot()
     bottom = np.zeros(len(versions))

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from search.report.axes import accuracy_view, flops_share, limit_lines, place, stairs
+from search.report.axes import accuracy_view, coordinates, flops_share, limit_lines, stairs
 from search.report.hover import hover
 from search.report.importance import IMPORTANCE
-from search.report.layers import HeatMap, heat_map, left, parallel_axes
+from search.report.layers import HeatMap, heat_map, leaving_shares, parallel_axes
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.report.palette import BLUE, GREY, LIMIT, MARKS, NOTABLE_SHAPES, ORANGE, PRECISIONS, SEQUENTIAL, SERIES
 from search.results.sensitivity import EIGHTHS, Profile
@@ -50,7 +50,7 @@ def front_figure(overview: Overview) -> go.Figure:
         showlegend=False,
     )
     for name, versions in overview.groups.items():
-        places = [place(version) for version in versions]
+        places = [coordinates(version) for version in versions]
         sizes = [7 + 12 * flops_share(version, overview.dense) for version in versions]
         figure.add_scatter(
             x=[at[0] for at in places],
@@ -72,7 +72,7 @@ def front_figure(overview: Overview) -> go.Figure:
 
 def _add_notable(figure: go.Figure, overview: Overview) -> None:
     for (name, version), (_, shape) in zip(overview.notable, NOTABLE_SHAPES, strict=False):
-        x, y = place(version)
+        x, y = coordinates(version)
         marker = {"symbol": f"{shape}-open", "size": 19, "color": "black", "line": {"width": 2}}
         label = f"{name}: {version.title}"
         figure.add_scatter(x=[x], y=[y], mode="markers", name=label, marker=marker, hoverinfo="skip")
@@ -179,7 +179,7 @@ def exits_figure(overview: Overview) -> go.Figure | None:
     if not exits or not overview.front:
         return None
     versions = overview.by_latency
-    shares = [left(version) for version in versions]
+    shares = [leaving_shares(version) for version in versions]
     shares = [[*some, 1 - sum(some)] for some in shares]
     names = [version.title for version in versions]
     figure = go.Figure()

@@ -87,7 +87,7 @@ def test_a_version_with_fewer_flops_that_is_worse_otherwise_is_left_out_and_said
     assert [each.number for each in loose.beaten] == [trial.number]
     assert all(each.number < 0 for each in loose.front)
     assert [each.number for each in tight.front] == [trial.number]
-    assert [each.number for each in tight.behind["plain int8"]] == [trial.number]
+    assert [each.number for each in tight.worse_than_simple["plain int8"]] == [trial.number]
 
 
 def test_every_precision_is_measured_in_full_and_its_file_can_be_made_again(pipeline, folder) -> None:
