@@ -25,7 +25,8 @@ def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:
     share = percent(result.correct / result.images)
     lines = [
         f"{bundle} on {result.target}:",
-        f"  latency   {milliseconds(result.latency_s)} per batch ({tails}; {result.calls} batches), as `pick` tells it:",
+        f"  latency   {milliseconds(result.latency_s)} per batch ({tails}; {result.calls} batches), as"
+        " `pick` tells it:",
         f"            {result.protocol}",
         f"  accuracy  {share} on {result.images} check images: {result.correct} right,"
         f" {result.expected} when it was made",

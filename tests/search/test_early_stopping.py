@@ -41,7 +41,7 @@ from search.results.pareto import Version, feasible, pareto
 from search.results.store import SearchFolder, StoredSearch
 from search.samplers.hypervolume.encoding import Codec
 from search.samplers.hypervolume.observations import read_observations
-from search.tracking.trial_run import logged
+from search.tracking.trial_run import trial_content
 from tests.helpers import tiny
 from tests.helpers.searches import measurement, version
 
@@ -310,7 +310,7 @@ def test_people_and_mlflow_are_told(searched) -> None:
         f"{len(ended)} of {len(overview.versions)} versions were ended early" in line for line in caveats(overview)
     )
     assert f" {len(ended)} of which were ended early" in report_of(overview).to_markdown()
-    told = logged(read.trials[ended[0].number], read)
+    told = trial_content(read.trials[ended[0].number], read)
     assert told.tags["feasible"] == "false"
     assert told.tags["reason"].startswith("ended early: at most")
     assert "accuracy_estimate_pct" in told.metrics
