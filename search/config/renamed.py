@@ -37,10 +37,10 @@ def with_present_names(content: Mapping[str, Any]) -> tuple[dict[str, Any], list
 def _with_fp32_type(target: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns the section with one key in place of `tf32` and `bf16`; both at once are an error and kept."""
     old = [kind for kind in _FP32_TYPES if kind in target]
-    wanted = [kind for kind in old if target[kind] is True]
-    if not old or len(wanted) > 1 or any(not isinstance(target[kind], bool) for kind in old):
+    enabled = [kind for kind in old if target[kind] is True]
+    if not old or len(enabled) > 1 or any(not isinstance(target[kind], bool) for kind in old):
         return dict(target), []
-    value = wanted[0] if wanted else "fp32"
+    value = enabled[0] if enabled else "fp32"
     kept = {key: each for key, each in target.items() if key not in old}
     lines = [f'[target] {kind} = {str(target[kind]).lower()} is written fp32_in = "{value}" now' for kind in old]
     return {**kept, "fp32_in": value}, lines

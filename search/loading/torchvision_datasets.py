@@ -50,8 +50,8 @@ def _arrays(
             f"{kind} is in a folder as torchvision stores it, got {place!r} ({reason}); {remedy}"
         ) from None
     pools = {
-        part: Pool(ArrayReader(np.asarray(found.data)), np.asarray(found.targets, dtype=np.int64))
-        for part, found in parts.items()
+        part: Pool(ArrayReader(np.asarray(data_set.data)), np.asarray(data_set.targets, dtype=np.int64))
+        for part, data_set in parts.items()
     }
     return DataSource(pools, tuple(parts["train"].classes), size, mean, std)
 
@@ -65,13 +65,13 @@ def imagenet(place: str, download: bool) -> DataSource:  # noqa: ARG001  its lic
     classes = ()
     for part, name in (("train", "train"), ("validation", "val")):
         try:
-            found = ImageNet(place, split=name)
+            data_set = ImageNet(place, split=name)
         except Exception as error:
             reasons.append(str(error))
             continue
-        files, labels = [Path(file) for file, _ in found.samples], [label for _, label in found.samples]
+        files, labels = [Path(file) for file, _ in data_set.samples], [label for _, label in data_set.samples]
         pools[part] = Pool(FileReader(Path(place), files), np.array(labels, dtype=np.int64))
-        classes = tuple(found.wnids)
+        classes = tuple(data_set.wnids)
     if not pools:
         raise SourceError(
             f"imagenet lies in a folder as torchvision stores it, got {place!r} ({reasons[0]}); put its archives there,"

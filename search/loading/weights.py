@@ -125,12 +125,12 @@ def fit(network: nn.Module, state: dict[str, Tensor], classes: int, origin: str)
 
 def last_layer(network: nn.Module, classes: int) -> str:
     """Returns the path of the last layer that gives one output per class; empty where there is none."""
-    found = ""
+    last = ""
     for path, module in network.named_modules():
         outputs = getattr(module, "out_features", getattr(module, "out_channels", None))
         if isinstance(module, nn.Linear | nn.Conv2d) and outputs == classes:
-            found = path
-    return found
+            last = path
+    return last
 
 
 def _renamed(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -135,8 +135,8 @@ def train_int8(
         with fast_arithmetic():
             with torch.no_grad():
                 teacher_logits = teacher.trunk(images).float() if distills else torch.empty(0)
-            found = learner.logits(images)
-        loss = total_loss(found, teacher_logits, labels, settings.distillation, settings.temperature)
+            logits = learner.logits(images)
+        loss = total_loss(logits, teacher_logits, labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 
