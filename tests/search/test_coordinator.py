@@ -24,11 +24,11 @@ class Wrecked:
     def __getattr__(self, name):
         return getattr(self._pipeline, name)
 
-    def evaluate(self, candidate, latency, stop, **more):
+    def evaluate(self, *arguments):
         reason = next(self._reasons)
         if reason:
             raise RuntimeError(reason)
-        return self._pipeline.evaluate(candidate, latency, stop, **more)
+        return self._pipeline.evaluate(*arguments)
 
 
 @pytest.fixture

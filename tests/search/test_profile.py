@@ -23,10 +23,10 @@ from tests.helpers import tiny
 
 @pytest.fixture
 def fresh(pipeline, tmp_path, monkeypatch) -> CompressionPipeline:
-    """The tests' workbench with a cache in which no profile lies yet."""
+    """The tests' pipeline with an empty cache of profiles."""
     from dataclasses import replace
 
-    monkeypatch.setattr(pipeline, "ground", replace(pipeline.compressor.context, folder=tmp_path))
+    monkeypatch.setattr(pipeline.compressor, "context", replace(pipeline.compressor.context, folder=tmp_path))
     return pipeline
 
 
