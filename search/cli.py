@@ -358,17 +358,17 @@ def diagnose(
     """
     from search.config.diagnosis_request import DiagnosisRequest
 
-    wanted = DiagnosisRequest(precision, trial, file, against_target, images)
-    wanted.check()
+    comparison = DiagnosisRequest(precision, trial, file, against_target, images)
+    comparison.check()
     request = Request(study, None, model, weights, data, target)
     named = request != Request(target=target)
     if named and (name is not None or trial is not None):
         raise UserError(f"a search has a study, got {'--search' if name else '--trial'} and another; leave one out")
-    if not named and wanted.own_study is not None:
-        request = replace(request, study=wanted.own_study)
+    if not named and comparison.own_study is not None:
+        request = replace(request, study=comparison.own_study)
     from search.commands.diagnose import run_diagnose
 
-    return run_diagnose(request, wanted, name, runs, download, Output(quiet, as_json))
+    return run_diagnose(request, comparison, name, runs, download, Output(quiet, as_json))
 
 
 @app.command()

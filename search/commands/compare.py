@@ -1,4 +1,4 @@
-"""`python -m search compare`: several searches side by side."""
+"""`python -m search compare`: two versions or two searches side by side."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from search.report.output import Output, write_json
 def run_compare(first: str, second: str, runs: Path, output: Output) -> int:
     """Compares two versions or two searches; returns the exit code."""
     set_up_libraries()
-    found: Comparison = compare(parse_side(first, runs), parse_side(second, runs))
+    comparison: Comparison = compare(parse_side(first, runs), parse_side(second, runs))
     if output.as_json:
-        write_json(found.to_dict())
+        write_json(comparison.to_dict())
         return 0
     console = output.console()
-    for part in found.parts():
+    for part in comparison.parts():
         console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
     return 0

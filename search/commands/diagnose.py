@@ -1,4 +1,4 @@
-"""A diagnosis as people read it: findings first, then the layers."""
+"""`python -m search diagnose`: shows the causes of differences first, then the layers."""
 
 import sys
 from collections.abc import Sequence
@@ -24,57 +24,57 @@ if TYPE_CHECKING:
     from search.pipeline.diagnosis import Diagnosis
 
 ROWS = 20
-"""So many layers are shown; --json has all."""
+"""Layers that are shown; --json has all."""
 _CLEAN_DB = 60.0
 HEADINGS = ("layer", "input", "output", "cosine", "largest", "dead", "silent")
 
 
 def run_diagnose(
-    request: Request, wanted: DiagnosisRequest, name: str | None, runs: Path, download: bool, output: Output
+    request: Request, comparison: DiagnosisRequest, name: str | None, runs: Path, download: bool, output: Output
 ) -> int:
-    """Compares a version with its float self and shows what was found; returns the exit code."""
+    """Compares a version with the same network in fp32 and shows the causes of differences; returns the exit code."""
     set_up_libraries()
     from search.pipeline.diagnosis import diagnose, evaluation_of
     from search.pipeline.pipeline import build_pipeline
 
-    search = StoredSearch.read(find_search(runs, name)) if name is not None or wanted.trial is not None else None
-    evaluation = evaluation_of(wanted, search)
+    search = StoredSearch.read(find_search(runs, name)) if name is not None or comparison.trial is not None else None
+    evaluation = evaluation_of(comparison, search)
     study = _study(request, search)
     console = output.console()
-    with Display(output.beside(), output.quiet) as display:
+    with Display(output.progress_console(), output.quiet) as display:
         pipeline = build_pipeline(study, display.step, say=display.say, download=download)
-        found = diagnose(pipeline, wanted, evaluation, display.step)
+        diagnosis = diagnose(pipeline, comparison, evaluation, display.step)
     if output.as_json:
-        sys.stdout.write(found.to_json() + "\n")
+        sys.stdout.write(diagnosis.to_json() + "\n")
     else:
-        show(found, console)
+        show(diagnosis, console)
     return 0
 
 
 def _study(request: Request, search: StoredSearch | None) -> Study:
-    """Returns the search's study, on another target where the command line names one; or the one it asks for."""
+    """Returns the search's study, on another target if the command line names one, or else the requested study."""
     if search is None:
         return request.to_study()
     target = search.study.target.model_copy(update={"runtime": request.target or search.study.target.runtime})
     return search.study.model_copy(update={"target": target})
 
 
-def show(found: "Diagnosis", console: Console) -> None:
-    """Writes what was compared, what was found, and the figures of the layers."""
-    for line in [*_head(found), *_findings(found.findings)]:
+def show(diagnosis: "Diagnosis", console: Console) -> None:
+    """Prints the comparison, the findings, and the figures of the layers."""
+    for line in [*_head(diagnosis), *_findings(diagnosis.findings)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print(layer_table(found))
+    console.print(layer_table(diagnosis))
 
 
-def _head(found: "Diagnosis") -> list[str]:
-    answered = found.answered
+def _head(diagnosis: "Diagnosis") -> list[str]:
+    answered = diagnosis.answered
     before, right = answered.before / answered.images, answered.right / answered.images
     error = (right * (1 - right) / answered.images) ** 0.5
     return [
-        f"{found.version} against {found.reference}, {answered.images} validation images; {found.target}",
+        f"{diagnosis.version} against {diagnosis.reference}, {answered.images} validation images; {diagnosis.target}",
         f"  accuracy  {percent(before)} -> {percent(right)}, standard error {error * 100:.1f} points; the same answer"
         f" to {answered.same} of {answered.images} images",
-        *(f"  Note: {remark}." for remark in found.remarks),
+        *(f"  Note: {remark}." for remark in diagnosis.remarks),
     ]
 
 
@@ -90,20 +90,20 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
 
 
 def _capital(text: str) -> str:
-    """Returns a sentence with a capital, but for one that begins with a layer's name, which has dots or digits."""
+    """Returns the text with a capital letter, unless it begins with a layer's name, which has dots or digits."""
     first = text.split(" ", 1)[0]
     return text[0].upper() + text[1:] if first.isalpha() else text
 
 
-def layer_table(found: "Diagnosis") -> Table:
-    """Returns the layers that lose most in the order in which they run, for 80 characters and more."""
-    layers = found.compared.layers
+def layer_table(diagnosis: "Diagnosis") -> Table:
+    """Returns a table of the layers that lose most, in the order in which they run, for 80 characters or more."""
+    layers = diagnosis.compared.layers
     falls = sorted(layers, key=_fall, reverse=True)[:ROWS]
     shown = [layer for layer in layers if layer in falls]
     title = "all tensors"
     if len(shown) < len(layers):
         title = f"the {len(shown)} of {len(layers)} tensors where most is lost, in order"
-    table = Table(title=title, title_justify="left", caption=_caption(found), caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=_caption(diagnosis), caption_justify="left")
     table.box = box.SIMPLE_HEAD
     table.pad_edge = False
     table.padding = (0, 0, 0, 1)
@@ -115,15 +115,15 @@ def layer_table(found: "Diagnosis") -> Table:
 
 
 def _fall(layer: Figures) -> float:
-    """Returns by how many dB a layer's output is noisier than its input; what is exact counts as nearly so."""
+    """Returns by how many dB a layer's output is noisier than its input, both clipped to `_CLEAN_DB`."""
     before, behind = (min(max(ratio_db, -_CLEAN_DB), _CLEAN_DB) for ratio_db in (layer.input_db, layer.sqnr_db))
     return before - behind
 
 
-def _caption(found: "Diagnosis") -> str:
+def _caption(diagnosis: "Diagnosis") -> str:
     return (
         "input, output: signal to noise at a layer's input and behind it; largest: magnitude in the reference; dead:"
-        f" channels that never vary; silent: channels that do, but not in {found.version}"
+        f" channels that never vary; silent: channels that do, but not in {diagnosis.version}"
     )
 
 

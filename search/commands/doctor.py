@@ -1,4 +1,4 @@
-"""Which targets exist on this machine, what each can do, and why one is missing."""
+"""`python -m search doctor`: the available targets, their capabilities, and why others are missing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,58 +6,63 @@ from typing import Any
 from rich.table import Table
 
 from evaluators.runtimes.base import TargetError
-from evaluators.runtimes.registry import RUNTIMES, runtime
+from evaluators.runtimes.registry import RUNTIMES
+from evaluators.runtimes.registry import runtime as open_runtime
 from search.config.cache import cache_folder
 from search.config.environment import environment
 from search.report.output import Output, write_json, write_lines
 
 
 def examine(target: str | None, output: Output) -> None:
-    """Writes a table of targets, here or on a board, and what this machine is."""
-    found = {name: _told(name) for name in ([target] if target else RUNTIMES)}
+    """Prints a table of targets, here or on a board, and the environment."""
+    targets = {name: _describe(name) for name in ([target] if target else RUNTIMES)}
     if output.as_json:
-        content = {"targets": found, "environment": environment(""), "cache": str(cache_folder())}
+        content = {"targets": targets, "environment": environment(""), "cache": str(cache_folder())}
         write_json(content)
         return
     console = output.console()
     table = Table(title="targets", title_justify="left")
     for heading in ("target", "here", "device", "precisions", "channels in", "notes"):
         table.add_column(heading)
-    for name, told in found.items():
-        if "missing" in told:
+    for name, description in targets.items():
+        if "missing" in description:
             table.add_row(name, "no", "", "", "", "see below")
         else:
-            able = (told["device"], ", ".join(told["precisions"]), _steps(told["channel_steps"]))
-            table.add_row(name, "yes", *able, "; ".join(told["notes"]))
+            cells = (description["device"], ", ".join(description["precisions"]), _steps(description["channel_steps"]))
+            table.add_row(name, "yes", *cells, "; ".join(description["notes"]))
     console.print(table)
-    lines = [f"{name} is not here: {told['missing']}" for name, told in found.items() if "missing" in told]
+    lines = [
+        f"{name} is not here: {description['missing']}"
+        for name, description in targets.items()
+        if "missing" in description
+    ]
     lines += [f"{name}: {value}" for name, value in environment("").items() if value]
     lines.append(f"trained networks, measured latencies and timing caches are kept in {cache_folder()}")
-    write_lines(console, lines)  # below the table, where a command can be copied whole
+    write_lines(console, lines)  # below the table, so that commands can be copied
 
 
-def _told(name: str) -> dict[str, Any]:
-    """Returns what a target can do, or under `missing` why it is not here."""
+def _describe(name: str) -> dict[str, Any]:
+    """Returns the capabilities of a target, or under `missing` why it is not available."""
     try:
-        found = runtime(name)
+        runtime = open_runtime(name)
     except (TargetError, ImportError) as error:
         return {"missing": str(error).removeprefix(f"target {name!r} is not available here: ")}
-    able = found.capabilities()
-    notes = [found.version()]
-    if able.sparse_2_4:
+    capabilities = runtime.capabilities()
+    notes = [runtime.version()]
+    if capabilities.sparse_2_4:
         notes.append("2:4 sparsity")
-    if able.int8_channels > 1:
-        notes.append(f"8 bits from {able.int8_channels} channels on")
-    for kind in able.fp32_in:
+    if capabilities.int8_channels > 1:
+        notes.append(f"8 bits from {capabilities.int8_channels} channels on")
+    for kind in capabilities.fp32_in:
         notes.append(f'all fp32 layers in {kind} with target.fp32_in = "{kind}" in the study')
-    for kind in able.storage:
+    for kind in capabilities.storage:
         notes.append(f"weights in {kind} with space.storage in the study")
-    if able.weight_bits < 8:
-        notes.append(f"int8 weights in {able.weight_bits} bits, because this CPU has no VNNI")
+    if capabilities.weight_bits < 8:
+        notes.append(f"int8 weights in {capabilities.weight_bits} bits, because this CPU has no VNNI")
     return {
-        "device": found.device(),
-        "precisions": list(able.precisions),
-        "channel_steps": dict(able.channel_steps),
+        "device": runtime.device(),
+        "precisions": list(capabilities.precisions),
+        "channel_steps": dict(capabilities.channel_steps),
         "notes": notes,
     }
 

@@ -11,7 +11,7 @@ from evaluators.streams import KEY_FRAMES
 from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
 from search.report.describe import ZEROS, kept_share
-from search.report.layers import left
+from search.report.layers import leaving_shares
 from search.report.output import write_json, write_lines
 from search.report.overview import Overview, beaten_lines
 from search.report.tables import front_table
@@ -23,7 +23,7 @@ from search.tracking.trial_run import figures
 
 NO_VERSION = 1
 _PLOT = 60
-"""A plot is drawn where lines hold so many characters."""
+"""Width of the terminal, in characters, from which on a plot is drawn."""
 
 
 def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -> int:
@@ -43,28 +43,28 @@ def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -
 
 
 def front_json(overview: Overview) -> dict[str, Any]:
-    """Returns the front and the dense network with all that was measured, for a machine."""
+    """Returns the front and the dense network with all measurements, JSON-ready."""
     return {
         "search": overview.search.folder.name,
         "budget": str(overview.budget),
-        "front": [_told(version) for version in overview.front],
-        "simple": [{**_told(version), "on_front": version in overview.front} for version in overview.simple],
-        "beaten": [_told(version) for version in overview.beaten],
-        "ended_early": [_told(version) for version in overview.ended_early],
+        "front": [_content(version) for version in overview.front],
+        "simple": [{**_content(version), "on_front": version in overview.front} for version in overview.simple],
+        "beaten": [_content(version) for version in overview.beaten],
+        "ended_early": [_content(version) for version in overview.ended_early],
         "dense": overview.dense.evaluation.to_dict(),
     }
 
 
-def _told(version: Version) -> dict[str, Any]:
+def _content(version: Version) -> dict[str, Any]:
     return {"trial": version.trial, **version.evaluation.to_dict()}
 
 
 def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
-    """Returns one version's figures by their headings, which tell the units."""
+    """Returns one version's figures by their headings, which include units."""
     candidate, whole = version.evaluation.candidate, dense.evaluation.candidate
     measured = figures(version.evaluation, dense.measured)
     lost = measured["accuracy_pct"] - figures(dense.evaluation, dense.measured)["accuracy_pct"]
-    leave = zip(whole.exits, left(version), strict=True)
+    leave = zip(whole.exits, leaving_shares(version), strict=True)
     keys = version.measured["accuracy"].notes.get(KEY_FRAMES)
     return {
         "trial": version.trial,
@@ -78,7 +78,7 @@ def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
 
 
 def print_front(overview: Overview, console: Console) -> None:
-    """Writes the front, or the nearest miss."""
+    """Prints the front, or the nearest miss if it is empty."""
     search = overview.search
     budget = overview.budget
     dense = overview.dense
@@ -107,12 +107,12 @@ def print_front(overview: Overview, console: Console) -> None:
 
 def _say_unmeasured(overview: Overview, console: Console) -> None:
     budget = overview.search.budget
-    told = {
+    counts = {
         f"not measured further: {budget} was broken": len(overview.given_up),
         f"ended early under {budget}, after some of the images": len(overview.ended_early),
     }
     lines = [
-        f"{_versions(number)} {'was' if number == 1 else 'were'} {what}." for what, number in told.items() if number
+        f"{_versions(number)} {'was' if number == 1 else 'were'} {what}." for what, number in counts.items() if number
     ]
     write_lines(console, lines)
 

@@ -1,4 +1,4 @@
-"""`python -m search measure`: a bundle, measured again."""
+"""`python -m search measure`: measures a bundle again."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,20 +16,22 @@ def run_measure(bundle: Path, target: str | None, as_json: bool) -> int:
     set_up_libraries()
     from search.deploy.measure_bundle import measure_bundle
 
-    found = measure_bundle(bundle, target)
-    same = found.correct == found.expected
+    result = measure_bundle(bundle, target)
+    is_same = result.correct == result.expected
     if as_json:
-        write_json(asdict(found))
-        return 0 if same else NO_VERSION
-    tails = ", ".join(f"{name} {milliseconds(value)}" for name, value in found.percentiles.items())
-    share = percent(found.correct / found.images)
+        write_json(asdict(result))
+        return 0 if is_same else NO_VERSION
+    tails = ", ".join(f"{name} {milliseconds(value)}" for name, value in result.percentiles.items())
+    share = percent(result.correct / result.images)
     lines = [
-        f"{bundle} on {found.target}:",
-        f"  latency   {milliseconds(found.latency_s)} per batch ({tails}; {found.calls} batches), as `pick` tells it:",
-        f"            {found.protocol}",
-        f"  accuracy  {share} on {found.images} check images: {found.correct} right, {found.expected} when it was made",
-        *(f"  launch    {milliseconds(seconds)} per batch {way}" for way, seconds in found.launches.items()),
-        *(f"  {remark}" for remark in found.remarks),
+        f"{bundle} on {result.target}:",
+        f"  latency   {milliseconds(result.latency_s)} per batch ({tails}; {result.calls} batches), as"
+        " `pick` tells it:",
+        f"            {result.protocol}",
+        f"  accuracy  {share} on {result.images} check images: {result.correct} right,"
+        f" {result.expected} when it was made",
+        *(f"  launch    {milliseconds(seconds)} per batch {mode}" for mode, seconds in result.launches.items()),
+        *(f"  {remark}" for remark in result.remarks),
     ]
     write_lines(Console(), lines)
-    return 0 if same else NO_VERSION
+    return 0 if is_same else NO_VERSION

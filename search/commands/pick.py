@@ -10,10 +10,10 @@ from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
 from search.config.study import finetuning
 from search.config.units import milliseconds, percent, points, size
-from search.deploy.fresh_timing import content, lines, slack
+from search.deploy.fresh_timing import content, lines, wider_budget
 from search.loop.resume import check_same_network
 from search.report.display import Display
-from search.report.output import SPOKEN, Output, write_json, write_lines
+from search.report.output import TEXT_OUTPUT, Output, write_json, write_lines
 from search.report.overview import Overview
 from search.results.pareto import PREFERENCES, Version, choose, feasible
 from search.results.store import StoredSearch, find_search
@@ -34,7 +34,7 @@ def run_pick(
     runs: Path,
     finetune: str | None = None,
     tracking_uri: str | None = None,
-    output: Output = SPOKEN,
+    output: Output = TEXT_OUTPUT,
 ) -> int:
     """Picks, confirms, writes and registers a version; returns the exit code."""
     set_up_libraries()
@@ -47,11 +47,11 @@ def run_pick(
     if not overview.front:
         print_front(overview, console)
         return NO_VERSION
-    from search.deploy.bundle import check_out, confirm, count_pick, measure_afresh, recover_more, write_bundle
+    from search.deploy.bundle import check_out, confirm, count_pick, finetune_version, time_again, write_bundle
     from search.pipeline.pipeline import build_pipeline
 
     check_out(out)
-    with Display(output.beside(), output.quiet) as display:
+    with Display(output.progress_console(), output.quiet) as display:
         pipeline = build_pipeline(search.study, display.step)
         check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), pipeline.fingerprint)
         versions: Sequence[Version] = [*feasible(overview.simple, limits, overview.dense.measured), *overview.good]
@@ -59,46 +59,48 @@ def run_pick(
             pruned = next(
                 (version for version in choose(overview.front, prefer) if version.number >= 0), overview.front[0]
             )
-            versions = [recover_more(pipeline, search, pruned, more)]
+            versions = [finetune_version(pipeline, search, pruned, more)]
         display.say("Measuring the picked version afresh, in a new process...")
         dense = overview.dense.measured
-        found = measure_afresh(pipeline, search, versions, limits, prefer, display.say)
-        wider = slack(found, versions if more else [*overview.simple, *overview.versions], prefer, limits, dense)
-        if found.taken is None:
+        timings = time_again(pipeline, search, versions, limits, prefer, display.say)
+        wider = wider_budget(
+            timings, versions if more else [*overview.simple, *overview.versions], prefer, limits, dense
+        )
+        if timings.chosen is None:
             if output.as_json:
                 failed = {"trial": None, "prefer": prefer, "budget": str(limits)}
-                write_json(failed | content(found, wider, limits, dense))
-            for line in lines(found, wider, prefer, limits, dense):
+                write_json(failed | content(timings, wider, limits, dense))
+            for line in lines(timings, wider, prefer, limits, dense):
                 display.warn(line)
             return NO_VERSION
-        confirmed = confirm(pipeline, search, found.taken)
+        confirmed = confirm(pipeline, search, timings.chosen)
         used = count_pick(search, confirmed)
         write_bundle(out, pipeline, search, limits, confirmed)
         tracking = Tracking.of(runs, tracking_uri, remembered(search.folder.open()))
         registered = _registered(tracking, search, confirmed, out, display)
     if output.as_json:
-        again = content(found, wider, limits, dense)
-        write_json(_content(confirmed, prefer, limits, out, registered) | again)
+        fresh = content(timings, wider, limits, dense)
+        write_json(_content(confirmed, prefer, limits, out, registered) | fresh)
         return 0
-    told = _confirmation(confirmed, overview.dense, prefer, limits, used)
-    told += lines(found, wider, prefer, limits, dense)
-    told.append(f"Wrote {out}/. Check it anywhere: {_check(out)}")
+    text = _confirmation(confirmed, overview.dense, prefer, limits, used)
+    text += lines(timings, wider, prefer, limits, dense)
+    text.append(f"Wrote {out}/. Check it anywhere: {_check(out)}")
     if registered:
-        told += [f"Registered as version {registered.version} of model {registered.name}:", f"  {registered.serve}"]
-    write_lines(console, told)
+        text += [f"Registered as version {registered.version} of model {registered.name}:", f"  {registered.serve}"]
+    write_lines(console, text)
     return 0
 
 
 def _registered(
     tracking: Tracking, search: StoredSearch, confirmed: "Confirmed", out: Path, display: Display
 ) -> "Registered | None":
-    """Registers the bundle; None, and a line on why, where MLflow cannot be reached: the bundle is there anyway."""
+    """Registers the bundle in MLflow; if that fails, warns and returns None, because the bundle is written already."""
     from search.tracking.mirror import reason
     from search.tracking.model_registry import register
 
     try:
         return register(tracking, search, confirmed, out)
-    except Exception as error:  # whatever MLflow raises: what was asked for is the bundle
+    except Exception as error:  # MLflow has no common class of errors
         display.warn(
             f"Careful: MLflow at {tracking.shown} cannot be written ({reason(error)}), so the version is not"
             " registered; pick it again once MLflow answers."
@@ -109,7 +111,7 @@ def _registered(
 def _content(
     confirmed: "Confirmed", prefer: str, limits: Budget, out: Path, registered: "Registered | None"
 ) -> dict[str, Any]:
-    """Returns what was picked, for a machine."""
+    """Returns the picked version, JSON-ready."""
     return {
         "trial": confirmed.version.trial,
         "prefer": prefer,
@@ -130,7 +132,7 @@ def _check(out: Path) -> str:
 
 
 def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: Budget, used: int) -> list[str]:
-    """Returns how a picked version's fresh figures compare with those of the search."""
+    """Returns lines that compare a picked version's new figures with those of the search."""
     searched = confirmed.version.measured
     latency = confirmed.latency
     test = confirmed.test
@@ -160,7 +162,7 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
 
 
 def _other_limits(confirmed: "Confirmed", dense: Version, limits: Budget) -> list[str]:
-    """Returns what a pick comes to by limits that its other lines do not show, and which the test images break."""
+    """Returns lines on limits that the other lines do not show, and on limits that the test images break."""
     now = {**confirmed.version.measured, "latency": confirmed.latency}
     shown = [
         f"{limited(limit, now[limit.measured_as], dense.measured[limit.measured_as])} (asked: {limit})"

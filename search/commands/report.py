@@ -1,4 +1,4 @@
-"""`python -m search report`, `compare` and `sync`, once their arguments are read."""
+"""`python -m search report`: a search as a page and as Markdown."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _FORMS = (".html", ".md")
 
 
 def run_report(budget: Budget | None, name: str | None, runs: Path, out: Path | None, output: Output) -> int:
-    """Writes the report of a search as a page and as Markdown, or one of them to a file; returns the exit code."""
+    """Writes the report of a search as HTML and Markdown, or one of them to `out`; returns the exit code."""
     set_up_libraries()
     search = StoredSearch.read(find_search(runs, name))
     overview = Overview.of(search, budget)

@@ -1,25 +1,21 @@
-"""What each command does, once its arguments are read."""
+"""`python -m search`: runs a search and shows its front."""
 
 import shlex
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from evaluators.runtimes.registry import runtime
+from evaluators.runtimes.registry import runtime as open_runtime
 from search.commands.front import NO_VERSION, front_json, print_front
 from search.commands.libraries import set_up_libraries
 from search.config.overrides import Ending, Request
 from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.report.display import Display
-from search.report.output import SPOKEN, Output, write_json, write_lines
+from search.report.output import TEXT_OUTPUT, Output, write_json, write_lines
 from search.report.overview import Overview
 from search.results.store import SearchFolder, StoredSearch, StoreError
 from search.tracking.store import Tracking, quiet
 from spaces.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_search(
@@ -31,27 +27,27 @@ def run_search(
     runs: Path,
     download: bool,
     tracking_uri: str | None = None,
-    output: Output = SPOKEN,
+    output: Output = TEXT_OUTPUT,
 ) -> int:
-    """Runs a search, or goes on with it, and shows its front; returns the exit code."""
+    """Runs a search, new or resumed, and shows its front; returns the exit code."""
     set_up_libraries()
     study = request.to_study()
     request.check_budget()
-    asked_sampler = sampler or study.search.sampler
-    sampler = SAMPLERS.known(asked_sampler)
+    requested_sampler = sampler or study.search.sampler
+    sampler = SAMPLERS.known(requested_sampler)
     study.check_extensions()
     folder = SearchFolder(runs / name) if name else _folder_of(study, sampler, seed, runs)
     _check_same_question(folder, study)
     _check_reachable(tracking_uri, runs)
-    library = runtime(study.target.runtime)  # one that is not here says so before anything is trained or written
+    runtime = open_runtime(study.target.runtime)  # fails before anything is trained or written if it is missing
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = output.console()
-    with Display(output.beside(), output.quiet) as display:
+    with Display(output.progress_console(), output.quiet) as display:
         from search.commands.search_run import SearchRun  # imports torch
 
-        if asked_sampler != sampler:
-            display.say(f"Note: the sampler {asked_sampler!r} is called {sampler!r} now.")
-        run = SearchRun(folder, study, ending.of(study), sampler, seed, display, library, download, tracking_uri)
+        if requested_sampler != sampler:
+            display.say(f"Note: the sampler {requested_sampler!r} is called {sampler!r} now.")
+        run = SearchRun(folder, study, ending.of(study), sampler, seed, display, runtime, download, tracking_uri)
         code = run.run()
     overview = Overview.of(StoredSearch.read(folder))
     if output.as_json:
@@ -59,35 +55,37 @@ def run_search(
         return code or (0 if overview.front else NO_VERSION)
     print_front(overview, console)
     if overview.front and not output.quiet:
-        here = [] if runs == Path("runs") else ["--runs", str(runs)]
-        asked = ["--budget", str(overview.budget)]
-        lines = [["ui"], ["report"], ["pick", *asked, "--out", "deploy/"]]
-        said = [shlex.join(["python", "-m", "search", *line, "--search", folder.name, *here]) for line in lines]
-        write_lines(console, ["Go on with:", *(f"  {line}" for line in said)])
+        runs_option = [] if runs == Path("runs") else ["--runs", str(runs)]
+        budget_option = ["--budget", str(overview.budget)]
+        lines = [["ui"], ["report"], ["pick", *budget_option, "--out", "deploy/"]]
+        commands = [
+            shlex.join(["python", "-m", "search", *line, "--search", folder.name, *runs_option]) for line in lines
+        ]
+        write_lines(console, ["Go on with:", *(f"  {command}" for command in commands)])
     return code or (0 if overview.front else NO_VERSION)
 
 
 def _folder_of(study: Study, sampler: str, seed: int, runs: Path) -> SearchFolder:
-    """Returns the folder of a search that was given no name; one that began under a sampler's earlier name goes on."""
+    """Returns the folder of a search without a name; an existing one under an earlier name of the sampler is kept."""
     names = [name.replace(":", ".") for name in SAMPLERS.names_of(sampler)]
     folders = [SearchFolder(runs / f"{study.name}-{study.question_key}-{name}-{seed}") for name in names]
     return next((folder for folder in folders if folder.journal.is_file()), folders[0])
 
 
 def _check_reachable(tracking_uri: str | None, runs: Path) -> None:
-    """Checks that an MLflow server that was named answers, before anything is trained."""
+    """Checks that the named MLflow server answers, before anything is trained."""
     if tracking_uri is None:
         return
     from search.tracking.mirror import reason
 
-    place = Tracking.of(runs, tracking_uri)
+    tracking = Tracking.of(runs, tracking_uri)
     try:
         with quiet():
-            place.client().search_experiments(max_results=1)
+            tracking.client().search_experiments(max_results=1)
     except Exception as error:  # MLflow has no common class for what may be wrong with an address
         raise UserError(
-            f"--tracking-uri is where MLflow answers, got {place.shown} ({reason(error)}); start its server, or leave"
-            " the option out and run sync later"
+            f"--tracking-uri is where MLflow answers, got {tracking.shown} ({reason(error)}); start its server, or"
+            " leave the option out and run sync later"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A search from its study to its journal: prepare, measure what has to be beaten, try, recover the front."""
+"""Runs a search: prepares the network, measures the baselines, runs the trials, recovers the front."""
 
 from dataclasses import dataclass, replace
 
@@ -9,40 +9,40 @@ from search.config.overrides import Ending
 from search.config.study import Study
 from search.config.units import milliseconds, percent
 from search.loop.baseline import measure_baseline
-from search.loop.coordinator import Coordinator, Outcome
+from search.loop.coordinator import Outcome, build_coordinator
 from search.loop.front_recovery import recover_front
 from search.loop.greedy_widths import greedy_seeds
-from search.loop.resume import check_same_network, is_counted, put_right_running
+from search.loop.resume import check_same_network, is_counted, requeue_running
 from search.pipeline.given_network import GivenNetwork
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.sensitivity_profiler import Profiler
-from search.report.describe import examined_layers, simple_lines
+from search.report.describe import simple_lines, slow_layers_line
 from search.report.display import Display, SearchView
 from search.report.overview import write_profile
-from search.results.simple_versions import Given
-from search.results.store import Baseline, SearchFolder, StoredSearch, given_of, keep_given, keep_sampler
+from search.results.simple_versions import GivenMeasurements
+from search.results.store import Baseline, SearchFolder, StoredSearch, read_given, store_given, store_sampler
 from search.tracking.mirror import Follower
 from search.tracking.store import Tracking, remember, remembered
 
 NEAR_CHANCE = 1.5
-"""A network whose accuracy is below so many times that of a guess is probably not trained."""
+"""A network whose accuracy is below this multiple of chance is probably not trained."""
 _AS_SEARCHED = "# As it was searched: every key, and paths that hold from any folder.\n"
 
 
 @dataclass(frozen=True)
 class SearchRun:
-    """One run of a search: the first, or one that goes on.
+    """One run of a search, new or resumed.
 
     Args:
         folder: of the search.
-        study: the question.
+        study: what to search.
         ending: when it ends.
-        sampler: proposes candidates.
+        sampler: name of the sampler.
         seed: of the sampler.
-        display: what the terminal shows.
+        display: progress on the terminal.
         runtime: of the study's target.
-        download: whether weights and images that are not here may be fetched.
-        tracking_uri: where MLflow is; beside the searches where not given.
+        download: whether missing weights and images may be downloaded.
+        tracking_uri: of MLflow; by default a database beside the searches.
     """
 
     folder: SearchFolder
@@ -67,7 +67,7 @@ class SearchRun:
             pipeline = self._build(journal, given)
             if "baseline" not in journal.user_attrs:
                 self._measure_baseline(journal, pipeline, simple)
-            outcome = self._try(journal, pipeline)
+            outcome = self._run_trials(journal, pipeline)
         self._say_end(outcome)
         return outcome.code
 
@@ -75,26 +75,26 @@ class SearchRun:
     def _trials(self) -> int:
         return self.ending.trials or self.study.search.trials
 
-    def _measure_given(self, journal: optuna.Study, given: GivenNetwork) -> Given:
-        """Returns what the network as it is comes to in each precision, measured now or earlier.
+    def _measure_given(self, journal: optuna.Study, given: GivenNetwork) -> GivenMeasurements:
+        """Returns the measurements of the network as loaded in each precision, made now or in an earlier run.
 
-        That is before exits, gates or weights for pruned versions are trained: the first answer comes first.
+        They are measured and shown before exits, gates or shared weights are trained.
         """
-        simple = given_of(journal)
+        simple = read_given(journal)
         if simple is None or (simple.question, simple.network) != (self.study.question_key, given.fingerprint):
-            simple = given.measured(self.display.step)
-            keep_given(journal, simple)
+            simple = given.measure(self.display.step)
+            store_given(journal, simple)
         for line in simple_lines(simple):
             self.display.say(line)
         return simple
 
     def _build(self, journal: optuna.Study, given: GivenNetwork) -> CompressionPipeline:
-        """Returns the pipeline, and says what of the study's wishes comes true."""
+        """Returns the pipeline, and shows the exits, the groups, the recovery and unsupported options."""
         display = self.display
         pipeline = build_pipeline(self.study, display.step, self.runtime, display.say, self.download, given)
         display.say(f"{pipeline.exit_places} {pipeline.groups}")
         check_same_network(self.folder, journal.user_attrs.get("fingerprint"), pipeline.fingerprint)
-        put_right_running(journal)
+        requeue_running(journal)
         effort = f"Recovery of pruned versions: {pipeline.compressor.recovery.effort}."
         none = "No version loses channels or weights, so none is recovered."
         display.say(effort if pipeline.compressor.may_be_needed else none)
@@ -102,8 +102,10 @@ class SearchRun:
             display.say(f"Note: {remark}.")
         return pipeline
 
-    def _measure_baseline(self, journal: optuna.Study, pipeline: CompressionPipeline, simple: Given | None) -> None:
-        """Measures what has to be beaten, and writes down what the search is about."""
+    def _measure_baseline(
+        self, journal: optuna.Study, pipeline: CompressionPipeline, simple: GivenMeasurements | None
+    ) -> None:
+        """Measures the baselines, and writes them with the study into the journal."""
         self.display.say("Measuring the dense network...")
         (self.folder.path / "study.toml").write_text(_AS_SEARCHED + self.study.to_toml(), encoding="utf-8")
         pipeline.given.loaded.write(self.folder.path)
@@ -113,9 +115,9 @@ class SearchRun:
         baseline = measure_baseline(pipeline, simple, self._trials, self.ending.timeout_s, self.display.step)
         journal.set_user_attr("baseline", baseline.to_dict())
 
-    def _try(self, journal: optuna.Study, pipeline: CompressionPipeline) -> Outcome:
-        """Tries candidates, recovers the front where the study asks for it, and mirrors all into MLflow."""
-        keep_sampler(journal, self.sampler)
+    def _run_trials(self, journal: optuna.Study, pipeline: CompressionPipeline) -> Outcome:
+        """Runs the trials, recovers the front if the study asks for it, and mirrors everything into MLflow."""
+        store_sampler(journal, self.sampler)
         tracking = Tracking.of(self.folder.path.parent, self.tracking_uri, remembered(journal))
         remember(journal, tracking, self.folder.path.parent)
         search, display = StoredSearch.read(self.folder), self.display
@@ -125,10 +127,12 @@ class SearchRun:
         done = sum(is_counted(trial) for trial in search.trials)
         if done:
             display.say(f"Going on with search {self.folder.name}: {done} trials are there")
-        lines = search.baseline.lines_to_beat
-        view = SearchView(display, search.versions, search.budget, lines[0], done, self._trials, lines)
+        baselines = search.baseline.versions_to_beat
+        view = SearchView(display, search.versions, search.budget, baselines[0], done, self._trials, baselines)
         seeds = greedy_seeds(pipeline, display.step, display.say) if self.study.search.warm_start else []
-        coordinator = Coordinator(pipeline, journal, search.baseline, self.sampler, self.seed, [mirror, view], seeds)
+        coordinator = build_coordinator(
+            pipeline, journal, search.baseline, self.sampler, self.seed, [mirror, view], seeds
+        )
         outcome = coordinator.run(self._trials, self.ending.timeout_s, self.ending.patience)
         if outcome.code == 0:
             outcome = _recover(pipeline, journal, search.baseline, outcome, display)
@@ -146,7 +150,7 @@ class SearchRun:
 def _recover(
     pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline, outcome: Outcome, display: Display
 ) -> Outcome:
-    """Recovers the front in full where the study asks for it; returns how the search ended then."""
+    """Recovers the front in full if the study asks for it; returns the outcome of the search with that."""
     try:
         done = recover_front(pipeline, journal, baseline, display.say)
     except KeyboardInterrupt:
@@ -164,16 +168,16 @@ def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
     )
     if not all(each.is_own for each in baseline.simple):
         display.say("That is with what was trained for it; what was given has to be beaten as well:")
-        for line in baseline.lines_to_beat[1:]:
-            told = milliseconds(line.measured["latency"].value), percent(line.measured["accuracy"].value)
-            display.say(f"  {line.title}  {told[0]}  accuracy {told[1]}")
+        for line in baseline.versions_to_beat[1:]:
+            latency, accuracy = line.measured["latency"].value, line.measured["accuracy"].value
+            display.say(f"  {line.title}  {milliseconds(latency)}  accuracy {percent(accuracy)}")
     if measured["accuracy"].value < NEAR_CHANCE / classes:
         display.warn(
             f"CAREFUL: that is hardly better than guessing among {classes} classes. Is the network trained? Give"
             " --weights, or train it with a section [training] in a study file. Is its input as it was trained with?"
         )
     if baseline.examined is not None:
-        display.say(examined_layers(baseline.examined))
+        display.say(slow_layers_line(baseline.examined))
     half_width = measured["latency"].notes["half_width"]
     if half_width > 0.1:
         display.warn(f"Careful: its latency is known to within {half_width:.0%} only; fewer threads are timed better.")

@@ -1,4 +1,4 @@
-"""`python -m search sync`: writes searches into MLflow that are not there yet."""
+"""`python -m search sync`: writes missing trials of a search into MLflow."""
 
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ def run_sync(name: str | None, runs: Path, tracking_uri: str | None, output: Out
                 f"sync needs MLflow to answer, got {tracking.shown} ({reason(error)}); start its server, or name"
                 " another with --tracking-uri"
             ) from error
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "search": folder.name, "tracking": tracking.shown, "trials": search.finished, "written": written
     }  # fmt: skip
     if output.as_json:
-        write_json(found)
+        write_json(content)
     elif not output.quiet:
-        told = f"{folder.name}: {search.finished} trials in {tracking.shown}, {written} of them written now"
-        write_lines(output.console(), [f"{told}, and the summary"])
+        text = f"{folder.name}: {search.finished} trials in {tracking.shown}, {written} of them written now"
+        write_lines(output.console(), [f"{text}, and the summary"])
     return 0

@@ -1,4 +1,4 @@
-"""MLflow's UI on a run directory."""
+"""`python -m search ui`: MLflow's UI for a folder of searches."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ _LOG = "mlflow-server.log"
 
 
 def serve(name: str | None, runs: Path, port: int, tracking_uri: str | None = None) -> int:
-    """Serves the UI until it is interrupted, or tells where a server that is there already shows it; returns the code.
+    """Serves the UI until interrupted, or prints the links of an existing server; returns the exit code.
 
     Raises:
         StoreError: nothing has been logged yet.
@@ -50,20 +50,20 @@ def serve(name: str | None, runs: Path, port: int, tracking_uri: str | None = No
 
 
 def _links(tracking: Tracking, search: str, base: str) -> list[str]:
-    """Returns where the search is shown, a line each: its summary, its trials as charts, the model of its study."""
+    """Returns links to the search, one per line: its summary, report, charts, and picked version."""
     try:
         with quiet():
             client = tracking.client()
             experiments = [experiment.experiment_id for experiment in client.search_experiments()]
             query = f"tags.search = '{search}' and tags.role = 'summary'"
-            found = client.search_runs(experiments, query, max_results=1)
+            summaries = client.search_runs(experiments, query, max_results=1)
             models = {model.name for model in client.search_registered_models()}
-            study = client.get_experiment(found[0].info.experiment_id).name if found else ""
+            study = client.get_experiment(summaries[0].info.experiment_id).name if summaries else ""
     except Exception as error:  # MLflow has no common class for what may be wrong with it
         raise UserError(f"the UI needs MLflow to answer, got {tracking.shown} ({error}); start its server") from error
-    if not found:
+    if not summaries:
         return [f"{base}/", f"The search is not there as a whole yet: python -m search sync --search {search}"]
-    summary = found[0].info
+    summary = summaries[0].info
     runs = f"{base}/#/experiments/{summary.experiment_id}/runs"
     front = quote(f"tags.search = '{search}' and tags.front = 'true'")
     lines = [
@@ -77,7 +77,7 @@ def _links(tracking: Tracking, search: str, base: str) -> list[str]:
 def _start(tracking: Tracking, runs: Path, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking.uri]
     command += ["--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level=error"]
-    # MLflow's job workers would take a gigabyte, and nothing here uses them.
+    # MLflow's job workers are not used and would take a gigabyte.
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_LOGGING_LEVEL": "ERROR"}
     settings |= {"PYTHONWARNINGS": "ignore"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,7 +1,7 @@
 """The limits that a deployed version must keep: `latency<5ms`, `accuracy_drop<1%`.
 
-Less is better for every metric but accuracy, so each has one natural side. `=` and `:` stand for it, because an
-unquoted `<` or `>` is a redirect in every shell. Energy is not measured: it is the expected FLOPs at a stated price.
+Lower is better for every metric but accuracy, so each metric has one direction. `=` and `:` may be written instead of
+`<` and `>`, which shells take for redirects unless quoted. Energy is not measured: it is FLOPs at a given price.
 """
 
 import difflib
@@ -42,13 +42,13 @@ _RELATIVE_METRICS = ("latency", "flops", "params", "size")
 ACCURACY_DROP = Metric("accuracy_drop", "ratio", 1, ("mean",), "accuracy drop")
 ENERGY = Metric("energy", "joule", 1, ("expected", "worst"), "energy")
 BUDGET_METRICS: Mapping[str, Metric] = {**METRICS, ACCURACY_DROP.name: ACCURACY_DROP, ENERGY.name: ENERGY}
-"""What a budget may limit: every metric, the points of accuracy lost against the dense network, and energy."""
+"""Metrics that a budget may limit: all measured ones, the drop of accuracy below the dense network, and energy."""
 
 _PATTERN = re.compile(
     r"""
     ^(?P<metric>[A-Za-z_]+) (?:\.(?P<statistic>\w+))?        # latency, latency.p99
-    \s*(?P<side><=|>=|<|>|=|:)                              # = and : stand for the natural side
-    \s*(?P<value>[^\s%@A-Za-z]*(?:[eE][-+]?\d+)?)           # 5, 0.5, 5e-3; whether it is a number is asked later
+    \s*(?P<side><=|>=|<|>|=|:)                              # = and : stand for the metric's direction
+    \s*(?P<value>[^\s%@A-Za-z]*(?:[eE][-+]?\d+)?)           # 5, 0.5, 5e-3; parsed as a number later
     \s*(?P<unit>[^\s@]*)                                   # ms, %, nothing
     \s*(?:@\s*(?P<price>\S+))?$                            # of a FLOP, for energy: 50pJ
     """,
@@ -58,7 +58,7 @@ _PRICE = re.compile(r"^(?P<value>[^A-Za-z]*(?:[eE][-+]?\d+)?)(?P<unit>[A-Za-z]+)
 
 
 class BudgetError(UserError):
-    """A budget that cannot be read or cannot be kept."""
+    """A budget cannot be parsed, or no version can keep it."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class Constraint:
 
     Args:
         metric: that is limited.
-        statistic: of it.
-        limit: as a share of the dense network's where it is relative.
-        relative: whether it is.
-        joules_per_flop: what a limit on energy takes a FLOP to cost; 0 for all others.
+        statistic: of the metric.
+        limit: in SI units, or if relative as a share of the dense network's value.
+        relative: to the dense network.
+        joules_per_flop: price of a FLOP, for a limit on energy; else 0.
     """
 
     metric: Metric
@@ -86,10 +86,10 @@ class Constraint:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Returns the constraint that `text` spells.
+        """Returns the constraint in `text`.
 
         Raises:
-            BudgetError: an unknown metric, statistic or unit, the wrong side, or a limit that nothing can meet.
+            BudgetError: an unknown metric, statistic or unit, the wrong direction, or a limit that nothing can keep.
         """
         match = _PATTERN.match(text.strip())
         if match is None:
@@ -103,7 +103,7 @@ class Constraint:
 
     @property
     def name(self) -> str:
-        """The metric, and the statistic where it is not the default one."""
+        """The metric, and the statistic if it is not the default one."""
         return self.metric.name if self.limits_default_statistic else f"{self.metric.name}.{self.statistic}"
 
     def __str__(self) -> str:
@@ -112,10 +112,10 @@ class Constraint:
         return f"{self.name}{'<' if self.metric.sign > 0 else '>'}{_scaled(self.limit, scales)}{price}"
 
     def violation(self, measured: Measurement, dense: Measurement) -> float:
-        """Returns how far `measured` oversteps the limit, as a share of it; feasible at or below 0.
+        """Returns how far `measured` exceeds the limit, as a share of it; at or below 0 it is kept.
 
         Args:
-            measured: of this constraint's metric; of accuracy where the constraint limits its drop.
+            measured: of the metric `measured_as`.
             dense: the same of the dense network.
 
         Raises:
@@ -126,29 +126,29 @@ class Constraint:
         return self.metric.sign * (value - limit) / (limit or 0.01)  # a limit of 0% drop counts in points
 
     def value(self, measured: Measurement, dense: Measurement) -> float:
-        """Returns what is held against the limit: the statistic, what it costs, or the points lost."""
+        """Returns the value to compare with the limit: the statistic, the energy, or the drop of accuracy."""
         if self.metric == ACCURACY_DROP:
             return dense.value - measured.value
         return measured.statistic_value(self.statistic) * (self.joules_per_flop or 1.0)
 
     def floor(self, dense: Measurement) -> float:
-        """Returns the lowest accuracy, 0 to 1, that a limit on accuracy or accuracy_drop lets through."""
+        """Returns the lowest accuracy, 0 to 1, within a limit on accuracy or accuracy_drop."""
         return dense.value - self.limit if self.metric == ACCURACY_DROP else self.limit
 
     def ceiling(self, dense: Measurement) -> float:
-        """Returns the highest value of what is measured that a limit on anything but accuracy lets through."""
+        """Returns the highest measured value within a limit on any metric but accuracy."""
         if self.relative:
             return self.limit * dense.statistic_value(self.statistic)
         return self.limit / (self.joules_per_flop or 1.0)
 
     @property
     def measured_as(self) -> str:
-        """The metric that has to be measured for it."""
+        """The metric that has to be measured for this constraint."""
         return {ACCURACY_DROP: "accuracy", ENERGY: "flops"}.get(self.metric, self.metric.name)
 
     @property
     def limits_default_statistic(self) -> bool:
-        """Whether it limits the value of a measurement, and no percentile or worst case beside it."""
+        """Whether it limits the default statistic, not a percentile or the worst case."""
         return self.statistic == self.metric.statistics[0]
 
 
@@ -163,10 +163,10 @@ class Budget:
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> Self:
-        """Returns the budget that one or more texts spell, each holding one limit or several behind commas.
+        """Returns the budget in one or more texts, each with one or several comma-separated limits.
 
         Raises:
-            BudgetError: one of them cannot be read, or two limit the same thing.
+            BudgetError: a limit cannot be parsed, or two limit the same metric.
         """
         constraints = [Constraint.parse(part) for text in texts for part in text.split(",")]
         names = [constraint.name for constraint in constraints]
@@ -194,30 +194,32 @@ class Budget:
             measured: of a version, by metric.
             dense: the same of the dense network.
         """
-        return {str(constraint): by for constraint, by in self._judged(measured, dense).items()}
+        return {str(constraint): excess for constraint, excess in self._excesses(measured, dense).items()}
 
     def broken(self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> dict[Constraint, float]:
-        """Returns the constraints that are overstepped, as far as was measured, and by which share of the limit."""
-        return {constraint: by for constraint, by in self._judged(measured, dense).items() if by > 0}
+        """Returns the broken constraints among those measured, each with the excess as a share of its limit."""
+        return {constraint: excess for constraint, excess in self._excesses(measured, dense).items() if excess > 0}
 
     def is_met(self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> bool:
         """Returns whether every constraint has been measured and is kept."""
-        violations = self._judged(measured, dense)
-        return len(violations) == len(self.constraints) and all(by <= 0 for by in violations.values())
+        violations = self._excesses(measured, dense)
+        return len(violations) == len(self.constraints) and all(excess <= 0 for excess in violations.values())
 
     def accuracy_floor(self, dense: Mapping[str, Measurement]) -> float | None:
-        """Returns the lowest accuracy, 0 to 1, that every limit lets through; None where none limits it."""
+        """Returns the lowest accuracy, 0 to 1, within all limits; None without a limit on it."""
         return max((limit.floor(dense["accuracy"]) for limit in self.on("accuracy")), default=None)
 
     def ceiling(self, metric: str, dense: Mapping[str, Measurement]) -> float | None:
-        """Returns the highest value of a metric other than accuracy that every limit on it lets through.
+        """Returns the highest value of a metric other than accuracy within all limits; None without a limit on it.
 
-        Limits on its other statistics say nothing about the value. None where there is no limit on it.
+        Limits on its other statistics are ignored.
         """
         limits = [limit for limit in self.on(metric) if limit.limits_default_statistic]
         return min((limit.ceiling(dense[metric]) for limit in limits), default=None)
 
-    def _judged(self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]) -> dict[Constraint, float]:
+    def _excesses(
+        self, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]
+    ) -> dict[Constraint, float]:
         return {
             constraint: constraint.violation(measured[constraint.measured_as], dense[constraint.measured_as])
             for constraint in self.constraints
@@ -260,7 +262,7 @@ def _check_side(metric: Metric, side: str, text: str) -> None:
 
 
 def _price(metric: Metric, price: str | None, text: str) -> float:
-    """Returns the joules that a FLOP is taken to cost."""
+    """Returns the joules per FLOP."""
     if metric != ENERGY:
         if price:
             raise BudgetError(f"only energy has a price for a FLOP, got {text.strip()!r}; leave out '@{price}'")
@@ -291,8 +293,8 @@ def _limit(metric: Metric, number: str, unit: str, text: str) -> tuple[float, bo
             f"{metric.name} is limited in {', '.join(units)}, got {text.strip()!r}; write {_EXAMPLES[metric.name]!r}"
         )
     limit = float(value * (_SCALES["ratio"]["%"] if relative else scales[unit]))
-    lowest_is_fine = metric == ACCURACY_DROP and limit == 0
-    if not value.is_finite() or (limit <= 0 and not lowest_is_fine):
+    may_be_zero = metric == ACCURACY_DROP and limit == 0
+    if not value.is_finite() or (limit <= 0 and not may_be_zero):
         raise BudgetError(f"a limit is above 0, got {text.strip()!r}")
     if metric.unit == "ratio" and limit >= 1:
         raise BudgetError(f"{metric.name} is a share of the images, below 100%, got {text.strip()!r}")
@@ -300,7 +302,7 @@ def _limit(metric: Metric, number: str, unit: str, text: str) -> tuple[float, bo
 
 
 def _scaled(value: float, scales: Mapping[str, Decimal]) -> str:
-    """Returns a number in the largest unit that leaves it at 1 or more."""
+    """Returns a number in the largest unit in which it is at least 1."""
     exact = Decimal(repr(value))
     unit = next((unit for unit, scale in reversed(list(scales.items())) if exact >= scale), next(iter(scales)))
     return f"{_plain(exact / scales[unit])}{unit}"

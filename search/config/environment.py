@@ -1,4 +1,4 @@
-"""The machine and the versions that a number was measured with."""
+"""The machine and the library versions of a measurement."""
 
 import os
 import platform
@@ -21,16 +21,16 @@ _PACKAGES = (
 
 
 def environment(device: str, state: DeviceState | None = None) -> dict[str, str]:
-    """Returns what another machine would need to know to repeat a measurement.
+    """Returns what is needed to reproduce a measurement, by name.
 
     Args:
-        device: what the runtime runs on.
-        state: of that device; it may be a board's.
+        device: that the runtime uses.
+        state: of that device, which may be a board.
     """
     versions = {name: _version(name) for name in _PACKAGES}
     return {
         "device": device,
-        **{f"device's {name}": str(told) for name, told in (state.told() if state else {}).items()},
+        **{f"device's {name}": str(value) for name, value in (state.told() if state else {}).items()},
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -36,14 +36,14 @@ _RULES: Mapping[str, str] = {
 }
 
 
-def plain(found: ValidationError, study: type[BaseModel]) -> str:
+def plain(validation_error: ValidationError, study: type[BaseModel]) -> str:
     """Returns `<rule>, got <value>; <remedy>` for the first thing that pydantic found.
 
     Args:
-        found: pydantic's list. A key that is unknown comes first: it may be the one that is missing, misspelt.
+        validation_error: pydantic's errors. An unknown key comes first, because it may be a misspelt missing one.
         study: what the file was read as.
     """
-    error = min(found.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    error = min(validation_error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     path = [part for part in error["loc"] if isinstance(part, str)]
     place, section = ".".join(path), _section(path[:-1], study)
     if error["type"] == "extra_forbidden":
@@ -59,12 +59,12 @@ def plain(found: ValidationError, study: type[BaseModel]) -> str:
 
 
 def _section(path: list[str], study: type[BaseModel]) -> type[BaseModel]:
-    found = study
+    model = study
     for name in path:
-        field = found.model_fields.get(name)
+        field = model.model_fields.get(name)
         inner = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        found = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), found)
-    return found
+        model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+    return model
 
 
 def _described(path: list[str]) -> str:

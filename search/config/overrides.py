@@ -1,4 +1,4 @@
-"""The study that a command line asks for: one from a file, changed here and there, or one of its own."""
+"""Builds the study of a command line: a study file with overrides, or a study from options alone."""
 
 import re
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ DEFAULT = "digits"
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line says about its study.
+    """Options of a command line that concern its study; None stands for an option that is not given.
 
     Args:
-        study: the name or file of a study; None where none is named.
-        budget: hard limits; None where the study's hold, or nothing depends on any.
-        model: where the network comes from.
-        weights: a file.
-        data: where the images come from.
-        target: a runtime.
-        batch: that will be deployed.
-        threads: that will be deployed.
+        study: name or file of a study.
+        budget: hard limits.
+        model: source of the network.
+        weights: file of its weights.
+        data: source of the images.
+        target: name of a runtime.
+        batch: batch size in deployment.
+        threads: number of threads in deployment.
         thresholds: of exits: solved for each version, or searched.
-        only: the dimensions that are searched; None where the study says it.
+        only: the dimensions that are searched.
     """
 
     study: str | None = None
@@ -45,11 +45,11 @@ class Request:
     only: tuple[Dimension, ...] | None = None
 
     def to_study(self) -> Study:
-        """Returns the study; one without a file has the budget of the command line, or one without limits.
+        """Returns the study; without a file and a budget it has no limits.
 
         Raises:
-            StudyError: the command line leaves something open, or the study's file is wrong.
-            SourceError: it names no network or images.
+            StudyError: options are missing, or the study's file is wrong.
+            SourceError: the model or the data is no known source.
         """
         study = self._own() if self._is_own else self._changed(load_study(self.study or DEFAULT))
         target = {"runtime": self.target, "batch": self.batch, "threads": self.threads}
@@ -63,25 +63,25 @@ class Request:
         return study.model_copy(update={"question": _question(study)}) if is_other else study
 
     def check_budget(self) -> None:
-        """Checks that there are limits to search within: a study's, or those of the command line.
+        """Checks that there is a budget, in the study or on the command line.
 
         Raises:
-            StudyError: there is neither.
+            StudyError: there is none.
         """
         if self.budget is None and self._is_own:
             raise StudyError("a search without a study has a --budget, got none; add --budget 'latency<50%'")
 
     @property
     def _is_own(self) -> bool:
-        """Whether the command line itself tells the network and the images, and names no study."""
+        """Whether the command line names a network or images, and no study."""
         return self.study is None and (self.model is not None or self.data is not None)
 
     def _own(self) -> Study:
-        lacking = [name for name in ("model", "data") if getattr(self, name) is None]
-        if lacking:
+        missing = [name for name in ("model", "data") if getattr(self, name) is None]
+        if missing:
             raise StudyError(
-                f"a search without a study has --model and --data, got no --{lacking[0]};"
-                f" add --{lacking[0]}, or the --study that has it"
+                f"a search without a study has --model and --data, got no --{missing[0]};"
+                f" add --{missing[0]}, or the --study that has it"
             )
         model, data = ModelSection(source=self.model or "", weights=self.weights), DataSection(source=self.data or "")
         budget = self.budget or Budget(())
@@ -89,8 +89,9 @@ class Request:
         return own.anchored(Path.cwd())
 
     def _changed(self, study: Study) -> Study:
-        """Returns a study with another network, other weights or other images; what belonged to the old goes."""
-        here, changes = Path.cwd(), dict[str, Any]()
+        """Returns a study with another network, weights or images; settings that belonged to the old ones are reset."""
+        here = Path.cwd()
+        changes: dict[str, Any] = {}
         if self.model is not None:
             changes["model"] = ModelSection(source=absolute(model_source(self.model), here))
             changes["exits"] = _updated(study.exits, {"after": None}, clear=True)
@@ -99,28 +100,28 @@ class Request:
         if self.weights is not None:
             weights = {"weights": absolute_path(self.weights, here)}
             changes["model"] = _updated(changes.get("model", study.model), weights)
-            changes["training"] = None  # what is given is taken as trained
+            changes["training"] = None  # given weights are taken as trained
         if self.data is not None:
             source = absolute(data_source(self.data), here)
-            # How images become input belongs to the network, so it stays where the network stays.
-            same = self.model is None
-            changes["data"] = _updated(study.data, {"source": source}) if same else DataSection(source=source)
+            # The preprocessing belongs to the network, so it is kept with the network.
+            keeps_network = self.model is None
+            changes["data"] = _updated(study.data, {"source": source}) if keeps_network else DataSection(source=source)
         if "model" in changes or "data" in changes:
             changes["name"] = _name(changes.get("model", study.model), changes.get("data", study.data))
         return study.model_copy(update=changes)
 
 
 def read_dimensions(text: str) -> tuple[Dimension, ...]:
-    """Returns the dimensions that a command line names, between commas.
+    """Returns the dimensions in a comma-separated text.
 
     Raises:
-        StudyError: one of them does not exist, or there is none.
+        StudyError: one of them does not exist, or the text is empty.
     """
     try:
-        found = dimensions([name.strip() for name in text.split(",") if name.strip()])
+        names = dimensions([name.strip() for name in text.split(",") if name.strip()])
     except ValueError as error:
         raise StudyError(f"--search-only takes {error}, got {text!r}; leave it out to search all") from None
-    return cast(tuple[Dimension, ...], found)
+    return cast(tuple[Dimension, ...], names)
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,9 @@ class Ending:
     """When a search ends, whichever comes first.
 
     Args:
-        trials: in all; None where the study says it.
+        trials: in all; by default the study's.
         timeout_s: seconds of this run; None for no limit.
-        patience: trials in a row that win nothing; None where the study says it.
+        patience: trials in a row without improvement; by default the study's.
     """
 
     trials: int | None = None
@@ -138,7 +139,7 @@ class Ending:
     patience: int | None = None
 
     def of(self, study: Study) -> "Ending":
-        """Returns the same with what the study says where the command does not."""
+        """Returns the ending with the study's defaults."""
         return Ending(self.trials or study.search.trials, self.timeout_s, self.patience or study.search.patience)
 
 

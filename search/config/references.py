@@ -1,4 +1,4 @@
-"""How a study names its network and its images. Nothing heavy is imported here: the command line reads these."""
+"""Parses the sources of networks and images in studies; imports nothing heavy, because the command line uses it."""
 
 from collections.abc import Container
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ _DATA = f"data is {', '.join(f'{kind}:PATH' for kind in DATA_SETS)}, {_FACTORY}"
 
 
 class SourceError(UserError):
-    """A network or images that cannot be had as they were named."""
+    """A source of a network or of images is wrong or missing."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a text such as `imagefolder:/data/flowers` or `mine/model.py:build` says.
+    """A parsed source, such as `imagefolder:/data/flowers` or `mine/model.py:build`.
 
     Args:
         kind: `torchvision` or one of `DATA_SETS`; `module` and `file` for a factory.
-        place: after the kind, or the module or file of a factory.
-        attribute: the factory's name.
+        place: the text after the kind, or the module or file of a factory.
+        attribute: name of the factory; else empty.
     """
 
     kind: str
@@ -34,12 +34,12 @@ class Source:
 
     @property
     def is_factory(self) -> bool:
-        """Whether a function of the user's own is named."""
+        """Whether it is a user's function."""
         return self.kind in ("module", "file")
 
     @property
     def short(self) -> str:
-        """A word for it, for the name of a search."""
+        """A short name, for names of searches."""
         if self.is_factory:
             return self.attribute
         return self.place.partition("@")[0] if self.kind == TORCHVISION else Path(self.place).name or self.kind
@@ -49,28 +49,28 @@ class Source:
 
 
 def model_source(text: str) -> Source:
-    """Returns where a network comes from.
+    """Returns the source of a network.
 
     Raises:
-        SourceError: the text names none.
+        SourceError: the text is none.
     """
     return _parse(text, (TORCHVISION,), _MODELS)
 
 
 def data_source(text: str) -> Source:
-    """Returns where images come from.
+    """Returns the source of images.
 
     Raises:
-        SourceError: the text names none.
+        SourceError: the text is none.
     """
     return _parse(text, DATA_SETS, _DATA)
 
 
 def factory_source(text: str) -> Source:
-    """Returns the function that a text names.
+    """Returns the reference to a function.
 
     Raises:
-        SourceError: the text names none.
+        SourceError: the text is none.
     """
     return _parse(text, (), f"a function is {_FACTORY}")
 
@@ -88,11 +88,11 @@ def _parse(text: str, kinds: Container[str], rule: str) -> Source:
 
 
 def absolute(source: Source, folder: Path) -> str:
-    """Returns the source's text with its path, if it has one, made absolute.
+    """Returns the source as text with an absolute path, if it has a path.
 
     Args:
-        source: what was named.
-        folder: what relative paths begin at.
+        source: with any path.
+        folder: that relative paths refer to.
     """
     if source.kind in (TORCHVISION, "module"):
         return str(source)
@@ -100,5 +100,5 @@ def absolute(source: Source, folder: Path) -> str:
 
 
 def absolute_path(text: str, folder: Path) -> str:
-    """Returns a path that means the same from everywhere; `~` is the user's home."""
+    """Returns the absolute path of `text`; `~` is the user's home."""
     return str((folder / Path(text).expanduser()).resolve())

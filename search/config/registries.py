@@ -1,4 +1,4 @@
-"""What a study and a command line may name of this package: a line each, imported when it is asked for."""
+"""Implementations that studies and command lines name, imported on first use."""
 
 from typing import Any
 
@@ -48,4 +48,4 @@ DATA_SETS: Registry[Any] = Registry(
         "imagenet": "search.loading.torchvision_datasets:imagenet",
     },
 )
-"""What finds the images of the kinds of data sets that need no code of the user's."""
+"""Functions that find the images of a data set, by the kind that `[data] source` begins with."""

@@ -1,18 +1,18 @@
-"""Keys of study files that had another name once, and what they are called now."""
+"""Former names of keys of study files, and their present names."""
 
 from collections.abc import Mapping
 from typing import Any
 
 RENAMED: Mapping[str, Mapping[str, str]] = {"search": {"early": "early_stopping", "profile": "warm_start"}}
-"""Names of before and of today, by section."""
+"""Present names by former names, by section."""
 _FP32_TYPES = ("tf32", "bf16")
-"""Each was a key of its own in [target]."""
+"""Former boolean keys of [target]."""
 
 
 def with_present_names(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns a study's content with the keys of today, and a line for each that was called otherwise.
+    """Returns a study's content with present keys, and a line for each renamed one.
 
-    What is given under both names stays, so that reading the study tells that the old one is unknown.
+    A key given under both names is kept, so that validation reports the former one as unknown.
 
     Args:
         content: of a study file or a journal.
@@ -35,12 +35,12 @@ def with_present_names(content: Mapping[str, Any]) -> tuple[dict[str, Any], list
 
 
 def _with_fp32_type(target: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the section with one key in place of `tf32` and `bf16`; both at once stay, because that is a mistake."""
+    """Returns the section with one key in place of `tf32` and `bf16`; both at once are an error and kept."""
     old = [kind for kind in _FP32_TYPES if kind in target]
-    wanted = [kind for kind in old if target[kind] is True]
-    if not old or len(wanted) > 1 or any(not isinstance(target[kind], bool) for kind in old):
+    enabled = [kind for kind in old if target[kind] is True]
+    if not old or len(enabled) > 1 or any(not isinstance(target[kind], bool) for kind in old):
         return dict(target), []
-    value = wanted[0] if wanted else "fp32"
+    value = enabled[0] if enabled else "fp32"
     kept = {key: each for key, each in target.items() if key not in old}
     lines = [f'[target] {kind} = {str(target[kind]).lower()} is written fp32_in = "{value}" now' for kind in old]
     return {**kept, "fp32_in": value}, lines

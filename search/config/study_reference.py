@@ -82,8 +82,8 @@ def _type_and_choices(kind: Any, constraints: Iterable[Any] = ()) -> tuple[str, 
     if origin is Literal:
         return "text", ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, UnionType):
-        found = [_type_and_choices(inner, constraints) for inner in arguments if inner is not NoneType]
-        return " or ".join(name for name, _ in found), ", or ".join(allowed for _, allowed in found if allowed)
+        kinds = [_type_and_choices(inner, constraints) for inner in arguments if inner is not NoneType]
+        return " or ".join(name for name, _ in kinds), ", or ".join(allowed for _, allowed in kinds if allowed)
     if origin is tuple:
         inner, allowed = _type_and_choices(arguments[0])
         return f"list of {inner}s".replace("texts", "text"), allowed
@@ -99,8 +99,8 @@ def _names(constraints: Iterable[Any]) -> str:
 
 def _bounds(constraints: Iterable[Any]) -> str:
     flat = [part for each in constraints for part in (each.metadata if isinstance(each, FieldInfo) else [each])]
-    found = ((word, getattr(part, name, None)) for part in flat for name, word in _BOUNDS.items())
-    return ", ".join(f"{word} {bound:g}" for word, bound in found if bound is not None)
+    bounds = ((word, getattr(part, name, None)) for part in flat for name, word in _BOUNDS.items())
+    return ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
 
 
 def _default(field: FieldInfo, allowed: str) -> str:

@@ -1,4 +1,4 @@
-"""From the front to a folder that runs elsewhere: choose, confirm, write."""
+"""From the front to a bundle that runs elsewhere: time again, confirm, write."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from evaluators.runtimes.remote.connection import worker_file
 from search.config.budget import Budget
 from search.config.environment import environment
 from search.config.study import FinetuneSection
-from search.deploy.fresh_timing import Afresh, Again, foremost, untried
+from search.deploy.fresh_timing import FreshTiming, FreshTimings, best_version, count_untried
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
@@ -36,39 +36,39 @@ from search.results.violations import broken_limits
 from spaces.errors import UserError
 
 ATTEMPTS = 5
-"""So many versions are measured afresh before a pick gives up."""
+"""Versions that are timed again, at most, before a pick gives up."""
 _DOUBTFUL = 0.03
-"""A limit that a fresh latency misses by less than this share, or its interval, is timed a second time."""
+"""A version is timed twice if it misses a limit by less than this share, or less than its interval."""
 _CHECK_BYTES = 20_000_000
-"""The bundle brings as many test images as fit in this."""
+"""Bytes of test images, at most, that are put into the bundle."""
 REFERENCE = "reference.onnx"
-"""The dense network that a bundle's latency is told beside; it may be left out when the bundle is shipped."""
+"""The dense network that a bundle is timed beside; it need not be shipped."""
 _SHIPPED = (run_bundle, manifest, staged, inputs, frame_reuse, sessions)
-"""The program that runs a bundle; its files keep their names there."""
+"""Modules of the program that runs a bundle; they are copied under their own names."""
 
 Say = Callable[[str], None]
 
 
 class BundleError(UserError):
-    """A bundle that cannot be written where it was asked for."""
+    """A bundle cannot be written to the requested folder."""
 
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A version, measured again from scratch.
+    """A version, built and measured again.
 
     Args:
         version: as the search measured it.
-        subject: rebuilt.
+        deployed: the version, built again.
         latency: from a new process.
-        speed: how long the machine takes now, as a multiple of what it took when the search began.
+        speed: time that the machine takes now, as a multiple of when the search began.
         test: its accuracy on the test images.
-        dense_test: the dense network's.
-        answers: what it said to the test images.
+        dense_test: the dense network's accuracy on the test images.
+        answers: its predictions for the test images.
     """
 
     version: Version
-    subject: DeployedCandidate
+    deployed: DeployedCandidate
     latency: Measurement
     speed: float
     test: Measurement
@@ -78,14 +78,14 @@ class Confirmed:
     @property
     def is_same_artifact(self) -> bool:
         """Whether the rebuilt artifact is, byte for byte, what the search measured."""
-        return self.subject.artifact.digest == self.version.evaluation.digest
+        return self.deployed.artifact.digest == self.version.evaluation.digest
 
 
 def check_out(folder: Path) -> None:
-    """Checks that a bundle can be written to `folder`: it is new, empty, or an earlier bundle.
+    """Checks that `folder` is new, empty, or an earlier bundle.
 
     Raises:
-        BundleError: it holds something else.
+        BundleError: it contains something else.
     """
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"a bundle is a folder, got the file {folder}; give another --out")
@@ -93,88 +93,90 @@ def check_out(folder: Path) -> None:
         raise BundleError(f"a bundle goes into a new, an empty or an earlier bundle's folder, got {folder}")
 
 
-def measure_afresh(
+def time_again(
     pipeline: CompressionPipeline,
     search: StoredSearch,
     versions: Sequence[Version],
     budget: Budget,
     prefer: str,
     say: Say,
-) -> Afresh:
-    """Returns which of the versions comes first by a preference once those that do are timed again, in a new process.
+) -> FreshTimings:
+    """Times the best version by a preference again, in a new process, until one stays the best; returns all timings.
 
     Args:
-        pipeline: builds them.
-        search: that measured them.
+        pipeline: builds the versions.
+        search: the search that measured them.
         versions: to choose from.
         budget: to keep.
         prefer: one of `PREFERENCES`.
-        say: told about each that is not taken.
+        say: called with a line for each version that is not chosen.
     """
-    dense, tried = search.baseline.evaluation.measurements, list[Again]()
+    dense = search.baseline.evaluation.measurements
+    tried: list[FreshTiming] = []
     evaluator = pipeline.references.latency_evaluator(search.baseline.reference_seconds)
-    # One that was recovered since the search may break a limit as it is: it is timed, so that all can be told.
-    first: Version | None = foremost(versions, tried, prefer, budget, dense) or versions[0]
-    while first is not None and len(tried) < ATTEMPTS:
-        again = _timed_again(pipeline, search, first, evaluator, budget)
-        tried.append(again)
-        first = foremost(versions, tried, prefer, budget, dense)
-        if first is not None and first.number in {each.version.number for each in tried}:
+    # A version that was recovered since may break a limit; it is timed all the same, to report by how much.
+    best: Version | None = best_version(versions, tried, prefer, budget, dense) or versions[0]
+    while best is not None and len(tried) < ATTEMPTS:
+        timing = _time_version(pipeline, search, best, evaluator, budget)
+        tried.append(timing)
+        best = best_version(versions, tried, prefer, budget, dense)
+        if best is not None and best.number in {timing.version.number for timing in tried}:
             break
-        why = broken_limits(again.renewed, budget, dense) or "another version is better now"
-        say(f"{again.version.title} measured again: {why}")
-    best = foremost([each.version for each in tried], tried, prefer, budget, dense)
-    taken = next((each for each in tried if best is not None and each.version.number == best.number), None)
-    return Afresh(tuple(tried), taken, untried(versions, tried))
+        reason = broken_limits(timing.updated, budget, dense) or "another version is better now"
+        say(f"{timing.version.title} measured again: {reason}")
+    best = best_version([timing.version for timing in tried], tried, prefer, budget, dense)
+    chosen = next((timing for timing in tried if best is not None and timing.version.number == best.number), None)
+    return FreshTimings(tuple(tried), chosen, count_untried(versions, tried))
 
 
-def _timed_again(
+def _time_version(
     pipeline: CompressionPipeline, search: StoredSearch, version: Version, evaluator: LatencyEvaluator, budget: Budget
-) -> Again:
-    """Returns a version's fresh latency; where that breaks a limit by no more than chance, the mean of two timings."""
-    subject, dense = _rebuilt(pipeline, search, version), search.baseline.evaluation.measurements
+) -> FreshTiming:
+    """Returns a version's fresh latency: of one timing, or of two if the first breaks a limit within its error."""
+    deployed = _rebuilt(pipeline, search, version)
+    dense = search.baseline.evaluation.measurements
     with tempfile.TemporaryDirectory() as folder:
-        write_job(Path(folder), subject, evaluator)
-        one = remeasure(Path(folder))
-        again = Again(version, one.latency, one.speed)
-        doubt = max(one.latency.notes["half_width"], _DOUBTFUL)
-        luckier = replace(again, latency=scaled(one.latency, 1 - doubt))
-        if budget.is_met(again.renewed.measured, dense) or not budget.is_met(luckier.renewed.measured, dense):
-            return again
-        two = remeasure(Path(folder))
-    return Again(version, mean_of(one.latency, two.latency), two.speed, 2)
+        write_job(Path(folder), deployed, evaluator)
+        first = remeasure(Path(folder))
+        timing = FreshTiming(version, first.latency, first.speed)
+        error = max(first.latency.notes["half_width"], _DOUBTFUL)
+        lower_bound = replace(timing, latency=scaled(first.latency, 1 - error))
+        if budget.is_met(timing.updated.measured, dense) or not budget.is_met(lower_bound.updated.measured, dense):
+            return timing
+        second = remeasure(Path(folder))
+    return FreshTiming(version, mean_of(first.latency, second.latency), second.speed, 2)
 
 
 def _rebuilt(pipeline: CompressionPipeline, search: StoredSearch, version: Version) -> DeployedCandidate:
-    given = search.baseline.given_precision(version)
-    if given:
-        return pipeline.given.subject(given)
+    precision = search.baseline.given_precision(version)
+    if precision:
+        return pipeline.given.deployed(precision)
     return pipeline.deployed(version.evaluation.candidate, _finetuned(version.evaluation))
 
 
-def confirm(pipeline: CompressionPipeline, search: StoredSearch, again: Again) -> Confirmed:
-    """Returns a version that was timed again, with what it says to the test images: they are used for this one only."""
-    subject = _rebuilt(pipeline, search, again.version)
-    answers = subject.answers_to(pipeline.data.test)
+def confirm(pipeline: CompressionPipeline, search: StoredSearch, timing: FreshTiming) -> Confirmed:
+    """Returns a version that was timed again, with its accuracy on the test images, which are used only here."""
+    deployed = _rebuilt(pipeline, search, timing.version)
+    answers = deployed.answers_to(pipeline.data.test)
     dense_answers = pipeline.deployed(pipeline.space.dense()).answers_to(pipeline.data.test)
     return Confirmed(
-        version=again.version,
-        subject=subject,
-        latency=again.latency,
-        speed=again.speed,
+        version=timing.version,
+        deployed=deployed,
+        latency=timing.latency,
+        speed=timing.speed,
         test=accuracy_of(answers, pipeline.target, "test"),
         dense_test=accuracy_of(dense_answers, pipeline.target, "test"),
         answers=answers,
     )
 
 
-def recover_more(
-    pipeline: CompressionPipeline, search: StoredSearch, version: Version, more: FinetuneSection
+def finetune_version(
+    pipeline: CompressionPipeline, search: StoredSearch, version: Version, finetune: FinetuneSection
 ) -> Version:
     """Returns a version with further fine-tuning, measured again; see `Compressor.may_recover`.
 
     Raises:
-        BundleError: the version has all of its channels and weights, so there is nothing to win back.
+        BundleError: the version has all channels and weights, so there is nothing to recover.
         DivergedError: the loss is not finite for the second time.
     """
     candidate = version.evaluation.candidate
@@ -182,7 +184,7 @@ def recover_more(
         raise BundleError(f"--finetune recovers a pruned version, got {version.title}, which lacks nothing")
     latency = pipeline.references.latency_evaluator(search.baseline.reference_seconds)
     solver = ExitThresholdSolver(pipeline, latency, search.baseline.evaluation.measurements)
-    return Version(version.number, solver.evaluate(solver.resolve_again(candidate, more), (), more))
+    return Version(version.number, solver.evaluate(solver.resolve_again(candidate, finetune), (), finetune))
 
 
 def _finetuned(evaluation: Evaluation) -> FinetuneSection | None:
@@ -190,7 +192,7 @@ def _finetuned(evaluation: Evaluation) -> FinetuneSection | None:
 
 
 def count_pick(search: StoredSearch, confirmed: Confirmed) -> int:
-    """Returns how many different versions of this search have seen the test images, this one included."""
+    """Notes a pick in the search folder; returns how many versions of this search were measured on the test images."""
     file = search.folder.path / "picks.jsonl"
     try:
         with file.open("a", encoding="utf-8") as lines:
@@ -208,22 +210,22 @@ def _pick(confirmed: Confirmed) -> dict[str, float | str]:
 def write_bundle(
     out: Path, pipeline: CompressionPipeline, search: StoredSearch, budget: Budget, confirmed: Confirmed
 ) -> None:
-    """Writes the bundle, replacing an earlier one only when the new one is whole and answers as measured.
+    """Writes the bundle; an earlier one is replaced only once the new one passed its own check.
 
     Raises:
-        BundleError: the folder cannot be written, or the bundle does not answer as measured.
+        BundleError: the folder cannot be written, or the bundle's predictions differ from the measured ones.
     """
     check_out(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-            made = Path(folder) / "bundle"
-            made.mkdir()
-            _write_files(made, pipeline, search, budget, confirmed)
-            _run_once(made)
+            new = Path(folder) / "bundle"
+            new.mkdir()
+            _write_files(new, pipeline, search, budget, confirmed)
+            _run_check(new)
             if out.exists():
                 shutil.rmtree(out)
-            made.rename(out)
+            new.rename(out)
     except OSError as error:
         raise BundleError(f"a bundle goes into a writable folder, got {out}: {error.strerror}") from error
 
@@ -231,15 +233,16 @@ def write_bundle(
 def _write_files(
     folder: Path, pipeline: CompressionPipeline, search: StoredSearch, budget: Budget, confirmed: Confirmed
 ) -> None:
-    artifact, evaluation = confirmed.subject.artifact, confirmed.version.evaluation
+    artifact = confirmed.deployed.artifact
+    evaluation = confirmed.version.evaluation
     evaluator = pipeline.references.latency_evaluator(search.baseline.reference_seconds)
-    precision = evaluator.majority(confirmed.subject)
+    precision = evaluator.majority(confirmed.deployed)
     reference = evaluator.references[precision]
     names = ["model.onnx"] if len(artifact.stages) == 1 else [f"stage{i + 1}.onnx" for i in range(len(artifact.stages))]
     for name, stage in zip(names, artifact.deployed, strict=True):
         (folder / name).write_bytes(stage)
     if artifact.stages != artifact.deployed:
-        # Other runtimes, TensorRT above all, read the symmetric s8 form only.
+        # The portable form, symmetric int8, is the only one that some runtimes read, such as TensorRT.
         (folder / "portable").mkdir()
         for name, stage in zip(names, artifact.stages, strict=True):
             (folder / "portable" / name).write_bytes(stage)
@@ -251,7 +254,7 @@ def _write_files(
         (folder / name).write_bytes(content)
     if extras:
         (folder / "runtime.pyz").write_bytes(worker_file())
-    # The portable form, which a board's runtime can read as well as this one's.
+    # In the portable form, so that the runtime of a board can read it, too.
     (folder / REFERENCE).write_bytes(pipeline.references.artifacts[precision].stages[0])
     preprocessing = pipeline.given.loaded.preprocessing
     Manifest(
@@ -299,11 +302,11 @@ def _write_files(
         shutil.copyfile(source, folder / source.name)
 
 
-def _run_once(folder: Path) -> None:
-    """Lets the bundle check itself, as its user would; no compiled modules are left in it."""
-    done = subprocess.run(
+def _run_check(folder: Path) -> None:
+    """Runs the bundle's own check, as a user would, without leaving compiled modules in it."""
+    process = subprocess.run(
         [sys.executable, "-I", "-B", str(folder / "run.py")], capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no output"]
+    if process.returncode:
+        last = (process.stdout + process.stderr).strip().splitlines()[-1:] or ["no output"]
         raise BundleError(f"a bundle answers its check images as measured, got: {last[0]}")

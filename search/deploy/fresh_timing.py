@@ -1,7 +1,7 @@
-"""What measuring versions of a front again found: which keep the budget, which is taken, and what that costs.
+"""Timing versions of a front again before one is picked: which still keep the budget, and which is chosen.
 
-A search's best figure may be a lucky one. So after each timing the front is drawn anew with what it found: a version
-that hid others behind too low a latency gives way to them, not to whatever came next in the old order.
+The best latency of a search may be an outlier. So the front is computed anew after each timing: versions that were
+dominated by a latency measured too low come back, rather than the next one of the old order.
 """
 
 import math
@@ -12,22 +12,22 @@ from typing import Any
 from evaluators.measurement import Measurement
 from search.config.budget import Budget, Constraint
 from search.config.units import milliseconds, percent, points
-from search.results.pareto import Dense, Version, choose, front_within
+from search.results.pareto import Measurements, Version, choose, front_within
 from search.results.violations import broken_limits
 
 _ROOM = 1.03
-"""A wider limit leaves so much for the next timing."""
+"""A wider limit is this multiple of the latency, as room for the next timing."""
 
 
 @dataclass(frozen=True)
-class Again:
+class FreshTiming:
     """A version, timed again in a new process.
 
     Args:
         version: as the search measured it.
-        latency: as it was found now.
-        speed: how long the machine takes now, as a multiple of what it took when the search began.
-        timings: processes that timed it.
+        latency: as measured now.
+        speed: time that the machine takes now, as a multiple of when the search began.
+        timings: number of processes that timed it.
     """
 
     version: Version
@@ -36,81 +36,85 @@ class Again:
     timings: int = 1
 
     @property
-    def renewed(self) -> Version:
-        """The version with the latency that was found now."""
+    def updated(self) -> Version:
+        """The version with the new latency."""
         measured = {**self.version.measured, "latency": self.latency}
         return replace(self.version, evaluation=replace(self.version.evaluation, measurements=measured))
 
 
 @dataclass(frozen=True)
-class Afresh:
-    """What was measured again, in order, and what came of it.
+class FreshTimings:
+    """The versions that were timed again, and the choice among them.
 
     Args:
-        tried: the versions.
-        taken: the one of them that is taken; None where none keeps the budget.
-        untried: how many others kept the budget in the search and were not measured again.
+        tried: the versions, in order.
+        chosen: the one that is picked; None if none keeps the budget.
+        untried: how many others kept the budget in the search and were not timed again.
     """
 
-    tried: tuple[Again, ...]
-    taken: Again | None
+    tried: tuple[FreshTiming, ...]
+    chosen: FreshTiming | None
     untried: int
 
 
 @dataclass(frozen=True)
-class Slack:
-    """A wider budget, and what it would lead to.
+class WiderBudget:
+    """A wider budget, and the version that it would lead to.
 
     Args:
         budget: with every limit on latency wide enough for a version that was rejected.
-        first: the version that would come first.
-        is_known: whether that was measured again already, and so would be taken.
+        best: the version that would be preferred.
+        is_timed: whether that was timed again already, and so would be picked.
     """
 
     budget: Budget
-    first: Version
-    is_known: bool
+    best: Version
+    is_timed: bool
 
 
-def foremost(
-    versions: Sequence[Version], tried: Sequence[Again], prefer: str, budget: Budget, dense: Dense
+def best_version(
+    versions: Sequence[Version], tried: Sequence[FreshTiming], prefer: str, budget: Budget, dense: Measurements
 ) -> Version | None:
-    """Returns the best version of the front by a preference, as is known now; None where none keeps the budget.
+    """Returns the best version of the front by a preference, by the newest timings; None if none keeps the budget.
 
-    Simple versions among them are lines to beat, too.
+    Simple versions (number below 0) among them also remove from the front what they beat; see `front_within`.
     """
-    renewed = {again.version.number: again.renewed for again in tried}
-    known = [renewed.get(version.number, version) for version in versions]
-    simple = [version for version in known if version.number < 0]
-    front = front_within([version for version in known if version.number >= 0], simple, budget, dense).versions
+    updated = {timing.version.number: timing.updated for timing in tried}
+    current = [updated.get(version.number, version) for version in versions]
+    simple = [version for version in current if version.number < 0]
+    front = front_within([version for version in current if version.number >= 0], simple, budget, dense).versions
     return choose(front, prefer)[0] if front else None
 
 
-def untried(versions: Sequence[Version], tried: Sequence[Again]) -> int:
-    """Returns how many of the versions were not measured again."""
-    return len({version.number for version in versions} - {again.version.number for again in tried})
+def count_untried(versions: Sequence[Version], tried: Sequence[FreshTiming]) -> int:
+    """Returns how many of the versions were not timed again."""
+    return len({version.number for version in versions} - {timing.version.number for timing in tried})
 
 
-def slack(afresh: Afresh, versions: Sequence[Version], prefer: str, budget: Budget, dense: Dense) -> Slack | None:
-    """Returns the budget that the most accurate version that was rejected needs; None where it would win nothing."""
-    least = afresh.taken.version.measured["accuracy"].value if afresh.taken else -1.0
-    better = [each for each in _rejected(afresh, budget, dense) if each.version.measured["accuracy"].value > least]
+def wider_budget(
+    timings: FreshTimings, versions: Sequence[Version], prefer: str, budget: Budget, dense: Measurements
+) -> WiderBudget | None:
+    """Returns the budget that the most accurate rejected version needs; None if it would change nothing."""
+    least = timings.chosen.version.measured["accuracy"].value if timings.chosen else -1.0
+    better = [
+        timing for timing in _rejected(timings, budget, dense) if timing.version.measured["accuracy"].value > least
+    ]
     if not better:
         return None
-    wanted = max(better, key=lambda each: (each.version.measured["accuracy"].value, -each.latency.value))
-    wider = Budget(tuple(_widened(limit, wanted.latency, dense["latency"]) for limit in budget.constraints))
-    first = foremost(versions, afresh.tried, prefer, wider, dense)
-    if first is None or (afresh.taken is not None and first.number == afresh.taken.version.number):
+    preferred = max(better, key=lambda timing: (timing.version.measured["accuracy"].value, -timing.latency.value))
+    wider = Budget(tuple(_widened(limit, preferred.latency, dense["latency"]) for limit in budget.constraints))
+    best = best_version(versions, timings.tried, prefer, wider, dense)
+    if best is None or (timings.chosen is not None and best.number == timings.chosen.version.number):
         return None
-    return Slack(wider, first, first.number in {each.version.number for each in afresh.tried})
+    return WiderBudget(wider, best, best.number in {timing.version.number for timing in timings.tried})
 
 
-def _rejected(afresh: Afresh, budget: Budget, dense: Dense) -> list[Again]:
-    return [each for each in afresh.tried if not budget.is_met(each.renewed.measured, dense)]
+def _rejected(timings: FreshTimings, budget: Budget, dense: Measurements) -> list[FreshTiming]:
+    return [timing for timing in timings.tried if not budget.is_met(timing.updated.measured, dense)]
 
 
 def _widened(limit: Constraint, latency: Measurement, dense: Measurement) -> Constraint:
-    """Returns a limit, wide enough for a latency, in two digits, where it is one on latency that this breaks."""
+    """Returns a broken limit on latency, widened for `latency` to two digits; any other limit as it is."""
     if limit.measured_as != "latency" or limit.violation(latency, dense) <= 0:
         return limit
     value = latency.statistic_value(limit.statistic) * _ROOM
@@ -119,83 +123,87 @@ def _widened(limit: Constraint, latency: Measurement, dense: Measurement) -> Con
     return replace(limit, limit=float(f"{math.ceil(value / step - 1e-9) * step:.2g}"))
 
 
-def lines(afresh: Afresh, wider: Slack | None, prefer: str, budget: Budget, dense: Dense) -> list[str]:
-    """Returns, for people, what was measured again and not taken, what is instead, and what more slack would win."""
-    others = [each for each in afresh.tried if each is not afresh.taken]
+def lines(
+    timings: FreshTimings, wider: WiderBudget | None, prefer: str, budget: Budget, dense: Measurements
+) -> list[str]:
+    """Returns lines for people: versions that were timed again but not chosen, the choice, and the wider budget."""
+    others = [timing for timing in timings.tried if timing is not timings.chosen]
     if not others:
         return []
-    told = ["Measured again, and not taken:", *(f"  {_told(each, prefer, budget, dense)}" for each in others)]
-    if afresh.taken is None:
-        verb = "was" if afresh.untried == 1 else "were"
-        more = f"; {afresh.untried} more that kept it in the search {verb} not tried" if afresh.untried else ""
-        told.append(f"No version that was measured again keeps {budget}{more}.")
-    elif others[0] is afresh.tried[0]:
-        told.append(_instead(afresh.taken, others[0]))
+    text = ["Measured again, and not taken:", *(f"  {_reason(timing, prefer, budget, dense)}" for timing in others)]
+    if timings.chosen is None:
+        verb = "was" if timings.untried == 1 else "were"
+        more = f"; {timings.untried} more that kept it in the search {verb} not tried" if timings.untried else ""
+        text.append(f"No version that was measured again keeps {budget}{more}.")
+    elif others[0] is timings.tried[0]:
+        text.append(_instead(timings.chosen, others[0]))
     if wider is not None:
-        accuracy = percent(wider.first.measured["accuracy"].value)
-        then = "taken" if wider.is_known else "tried first"
-        told.append(f"With --budget '{wider.budget}' {wider.first.title} ({accuracy}) would be {then}.")
-    return told
+        accuracy = percent(wider.best.measured["accuracy"].value)
+        verb = "taken" if wider.is_timed else "tried first"
+        text.append(f"With --budget '{wider.budget}' {wider.best.title} ({accuracy}) would be {verb}.")
+    return text
 
 
-def _told(again: Again, prefer: str, budget: Budget, dense: Dense) -> str:
-    before, now = again.version.measured["latency"].value, again.latency.value
-    twice = ", timed twice" if again.timings > 1 else ""
-    why = broken_limits(again.renewed, budget, dense) or f"keeps {budget}, but by {prefer} another is better now"
-    accuracy = percent(again.version.measured["accuracy"].value)
+def _reason(timing: FreshTiming, prefer: str, budget: Budget, dense: Measurements) -> str:
+    before = timing.version.measured["latency"].value
+    now = timing.latency.value
+    twice = ", timed twice" if timing.timings > 1 else ""
+    reason = broken_limits(timing.updated, budget, dense) or f"keeps {budget}, but by {prefer} another is better now"
+    accuracy = percent(timing.version.measured["accuracy"].value)
     return (
-        f"{again.version.title}, {accuracy}: {milliseconds(before)} in the search, {milliseconds(now)} measured"
-        f" again ({now / before - 1:+.1%}{twice}): {why}"
+        f"{timing.version.title}, {accuracy}: {milliseconds(before)} in the search, {milliseconds(now)} measured"
+        f" again ({now / before - 1:+.1%}{twice}): {reason}"
     )
 
 
-def _instead(taken: Again, first: Again) -> str:
-    accuracy, wanted = (each.version.measured["accuracy"].value for each in (taken, first))
+def _instead(chosen: FreshTiming, first: FreshTiming) -> str:
+    accuracy, first_accuracy = (timing.version.measured["accuracy"].value for timing in (chosen, first))
     return (
-        f"Instead {taken.version.title} is taken: {percent(accuracy)} on the validation images,"
-        f" {points(accuracy - wanted)} points against {first.version.title}, and"
-        f" {milliseconds(taken.latency.value)} instead of {milliseconds(first.latency.value)}."
+        f"Instead {chosen.version.title} is taken: {percent(accuracy)} on the validation images,"
+        f" {points(accuracy - first_accuracy)} points against {first.version.title}, and"
+        f" {milliseconds(chosen.latency.value)} instead of {milliseconds(first.latency.value)}."
     )
 
 
-def content(afresh: Afresh, wider: Slack | None, budget: Budget, dense: Dense) -> dict[str, Any]:
-    """Returns the same for a machine: seconds, shares and points of accuracy."""
-    rejected = _rejected(afresh, budget, dense)
-    passed = [each for each in afresh.tried if each is not afresh.taken and each not in rejected]
-    first, taken = afresh.tried[0] if afresh.tried else None, afresh.taken
-    instead = first is not None and taken is not None and first is not taken
+def content(timings: FreshTimings, wider: WiderBudget | None, budget: Budget, dense: Measurements) -> dict[str, Any]:
+    """Returns the same as `lines`, JSON-ready: seconds, shares and points of accuracy."""
+    rejected = _rejected(timings, budget, dense)
+    chosen = timings.chosen
+    passed_over = [timing for timing in timings.tried if timing is not chosen and timing not in rejected]
+    first = timings.tried[0] if timings.tried else None
+    instead = first is not None and chosen is not None and first is not chosen
     return {
-        "rejected": [_content(each, budget, dense) for each in rejected],
-        "passed_over": [_content(each, budget, dense) for each in passed],
-        "instead_of": _difference(taken, first) if instead and taken and first else None,
-        "untried": afresh.untried,
+        "rejected": [_content(timing, budget, dense) for timing in rejected],
+        "passed_over": [_content(timing, budget, dense) for timing in passed_over],
+        "instead_of": _difference(chosen, first) if instead and chosen and first else None,
+        "untried": timings.untried,
         "slack": None
         if wider is None
         else {
             "budget": str(wider.budget),
-            "trial": wider.first.trial,
-            "accuracy": wider.first.measured["accuracy"].value,
-            "measured_again": wider.is_known,
+            "trial": wider.best.trial,
+            "accuracy": wider.best.measured["accuracy"].value,
+            "measured_again": wider.is_timed,
         },
     }
 
 
-def _content(again: Again, budget: Budget, dense: Dense) -> dict[str, Any]:
-    violations: Mapping[str, float] = budget.violations(again.renewed.measured, dense)
+def _content(timing: FreshTiming, budget: Budget, dense: Measurements) -> dict[str, Any]:
+    violations: Mapping[str, float] = budget.violations(timing.updated.measured, dense)
     return {
-        "trial": again.version.trial,
-        "accuracy": again.version.measured["accuracy"].value,
-        "searched_latency_s": again.version.measured["latency"].value,
-        "latency": again.latency.to_dict(),
-        "timings": again.timings,
+        "trial": timing.version.trial,
+        "accuracy": timing.version.measured["accuracy"].value,
+        "searched_latency_s": timing.version.measured["latency"].value,
+        "latency": timing.latency.to_dict(),
+        "timings": timing.timings,
         "broken": {name: value for name, value in violations.items() if value > 0},
     }
 
 
-def _difference(taken: Again, first: Again) -> dict[str, Any]:
-    lost = taken.version.measured["accuracy"].value - first.version.measured["accuracy"].value
+def _difference(chosen: FreshTiming, first: FreshTiming) -> dict[str, Any]:
+    lost = chosen.version.measured["accuracy"].value - first.version.measured["accuracy"].value
     return {
         "trial": first.version.trial,
         "accuracy_points": lost * 100,
-        "latency_s": taken.latency.value - first.latency.value,
+        "latency_s": chosen.latency.value - first.latency.value,
     }

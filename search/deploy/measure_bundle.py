@@ -1,4 +1,4 @@
-"""Measuring a bundle again as `pick` measured it, on this machine or on a board: no study, no torch, no search."""
+"""Measures a bundle again as `pick` did, on this machine or a board, without study, search or torch."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,30 +15,30 @@ from evaluators.inference.staged import Step, from_json
 from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_seconds, reference_batch
 from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Fp32In, Runtime, Target, deployed_stages
-from evaluators.runtimes.registry import runtime
+from evaluators.runtimes.registry import runtime as open_runtime
 from evaluators.streams import Stream
 from spaces.candidate import Candidate
 from spaces.errors import UserError
 
 _SLOWER = 0.1
-"""A machine whose speed has changed by this share is worth a remark."""
+"""A change of the machine's speed by more than this share is reported."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a bundle does here.
+class BundleMeasurement:
+    """Latency and accuracy of a bundle on a target.
 
     Args:
-        target: what ran it.
-        latency_s: seconds per batch as `pick` tells them: the median, or with exits, gates or frames the expected ones.
+        target: runtime, device and batch size, as text.
+        latency_s: seconds per batch: the median, or with exits, gates or frames the expected value.
         percentiles: p90, p95 and p99 of the same.
-        calls: how many batches were timed.
-        protocol: how, by which clock, and beside what.
-        correct: right answers to the check images.
-        images: how many check images there are.
-        expected: right answers when the bundle was made.
-        launches: median seconds of each way to launch a batch, the deployed one first; empty with one way only.
-        remarks: what is worth knowing about it.
+        calls: number of timed batches.
+        protocol: how it was timed.
+        correct: number of correct predictions for the check images.
+        images: number of check images.
+        expected: number of correct predictions when the bundle was made.
+        launches: median seconds of each launch mode, the deployed one first; empty with one mode only.
+        remarks: for the user.
     """
 
     target: str
@@ -54,13 +54,13 @@ class Found:
 
 
 @dataclass(frozen=True)
-class _Beside:
-    """What a bundle is timed beside.
+class _TimedReference:
+    """The network that a bundle is timed timed.
 
     Args:
-        precision: of it.
-        reference: the network, and how long a batch takes it.
-        remarks: where that was not told by `pick`.
+        precision: of the network.
+        reference: the network and its seconds per batch.
+        remarks: if these are not the seconds that `pick` noted.
     """
 
     precision: str
@@ -68,44 +68,44 @@ class _Beside:
     remarks: tuple[str, ...] = ()
 
 
-def measure_bundle(folder: Path, target: str | None) -> Found:
-    """Returns a bundle's latency and accuracy, by the clock and at the speed of the machine that `pick` told them at.
+def measure_bundle(folder: Path, target: str | None) -> BundleMeasurement:
+    """Returns a bundle's latency, scaled to the machine speed at the time of `pick`, and its accuracy.
 
     Args:
         folder: the bundle.
-        target: a runtime or a board; the one that the bundle was made for where not given.
+        target: a runtime or a board; by default the one that the bundle was made for.
 
     Raises:
-        UserError: the folder holds no bundle.
-        TargetError: the target is not here.
+        UserError: the folder is no bundle.
+        TargetError: the target is not available.
     """
     manifest = _read(folder)
-    library = runtime(target or manifest.target.runtime)
-    if manifest.blocks and not library.capabilities().skips:
-        raise UserError(f"a bundle that skips blocks is measured where blocks can be skipped, got {library.name}")
-    subject = _subject(folder, manifest, library)
-    beside = _beside(folder, manifest, library, subject)
-    evaluator = LatencyEvaluator({beside.precision: beside.reference}, library, subject.target)
-    latency = evaluator.measure(subject, manifest.leaving)
-    return Found(
-        target=f"{library.version()} on {library.device()}, batch {subject.target.batch}",
+    runtime = open_runtime(target or manifest.target.runtime)
+    if manifest.blocks and not runtime.capabilities().skips:
+        raise UserError(f"a bundle that skips blocks is measured where blocks can be skipped, got {runtime.name}")
+    loaded = _load(folder, manifest, runtime)
+    timed = _reference(folder, manifest, runtime, loaded)
+    evaluator = LatencyEvaluator({timed.precision: timed.reference}, runtime, loaded.target)
+    latency = evaluator.measure(loaded, manifest.leaving)
+    return BundleMeasurement(
+        target=f"{runtime.version()} on {runtime.device()}, batch {loaded.target.batch}",
         latency_s=latency.value,
         percentiles={name: latency.others[name] for name in ("p90", "p95", "p99")},
         calls=latency.n,
         protocol=latency.protocol,
-        correct=int(subject.answers.correct.sum()),
-        images=len(subject.validation),
+        correct=int(loaded.answers.correct.sum()),
+        images=len(loaded.validation),
         expected=manifest.check.correct,
         launches={name.removeprefix("seconds "): value for name, value in latency.notes.items() if "seconds " in name},
-        remarks=[*latency.remarks, *beside.remarks, *_speed(latency), *library.remarks()],
+        remarks=[*latency.remarks, *timed.remarks, *_speed_remarks(latency), *runtime.remarks()],
     )
 
 
-def _subject(folder: Path, manifest: Manifest, library: Runtime) -> LoadedArtifact:
-    """Returns a bundle as evaluators look at it: the check images are what it is scored on."""
-    target = replace(_target(manifest), runtime=library.name, device=library.device())
+def _load(folder: Path, manifest: Manifest, runtime: Runtime) -> LoadedArtifact:
+    """Returns a bundle as an artifact for evaluators; it is scored on its check images."""
+    target = replace(_target(manifest), runtime=runtime.name, device=runtime.device())
     portable = [file.read_bytes() for file in manifest.portable_files(folder)]
-    deployed = deployed_stages(library, portable, bool(manifest.blocks))
+    deployed = deployed_stages(runtime, portable, bool(manifest.blocks))
     reuse = Reuse(**asdict(manifest.frames)) if manifest.frames else None
     artifact = Artifact(
         tuple(portable),
@@ -117,32 +117,35 @@ def _subject(folder: Path, manifest: Manifest, library: Runtime) -> LoadedArtifa
         blocks=manifest.blocks,
         steps=tuple(step for step in from_json(manifest.steps) if isinstance(step, Step)),
     )
-    # There is one reference, so nobody asks which precision most layers have.
-    return LoadedArtifact(Candidate({}, {}, {}), artifact, _check(folder, reuse), library, target)
+    # With a single reference the precisions of the candidate's layers are not needed.
+    return LoadedArtifact(Candidate({}, {}, {}), artifact, _check(folder, reuse), runtime, target)
 
 
-def _beside(folder: Path, manifest: Manifest, library: Runtime, subject: LoadedArtifact) -> _Beside:
-    """Returns the reference that `pick` told the latency by; elsewhere, or without one, this machine's own clock."""
-    told = manifest.reference
-    if told is None or not (folder / told.file).is_file():
-        model = subject.artifact.deployed[0]
+def _reference(folder: Path, manifest: Manifest, runtime: Runtime, loaded: LoadedArtifact) -> _TimedReference:
+    """Returns the bundle's reference with the seconds that `pick` noted; on another target it is timed now.
+
+    Without a reference in the bundle its own first file serves as one.
+    """
+    stored = manifest.reference
+    if stored is None or not (folder / stored.file).is_file():
+        model = loaded.artifact.deployed[0]
         remark = "the bundle brings no reference: told by this machine's own clock now, so compare only figures of now"
-        reference = Reference(model, _now(model, library, subject), "its own first file")
-        return _Beside("fp32", reference, (remark,))
-    model = library.deployable((folder / told.file).read_bytes())
-    if subject.target == _target(manifest):
-        return _Beside(told.precision, Reference(model, told.seconds))
+        reference = Reference(model, _time_reference(model, runtime, loaded), "its own first file")
+        return _TimedReference("fp32", reference, (remark,))
+    model = runtime.deployable((folder / stored.file).read_bytes())
+    if loaded.target == _target(manifest):
+        return _TimedReference(stored.precision, Reference(model, stored.seconds))
     remark = f"picked for {_target(manifest)}: told by this target's own clock now"
-    return _Beside(told.precision, Reference(model, _now(model, library, subject)), (remark,))
+    return _TimedReference(stored.precision, Reference(model, _time_reference(model, runtime, loaded)), (remark,))
 
 
-def _now(model: bytes, library: Runtime, subject: LoadedArtifact) -> float:
-    """Returns what a reference takes for its batch, in seconds of work."""
-    images = subject.validation.images[: reference_batch(subject.target.batch)]
-    return median_seconds({"it": library.open([model], [], subject.target.threads)}, images)["it"].work
+def _time_reference(model: bytes, runtime: Runtime, loaded: LoadedArtifact) -> float:
+    """Returns the median seconds of work that a reference takes for its batch."""
+    images = loaded.validation.images[: reference_batch(loaded.target.batch)]
+    return median_seconds({"reference": runtime.open([model], [], loaded.target.threads)}, images)["reference"].work
 
 
-def _speed(latency: Measurement) -> list[str]:
+def _speed_remarks(latency: Measurement) -> list[str]:
     drift = latency.notes["drift"]
     if abs(drift - 1) <= _SLOWER:
         return []
@@ -159,14 +162,14 @@ def _read(folder: Path) -> Manifest:
         manifest = Manifest.read(folder)
     except ValueError as error:
         raise UserError(f"a {FILE} is what `pick` wrote, got {folder / FILE}: {error}") from error
-    lacking = [name for name in (*manifest.deployed, "check.npz") if not (folder / name).is_file()]
-    if lacking:
-        raise UserError(f"a bundle is whole, got {folder} without {', '.join(lacking)}; copy all of it, or pick again")
+    missing = [name for name in (*manifest.deployed, "check.npz") if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"a bundle is whole, got {folder} without {', '.join(missing)}; copy all of it, or pick again")
     return manifest
 
 
 def _target(manifest: Manifest) -> Target:
-    """Returns what the bundle was made for."""
+    """Returns the target that the bundle was made for."""
     made_for = manifest.target
     fp32_in = cast(Fp32In, made_for.fp32_in)
     return Target(made_for.runtime, made_for.device, made_for.batch, made_for.threads, fp32_in)

@@ -1,4 +1,4 @@
-"""Image folders: one folder a class, perhaps below train/, val/ and test/."""
+"""Image folders: one folder per class, optionally below train/, val/ and test/."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,31 +21,31 @@ PARTS: Mapping[str, str] = {
     "test": "test",
     "testing": "test",
 }
-"""What a folder may be called, and what it then holds."""
+"""The part of the data that a folder of this name contains."""
 
 _ORDER = ("train", "validation", "test")
-"""Of two copies the earlier one stays: the network may have seen it in training."""
+"""Of two copies the one in the earlier part stays, because the network may have been trained on it."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Images of one place, before they are split."""
+    """Images of one part of a data source, before they are split."""
 
     reader: Reader
     labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a data source has.
+class DataSource:
+    """The images of a data source.
 
     Args:
         pools: by `train`, `validation` and `test`; at least one.
         classes: their names, in the order of the labels.
-        size: height and width of every image, where the data set is known for it.
-        mean: usual for the data set; the number of values is that of the channels.
-        std: usual for the data set.
-        remarks: what the user should know.
+        size: height and width of every image, if fixed by the data set.
+        mean: of each channel, usual for the data set.
+        std: of each channel, usual for the data set.
+        remarks: for the user.
     """
 
     pools: Mapping[str, Pool]
@@ -59,11 +59,11 @@ class Found:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def image_folder(place: str, download: bool) -> Found:  # noqa: ARG001  the data sources' signature
+def image_folder(place: str, download: bool) -> DataSource:  # noqa: ARG001  the data sources' signature
     """Returns the images of a folder of class folders, or of train/, val/ and test/ with class folders each.
 
     Classes are numbered in the order of their names, as torchvision's ImageFolder does, whether they have images or
-    not: numbers have to fit the weights. Hidden files, other files and links that lead nowhere are passed over.
+    not, because labels have to match the weights. Hidden files, other files and broken links are ignored.
 
     Raises:
         SourceError: there is no such folder, or no image in it.
@@ -74,8 +74,8 @@ def image_folder(place: str, download: bool) -> Found:  # noqa: ARG001  the data
     parts = {PARTS[folder.name.lower()]: folder for folder in _folders(root) if folder.name.lower() in PARTS}
     parts = parts or {"train": root}
     classes = tuple(sorted({folder.name for part in parts.values() for folder in _folders(part)}))
-    found = {part: [_images(parts[part] / name) for name in classes] for part in _ORDER if part in parts}
-    images = {part: files for part, files in found.items() if any(files)}
+    files_of = {part: [_images(parts[part] / name) for name in classes] for part in _ORDER if part in parts}
+    images = {part: files for part, files in files_of.items() if any(files)}
     if not images or len(classes) < 2:
         raise SourceError(
             f"an image folder has a folder of images for each of two classes or more, got {place!r} with"
@@ -83,23 +83,23 @@ def image_folder(place: str, download: bool) -> Found:  # noqa: ARG001  the data
             " it may have them in train/, val/ and test/"
         )
     pools = {part: _pool(root, files) for part, files in images.items()}
-    return Found(pools, classes, None, IMAGENET_MEAN, IMAGENET_STD, tuple(_remarks(images, classes)))
+    return DataSource(pools, classes, None, IMAGENET_MEAN, IMAGENET_STD, tuple(_remarks(images, classes)))
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _is_aside(entry.name))
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _is_ignored(entry.name))
 
 
 def _images(folder: Path) -> list[Path]:
-    found = []
+    images = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not _is_aside(name))
-        found += [
+        folders[:] = sorted(name for name in folders if not _is_ignored(name))
+        images += [
             Path(parent, name)
             for name in sorted(names)
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
         ]
-    return [file for file in found if file.is_file()]
+    return [file for file in images if file.is_file()]
 
 
 def _pool(root: Path, images: Sequence[Sequence[Path]]) -> Pool:
@@ -116,9 +116,11 @@ def _remarks(images: Mapping[str, Sequence[Sequence[Path]]], classes: Sequence[s
             " the others' fit the weights; remove it if the network does not know it"
         )
     for part, files in images.items():
-        lacks = [name for name, some in zip(classes, files, strict=True) if not some and name not in empty]
-        if lacks:
-            remarks.append(f"The {part} images have none of {_listed(lacks)}")
+        missing = [
+            name for name, class_files in zip(classes, files, strict=True) if not class_files and name not in empty
+        ]
+        if missing:
+            remarks.append(f"The {part} images have none of {_listed(missing)}")
     return remarks
 
 
@@ -127,5 +129,5 @@ def _listed(names: Sequence[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more classes"
 
 
-def _is_aside(name: str) -> bool:
+def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"

@@ -1,4 +1,4 @@
-"""From image files and arrays of pixels to what a network takes, read when it is asked for."""
+"""Images of files and arrays, decoded and preprocessed on access."""
 
 import hashlib
 import os
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 KEPT_BYTES = 512 * 1024 * 1024
-"""Pixels of a split that take no more stay in memory once they are decoded."""
+"""Decoded pixels of a split stay in memory up to this size."""
 _SERIAL = 8
-"""So few images are not worth handing to other threads."""
+"""Number of images up to which they are decoded in the calling thread."""
 
 Pixels = NDArray[np.uint8]
 Item = TypeVar("Item")
@@ -26,15 +26,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes input: the shorter side resized, the middle cut out, values normalised.
+    """Preprocessing of an image: resize of the shorter side, center crop, normalization.
 
     Args:
         size: height and width of the input.
-        resize: what the shorter side becomes first.
-        mean: of each channel, for values from 0 to 1; one means grey input, three RGB.
+        resize: length of the shorter side before the crop.
+        mean: of each channel, for values from 0 to 1: one for grey input, three for RGB.
         std: of each channel.
         interpolation: Pillow's name of the filter.
-        origin: whose values these are, for the record.
+        origin: of these values, for the record.
     """
 
     size: int
@@ -56,7 +56,7 @@ class Preprocessing:
         return f"{self.size}x{self.size} {colours}{cut}, mean {mean}, std {std} ({self.origin})"
 
     def pixels(self, image: Image.Image) -> Pixels:
-        """Returns an image's pixels, `(size, size, channels)`, as torchvision's presets cut them."""
+        """Returns an image's pixels, `(size, size, channels)`, cropped as by torchvision's presets."""
         image = upright(image, "L" if self.channels == 1 else "RGB")
         width, height = image.size
         shorter = min(width, height)
@@ -78,7 +78,7 @@ class Preprocessing:
 
 
 def upright(image: Image.Image, mode: str) -> Image.Image:
-    """Returns an image in `mode`, turned as its EXIF data says, transparency laid on white, 16 bits made 8."""
+    """Returns an image in `mode`, rotated by its EXIF data, with transparency on white, and 16 bits reduced to 8."""
     image = ImageOps.exif_transpose(image)
     if is_deep(image):
         values = np.asarray(image).astype(np.float64)
@@ -100,16 +100,16 @@ def is_transparent(image: Image.Image) -> bool:
 
 
 class Reader(Protocol):
-    """Where undecoded images lie."""
+    """A source of undecoded images."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Image.Image:
-        """Returns one image, as it is stored."""
+        """Returns one image, not preprocessed."""
         ...
 
     def name(self, index: int) -> str | int:
-        """Returns what the record calls an image."""
+        """Returns the name of an image in the record."""
         ...
 
 
@@ -117,8 +117,8 @@ class FileReader:
     """Image files.
 
     Args:
-        root: what the record's names begin at.
-        files: one each image.
+        root: names in the record are relative to it.
+        files: one per image.
     """
 
     def __init__(self, root: Path, files: Sequence[Path]) -> None:
@@ -129,7 +129,7 @@ class FileReader:
         return len(self.files)
 
     def read(self, index: int) -> Image.Image:
-        """Returns one image, as it is stored."""
+        """Returns one image, not preprocessed."""
         return open_image(self.files[index])
 
     def name(self, index: int) -> str:
@@ -138,7 +138,7 @@ class FileReader:
 
 
 class ArrayReader:
-    """Pixels that are in memory, `(n, h, w)` or `(n, h, w, 3)`."""
+    """Pixels in memory, `(n, h, w)` or `(n, h, w, 3)`."""
 
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
@@ -159,26 +159,26 @@ def open_image(file: Path) -> Image.Image:
     """Returns a decoded image.
 
     Raises:
-        OSError: it cannot be read, or its end is missing.
+        OSError: it cannot be read, or is truncated.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata that is not needed, and about size
+        warnings.simplefilter("ignore")  # on unused metadata and on size
         with Image.open(file) as image:
             image.load()
             return image
 
 
 class StoredImages:
-    """Images of a split, decoded when they are first asked for: an `evaluators.data.ImageStore`.
+    """Images of a split, decoded on first access: an `evaluators.data.ImageStore`.
 
-    Where all of them fit in `KEPT_BYTES` as pixels they stay decoded; else they are decoded again each time. Many at a
-    time are shared out among threads: Pillow lets go of Python's lock while it works.
+    If all pixels fit in `KEPT_BYTES` they stay decoded, else they are decoded on each access. Many are decoded in
+    several threads, because Pillow releases the GIL.
 
     Args:
-        reader: where they lie.
-        indices: which of the reader's images, in order.
-        digests: of each one's content.
-        preprocessing: how they become input.
+        reader: source of the images.
+        indices: of the reader's images, in order.
+        digests: of the content of each image.
+        preprocessing: of the images.
     """
 
     def __init__(
@@ -213,35 +213,35 @@ class StoredImages:
 
     def _decode(self, chosen: NDArray[np.int64]) -> Pixels:
         side, channels = self._preprocessing.size, self._preprocessing.channels
-        found = np.empty((len(chosen), side, side, channels), np.uint8)
+        pixels = np.empty((len(chosen), side, side, channels), np.uint8)
 
         def decode(position: int) -> None:
             image = self._reader.read(int(self._indices[chosen[position]]))
-            found[position] = self._preprocessing.pixels(image)
+            pixels[position] = self._preprocessing.pixels(image)
 
         for _ in in_threads(decode, range(len(chosen))):
             pass
-        return found
+        return pixels
 
     @property
     def names(self) -> list[str | int]:
-        """What the record calls each image."""
+        """The names of the images in the record."""
         return [self._reader.name(int(index)) for index in self._indices]
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the images' contents, whatever their files are called, and what is done to them."""
+        """SHA-256 of the images' contents and the preprocessing, independent of file names."""
         content = hashlib.sha256("\n".join(self._digests).encode())
-        made = asdict(self._preprocessing)
-        del made["origin"]
-        content.update(repr(sorted(made.items())).encode())
+        preprocessing = asdict(self._preprocessing)
+        del preprocessing["origin"]
+        content.update(repr(sorted(preprocessing.items())).encode())
         return content.hexdigest()
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Returns what `function` makes of each item, in order; in several threads where there are many.
+    """Yields `function` of each item, in order; in several threads if there are many.
 
-    Only so many are under way that memory stays bounded.
+    Items are submitted in parts to bound memory.
     """
     if len(items) <= _SERIAL:
         yield from map(function, items)

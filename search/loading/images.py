@@ -1,4 +1,4 @@
-"""From a study's [data] to four splits, and the record of what went where."""
+"""Loads the images of a study's [data] and splits them in four, with a record of the splits."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from search.config.progress import Progress, Say
 from search.config.references import SourceError, data_source
 from search.config.registries import DATA_SETS
 from search.config.study import DataSection
-from search.loading.image_folder import Found, Pool
+from search.loading.image_folder import DataSource, Pool
 from search.loading.image_store import ArrayReader, FileReader, Preprocessing, StoredImages
 from search.loading.inspection import Inspected, inspect_files
-from search.loading.splits import PLANS, SPLITS, draw_all, stratified, wanted
+from search.loading.splits import PLANS, SPLITS, draw_all, most_needed, stratified
 from search.loading.user_code import UserCodeError, call, load
 
 FAULTY = 0.01
-"""So large a share of files that cannot be decoded means that something is wrong with all of them."""
+"""Share of files that cannot be decoded above which loading fails."""
 RECORD = "splits.json"
 _IMAGENET_SIZE, _IMAGENET_RESIZE = 224, 256
 _NAMED = 5
@@ -31,12 +31,12 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Loaded:
-    """Images, split.
+    """Images in four splits.
 
     Args:
         splits: the four sets.
-        record: how they came about, JSON-ready.
-        preprocessing: what was done to them; None where a factory has done it.
+        record: of how they were split, JSON-ready.
+        preprocessing: of the images; None if a factory did it.
         empty: names of classes without images.
     """
 
@@ -46,7 +46,7 @@ class Loaded:
     empty: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
-        """Writes the record, once: which image is in which split."""
+        """Writes the record of which image is in which split, unless it exists."""
         file = folder / RECORD
         if not file.is_file():
             file.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
@@ -57,28 +57,28 @@ def load_data(data: DataSection, usual: Preprocessing | None, download: bool, pr
 
     Args:
         data: the study's section.
-        usual: what the network's weights were trained with, where that is known.
-        download: whether torchvision may download a data set that is not there.
-        progress: told about the steps that take long.
-        say: told what the user should know about the images.
+        usual: the preprocessing that the network's weights were trained with, or None.
+        download: whether torchvision may download a missing data set.
+        progress: called with the progress of long steps.
+        say: called with remarks for the user on the images.
 
     Raises:
         SourceError: there are no such images, or too many that cannot be decoded.
-        UserCodeError: the study's own factory fails, or returns something else.
+        UserCodeError: the study's own factory fails, or does not return splits.
     """
     source = data_source(data.source)
     if source.is_factory:
         return _from_factory(data)
     try:
-        found: Found = DATA_SETS[source.kind](source.place, download)
+        source_images: DataSource = DATA_SETS[source.kind](source.place, download)
     except OSError as error:
         raise SourceError(f"data lies in a readable folder, got {data.source!r}: {error}") from None
-    for remark in found.remarks:
+    for remark in source_images.remarks:
         say(f"{remark}.")
-    pools = _inspected(found, data, progress, say)
-    preprocessing = _preprocessing(data, found, usual, pools)
+    pools = _inspected(source_images, data, progress, say)
+    preprocessing = _preprocessing(data, source_images, usual, pools)
     say(f"Input: {preprocessing}.")
-    return _split(data, found, pools, preprocessing, say)
+    return _split(data, source_images, pools, preprocessing, say)
 
 
 def _from_factory(data: DataSection) -> Loaded:
@@ -91,8 +91,8 @@ def _from_factory(data: DataSection) -> Loaded:
 
 
 @dataclass(frozen=True)
-class _Sound:
-    """The images of a pool that can be decoded and are no other's copy, at most as many as are wanted."""
+class _UsableImages:
+    """The images of a pool that can be decoded and are no copies of others, at most as many as are needed."""
 
     pool: Pool
     indices: NDArray[np.int64]
@@ -101,40 +101,40 @@ class _Sound:
     faulty: tuple[str, ...] = ()
 
 
-def _inspected(found: Found, data: DataSection, progress: Progress, say: Say) -> dict[str, _Sound]:
-    """Returns what is fit for use of each pool."""
-    plan = PLANS[frozenset(found.pools)]
+def _inspected(source_images: DataSource, data: DataSection, progress: Progress, say: Say) -> dict[str, _UsableImages]:
+    """Returns the usable images of each pool."""
+    plan = PLANS[frozenset(source_images.pools)]
     seen: set[str] = set()
-    sound = {}
+    usable = {}
     faults = {}
     traits = Counter[str]()
-    looked_at = 0
+    inspected_count = 0
     copies = 0
-    for part, pool in found.pools.items():
+    for part, pool in source_images.pools.items():
         rng = np.random.default_rng(data.seed)
-        indices = np.sort(stratified(pool.labels, wanted(plan[part], _caps(data)), rng))
-        looks = _look(pool, indices, progress)
-        looked_at += len(looks)
+        indices = np.sort(stratified(pool.labels, most_needed(plan[part], _caps(data)), rng))
+        inspections = _inspect(pool, indices, progress)
+        inspected_count += len(inspections)
         keep, bad = [], []
-        for position, look in enumerate(looks):
-            if look.fault:
+        for position, inspection in enumerate(inspections):
+            if inspection.fault:
                 bad.append(str(pool.reader.name(int(indices[position]))))
-                faults[bad[-1]] = look.fault
-            elif look.digest in seen:
+                faults[bad[-1]] = inspection.fault
+            elif inspection.digest in seen:
                 copies += 1
             else:
-                seen.add(look.digest)
+                seen.add(inspection.digest)
                 keep.append(position)
-                traits.update(look.traits)
-        good = [looks[position] for position in keep]
-        sizes = frozenset((look.width, look.height) for look in good)
-        sound[part] = _Sound(pool, indices[keep], [look.digest for look in good], sizes, tuple(bad))
-    _judge_faults(faults, looked_at, say)
+                traits.update(inspection.traits)
+        good = [inspections[position] for position in keep]
+        sizes = frozenset((inspection.width, inspection.height) for inspection in good)
+        usable[part] = _UsableImages(pool, indices[keep], [inspection.digest for inspection in good], sizes, tuple(bad))
+    _report_faults(faults, inspected_count, say)
     if traits:
         say(f"Converted: {', '.join(f'{count} {_TRAITS[name]}' for name, count in sorted(traits.items()))}.")
     if copies:
         say(f"Left out {copies} images that are copies, byte for byte, of others.")
-    return sound
+    return usable
 
 
 _TRAITS = {
@@ -150,7 +150,7 @@ def _caps(data: DataSection) -> dict[str, int]:
     return {name: getattr(data, name) for name in SPLITS}
 
 
-def _look(pool: Pool, indices: NDArray[np.int64], progress: Progress) -> list[Inspected]:
+def _inspect(pool: Pool, indices: NDArray[np.int64], progress: Progress) -> list[Inspected]:
     if isinstance(pool.reader, FileReader):
         return inspect_files([pool.reader.files[index] for index in indices], progress)
     assert isinstance(pool.reader, ArrayReader)
@@ -159,25 +159,25 @@ def _look(pool: Pool, indices: NDArray[np.int64], progress: Progress) -> list[In
     return [Inspected(hashlib.sha256(pixels[index].tobytes()).hexdigest(), "", width, height) for index in indices]
 
 
-def _judge_faults(faults: Mapping[str, str], looked_at: int, say: Say) -> None:
+def _report_faults(faults: Mapping[str, str], total: int, say: Say) -> None:
     if not faults:
         return
     shown = "; ".join(f"{name} ({fault})" for name, fault in list(faults.items())[:_NAMED])
     shown += f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-    if len(faults) > max(1, FAULTY * looked_at):
+    if len(faults) > max(1, FAULTY * total):
         raise SourceError(
-            f"at most {FAULTY:.0%} of the images may be corrupt, got {len(faults)} of {looked_at}: {shown};"
+            f"at most {FAULTY:.0%} of the images may be corrupt, got {len(faults)} of {total}: {shown};"
             " repair or remove them"
         )
-    say(f"Skipped {len(faults)} of {looked_at} images, which cannot be decoded: {shown}.")
+    say(f"Skipped {len(faults)} of {total} images, which cannot be decoded: {shown}.")
 
 
 def _preprocessing(
-    data: DataSection, found: Found, usual: Preprocessing | None, pools: Mapping[str, _Sound]
+    data: DataSection, source_images: DataSource, usual: Preprocessing | None, pools: Mapping[str, _UsableImages]
 ) -> Preprocessing:
-    """Returns how images become input: as the study says, else as the weights want it, else as is usual."""
+    """Returns the preprocessing: that of the study, else of the weights, else the usual one."""
     sizes = frozenset[tuple[int, int]]().union(*(sound.sizes for sound in pools.values()))
-    base = usual or _usual(found, sizes)
+    base = usual or _usual(source_images, sizes)
     mean, std = data.mean or base.mean, data.std or base.std
     if data.mean and not data.std and len(data.mean) != len(base.std):
         std = (1.0,) * len(mean)
@@ -195,50 +195,70 @@ def _preprocessing(
     return Preprocessing(size, resize, mean, std, base.interpolation, origin)
 
 
-def _usual(found: Found, sizes: frozenset[tuple[int, int]]) -> Preprocessing:
-    if found.size is not None:
-        return Preprocessing(found.size, found.size, found.mean, found.std, origin="usual for this data set")
+def _usual(source_images: DataSource, sizes: frozenset[tuple[int, int]]) -> Preprocessing:
+    if source_images.size is not None:
+        return Preprocessing(
+            source_images.size,
+            source_images.size,
+            source_images.mean,
+            source_images.std,
+            origin="usual for this data set",
+        )
     width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
     if width == height and width <= _IMAGENET_RESIZE:
-        return Preprocessing(width, width, found.mean, found.std, origin="the size of all images, ImageNet's values")
-    return Preprocessing(_IMAGENET_SIZE, _IMAGENET_RESIZE, found.mean, found.std, origin="usual for ImageNet")
+        return Preprocessing(
+            width, width, source_images.mean, source_images.std, origin="the size of all images, ImageNet's values"
+        )
+    return Preprocessing(
+        _IMAGENET_SIZE, _IMAGENET_RESIZE, source_images.mean, source_images.std, origin="usual for ImageNet"
+    )
 
 
 def _split(
-    data: DataSection, found: Found, pools: Mapping[str, _Sound], preprocessing: Preprocessing, say: Say
+    data: DataSection,
+    source_images: DataSource,
+    pools: Mapping[str, _UsableImages],
+    preprocessing: Preprocessing,
+    say: Say,
 ) -> Loaded:
-    plan = PLANS[frozenset(found.pools)]
-    made: dict[str, LabelledImages] = {}
+    plan = PLANS[frozenset(source_images.pools)]
+    split_images: dict[str, LabelledImages] = {}
     for part, sound in pools.items():
         labels = sound.pool.labels[sound.indices]
         for split, chosen in draw_all(labels, plan[part], _caps(data), data.seed, len(sound.pool.labels)).items():
             digests = [sound.digests[index] for index in chosen]
             images = StoredImages(sound.pool.reader, sound.indices[chosen], digests, preprocessing)
-            made[split] = LabelledImages(images, labels[chosen])
-    small = [name for name in SPLITS if not len(made[name])]
+            split_images[split] = LabelledImages(images, labels[chosen])
+    small = [name for name in SPLITS if not len(split_images[name])]
     if small:
         raise SourceError(
             f"data is split into {', '.join(SPLITS)}, got no image for {', '.join(small)} out of"
             f" {sum(len(sound.indices) for sound in pools.values())}; give more images"
         )
-    counts = ", ".join(f"{len(made[name])} {name}" for name in SPLITS)
-    say(f"Images: {counts}; {len(found.classes)} classes. {_drawn(plan)}")
-    splits = Splits(made["train"], made["calibration"], made["validation"], made["test"], len(found.classes))
+    counts = ", ".join(f"{len(split_images[name])} {name}" for name in SPLITS)
+    say(f"Images: {counts}; {len(source_images.classes)} classes. {_drawn(plan)}")
+    splits = Splits(
+        split_images["train"],
+        split_images["calibration"],
+        split_images["validation"],
+        split_images["test"],
+        len(source_images.classes),
+    )
     present = np.unique(np.concatenate([sound.pool.labels for sound in pools.values()]))
-    empty = tuple(name for index, name in enumerate(found.classes) if index not in present)
+    empty = tuple(name for index, name in enumerate(source_images.classes) if index not in present)
     record = {
         "source": data.source,
         "seed": data.seed,
-        "classes": found.classes,
+        "classes": source_images.classes,
         "preprocessing": str(preprocessing),
         "corrupt": [name for sound in pools.values() for name in sound.faulty],
-        **{name: _entry(made[name]) for name in SPLITS},
+        **{name: _entry(split_images[name]) for name in SPLITS},
     }
     return Loaded(splits, record, preprocessing, empty)
 
 
 def _drawn(plan: Mapping[str, Sequence[Any]]) -> str:
-    """Returns a sentence on what the splits were drawn from."""
+    """Returns a sentence on the origin of the splits."""
     if len(plan) == 1:
         return "All are drawn from one folder: a network that was trained on some of them looks better than it is."
     held_out = next((part for part, draws in plan.items() if {"validation", "test"} <= {d.split for d in draws}), None)

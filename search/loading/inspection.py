@@ -1,4 +1,4 @@
-"""Which files are images, and which of them are the same image: found out once, and kept."""
+"""Inspects image files for faults, sizes and copies, once, with a cached index."""
 
 import hashlib
 import json
@@ -21,14 +21,14 @@ _EVERY = 500
 
 @dataclass(frozen=True)
 class Inspected:
-    """What is known of one file.
+    """The result of inspecting one file.
 
     Args:
         digest: SHA-256 of its content.
-        fault: why it cannot be decoded; empty where it can.
-        width: in pixels, before it is turned.
+        fault: why it cannot be decoded; empty if it can.
+        width: in pixels, before rotation by EXIF data.
         height: in pixels.
-        traits: what has to be converted: `grey`, `transparent`, `CMYK`, `16-bit`, `turned`.
+        traits: properties that need a conversion: `grey`, `transparent`, `CMYK`, `16-bit`, `turned`.
     """
 
     digest: str
@@ -39,10 +39,10 @@ class Inspected:
 
 
 def inspect_files(files: Sequence[Path], progress: Progress) -> list[Inspected]:
-    """Returns what is known of each file, from this look at it or from an earlier one.
+    """Returns the inspection of each file, done now or cached.
 
-    A file is looked at again when its size or time of change differ. Files are decoded whole: a JPEG whose end is
-    missing has a fine beginning.
+    A file is inspected again if its size or modification time changed. Files are decoded completely, because a
+    truncated JPEG has a valid header.
     """
     index = _Index(files)
     fresh = [file for file in files if index.find(file) is None]
@@ -57,7 +57,7 @@ def inspect_files(files: Sequence[Path], progress: Progress) -> list[Inspected]:
 
 
 class _Index:
-    """What earlier looks found, by path, size and time of change."""
+    """Cached inspections, by path, size and modification time."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         top = os.path.commonpath([str(file.parent) for file in files]) if files else ""
@@ -67,7 +67,7 @@ class _Index:
             self._known = {
                 key: Inspected(**content | {"traits": tuple(content["traits"])}) for key, content in stored.items()
             }
-        except (OSError, ValueError, TypeError, KeyError):  # none, or torn: then all are looked at
+        except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: all files are inspected
             self._known = {}
 
     def find(self, file: Path) -> Inspected | None:

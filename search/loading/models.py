@@ -1,4 +1,4 @@
-"""From a study's [model] to a network with weights."""
+"""Builds the network of a study's [model] and loads its weights."""
 
 import difflib
 import hashlib
@@ -17,50 +17,50 @@ from search.config.references import Source, SourceError, model_source
 from search.config.study import ModelSection, TrainingSection
 from search.loading.image_store import Preprocessing
 from search.loading.user_code import UserCodeError, call, load, source_of
-from search.loading.weights import Fitted, fit, read_weights
+from search.loading.weights import LoadedWeights, fit, read_weights
 
 NO_WEIGHTS = "none"
-"""After the @ of a torchvision model: it begins untrained."""
+"""After the @ of a torchvision model: no weights."""
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": False},
     "inception_v3": {"aux_logits": False, "init_weights": False},
 }
-"""Of models with heads that only training uses."""
+"""Arguments of models with heads that are only used in training."""
 _TRANSFORMING = ("googlenet", "inception_v3")
-"""Their pretrained weights want input normalised another way, which the models do themselves."""
+"""Models that renormalize their input for their pretrained weights."""
 _CLASSES = ("classes", "num_classes")
 NEW_LAYER = TrainingSection(epochs=3, batch=32, learning_rate=0.01)
-"""How a network with a new last layer is trained where the study does not say."""
+"""Training of a network with a new last layer, unless the study has [training]."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A network, before it is trained or taken as it is.
+    """A network as loaded, before any training.
 
     Args:
         network: with its weights.
-        key: hexadecimal digits over what it was built from.
-        fitted: whether its last layer is new.
-        has_weights: whether it begins with weights from a file.
+        key: hash of its source and weights, hexadecimal.
+        fitted: tells whether its last layer is new.
+        has_weights: whether weights were loaded from a file.
     """
 
     network: nn.Module
     key: str
-    fitted: Fitted
+    fitted: LoadedWeights
     has_weights: bool
 
-    def training(self, asked: TrainingSection | None) -> TrainingSection | None:
-        """Returns how the network is trained: as asked, briefly where its last layer is new, else not at all."""
-        return asked or (NEW_LAYER if self.fitted.renewed else None)
+    def training(self, section: TrainingSection | None) -> TrainingSection | None:
+        """Returns the training: that of the study, else `NEW_LAYER` if its last layer is new, else None."""
+        return section or (NEW_LAYER if self.fitted.renewed else None)
 
 
 def usual_preprocessing(model: ModelSection, is_folder: bool) -> Preprocessing | None:
-    """Returns how images become input as the network's own weights were trained; None where nobody knows.
+    """Returns the preprocessing that the network's weights were trained with; None if unknown.
 
     Args:
         model: the study's section.
-        is_folder: whether images come as files of any size: then an architecture's usual size stands in for weights
-            of the user's own.
+        is_folder: whether images are files of any size; then the architecture's usual preprocessing is the default for
+            the user's own weights.
     """
     source = model_source(model.source)
     if source.is_factory:
@@ -73,22 +73,27 @@ def usual_preprocessing(model: ModelSection, is_folder: bool) -> Preprocessing |
         preset, origin = _default_weights(source), f"usual for {source.short}"
     if preset is None:
         return None
-    made = preset.transforms()
+    transforms = preset.transforms()
     return Preprocessing(
-        made.crop_size[0], made.resize_size[0], tuple(made.mean), tuple(made.std), made.interpolation.name, origin
+        transforms.crop_size[0],
+        transforms.resize_size[0],
+        tuple(transforms.mean),
+        tuple(transforms.std),
+        transforms.interpolation.name,
+        origin,
     )
 
 
 def find_weights(model: ModelSection, download: bool, say: Say) -> Path | None:
-    """Returns the file that the network's weights are in; None where it begins without.
+    """Returns the file with the network's weights; None without weights.
 
     Args:
         model: the study's section.
-        download: whether torchvision may download weights that are not there.
-        say: told which weights were taken.
+        download: whether torchvision may download missing weights.
+        say: called with the weights that are used.
 
     Raises:
-        SourceError: there is no such model, or its weights are not there.
+        SourceError: there is no such model, or its weights are missing.
     """
     source = model_source(model.source)
     if not source.is_factory:
@@ -101,17 +106,17 @@ def find_weights(model: ModelSection, download: bool, say: Say) -> Path | None:
 
 
 def build_model(model: ModelSection, file: Path | None, classes: int, seed: int) -> Built:
-    """Returns the network that a study names, for this number of classes where its source allows.
+    """Returns the network that a study names, for this number of classes if its source supports it.
 
     Args:
         model: the study's section.
         file: its weights, as `find_weights` found them.
         classes: of the data.
-        seed: of the weights that are not read from anywhere.
+        seed: of weights that are not loaded.
 
     Raises:
-        SourceError: there is no such model, or its weights do not fit.
-        UserCodeError: the study's own factory fails, or returns something else.
+        SourceError: there is no such model, or its weights do not match.
+        UserCodeError: the study's own factory fails, or does not return a network.
     """
     torch.manual_seed(seed)
     source = model_source(model.source)
@@ -119,7 +124,7 @@ def build_model(model: ModelSection, file: Path | None, classes: int, seed: int)
         network, text = _from_factory(model.source, classes), source_of(load(model.source))
     else:
         network, text = _from_torchvision(model, source, classes), str(source)
-    fitted, digest = Fitted(), ""
+    fitted, digest = LoadedWeights(), ""
     if file is not None:
         fitted = fit(network, read_weights(file), classes, file.name)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -129,11 +134,11 @@ def build_model(model: ModelSection, file: Path | None, classes: int, seed: int)
 
 def _from_factory(reference: str, classes: int) -> nn.Module:
     factory = load(reference)
-    wanted = [name for name in _CLASSES if name in _parameters(factory)]
-    made = call(lambda: factory(**dict.fromkeys(wanted, classes)), "a model factory returns a network")
-    if not isinstance(made, nn.Module):
-        raise UserCodeError(f"a model factory returns a torch.nn.Module, got {type(made).__name__}")
-    return made
+    parameters = [name for name in _CLASSES if name in _parameters(factory)]
+    network = call(lambda: factory(**dict.fromkeys(parameters, classes)), "a model factory returns a network")
+    if not isinstance(network, nn.Module):
+        raise UserCodeError(f"a model factory returns a torch.nn.Module, got {type(network).__name__}")
+    return network
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -166,7 +171,7 @@ def _check_name(source: Source) -> None:
 
 
 def _torchvision_weights(model: ModelSection, source: Source) -> Any:
-    """Returns the member of torchvision's enumeration that a model asks for; None where it brings a file or none."""
+    """Returns the member of torchvision's enumeration of weights; None if the study gives a file or no weights."""
     from torchvision.models import get_model_weights
 
     _check_name(source)
@@ -179,11 +184,11 @@ def _torchvision_weights(model: ModelSection, source: Source) -> Any:
         )
     if not name:
         return _default_weights(source)
-    there = get_model_weights(source.short)
-    if name not in there.__members__:
-        choices = ", ".join(["DEFAULT", *(item.name for item in there), NO_WEIGHTS])
+    weights = get_model_weights(source.short)
+    if name not in weights.__members__:
+        choices = ", ".join(["DEFAULT", *(item.name for item in weights), NO_WEIGHTS])
         raise SourceError(f"weights of {source.short} are one of {choices}, got {name!r}; change what stands behind @")
-    return there[name]
+    return weights[name]
 
 
 def _default_weights(source: Source) -> Any:
@@ -194,7 +199,7 @@ def _default_weights(source: Source) -> Any:
 
 
 def _hub_file(weights: Any, source: str, download: bool, say: Say) -> Path:
-    """Returns the file of torchvision's weights in torch hub's cache, downloaded if need be and allowed."""
+    """Returns the file of torchvision's weights in torch hub's cache, downloaded if needed and allowed."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
     if file.is_file():
         say(f"Weights: {weights}.")

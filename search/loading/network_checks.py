@@ -1,4 +1,4 @@
-"""Whether a network can be searched at all: found out before anything is trained."""
+"""Checks that a network can be searched, before anything is trained."""
 
 import itertools
 import warnings
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from search.loading.user_code import UserCodeError, call
 
 _CLOSE = 1e-3
-"""Of the largest logit: by so much may answers differ that ought to be the same."""
+"""Difference, as a share of the largest logit, up to which outputs count as the same."""
 
 
 def check_network(network: nn.Module, images: NDArray[np.float32], classes: int, empty: Sequence[str]) -> None:
-    """Checks that a network maps images to one logit a class, and takes the same way for all of them.
+    """Checks that a network maps images to one logit per class, by a path that does not depend on the input.
 
     Args:
         network: in any mode; it is left in evaluation mode.
@@ -25,25 +25,25 @@ def check_network(network: nn.Module, images: NDArray[np.float32], classes: int,
         empty: names of classes without images.
 
     Raises:
-        UserCodeError: it does not; the user's file and line are named.
+        UserCodeError: it does not; the message names the user's file and line if possible.
     """
     network.eval()
     inputs = torch.from_numpy(images[:2])
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        answers = _answers(network, inputs)
+        answers = _logits(network, inputs)
         _check_classes(answers, len(inputs), classes, empty)
         _check_same(network, inputs, answers, caught)
 
 
-def _answers(network: nn.Module, images: Tensor) -> Tensor:
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
     shape = " ".join(map(str, images.shape))
-    found = call(lambda: network(images), f"a network maps images {shape} to logits")
-    if not isinstance(found, Tensor):
+    logits = call(lambda: network(images), f"a network maps images {shape} to logits")
+    if not isinstance(logits, Tensor):
         raise UserCodeError(
-            f"a network returns one tensor of logits, got {type(found).__name__}; return the logits only"
+            f"a network returns one tensor of logits, got {type(logits).__name__}; return the logits only"
         )
-    return found
+    return logits
 
 
 def _check_classes(answers: Tensor, count: int, classes: int, empty: Sequence[str]) -> None:
@@ -57,16 +57,16 @@ def _check_classes(answers: Tensor, count: int, classes: int, empty: Sequence[st
 
 
 def _check_same(network: nn.Module, images: Tensor, answers: Tensor, caught: Sequence[warnings.WarningMessage]) -> None:
-    """Checks that the way through the network does not depend on what is in an image, as an export freezes it."""
+    """Checks that the path through the network does not depend on the input, because an export freezes it."""
     try:
         traced = torch.jit.trace(network, images[:1], check_trace=False)
         inputs = [images, -images, torch.zeros_like(images), 10 * images]
-        pairs = [(_answers(network, some), traced(some)) for some in inputs]
+        pairs = [(_logits(network, batch), traced(batch)) for batch in inputs]
     except UserCodeError:
         raise
     except Exception:
-        return  # the exporter says better why it cannot follow
-    again = _answers(network, images)
+        return  # the exporter gives a better error
+    again = _logits(network, images)
     if not _close(answers, again):
         raise UserCodeError(
             "a network answers the same image alike every time, got two answers; leave chance out in evaluation mode"

@@ -1,4 +1,4 @@
-"""A study's images and network, fetched in the order in which each needs the other."""
+"""Loads a study's images and network, which depend on each other."""
 
 from search.config.progress import Progress, Say
 from search.config.references import data_source, model_source
@@ -9,17 +9,17 @@ from search.loading.network_checks import check_network
 
 
 def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple[Loaded, Built]:
-    """Returns the images, as the network wants them, and the network, built for their classes.
+    """Returns the images, preprocessed for the network, and the network, built for their classes.
 
     Args:
         study: names both.
-        download: whether weights and images that are not here may be fetched.
-        progress: told about the steps that take long.
-        say: told what the user should know.
+        download: whether missing weights and images may be downloaded.
+        progress: called with the progress of long steps.
+        say: called with remarks for the user.
 
     Raises:
         SourceError: there is no such network, or there are no such images.
-        UserCodeError: a factory of the user's own fails, or the network cannot be searched.
+        UserCodeError: one of the user's factories fails, or the network cannot be searched.
     """
     is_folder = data_source(study.data.source).kind in ("imagefolder", "imagenet")
     file = find_weights(study.model, download, say)  # before time is spent on images

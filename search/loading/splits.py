@@ -1,4 +1,4 @@
-"""Which images go into which split: by class, at random, and always the same."""
+"""Splits images at random, stratified by class and reproducible."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Draw:
 
     Args:
         split: its name.
-        share: of the pool's images, at most; the section's cap may be lower.
+        share: of the pool's images, at most; the study may limit it further.
     """
 
     split: str
@@ -31,7 +31,7 @@ PLANS: Mapping[frozenset[str], Mapping[str, tuple[Draw, ...]]] = {
         "validation": (Draw("validation", 1),),
         "test": (Draw("test", 1),),
     },
-    # The network may know train/ by heart, so what is measured comes from what is held out.
+    # The network may be trained on train/, so validation and test images come from the held-out ones.
     frozenset({"train", "validation"}): {
         "train": (_CALIBRATION, _REST),
         "validation": (Draw("validation", 0.5), Draw("test", 1)),
@@ -49,36 +49,37 @@ PLANS: Mapping[frozenset[str], Mapping[str, tuple[Draw, ...]]] = {
         for only in ("train", "validation", "test")
     },
 }
-"""By the folders or archives that there are: what is drawn from each, in order."""
+"""The splits that are drawn from each pool, in order, by the set of pools."""
 
 
-def wanted(draws: tuple[Draw, ...], caps: Mapping[str, int]) -> int:
-    """Returns how many images of a pool can be used at all, so that no more of them are looked at."""
+def most_needed(draws: tuple[Draw, ...], caps: Mapping[str, int]) -> int:
+    """Returns how many images of a pool are needed at most, so that no more are inspected."""
     return sum(caps[draw.split] for draw in draws)
 
 
 def draw_all(
     labels: NDArray[np.int64], draws: tuple[Draw, ...], caps: Mapping[str, int], seed: int, total: int
 ) -> dict[str, Indices]:
-    """Returns the indices of each split that is drawn from a pool; no index is in two.
+    """Returns the indices of each split that is drawn from a pool; splits are disjoint.
 
     Args:
-        labels: of the pool's images that are fit for use.
+        labels: of the pool's usable images.
         draws: in order.
-        caps: how many images each split has at most.
+        caps: maximum number of images, by split.
         seed: of all choices.
-        total: how many images the pool has, those that were not looked at included: what shares are of.
+        total: number of images in the pool, those not inspected included; shares refer to it.
     """
     rng = np.random.default_rng(seed)
-    left, drawn = np.arange(len(labels)), {}
+    remaining = np.arange(len(labels))
+    drawn = {}
     classes = len(np.unique(labels))
     for draw in draws:
         count = round(draw.share * total)
-        if draw.split == "calibration":  # activation ranges want every class, if there are images to spare
+        if draw.split == "calibration":  # activation ranges need every class, if there are enough images
             count = max(count, min(classes, len(labels) // 4))
-        chosen = stratified(labels[left], min(count, caps[draw.split]), rng)
-        drawn[draw.split] = left[chosen]
-        left = np.delete(left, chosen)
+        chosen = stratified(labels[remaining], min(count, caps[draw.split]), rng)
+        drawn[draw.split] = remaining[chosen]
+        remaining = np.delete(remaining, chosen)
     return drawn
 
 
@@ -87,8 +88,8 @@ def stratified(labels: NDArray[np.int64], count: int, rng: np.random.Generator) 
 
     Args:
         labels: of the images to choose from; they may be sorted.
-        count: how many; all where there are no more.
-        rng: chooses.
+        count: number of images; all if there are fewer.
+        rng: random generator.
     """
     order = rng.permutation(len(labels))
     rank = np.empty(len(labels))

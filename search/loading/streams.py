@@ -1,4 +1,4 @@
-"""Streams for a study with [frames]: of the user's own, or crops that move over the images of a split."""
+"""Streams for a study with [frames]: the user's own, or moving crops of the images of a split."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -13,23 +13,23 @@ from search.config.study import FramesSection
 from search.loading.user_code import UserCodeError, call, load
 
 CLIP = (10, 50)
-"""The fewest and the most frames of one image; 30 in the middle, a second of video."""
+"""The fewest and the most frames of one image; 30 on average, a second of video."""
 NOISE = 0.05
-"""A camera's, as a share of the standard deviation of the images' values."""
+"""Standard deviation of the noise, as a share of that of the images' values."""
 _BORDER = 8
-"""Images are mirrored at their edges by one part in so many of their height and width: so far a crop can move."""
+"""Images are padded by reflection by height and width divided by this, which is how far a crop can move."""
 _SPEED, _INERTIA = 0.01, 0.9
-"""A crop moves by so much of its size a frame, on average along each axis, and keeps so much of its velocity."""
+"""Mean motion per frame along each axis, as a share of the size, and the share of the velocity that is kept."""
 _STOPS = 1 / 20
-"""How likely it is, in each frame, that a crop that moves stands still from now on, or one that stands still moves."""
+"""Probability per frame that a crop stops or starts moving."""
 _RULE = "a function of frames takes 'validation' or 'test' and returns images (n, c, h, w), labels (n,) and clip starts"
 
 
 def with_streams(section: FramesSection | None, splits: Splits) -> Splits:
-    """Returns the splits with streams in place of what a network is scored on; as they are without a section.
+    """Returns the splits with streams as validation and test images; without a section the splits as they are.
 
     Raises:
-        UserCodeError: the study's own function fails, or returns something else than a stream.
+        UserCodeError: the study's own function fails, or does not return a stream.
     """
     if section is None:
         return splits
@@ -45,10 +45,10 @@ def with_streams(section: FramesSection | None, splits: Splits) -> Splits:
 
 def _own_stream(source: str, split: str, splits: Splits) -> Stream:
     function = load(source)
-    found = call(lambda: function(split), _RULE)
-    if not isinstance(found, tuple) or len(found) != 3:
-        raise UserCodeError(f"{_RULE}, got {type(found).__name__} from {source!r}")
-    images, labels, starts = found
+    result = call(lambda: function(split), _RULE)
+    if not isinstance(result, tuple) or len(result) != 3:
+        raise UserCodeError(f"{_RULE}, got {type(result).__name__} from {source!r}")
+    images, labels, starts = result
     try:
         stream = Stream(np.asarray(images, np.float32), np.asarray(labels, np.int64), np.asarray(starts, np.int64))
     except (TypeError, ValueError) as error:
@@ -59,13 +59,13 @@ def _own_stream(source: str, split: str, splits: Splits) -> Stream:
 
 
 @dataclass(frozen=True)
-class Path:
-    """Where a crop lies in each frame.
+class CropPath:
+    """The positions of a crop in each frame.
 
     Args:
         image: of the split, `(n,)`.
-        place: of the crop's upper left corner in the image with its border, pixels, `(n, 2)`.
-        starts: the first frame of each image.
+        place: upper left corner of the crop in the padded image, in pixels, `(n, 2)`.
+        starts: index of the first frame of each image.
     """
 
     image: NDArray[np.int64]
@@ -74,16 +74,16 @@ class Path:
 
 
 class MovingCrops:
-    """Frames `(n, c, h, w)`, made when they are asked for: crops of the images' own size, under a camera's noise.
+    """Frames `(n, c, h, w)`, computed on access: crops of the images' own size, with camera noise.
 
     Args:
-        images: what the crops move over.
-        path: where they are.
+        images: to crop from.
+        path: positions of the crops.
         seed: of the noise.
         digest: of the images and the path.
     """
 
-    def __init__(self, images: ImageStore, path: Path, seed: int, digest: str) -> None:
+    def __init__(self, images: ImageStore, path: CropPath, seed: int, digest: str) -> None:
         self._images = images
         self._path = path
         self._seed = seed
@@ -99,7 +99,7 @@ class MovingCrops:
     def __getitem__(self, index: Any, /) -> NDArray[np.float32]:
         """Returns the frames of a slice or of an array of indices, `(m, c, h, w)`."""
         chosen = np.arange(len(self))[index]
-        return np.array([self._frame(int(each)) for each in chosen], np.float32).reshape(-1, *self.shape[1:])
+        return np.array([self._frame(int(frame)) for frame in chosen], np.float32).reshape(-1, *self.shape[1:])
 
     def _frame(self, index: int) -> NDArray[np.float32]:
         crop = crop_at(self._bordered(int(self._path.image[index])), self._path.place[index], self.shape[2:])
@@ -108,7 +108,7 @@ class MovingCrops:
         return frame
 
     def _bordered(self, image: int) -> NDArray[np.float32]:
-        """Returns an image with its edges mirrored; the last one is kept, because frames are asked for in order."""
+        """Returns an image padded by reflection; the last one is cached, because frames are accessed in order."""
         if self._padded is None or self._padded[0] != image:
             borders = [(0, 0), *((border, border + 1) for border in _borders(self.shape[2:]))]
             self._padded = image, np.pad(self._images[image : image + 1][0], borders, mode="symmetric")
@@ -116,25 +116,25 @@ class MovingCrops:
 
 
 def moving_crops(images: LabelledImages, frames: int, seed: int) -> Stream:
-    """Returns a stream of labelled images: each is shown for a while, as a camera would that moves over it.
+    """Returns a stream of labelled images, each shown for a while as by a moving camera.
 
-    Its class is that of the image. Cuts from one image to the next come after 10 to 50 frames; a crop moves with slowly
-    changing velocity, or stands still for a while.
+    The label is that of the image. Cuts to the next image come after 10 to 50 frames; a crop moves with slowly changing
+    velocity, or stands still for a while.
 
     Args:
-        images: of one split; all are shown before one is shown again.
-        frames: how many, in all.
-        seed: of everything that is drawn.
+        images: of one split; each is shown once before any is repeated.
+        frames: total number.
+        seed: of all random choices.
     """
     path = _path(len(images), frames, images.images.shape[2:], seed)
     content = f"moving crops 1 {images.digest} {frames} {seed}"
     crops = MovingCrops(images.images, path, seed, hashlib.sha256(content.encode()).hexdigest())
-    kept = crops[:] if bytes_of(crops) <= SMALL_BYTES else crops
-    return Stream(kept, images.labels[path.image], path.starts)
+    frames_in_memory = crops[:] if bytes_of(crops) <= SMALL_BYTES else crops
+    return Stream(frames_in_memory, images.labels[path.image], path.starts)
 
 
 def crop_at(image: NDArray[np.float32], place: NDArray[np.float64], size: tuple[int, ...]) -> NDArray[np.float32]:
-    """Returns a crop `(c, h, w)` of an image whose corner may lie between pixels, interpolated linearly."""
+    """Returns a crop `(c, h, w)` of an image at a fractional position, by bilinear interpolation."""
     top, left = np.floor(place).astype(int)
     height, width = size
     down, right = (place - (top, left)).astype(np.float32)
@@ -148,7 +148,7 @@ def _borders(size: tuple[int, ...]) -> list[int]:
     return [max(side // _BORDER, 1) for side in size]
 
 
-def _path(images: int, frames: int, size: tuple[int, ...], seed: int) -> Path:
+def _path(images: int, frames: int, size: tuple[int, ...], seed: int) -> CropPath:
     rng = np.random.default_rng(seed)
     waiting: list[int] = []
     shown: list[NDArray[np.int64]] = []
@@ -161,11 +161,11 @@ def _path(images: int, frames: int, size: tuple[int, ...], seed: int) -> Path:
         places.append(_wander(count, size, rng))
         left -= count
     lengths = np.array([len(clip) for clip in shown])
-    return Path(np.concatenate(shown), np.concatenate(places), np.cumsum(lengths) - lengths)
+    return CropPath(np.concatenate(shown), np.concatenate(places), np.cumsum(lengths) - lengths)
 
 
 def _wander(frames: int, size: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Returns where a crop lies in each frame of a clip, `(frames, 2)`; at the ends of its way it turns back."""
+    """Returns the position of a crop in each frame of a clip, `(frames, 2)`; motion is reflected at the borders."""
     far = 2.0 * np.array(_borders(size))
     speed = _SPEED * np.array(size)
     place, velocity = rng.uniform(0, far), rng.normal(0, speed)

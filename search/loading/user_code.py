@@ -1,4 +1,4 @@
-"""The functions and classes that study files and tables name, and what goes wrong in those that users write."""
+"""Imports functions that study files name, and reports errors in user code."""
 
 import hashlib
 import importlib
@@ -24,7 +24,7 @@ _LIBRARIES = (*site.getsitepackages(), sysconfig.get_paths()["stdlib"], "<frozen
 
 
 class UserCodeError(UserError):
-    """A study's own function that cannot be found, fails, or returns something else than it should."""
+    """A user's function cannot be found, fails, or returns the wrong type."""
 
 
 def load(reference: str) -> Callable[..., Any]:
@@ -40,23 +40,23 @@ def load(reference: str) -> Callable[..., Any]:
         raise UserCodeError(
             f"a factory must be importable, got {reference!r}: {_said(error)}{_remedy(source, error)}"
         ) from error
-    found = getattr(module, source.attribute, None)
-    if not callable(found):
+    attribute = getattr(module, source.attribute, None)
+    if not callable(attribute):
         functions = sorted(name for name, item in vars(module).items() if _is_own(item, module))
         raise UserCodeError(
             f"a factory is a function of its file, got {reference!r}, and {source.place} has no function"
             f" {source.attribute!r}; it has {', '.join(functions) or 'none'}"
         )
-    function: Callable[..., Any] = found
+    function: Callable[..., Any] = attribute
     return function
 
 
 def call(work: Callable[[], Result], rule: str) -> Result:
-    """Returns what a user's function returns.
+    """Returns the result of a user's function.
 
     Args:
         work: calls it.
-        rule: what it ought to do, for the message.
+        rule: its specification, for the error message.
 
     Raises:
         UserCodeError: it raises; its file and line are named.

@@ -1,4 +1,4 @@
-"""Weights from a file into a network, with clear words where they do not fit."""
+"""Loads weights from a file into a network, with clear errors if they do not match."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from search.config.references import SourceError
 
 _NESTS = ("state_dict", "model", "model_state_dict", "net", "network", "ema", "model_ema")
-"""Under these keys training scripts put the state dict among other things."""
+"""Keys that training scripts store the state dict under."""
 _PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every key."""
+"""Prefixes of keys by DataParallel and torch.compile."""
 _SHOWN = 4
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)$")
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """How weights fitted.
+class LoadedWeights:
+    """How weights matched a network.
 
     Args:
-        renewed: the last layer, where the weights had another number of classes and it was left as it was; else empty.
-        had: the number of classes of the weights, where that differs.
+        renewed: path of the last layer if it was not loaded, because the number of classes differs; else empty.
+        had: number of classes of the weights if it differs, else 0.
     """
 
     renewed: str = ""
@@ -35,7 +35,7 @@ class Fitted:
 def read_weights(file: Path) -> dict[str, Tensor]:
     """Returns the state dict in a file that `torch.save` wrote; nothing in it is executed.
 
-    Prefixes that DataParallel and torch.compile leave, and dicts around the state dict, are taken away.
+    Prefixes by DataParallel and torch.compile, and dicts around the state dict, are removed.
 
     Raises:
         SourceError: there is none, or more than tensors in it.
@@ -71,21 +71,21 @@ def _unnested(content: Any, file: Path) -> Mapping[str, Tensor]:
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain: dict[str, Tensor] = _WithMetadata(state)
-    found = {**getattr(state, "_metadata", {})}  # it holds the versions of layers, which loading looks at
+    metadata = {**getattr(state, "_metadata", {})}  # versions of layers, which loading depends on
     for prefix in _PREFIXES * 2:
         if all(key.startswith(prefix) for key in plain):
             plain = _WithMetadata({key.removeprefix(prefix): value for key, value in plain.items()})
-            found = {key.removeprefix(prefix).removeprefix(prefix[:-1]): value for key, value in found.items()}
-    if found:
-        plain._metadata = found  # type: ignore[attr-defined]
+            metadata = {key.removeprefix(prefix).removeprefix(prefix[:-1]): value for key, value in metadata.items()}
+    if metadata:
+        plain._metadata = metadata  # type: ignore[attr-defined]
     return plain
 
 
 class _WithMetadata(dict[str, Tensor]):
-    """A state dict, which torch hangs metadata on."""
+    """A state dict that can have torch's metadata as an attribute."""
 
 
-def fit(network: nn.Module, state: dict[str, Tensor], classes: int, origin: str) -> Fitted:
+def fit(network: nn.Module, state: dict[str, Tensor], classes: int, origin: str) -> LoadedWeights:
     """Loads weights in place; a last layer for another number of classes is left as it is.
 
     Args:
@@ -120,17 +120,17 @@ def fit(network: nn.Module, state: dict[str, Tensor], classes: int, origin: str)
     if hasattr(state, "_metadata"):
         kept._metadata = state._metadata  # type: ignore[attr-defined]
     network.load_state_dict(kept, strict=False)
-    return Fitted(last if renewed else "", had)
+    return LoadedWeights(last if renewed else "", had)
 
 
 def last_layer(network: nn.Module, classes: int) -> str:
     """Returns the path of the last layer that gives one output per class; empty where there is none."""
-    found = ""
+    last = ""
     for path, module in network.named_modules():
         outputs = getattr(module, "out_features", getattr(module, "out_channels", None))
         if isinstance(module, nn.Linear | nn.Conv2d) and outputs == classes:
-            found = path
-    return found
+            last = path
+    return last
 
 
 def _renamed(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

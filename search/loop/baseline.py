@@ -1,4 +1,4 @@
-"""The dense network and the other simple versions, measured before the first trial: what a search has to beat."""
+"""Measures the baseline before the first trial: the dense network and the other simple versions."""
 
 import math
 from dataclasses import replace
@@ -13,36 +13,36 @@ from search.config.environment import environment
 from search.config.progress import Progress
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
-from search.results.simple_versions import Given, Simple
+from search.results.simple_versions import GivenMeasurements, SimpleVersion
 from search.results.store import Baseline
 from spaces.candidate import Candidate
 
 
 def measure_baseline(
     pipeline: CompressionPipeline,
-    given: Given | None = None,
+    given: GivenMeasurements | None = None,
     trials: int | None = None,
     timeout_s: float | None = None,
     progress: Progress = lambda *_: None,
 ) -> Baseline:
-    """Returns the dense network's figures, on the same target and by the same protocol as every candidate.
+    """Returns the baseline, measured on the same target and by the same protocol as every candidate.
 
     Args:
-        pipeline: measures it.
-        given: what was measured of the network before exits, gates and masks; none where not given.
-        trials: how many the search will have; as many as the study says where not given.
-        timeout_s: how long it will take at most.
-        progress: told about the steps that take long.
+        pipeline: of the study.
+        given: measurements of the network before exits, gates and masks, reused where the files are the same.
+        trials: number of trials that the search will have; by default the study's.
+        timeout_s: maximum seconds of the search.
+        progress: called with the progress of long steps.
     """
-    same = given is not None and pipeline.references.have_forms(given.forms)
-    spent = given.spent if given and same else pipeline.references.time()
-    seconds = {name: taken.work for name, taken in spent.items()}
+    has_same_references = given is not None and pipeline.references.have_forms(given.forms)
+    spent = given.spent if given and has_same_references else pipeline.references.time()
+    seconds = {name: times.work for name, times in spent.items()}
     latency = pipeline.references.latency_evaluator(seconds)
-    simple = simple_versions(pipeline, latency, given, same)
+    simple = simple_versions(pipeline, latency, given, has_same_references)
     dense = simple[0].evaluation
     precision = pipeline.space.precision.precisions[0]
     twice = latency.same_twice(precision, pipeline.data.validation.images[: pipeline.target.batch])
-    walls = {name: taken.wall for name, taken in spent.items()}
+    walls = {name: times.wall for name, times in spent.items()}
     expected_s = (trials or pipeline.study.search.trials) * sum(dense.seconds.values())
     slow = find_slow_layers(pipeline, progress, min(expected_s, timeout_s or math.inf))
     machine = environment(pipeline.runtime.device(), pipeline.runtime.state())
@@ -50,15 +50,15 @@ def measure_baseline(
 
 
 def find_slow_layers(pipeline: CompressionPipeline, progress: Progress, search_s: float) -> SlowLayers | None:
-    """Returns which layers are slower in a lower precision, measured now or kept from the same network.
+    """Returns which layers are slower in a lower precision, measured now or read from the cache.
 
     Args:
         pipeline: of the study.
-        progress: told how far it is.
-        search_s: the seconds that the search will take, of which this is a share.
+        progress: called with the progress.
+        search_s: expected seconds of the search; the examination takes a share of it.
 
     Returns:
-        None where the study does not ask for it, or where no layer has a choice.
+        None if the study does not ask for it, or no layer has a choice of precision.
     """
     precision = pipeline.space.precision
     if not (pipeline.study.space.drop_slower and len(precision.computed) > 1 and precision.dimensions()):
@@ -67,7 +67,7 @@ def find_slow_layers(pipeline: CompressionPipeline, progress: Progress, search_s
         pipeline.builder,
         pipeline.network,
         pipeline.space.dense(),
-        precision.computed,  # what is stored smaller is not asked to be faster
+        precision.computed,  # storage precisions save bytes and need not be faster
         pipeline.runtime,
         pipeline.target,
         pipeline.data.validation.images,
@@ -77,32 +77,32 @@ def find_slow_layers(pipeline: CompressionPipeline, progress: Progress, search_s
 
 
 def simple_versions(
-    pipeline: CompressionPipeline, latency: LatencyEvaluator, given: Given | None, same: bool
-) -> list[Simple]:
-    """Returns the network as it is in each precision: the search's own, then as it was given where that is another.
+    pipeline: CompressionPipeline, latency: LatencyEvaluator, given: GivenMeasurements | None, has_same_references: bool
+) -> list[SimpleVersion]:
+    """Returns the simple versions: the search's own network in each precision, then the loaded one where it differs.
 
     Args:
         pipeline: measures them, in full.
-        latency: of this search.
-        given: what was measured before; of a file that is the same, accuracy and latency hold.
-        same: whether its latencies were told beside the references of this search.
+        latency: evaluator of this search.
+        given: earlier measurements of the network as loaded; reused where the exported file is the same.
+        has_same_references: whether these latencies were timed beside the references of this search.
     """
-    own: list[Simple] = []
-    others: list[Simple] = []
+    own: list[SimpleVersion] = []
+    others: list[SimpleVersion] = []
     for precision in pipeline.space.precision.computed:
         candidate = pipeline.space.whole(precision)
         earlier = given.of(precision) if given else None
-        form = given.forms[precision] if given and same else None
-        known = _known(pipeline, candidate, earlier, form) if earlier and form else None
-        own.append(Simple(precision, known or pipeline.evaluate(candidate, latency)))
-        if earlier and not known:
-            before = earlier if same else pipeline.given.simple(precision, latency).evaluation
-            others.append(Simple(precision, replace(before, candidate=candidate), is_own=False))
+        form = given.forms[precision] if given and has_same_references else None
+        reused = _reused(pipeline, candidate, earlier, form) if earlier and form else None
+        own.append(SimpleVersion(precision, reused or pipeline.evaluate(candidate, latency)))
+        if earlier and not reused:
+            as_given = earlier if has_same_references else pipeline.given.evaluate(precision, latency).evaluation
+            others.append(SimpleVersion(precision, replace(as_given, candidate=candidate), is_own=False))
     return [*own, *others]
 
 
-def _known(pipeline: CompressionPipeline, candidate: Candidate, earlier: Evaluation, form: str) -> Evaluation | None:
-    """Returns an earlier evaluation as a candidate's own, where its file is of the same form; else None."""
+def _reused(pipeline: CompressionPipeline, candidate: Candidate, earlier: Evaluation, form: str) -> Evaluation | None:
+    """Returns an earlier evaluation as that of a candidate whose file has the same form; None if it differs."""
     deployed = pipeline.deployed(candidate)
     files = deployed.artifact.deployed
     if (

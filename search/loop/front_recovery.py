@@ -1,4 +1,4 @@
-"""The most promising versions, recovered in full and measured again, once the search has ended."""
+"""Full recovery: fine-tunes the most promising versions after the search, and measures them again."""
 
 from collections.abc import Callable
 
@@ -10,24 +10,24 @@ from search.loop.interrupts import Interrupts
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.pareto import Version, pareto
-from search.results.store import Baseline, keep_recovered, versions_of_study
+from search.results.store import Baseline, store_recovered, versions_of_study
 
 RECOVERABLE = 0.05
-"""So much accuracy below the budget's limit may be won back: a version that lacks more is not tried."""
+"""Accuracy below the limit, as a share, up to which a version is recovered in full."""
 
 Say = Callable[[str], None]
 
 
 def recover_front(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline, say: Say) -> int:
-    """Fine-tunes versions as `[recovery.final]` says and measures them again; returns how many were.
+    """Fine-tunes versions as `[recovery.final]` says and measures them again; returns their number.
 
-    These are the ones on the front of all that keep the budget in everything but accuracy, and in that almost: the
-    search measured them at an effort that leaves some to be won. The most accurate come first. What a version gains may
-    push others off the front, so the front is drawn anew after each. What is done is kept; the same call goes on.
+    These are the front of all versions that keep the budget, except that their accuracy may be up to `RECOVERABLE`
+    below its limit, because the search recovers with less effort. The most accurate come first. A recovered version may
+    dominate others, so the front is computed anew after each. Each result is stored, so a later call resumes.
 
     Raises:
-        DivergedError: a fine-tuning's loss is not finite for the second time.
-        KeyboardInterrupt: the user has had enough; each version that was done is kept.
+        DivergedError: the loss of a fine-tuning is not finite for the second time.
+        KeyboardInterrupt: interrupted by the user; finished versions are stored.
     """
     final = pipeline.study.recovery.final
     if final is None:
@@ -42,25 +42,25 @@ def recover_front(pipeline: CompressionPipeline, journal: optuna.Study, baseline
             candidate = waiting[0].evaluation.candidate
             with interrupts.allowed():
                 evaluation = solver.evaluate(solver.resolve_again(candidate, settings), (), settings)
-            keep_recovered(journal, waiting[0].number, evaluation)
+            store_recovered(journal, waiting[0].number, evaluation)
             done += 1
     return done
 
 
 def _waiting(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline, most: int) -> list[Version]:
-    """Returns the versions that are to be recovered and have not been, of `most` in all."""
+    """Returns the versions still to be recovered, of `most` in all."""
     versions = versions_of_study(journal)
-    already = sum(version.evaluation.finetune is not None for version in versions)
-    front = pareto([version for version in versions if _is_within_reach(version, pipeline.study.budget, baseline)])
+    recovered = sum(version.evaluation.finetune is not None for version in versions)
+    front = pareto([version for version in versions if _is_recoverable(version, pipeline.study.budget, baseline)])
     waiting = [
         version
         for version in front
         if version.evaluation.finetune is None and pipeline.compressor.may_recover(version.evaluation.candidate)
     ]
-    return waiting[: max(most - already, 0)]
+    return waiting[: max(most - recovered, 0)]
 
 
-def _is_within_reach(version: Version, budget: Budget, baseline: Baseline) -> bool:
+def _is_recoverable(version: Version, budget: Budget, baseline: Baseline) -> bool:
     dense, measured = baseline.evaluation.measurements, version.measured
     if not version.is_complete or not budget.without("accuracy").is_met(measured, dense):
         return False

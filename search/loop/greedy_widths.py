@@ -1,4 +1,4 @@
-"""Widths to try first: from the sensitivity profile, shrink again and again what costs least."""
+"""Widths to try first: greedy pruning by the sensitivity profile."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,18 +17,18 @@ SHARES = (0.8, 0.65, 0.5, 0.35)
 """Shares of the dense network's FLOPs for which widths are proposed."""
 
 _THRESHOLD = 0.9
-"""Of the exits, where a proposal has them."""
+"""Threshold of the exits in proposals with exits."""
 AFFORDABLE_S = 600.0
-"""A search measures the profile that a study asks for where that takes no longer."""
+"""Seconds that a search spends, at most, on measuring the sensitivity profile."""
 
 
 def greedy_seeds(
     pipeline: CompressionPipeline, progress: Progress, say: Callable[[str], None]
 ) -> list[dict[str, Value]]:
-    """Returns values of the space for the greedy widths: the target's last precision, without exits and with them.
+    """Returns proposals with greedy widths in the target's last precision, without exits and with them.
 
-    Where thresholds are solved, exits are no choice. Nothing where there is one group only, or where the profile would
-    take too long: `say` tells the user then.
+    If thresholds are solved, there is one proposal per widths. There are none with a single group of channels, or if
+    the profile would take too long; `say` tells the user then.
     """
     profiler = Profiler(pipeline)
     if len(profiler.groups) < 2:
@@ -41,65 +41,66 @@ def greedy_seeds(
         )
         return []
     precision = pipeline.space.precision.computed[-1]
-    found = greedy_versions(pipeline, profiler.run(progress))
+    versions = greedy_versions(pipeline, profiler.run(progress))
     thresholds = (NEVER_EXIT, _THRESHOLD) if pipeline.space.thresholds.dimensions() else (NEVER_EXIT,)
     return [
         pipeline.space.uniform(1.0, precision, threshold) | {PREFIX + name: count for name, count in kept.items()}
-        for _, kept in found
+        for _, kept in versions
         for threshold in thresholds
     ]
 
 
-def greedy_versions(pipeline: CompressionPipeline, found: Profile) -> list[tuple[float, dict[str, int]]]:
-    """Returns the greedy channels per group, each with its share of the dense network's FLOPs."""
+def greedy_versions(pipeline: CompressionPipeline, profile: Profile) -> list[tuple[float, dict[str, int]]]:
+    """Returns greedy channels per group, each with its share of the dense network's FLOPs, as `(share, channels)`."""
     image = torch.from_numpy(pipeline.data.calibration.images[:1])
     flops = ScaledFlops(pipeline.network, pipeline.space.sparsity.groups, image)
-    return [(flops.count(kept) / flops.count({}), kept) for kept in greedy_widths(found, flops)]
+    return [(flops.count(kept) / flops.count({}), kept) for kept in greedy_widths(profile, flops)]
 
 
 def greedy_widths(profile: Profile, flops: ScaledFlops, shares: Sequence[float] = SHARES) -> list[dict[str, int]]:
-    """Returns, for each share of the dense FLOPs that can be reached, channels per group.
+    """Returns channels per group for each share of the dense FLOPs that can be reached.
 
-    Starting from the dense network, the group with the least added divergence per FLOP saved goes down to its next
-    profiled width. Divergences are taken to add up, less what recovery alone changes.
+    Starting from the dense network, the group with the least added divergence per FLOP saved is pruned to its next
+    profiled width, again and again. Divergences are assumed to add up, after subtracting that of recovery alone.
 
     Args:
         profile: of the network.
-        flops: of any widths of the same network.
+        flops: of the network at any widths.
         shares: above 0, descending.
     """
     groups = profile.groups
-    place = dict.fromkeys(groups, 0)
+    steps = dict.fromkeys(groups, 0)
     dense = flops.count({})
-    found: list[dict[str, int]] = []
+    widths: list[dict[str, int]] = []
     for share in shares:
-        while flops.count(_channels(groups, place)) > share * dense:
-            name = _cheapest(groups, place, flops, profile.floor)
+        while flops.count(_channels(groups, steps)) > share * dense:
+            name = _cheapest(groups, steps, flops, profile.floor)
             if name is None:
-                return found
-            place[name] += 1
-        found.append(_channels(groups, place))
-    return found
+                return widths
+            steps[name] += 1
+        widths.append(_channels(groups, steps))
+    return widths
 
 
-def _channels(groups: Mapping[str, Sequence[Point]], place: Mapping[str, int]) -> dict[str, int]:
-    return {name: points[place[name]].channels for name, points in groups.items()}
+def _channels(groups: Mapping[str, Sequence[Point]], steps: Mapping[str, int]) -> dict[str, int]:
+    return {name: points[steps[name]].channels for name, points in groups.items()}
 
 
 def _cheapest(
-    groups: Mapping[str, Sequence[Point]], place: Mapping[str, int], flops: ScaledFlops, floor: float
+    groups: Mapping[str, Sequence[Point]], steps: Mapping[str, int], flops: ScaledFlops, floor: float
 ) -> str | None:
-    """Returns the group whose next step adds the least divergence per FLOP that it saves; None at the end of all."""
-    now = flops.count(_channels(groups, place))
+    """Returns the group whose next width adds the least divergence per FLOP saved; None if none is left."""
+    now = flops.count(_channels(groups, steps))
     prices = {}
     for name, points in groups.items():
-        if place[name] + 1 < len(points):
-            saved = now - flops.count(_channels(groups, {**place, name: place[name] + 1}))
-            after, before = (_own(points[place[name] + step], floor) for step in (1, 0))
+        if steps[name] + 1 < len(points):
+            saved = now - flops.count(_channels(groups, {**steps, name: steps[name] + 1}))
+            before = _due_to_pruning(points[steps[name]], floor)
+            after = _due_to_pruning(points[steps[name] + 1], floor)
             prices[name] = max(after - before, 0.0) / max(saved, 1.0)
     return min(prices, key=lambda name: prices[name], default=None)
 
 
-def _own(point: Point, floor: float) -> float:
-    """Returns the part of a divergence that pruning is to blame for."""
+def _due_to_pruning(point: Point, floor: float) -> float:
+    """Returns the part of a divergence that pruning causes."""
     return max(point.divergence - floor, 0.0)

@@ -1,4 +1,4 @@
-"""Ctrl-C where it does no harm: while a candidate is measured, not while its result is written."""
+"""Ctrl-C only while a candidate is measured, not while its result is written."""
 
 import signal
 import threading
@@ -11,9 +11,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Turns SIGINT and SIGTERM into `KeyboardInterrupt`, but inside `allowed()` only.
+    """Turns SIGINT and SIGTERM into `KeyboardInterrupt`, but only inside `allowed()`.
 
-    One that comes at another time is raised at the next entry. Outside the main thread it changes nothing.
+    A signal at another time is raised when `allowed()` is next entered. Outside the main thread nothing changes.
     """
 
     def __init__(self) -> None:
@@ -37,10 +37,10 @@ class Interrupts:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Lets an interrupt through, one that waited included.
+        """Allows interrupts inside, and raises a pending one.
 
         Raises:
-            KeyboardInterrupt: there was one.
+            KeyboardInterrupt: interrupted now or earlier.
         """
         if self._pending:
             self._pending = False

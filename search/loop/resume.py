@@ -1,4 +1,4 @@
-"""How a search goes on: what earlier runs left in the journal, and what has to be put right."""
+"""Resuming a search: reads results of earlier runs from the journal, and repairs interrupted trials."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,9 +14,9 @@ from spaces.joint import JointSpace
 
 
 def resolved_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version]) -> dict[str, Candidate]:
-    """Returns what the choices of earlier trials came to once thresholds were solved, by the key of the choices.
+    """Returns the candidates with solved thresholds of earlier trials, by the key of the unresolved choices.
 
-    Timings decide with, so the same choices may come to other thresholds a second time: they are solved once.
+    Solved thresholds depend on timings, so they are solved only once for the same choices.
     """
     candidates = {version.number: version.evaluation.candidate for version in versions}
     numbers = {
@@ -28,22 +28,21 @@ def resolved_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version])
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Returns whether a trial counts towards `--trials`: finished, and not cut short from outside."""
+    """Returns whether a trial counts towards `--trials`: it is finished and was not interrupted."""
     return trial.state.is_finished() and "interrupted" not in trial.user_attrs
 
 
-def put_right_running(journal: optuna.Study) -> None:
-    """Gives up trials that a stopped process left running, and queues the same proposals again."""
+def requeue_running(journal: optuna.Study) -> None:
+    """Fails trials that a stopped process left running and queues them again; measured ones are completed."""
     for trial in journal.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if "evaluation" in trial.user_attrs:  # it was measured, and stopped on the way into the journal
+        if "evaluation" in trial.user_attrs:  # it was measured, but the process stopped before it was told
             version = Version(trial.number, Evaluation.from_dict(trial.user_attrs["evaluation"]))
-            whole = version.is_complete
-            values = [version.measured[metric].value for metric in OBJECTIVES] if whole else None
-            state = TrialState.COMPLETE if whole else TrialState.PRUNED
+            is_complete = version.is_complete
+            values = [version.measured[metric].value for metric in OBJECTIVES] if is_complete else None
+            state = TrialState.COMPLETE if is_complete else TrialState.PRUNED
             journal.tell(trial.number, values, state)
             continue
-        # A trial is told by its number, but its attributes are written through a Trial only, and to a Trial of what
-        # another process asked for there is no other way than by the number that the storage gives it.
+        # Attributes can only be set through a Trial, and a Trial of another process can only be made by its storage id.
         running = Trial(journal, trial._trial_id)
         running.set_user_attr("interrupted", True)
         running.set_user_attr("reason", "interrupted")
@@ -52,18 +51,23 @@ def put_right_running(journal: optuna.Study) -> None:
             journal.enqueue_trial(trial.params, skip_if_exists=False)
 
 
-def without_slow_precisions(space: JointSpace, examined: SlowLayers | None) -> JointSpace:
-    """Returns the space without the precisions in which a layer was slower."""
-    if examined is None:
+def without_slow_precisions(space: JointSpace, slow_layers: SlowLayers | None) -> JointSpace:
+    """Returns the space without lower precisions of layers that are slower in them."""
+    if slow_layers is None:
         return space
-    return space.narrowed(examined.allowed(space.precision.layers, space.precision.computed))
+    return space.narrowed(slow_layers.allowed(space.precision.layers, space.precision.computed))
 
 
 def check_same_network(folder: SearchFolder, then: str | None, now: str) -> None:
-    """Checks that a search goes on with the network and the images that it began with.
+    """Checks that a search is resumed with the network and the images that it began with.
+
+    Args:
+        folder: of the search.
+        then: the fingerprint in the journal; None in a new one.
+        now: the fingerprint of the pipeline.
 
     Raises:
-        StoreError: others lie there now.
+        StoreError: they differ.
     """
     if then not in (None, now):
         raise StoreError(

@@ -1,4 +1,4 @@
-"""What the journal's trials tell a sampler: all that was measured, of versions that broke a limit as well."""
+"""Reads a sampler's observations from the trials of a journal, versions that broke a limit included."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from search.samplers.hypervolume.observations import TrialObservation
 
 
 def observe_evaluations(trials: Sequence[FrozenTrial]) -> list[TrialObservation]:
-    """Returns what was measured in each trial of a search; in one of a known version, what was measured before.
+    """Returns the measurements of each trial of a search; of a duplicate those of the earlier trial.
 
-    A trial that broke a limit has no values in the journal, and yet some were measured or estimated.
+    Optuna has no values of a trial that broke a limit, but its attributes have those that were measured or estimated.
 
     Args:
         trials: of the search, in any state.
@@ -32,8 +32,9 @@ def _observation(trial: FrozenTrial, evaluation: Mapping[str, Any]) -> TrialObse
     values = [measured.get(metric, {}).get("value", np.nan) for metric in OBJECTIVES]
     if trial.state == TrialState.COMPLETE:
         values = trial.values
-    solved = evaluation.get("gates") or {}
-    if "ways" not in solved:  # no thresholds were solved, or before the journal held what each path costs
+    thresholds = evaluation.get("gates") or {}
+    if "ways" not in thresholds:  # not solved, or written by a version that did not store costs of paths
         return TrialObservation(values)
-    costs = {index: solved["ways"][metric] for index, metric in enumerate(OBJECTIVES) if metric in solved["ways"]}
-    return TrialObservation(values, solved["shares"], costs)
+    paths = thresholds["ways"]
+    costs = {index: paths[metric] for index, metric in enumerate(OBJECTIVES) if metric in paths}
+    return TrialObservation(values, thresholds["shares"], costs)

@@ -1,4 +1,4 @@
-"""What a sampler knows of a study before any trial: from the network, its target and its budget."""
+"""Builds a sampler's prior knowledge of a study, from the network, its target and its budget."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,10 +10,10 @@ from torch import Tensor
 from evaluators.flops.pruned import ScaledFlops
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
-from search.pipeline.exit_thresholds import aimed
+from search.pipeline.exit_thresholds import cost_target
 from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.sensitivity_profiler import Profiler
-from search.results.pareto import OBJECTIVES, worst_that_counts
+from search.results.pareto import OBJECTIVES, reference_point
 from search.results.sensitivity import Profile
 from search.results.store import Baseline
 from search.samplers.hypervolume.encoding import Array
@@ -25,15 +25,15 @@ from spaces.dynamic.exit_network import layer_name
 from spaces.joint import JointSpace
 
 _BITS = {"int8": 8, "int4": 4, "fp8": 4, "fp16": 11}
-"""Of a weight's precision: rounding moves it by half of the last one."""
+"""Significant bits of a weight in each precision."""
 _HALF_WIDTH = 0.3
-"""Without a profile, half of all channels are taken to cost so much of the logarithm of accuracy."""
+"""Assumed change of the log-accuracy when half of all channels are pruned, used without a sensitivity profile."""
 _ROUNDING = 10.0
-"""And noise in weights so many times its share of their power."""
+"""Assumed change of the log-accuracy per relative power of the rounding noise of weights."""
 
 
 def problem_prior(pipeline: CompressionPipeline, space: JointSpace, baseline: Baseline) -> ProblemPrior:
-    """Returns what a sampler may know of a study beforehand; a sensitivity profile where one was measured."""
+    """Returns the prior of a study; it uses a sensitivity profile if one was measured."""
     dense = baseline.evaluation.measurements
     structure = _structure(pipeline, space, baseline.reference_seconds, Profiler(pipeline).known)
     limits = pipeline.study.budget
@@ -43,17 +43,19 @@ def problem_prior(pipeline: CompressionPipeline, space: JointSpace, baseline: Ba
 
 
 def _targets(pipeline: CompressionPipeline, dense: Mapping[str, Measurement]) -> tuple[CostTarget, ...]:
-    worst = worst_that_counts(pipeline.study.budget, dense)
+    worst = reference_point(pipeline.study.budget, dense)
     kinds: Mapping[str, Kind] = {"accuracy": "accuracy", "latency": "latency", "flops": "flops"}
     chance, limits = 1 / pipeline.data.classes, pipeline.study.budget
     return tuple(
-        CostTarget(kinds[name], dense[name].value, worst[name], min(chance, worst[name]), aimed(limits, name, dense))
+        CostTarget(
+            kinds[name], dense[name].value, worst[name], min(chance, worst[name]), cost_target(limits, name, dense)
+        )
         for name in OBJECTIVES
     )
 
 
 def _linear_constraints(budget: Budget, dense: Mapping[str, Measurement]) -> dict[str, LinearConstraint]:
-    """Returns how limits on objectives follow from them: violations are linear, so two points give them."""
+    """Returns limits on objectives as linear functions of the objectives, from the violations at two points."""
     constraints = {}
     for limit in budget.constraints:
         metric = limit.measured_as
@@ -111,7 +113,7 @@ def _shares_by_column(shares: Mapping[str, float], columns: Mapping[str, int]) -
 def _damage(
     pipeline: CompressionPipeline, space: JointSpace, profile: Profile | None, paths: Mapping[str, str]
 ) -> dict[str, tuple[float, ...]]:
-    """Returns estimates for each value of each dimension: widths from a profile or scores, precisions from rounding."""
+    """Returns the estimated damage of each value of each dimension, from a profile, scores or rounding noise."""
     estimates: dict[str, tuple[float, ...]] = {}
     widths = space.sparsity.dimensions()
     for name, dimension in widths.items():
@@ -137,7 +139,7 @@ def _damage(
 
 
 def _rounding_noise(weight: Tensor, name: str) -> float:
-    """Returns the power of the noise that rounding weights, channel by channel, adds, as a share of their own."""
+    """Returns the power of the rounding noise of weights, with a scale per channel, relative to that of the weights."""
     if name not in _BITS:
         return 0.0
     flat = weight.flatten(1) if weight.ndim > 1 else weight[None]

@@ -1,4 +1,4 @@
-"""From a candidate to its network in torch: what has to be done for its accuracy is planned once, then done."""
+"""From a candidate to its network in torch: pruned, and recovered by a plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.quantization.int8 import NO_GRIDS, Grids, Ranges
 from search.config.registries import RECOVERIES
 from search.config.study import FinetuneSection, QatSection, QuantizationSection
-from search.pipeline.given_network import AS_GIVEN
+from search.pipeline.given_network import NO_RECOVERY
 from search.recovery.adaround_cache import LearnedRounding
 from search.recovery.base import Recovery, RecoveryContext, effort_of
 from search.recovery.finetune import finetune_kept
@@ -25,15 +25,16 @@ from spaces.joint import JointSpace
 
 @dataclass(frozen=True)
 class RecoveryPlan:
-    """What is done to win a candidate's accuracy back; decided once, by `Compressor.plan`.
+    """How a candidate's accuracy is recovered; `Compressor.plan` decides it.
 
     Args:
         is_pruned: whether the candidate lacks channels or weights of the dense network.
-        recovers: whether its weights are a slice of the recovery's source and are recovered; else the dense network's.
-        finetune: fine-tuning on top of that; None where there is none.
-        qat: training in the candidate's own precisions; None where there is none.
-        learns_rounding: whether the roundings of its weights are learned.
-        asked: the fine-tuning that was asked for, where it made a difference; for the record.
+        recovers: whether its weights are cut from the recovery's source network and recovered; else they are the dense
+            network's.
+        finetune: fine-tuning on top of that, or None.
+        qat: quantization-aware training in the candidate's own precisions, or None.
+        learns_rounding: whether the rounding of its weights is learned (AdaRound).
+        requested: the fine-tuning that was requested, if it applies to this candidate; for the record.
         effort: all of this in words, for the record.
     """
 
@@ -42,24 +43,24 @@ class RecoveryPlan:
     finetune: FinetuneSection | None
     qat: QatSection | None
     learns_rounding: bool
-    asked: FinetuneSection | None
+    requested: FinetuneSection | None
     effort: str
 
     @property
     def depends_on_precision(self) -> bool:
-        """Whether two candidates that differ in precision alone come to different weights."""
+        """Whether candidates that differ in precision alone get different weights."""
         return self.qat is not None or self.learns_rounding
 
 
 @dataclass(frozen=True)
 class CompressedNetwork:
-    """A candidate's network in torch, recovered, and what its file takes over from that.
+    """A candidate's recovered network in torch, and what its export needs besides.
 
     Args:
         network: in evaluation mode.
-        plan: what was done.
+        plan: how it was recovered.
         ranges: of its activations.
-        grids: weights that something learned has put on their grids.
+        grids: learned quantization grids of weights.
     """
 
     network: ExitNetwork
@@ -69,12 +70,12 @@ class CompressedNetwork:
 
 
 class Compressor:
-    """Plans and carries out what a study's recovery does for a candidate.
+    """Prunes candidates, and plans and runs their recovery.
 
     Args:
         context: the dense network, the training images and the study's recovery.
-        space: cuts the dense network to a candidate's size.
-        builder: reads ranges and learns roundings.
+        space: prunes the dense network to a candidate's widths.
+        builder: measures activation ranges and learns rounding.
         quantization: of the study.
         calibration: images `(n, c, h, w)`.
     """
@@ -96,19 +97,20 @@ class Compressor:
 
     @cached_property
     def recovery(self) -> Recovery:
-        """How pruned networks win accuracy back while the search runs; shared weights are trained when it is asked for.
+        """The recovery of pruned networks during the search. The first access may train shared weights.
 
         Raises:
             DivergedError: the loss of that training is not finite for the second time.
         """
         settings = self.context.settings
-        needed = settings if self.may_be_needed else settings.model_copy(update={"level": "none"})
-        made: Recovery = RECOVERIES[needed.level](replace(self.context, settings=needed))
-        return made
+        if not self.may_be_needed:
+            settings = settings.model_copy(update={"level": "none"})
+        recovery: Recovery = RECOVERIES[settings.level](replace(self.context, settings=settings))
+        return recovery
 
     @property
     def may_be_needed(self) -> bool:
-        """Whether a candidate may need the recovery: it may lose channels or weights, or shared weights feel int8."""
+        """Whether any candidate may need the recovery: the space prunes, or shared weights are trained for int8."""
         cuts = self._space.sparsity.dimensions() or self._space.patterns.dimensions()
         return bool(cuts) or (self._shares_weights and self.context.int8 is not None)
 
@@ -117,38 +119,40 @@ class Compressor:
         return bool(RECOVERIES[self.context.settings.level].shares_weights)
 
     def may_recover(self, candidate: Candidate) -> bool:
-        """Returns whether training may win accuracy back: it is pruned, or has int8 layers that a training can feel."""
-        return self._is_pruned(candidate) or self._feels_int8(candidate)
+        """Returns whether training may recover accuracy: it is pruned, or has int8 layers that the study trains."""
+        return self._is_pruned(candidate) or self._trains_int8(candidate)
 
     def plan(self, candidate: Candidate, finetune: FinetuneSection | None = None) -> RecoveryPlan:
-        """Returns what is done for a candidate.
+        """Returns how a candidate is recovered.
 
-        A network with all of its channels and weights is the one that was given, whatever the level, unless the study
-        asks for trainings that feel int8 and it has int8 layers.
+        A network with all channels and weights is left as it is, at every level, unless it has int8 layers and the
+        study asks for quantization-aware training.
 
         Args:
             candidate: the version.
-            finetune: fine-tuning that comes on top of the study's recovery.
+            finetune: fine-tuning on top of the study's recovery.
         """
         settings = self.context.settings
         is_pruned = self._is_pruned(candidate)
-        feels_int8 = self._feels_int8(candidate)
-        recovers = is_pruned or (feels_int8 and self._shares_weights)
+        trains_int8 = self._trains_int8(candidate)
+        recovers = is_pruned or (trains_int8 and self._shares_weights)
         trains_each = finetune is not None or RECOVERIES[settings.level].trains_per_candidate
-        qat = settings.qat if feels_int8 and trains_each else None
-        rounds = qat is None and self._rounding.is_due(candidate, is_pruned, finetune is not None)
-        tuned = finetune if is_pruned else None
+        qat = settings.qat if trains_int8 and trains_each else None
+        learns_rounding = qat is None and self._rounding.applies(candidate, is_pruned, finetune is not None)
+        finetune_pruned = finetune if is_pruned else None
         efforts = [
-            self.recovery.effort if recovers else AS_GIVEN,
-            f"finetune {effort_of(tuned)}" if tuned else "",
+            self.recovery.effort if recovers else NO_RECOVERY,
+            f"finetune {effort_of(finetune_pruned)}" if finetune_pruned else "",
             f"qat {effort_of(qat)} ({qat.quantizer})" if qat else "",
-            "adaround" if rounds else "",
+            "adaround" if learns_rounding else "",
         ]
-        asked = finetune if is_pruned or feels_int8 else None
-        return RecoveryPlan(is_pruned, recovers, tuned, qat, rounds, asked, " + ".join(filter(None, efforts)))
+        requested = finetune if is_pruned or trains_int8 else None
+        return RecoveryPlan(
+            is_pruned, recovers, finetune_pruned, qat, learns_rounding, requested, " + ".join(filter(None, efforts))
+        )
 
     def compress(self, candidate: Candidate, plan: RecoveryPlan) -> CompressedNetwork:
-        """Returns the candidate's network, recovered; the same one again where only thresholds of exits are others.
+        """Returns the candidate's recovered network; the last one again if only thresholds of exits differ.
 
         Raises:
             DivergedError: the loss of a training is not finite for the second time.
@@ -168,7 +172,7 @@ class Compressor:
         if plan.finetune is not None:
             self._finetune(network, candidate, plan.finetune, history)
             history += plan.finetune.model_dump_json()
-        move_masks(network, candidate.masks)  # weights that were kept have the thresholds of another version
+        move_masks(network, candidate.masks)  # cached weights may have another version's thresholds
         ranges = self._ranges(plan)
         if plan.qat is not None and self.context.int8 is not None:
             learned = train_int8_kept(self.context, self.context.int8, network, candidate, plan.qat, history)
@@ -182,9 +186,9 @@ class Compressor:
         finetune_kept(self.context, network, candidate.channels, settings, images, history, candidate.patterns, source)
 
     def _ranges(self, plan: RecoveryPlan) -> Ranges:
-        """Returns the ranges of the activations of the network that the candidate is a slice of."""
-        is_own = plan.recovers and self.recovery.source is not self.context.network
-        return self._source_ranges if is_own else self._builder.ranges
+        """Returns the activation ranges of the network that the candidate was cut from."""
+        is_recovery_source = plan.recovers and self.recovery.source is not self.context.network
+        return self._source_ranges if is_recovery_source else self._builder.ranges
 
     @cached_property
     def _source_ranges(self) -> Ranges:
@@ -194,6 +198,6 @@ class Compressor:
     def _is_pruned(self, candidate: Candidate) -> bool:
         return bool(candidate.patterns) or bool(self._space.sparsity.kept(candidate.channels))
 
-    def _feels_int8(self, candidate: Candidate) -> bool:
-        """Returns whether it has int8 layers and the study asks for trainings that feel them."""
+    def _trains_int8(self, candidate: Candidate) -> bool:
+        """Returns whether it has int8 layers and the study asks for quantization-aware training."""
         return self.context.int8 is not None and "int8" in candidate.precision.values()

@@ -1,4 +1,4 @@
-"""Where a version of a network departs from its float self: which two are compared, and on what."""
+"""Compares a version layer by layer with the same network in fp32, or with itself on another target."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ from evaluators.diagnosis.evidence import Evidence, Finding
 from evaluators.diagnosis.rules import find
 from evaluators.diagnosis.taps import has_halves, norm_variances
 from evaluators.runtimes.base import Runtime, deployed_stages
-from evaluators.runtimes.registry import runtime
+from evaluators.runtimes.registry import runtime as open_runtime
 from search.config.diagnosis_request import DiagnosisRequest
 from search.config.progress import Progress
 from search.config.study import FinetuneSection
@@ -35,15 +35,15 @@ _STEP = "Comparing"
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was compared and what was found.
+    """The comparison of a version with its reference, and the likely causes of differences.
 
     Args:
-        reference: what is right, in words.
-        version: what is examined, in words.
-        target: what ran them.
-        remarks: what the user should know about how they were run.
-        compared: the figures of every layer.
-        findings: the most important first.
+        reference: name of the reference.
+        version: name of the version.
+        target: runtime and device that ran them, as text.
+        remarks: notes for the user on how they were run.
+        compared: figures of every layer.
+        findings: causes, the most important first.
     """
 
     reference: str
@@ -55,7 +55,7 @@ class Diagnosis:
 
     @property
     def answered(self) -> Answered:
-        """What both said to the images."""
+        """How both classified the images."""
         return self.compared.answered
 
     def to_json(self) -> str:
@@ -81,103 +81,111 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class _Version:
-    """What is examined: portable files, what they are called, and whether our own writer made them."""
+    """The version to diagnose.
+
+    Args:
+        name: for people.
+        stages: its portable ONNX files.
+        own: whether this program exported them; else they are a user's file.
+        precisions: those of its layers.
+    """
 
     name: str
     stages: tuple[bytes, ...]
     own: bool
     precisions: frozenset[str]
 
-    def on(self, library: Runtime, name: str) -> Side:
-        files = deployed_stages(library, self.stages, skips=False) if self.own else self.stages
-        return Side(name, library, files)
+    def on(self, runtime: Runtime, name: str) -> Side:
+        """Returns the version as `runtime` runs it, for a comparison."""
+        files = deployed_stages(runtime, self.stages, skips=False) if self.own else self.stages
+        return Side(name, runtime, files)
 
 
 def diagnose(
-    pipeline: CompressionPipeline, wanted: DiagnosisRequest, evaluation: Evaluation | None, progress: Progress
+    pipeline: CompressionPipeline, request: DiagnosisRequest, evaluation: Evaluation | None, progress: Progress
 ) -> Diagnosis:
-    """Returns how a version of a study's network differs from its float self, or from itself on another target.
+    """Returns how a version differs from the same network in fp32, or from itself on another target.
 
     Args:
-        pipeline: the study's.
-        wanted: what is compared.
-        evaluation: of the candidate, where it is a trial's or a bundle's.
-        progress: told how far it is.
+        pipeline: of the study.
+        request: what to compare.
+        evaluation: of the candidate, if it is from a trial or a bundle.
+        progress: called after each batch.
 
     Raises:
         FileError: a file cannot be compared with this network.
-        TargetError: the other target is not here.
+        TargetError: the other target is not available.
     """
-    candidate = _candidate(pipeline, wanted, evaluation)
-    subject = pipeline.deployed(candidate, _finetuned(evaluation))
-    exact = pipeline.builder.build(subject.network, replace(candidate, precision={}))
-    version = _version(wanted, subject.artifact)
-    reference, examined = _sides(pipeline, wanted, version, exact)
+    candidate = _candidate(pipeline, request, evaluation)
+    deployed = pipeline.deployed(candidate, _finetuned(evaluation))
+    exact = pipeline.builder.build(deployed.network, replace(candidate, precision={}))
+    version = _version(request, deployed.artifact)
+    reference, examined = _sides(pipeline, request, version, exact)
     compared = compare(
         reference,
         examined,
         exact.stages,
-        _some(pipeline.data.validation, wanted.images),
+        _sample(pipeline.data.validation, request.images),
         pipeline.data.classes,
         lambda done, total: progress(_STEP, done, total),
     )
     norms = {layer: values for stage in version.stages for layer, values in norm_variances(stage).items()}
-    case = Evidence(
+    evidence = Evidence(
         reference=reference.name,
         version=examined.name,
         compared=compared,
         has_fp16="fp16" in version.precisions,
         has_8_bits=not version.precisions.isdisjoint(("int8", "fp8")),
-        targets=wanted.other_target is not None,
-        variances=_variances(subject.network.state_dict()) if version.own or not norms else {},
+        targets=request.other_target is not None,
+        variances=_variances(deployed.network.state_dict()) if version.own or not norms else {},
         norms={name.removeprefix("trunk."): values for name, values in norms.items()},
     )
-    remarks = _remarks(pipeline, wanted, version, compared, evaluation)
+    remarks = _remarks(pipeline, request, version, compared, evaluation)
     return Diagnosis(
         reference.name,
         examined.name,
         f"{pipeline.runtime.version()} on {pipeline.target.device}",
         remarks,
         compared,
-        tuple(find(case)),
+        tuple(find(evidence)),
     )
 
 
-def evaluation_of(wanted: DiagnosisRequest, search: StoredSearch | None) -> Evaluation | None:
-    """Returns what is known of the candidate: from the search's trial or the bundle; None where neither is wanted.
+def evaluation_of(request: DiagnosisRequest, search: StoredSearch | None) -> Evaluation | None:
+    """Returns the evaluation of the requested trial or bundle; None if the request names neither.
 
     Raises:
         UserError: there is no such trial, or the folder is no bundle.
     """
-    if wanted.trial is not None and search is not None:
+    if request.trial is not None and search is not None:
         for version in search.versions:
-            if version.number == wanted.trial:
+            if version.number == request.trial:
                 return version.evaluation
         known = ", ".join(str(version.number) for version in search.versions[-5:])
         raise UserError(
-            f"a trial is one that {search.folder.name} has measured, got {wanted.trial}; the latest: {known or 'none'}"
+            f"a trial is one that {search.folder.name} has measured, got {request.trial}; the latest: {known or 'none'}"
         )
-    if wanted.bundle is not None:
-        with _sound(wanted.bundle, "evaluation.json"):
-            return Evaluation.from_dict(json.loads((wanted.bundle / "evaluation.json").read_text("utf-8"))["search"])
+    if request.bundle is not None:
+        with _reading(request.bundle, "evaluation.json"):
+            return Evaluation.from_dict(json.loads((request.bundle / "evaluation.json").read_text("utf-8"))["search"])
     return None
 
 
 @contextmanager
-def _sound(bundle: Path, name: str) -> Iterator[None]:
-    """Turns what goes wrong with a file of a bundle into what its user can do about it."""
+def _reading(bundle: Path, name: str) -> Iterator[None]:
+    """Turns errors of reading a file of a bundle into a `UserError`."""
     try:
         yield
     except (OSError, ValueError) as error:
         raise UserError(f"a bundle is a folder that `pick` wrote, got {bundle} without a sound {name}") from error
 
 
-def _candidate(pipeline: CompressionPipeline, wanted: DiagnosisRequest, evaluation: Evaluation | None) -> Candidate:
-    """Returns the version to build, in which every block is run; a uniform one and a single file have no exits."""
+def _candidate(pipeline: CompressionPipeline, request: DiagnosisRequest, evaluation: Evaluation | None) -> Candidate:
+    """Returns the candidate to build; it runs every block, and without an evaluation has one precision."""
     if evaluation is not None:
         return evaluation.candidate.without_skips()
     dense = pipeline.space.dense()
-    precision = uniform(pipeline.builder.layers, wanted.precision or "int8")
+    precision = uniform(pipeline.builder.layers, request.precision or "int8")
     return Candidate(dense.channels, precision, dense.thresholds)
 
 
@@ -185,45 +193,45 @@ def _finetuned(evaluation: Evaluation | None) -> FinetuneSection | None:
     return FinetuneSection.model_validate(evaluation.finetune) if evaluation and evaluation.finetune else None
 
 
-def _version(wanted: DiagnosisRequest, artifact: Artifact) -> _Version:
-    if wanted.file is None:
-        written = Counter(artifact.precisions.values())
-        mixed = ", ".join(f"{count} layers {precision}" for precision, count in written.most_common())
-        name = wanted.precision or "int8"
-        name = f"trial {wanted.trial} ({mixed})" if wanted.trial is not None else name
-        return _Version(name, artifact.stages, True, frozenset(written))
-    if wanted.bundle is not None:
-        with _sound(wanted.bundle, FILE):
-            manifest = Manifest.read(wanted.bundle)
+def _version(request: DiagnosisRequest, artifact: Artifact) -> _Version:
+    if request.file is None:
+        counts = Counter(artifact.precisions.values())
+        mixed = ", ".join(f"{count} layers {precision}" for precision, count in counts.most_common())
+        name = request.precision or "int8"
+        name = f"trial {request.trial} ({mixed})" if request.trial is not None else name
+        return _Version(name, artifact.stages, True, frozenset(counts))
+    if request.bundle is not None:
+        with _reading(request.bundle, FILE):
+            manifest = Manifest.read(request.bundle)
         if manifest.blocks:
             raise UserError(
-                f"files that all images go through are compared, got {wanted.bundle}, which skips blocks;"
+                f"files that all images go through are compared, got {request.bundle}, which skips blocks;"
                 " give its --trial"
             )
-        files = manifest.portable_files(wanted.bundle)
+        files = manifest.portable_files(request.bundle)
     else:
-        files = [wanted.file]
+        files = [request.file]
     try:
         stages = tuple(file.read_bytes() for file in files)
     except OSError as error:
         raise UserError(f"a file to compare can be read, got {error.filename}: {error.strerror}") from error
-    found = {"fp16"} if any(has_halves(stage) for stage in stages) else set[str]()
-    found |= {"int8"} if any(b"QuantizeLinear" in stage for stage in stages) else set()
-    return _Version(wanted.file.name, stages, wanted.bundle is not None, frozenset(found))
+    precisions = {"fp16"} if any(has_halves(stage) for stage in stages) else set[str]()
+    precisions |= {"int8"} if any(b"QuantizeLinear" in stage for stage in stages) else set()
+    return _Version(request.file.name, stages, request.bundle is not None, frozenset(precisions))
 
 
 def _sides(
-    pipeline: CompressionPipeline, wanted: DiagnosisRequest, version: _Version, exact: Artifact
+    pipeline: CompressionPipeline, request: DiagnosisRequest, version: _Version, exact: Artifact
 ) -> tuple[Side, Side]:
-    if wanted.other_target is None:
+    if request.other_target is None:
         return Side("fp32", pipeline.runtime, exact.deployed), version.on(pipeline.runtime, version.name)
-    other = runtime(wanted.other_target)
-    here, there = (f"{version.name} on {library.name}" for library in (pipeline.runtime, other))
-    return version.on(pipeline.runtime, here), version.on(other, there)
+    other = open_runtime(request.other_target)
+    names = [f"{version.name} on {runtime.name}" for runtime in (pipeline.runtime, other)]
+    return version.on(pipeline.runtime, names[0]), version.on(other, names[1])
 
 
-def _some(data: LabelledImages, count: int) -> LabelledImages:
-    """Returns some images of all classes: a set may be sorted by class."""
+def _sample(data: LabelledImages, count: int) -> LabelledImages:
+    """Returns a random sample of `count` images, because a set may be sorted by class."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(data))[:count])
     return LabelledImages(data.images[chosen], data.labels[chosen])
 
@@ -236,23 +244,23 @@ def _variances(state: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
 
 def _remarks(
     pipeline: CompressionPipeline,
-    wanted: DiagnosisRequest,
+    request: DiagnosisRequest,
     version: _Version,
     compared: Compared,
     evaluation: Evaluation | None,
 ) -> tuple[str, ...]:
-    able = pipeline.runtime.capabilities().precisions
-    foreign = sorted(version.precisions - {*able, "fp32"})
-    found = [
+    supported = pipeline.runtime.capabilities().precisions
+    unsupported = sorted(version.precisions - {*supported, "fp32"})
+    remarks = [
         f"a search on {pipeline.runtime.name} here would not offer {precision}, which brings this device nothing:"
         " it was computed in float and rounded as the file says"
-        for precision in foreign
+        for precision in unsupported
     ]
     if compared.unmatched:
         count, total = len(compared.unmatched), len(compared.unmatched) + len(compared.layers)
-        found.append(f"{count} of {total} tensors are not in {version.name} under their names, or in another shape")
+        remarks.append(f"{count} of {total} tensors are not in {version.name} under their names, or in another shape")
     if evaluation is not None and evaluation.candidate.active_skips:
-        found.append("every block was run, also those that images may pass by")
-    if wanted.images > len(pipeline.data.validation):
-        found.append(f"there are no more than {len(pipeline.data.validation)} validation images")
-    return tuple(found)
+        remarks.append("every block was run, also those that images may pass by")
+    if request.images > len(pipeline.data.validation):
+        remarks.append(f"there are no more than {len(pipeline.data.validation)} validation images")
+    return tuple(remarks)

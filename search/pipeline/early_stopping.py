@@ -1,4 +1,4 @@
-"""Ends the evaluation of a version after some of the images, where the rest would hardly change what comes of it."""
+"""Early stopping: ends the evaluation of a version that hardly can keep the budget or join the front."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,21 +19,21 @@ from search.pipeline.threshold_problem import half_width
 from search.results.pareto import Version, feasible, pareto
 
 ERROR = 0.01
-"""So often, at most, is a version more accurate on all images than the bound that it was ended by."""
+"""Probability, at most, that a version stopped early is more accurate than its upper bound."""
 FEWEST = 200
-"""So many images are asked at least."""
+"""Images that are classified at least before an evaluation may stop."""
 ENOUGH = 2 * FEWEST
-"""With fewer in all, all of them are asked at once."""
+"""With fewer images in all there is no early stopping."""
 SUBSET = "subset"
-"""The step of an evaluation in which some of the images are asked."""
-NARROW = 0.1
-"""A limit on latency or FLOPs that is missed by less than this share, or its timing's interval, is missed narrowly."""
+"""The name of the step that classifies some of the images, among the seconds of an evaluation."""
+NARROW_MISS = 0.1
+"""A limit on latency or FLOPs missed by less than this share, or than its timing's interval, is a narrow miss."""
 SOLVED_FOR = ("latency", "flops")
-"""What thresholds of exits are solved for."""
+"""The costs that thresholds of exits are solved for."""
 _MOST_NARROW = 0.25
-"""Of a limit: however wide the interval, more is no narrow miss."""
+"""Share of a limit; a miss by more is not narrow, however wide the interval."""
 _WITHOUT_FRONT = 0.25
-_OTHERS = ("latency", "flops")
+"""Share of the images that are classified first while there is neither a front nor a limit on accuracy."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Stop:
 
     Args:
         reason: for people.
-        estimates: what is known of metrics that would have come later, by metric.
+        estimates: of metrics that were not measured in full, by metric.
     """
 
     reason: str
@@ -50,35 +50,35 @@ class Stop:
 
     @property
     def is_estimated(self) -> bool:
-        """Whether any of what was measured is an estimate."""
+        """Whether there are estimates."""
         return bool(self.estimates)
 
 
 class EarlyStopping(Protocol):
-    """What may end an evaluation early."""
+    """A rule that may end an evaluation early."""
 
     step: ClassVar[str | None]
-    """Under which name its time is noted; None where it takes none."""
+    """Name of the step that its seconds are noted under; None if it takes no time."""
 
     def is_due(self, metric: str, deployed: DeployedCandidate) -> bool:
-        """Returns whether it is asked before a metric is measured."""
+        """Returns whether the rule is to be checked before `metric` is measured."""
         ...
 
     def should_stop(self, deployed: DeployedCandidate, measured: Mapping[str, Measurement]) -> Stop | None:
-        """Returns why the rest is not measured; None where it is.
+        """Returns why to stop; None to go on.
 
         Args:
             deployed: the candidate.
-            measured: what is known already, by metric.
+            measured: measurements so far, by metric.
         """
         ...
 
 
 @dataclass(frozen=True)
 class LimitsBroken:
-    """Ends an evaluation where a limit is broken, and not narrowly: the rest of the version need not be measured.
+    """Ends an evaluation when a limit is broken by more than a narrow miss.
 
-    What a version loses that lies just outside tells a sampler what those just inside would lose.
+    Narrow misses are measured in full: their accuracy tells a sampler about versions just within the limit.
 
     Args:
         budget: of the search.
@@ -90,61 +90,61 @@ class LimitsBroken:
     step: ClassVar[str | None] = None
 
     def is_due(self, metric: str, deployed: DeployedCandidate) -> bool:  # noqa: ARG002
-        """Returns True: limits are looked at before every metric."""
+        """Returns True: limits are checked before every metric."""
         return True
 
     def should_stop(self, deployed: DeployedCandidate, measured: Mapping[str, Measurement]) -> Stop | None:  # noqa: ARG002
-        """Returns the limit that is broken by more than a narrow miss."""
+        """Stops if a limit is broken by more than a narrow miss."""
         broken = violations(self.budget, measured, self.dense).items()
-        far = [limit for limit, by in broken if by > narrow(limit, measured)]
-        return Stop(f"breaks {far[0]}") if far else None
+        clear = [limit for limit, excess in broken if excess > narrow_miss(limit, measured)]
+        return Stop(f"breaks {clear[0]}") if clear else None
 
 
 def violations(
     budget: Budget, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]
 ) -> dict[Constraint, float]:
-    """Returns the limits that are broken, as far as was measured, and by which share of them."""
+    """Returns the broken limits on metrics that were measured, each with its excess as a share of the limit."""
     known = [limit for limit in budget.constraints if limit.measured_as in measured]
-    over = {limit: limit.violation(measured[limit.measured_as], dense[limit.measured_as]) for limit in known}
-    return {limit: by for limit, by in over.items() if by > 0}
+    excess = {limit: limit.violation(measured[limit.measured_as], dense[limit.measured_as]) for limit in known}
+    return {limit: share for limit, share in excess.items() if share > 0}
 
 
-def narrow(limit: Constraint, measured: Mapping[str, Measurement]) -> float:
-    """Returns the share of a limit by which it may be missed narrowly."""
+def narrow_miss(limit: Constraint, measured: Mapping[str, Measurement]) -> float:
+    """Returns the share of a limit up to which missing it is a narrow miss."""
     if limit.measured_as not in SOLVED_FOR:
         return 0.0
-    return float(np.clip(half_width(measured[limit.measured_as]), NARROW, _MOST_NARROW))
+    return float(np.clip(half_width(measured[limit.measured_as]), NARROW_MISS, _MOST_NARROW))
 
 
-def mixed_if_many(images: LabelledImages) -> LabelledImages:
-    """Returns images of which the first ones stand for all, where they are enough to be asked in two parts."""
+def shuffled_if_many(images: LabelledImages) -> LabelledImages:
+    """Returns the images shuffled if they are enough for early stopping, so that the first ones are representative."""
     return images.mixed() if len(images) >= ENOUGH else images
 
 
 def max_screened(total: int, batch: int) -> int:
-    """Returns how many images a screen asks at most, in whole batches: from half of them on little is saved.
+    """Returns how many images are classified before the last decision to stop: half of them, in whole batches.
 
-    It is 0 where they are asked at once.
+    It is 0 if there are too few images for early stopping.
     """
     count = batch * math.ceil(total / 2 / batch)
     return count if total >= ENOUGH and count < total else 0
 
 
 class AccuracyScreen:
-    """Decides on the first of the scored images whether the others are asked: the same way whoever proposes.
+    """Decides after some of the scored images whether the others are worth classifying.
 
-    It asks as many as tell neighbours of the front apart: so many that the standard error of an accuracy is what they
-    differ by. An evaluation ends where even the highest accuracy that is likely breaks a limit, or where a version that
-    was measured in full is as accurate as that, no slower, and has no more FLOPs.
+    The number is chosen so that the standard error of an accuracy equals the mean distance between neighbours on the
+    front. An evaluation ends if even the upper bound of its accuracy breaks a limit, or if a version that was measured
+    in full is as accurate as that bound, no slower, and has no more FLOPs.
 
     Args:
         budget: of the search.
         dense: the dense network's measurements.
-        dense_correct: whether it has the first images right: as many as are asked at most.
-        versions: what was measured, by key; grows as the search goes on.
-        total: how many images are scored.
-        batch: that is deployed; a subset is made of whole ones.
-        recoverable: so much accuracy may be won back after the search: a version that lacks less is not hopeless.
+        dense_correct: whether the dense network classifies each of the first images correctly, `(max_screened,)`.
+        versions: measured so far, by key; the search adds to it.
+        total: number of scored images.
+        batch: deployed batch size; a subset consists of whole batches.
+        recoverable: accuracy, as a share, that full recovery after the search may add.
     """
 
     step: ClassVar[str | None] = SUBSET
@@ -169,40 +169,40 @@ class AccuracyScreen:
         self._recoverable = recoverable
 
     def is_due(self, metric: str, deployed: DeployedCandidate) -> bool:
-        """Returns whether all images would be asked next.
+        """Returns whether `metric` is the first one that needs all images classified.
 
-        Where the path depends on the input, costs follow from answers to all images, so it comes before FLOPs.
+        That is FLOPs for dynamic networks, whose costs depend on the paths of the images, else accuracy.
         """
         return metric == ("flops" if deployed.artifact.is_dynamic else "accuracy")
 
     def should_stop(self, deployed: DeployedCandidate, measured: Mapping[str, Measurement]) -> Stop | None:
-        """Returns why an evaluation ends here, and the accuracy so far; None where it goes on.
+        """Returns why to stop, with an estimate of the accuracy; None to go on.
 
         Args:
-            deployed: whose first images are asked; those that are asked later add to them.
-            measured: what is known already; without latency and FLOPs only a limit can end it.
+            deployed: classifies the first images; their predictions are kept for the whole set.
+            measured: measurements so far; without latency and FLOPs only a limit on accuracy can stop it.
         """
         front = pareto(feasible(list(self._versions.values()), self._budget, self._dense))
         answers = deployed.first_answers(self.images(front))
         pair = Paired.of(answers.correct, self._dense_correct, self._dense["accuracy"].value, self._total)
         highest = pair.most_accurate(ERROR)
-        why = self._broken(highest) or _dominated(highest, measured, front)
-        if not why:
+        reason = self._limit_broken(highest) or _dominated(highest, measured, front)
+        if not reason:
             return None
         bound = f"at most {percent(highest)} accurate ({1 - ERROR:.0%}) by {pair.asked} of {self._total} images"
-        return Stop(f"{bound}, {why}", {"accuracy": _estimate(pair, answers, deployed, highest)})
+        return Stop(f"{bound}, {reason}", {"accuracy": _estimate(pair, answers, deployed, highest)})
 
     def images(self, front: Sequence[Version]) -> int:
-        """Returns how many images are asked first, in whole batches, where this is the front so far."""
-        wanted = subset_size(
+        """Returns how many images to classify first, in whole batches, given the front so far."""
+        count = subset_size(
             [version.measured["accuracy"].value for version in front],
             self._total,
             self._dense["accuracy"].value,
             self._floor,
         )
-        return min(self._batch * math.ceil(wanted / self._batch), len(self._dense_correct))
+        return min(self._batch * math.ceil(count / self._batch), len(self._dense_correct))
 
-    def _broken(self, highest: float) -> str:
+    def _limit_broken(self, highest: float) -> str:
         if self._floor is None or highest >= self._floor - self._recoverable:
             return ""
         before = f", or {percent(self._floor - self._recoverable)} before it is recovered in full"
@@ -211,13 +211,13 @@ class AccuracyScreen:
 
 
 def subset_size(front: Sequence[float], total: int, dense: float, floor: float | None) -> int:
-    """Returns how many images leave an accuracy the standard error that matters.
+    """Returns how many images give an accuracy a standard error of the distance between versions of the front.
 
     Args:
         front: accuracies of its versions.
-        total: how many images there are.
+        total: number of images.
         dense: the dense network's accuracy.
-        floor: the lowest that the budget lets through; None without a limit.
+        floor: the lowest accuracy within the budget; None without a limit.
     """
     if len(front) > 1 and max(front) > min(front):
         share, step = float(np.mean(front)), (max(front) - min(front)) / (len(front) - 1)
@@ -229,18 +229,18 @@ def subset_size(front: Sequence[float], total: int, dense: float, floor: float |
 
 
 def _dominated(highest: float, measured: Mapping[str, Measurement], front: Sequence[Version]) -> str:
-    if any(metric not in measured for metric in _OTHERS):
+    if any(metric not in measured for metric in SOLVED_FOR):
         return ""
     for version in front:
         other = version.measured
-        if other["accuracy"].value >= highest and all(other[m].value <= measured[m].value for m in _OTHERS):
-            told = percent(other["accuracy"].value)
-            return f"where {version.title} reaches {told}, no slower and with no more FLOPs"
+        if other["accuracy"].value >= highest and all(other[m].value <= measured[m].value for m in SOLVED_FOR):
+            accuracy = percent(other["accuracy"].value)
+            return f"where {version.title} reaches {accuracy}, no slower and with no more FLOPs"
     return ""
 
 
-def _estimate(pair: Paired, answers: Answers, subject: DeployedCandidate, highest: float) -> Measurement:
-    counted = accuracy_of(answers, subject.target, "validation")
+def _estimate(pair: Paired, answers: Answers, deployed: DeployedCandidate, highest: float) -> Measurement:
+    counted = accuracy_of(answers, deployed.target, "validation")
     return replace(
         counted,
         value=pair.accuracy,
@@ -253,7 +253,7 @@ def _estimate(pair: Paired, answers: Answers, subject: DeployedCandidate, highes
 
 
 def saved_seconds(versions: Iterable[Version], total: int) -> float:
-    """Returns how long the images that were left out would have taken, as long as those that were asked each."""
+    """Returns the seconds that early stopping saved, extrapolated from the images that were classified."""
     return sum(
         version.evaluation.seconds[SUBSET] * (total / version.measured["accuracy"].n - 1)
         for version in versions

@@ -1,8 +1,8 @@
-"""Thresholds of a candidate's exits for the study's budget: from what each exit says, and what each exit path costs.
+"""Solves a candidate's exit thresholds for the budget, from the confidences of its exits and the costs of exit paths.
 
-They are chosen on images that no version is scored on: of many thresholds the best looks better than it is. What they
-cost there is not quite what they cost where it counts, so they aim a little below a limit, by what the timing leaves
-open; a version that misses one narrowly all the same is solved again, with what its measurement told.
+They are chosen on images that no version is scored on, because the best of many thresholds is overfitted. Costs on
+these images differ a little from those on the scored ones, so thresholds aim below a limit by the uncertainty of the
+timing. A version that misses a limit narrowly all the same is solved again, with costs corrected by its measurement.
 """
 
 import time
@@ -21,24 +21,28 @@ from evaluators.measurement import Measurement
 from search.config.budget import Budget
 from search.config.study import FinetuneSection
 from search.pipeline.compressor import CompressedNetwork
-from search.pipeline.early_stopping import SOLVED_FOR, EarlyStopping, narrow, violations
+from search.pipeline.early_stopping import SOLVED_FOR, EarlyStopping, narrow_miss, violations
 from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.threshold_problem import ResolvedThresholds, ThresholdProblem, margin
 from search.results.evaluation import Evaluation
 from spaces.candidate import NEVER_EXIT, Candidate
 
 AIM = 0.97
-"""Thresholds aim at about this share of a limit: what decides is counted and timed on other images."""
+"""Share of a limit that thresholds aim at by default: the version is scored and timed on other images."""
 _ROUNDS = 2
-"""So often is a version solved again that misses a limit narrowly."""
+"""How often a version that misses a limit narrowly is solved again."""
 
 Deploy = Callable[[Candidate], DeployedCandidate]
-"""Deploys a candidate that has been compressed already, with any thresholds."""
+"""Deploys a candidate whose network is compressed already, with any thresholds."""
 
 
-def aimed(budget: Budget, metric: str, dense: Mapping[str, Measurement], share: float = AIM) -> float:
-    """Returns what solved thresholds may bring the mean of a cost to, in SI units; infinite where nothing limits it."""
-    limits = [c for c in budget.constraints if c.measured_as == metric != "accuracy" and c.limits_default_statistic]
+def cost_target(budget: Budget, metric: str, dense: Mapping[str, Measurement], share: float = AIM) -> float:
+    """Returns the mean cost that solved thresholds aim at, in SI units; infinite without a limit on it."""
+    limits = [
+        limit
+        for limit in budget.constraints
+        if limit.measured_as == metric != "accuracy" and limit.limits_default_statistic
+    ]
     return min((share * limit.ceiling(dense[metric]) for limit in limits), default=float("inf"))
 
 
@@ -47,9 +51,9 @@ class Solution:
     """How thresholds were chosen.
 
     Args:
-        choices: the version before, its thresholds not chosen.
-        problem: what they were chosen from.
-        thresholds: what they come to on the images that they were chosen on.
+        choices: the candidate with unresolved thresholds.
+        problem: the optimization problem.
+        thresholds: its solution, with accuracy and costs.
     """
 
     choices: Candidate
@@ -59,12 +63,12 @@ class Solution:
 
 @dataclass(frozen=True)
 class ResolvedCandidate:
-    """A candidate whose thresholds are known.
+    """A candidate with all thresholds resolved.
 
     Args:
-        candidate: the version.
-        solution: how its thresholds were chosen; None where nobody chose.
-        seconds: that choosing took.
+        candidate: with its thresholds.
+        solution: how its thresholds were solved; None if they were not.
+        seconds: that solving took.
     """
 
     candidate: Candidate
@@ -73,11 +77,11 @@ class ResolvedCandidate:
 
     @property
     def thresholds(self) -> ResolvedThresholds | None:
-        """What the thresholds come to on the images that they were chosen on; None where nobody chose."""
+        """The solved thresholds with their accuracy and costs; None if they were not solved."""
         return self.solution.thresholds if self.solution else None
 
-    def stamped(self, evaluation: Evaluation) -> Evaluation:
-        """Returns what was measured of the version with how its thresholds came about."""
+    def with_thresholds(self, evaluation: Evaluation) -> Evaluation:
+        """Returns the evaluation with the record of how its thresholds were solved."""
         if self.thresholds is None:
             return evaluation
         seconds = {"thresholds": self.seconds, **evaluation.seconds}
@@ -85,16 +89,16 @@ class ResolvedCandidate:
 
 
 class ExitThresholdSolver:
-    """Finds the best thresholds of each candidate of a search.
+    """Solves the exit thresholds of each candidate of a search.
 
-    With a limit on the mean latency or FLOPs they are the most accurate ones within it, and of equal accuracy, by half
-    of an image, the cheapest; with a limit on accuracy alone the cheapest.
+    With a limit on the mean latency or FLOPs these are the most accurate ones within it, and of equally accurate ones
+    (within half an image) the cheapest; with a limit on accuracy alone the cheapest.
 
     Args:
         pipeline: compresses, deploys and measures candidates.
         latency: times exit paths.
         dense: the dense network's measurements.
-        budget: the limits; the study's where not given.
+        budget: the limits; by default the study's.
     """
 
     def __init__(
@@ -110,15 +114,15 @@ class ExitThresholdSolver:
         self._budget = budget or pipeline.study.budget
 
     def resolve(self, choices: Candidate, finetune: FinetuneSection | None = None) -> ResolvedCandidate:
-        """Returns the version that the choices come to: thresholds where they are open, else as it is.
+        """Returns the candidate with its thresholds solved, or as it is if none are unresolved.
 
-        All exits are built, asked once about the images that serve for this, and timed. The version that they come to
-        is timed as it runs, with exits in succession, and they are solved once more by what that took; where exits then
-        save nothing, the version has none.
+        All exits are built, run once on the threshold images, and timed. The version with the solved thresholds is
+        timed as it would run, one stage after the other, and its thresholds are solved once more with that latency. If
+        exits save nothing then, the version has none.
 
         Args:
-            choices: of all else.
-            finetune: fine-tuning that comes on top of the study's recovery.
+            choices: the candidate, its thresholds unresolved.
+            finetune: fine-tuning on top of the study's recovery.
         """
         if not choices.is_unresolved:
             return ResolvedCandidate(choices)
@@ -129,9 +133,9 @@ class ExitThresholdSolver:
         return ResolvedCandidate(version, solution, time.perf_counter() - begin)
 
     def resolve_again(self, candidate: Candidate, finetune: FinetuneSection) -> ResolvedCandidate:
-        """Returns a version with new thresholds, where they are solved: training changes what its exits say."""
-        solves = self._pipeline.solves_thresholds
-        return self.resolve(candidate.unresolved() if solves else candidate, finetune)
+        """Returns the candidate with thresholds solved anew, if the study solves them: training changes its exits."""
+        solves_thresholds = self._pipeline.solves_thresholds
+        return self.resolve(candidate.unresolved() if solves_thresholds else candidate, finetune)
 
     def evaluate(
         self,
@@ -139,28 +143,28 @@ class ExitThresholdSolver:
         stopping: Sequence[EarlyStopping] = (),
         finetune: FinetuneSection | None = None,
     ) -> Evaluation:
-        """Returns what was measured of a version, with how its thresholds came about.
+        """Returns the evaluation of a version, with the record of its thresholds.
 
-        One that misses a limit narrowly is solved again with what was measured, and measured again: the evaluation is
-        of the last one.
+        After a narrow miss the thresholds are solved again with the measured costs, and the new version is measured;
+        the evaluation is of the last one.
 
         Args:
             resolved: the version.
-            stopping: what may end the evaluation early.
-            finetune: fine-tuning that comes on top of the study's recovery.
+            stopping: rules that may end the evaluation early.
+            finetune: fine-tuning on top of the study's recovery.
         """
         evaluation = self._pipeline.evaluate(resolved.candidate, self._latency, stopping, finetune)
         for _ in range(_ROUNDS):
-            again = self._solved_again(resolved, evaluation)
-            if again is None:
+            corrected = self._solved_again(resolved, evaluation)
+            if corrected is None:
                 break
-            resolved = again
+            resolved = corrected
             evaluation = self._pipeline.evaluate(resolved.candidate, self._latency, stopping, finetune)
-        return resolved.stamped(evaluation)
+        return resolved.with_thresholds(evaluation)
 
     def _solve(self, choices: Candidate, compressed: CompressedNetwork) -> Solution:
         deploy = partial(self._pipeline.deploy, compressed=compressed)
-        # Where loading compiles, one more artifact would take longer than all else.
+        # On runtimes that compile, loading one more artifact would take longer than the rest.
         compiles = self._pipeline.runtime.capabilities().compiles
         never = self._with(choices, [NEVER_EXIT] * len(choices.active_exits))
         problem = self._problem(deploy(choices), None if compiles else deploy(never))
@@ -170,33 +174,33 @@ class ExitThresholdSolver:
         return self._in_succession(solution, deploy)
 
     def _in_succession(self, solution: Solution, deploy: Deploy) -> Solution:
-        """Returns thresholds by what versions take with exits in succession: solved again by what the first one took.
+        """Returns the solution corrected by the latency of the version as it runs, one stage after the other.
 
         Args:
-            solution: by exit paths alone.
+            solution: from the costs of exit paths alone.
             deploy: deploys versions.
 
         Returns:
-            The problem, corrected by what the last version took, and its thresholds.
+            The problem, corrected by the latency of the last version that was timed, and its thresholds.
         """
         choices, first = solution.choices, solution.thresholds
 
         def timed(resolved: ResolvedThresholds) -> Mapping[str, Measurement]:
             version = deploy(self._with(choices, resolved.thresholds))
-            return {"latency": self._latency.measure(self._on_threshold_images(version))}
+            return {"latency": self._latency.measure(self._scored_on_threshold_images(version))}
 
         corrected = solution.problem.corrected(first, timed(first))
         again = corrected.solve()
         if again.thresholds != first.thresholds and again.use_exits:
             corrected = corrected.corrected(corrected.outcome(again), timed(again))
             again = corrected.outcome(again)
-        paying = corrected.without_useless_exits(again)
-        # What exits cost more in succession says nothing of a version without any.
-        problem = corrected if paying is again else replace(corrected, corrections={})
-        return Solution(choices, problem, paying)
+        useful = corrected.without_useless_exits(again)
+        # Corrections of a version with exits do not apply to one without.
+        problem = corrected if useful is again else replace(corrected, corrections={})
+        return Solution(choices, problem, useful)
 
     def _solved_again(self, resolved: ResolvedCandidate, evaluation: Evaluation) -> ResolvedCandidate | None:
-        """Returns a version with thresholds by what its measurement told; None where there is no need or use."""
+        """Returns the version with thresholds corrected by its measurement; None if unneeded or without effect."""
         solution = resolved.solution
         if solution is None or not self._misses_narrowly(evaluation.measurements):
             return None
@@ -210,74 +214,74 @@ class ExitThresholdSolver:
         return ResolvedCandidate(version, Solution(solution.choices, problem, again), seconds)
 
     def _misses_narrowly(self, measured: Mapping[str, Measurement]) -> bool:
-        """Returns whether limits are broken that thresholds are solved for, none by much, and no others."""
+        """Returns whether costs that thresholds are solved for break limits, all narrowly, and no other costs do."""
         broken = violations(self._budget, measured, self._dense)
-        costs = {limit: by for limit, by in broken.items() if limit.measured_as != "accuracy"}
+        costs = {limit: excess for limit, excess in broken.items() if limit.measured_as != "accuracy"}
         solved = all(limit.limits_default_statistic and limit.measured_as in SOLVED_FOR for limit in costs)
-        return bool(costs) and solved and all(by <= narrow(limit, measured) for limit, by in costs.items())
+        return bool(costs) and solved and all(excess <= narrow_miss(limit, measured) for limit, excess in costs.items())
 
     def _with(self, choices: Candidate, thresholds: Sequence[float]) -> Candidate:
-        """Returns the choices with these thresholds of their active exits; the other exits never answer."""
+        """Returns the candidate with these thresholds of its active exits; other exits get `NEVER_EXIT`."""
         never = dict(choices.thresholds) | dict.fromkeys(choices.active_exits, NEVER_EXIT)
         chosen = dict(zip(choices.active_exits, thresholds, strict=True))
         return self._pipeline.space.with_thresholds(choices, {**never, **chosen})
 
-    def _on_threshold_images(self, version: DeployedCandidate) -> DeployedCandidate:
-        """Returns a version whose batches are of the images that thresholds are chosen on."""
+    def _scored_on_threshold_images(self, version: DeployedCandidate) -> DeployedCandidate:
+        """Returns the version with the threshold images as the images that it is scored on."""
         pipeline = self._pipeline
         images, target = pipeline.threshold_images, pipeline.target
         return DeployedCandidate(version.network, version.candidate, version.artifact, images, pipeline.runtime, target)
 
     def _problem(self, all_exits: DeployedCandidate, without_exits: DeployedCandidate | None) -> ThresholdProblem:
-        """Returns what the exits say to the images that serve for this, and what leaving there costs.
+        """Returns the problem: outputs of the exits on the threshold images, and the costs of leaving there.
 
         Args:
             all_exits: the version with all of its exits.
-            without_exits: the same without any, to tell what exits cost that nobody takes; where not given, the heads'
-                share of the FLOPs tells.
+            without_exits: the version without exits; the difference is the cost of exits that no image takes. If None,
+                it is estimated by the share of the exit heads in the FLOPs.
         """
         images = self._pipeline.threshold_images
         logits = all_exits.session.all_logits(images.images, all_exits.target.batch)
         confidence = CONFIDENCES[all_exits.artifact.confidence]
-        confidences = np.stack([confidence(logits[:, place]) for place in range(logits.shape[1])], axis=1)
+        confidences = np.stack([confidence(logits[:, exit_]) for exit_ in range(logits.shape[1])], axis=1)
         correct = logits.argmax(axis=2) == images.labels[:, None]
-        costs, left = self._costs(all_exits, without_exits)
-        return ThresholdProblem(confidences, correct, costs, self._floor, left)
+        costs, aim_margin = self._costs(all_exits, without_exits)
+        return ThresholdProblem(confidences, correct, costs, self._floor, aim_margin)
 
     def _costs(
         self, all_exits: DeployedCandidate, without_exits: DeployedCandidate | None
     ) -> tuple[dict[str, Cost], float]:
-        """Returns what leaving costs in seconds and in FLOPs, by the metric, first what is limited, and the margin.
+        """Returns the costs of leaving at each exit, in seconds and FLOPs, the limited one first, and the margin.
 
-        Where images pass blocks by, it is the mean over what they do; a gate knows nothing of thresholds of exits.
+        With block gates they are means over the blocks that images run, which do not depend on thresholds of exits.
         """
-        whole = without_exits
-        answers = whole.answers if whole is not None and whole.artifact.blocks else None
+        has_gates = without_exits is not None and bool(without_exits.artifact.blocks)
+        answers = without_exits.answers if without_exits is not None and has_gates else None
         flops = self._pipeline.flops
         stages, heads = flops.stages(all_exits, answers), flops.heads(all_exits)
         profiles = answers.profiles if answers else FIRST
         paths = self._latency.timed_paths(all_exits, profiles)
-        left = margin(paths.half_width)
+        aim_margin = margin(paths.half_width)
         added = paths.seconds[-1] * sum(heads) / sum(stages)
-        if whole is not None:
-            added = paths.seconds[-1] - self._latency.paths(whole, profiles)[0]
-        # Most of what an exit adds is the call of one more file, whatever its head: so each adds alike.
-        each = [max(added, 0.0) / len(heads)] * len(heads)
-        # An engine runs a stage for as many images as it was built for, however few of them get there.
+        if without_exits is not None:
+            added = paths.seconds[-1] - self._latency.paths(without_exits, profiles)[0]
+        # Most of the time that an exit adds is the call of one more file, so every exit adds the same.
+        per_exit = [max(added, 0.0) / len(heads)] * len(heads)
+        # A compiled engine runs a stage at its full batch size, however few images get there.
         starts = np.diff(paths.seconds).tolist() if self._pipeline.runtime.capabilities().compiles else ()
-        seconds = Cost(paths.seconds, each, self._aimed("latency", 1 - left), all_exits.target.batch, starts)
-        counted = Cost(tuple(np.cumsum(stages)), heads, self._aimed("flops"))
+        seconds = Cost(paths.seconds, per_exit, self._limit("latency", 1 - aim_margin), all_exits.target.batch, starts)
+        counted = Cost(tuple(np.cumsum(stages)), heads, self._limit("flops"))
         if seconds.limit is None and counted.limit is not None:
-            return {"flops": counted, "latency": seconds}, left
-        return {"latency": seconds, "flops": counted}, left
+            return {"flops": counted, "latency": seconds}, aim_margin
+        return {"latency": seconds, "flops": counted}, aim_margin
 
-    def _aimed(self, metric: str, share: float = AIM) -> float | None:
-        limit = aimed(self._budget, metric, self._dense, share)
-        return limit if np.isfinite(limit) else None
+    def _limit(self, metric: str, share: float = AIM) -> float | None:
+        target = cost_target(self._budget, metric, self._dense, share)
+        return target if np.isfinite(target) else None
 
     @cached_property
     def _floor(self) -> float | None:
-        """The lowest accuracy that the budget lets through, by the dense network's on the same images."""
+        """The lowest accuracy within the budget, by the dense network on the threshold images, or None."""
         limits = [limit for limit in self._budget.constraints if limit.measured_as == "accuracy"]
         if not limits:
             return None

@@ -1,4 +1,4 @@
-"""The network as it was given, measured in each precision before exits, gates or masks are trained for it."""
+"""The user's network as loaded, measured in each precision before exits, gates or masks are added to it."""
 
 import copy
 import hashlib
@@ -21,39 +21,40 @@ from evaluators.latency.evaluator import LatencyEvaluator, Reference, median_sec
 from evaluators.quantization.equalization import equalized
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.base import Runtime, Spent, Target
-from evaluators.runtimes.registry import runtime
+from evaluators.runtimes.registry import runtime as open_runtime
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from search.config.cache import cache_folder, check_cache
 from search.config.progress import Progress, Say
 from search.config.study import Study
 from search.loading.prepare import prepare
 from search.loading.streams import with_streams
-from search.pipeline.early_stopping import mixed_if_many
-from search.pipeline.search_space import runnable, searched, target_of
+from search.pipeline.early_stopping import shuffled_if_many
+from search.pipeline.search_space import target_of, without_fixed_dimensions, without_unsupported_gates
 from search.results.evaluation import Evaluation
-from search.results.simple_versions import Given, Simple
+from search.results.simple_versions import GivenMeasurements, SimpleVersion
 from search.training.dense import exit_places, trained_trunk
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.precision import uniform
 
-AS_GIVEN = "as given"
-"""The effort at winning accuracy back that a network which lacks nothing has behind it."""
+NO_RECOVERY = "as given"
+"""The recovery noted for a network that keeps all channels and weights: none."""
+_STEP = "Measuring the network as it is"
 
 
 class GivenNetwork:
-    """A study's images and its dense network, trained where the study says so, with nothing added to it.
+    """A study's images and its dense network, trained if the study asks for it, without exits, gates or masks.
 
     Args:
-        study: the question.
-        progress: told about the steps that take long.
-        library: what runs the artifacts; the study's runtime where not given.
-        say: told what the user should know about the network and the images.
-        download: whether weights and images that are not here may be fetched.
+        study: what to search.
+        progress: called with the progress of long steps.
+        runtime: executes the artifacts; by default the one that the study names.
+        say: called with remarks for the user on the network and the images.
+        download: whether missing weights and images may be downloaded.
 
     Raises:
         SourceError: there is no such network, or there are no such images.
-        UserCodeError: the study's factories give something else than a network and images.
+        UserCodeError: the study's factories do not return a network and images.
         TargetError: the study's runtime is not available here.
     """
 
@@ -61,90 +62,92 @@ class GivenNetwork:
         self,
         study: Study,
         progress: Progress,
-        library: Runtime | None = None,
+        runtime: Runtime | None = None,
         say: Say = lambda _: None,
         download: bool = False,
     ) -> None:
         check_cache()
-        self.study = study = searched(study)
-        self.runtime: Runtime = library or runtime(study.target.runtime)
+        self.study = study = without_fixed_dimensions(study)
+        self.runtime: Runtime = runtime or open_runtime(study.target.runtime)
         self.target = target_of(study, self.runtime)
         self.loaded, self.built = prepare(study, download, progress, say)
         self.data = with_streams(study.frames, self.loaded.splits)
-        trunk = trained_trunk(runnable(study, self.runtime), self.built, self.data, progress)
-        self._trunk = copy.deepcopy(trunk)  # what is added to it may train it further
+        trunk = trained_trunk(without_unsupported_gates(study, self.runtime), self.built, self.data, progress)
+        self._trunk = copy.deepcopy(trunk)  # training of exits and gates may change the original
 
     @cached_property
     def network(self) -> ExitNetwork:
-        """The network without exits, its channels equalized where the study asks for it."""
+        """The network without exits, its channels equalized if the study asks for it."""
         network = ExitNetwork(self._trunk, [], []).eval()
         image = torch.from_numpy(self.data.calibration.images[:1])
         return equalized(network, image) if self.study.quantization.equalize else network
 
     @cached_property
     def builder(self) -> ArtifactBuilder:
-        """Writes its files."""
+        """Exports the network to ONNX."""
         scheme = Scheme(**self.study.quantization.model_dump())
         calibration = self.data.calibration.images[:]
         return ArtifactBuilder(self.network, calibration, self.runtime, self.target.fp32_in, scheme)
 
     @cached_property
     def scored(self) -> LabelledImages:
-        """The images that versions are scored on: half of the validation images where thresholds will be chosen."""
+        """The validation images that versions are scored on: half of them if the other half chooses thresholds."""
         places = exit_places(self._trunk, self.study.exits, self.data)
-        can_leave = self.study.target.batch == 1 or self.runtime.capabilities().dynamic_batch
-        solves = self.study.exits.thresholds == "solved" and self.study.frames is None
-        return validation_parts(self.data, bool(places.after) and can_leave and solves)[1]
+        supports_exits = self.study.target.batch == 1 or self.runtime.capabilities().dynamic_batch
+        solves_thresholds = self.study.exits.thresholds == "solved" and self.study.frames is None
+        return validation_parts(self.data, bool(places.after) and supports_exits and solves_thresholds)[1]
 
     @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits over the network's weights and the images."""
         return fingerprint_of(self.network, self.data)
 
-    def measured(self, progress: Progress) -> Given:
-        """Returns the network's figures in each of the target's precisions, whatever limit they break."""
-        able = self.runtime.capabilities()
-        stored = [each for each in self.study.space.storage if each in able.storage]
-        files = {each: self.subject(each).artifact for each in (*able.precisions, *stored)}
+    def measure(self, progress: Progress) -> GivenMeasurements:
+        """Returns the network's full measurements in each of the target's precisions, even over the budget."""
+        capabilities = self.runtime.capabilities()
+        precisions = capabilities.precisions
+        storage = [precision for precision in self.study.space.storage if precision in capabilities.storage]
+        files = {precision: self.deployed(precision).artifact for precision in (*precisions, *storage)}
         spent = time_references(files, self.runtime, self.target, self.data)
-        latency = latency_evaluator(files, {name: each.work for name, each in spent.items()}, self.runtime, self.target)
+        seconds = {precision: times.work for precision, times in spent.items()}
+        latency = latency_evaluator(files, seconds, self.runtime, self.target)
         simple = []
-        for done, precision in enumerate(able.precisions):
-            progress("Measuring the network as it is", done, len(able.precisions))
-            simple.append(self.simple(precision, latency))
-        progress("Measuring the network as it is", len(simple), len(simple))
-        forms = {name: nameless_digest(artifact.deployed[0]) for name, artifact in files.items()}
-        return Given(self.study.question_key, self.fingerprint, spent, forms, tuple(simple))
+        for done, precision in enumerate(precisions):
+            progress(_STEP, done, len(precisions))
+            simple.append(self.evaluate(precision, latency))
+        progress(_STEP, len(simple), len(simple))
+        forms = {precision: nameless_digest(artifact.deployed[0]) for precision, artifact in files.items()}
+        return GivenMeasurements(self.study.question_key, self.fingerprint, spent, forms, tuple(simple))
 
-    def simple(self, precision: str, latency: LatencyEvaluator) -> Simple:
-        """Returns what was measured of the network in one precision."""
+    def evaluate(self, precision: str, latency: LatencyEvaluator) -> SimpleVersion:
+        """Returns all measurements of the network in one precision."""
         seconds: dict[str, float] = {}
         with timed(seconds, "build"):
-            subject = self.subject(precision)
+            deployed = self.deployed(precision)
         flops = FlopsEvaluator(self.network, torch.from_numpy(self.data.calibration.images[:1]))
         measured = {}
         for evaluator in (ParamsEvaluator(), SizeEvaluator(), flops, latency, AccuracyEvaluator()):
             with timed(seconds, evaluator.metric):
-                measured[evaluator.metric] = evaluator.measure(subject)
-        found = Evaluation(subject.candidate, measured, AS_GIVEN, subject.artifact.digest, seconds)
-        return Simple(precision, found, is_own=False)
+                measured[evaluator.metric] = evaluator.measure(deployed)
+        evaluation = Evaluation(deployed.candidate, measured, NO_RECOVERY, deployed.artifact.digest, seconds)
+        return SimpleVersion(precision, evaluation, is_own=False)
 
-    def subject(self, precision: str) -> DeployedCandidate:
-        """Returns the network in one precision, built and ready to be measured."""
+    def deployed(self, precision: str) -> DeployedCandidate:
+        """Returns the network in one precision, exported and ready to measure."""
         candidate = Candidate({}, uniform(self.builder.layers, precision), {})
         artifact = self.builder.build(self.network, candidate)
         return DeployedCandidate(self.network, candidate, artifact, self.scored, self.runtime, self.target)
 
 
-def validation_parts(data: Splits, chooses: bool) -> tuple[LabelledImages, LabelledImages]:
-    """Returns the validation images that thresholds are chosen on, and those that versions are scored on.
+def validation_parts(data: Splits, split: bool) -> tuple[LabelledImages, LabelledImages]:
+    """Returns the validation images that choose thresholds, and those that score versions.
 
     Args:
-        data: of a study.
-        chooses: whether thresholds are chosen, on images of their own.
+        data: images of the study.
+        split: whether these are separate halves; else both are all validation images.
     """
-    choosing, scored = data.validation.halves() if chooses else (data.validation, data.validation)
-    return choosing, mixed_if_many(scored)
+    choosing, scored = data.validation.halves() if split else (data.validation, data.validation)
+    return choosing, shuffled_if_many(scored)
 
 
 def fingerprint_of(network: ExitNetwork, data: Splits) -> str:
@@ -157,24 +160,24 @@ def fingerprint_of(network: ExitNetwork, data: Splits) -> str:
     return content.hexdigest()[:16]
 
 
-def time_references(files: Mapping[str, Artifact], library: Runtime, target: Target, data: Splits) -> dict[str, Spent]:
-    """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
+def time_references(files: Mapping[str, Artifact], runtime: Runtime, target: Target, data: Splits) -> dict[str, Spent]:
+    """Returns the median seconds per batch of each reference, timed in turns."""
     images = data.validation.images[: reference_batch(target.batch)]
-    opened = {name: library.open(item.deployed, [], target.threads) for name, item in files.items()}
-    return median_seconds(opened, images)
+    sessions = {name: runtime.open(artifact.deployed, [], target.threads) for name, artifact in files.items()}
+    return median_seconds(sessions, images)
 
 
 def latency_evaluator(
-    files: Mapping[str, Artifact], seconds: Mapping[str, float], library: Runtime, target: Target
+    files: Mapping[str, Artifact], seconds: Mapping[str, float], runtime: Runtime, target: Target
 ) -> LatencyEvaluator:
-    """Returns the evaluator that tells latencies at the speed which the references had."""
+    """Returns the evaluator of latencies, scaled to the machine speed at which the references took `seconds`."""
     references = {name: Reference(artifact.deployed[0], seconds[name]) for name, artifact in files.items()}
-    return LatencyEvaluator(references, library, target, cache=LatencyCache(cache_folder() / "latencies"))
+    return LatencyEvaluator(references, runtime, target, cache=LatencyCache(cache_folder() / "latencies"))
 
 
 @contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Notes how long what is done inside takes."""
+    """Notes the seconds that the `with` block takes."""
     begin = time.perf_counter()
     yield
     seconds[step] = time.perf_counter() - begin

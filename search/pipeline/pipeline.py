@@ -1,4 +1,4 @@
-"""From a candidate to its measurements: plan, compress, deploy, measure, each given the result of the last."""
+"""From a candidate to its measurements, in four steps: plan, compress, deploy, measure."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -28,7 +28,13 @@ from search.pipeline.compressor import CompressedNetwork, Compressor
 from search.pipeline.early_stopping import EarlyStopping, Stop
 from search.pipeline.given_network import GivenNetwork, fingerprint_of, timed, validation_parts
 from search.pipeline.references import References
-from search.pipeline.search_space import halves_told, left_out, runnable, searched, space_of
+from search.pipeline.search_space import (
+    build_space,
+    split_remarks,
+    unsupported_options,
+    without_fixed_dimensions,
+    without_unsupported_gates,
+)
 from search.recovery.base import QatContext, RecoveryContext
 from search.results.evaluation import Evaluation
 from search.training.block_gates import skip_blocks
@@ -45,23 +51,23 @@ _FINDING_GROUPS = "Finding the channels that can be cut"
 
 @dataclass(frozen=True)
 class CompressionPipeline:
-    """What a study's candidates share, and the way of each of them through it. `build_pipeline` makes one.
+    """Compresses, deploys and measures the candidates of a study. `build_pipeline` makes one.
 
     Args:
-        study: the question, without what it does not search.
-        given: the study's dense network as it came, with nothing added to it.
-        runtime: what runs the artifacts.
-        target: where they run: device, batch size, threads.
+        study: what to search, without the dimensions that it leaves out.
+        given: the user's dense network, without exits, gates or masks.
+        runtime: executes the artifacts.
+        target: device, batch size and threads.
         data: the study's images.
         network: the dense network with its exits and gates, trained, in evaluation mode.
-        exit_places: where exits sit, and why others do not.
-        builder: writes artifacts.
-        groups: the channels that hang together.
-        space: what may vary.
-        threshold_images: what thresholds of exits are chosen on.
-        scored: the validation images that every candidate is scored on.
+        exit_places: layers after which exits sit, and why others have none.
+        builder: exports artifacts.
+        groups: channels that are pruned together.
+        space: the search space.
+        threshold_images: images that thresholds of exits are chosen on.
+        scored: validation images that every candidate is scored on.
         flops: counts a candidate's FLOPs.
-        compressor: makes a candidate's network.
+        compressor: prunes and recovers a candidate's network.
         references: the dense network in each precision.
     """
 
@@ -83,17 +89,17 @@ class CompressionPipeline:
 
     @property
     def solves_thresholds(self) -> bool:
-        """Whether thresholds of exits are solved for each candidate, and no choice of the sampler's."""
+        """Whether thresholds of exits are solved for each candidate, rather than proposed by the sampler."""
         return bool(self.space.thresholds.solved and self.space.thresholds.exits)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits over the dense network's weights and the images: what every trial builds on."""
+        """Hash of the dense network's weights and the images, sixteen hexadecimal digits."""
         return fingerprint_of(self.network, self.data)
 
     @cached_property
     def cheap_evaluators(self) -> tuple[Evaluator, ...]:
-        """What is measured of a candidate without running it, in this order."""
+        """Evaluators that do not run the candidate, in the order in which they are called."""
         return (ParamsEvaluator(), SizeEvaluator(), self.flops)
 
     def compress(self, candidate: Candidate, finetune: FinetuneSection | None = None) -> CompressedNetwork:
@@ -101,7 +107,7 @@ class CompressionPipeline:
 
         Args:
             candidate: the version.
-            finetune: fine-tuning that comes on top.
+            finetune: fine-tuning on top of the study's recovery.
 
         Raises:
             DivergedError: the loss is not finite for the second time.
@@ -109,7 +115,7 @@ class CompressionPipeline:
         return self.compressor.compress(candidate, self.compressor.plan(candidate, finetune))
 
     def deploy(self, candidate: Candidate, compressed: CompressedNetwork) -> DeployedCandidate:
-        """Returns a candidate that has been compressed as it would run on the target; it may have other thresholds."""
+        """Returns a compressed candidate as it would run on the target; thresholds may differ from those compressed."""
         artifact = self.builder.build(compressed.network, candidate, compressed.ranges, compressed.grids)
         threshold = candidate.thresholds.get(FRAMES, 0.0)
         if self.study.frames and threshold > 0:
@@ -127,13 +133,13 @@ class CompressionPipeline:
         stopping: Sequence[EarlyStopping] = (),
         finetune: FinetuneSection | None = None,
     ) -> Evaluation:
-        """Returns what was measured of a candidate, cheapest metrics first.
+        """Returns the measurements of a candidate, cheapest metrics first.
 
         Args:
             candidate: the version, its thresholds resolved.
-            latency: measures it beside the references.
-            stopping: what may end the evaluation early.
-            finetune: fine-tuning that comes on top of the study's recovery.
+            latency: times it beside the references.
+            stopping: rules that may end the evaluation early.
+            finetune: fine-tuning on top of the study's recovery.
         """
         seconds: dict[str, float] = {}
         with timed(seconds, "compress"):
@@ -145,12 +151,12 @@ class CompressionPipeline:
         evaluators = (*self.cheap_evaluators, latency, AccuracyEvaluator())
         measured, stop = _measure(deployed, evaluators, stopping, seconds)
         plan = compressed.plan
-        asked = plan.asked.model_dump(mode="json") if plan.asked else None
+        requested = plan.requested.model_dump(mode="json") if plan.requested else None
         reason = stop.reason if stop and stop.is_estimated else ""
-        return Evaluation(candidate, measured, plan.effort, deployed.artifact.digest, seconds, asked, ended=reason)
+        return Evaluation(candidate, measured, plan.effort, deployed.artifact.digest, seconds, requested, ended=reason)
 
     def structure(self) -> dict[str, Any]:
-        """Returns, JSON-ready, where exits and gates are, which layers' outputs go together, and which stay whole."""
+        """Returns, JSON-ready, the places of exits and gates, the channel groups, and the layers never pruned."""
         return {
             "exits": asdict(self.exit_places),
             "skips": list(self.network.skip_blocks),
@@ -160,21 +166,19 @@ class CompressionPipeline:
         }
 
     def _layers_of(self, group: ChannelGroup) -> list[str]:
-        """Returns the layers whose outputs are the group's channels, by the names that precisions go by."""
+        """Returns the layers whose outputs are the group's channels, by the names that are used for precisions."""
         names = [member.path.removeprefix("trunk.") for member in group.members if member.axis == "out"]
         return [name for name in names if name in self.builder.layers]
 
     @property
     def remarks(self) -> list[str]:
-        """What of the study's wishes does not come true on this target, where gates are, and what the validation images
-        are for.
-        """
-        remarks = left_out(self.study, self.runtime, self.target, self.space)
+        """Remarks for the user: options that the target lacks, places of gates, and the split of validation images."""
+        remarks = unsupported_options(self.study, self.runtime, self.target, self.space)
         if self.network.skip_blocks:
             image = torch.zeros(1, *self.data.image_shape)
             remarks.append(str(skip_blocks(self.network.trunk, self.study.skips, image)).rstrip("."))
         counts = len(self.threshold_images), len(self.scored)
-        return remarks + (halves_told(*counts) if self.solves_thresholds else [])
+        return remarks + (split_remarks(*counts) if self.solves_thresholds else [])
 
 
 def _measure(
@@ -183,13 +187,13 @@ def _measure(
     stopping: Sequence[EarlyStopping],
     seconds: dict[str, float],
 ) -> tuple[dict[str, Measurement], Stop | None]:
-    """Returns what was measured, and why that ended early; None where it did not.
+    """Returns the measurements by metric, and why they ended early, or None.
 
     Args:
         deployed: the candidate.
         evaluators: in the order in which they measure.
-        stopping: asked before each of them.
-        seconds: takes note of how long each step took.
+        stopping: rules, checked before each evaluator.
+        seconds: filled with the seconds of each step.
     """
     measured: dict[str, Measurement] = {}
     for evaluator in evaluators:
@@ -213,25 +217,27 @@ def build_pipeline(
     download: bool = False,
     given: GivenNetwork | None = None,
 ) -> CompressionPipeline:
-    """Returns the pipeline of a study: its network loaded, exits and gates trained, exported once, its space found.
+    """Returns the pipeline of a study: loads the network, trains exits and gates, exports it, and builds the space.
 
     Args:
-        study: the question.
-        progress: told about the steps that take long.
-        runtime: what runs the artifacts; the study's where not given.
-        say: told what the user should know about the network and the images.
-        download: whether weights and images that are not here may be fetched.
-        given: the study's network and images, where they are here already.
+        study: what to search.
+        progress: called with the progress of long steps.
+        runtime: executes the artifacts; by default the one that the study names.
+        say: called with remarks for the user on the network and the images.
+        download: whether missing weights and images may be downloaded.
+        given: the study's network and images, if they are loaded already.
 
     Raises:
         SourceError: there is no such network, or there are no such images.
-        UserCodeError: the study's factories give something else than a network and images.
+        UserCodeError: the study's factories do not return a network and images.
         TargetError: the study's runtime is not available here.
     """
-    study = searched(study)
+    study = without_fixed_dimensions(study)
     given = given or GivenNetwork(study, progress, runtime, say, download)
     places = exit_places(given.built.network.eval(), study.exits, given.data)
-    network = trained_network(runnable(study, given.runtime), given.built, given.data, progress, places)
+    network = trained_network(
+        without_unsupported_gates(study, given.runtime), given.built, given.data, progress, places
+    )
     calibration = given.data.calibration.images[:]
     image = torch.from_numpy(calibration[:1])
     places = places.only(network.cut_points, UNCUT)
@@ -242,7 +248,7 @@ def build_pipeline(
     progress(_FINDING_GROUPS, 0, 1)
     groups = find_groups(network, image, builder.disagreement)
     progress(_FINDING_GROUPS, 1, 1)
-    space = space_of(study, network, groups, given.data, builder.layers, given.runtime)
+    space = build_space(study, network, groups, given.data, builder.layers, given.runtime)
     threshold_images, scored = validation_parts(given.data, bool(space.thresholds.solved and space.thresholds.exits))
     context = _recovery_context(study, given, network, space, builder, progress)
     return CompressionPipeline(
@@ -272,7 +278,7 @@ def _recovery_context(
     builder: ArtifactBuilder,
     progress: Progress,
 ) -> RecoveryContext:
-    """Returns what every recovery of the study works with."""
+    """Returns the network, images and settings that every recovery of the study uses."""
     augment = study.data.augment
     source = source_of(load(augment)) if augment else ""
     fingerprint = fingerprint_of(network, given.data)
@@ -291,12 +297,12 @@ def _recovery_context(
 
 
 def _qat_context(study: Study, given: GivenNetwork, space: JointSpace, builder: ArtifactBuilder) -> QatContext | None:
-    """Returns what trainings feel int8 with; None where the study does not ask for it or nothing is int8."""
+    """Returns what quantization-aware training needs; None if the study does not ask for it or no layer may be int8."""
     capabilities = given.runtime.capabilities()
-    offered = {each for allowed in space.precision.allowed.values() for each in allowed}
+    offered = {precision for allowed in space.precision.allowed.values() for precision in allowed}
     if study.recovery.qat is None or "int8" not in offered:
         return None
     # The class's name in this text is part of keys on users' disks: trainings are found by it.
     settings = repr(study.quantization).replace(type(study.quantization).__name__, "QuantizationSection", 1)
-    able = f"{capabilities.weight_bits!r}, {capabilities.quantized_add!r}, {capabilities.int8_channels!r}"
-    return QatContext(builder, builder.trainable(), given.data.calibration.images[:], f"({settings}, {able})")
+    supported = f"{capabilities.weight_bits!r}, {capabilities.quantized_add!r}, {capabilities.int8_channels!r}"
+    return QatContext(builder, builder.trainable(), given.data.calibration.images[:], f"({settings}, {supported})")

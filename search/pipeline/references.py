@@ -1,4 +1,4 @@
-"""The dense network in each of the target's precisions: what candidates are timed beside."""
+"""The references: the dense network in each of the target's precisions, timed beside candidates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ class References:
     """The references of a search, by precision.
 
     Args:
-        builder: writes their files.
-        network: dense, with its exits.
-        space: whose precisions they have.
-        runtime: runs them.
+        builder: exports them.
+        network: the dense network with its exits.
+        space: lists their precisions.
+        runtime: executes them.
         target: batch size and threads.
-        data: whose validation images they are timed on.
+        data: they are timed on its validation images.
     """
 
     builder: ArtifactBuilder
@@ -37,7 +37,7 @@ class References:
 
     @cached_property
     def artifacts(self) -> Mapping[str, Artifact]:
-        """The files of each reference."""
+        """The artifact of each reference, by precision."""
         dense = self.space.dense()
         return {
             precision: self.builder.build(
@@ -47,17 +47,17 @@ class References:
         }
 
     def have_forms(self, forms: Mapping[str, str]) -> bool:
-        """Returns whether the references are files of these forms, see `nameless_digest`, by precision."""
+        """Returns whether the files of the references have these forms (see `nameless_digest`), by precision."""
         return {name: nameless_digest(artifact.deployed[0]) for name, artifact in self.artifacts.items()} == dict(forms)
 
     def time(self) -> dict[str, Spent]:
-        """Returns what each reference takes for its batch, medians in seconds, timed side by side."""
+        """Returns the median seconds per batch of each reference, timed in turns."""
         return time_references(self.artifacts, self.runtime, self.target, self.data)
 
     def latency_evaluator(self, seconds: Mapping[str, float]) -> LatencyEvaluator:
-        """Returns the evaluator that tells latencies at the speed which the references had.
+        """Returns the evaluator of latencies, scaled to the machine speed of the given reference times.
 
         Args:
-            seconds: that each reference took for its batch when the search began.
+            seconds: per batch of each reference when the search began.
         """
         return latency_evaluator(self.artifacts, seconds, self.runtime, self.target)

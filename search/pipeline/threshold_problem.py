@@ -1,4 +1,4 @@
-"""The thresholds of one candidate's exits as a problem: what exits say, what exit paths cost, and the limits."""
+"""The optimization problem of one candidate's exit thresholds: confidences, costs of exit paths, and limits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,28 +13,28 @@ from evaluators.measurement import Measurement
 from spaces.candidate import NEVER_EXIT
 
 _EQUIVALENT = 0.5
-"""Expected accuracies that differ by fewer images than this are equal: counting could not tell them apart."""
+"""Images by which expected accuracies have to differ to count as different."""
 _LEAST_MARGIN = 0.01
-"""Of a limit: an interval of a few turns may be narrow by luck."""
+"""Share of a limit, at least: the interval of a short timing may be narrow by chance."""
 _MOST_MARGIN = 0.1
-"""Of a limit: what lies further below is too dear a price for a timing that was disturbed."""
+"""Share of a limit, at most: a disturbed timing must not cost more accuracy than that."""
 
 
 @dataclass(frozen=True)
 class ResolvedThresholds:
-    """Thresholds of a candidate's exits, and what they come to on the images that they were chosen on.
+    """Thresholds of a candidate's exits, and their accuracy and costs on the images that chose them.
 
     Args:
-        thresholds: of each exit; `NEVER_EXIT` where it is never used.
-        accuracy: the share of right answers, counted.
-        expected_accuracy: the same as the likelihood of right answers tells it.
+        thresholds: of each exit; `NEVER_EXIT` for an unused one.
+        accuracy: share of correct answers.
+        expected_accuracy: mean probability of a correct answer, from `correctness_probabilities`.
         costs: means by metric, the limited one first, in seconds or FLOPs.
-        shares: of the images that leave at each exit and, last, go to the end.
+        shares: of the images that leave at each exit and, last, at the end.
         images: how many there were.
-        correction: how many times as much the first cost was, where it was measured, as exit paths told it.
-        margin: how far below the limit on latency the thresholds aimed, as a share of it.
-        paths: what leaving at each exit and at the end costs, by metric.
-        rounds: how often they were solved again because a limit was missed narrowly.
+        correction: ratio of the first cost as measured to that predicted from exit paths.
+        margin: distance below the limit on latency that was aimed for, as a share of it.
+        paths: cost of leaving at each exit and at the end, by metric.
+        rounds: how often they were solved again after a narrow miss.
     """
 
     thresholds: tuple[float, ...]
@@ -50,7 +50,7 @@ class ResolvedThresholds:
 
     @property
     def first_cost(self) -> float:
-        """The mean of the cost that is limited, or of the latency where none is."""
+        """The mean of the cost that is limited, or the mean latency without a limit."""
         return next(iter(self.costs.values()))
 
     @property
@@ -59,7 +59,7 @@ class ResolvedThresholds:
         return min(self.thresholds) < NEVER_EXIT
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready copy, for the record."""
+        """Returns a JSON-ready copy."""
         return {
             "thresholds": self.thresholds,
             "accuracy": self.accuracy,
@@ -76,15 +76,15 @@ class ResolvedThresholds:
 
 @dataclass(frozen=True)
 class ThresholdProblem:
-    """What `n` images were told by a version with all of its exits, and what they cost where they leave.
+    """Outputs of a version with all of its exits on `n` images, the costs of leaving at each exit, and the limits.
 
     Args:
         confidences: of each exit and, last, of the end, `(n, exits + 1)`.
-        correct: whether each is right, in the same shape.
-        costs: what leaving costs, by metric, first what is limited; a limit is what is aimed at.
-        floor: the lowest accuracy; None where there is none.
-        margin: how far below the budget's limit on latency the aim is, as a share of it.
-        corrections: how many times as much costs were as exit paths told them, where they were measured, by metric.
+        correct: whether each prediction is correct, `(n, exits + 1)`.
+        costs: of leaving at each exit, by metric, the limited one first; their limits include the margin.
+        floor: the lowest accuracy; None without a limit.
+        margin: distance of the aim below the budget's limit on latency, as a share of it.
+        corrections: ratios of costs as measured to those predicted from exit paths, by metric.
     """
 
     confidences: NDArray[np.floating]
@@ -95,45 +95,45 @@ class ThresholdProblem:
     corrections: Mapping[str, float] = field(default_factory=dict)
 
     def solve(self) -> ResolvedThresholds:
-        """Returns the best thresholds by how likely answers are right: the cheapest of equal accuracy."""
-        likely = self._likelihoods()
-        best = self._thresholds(likely, self.floor).solve()
-        best = self._cheapest_of_equal_accuracy(best, likely)
+        """Returns the best thresholds by expected accuracy; of equally accurate ones the cheapest."""
+        probabilities = self._correctness_probabilities()
+        best = self._thresholds(probabilities, self.floor).solve()
+        best = self._cheapest_of_equal_accuracy(best, probabilities)
         return self._resolved(best.thresholds, best.accuracy)
 
     def corrected(self, earlier: ResolvedThresholds, measured: Mapping[str, Measurement]) -> "ThresholdProblem":
-        """Returns the same problem in the light of what was measured of a version with earlier thresholds."""
-        known = {metric: measured[metric].value for metric in earlier.costs if metric in measured}
-        factors = {metric: self._correction(metric) * value / earlier.costs[metric] for metric, value in known.items()}
-        left = margin(half_width(measured["latency"])) if "latency" in measured else self.margin
+        """Returns the problem with costs corrected by measurements of a version with earlier thresholds."""
+        values = {metric: measured[metric].value for metric in earlier.costs if metric in measured}
+        factors = {metric: self._correction(metric) * value / earlier.costs[metric] for metric, value in values.items()}
+        new_margin = margin(half_width(measured["latency"])) if "latency" in measured else self.margin
         seconds = self.costs["latency"]
         if seconds.limit is not None:
-            seconds = replace(seconds, limit=seconds.limit * (1 - left) / (1 - self.margin))
+            seconds = replace(seconds, limit=seconds.limit * (1 - new_margin) / (1 - self.margin))
         costs = {**self.costs, "latency": seconds}
-        return replace(self, costs=costs, margin=left, corrections={**self.corrections, **factors})
+        return replace(self, costs=costs, margin=new_margin, corrections={**self.corrections, **factors})
 
     def outcome(self, resolved: ResolvedThresholds) -> ResolvedThresholds:
-        """Returns what thresholds that were found earlier come to with these corrections."""
+        """Returns earlier thresholds with their costs by these corrections."""
         return self._resolved(resolved.thresholds, resolved.expected_accuracy)
 
     def without_useless_exits(self, resolved: ResolvedThresholds) -> ResolvedThresholds:
-        """Returns these thresholds, or those that nothing reaches where exits are no faster and no more accurate.
+        """Returns these thresholds, or `NEVER_EXIT` for all exits if using them is neither cheaper nor more accurate.
 
-        They are more accurate where their answers are likely to be, by more than what is equivalent.
+        More accurate means an expected accuracy that differs by more than `_EQUIVALENT` images.
         """
-        whole = float(self._likelihoods()[:, -1].mean())
+        without_exits = float(self._correctness_probabilities()[:, -1].mean())
         exits = self.confidences.shape[1] - 1
-        never = replace(self, corrections={})._resolved((NEVER_EXIT,) * exits, whole)
-        is_better = resolved.expected_accuracy > whole + _EQUIVALENT / len(self.correct)
+        never = replace(self, corrections={})._resolved((NEVER_EXIT,) * exits, without_exits)
+        is_better = resolved.expected_accuracy > without_exits + _EQUIVALENT / len(self.correct)
         pays = resolved.use_exits and (is_better or resolved.first_cost < never.first_cost)
         return resolved if pays else never
 
     def may_keep(self, resolved: ResolvedThresholds) -> bool:
-        """Returns whether thresholds keep the budget's limits, as far as they tell."""
+        """Returns whether thresholds keep the budget's limits by their predicted costs."""
         limits = {metric: cost.limit for metric, cost in self.costs.items() if cost.limit is not None}
         return all(resolved.costs[metric] * (1 - self.margin) <= limit for metric, limit in limits.items())
 
-    def _likelihoods(self) -> NDArray[np.float64]:
+    def _correctness_probabilities(self) -> NDArray[np.float64]:
         return correctness_probabilities(self.confidences, self.correct)
 
     def _correction(self, metric: str) -> float:
@@ -152,45 +152,44 @@ class ThresholdProblem:
         return ThresholdSolver(exits, correct, self._corrected_costs(), floor, is_frugal=is_frugal)
 
     def _resolved(self, thresholds: Sequence[float], expected: float) -> ResolvedThresholds:
-        """Returns what thresholds come to by counting."""
-        counted = self._thresholds(self.correct, self.floor).outcome(thresholds)
+        """Returns thresholds with their accuracy, costs and shares on these images."""
+        outcome = self._thresholds(self.correct, self.floor).outcome(thresholds)
         return ResolvedThresholds(
-            thresholds=counted.thresholds,
-            accuracy=counted.accuracy,
+            thresholds=outcome.thresholds,
+            accuracy=outcome.accuracy,
             expected_accuracy=expected,
-            costs=dict(zip(self.costs, counted.costs, strict=True)),
-            shares=counted.shares,
+            costs=dict(zip(self.costs, outcome.costs, strict=True)),
+            shares=outcome.shares,
             images=len(self.correct),
             correction=self._correction(next(iter(self.costs))),
             margin=self.margin,
-            paths={metric: tuple(float(each) for each in cost.leave) for metric, cost in self.costs.items()},
+            paths={metric: tuple(float(path) for path in cost.leave) for metric, cost in self.costs.items()},
         )
 
-    def _cheapest_of_equal_accuracy(self, best: Solution, likely: NDArray[np.floating]) -> Solution:
-        """Returns the cheapest thresholds that are as accurate as the best ones, as far as so many images can tell.
+    def _cheapest_of_equal_accuracy(self, best: Solution, probabilities: NDArray[np.floating]) -> Solution:
+        """Returns the cheapest thresholds whose accuracy equals that of the best ones, by `_EQUIVALENT`.
 
-        Without, a budget that is easily kept would leave it to chance what exits save. Where no cost is limited the
-        best ones are cheap already.
+        Without this step, what exits save under a loose budget would be left to chance. If no cost is limited, the best
+        ones are the cheapest already.
         """
         if all(cost.limit is None for cost in self.costs.values()):
             return best
-        enough = best.accuracy - _EQUIVALENT / len(likely)
-        floor = enough if self.floor is None else max(enough, min(self.floor, best.accuracy))
-        cheapest = self._thresholds(likely, floor, is_frugal=True).solve()
+        equal = best.accuracy - _EQUIVALENT / len(probabilities)
+        floor = equal if self.floor is None else max(equal, min(self.floor, best.accuracy))
+        cheapest = self._thresholds(probabilities, floor, is_frugal=True).solve()
         is_better = cheapest.accuracy >= floor and cheapest.costs[0] < best.costs[0]
         return cheapest if is_better else best
 
 
 def margin(half_width: float) -> float:
-    """Returns the share of a limit that is left open for a timing, and for the one that decides, being off.
+    """Returns the share of a limit to stay below it, for the errors of this timing and of the one that decides.
 
     Args:
-        half_width: of the 95% interval of what costs are told by, as a share of it; the other one's is taken to be
-            alike.
+        half_width: of the 95% interval of this timing, as a share of it; the other one's is taken to be the same.
     """
     return float(np.clip(np.sqrt(2) * half_width, _LEAST_MARGIN, _MOST_MARGIN))
 
 
 def half_width(measured: Measurement) -> float:
-    """Returns the half-width of a measurement's 95% interval, as a share of its value; 0 where none was noted."""
+    """Returns the half-width of a measurement's 95% interval, as a share of its value; 0 without an interval."""
     return measured.notes.get("half_width", 0.0)

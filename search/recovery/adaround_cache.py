@@ -1,4 +1,4 @@
-"""Learned roundings: for which versions they are learned, and where they are kept."""
+"""Learned rounding of weights (AdaRound): the versions that it applies to, and its cache."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ from spaces.precision import uniform
 
 
 class LearnedRounding:
-    """Rounds weights as the study says.
+    """Learns the rounding of weights, if the study asks for it.
 
-    Learning takes minutes, so it is done once for the dense network, all in int8, and what it comes to serves every
-    version that has all channels. A pruned one is worth it only where it is fine-tuned on top of the search's recovery.
+    It takes minutes, so it is done once for the dense network with all layers in int8, and the result is used by every
+    unpruned version. For a pruned version it is done only if that is fine-tuned on top of the search's recovery.
 
     Args:
-        ground: where roundings are kept, and who is told.
+        context: with the cache folder and the progress callback.
         builder: of the artifacts.
         settings: of the study.
-        images: for calibration, `(n, c, h, w)`.
+        images: calibration images, `(n, c, h, w)`.
     """
 
     def __init__(
@@ -42,43 +42,43 @@ class LearnedRounding:
     ) -> None:
         self._context = context
         self._builder = builder
-        self._wanted = settings.rounding == "adaround"
+        self._is_enabled = settings.rounding == "adaround"
         self._learning = Learning(settings.rounding_steps)
         self._images = images
         self._dense: Grids | None = None
 
     def learn(self, network: ExitNetwork, candidate: Candidate, ranges: Ranges, is_pruned: bool) -> Grids:
-        """Returns the weights of a version's int8 layers, as they are rounded.
+        """Returns the rounded weights of a version's int8 layers.
 
         Args:
             network: compressed and recovered.
-            candidate: its precisions.
+            candidate: has its precisions.
             ranges: of the activations.
             is_pruned: whether it lacks channels or weights.
         """
         if is_pruned:
-            return self._kept(network, candidate, ranges)
+            return self._cached(network, candidate, ranges)
         if self._dense is None:
-            whole = replace(candidate, precision=uniform(self._builder.layers, "int8"))
-            self._dense = self._kept(network, whole, ranges)
+            all_int8 = replace(candidate, precision=uniform(self._builder.layers, "int8"))
+            self._dense = self._cached(network, all_int8, ranges)
         return self._dense
 
-    def is_due(self, candidate: Candidate, pruned: bool, tuned: bool) -> bool:
-        """Returns whether a version's roundings are learned; otherwise its weights go to the nearest step."""
-        return self._wanted and "int8" in candidate.precision.values() and (tuned or not pruned)
+    def applies(self, candidate: Candidate, is_pruned: bool, is_finetuned: bool) -> bool:
+        """Returns whether the rounding of a version is learned; otherwise weights are rounded to the nearest."""
+        return self._is_enabled and "int8" in candidate.precision.values() and (is_finetuned or not is_pruned)
 
-    def _kept(self, network: ExitNetwork, candidate: Candidate, ranges: Ranges) -> Grids:
-        """Returns roundings that are learned now, or were for the same weights, precisions and ranges."""
-        content = hashlib.sha256()
+    def _cached(self, network: ExitNetwork, candidate: Candidate, ranges: Ranges) -> Grids:
+        """Returns rounded weights, learned now or cached for the same weights, precisions and ranges."""
+        digest = hashlib.sha256()
         for tensor in network.state_dict().values():
-            content.update(tensor.numpy().tobytes())
+            digest.update(tensor.numpy().tobytes())
         precisions = self._builder.written_precisions(network, candidate)
         learning = json.dumps(asdict(self._learning))
-        what = (self._builder.grid, sorted(precisions.items()), sorted(ranges.items()), learning)
-        file = self._context.file("adaround", content.hexdigest(), repr(what))
-        if (known := _load(file)) is not None:
-            return known
-        found = self._builder.learn_rounding(
+        inputs = (self._builder.grid, sorted(precisions.items()), sorted(ranges.items()), learning)
+        file = self._context.file("adaround", digest.hexdigest(), repr(inputs))
+        if (cached := _load(file)) is not None:
+            return cached
+        grids = self._builder.learn_rounding(
             network,
             candidate,
             self._images,
@@ -86,8 +86,9 @@ class LearnedRounding:
             ranges,
             lambda done, total: self._context.say("Learning how to round weights", done, total),
         )
-        save({name: (torch.from_numpy(g.values), torch.from_numpy(g.scale)) for name, g in found.items()}, file)
-        return found
+        content = {name: (torch.from_numpy(grid.values), torch.from_numpy(grid.scale)) for name, grid in grids.items()}
+        save(content, file)
+        return grids
 
 
 def _load(file: Path) -> Grids | None:
@@ -96,5 +97,5 @@ def _load(file: Path) -> Grids | None:
     try:
         content = torch.load(file, weights_only=True)
         return {name: QuantizedWeight(values.numpy(), scale.numpy()) for name, (values, scale) in content.items()}
-    except Exception:  # a torn or foreign file is as good as none: it is made again
+    except Exception:  # a damaged or foreign file is replaced
         return None

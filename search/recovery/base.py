@@ -1,4 +1,4 @@
-"""Winning accuracy back after pruning: what a level of effort is given, and what it does."""
+"""Interfaces of accuracy recovery after pruning."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,24 +20,24 @@ from spaces.channels import SparsitySpace
 from spaces.dynamic.exit_network import ExitNetwork
 
 NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
-"""Every layer is dense."""
+"""No layer has a pattern of zeros."""
 
 NO_RANGES: Ranges = MappingProxyType({})
-"""Nothing was learned about activations."""
+"""No ranges of activations were learned."""
 
 Say = Callable[[str, int, int], None]
-"""Is told which long step is how far: its name, parts done, parts in all."""
+"""Called with the progress of a long step: its name, parts done, parts in all."""
 
 
 @dataclass(frozen=True)
 class QatContext:
-    """What training needs to feel int8 as the target will run it.
+    """What quantization-aware training needs to simulate int8 as on the target.
 
     Args:
-        builder: writes the files.
-        graph: the same graph, in torch.
-        calibration: images that activations' ranges are read from, `(n, c, h, w)`.
-        key: of how int8 is made, and for which target.
+        builder: exports artifacts.
+        graph: the exported graph in torch.
+        calibration: images that ranges of activations are measured on, `(n, c, h, w)`.
+        key: identifies the int8 scheme and the target, for cache keys.
     """
 
     builder: ArtifactBuilder
@@ -48,18 +48,18 @@ class QatContext:
 
 @dataclass(frozen=True)
 class RecoveryContext:
-    """What a recovery works with.
+    """The network, images and settings that a recovery uses.
 
     Args:
         network: the dense network with its exits, in evaluation mode.
-        sparsity: says which channels a candidate keeps.
-        train: what weights and batch statistics are learned from.
-        augment: changes a batch of training images at random.
+        sparsity: tells which channels a candidate keeps.
+        train: images for weights and batch norm statistics.
+        augment: augments a batch of training images at random.
         settings: of the study.
-        folder: where trained weights are kept.
-        key: of the network, the data and all else that trained weights depend on.
-        say: told about the steps that take long.
-        int8: what trainings feel int8 with; None where the study does not ask for it.
+        folder: cache of trained weights.
+        key: identifies the network, the data and all else that trained weights depend on.
+        say: called with the progress of long steps.
+        int8: what quantization-aware training needs; None if the study does not ask for it.
     """
 
     network: ExitNetwork
@@ -73,39 +73,39 @@ class RecoveryContext:
     int8: QatContext | None = None
 
     def file(self, kind: str, *parts: str) -> Path:
-        """Returns the file for the weights that a training on this ground, with these settings, ends with."""
+        """Returns the cache file for the result of a training in this context, with these settings."""
         return self.folder / "recovered" / f"{kind}-{cache.key(self.key, *parts)}.pt"
 
 
 class Recovery(Protocol):
-    """One level of effort: where a pruned network's weights come from, and what is done with them."""
+    """One level of recovery: where a pruned network's weights come from, and how they are recovered."""
 
     trains_per_candidate: ClassVar[bool]
-    """Whether weights of each candidate are trained."""
+    """Whether the weights of each candidate are trained separately."""
     shares_weights: ClassVar[bool]
     """Whether one training serves all candidates."""
     effort: str
-    """What is written into every record."""
+    """The recovery as text, noted in every evaluation."""
     source: ExitNetwork
-    """Pruned networks are slices of it, and its activations' ranges are theirs."""
+    """The network that pruned ones are cut from; they take over its ranges of activations."""
     ranges: Ranges
-    """Of activations, as they were learned for int8 together with the source; empty where they were not."""
+    """Ranges of activations that were learned together with the source; empty without such training."""
 
     def recover(
         self, network: ExitNetwork, channels: Mapping[str, int], patterns: Mapping[str, str] = NO_PATTERNS
     ) -> None:
-        """Wins accuracy back in place; what the patterns took away stays zero.
+        """Recovers accuracy in place; weights that patterns set to zero stay zero.
 
         Args:
-            network: a slice of `source` with its patterns' zeros, in evaluation mode.
-            channels: which it has.
+            network: pruned from `source`, in evaluation mode.
+            channels: number of channels that it keeps, by group.
             patterns: of zeros, by layer.
         """
         ...
 
 
 def effort_of(settings: FittingSection) -> str:
-    """Returns for how long a training goes: `2 epochs`, `200 steps`, `5 CPU min`, `20 epochs or 30 CPU min`."""
+    """Returns the length of a training as text: `2 epochs`, `200 steps`, `5 CPU min`, `20 epochs or 30 CPU min`."""
     if settings.minutes:
         return f"{settings.minutes:g} CPU min"
     steps = settings.steps

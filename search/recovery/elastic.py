@@ -1,4 +1,4 @@
-"""One training for all candidates: their weights are slices of one shared network."""
+"""Elastic recovery: one training of shared weights, of which the weights of every candidate are a slice."""
 
 import copy
 from collections.abc import Collection, Mapping
@@ -23,18 +23,20 @@ from spaces.dynamic.exit_network import ExitNetwork
 
 
 class ElasticRecovery(BatchNormRecovery):
-    """Trains shared weights once; after that a candidate needs its slice and fresh batch statistics only."""
+    """Trains shared weights once; a candidate then takes its slice and recomputes batch norm statistics."""
 
     trains_per_candidate: ClassVar[bool] = False
     shares_weights: ClassVar[bool] = True
 
     def __init__(self, context: RecoveryContext) -> None:
         super().__init__(context)
-        settings, qat = context.settings.elastic, context.settings.qat
+        settings = context.settings.elastic
+        qat = context.settings.qat
         self.effort = f"elastic {effort_of(settings)}"
         self.source = copy.deepcopy(context.network)
         learner: nn.Module = self.source
-        parts, mixed = [settings.model_dump_json()], None
+        parts = [settings.model_dump_json()]
+        mixed: MixedPrecision | None = None
         if qat is not None and context.int8 is not None:
             self.effort += f" with qat ({qat.quantizer})"
             learner = mixed = MixedPrecision(self.source, context.int8, qat.quantizer)
@@ -59,11 +61,11 @@ class ElasticRecovery(BatchNormRecovery):
 
 @dataclass(frozen=True)
 class Slice:
-    """One candidate's network as a part of a shared one.
+    """A candidate's network as a slice of the shared one.
 
     Args:
-        network: of the candidate's shape; its own values are not used.
-        positions: for each of its parameters, where each value lies in the shared parameter, flattened.
+        network: with the candidate's widths; its own parameter values are not used.
+        positions: for each of its parameters, the flat indices of its values in the shared parameter.
     """
 
     network: ExitNetwork
@@ -71,7 +73,7 @@ class Slice:
 
 
 class _WithDetachedExits(nn.Module):
-    """Returns all logits as a training needs them."""
+    """Returns the logits of all exits and the trunk, for training."""
 
     def __init__(self, network: ExitNetwork) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class SharedWeights:
 
     Args:
         network: the dense network with its exits.
-        sparsity: says which channels a candidate keeps.
+        sparsity: tells which channels a candidate keeps.
     """
 
     def __init__(self, network: ExitNetwork, sparsity: SparsitySpace) -> None:
@@ -96,26 +98,26 @@ class SharedWeights:
         self._slices: dict[tuple[tuple[str, int], ...], Slice] = {}
 
     def slice(self, channels: Mapping[str, int], keep: bool = False) -> Slice:
-        """Returns the part of the shared weights that has these channels.
+        """Returns the slice of the shared weights with these channels.
 
-        Where each value lies is read from a network whose values are their own positions, cut as any other.
+        Positions are read from a network whose values are their own flat indices, pruned like any other.
 
         Args:
             channels: kept per group.
-            keep: whether it will be asked for again.
+            keep: whether to cache the slice.
         """
         key = tuple(sorted(channels.items()))
         if key in self._slices:
             return self._slices[key]
         numbers = self._sparsity.apply(self._numbered, channels)
         positions = {name: value.detach().long().flatten() for name, value in numbers.named_parameters()}
-        made = Slice(self._sparsity.apply(self.network, channels).train(), positions)
+        part = Slice(self._sparsity.apply(self.network, channels).train(), positions)
         if keep:
-            self._slices[key] = made
-        return made
+            self._slices[key] = part
+        return part
 
     def weights(self, part: Slice) -> dict[str, Tensor]:
-        """Returns the values of a part's parameters, by name; their gradients reach the shared weights."""
+        """Returns the parameters of a slice, by name; gradients flow to the shared weights."""
         shapes = {name: value.shape for name, value in part.network.named_parameters()}
         return {
             name: parameter.flatten().index_select(0, part.positions[name]).view(shapes[name])
@@ -123,15 +125,15 @@ class SharedWeights:
         }
 
     def logits(self, part: Slice, images: Tensor) -> list[Tensor]:
-        """Returns the logits of each exit and of the trunk; their gradients reach the shared weights."""
+        """Returns the logits of each exit and of the trunk; gradients flow to the shared weights."""
         return logits_with(part.network, self.weights(part), images)
 
 
 def logits_with(network: ExitNetwork, weights: Mapping[str, Tensor], images: Tensor) -> list[Tensor]:
-    """Returns the logits of each exit and of the trunk of a network that has other values for its parameters."""
+    """Returns the logits of each exit and of the trunk of a network with its parameters replaced by `weights`."""
     named = {f"network.{name}": value for name, value in weights.items()}
-    found: list[Tensor] = functional_call(_WithDetachedExits(network), named, (images,))
-    return found
+    logits: list[Tensor] = functional_call(_WithDetachedExits(network), named, (images,))
+    return logits
 
 
 def _numbered(network: ExitNetwork) -> ExitNetwork:
@@ -151,10 +153,10 @@ def train_elastic(
     report: Report = lambda _done, _total: None,
     mixed: MixedPrecision | None = None,
 ) -> Fitted:
-    """Trains the dense network in place so that its slices answer well, too.
+    """Trains the dense network in place so that its slices are accurate, too.
 
-    Every step trains the dense network on the labels, then the smallest candidate and random ones on the dense
-    network's answers. Afterwards a candidate needs its slice and fresh batch statistics only.
+    Every step trains the dense network on the labels, then the smallest candidate and random ones by distillation from
+    the dense network. A candidate then only needs its slice and recomputed batch norm statistics.
     Source: Yu & Huang, Universally Slimmable Networks, 2019 (sandwich rule, in-place distillation); Cai et al.,
     Once-for-All, 2020 (channels sorted by importance).
 
@@ -162,11 +164,10 @@ def train_elastic(
         network: starts from trained weights.
         sparsity: the space that candidates come from.
         batches: the training set.
-        settings: for how long, and how many random candidates a step.
-        checkpoint: where each epoch is kept.
-        report: told how far it is.
-        mixed: gives the smallest candidate int8 throughout and the random ones random precisions; all are fp32 where
-            not given.
+        settings: length of the training, and number of random candidates per step.
+        checkpoint: file that each epoch is saved to.
+        report: called with the progress.
+        mixed: trains the smallest candidate in int8 and the random ones in random precisions; all in fp32 if None.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -174,41 +175,41 @@ def train_elastic(
     shared = SharedWeights(network, sparsity)
     smallest = {group.name: sparsity.smallest(group) for group in sparsity.groups}
 
-    def learn(part: Slice, int8: Collection[str], images: Tensor, labels: Tensor, answers: Tensor) -> float:
+    def learn(part: Slice, int8: Collection[str], images: Tensor, labels: Tensor, teacher: Tensor) -> float:
         with fast_arithmetic():
             if mixed is None:
-                found = shared.logits(part, images)
+                logits = shared.logits(part, images)
             else:
-                found = mixed.logits(part.network, shared.weights(part), int8, images)
-        loss = total_loss(found, answers, labels, settings.distillation, settings.temperature)
+                logits = mixed.logits(part.network, shared.weights(part), int8, images)
+        loss = total_loss(logits, teacher, labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 
     def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
         with fast_arithmetic():
-            found = all_logits(network, images)
-        loss = total_loss(found, found[-1], labels, 0.0, 1.0)
+            logits = all_logits(network, images)
+        loss = total_loss(logits, logits[-1], labels, 0.0, 1.0)
         loss.backward()
-        answers = found[-1].detach()
+        teacher = logits[-1].detach()
         parts = [shared.slice(smallest, keep=True)]
         parts += [shared.slice(random_channels(sparsity, generator)) for _ in range(settings.random_candidates)]
         layers = mixed.choices(len(parts), generator) if mixed else [()] * len(parts)
-        each = zip(parts, layers, strict=True)
-        return float(loss.detach()) + sum(learn(part, int8, images, labels, answers) for part, int8 in each)
+        pairs = zip(parts, layers, strict=True)
+        return float(loss.detach()) + sum(learn(part, int8, images, labels, teacher) for part, int8 in pairs)
 
     return fit(network if mixed is None else mixed, step, batches, settings, checkpoint, report)
 
 
 def random_channels(sparsity: SparsitySpace, generator: torch.Generator) -> dict[str, int]:
-    """Returns random channels per group, around one share for the whole network that is random, too.
+    """Returns random channels per group, around a random share for the whole network.
 
-    Independent draws alone would hardly ever make a network that is narrow, or wide, throughout.
+    Independent draws per group would hardly ever make a network that is narrow, or wide, throughout.
     """
     middle = float(torch.rand((), generator=generator))
     channels = {group.name: group.channels for group in sparsity.groups}
     for name, dimension in sparsity.dimensions().items():
         if isinstance(dimension, Integer):
-            place = middle + 0.5 * (float(torch.rand((), generator=generator)) - 0.5)
+            share = middle + 0.5 * (float(torch.rand((), generator=generator)) - 0.5)
             steps = (dimension.high - dimension.low) // dimension.step
-            channels[name.removeprefix(PREFIX)] = dimension.low + dimension.step * round(min(max(place, 0), 1) * steps)
+            channels[name.removeprefix(PREFIX)] = dimension.low + dimension.step * round(min(max(share, 0), 1) * steps)
     return channels

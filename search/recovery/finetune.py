@@ -1,4 +1,4 @@
-"""Fine-tuning of one candidate, taught by the dense network."""
+"""Fine-tuning of one candidate, with distillation from the dense network."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from spaces.dynamic.exit_network import ExitNetwork
 
 
 class FinetuneRecovery:
-    """Fine-tunes every candidate for itself, and keeps the weights by their channels."""
+    """Fine-tunes every candidate separately, and caches the weights by channels and patterns."""
 
     trains_per_candidate: ClassVar[bool] = True
     shares_weights: ClassVar[bool] = False
@@ -37,7 +37,7 @@ class FinetuneRecovery:
         channels: Mapping[str, int],
         patterns: Mapping[str, str] = NO_PATTERNS,
     ) -> None:
-        """Trains the network, unless these channels and patterns were trained before."""
+        """Trains the network, or loads it if these channels and patterns were trained before."""
         finetune_kept(self._context, network, channels, self._context.settings.finetune, self._images, "", patterns)
 
 
@@ -51,17 +51,17 @@ def finetune_kept(
     patterns: Mapping[str, str] = NO_PATTERNS,
     source: ExitNetwork | None = None,
 ) -> Fitted:
-    """Fine-tunes a network in place, or loads what an earlier call with the same arguments came to.
+    """Fine-tunes a network in place, or loads the cached result of an earlier call with the same arguments.
 
     Args:
-        ground: what it is trained on.
+        context: the dense network, the training images and the cache.
         network: pruned.
-        channels: which it has.
-        settings: for how long and how.
-        images: its batch statistics may be measured on them at the end.
-        start: what was done to its weights before, as part of the content key.
+        channels: number of channels that it keeps, by group.
+        settings: length and method of the training.
+        images: for recomputing batch norm statistics at the end.
+        start: earlier changes to its weights, as part of the cache key.
         patterns: of zeros, by layer; they stay zero.
-        source: what it is a slice of, where gradual pruning starts; the dense network where not given.
+        source: the network that it was pruned from, where gradual pruning starts; by default the dense one.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -70,24 +70,24 @@ def finetune_kept(
     file = context.file("finetune", start, shape, settings.model_dump_json())
     if load_weights(network, file):
         return Fitted()
-    narrowing = None
+    gradual = None
     if settings.pruning == "gradual":
-        narrowing = GradualPruning(source or context.network, patterns, channels, context.sparsity)
+        gradual = GradualPruning(source or context.network, patterns, channels, context.sparsity)
     elif patterns:
-        narrowing = GradualPruning(network, patterns)
+        gradual = GradualPruning(network, patterns)
     batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
-    done = finetune(
+    fitted = finetune(
         network,
         context.network,
         batches,
         settings,
         file.with_suffix(".partial.pt"),
         lambda part, total: context.say("Fine-tuning a version", part, total),
-        narrowing,
+        gradual,
     )
     refresh_statistics(network, images, check_images(context.train, len(images)))
     save(network.state_dict(), file)
-    return done
+    return fitted
 
 
 def finetune(
@@ -97,34 +97,35 @@ def finetune(
     settings: FinetuneSection,
     checkpoint: Path | None = None,
     report: Report = lambda _done, _total: None,
-    narrowing: GradualPruning | None = None,
+    gradual: GradualPruning | None = None,
 ) -> Fitted:
-    """Trains a pruned network with its exits in place, on labels and on the dense network's answers.
+    """Trains a pruned network with its exits in place, on labels and by distillation from the dense network.
 
     Args:
-        network: pruned; batch norm learns its statistics along.
+        network: pruned; its batch norm statistics are updated.
         teacher: the dense network, in evaluation mode.
         batches: the training set.
-        settings: for how long, and how much the teacher counts.
-        checkpoint: where each epoch is kept.
-        report: told how far it is.
-        narrowing: what learns instead, and ends up in `network`, whose batch statistics are to be measured then.
+        settings: length of the training, and weight of the distillation.
+        checkpoint: file that each epoch is saved to.
+        report: called with the progress.
+        gradual: trains a wider network instead, whose weights are copied into `network` at the end; batch norm
+            statistics have to be recomputed then.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
     """
-    taught = settings.distillation > 0
+    distills = settings.distillation > 0
 
     def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
         with fast_arithmetic():
             with torch.no_grad():
-                answers = teacher.trunk(images).float() if taught else torch.empty(0)
-            found = narrowing.logits(images, done) if narrowing else all_logits(network, images)
-        loss = total_loss(found, answers, labels, settings.distillation, settings.temperature)
+                teacher_logits = teacher.trunk(images).float() if distills else torch.empty(0)
+            logits = gradual.logits(images, done) if gradual else all_logits(network, images)
+        loss = total_loss(logits, teacher_logits, labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 
-    fitted = fit(narrowing.network if narrowing else network, step, batches, settings, checkpoint, report)
-    if narrowing:
-        narrowing.finish(network)
+    fitted = fit(gradual.network if gradual else network, step, batches, settings, checkpoint, report)
+    if gradual:
+        gradual.finish(network)
     return fitted

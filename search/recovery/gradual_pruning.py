@@ -1,4 +1,4 @@
-"""Training a network towards a candidate's shape: zeros that stay zeros, and shapes that narrow step by step."""
+"""Training towards a candidate's shape: with fixed zeros, or pruned gradually during the training."""
 
 import copy
 from collections.abc import Mapping
@@ -13,26 +13,26 @@ from spaces.dynamic.exit_network import ExitNetwork
 from spaces.patterns import TWO_OF_FOUR, apply_patterns, layer_weights, mask, zeros_of
 
 RAMP = 0.5
-"""The share of a fine-tuning in which a network narrows; the rest trains its final shape."""
+"""Share of a fine-tuning in which the network is pruned; the rest trains its final shape."""
 SR_STE_DECAY = 2e-4
-"""How strongly SR-STE pulls the weights that are masked towards zero."""
+"""Decay of masked weights in SR-STE."""
 
 
 def ramp(done: float, end: float, start: float = 0.0) -> float:
-    """Returns the share of zeros at a point of the ramp, 0 to 1: fast at first, then ever slower.
+    """Returns the sparsity at a point of the ramp, 0 to 1: a cubic that rises fast at first.
 
     Source: Zhu & Gupta, To Prune, or Not to Prune, 2017.
 
     Args:
-        done: the share of the ramp that is behind.
-        end: the share of zeros at its end.
-        start: the share at its beginning.
+        done: share of the ramp that is done.
+        end: sparsity at its end.
+        start: sparsity at its beginning.
     """
     return end + (start - end) * (1 - done) ** 3
 
 
 class SparseRefined(torch.autograd.Function):
-    """Masked weights, whose gradient reaches the masked ones too and pulls those towards zero (SR-STE).
+    """Masked weights with a gradient for the masked ones, too, which decays them towards zero (SR-STE).
 
     Source: Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, 2021.
     """
@@ -51,16 +51,16 @@ class SparseRefined(torch.autograd.Function):
 
 
 class GradualPruning:
-    """A network that is trained on its way to a candidate's shape.
+    """A network that is pruned to a candidate's shape while it is trained.
 
-    Masks follow the weights: in every step the largest stay. Two in each four are trained by SR-STE from the start;
-    with a share of zeros the masked weights rest.
+    Masks keep the largest weights and are computed anew in every step. 2:4 patterns are trained by SR-STE from the
+    start; with a share of zeros masked weights get no gradient.
 
     Args:
-        network: the weights that learn. At once: of the candidate's shape. Step by step: the network it is a slice of.
+        network: its weights are trained: the candidate's network, or with `channels` the one that it is a slice of.
         patterns: of zeros, by layer.
-        channels: per group, that it narrows to step by step; None where it has that shape already.
-        sparsity: says which channels a candidate keeps.
+        channels: per group, at the end of the ramp; None if the network has its final widths already.
+        sparsity: tells which channels a candidate keeps.
     """
 
     def __init__(
@@ -79,49 +79,49 @@ class GradualPruning:
         self._current: tuple[dict[str, int], Slice] | None = None
 
     def logits(self, images: Tensor, done: float) -> list[Tensor]:
-        """Returns the logits of each exit and of the trunk in the shape that is due.
+        """Returns the logits of each exit and of the trunk in the current shape.
 
         Args:
             images: `(n, c, h, w)`.
-            done: the share of the training that is behind.
+            done: share of the training that is done.
         """
-        place = min(done / RAMP, 1.0)
-        network, weights = self._shape(place)
+        position = min(done / RAMP, 1.0)
+        network, weights = self._shape(position)
         for layer, path in self._paths.items():
-            weights[path] = self._masked(weights[path], self._patterns[layer], place)
+            weights[path] = self._masked(weights[path], self._patterns[layer], position)
         return logits_with(network, weights, images)
 
-    def _shape(self, place: float) -> tuple[ExitNetwork, dict[str, Tensor]]:
-        """Returns the network that is due at a point of the ramp, and its weights."""
+    def _shape(self, position: float) -> tuple[ExitNetwork, dict[str, Tensor]]:
+        """Returns the network at a point of the ramp, and its weights."""
         if self._shared is None:
             return self.network, dict(self.network.named_parameters())
-        channels = self.channels_at(place)
+        channels = self.channels_at(position)
         if self._current is None or self._current[0] != channels:
             self._current = channels, self._shared.slice(channels)
         part = self._current[1]
         return part.network, self._shared.weights(part)
 
-    def channels_at(self, place: float) -> dict[str, int]:
-        """Returns the channels per group at a point of the ramp, in steps of the space."""
+    def channels_at(self, position: float) -> dict[str, int]:
+        """Returns the channels per group at a point of the ramp, rounded to steps of the space."""
         assert self._sparsity is not None
         assert self._channels is not None
-        found = {}
+        channels = {}
         for group in self._sparsity.groups:
             final = self._channels.get(group.name, group.channels)
-            due = group.channels * (1 - ramp(place, 1 - final / group.channels))
+            exact = group.channels * (1 - ramp(position, 1 - final / group.channels))
             step = self._sparsity.step(group)
-            found[group.name] = min(final + round((due - final) / step) * step, group.channels)
-        return found
+            channels[group.name] = min(final + round((exact - final) / step) * step, group.channels)
+        return channels
 
-    def _masked(self, weight: Tensor, pattern: str, place: float) -> Tensor:
+    def _masked(self, weight: Tensor, pattern: str, position: float) -> Tensor:
         if pattern == TWO_OF_FOUR:
             masked: Tensor = SparseRefined.apply(weight, mask(weight, 0.5, two_of_four=True))
             return masked
         zeros = zeros_of(pattern)
-        return weight * mask(weight, zeros if self._shared is None else ramp(place, zeros))
+        return weight * mask(weight, zeros if self._shared is None else ramp(position, zeros))
 
     def finish(self, network: ExitNetwork) -> None:
-        """Writes the final shape's weights, zeros included, into a network of that shape."""
+        """Copies the final weights, zeros included, into a network of the final shape."""
         final, weights = self._shape(1.0)
         with torch.no_grad():
             for name, parameter in network.named_parameters():

@@ -1,4 +1,4 @@
-"""Shared weights that bear any mix of fp32 and int8, with activations' steps that all versions share."""
+"""Elastic training in mixed precision: shared weights, and activation quantizers that all versions share."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -17,18 +17,18 @@ from spaces.errors import UserError
 
 
 class MixedPrecision(nn.Module):
-    """The network that holds the shared weights, with one quantizer for each activation of it.
+    """The network with the shared weights, and one quantizer for each of its activations.
 
-    A slice of a weight is rounded to steps of its own largest values, as its file will be. Batch normalisation uses the
-    batch's statistics, because every slice has its own.
+    A slice of a weight is quantized by its own largest values, as in its exported file. Batch norm uses the statistics
+    of the batch, because these differ between slices.
 
     Args:
-        network: dense.
-        int8: where Q/DQ goes, and the ranges of the dense network, with which steps begin.
+        network: the dense one.
+        int8: the placement of Q/DQ nodes, and the ranges of the dense network, which the steps start from.
         quantizer: of the activations, one of `QUANTIZERS`.
 
     Raises:
-        UserError: output channels share a scale, which would depend on batch statistics.
+        UserError: the scheme is per tensor; its scale would depend on batch statistics.
     """
 
     def __init__(self, network: ExitNetwork, int8: QatContext, quantizer: str) -> None:
@@ -40,44 +40,44 @@ class MixedPrecision(nn.Module):
             )
         self.network = network
         self._int8 = int8
-        made: Method = QUANTIZERS[quantizer]()
-        self._steps = {name: made.activation(*int8.builder.ranges[name]) for name in int8.graph.scales()}
+        method: Method = QUANTIZERS[quantizer]()
+        self._steps = {name: method.activation(*int8.builder.ranges[name]) for name in int8.graph.scales()}
         self.activations = nn.ModuleList(self._steps.values())
 
     def choices(self, count: int, generator: torch.Generator) -> Sequence[Collection[str]]:
-        """Returns which layers are int8 in each of `count` versions: all of them in the first, then random ones.
+        """Returns the int8 layers of each of `count` versions: all layers in the first, random ones in the others.
 
-        Of each version that is random another share of the layers is, so that all mixes from fp32 to int8 occur.
+        The share of int8 layers is random, too, so that all mixes from fp32 to int8 occur.
         """
         layers = self._int8.builder.layers
-        found: list[Collection[str]] = [layers]
+        choices: list[Collection[str]] = [layers]
         for _ in range(count - 1):
             share = float(torch.rand((), generator=generator))
-            drawn = torch.rand(len(layers), generator=generator).tolist()
-            found.append([layer for layer, chance in zip(layers, drawn, strict=True) if chance < share])
-        return found
+            draws = torch.rand(len(layers), generator=generator).tolist()
+            choices.append([layer for layer, draw in zip(layers, draws, strict=True) if draw < share])
+        return choices
 
     def logits(
         self, part: ExitNetwork, weights: Mapping[str, Tensor], int8: Collection[str], images: Tensor
     ) -> list[Tensor]:
-        """Returns the logits of each exit and of the trunk of one slice; their gradients reach weights and steps.
+        """Returns the logits of each exit and of the trunk of one slice; gradients flow to weights and steps.
 
         Args:
-            part: of the slice's shape.
+            part: a network of the slice's shape.
             weights: the values of its parameters, by name.
-            int8: the layers that are.
+            int8: names of the int8 layers.
             images: `(n, c, h, w)`.
         """
         graph = self._int8.graph
         placement = self._int8.builder.int8_placement(part, Candidate({}, dict.fromkeys(int8, "int8"), {}))
         tensors = {name: self._steps[origin] for name, origin in graph.rounded_tensors(placement).items()}
         state = {**part.state_dict(), **weights}
-        rounds = {
+        weight_quantizers = {
             name: LargestScaled(graph.weight(name, state), axis, graph.weight_limit, per_channel=True)
             for name, axis in graph.rounded_weights(placement).items()
         }
-        return graph.logits(state, images, Rounding(tensors, rounds), batch_statistics=True)
+        return graph.logits(state, images, Rounding(tensors, weight_quantizers), batch_statistics=True)
 
     def ranges(self) -> Ranges:
-        """Returns the range of every activation, as it was learned."""
+        """Returns the learned range of every activation."""
         return {name: step.range() for name, step in self._steps.items()}

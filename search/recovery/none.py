@@ -1,4 +1,4 @@
-"""No recovery: what pruning alone leaves."""
+"""No recovery after pruning."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -9,7 +9,7 @@ from spaces.dynamic.exit_network import ExitNetwork
 
 
 class NoRecovery:
-    """Leaves weights and statistics as the dense network had them."""
+    """Leaves weights and statistics as in the dense network."""
 
     trains_per_candidate: ClassVar[bool] = False
     shares_weights: ClassVar[bool] = False

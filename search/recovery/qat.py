@@ -1,4 +1,4 @@
-"""Quantization-aware training of one version: weights and the steps of their grids learn together.
+"""Quantization-aware training of one version: weights and quantization steps are trained together.
 
 Only layers in int8 are rounded; layers in other precisions train in float.
 """
@@ -26,11 +26,11 @@ from spaces.patterns import layer_weights
 
 @dataclass(frozen=True)
 class Learned:
-    """What a file takes over from a training that felt int8.
+    """What an export takes over from a quantization-aware training.
 
     Args:
         ranges: of activations.
-        grids: weights on their grids.
+        grids: quantized weights.
     """
 
     ranges: Ranges
@@ -38,19 +38,19 @@ class Learned:
 
 
 NOT_TRAINED = Learned(NO_RANGES, NO_GRIDS)
-"""No training felt int8."""
+"""There was no quantization-aware training."""
 
 
 class Int8Network(nn.Module):
-    """A network and the quantizers of its int8 tensors, which run as the file will.
+    """A network with fake quantization of its int8 tensors, as in the exported file.
 
-    Batch normalisation is folded with its running statistics, which rest; its scales and shifts learn.
+    Batch norm is folded with its running statistics, which stay fixed; its scales and shifts are trained.
 
     Args:
-        network: pruned or not, in evaluation mode; its weights learn in place.
-        graph: the exported graph.
-        placement: where Q/DQ goes.
-        quantizer: a method of `QUANTIZERS`.
+        network: in evaluation mode; its weights are trained in place.
+        graph: the exported graph in torch.
+        placement: of the Q/DQ nodes.
+        quantizer: one of `QUANTIZERS`.
         ranges: of the activations before training.
         patterns: of zeros, by layer; weights that are zero stay zero.
     """
@@ -68,12 +68,12 @@ class Int8Network(nn.Module):
         self.network = network
         self._graph = graph
         self._tensors = graph.rounded_tensors(placement)
-        made: Method = QUANTIZERS[quantizer]()
+        method: Method = QUANTIZERS[quantizer]()
         origins = sorted(set(self._tensors.values()))
-        # Modules are registered by number: tensors' names have dots.
-        self._steps = {name: made.activation(*ranges[name]) for name in origins}
+        # Modules are registered by number, because names of tensors contain dots.
+        self._steps = {name: method.activation(*ranges[name]) for name in origins}
         self._weights = {
-            name: made.weight(self._folded(name), axis, graph.weight_limit, graph.per_channel)
+            name: method.weight(self._folded(name), axis, graph.weight_limit, graph.per_channel)
             for name, axis in graph.rounded_weights(placement).items()
         }
         self.activations = nn.ModuleList(self._steps.values())
@@ -85,7 +85,7 @@ class Int8Network(nn.Module):
         return self._graph.folded_weight(name, self.network.state_dict())
 
     def begin(self) -> None:
-        """Brings the weights to where their quantizers want training to begin."""
+        """Sets the weights to the values that their quantizers start training with."""
         for name, quantizer in self._weights.items():
             folded = self._folded(name)
             factor = torch.where(folded == 0, 1.0, quantizer.start(folded) / folded)
@@ -93,14 +93,14 @@ class Int8Network(nn.Module):
             weight.data.mul_(factor.T if name.endswith(TRANSPOSED) else factor)
 
     def logits(self, images: Tensor) -> list[Tensor]:
-        """Returns the logits of each exit and of the trunk, in fp32; the exits' gradients end at their heads."""
+        """Returns the logits of each exit and of the trunk, in fp32; gradients of exits stop at their heads."""
         state = self.network.state_dict(keep_vars=True)
         state |= {path: state[path] * kept for path, kept in self._kept.items()}
         tensors = {name: self._steps[origin] for name, origin in self._tensors.items()}
         return self._graph.logits(state, images, Rounding(tensors, self._weights))
 
     def learned(self) -> Learned:
-        """Returns what a file takes over, besides the network's own weights."""
+        """Returns what an export takes over, besides the network's own weights."""
         return Learned(
             {name: step.range() for name, step in self._steps.items()},
             {name: quantizer.grid(self._folded(name)) for name, quantizer in self._weights.items()},
@@ -115,28 +115,28 @@ def train_int8(
     checkpoint: Path | None = None,
     report: Report = lambda _done, _total: None,
 ) -> Fitted:
-    """Trains a network and its quantizers in place, on labels and on the dense network's answers.
+    """Trains a network and its quantizers in place, on labels and by distillation from the dense network.
 
     Args:
         learner: the network with its quantizers.
         teacher: the dense network in fp32, in evaluation mode.
         batches: the training set.
-        settings: for how long, and how much the teacher counts.
-        checkpoint: where each epoch is kept.
-        report: told how far it is.
+        settings: length of the training, and weight of the distillation.
+        checkpoint: file that each epoch is saved to.
+        report: called with the progress.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
     """
-    taught = settings.distillation > 0
+    distills = settings.distillation > 0
     learner.begin()
 
     def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
         with fast_arithmetic():
             with torch.no_grad():
-                answers = teacher.trunk(images).float() if taught else torch.empty(0)
-            found = learner.logits(images)
-        loss = total_loss(found, answers, labels, settings.distillation, settings.temperature)
+                teacher_logits = teacher.trunk(images).float() if distills else torch.empty(0)
+            logits = learner.logits(images)
+        loss = total_loss(logits, teacher_logits, labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 
@@ -151,15 +151,15 @@ def train_int8_kept(
     settings: QatSection,
     start: str,
 ) -> Learned:
-    """Trains a version in its own precisions in place, or loads what an earlier call with the same arguments came to.
+    """Trains a version in its own precisions in place, or loads the cached result of an earlier call.
 
     Args:
-        ground: what it is trained on.
-        int8: how int8 is felt.
-        network: compressed as `candidate` says, and recovered in float.
-        candidate: its precisions and patterns.
-        settings: for how long and how.
-        start: what was done to its weights before, as part of the content key.
+        context: the dense network, the training images and the cache.
+        int8: what quantization-aware training needs.
+        network: the candidate's, pruned and recovered in float.
+        candidate: has its precisions and patterns.
+        settings: length and method of the training.
+        start: earlier changes to its weights, as part of the cache key.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -172,17 +172,17 @@ def train_int8_kept(
     def learner(ranges: Ranges) -> Int8Network:
         return Int8Network(network, int8.graph, placement, settings.quantizer, ranges, candidate.patterns)
 
-    found = learner(int8.builder.ranges)
-    if not load_weights(found, file):
-        found = learner(int8.builder.read_ranges(network, int8.calibration))
+    int8_network = learner(int8.builder.ranges)
+    if not load_weights(int8_network, file):
+        int8_network = learner(int8.builder.read_ranges(network, int8.calibration))
         batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
         train_int8(
-            found,
+            int8_network,
             context.network,
             batches,
             settings,
             file.with_suffix(".partial.pt"),
             lambda part, total: context.say("Training a version in int8", part, total),
         )
-        save(found.state_dict(), file)
-    return found.learned()
+        save(int8_network.state_dict(), file)
+    return int8_network.learned()

@@ -1,4 +1,4 @@
-"""What the front's picture shows, whoever draws it: its title, the budget's lines, the view."""
+"""Title, limit lines and axes of the front's picture, for every plotting library."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from search.report.overview import Overview
 from search.results.pareto import Version
 
 _ENOUGH = 8
-"""With fewer versions, all are in view."""
+"""With fewer versions the view contains all of them."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LimitLine:
 
     Args:
         axis: `x` is latency in ms, `y` accuracy in %.
-        value: where it lies.
+        value: of the limit.
         label: the limit.
     """
 
@@ -28,8 +28,8 @@ class LimitLine:
     label: str
 
 
-def place(version: Version) -> tuple[float, float]:
-    """Returns where a version is drawn: latency in ms, accuracy in %."""
+def coordinates(version: Version) -> tuple[float, float]:
+    """Returns the coordinates of a version: latency in ms, accuracy in %."""
     return version.measured["latency"].value * 1e3, version.measured["accuracy"].value * 100
 
 
@@ -39,16 +39,16 @@ def flops_share(version: Version, dense: Version) -> float:
 
 
 def caption(overview: Overview) -> list[str]:
-    """Returns the picture's title and, below it, how to read it and what is not shown."""
+    """Returns the picture's title, and lines on how to read it and which versions are missing."""
     lines = [
         f"{overview.search.study.name}: {len(overview.front)} versions on the front within {overview.budget}",
         f"{overview.dense.measured['latency'].target}; the larger a point, the more FLOPs",
     ]
     given_up = len(overview.given_up)
-    told = f"{given_up} more broke {overview.search.budget} and {'was' if given_up == 1 else 'were'} not scored"
+    missing = f"{given_up} more broke {overview.search.budget} and {'was' if given_up == 1 else 'were'} not scored"
     ended = len(overview.ended_early)
     early = f"{ended} {'was' if ended == 1 else 'were'} ended early, after some of the images"
-    return [*lines, *([told] if given_up else []), *([early] if ended else [])]
+    return [*lines, *([missing] if given_up else []), *([early] if ended else [])]
 
 
 def limit_lines(budget: Budget, dense: Version) -> list[LimitLine]:
@@ -64,9 +64,9 @@ def limit_lines(budget: Budget, dense: Version) -> list[LimitLine]:
 
 
 def stairs(front: Sequence[Version]) -> list[tuple[float, float]]:
-    """Returns the corners of the line below which no version of the front lies: accuracy for each latency."""
+    """Returns the corners of the staircase through the front, as pairs of latency in ms and accuracy in %."""
     corners: list[tuple[float, float]] = []
-    for latency, accuracy in sorted(map(place, front), key=lambda at: (at[0], -at[1])):
+    for latency, accuracy in sorted(map(coordinates, front), key=lambda point: (point[0], -point[1])):
         if not corners or accuracy > corners[-1][1]:
             corners += [(latency, corners[-1][1])] if corners else []
             corners.append((latency, accuracy))
@@ -74,14 +74,14 @@ def stairs(front: Sequence[Version]) -> list[tuple[float, float]]:
 
 
 def accuracy_view(overview: Overview) -> tuple[float, float] | None:
-    """Returns the accuracies, in %, between which most of the front lies; None where that is all there is.
+    """Returns the range of accuracies, in %, that contains most versions; None if it contains all.
 
-    One version far below would otherwise press all others together: it is left out of the view, and the caller says so.
+    Outliers far below would compress the others, so they are left out of the view, and the caller says so.
     """
-    values = np.array([place(version)[1] for version in overview.complete])
+    values = np.array([coordinates(version)[1] for version in overview.complete])
     if len(values) < _ENOUGH:
         return None
-    top = float(max(values.max(), place(overview.dense)[1]))
+    top = float(max(values.max(), coordinates(overview.dense)[1]))
     bulk = float(np.quantile(values, 0.1))
     lowest = bulk - max(top - bulk, 1.0)
     if values.min() >= lowest:

@@ -1,4 +1,4 @@
-"""What a reader of a search's figures should know before believing them."""
+"""Caveats of a search's figures, as sentences."""
 
 import json
 from collections import Counter
@@ -18,8 +18,9 @@ from search.results.store import StoredSearch
 from search.results.violations import broken_limits
 
 SAME_TWICE = 0.05
+"""Relative difference of two timings of the same network above which the machine is called noisy."""
 WIDE = 0.1
-"""A latency known less well than to within so much is called noisy."""
+"""Relative half-width of an interval above which a latency is called noisy."""
 _REASONS = 3
 
 
@@ -40,15 +41,17 @@ def caveats(overview: Overview) -> list[str]:
 
 def trials(versions: list[Version]) -> str:
     """Returns versions as words: `trial 3`, `trials 3, 7 and 9`, `plain int8 and trial 3`."""
-    numbers = [str(version.number) for version in sorted(versions, key=lambda each: each.number) if version.number >= 0]
+    numbers = [
+        str(version.number) for version in sorted(versions, key=lambda version: version.number) if version.number >= 0
+    ]
     names = [version.title for version in versions if version.number < 0]
-    told = f"trials {', '.join(numbers[:-1])} and {numbers[-1]}" if len(numbers) > 1 else f"trial {''.join(numbers)}"
-    return " and ".join([*names, *([told] if numbers else [])])
+    text = f"trials {', '.join(numbers[:-1])} and {numbers[-1]}" if len(numbers) > 1 else f"trial {''.join(numbers)}"
+    return " and ".join([*names, *([text] if numbers else [])])
 
 
 def _infeasible(overview: Overview) -> Iterator[str]:
-    all_ = len(overview.versions)
-    broke = all_ - len(overview.good) - len(overview.ended_early)
+    total = len(overview.versions)
+    broke = total - len(overview.good) - len(overview.ended_early)
     if not overview.good and not overview.front:
         miss = nearest_miss([*overview.simple, *overview.versions], overview.budget, overview.dense.measured)
         near = f" The nearest, {miss[0].title}: {_broken(overview, miss[0])}." if miss else ""
@@ -57,14 +60,14 @@ def _infeasible(overview: Overview) -> Iterator[str]:
         cut = len(overview.given_up)
         verb, pronoun = ("does", "it") if broke == 1 else ("do", "they")
         unscored = f"{cut} of them, not measured further," if cut < broke else f"not measured further, {pronoun}"
-        told = f"; {unscored} may have any accuracy" if cut else ""
-        yield f"{broke} of {all_} versions {verb} not keep {overview.budget}{told}."
+        unknown = f"; {unscored} may have any accuracy" if cut else ""
+        yield f"{broke} of {total} versions {verb} not keep {overview.budget}{unknown}."
 
 
 def _ended_early(overview: Overview) -> Iterator[str]:
     ended = overview.ended_early
     if ended:
-        fewest, most = (some(version.measured["accuracy"].n for version in ended) for some in (min, max))
+        fewest, most = (function(version.measured["accuracy"].n for version in ended) for function in (min, max))
         count = str(most) if fewest == most else f"{fewest} to {most}"
         yield (
             f"{len(ended)} of {len(overview.versions)} versions were ended early, after {count} of"
@@ -85,8 +88,8 @@ def _failed(overview: Overview) -> Iterator[str]:
         if trial.state == TrialState.FAIL and "interrupted" not in trial.user_attrs
     )
     if reasons:
-        told = "; ".join(f"{count} times: {reason}" for reason, count in reasons.most_common(_REASONS))
-        yield f"{sum(reasons.values())} trials failed ({told})."
+        causes = "; ".join(f"{count} times: {reason}" for reason, count in reasons.most_common(_REASONS))
+        yield f"{sum(reasons.values())} trials failed ({causes})."
 
 
 def _noisy(overview: Overview) -> Iterator[str]:
@@ -108,14 +111,14 @@ def _close_to_limits(overview: Overview) -> Iterator[str]:
 
 def _may_break(version: Version, constraint: Constraint, dense: Version) -> bool:
     """Returns whether the worse end of the measurement's interval breaks the limit."""
-    found = version.measured[constraint.measured_as]
-    worse = found
+    measured = version.measured[constraint.measured_as]
+    worse = measured
     if constraint.measured_as == "accuracy":
-        worse = replace(found, value=wilson(found.value, found.n)[0])
+        worse = replace(measured, value=wilson(measured.value, measured.n)[0])
     elif constraint.measured_as == "latency":
-        factor = 1 + half_width(found)
-        others = {name: value * factor for name, value in found.others.items()}
-        worse = replace(found, value=found.value * factor, others=others)
+        factor = 1 + half_width(measured)
+        others = {name: value * factor for name, value in measured.others.items()}
+        worse = replace(measured, value=measured.value * factor, others=others)
     return constraint.violation(worse, dense.measured[constraint.measured_as]) > 0
 
 
@@ -124,24 +127,24 @@ def _hard_to_tell_apart(overview: Overview) -> Iterator[str]:
         return
     best, *others = overview.front
     first = best.measured["accuracy"]
-    alike = [version for version in others if difference(first, version.measured["accuracy"]).is_noise]
-    if alike:
+    equivalent = [version for version in others if difference(first, version.measured["accuracy"]).is_noise]
+    if equivalent:
         yield (
-            f"On {first.n} validation images the accuracy of {trials(alike)} cannot be told from that of the most"
+            f"On {first.n} validation images the accuracy of {trials(equivalent)} cannot be told from that of the most"
             f" accurate, {best.title}: the 95% intervals of the differences contain 0."
         )
 
 
 def _remarks(overview: Overview) -> Iterator[str]:
-    told: dict[str, list[Version]] = {}
-    for version in (*(each for each in overview.front if each is not overview.dense), overview.dense):
+    by_remark: dict[str, list[Version]] = {}
+    for version in (*(other for other in overview.front if other is not overview.dense), overview.dense):
         for measurement in version.measured.values():
             for remark in measurement.remarks:
-                told.setdefault(remark, []).append(version)
+                by_remark.setdefault(remark, []).append(version)
             if measurement.unproven:
                 text = "the runtime does not tell in which precision some layers ran"
-                told.setdefault(text, []).append(version)
-    for remark, versions in told.items():
+                by_remark.setdefault(text, []).append(version)
+    for remark, versions in by_remark.items():
         own = [version for version in versions if version is not overview.dense]
         where = trials(list({version.number: version for version in own}.values())) if own else "dense network"
         yield f"{where.capitalize()}: {remark}."
@@ -150,23 +153,23 @@ def _remarks(overview: Overview) -> Iterator[str]:
 def _efforts(overview: Overview) -> Iterator[str]:
     efforts = Counter(version.evaluation.effort for version in overview.front)
     if len(efforts) > 1:
-        told = ", ".join(f"{count} with {effort!r}" for effort, count in efforts.items())
-        yield f"The front mixes efforts at winning accuracy back, so not all of it compares: {told}."
+        counts = ", ".join(f"{count} with {effort!r}" for effort, count in efforts.items())
+        yield f"The front mixes efforts at winning accuracy back, so not all of it compares: {counts}."
 
 
 def _unconfirmed(overview: Overview) -> Iterator[str]:
-    found = {pick["trial"]: pick for pick in picks(overview.search)}
-    for number, pick in found.items():
+    confirmed = {pick["trial"]: pick for pick in picks(overview.search)}
+    for number, pick in confirmed.items():
         latency = f", latency {milliseconds(pick['latency_s'])}" if "latency_s" in pick else ""
         name = f"Trial {number}" if isinstance(number, int) else str(number)
         yield f"{name} was picked and measured again: {percent(pick['test_accuracy'])} on test images{latency}."
-    if any(version.trial not in found for version in overview.front):
-        none = "No other version" if found else "No version"
+    if any(version.trial not in confirmed for version in overview.front):
+        none = "No other version" if confirmed else "No version"
         yield f"{none} has been confirmed: pick measures one again in a new process, and on test images."
 
 
 def picks(search: StoredSearch) -> list[dict[str, Any]]:
-    """Returns what `pick` noted of each version that it has confirmed, the first pick first."""
+    """Returns the notes of `pick` on the versions that it confirmed, in order."""
     file = search.folder.path / "picks.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines]

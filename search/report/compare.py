@@ -1,4 +1,4 @@
-"""Two versions or two searches side by side, with what chance may have done told apart from what differs."""
+"""Compares two versions or two searches, and tells differences from noise."""
 
 import math
 from collections.abc import Iterator
@@ -21,17 +21,17 @@ from spaces.errors import UserError
 
 _METRICS = ("accuracy", "latency", "flops", "params", "size")
 _SIMPLE = ("dense", *PRECISIONS, *(f"given-{precision}" for precision in PRECISIONS))
-"""The names of versions that are no trials."""
+"""Names of the simple versions."""
 _WHOLE_SEARCH = "all"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared.
+    """One side of a comparison.
 
     Args:
         overview: of its search.
-        version: of it; None for the search as a whole.
+        version: one of the search; None for the search as a whole.
     """
 
     overview: Overview
@@ -39,14 +39,14 @@ class Side:
 
     @property
     def name(self) -> str:
-        """The search, and the trial where it is about one."""
+        """The name of the search, and the version if there is one."""
         if self.version is None:
             return self.overview.search.folder.name
         return f"{self.overview.search.folder.name}: {self.version.title}"
 
 
 def parse_side(text: str, runs: Path) -> Side:
-    """Returns what a user names: `SEARCH`, `SEARCH:TRIAL`, `SEARCH:dense`, `SEARCH:int8`, or without a search.
+    """Returns the side that a user names: `SEARCH`, `SEARCH:TRIAL`, `SEARCH:dense`, `SEARCH:int8`, or without a search.
 
     Raises:
         UserError: there is no such search or trial, or it was not measured.
@@ -59,22 +59,22 @@ def parse_side(text: str, runs: Path) -> Side:
     overview = Overview.of(StoredSearch.read(SearchFolder(runs / search)))
     if trial == _WHOLE_SEARCH:
         return Side(overview, None)
-    found = [version for version in [*overview.simple, *overview.versions] if str(version.trial) == trial]
-    if not found:
+    matches = [version for version in [*overview.simple, *overview.versions] if str(version.trial) == trial]
+    if not matches:
         known = ", ".join(str(version.trial) for version in overview.front) or "none on the front"
         raise UserError(f"a side is SEARCH or SEARCH:TRIAL with a measured trial, got {text!r}; the front has {known}")
-    return Side(overview, found[0])
+    return Side(overview, matches[0])
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric of both.
+    """One metric of both versions.
 
     Args:
         metric: a name in `METRICS`.
         first: as text.
         second: as text.
-        difference: of the second from the first; None where one of them was not measured.
+        difference: of the second from the first; None if one of them was not measured.
         verdict: in words.
     """
 
@@ -87,7 +87,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class LayerPair:
-    """What one layer became in both."""
+    """One layer in both versions."""
 
     name: str
     first: str
@@ -95,7 +95,7 @@ class LayerPair:
 
     @property
     def differs(self) -> bool:
-        """Whether it became something else."""
+        """Whether it differs."""
         return self.first != self.second
 
 
@@ -104,12 +104,12 @@ class Comparison:
     """Two sides and how they differ.
 
     Args:
-        first: the name of what is compared with.
-        second: and of what is compared.
-        facts: rows of text about both: budgets, targets, counts, efforts.
+        first: name of the side to compare with.
+        second: name of the other side.
+        facts: rows of text on both: budgets, targets, counts, efforts.
         figures: of the versions.
         layers: of the versions, in the network's order.
-        remarks: what to know before believing it.
+        remarks: on how far the figures are comparable.
     """
 
     first: str
@@ -124,7 +124,7 @@ class Comparison:
         return asdict(self)
 
     def parts(self) -> Iterator[Table | str]:
-        """Yields what a terminal shows: the tables, then the remarks."""
+        """Yields the output for a terminal: the tables, then the remarks."""
         yield f"A  {self.first}\nB  {self.second}"
         yield _table("", ["", "A", "B"], [list(row) for row in self.facts])
         yield _table(
@@ -142,8 +142,8 @@ class Comparison:
 
 def _table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if 0 < place < 3 else "left", overflow="fold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if 0 < index < 3 else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -173,15 +173,17 @@ def _searches(first: Side, second: Side) -> Comparison:
             raise UserError(f"searches are compared by their fronts, got {overview.search.folder.name} without one")
     a, b = (Side(overview, overview.front[0]) for overview in sides)
     rows = [(name, one, other) for (name, one), (_, other) in zip(_counts(sides[0]), _counts(sides[1]), strict=True)]
-    found = _versions(a, b, tuple(rows))
+    comparison = _versions(a, b, tuple(rows))
     remark = "Figures and layers are those of each search's most accurate version."
     if str(sides[0].budget) != str(sides[1].budget):
         remark += " The budgets differ, and with them the boxes that hypervolumes are shares of."
-    return Comparison(first.name, second.name, found.facts, found.figures, found.layers, (remark, *found.remarks))
+    return Comparison(
+        first.name, second.name, comparison.facts, comparison.figures, comparison.layers, (remark, *comparison.remarks)
+    )
 
 
 def _counts(overview: Overview) -> list[tuple[str, str]]:
-    """Returns what a search was asked and how much it found."""
+    """Returns the question of a search and the counts of its results."""
     return [
         ("study", overview.search.study.name),
         ("budget", str(overview.budget)),
@@ -228,7 +230,7 @@ def _exits(version: Version) -> str:
 
 
 def _machine(first: Side, second: Side) -> tuple[float, tuple[str, ...]]:
-    """Returns by what share the machine itself may differ between the two latencies, and what to say about it."""
+    """Returns the relative noise of the machine between the two latencies, and remarks on it."""
     a, b = first.overview.search.baseline, second.overview.search.baseline
     own = max(abs(a.same_twice - 1), abs(b.same_twice - 1))
     if first.overview.search.folder == second.overview.search.folder:
@@ -245,11 +247,11 @@ def _machine(first: Side, second: Side) -> tuple[float, tuple[str, ...]]:
 
 def _figure(metric: str, first: Version, second: Version, machine: float) -> Figure:
     a, b = first.measured.get(metric), second.measured.get(metric)
-    first_text, second_text = (_value(metric, found.value) if found else "not measured" for found in (a, b))
+    first_text, second_text = (_value(metric, side.value) if side else "not measured" for side in (a, b))
     if a is None or b is None:
         return Figure(metric, first_text, second_text, None, "")
-    found = difference(a, b, machine)
-    return Figure(metric, first_text, second_text, found, _verdict(metric, found))
+    change = difference(a, b, machine)
+    return Figure(metric, first_text, second_text, change, _verdict(metric, change))
 
 
 def _value(metric: str, value: float) -> str:
@@ -257,12 +259,12 @@ def _value(metric: str, value: float) -> str:
     return shown.get(metric, count)(value)
 
 
-def _verdict(metric: str, found: Difference) -> str:
+def _verdict(metric: str, difference: Difference) -> str:
     if metric in EXACT:
-        return "the same" if found.is_noise else f"{found.change:+.1%}"
-    change = f"{points(found.change)} points" if metric == "accuracy" else f"{found.change:+.1%}"
-    noise = f"{found.noise * 100:.2f} points" if metric == "accuracy" else f"{found.noise:.1%}"
-    return f"{change}, within noise (± {noise})" if found.is_noise else f"{change} (noise ± {noise})"
+        return "the same" if difference.is_noise else f"{difference.change:+.1%}"
+    change = f"{points(difference.change)} points" if metric == "accuracy" else f"{difference.change:+.1%}"
+    noise = f"{difference.noise * 100:.2f} points" if metric == "accuracy" else f"{difference.noise:.1%}"
+    return f"{change}, within noise (± {noise})" if difference.is_noise else f"{change} (noise ± {noise})"
 
 
 def _layers(side: Side) -> list[Layer]:
@@ -272,5 +274,5 @@ def _layers(side: Side) -> list[Layer]:
 
 
 def _layer_pairs(first: list[Layer], second: list[Layer]) -> tuple[LayerPair, ...]:
-    a, b = ({layer.name: str(layer) for layer in some} for some in (first, second))
+    a, b = ({layer.name: str(layer) for layer in layers} for layers in (first, second))
     return tuple(LayerPair(name, a.get(name, "absent"), b.get(name, "absent")) for name in dict.fromkeys([*a, *b]))

@@ -1,41 +1,41 @@
-"""What a version is and what its figures are worth, in words."""
+"""Versions and the uncertainty of their figures as text."""
 
 from evaluators.accuracy import wilson
 from evaluators.latency.slow_layers import SlowerLayers, SlowLayers, WholeNetwork
 from evaluators.measurement import Measurement
 from evaluators.streams import KEY_FRAMES
 from search.config.units import milliseconds, percent, size
-from search.results.simple_versions import Given
+from search.results.simple_versions import GivenMeasurements
 from spaces.candidate import Candidate
 
 ZEROS = (
     "Zeros inside layers make nothing faster on this target, whose kernels are dense, and FLOPs count them; the notes"
     " of flops and params in --json tell the share that hardware which skips zeros would need."
 )
-"""Is said below a front in which layers may have zeros anywhere."""
+"""Note below a front whose layers may have unstructured zeros."""
 
 
-def examined_layers(examined: SlowLayers) -> str:
-    """Returns, in a line, what each lower precision comes to for the whole network, and which layers it is not for."""
-    cost = f"{examined.timings} timings, {examined.seconds:.1f} s"
-    if examined.refused:
-        more = f", and for {len(examined.refused) - 1} more reasons" if len(examined.refused) > 1 else ""
-        cost += f"; some could not be taken: {examined.refused[0]}{more}"
-    if examined.unfinished:
-        cost += f"; the time was up before every part was looked at in {' and '.join(examined.unfinished)}"
-    lost = [whole.precision for whole in examined.wholes if whole.is_slower]
-    told = [_as_a_whole(whole, examined.left_out(whole.precision)) for whole in examined.wholes]
-    found = [_slower(each) for each in examined.slower if each.precision not in lost]
-    if found:
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        told.append(f"Left out as slower: {'; '.join(found[:3])}{more}")
+def slow_layers_line(slow_layers: SlowLayers) -> str:
+    """Returns a line on the speed of the whole network in lower precisions, and on layers that are slower in them."""
+    cost = f"{slow_layers.timings} timings, {slow_layers.seconds:.1f} s"
+    if slow_layers.refused:
+        more = f", and for {len(slow_layers.refused) - 1} more reasons" if len(slow_layers.refused) > 1 else ""
+        cost += f"; some could not be taken: {slow_layers.refused[0]}{more}"
+    if slow_layers.unfinished:
+        cost += f"; the time was up before every part was looked at in {' and '.join(slow_layers.unfinished)}"
+    lost = [whole.precision for whole in slow_layers.wholes if whole.is_slower]
+    sentences = [_as_a_whole(whole, slow_layers.left_out(whole.precision)) for whole in slow_layers.wholes]
+    slower = [_slower(each) for each in slow_layers.slower if each.precision not in lost]
+    if slower:
+        more = f"; and {len(slower) - 3} more" if len(slower) > 3 else ""
+        sentences.append(f"Left out as slower: {'; '.join(slower[:3])}{more}")
     elif not lost:
-        told.append("No layer is measurably slower in a lower precision")
-    return f"{'. '.join(told)} ({cost})."
+        sentences.append("No layer is measurably slower in a lower precision")
+    return f"{'. '.join(sentences)} ({cost})."
 
 
 def _as_a_whole(whole: WholeNetwork, left_out: int) -> str:
-    """Returns what a network's time in one precision is to that in another, and to how many layers it is offered."""
+    """Returns the ratio of a network's latency in one precision to another, and how many layers may have it."""
     name = whole.precision
     times = 1 / whole.ratio
     half_width = whole.half_width / whole.ratio
@@ -55,25 +55,25 @@ def _as_a_whole(whole: WholeNetwork, left_out: int) -> str:
 
 def _slower(each: SlowerLayers) -> str:
     them = "them" if len(each.layers) > 1 else "it"
-    seen = "" if each.is_confirmed else ", seen once"
+    once = "" if each.is_confirmed else ", seen once"
     return (
         f"{' + '.join(each.layers)} not in {each.precision} (with {them} in {each.instead} the network takes"
-        f" {each.ratio:.3f} ± {each.ratio * each.half_width:.3f} of its time{seen})"
+        f" {each.ratio:.3f} ± {each.ratio * each.half_width:.3f} of its time{once})"
     )
 
 
-def simple_lines(given: Given) -> list[str]:
-    """Returns the network as it is in each precision, a line each below one that says what they are."""
+def simple_lines(given: GivenMeasurements) -> list[str]:
+    """Returns lines on the network in each precision, below a line that introduces them."""
     dense = given.simple[0].evaluation.measurements
     lines = [
         f"The network as it is, per batch on {dense['latency'].target}, accuracy on {dense['accuracy'].n} validation"
         " images; these are the lines to beat:"
     ]
-    for each in given.simple:
-        measured = each.evaluation.measurements
+    for simple in given.simple:
+        measured = simple.evaluation.measurements
         share = measured["latency"].value / dense["latency"].value
         lines.append(
-            f"  {each.precision}  {milliseconds(measured['latency'].value):>9}  {share:>6.1%} of dense"
+            f"  {simple.precision}  {milliseconds(measured['latency'].value):>9}  {share:>6.1%} of dense"
             f"  accuracy {percent(measured['accuracy'].value)}  {size(measured['size'].value)}"
         )
     return lines
@@ -92,7 +92,7 @@ def kept_channels(candidate: Candidate, dense: Candidate) -> str:
 def int8_layers(candidate: Candidate) -> str:
     """Returns how many layers are int8, of how many: `20/24`; `16+4/24` where four more are stored in int4.
 
-    Heads of exits that never answer are not deployed.
+    Heads of exits that are never used are not deployed.
     """
     heads = {layer for layer in candidate.precision if layer.startswith("exits.")}
     idle = {layer for layer in heads if layer.split(".")[1] not in candidate.active_exits}
@@ -106,10 +106,10 @@ def exit_shares(accuracy: Measurement) -> str:
     return " ".join(f"{share:.0%}" for name, share in accuracy.notes.items() if name != KEY_FRAMES) or "-"
 
 
-def accuracy_doubt(accuracy: Measurement) -> float:
-    """Returns how far the true accuracy may lie from the measured one, at 95%: also where every image was right.
+def accuracy_half_width(accuracy: Measurement) -> float:
+    """Returns the half-width of the 95% interval of an accuracy; it is above 0 even if all images are correct.
 
-    Frames of a clip are right or wrong together, which the standard error knows and the interval of a share does not.
+    Frames of a clip are correlated; the standard error takes that into account, the interval of a share does not.
     """
     low, high = wilson(accuracy.value, accuracy.n)
     return max(accuracy.value - low, high - accuracy.value, 1.96 * accuracy.spread)

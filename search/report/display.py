@@ -1,4 +1,4 @@
-"""What the screen shows while a search runs."""
+"""Progress on the terminal while a command runs."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,21 +14,21 @@ from search.results.evaluation import Evaluation
 from search.results.pareto import Version, choose, feasible, front_within, hypervolume
 
 _PLAIN_EVERY = 10
-"""Without a terminal, a line after so many trials."""
+"""Trials per line of output without a terminal."""
 _PLAIN_EVERY_S = 60.0
-"""And of steps that have been seen before, at most one line in so many seconds."""
+"""Seconds between lines on steps that were announced before, at least."""
 _BAR = 40
 
 
 class Display:
-    """A live view on a terminal, now and then a line elsewhere.
+    """A live view on a terminal, or occasional lines elsewhere.
 
-    Nothing is drawn while a candidate is timed: the view is refreshed between trials only.
+    Nothing is drawn while a candidate is timed; the view is refreshed between trials only.
 
     Args:
         console: where to write.
         quiet: whether nothing is written but warnings.
-        clock: tells seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, console: Console, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
@@ -37,8 +37,8 @@ class Display:
         self._is_live = console.is_terminal and not console.is_dumb_terminal and not quiet
         self._lines: list[str] = []
         self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._seen: set[str] = set()
-        self._said_at = clock()
+        self._announced: set[str] = set()
+        self._last_line_at = clock()
 
     def __enter__(self) -> "Display":
         if self._is_live:
@@ -49,52 +49,52 @@ class Display:
         self._live.stop()
 
     def warn(self, text: str) -> None:
-        """Writes a line that stays, however quiet."""
+        """Writes a permanent line, even if quiet."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def say(self, text: str) -> None:
-        """Writes a line that stays."""
+        """Writes a permanent line, unless quiet."""
         if not self._quiet:
             self.warn(text)
 
     def step(self, step: str, done: int, total: int) -> None:
-        """Shows how far a long step is.
+        """Shows the progress of a long step.
 
-        Where lines stay, a step is announced and its end told once; one that comes again, as the training of each
-        version does, is mentioned now and then.
+        Without a live view, its beginning and end are written once; a repeated step, such as the training of each
+        version, is written from time to time.
         """
         if self._is_live:
             self._show(step, done, total)
         elif self._is_worth_a_line(step, done, total):
-            self._said_at = self._clock()
+            self._last_line_at = self._clock()
             self.say(f"{step}: {done}/{total}")
 
     def _is_worth_a_line(self, step: str, done: int, total: int) -> bool:
         begun, ended = f"{step} begun", f"{step} ended"
-        news = {0: begun, total: ended}.get(done)
-        if news is not None and news not in self._seen and ended not in self._seen:
-            self._seen.add(news)
+        event = {0: begun, total: ended}.get(done)
+        if event is not None and event not in self._announced and ended not in self._announced:
+            self._announced.add(event)
             return True
-        return self._clock() - self._said_at >= _PLAIN_EVERY_S
+        return self._clock() - self._last_line_at >= _PLAIN_EVERY_S
 
     def show(self, lines: Sequence[str], title: str, done: int, total: int) -> None:
-        """Shows the search as it stands: some lines and a bar."""
+        """Shows the state of the search: some lines and a progress bar."""
         if self._is_live:
             self._lines = list(lines)
             self._show(title, done, total)
         elif done % _PLAIN_EVERY == 0 or done == total:
-            self._said_at = self._clock()
+            self._last_line_at = self._clock()
             self.say(f"{title} {done}/{total}: {'; '.join(lines)}")
 
     def _show(self, title: str, done: int, total: int) -> None:
         lines = [*self._lines, *([bar(title, done, total, self.console.width)] if done < total else [])]
-        # A line that does not fit is cut: one that wrapped would throw the cursor off.
+        # Lines are truncated, because a wrapped line would break the cursor's position.
         view = Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
         self._live.update(view, refresh=True)
 
 
 def bar(title: str, done: int, total: int, width: int) -> str:
-    """Returns a line that tells how far something is, with as long a bar as `width` characters leave room for."""
+    """Returns a progress bar of at most `width` characters, with title and count."""
     count = f"{done}/{total}"
     room = min(width - len(title) - len(count) - 3, _BAR)
     if room < 5:
@@ -104,16 +104,16 @@ def bar(title: str, done: int, total: int, width: int) -> str:
 
 
 class SearchView:
-    """Keeps a display up to date with the trials of a search.
+    """Updates a display with the trials of a search.
 
     Args:
-        display: what draws.
-        versions: what earlier runs of the search measured.
+        display: to draw on.
+        versions: measured by earlier runs of the search.
         budget: of the search.
         dense: the dense network.
-        done: trials that earlier runs finished.
-        total: when the search ends.
-        simple: versions that are there before the first trial.
+        done: number of trials finished by earlier runs.
+        total: number of trials of the search.
+        simple: versions measured before the first trial.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class SearchView:
         self._draw()
 
     def trial_done(self, trial: FrozenTrial, seconds: float) -> None:  # noqa: ARG002  the observers' signature
-        """Takes note of a finished trial."""
+        """Adds a finished trial to the view."""
         self._done += 1
         self._failed += trial.state == TrialState.FAIL
         if "evaluation" in trial.user_attrs:

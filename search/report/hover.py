@@ -1,4 +1,4 @@
-"""What stands under the pointer: a version in a few lines."""
+"""Hover text of a version in plotly's pictures."""
 
 from search.config.units import milliseconds, percent, size, threshold
 from search.report.describe import exit_shares, int8_layers, kept_channels
@@ -6,12 +6,12 @@ from search.report.layers import layers_of
 from search.results.pareto import Version
 
 _LAYERS = 24
-"""So many layers of a version are named at most."""
+"""Layers, at most, that are listed."""
 _PER_LINE = 2
 
 
 def hover(version: Version, dense: Version) -> str:
-    """Returns a version as lines of plotly's HTML: what was measured of it, then the candidate."""
+    """Returns a version as lines of plotly's HTML: its measurements, then the candidate."""
     measured, candidate = version.measured, version.evaluation.candidate
     accuracy, latency = measured["accuracy"], measured["latency"]
     lines = [
@@ -33,9 +33,9 @@ def hover(version: Version, dense: Version) -> str:
 
 
 def _layer_lines(version: Version, dense: Version) -> list[str]:
-    """Returns the layers, a few on each line."""
+    """Returns the layers, `_PER_LINE` on each line."""
     layers = layers_of(version.evaluation.candidate, dense.evaluation.candidate, {})
-    told = [f"{layer.name} {layer}" for layer in layers[:_LAYERS] if str(layer) != "-"]
-    lines = ["; ".join(told[start : start + _PER_LINE]) for start in range(0, len(told), _PER_LINE)]
+    entries = [f"{layer.name} {layer}" for layer in layers[:_LAYERS] if str(layer) != "-"]
+    lines = ["; ".join(entries[start : start + _PER_LINE]) for start in range(0, len(entries), _PER_LINE)]
     more = len(layers) - _LAYERS
     return [f"<i>{line}</i>" for line in lines] + ([f"<i>and {more} more layers</i>"] if more > 0 else [])

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no network, no file beside it."""
+"""A report as one self-contained HTML page."""
 
 from collections.abc import Callable, Sequence
 from html import escape
@@ -26,11 +26,11 @@ Link = Callable[[Version], str | None]
 
 
 def page(overview: Overview, link: Link | None = None) -> str:
-    """Returns the report of a search with its pictures; plotly's script is in it once.
+    """Returns the report of a search with its pictures and plotly's script.
 
     Args:
         overview: of the search.
-        link: where a version of the front is shown, if anywhere.
+        link: returns the address of a version's page, or None.
     """
     report = report_of(overview)
     drawn = {

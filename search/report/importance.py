@@ -1,4 +1,4 @@
-"""Which layers cost accuracy, and which buy latency: from everything that a search measured, not only its front."""
+"""Effects of each layer's channels and precision on accuracy and latency, from all versions of a search."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,23 +13,23 @@ from search.samplers.hypervolume.gaussian_process import GaussianProcess, fit_gp
 from spaces.candidate import Candidate
 
 IMPORTANCE = "What layers cost and buy"
-"""The heading of what tells it."""
+"""Heading of the table and the picture."""
 LEAST = 20
-"""So many versions have to be measured before layers can be told apart."""
+"""Versions that have to be measured, at least."""
 _TRIED = 3
-"""A precision of a layer counts where so many versions have it."""
+"""Versions that have to have a layer in a precision, at least, for its effect."""
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What one change comes to, on average over the versions that were measured.
+    """The effect of one change, averaged over the measured versions.
 
     Args:
         name: of a group of channels or a layer.
-        change: what is changed against the dense network: `4 of 16 channels`, `int8`.
-        accuracy: what it adds, 0 to 1; negative where it costs some.
-        latency: what it adds to the longest path, as a share of the dense network's latency.
+        change: against the dense network: `4 of 16 channels`, `int8`.
+        accuracy: change of the accuracy, 0.01 being one point.
+        latency: change of the longest path's latency, as a share of the dense network's.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Effect:
 
 @dataclass(frozen=True)
 class Importance:
-    """The effects of all changes, those that buy most latency first.
+    """The effects of all changes, those that reduce latency most first.
 
     Args:
         effects: one for each group of channels, and for each layer and precision.
-        accuracy_r2: share of the variance of what was held out that the surrogate of accuracy tells.
-        latency_r2: the same of latency.
+        accuracy_r2: R² of the accuracy surrogate on held-out versions.
+        latency_r2: R² of the latency surrogate on held-out versions.
     """
 
     effects: tuple[Effect, ...]
@@ -58,13 +58,13 @@ class Importance:
 
 
 def importance(versions: Sequence[Version], dense: Version) -> Importance | None:
-    """Returns what each layer costs and buys; None where too little was measured.
+    """Returns the effects of each layer; None if fewer than `LEAST` versions were measured in full.
 
-    A surrogate tells every version with the change and without it, and all else as it was: partial dependence.
+    A surrogate predicts every version with the change and without it, all else being equal (partial dependence).
     Source: Friedman, Greedy Function Approximation: A Gradient Boosting Machine, 2001, section 8.2.
 
     Args:
-        versions: that were measured; those that broke a limit before their accuracy was known tell of latency alone.
+        versions: measured ones; those without accuracy contribute to latency alone.
         dense: the dense network.
     """
     complete = [version for version in versions if version.is_complete]
@@ -81,10 +81,10 @@ def importance(versions: Sequence[Version], dense: Version) -> Importance | None
         Effect(
             name,
             change,
-            _effect(accuracy_model, accuracies, places, then),
-            _effect(latency_model, latencies, places, then),
+            _effect(accuracy_model, accuracies, indices, values),
+            _effect(latency_model, latencies, indices, values),
         )
-        for name, change, places, then in columns.changes()
+        for name, change, indices, values in columns.changes()
     ]
     return Importance(
         tuple(sorted(effects, key=lambda effect: effect.latency)),
@@ -94,26 +94,27 @@ def importance(versions: Sequence[Version], dense: Version) -> Importance | None
 
 
 def _longest(version: Version) -> float:
-    """Returns the seconds of the longest path: those of the mean tell of exits, too."""
+    """Returns the seconds of the longest path, because the mean also depends on exits."""
     latency = version.measured["latency"]
     return latency.others.get("worst", latency.value)
 
 
-def _effect(model: GaussianProcess, rows: Array, places: Sequence[int], then: Sequence[float]) -> float:
-    """Returns by how much, on average over rows, what is told differs with `then` in some columns from zeros there."""
-    changed, usual = rows.copy(), rows.copy()
-    changed[:, places], usual[:, places] = then, 0.0
-    return float((model.means(changed) - model.means(usual)).mean())
+def _effect(model: GaussianProcess, rows: Array, columns: Sequence[int], values: Sequence[float]) -> float:
+    """Returns the mean difference of predictions with `values` and with zeros in some columns."""
+    changed, unchanged = rows.copy(), rows.copy()
+    changed[:, columns] = values
+    unchanged[:, columns] = 0.0
+    return float((model.means(changed) - model.means(unchanged)).mean())
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Columns that are 0 in the dense network: the share of channels that is lost, its square, and lower precisions.
+    """Features that are 0 for the dense network: the share of pruned channels, its square, and lower precisions.
 
     Args:
-        full: the channels of each group.
-        least: the fewest that any version kept.
-        lower: layers and precisions other than the dense network's.
+        full: number of channels of each group.
+        least: the fewest that any version keeps.
+        lower: pairs of a layer and a precision other than the dense network's.
     """
 
     full: Mapping[str, int]
@@ -122,7 +123,7 @@ class _Columns:
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate], dense: Candidate) -> "_Columns":
-        """Returns columns for what was tried: groups that lost channels, precisions that several versions have."""
+        """Returns columns for the groups that were pruned, and the precisions that several versions have."""
         least = {name: min(each.channels[name] for each in candidates) for name in dense.channels}
         tried = Counter((layer, name) for each in candidates for layer, name in each.precision.items())
         lower = [(layer, name) for layer, name in tried if name != dense.precision.get(layer)]
@@ -133,20 +134,20 @@ class _Columns:
         )
 
     def rows(self, versions: Sequence[Version]) -> Array:
-        """Returns the columns of versions, `(n, 2 groups + lower)`."""
-        found = []
+        """Returns the features of versions, `(n, 2 * groups + lower)`."""
+        rows = []
         for version in versions:
             candidate = version.evaluation.candidate
             lost = [1 - candidate.channels[name] / count for name, count in self.full.items()]
             chosen = [float(candidate.precision.get(layer) == name) for layer, name in self.lower]
-            found.append([*lost, *(share**2 for share in lost), *chosen])
-        return np.array(found, dtype=np.float64).reshape(len(found), -1)
+            rows.append([*lost, *(share**2 for share in lost), *chosen])
+        return np.array(rows, dtype=np.float64).reshape(len(rows), -1)
 
     def changes(self) -> Iterator[tuple[str, str, list[int], list[float]]]:
-        """Yields each group and layer, in words what is changed, the columns that tell it, and what is in them then."""
+        """Yields for each change: the group or layer, the change as text, the columns, and their values."""
         count = len(self.full)
-        for place, (name, full) in enumerate(self.full.items()):
+        for index, (name, full) in enumerate(self.full.items()):
             lost = 1 - self.least[name] / full
-            yield name, f"{self.least[name]} of {full} channels", [place, count + place], [lost, lost**2]
-        for place, (layer, name) in enumerate(self.lower):
-            yield layer, name, [2 * count + place], [1.0]
+            yield name, f"{self.least[name]} of {full} channels", [index, count + index], [lost, lost**2]
+        for index, (layer, name) in enumerate(self.lower):
+            yield layer, name, [2 * count + index], [1.0]

@@ -1,4 +1,4 @@
-"""What each layer of a version became, as data."""
+"""The layers of versions as data: channels, precision and pattern, for tables, heat maps and axes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from search.results.pareto import Version
 from spaces.candidate import Candidate
 
 COLUMNS = 40
-"""A heat map shows at most so many versions."""
+"""Versions, at most, in a heat map."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Layer:
 
     Args:
         name: its path in the network.
-        kept: output channels that it keeps; None where nothing says.
-        of: the dense layer's.
-        precision: it runs in; empty where it is no choice, or where its exit is not part of the version.
-        pattern: of its zeros; empty where it is dense.
+        kept: number of output channels that it keeps; None if unknown.
+        of: number of output channels in the dense network; None if unknown.
+        precision: empty if it is not a dimension of the space, or if its exit is not part of the version.
+        pattern: of zeros; empty without.
     """
 
     name: str
@@ -38,13 +38,12 @@ class Layer:
 
 
 def layers_of(candidate: Candidate, dense: Candidate, members: Mapping[str, str]) -> list[Layer]:
-    """Returns what each layer of a candidate became, in the network's order.
+    """Returns the layers of a candidate, in the network's order.
 
     Args:
         candidate: the version.
         dense: the dense network, which names every layer.
-        members: the group of channels that each layer's output belongs to; a layer that gives a group its name needs
-            no entry.
+        members: the group of channels of each layer's output; a layer with the name of its group needs no entry.
     """
     names = dict.fromkeys([*dense.precision, *dense.channels])
     return [_layer(name, members.get(name, name), candidate, dense) for name in names]
@@ -52,12 +51,12 @@ def layers_of(candidate: Candidate, dense: Candidate, members: Mapping[str, str]
 
 def _layer(name: str, group: str, candidate: Candidate, dense: Candidate) -> Layer:
     inactive = set(candidate.exits) - set(candidate.active_exits)
-    is_left_out = any(name.startswith(f"exits.{exit_}.") for exit_ in inactive)
+    is_absent = any(name.startswith(f"exits.{exit_}.") for exit_ in inactive)
     return Layer(
         name,
         candidate.channels.get(group),
         dense.channels.get(group),
-        "" if is_left_out else candidate.precision.get(name, ""),
+        "" if is_absent else candidate.precision.get(name, ""),
         candidate.patterns.get(name, ""),
     )
 
@@ -71,8 +70,8 @@ class HeatMap:
         groups: the rows of `kept`.
         layers: the rows of `precision`.
         kept: channels, `(groups, versions)`.
-        share: of the dense network's channels, `(groups, versions)`.
-        precision: names, `(layers, versions)`; empty where a layer is not part of the version.
+        share: kept share of the dense network's channels, `(groups, versions)`.
+        precision: names, `(layers, versions)`; empty for a layer that is not part of the version.
     """
 
     versions: tuple[Version, ...]
@@ -84,27 +83,27 @@ class HeatMap:
 
     @property
     def precisions(self) -> list[str]:
-        """The precisions that occur, in order of their first."""
+        """The precisions that occur, in order of first occurrence."""
         return list(dict.fromkeys(name for row in self.precision for name in row if name))
 
 
 def heat_map(versions: Sequence[Version], dense: Version) -> HeatMap:
-    """Returns the heat map of some versions; of more than `COLUMNS` an even choice, the first and the last among it."""
+    """Returns the heat map of versions; of more than `COLUMNS` evenly spaced ones, with the first and the last."""
     chosen = [versions[index] for index in _spread(len(versions), COLUMNS)]
     whole = dense.evaluation.candidate
     candidates = [version.evaluation.candidate for version in chosen]
-    kept = np.array([[each.channels[name] for each in candidates] for name in whole.channels], dtype=np.int64)
+    kept = np.array([[candidate.channels[name] for candidate in candidates] for name in whole.channels], dtype=np.int64)
     kept = kept.reshape(len(whole.channels), len(chosen))
     of = np.array(list(whole.channels.values()), dtype=np.float64).reshape(-1, 1)
-    layers = [layers_of(each, whole, {}) for each in candidates]
+    layers = [layers_of(candidate, whole, {}) for candidate in candidates]
     names = list(whole.precision)
-    found = [{layer.name: layer.precision for layer in some} for some in layers]
-    precision = [[each[name] for each in found] for name in names]
+    columns = [{layer.name: layer.precision for layer in version_layers} for version_layers in layers]
+    precision = [[column[name] for column in columns] for name in names]
     return HeatMap(tuple(chosen), tuple(whole.channels), tuple(names), kept, kept / of, precision)
 
 
 def _spread(count: int, most: int) -> list[int]:
-    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))}) if count else []
+    return sorted({round(position) for position in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
 @dataclass(frozen=True)
@@ -129,17 +128,17 @@ def parallel_axes(versions: Sequence[Version], dense: Version) -> list[Axis]:
 
     measured = [version.measured for version in versions]
     candidates = [version.evaluation.candidate for version in versions]
-    found = [
-        axis("accuracy, %", *(each["accuracy"].value * 100 for each in measured)),
-        axis("latency, ms", *(each["latency"].value * 1e3 for each in measured)),
-        axis("FLOPs, %", *(each["flops"].value / dense.measured["flops"].value * 100 for each in measured)),
-        axis("size, MB", *(each["size"].value / 1e6 for each in measured)),
-        axis("channels, %", *(kept_share(each, whole) * 100 for each in candidates)),
-        axis("lower bits, %", *(_lowered(each, whole) * 100 for each in candidates)),
+    axes = [
+        axis("accuracy, %", *(metrics["accuracy"].value * 100 for metrics in measured)),
+        axis("latency, ms", *(metrics["latency"].value * 1e3 for metrics in measured)),
+        axis("FLOPs, %", *(metrics["flops"].value / dense.measured["flops"].value * 100 for metrics in measured)),
+        axis("size, MB", *(metrics["size"].value / 1e6 for metrics in measured)),
+        axis("channels, %", *(kept_share(candidate, whole) * 100 for candidate in candidates)),
+        axis("lower bits, %", *(_lowered(candidate, whole) * 100 for candidate in candidates)),
     ]
     if whole.exits:
-        found.append(axis("leave early, %", *(sum(left(version)) * 100 for version in versions)))
-    return found
+        axes.append(axis("leave early, %", *(sum(leaving_shares(version)) * 100 for version in versions)))
+    return axes
 
 
 def _lowered(candidate: Candidate, dense: Candidate) -> float:
@@ -148,9 +147,9 @@ def _lowered(candidate: Candidate, dense: Candidate) -> float:
     return sum(name != dense.precision[layer] for layer, name in layers) / max(len(candidate.precision), 1)
 
 
-def left(version: Version) -> list[float]:
-    """Returns the share of the inputs that leaves at each exit of the network, 0 where a version lacks it."""
+def leaving_shares(version: Version) -> list[float]:
+    """Returns the share of inputs that leave at each exit of the network, 0 for exits that the version lacks."""
     shares = version.measured["accuracy"].notes
     active = version.evaluation.candidate.active_exits
-    by_name = {name: shares.get(f"exit{place}", 0.0) for place, name in enumerate(active, 1)}
+    by_name = {name: shares.get(f"exit{number}", 0.0) for number, name in enumerate(active, 1)}
     return [by_name.get(name, 0.0) for name in version.evaluation.candidate.exits]

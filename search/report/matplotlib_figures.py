@@ -10,9 +10,9 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
-from search.report.axes import accuracy_view, caption, flops_share, limit_lines, place, stairs
+from search.report.axes import accuracy_view, caption, coordinates, flops_share, limit_lines, stairs
 from search.report.importance import IMPORTANCE
-from search.report.layers import HeatMap, heat_map, left, parallel_axes
+from search.report.layers import HeatMap, heat_map, leaving_shares, parallel_axes
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.report.palette import (
     BLACK,
@@ -66,7 +66,7 @@ def front_picture(overview: Overview) -> Figure:
     for (name, version), (shape, _) in zip(overview.notable, NOTABLE_SHAPES, strict=False):
         label = f"{name}: {version.title}"
         ring: dict[str, Any] = {"s": 170, "facecolors": "none", "edgecolors": BLACK, "linewidths": 1.6}
-        axes.scatter(*place(version), marker=shape, label=label, zorder=7, **ring)
+        axes.scatter(*coordinates(version), marker=shape, label=label, zorder=7, **ring)
     for line in limit_lines(overview.budget, overview.dense):
         draw = axes.axvline if line.axis == "x" else axes.axhline
         draw(line.value, linestyle="--", color=LIMIT, label=line.label, zorder=1)
@@ -91,7 +91,7 @@ def _scatter(axes: Axes, overview: Overview, name: str, versions: Sequence[Any],
     sizes = [160 if name == DENSE else 18 + 60 * flops_share(version, overview.dense) for version in versions]
     label = name if name == DENSE else f"{name} ({len(versions)})"
     edge: dict[str, Any] = {"linewidths": 1.2} if name == OVER else {"edgecolors": "white", "linewidths": 0.5}
-    x, y = zip(*map(place, versions), strict=True)
+    x, y = zip(*map(coordinates, versions), strict=True)
     axes.scatter(x, y, s=sizes, color=mark.color, marker=mark.matplotlib, label=label, zorder=order, **edge)
 
 
@@ -101,7 +101,7 @@ def _set_view(axes: Axes, overview: Overview) -> str:
     if view is None:
         return ""
     axes.set_ylim(*view)
-    return f"{sum(place(version)[1] < view[0] for version in overview.complete)} lie below"
+    return f"{sum(coordinates(version)[1] < view[0] for version in overview.complete)} lie below"
 
 
 def parallel_picture(overview: Overview) -> Figure | None:
@@ -110,8 +110,8 @@ def parallel_picture(overview: Overview) -> Figure | None:
     versions = [version for name in names for version in overview.groups[name]]
     if len(versions) < 2:
         return None
-    found = parallel_axes(versions, overview.dense)
-    values = np.array([axis.values for axis in found])
+    columns = parallel_axes(versions, overview.dense)
+    values = np.array([axis.values for axis in columns])
     low, high = values.min(axis=1, keepdims=True), values.max(axis=1, keepdims=True)
     scaled = np.where(high > low, (values - low) / np.where(high > low, high - low, 1), 0.5)
     figure = Figure(figsize=(10, 4.6), layout="constrained")
@@ -124,12 +124,12 @@ def parallel_picture(overview: Overview) -> Figure | None:
         lines = axes.plot(scaled[:, start : start + count], color=MARKS[name].color, ls=style, zorder=order, **look)
         lines[0].set_label(f"{name} ({count})")
         start += count
-    for index, axis in enumerate(found):
+    for index, axis in enumerate(columns):
         axes.axvline(index, color=BLACK, linewidth=0.8)
         for at, value in ((-0.03, min(axis.values)), (1.03, max(axis.values))):
             side = "top" if at < 0 else "bottom"
             axes.text(index, at, f"{value:.3g}", ha="center", va=side, fontsize=9)
-    axes.set_xticks(range(len(found)), [axis.title for axis in found], fontsize=9)
+    axes.set_xticks(range(len(columns)), [axis.title for axis in columns], fontsize=9)
     axes.tick_params(axis="x", length=0, pad=16)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
@@ -143,36 +143,36 @@ def layers_picture(overview: Overview) -> Figure | None:
     """Returns channels of each group and precision of each layer along the front, the fastest version first."""
     if not overview.front:
         return None
-    found = heat_map(overview.by_latency, overview.dense)
-    heights = [len(found.groups), len(found.layers)]
-    longest = max(len(name) for name in (*found.groups, *found.layers))
-    width = max(6.5, 1.8 + 0.08 * longest + _COLUMN * len(found.versions) + 1.2)
+    heat = heat_map(overview.by_latency, overview.dense)
+    heights = [len(heat.groups), len(heat.layers)]
+    longest = max(len(name) for name in (*heat.groups, *heat.layers))
+    width = max(6.5, 1.8 + 0.08 * longest + _COLUMN * len(heat.versions) + 1.2)
     figure = Figure(figsize=(width, 2.3 + _ROW * sum(heights)), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=heights, sharex=True)
-    drawn = upper.imshow(found.share, aspect="auto", cmap=SEQUENTIAL, vmin=0, vmax=1)
+    drawn = upper.imshow(heat.share, aspect="auto", cmap=SEQUENTIAL, vmin=0, vmax=1)
     figure.colorbar(drawn, ax=upper, format="{x:.0%}", label="share of the channels")
-    upper.set_yticks(range(heights[0]), found.groups, fontsize=8)
+    upper.set_yticks(range(heights[0]), heat.groups, fontsize=8)
     upper.set_title("channels kept", fontsize="medium", loc="left")
-    _draw_precision(lower, found)
-    if len(found.versions) <= _FEW:
-        for (row, column), value in np.ndenumerate(found.kept):
-            _write(upper, row, column, str(value), drawn.cmap(found.share[row, column]))
-    lower.set_xticks(range(len(found.versions)), [each.title for each in found.versions], rotation=90, fontsize=8)
+    _draw_precision(lower, heat)
+    if len(heat.versions) <= _FEW:
+        for (row, column), value in np.ndenumerate(heat.kept):
+            _write(upper, row, column, str(value), drawn.cmap(heat.share[row, column]))
+    lower.set_xticks(range(len(heat.versions)), [each.title for each in heat.versions], rotation=90, fontsize=8)
     figure.suptitle("Layers along the front, the fastest version first", x=0.01, ha="left")
     return figure
 
 
-def _draw_precision(axes: Axes, found: HeatMap) -> None:
+def _draw_precision(axes: Axes, heat: HeatMap) -> None:
     white = np.ones(3)
-    colors = [[to_rgb(PRECISIONS.get(name, GREY)) if name else white for name in row] for row in found.precision]
+    colors = [[to_rgb(PRECISIONS.get(name, GREY)) if name else white for name in row] for row in heat.precision]
     axes.imshow(np.array(colors), aspect="auto")
-    axes.set_yticks(range(len(found.layers)), found.layers, fontsize=8)
+    axes.set_yticks(range(len(heat.layers)), heat.layers, fontsize=8)
     axes.set_title("precision", fontsize="medium", loc="left")
-    if len(found.versions) <= _FEW:
-        for row, names in enumerate(found.precision):
+    if len(heat.versions) <= _FEW:
+        for row, names in enumerate(heat.precision):
             for column, name in enumerate(names):
                 _write(axes, row, column, name, colors[row][column])
-    for name in found.precisions:
+    for name in heat.precisions:
         axes.scatter([], [], marker="s", s=70, color=PRECISIONS.get(name, GREY), label=name)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
 
@@ -204,7 +204,7 @@ def exits_picture(overview: Overview) -> Figure | None:
     if not exits or not overview.front:
         return None
     versions = overview.by_latency
-    shares = np.array([[*left(version), 1 - sum(left(version))] for version in versions]).T * 100
+    shares = np.array([[*leaving_shares(version), 1 - sum(leaving_shares(version))] for version in versions]).T * 100
     figure = Figure(figsize=(max(6.5, 2 + _COLUMN * len(versions)), 4), layout="constrained")
     axes = figure.add_subplot()
     bottom = np.zeros(len(versions))
@@ -221,17 +221,17 @@ def exits_picture(overview: Overview) -> Figure | None:
 
 def importance_picture(overview: Overview) -> Figure | None:
     """Returns what each change buys in latency and costs in accuracy, as bars, the one that buys most on top."""
-    found = overview.importance
-    if found is None or not found.effects:
+    importance = overview.importance
+    if importance is None or not importance.effects:
         return None
-    effects = found.effects[::-1]
+    effects = importance.effects[::-1]
     figure = Figure(figsize=(9, 1.6 + _ROW * len(effects)), layout="constrained")
     left_, right = figure.subplots(1, 2, sharey=True)
     left_.barh(range(len(effects)), [each.latency * 100 for each in effects], color=BLUE)
     right.barh(range(len(effects)), [each.accuracy * 100 for each in effects], color=ORANGE)
     left_.set_yticks(range(len(effects)), [f"{each.name}: {each.change}" for each in effects], fontsize=8)
-    left_.set_xlabel(f"latency, % of the dense network's (R² {found.latency_r2:.2f})")
-    right.set_xlabel(f"accuracy, points (R² {found.accuracy_r2:.2f})")
+    left_.set_xlabel(f"latency, % of the dense network's (R² {importance.latency_r2:.2f})")
+    right.set_xlabel(f"accuracy, points (R² {importance.accuracy_r2:.2f})")
     for axes in (left_, right):
         axes.axvline(0, color=BLACK, linewidth=0.8)
         axes.margins(y=0.01)
@@ -240,8 +240,10 @@ def importance_picture(overview: Overview) -> Figure | None:
 
 
 def _profile_of(overview: Overview) -> Figure | None:
-    found = overview.profile
-    return profile_picture(found.groups, f"One group at a time, after recovery {found.effort!r}") if found else None
+    profile = overview.profile
+    return (
+        profile_picture(profile.groups, f"One group at a time, after recovery {profile.effort!r}") if profile else None
+    )
 
 
 def profile_picture(groups: Mapping[str, Sequence[Point]], title: str) -> Figure:

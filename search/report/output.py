@@ -1,4 +1,4 @@
-"""Where a command writes: its result to standard output, what else there is to say perhaps beside it."""
+"""Output of a command: its result, and progress and remarks beside it."""
 
 import json
 import sys
@@ -12,39 +12,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """How much a command says, and in which form.
+    """Verbosity and format of a command's output.
 
     Args:
-        quiet: no progress and no remarks, but the result and what went wrong.
-        as_json: the result is JSON; all else goes to standard error.
+        quiet: whether to leave out progress and remarks; the result and errors are written.
+        as_json: whether the result is JSON; all else goes to standard error then.
     """
 
     quiet: bool = False
     as_json: bool = False
 
     def console(self) -> "Console":
-        """Returns the console for a result that people read, and for remarks about it."""
+        """Returns the console for results as text, and for remarks on them."""
         from rich.console import Console
 
         return Console(stderr=self.as_json)
 
-    def beside(self) -> "Console":
-        """Returns the console for progress and warnings: standard error where the result alone is wanted."""
+    def progress_console(self) -> "Console":
+        """Returns the console for progress and warnings: standard error if standard output is for the result alone."""
         from rich.console import Console
 
         return Console(stderr=self.as_json or self.quiet)
 
 
-SPOKEN = Output()
-"""Everything is said, for people."""
+TEXT_OUTPUT = Output()
+"""Everything as text, for people."""
 
 
 def write_json(content: Any) -> None:
-    """Writes a result for a machine."""
+    """Writes a result as JSON."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 
 def write_lines(console: "Console", lines: Sequence[str]) -> None:
-    """Writes lines as they are, however long."""
+    """Writes lines without wrapping."""
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""A search sorted for the eye: what broke the budget, what kept it, the front, and the few most worth deploying."""
+"""A search evaluated by a budget: feasible versions, the front, and the few most worth deploying."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Self
 
 from search.config.budget import Budget
 from search.report.importance import Importance, importance
-from search.results.pareto import Dense, Version, beats, choose, feasible, front_within, hypervolume, pareto
+from search.results.pareto import Measurements, Version, beats, choose, feasible, front_within, hypervolume, pareto
 from search.results.sensitivity import Profile
 from search.results.store import StoredSearch
 
@@ -17,26 +17,26 @@ OVER = "over the budget"
 WITHIN = "within the budget"
 FRONT = "front"
 DENSE = "dense"
-"""The groups that every picture tells apart."""
+"""The groups of versions in every picture."""
 PROFILE = "profile.json"
-"""The sensitivity profile in a search's folder, where one was measured."""
+"""File of the sensitivity profile in a search's folder, if one was measured."""
 NOTABLE = {"most accurate": "accuracy", "knee": "knee", "fastest": "latency"}
 """The versions most worth deploying, each by the preference that picks it."""
 
 
 @dataclass(frozen=True)
 class Overview:
-    """A search and what follows from a budget.
+    """A search and its results under a budget.
 
     Args:
-        search: as its journal has it.
-        budget: its own, or another.
+        search: read from its journal.
+        budget: that of the search, or another.
         dense: the dense network, as a version.
         versions: every distinct candidate that was measured, in order of trials.
-        good: those that keep the budget, fully measured.
-        front: those of them that no other beats, and no simple version, the most accurate first; these among them.
-        simple: the network as it is in each precision, the dense one first: what there is to beat.
-        beaten: those that would be on the front for their FLOPs alone, slower and less accurate than a simple version.
+        good: fully measured ones that keep the budget.
+        front: the front, the most accurate first, simple versions included.
+        simple: the network in each precision, the dense one first: the baselines.
+        beaten: left out of the front; see `Front.beaten`.
     """
 
     search: StoredSearch
@@ -52,7 +52,7 @@ class Overview:
     def of(cls, search: StoredSearch, budget: Budget | None = None) -> Self:
         """Returns the overview of a search under its own budget or another."""
         limits = budget or search.budget
-        simple = search.baseline.lines_to_beat
+        simple = search.baseline.versions_to_beat
         versions = search.versions
         dense = simple[0]
         good = feasible(versions, limits, dense.measured)
@@ -61,22 +61,21 @@ class Overview:
 
     @property
     def lines(self) -> list[Version]:
-        """The simple versions that are not on the front, the dense network last: they stand below it."""
+        """The simple versions that are not on the front, the dense network last; tables show them below it."""
         below = [version for version in self.simple if version not in self.front]
         return sorted(below, key=lambda version: version is self.dense)
 
     @property
-    def behind(self) -> dict[str, list[Version]]:
-        """The versions of the front that a simple version is faster and more accurate than, by that one's name.
-
-        It breaks a limit on something else: within the budget it would be on the front instead of them.
-        """
-        found = {line.title: [each for each in self.front if beats(line, each)] for line in self.simple}
-        return {name: versions for name, versions in found.items() if versions}
+    def worse_than_simple(self) -> dict[str, list[Version]]:
+        """The versions of the front that a simple version outside the budget beats, by the name of the simple one."""
+        beaten_by = {
+            simple.title: [version for version in self.front if beats(simple, version)] for simple in self.simple
+        }
+        return {name: versions for name, versions in beaten_by.items() if versions}
 
     @property
     def complete(self) -> list[Version]:
-        """The versions whose every objective was measured."""
+        """The fully measured versions."""
         return [version for version in self.versions if version.is_complete]
 
     @property
@@ -86,15 +85,15 @@ class Overview:
 
     @property
     def ended_early(self) -> list[Version]:
-        """The versions that some of the images showed to be hopeless, so that the others were not asked."""
+        """The versions that were stopped early, after some of the images."""
         return [version for version in self.versions if version.evaluation.ended]
 
     @property
     def groups(self) -> dict[str, list[Version]]:
-        """The fully measured versions in the groups that pictures tell apart, the dense network last."""
+        """The fully measured versions by the groups of pictures, the dense network last."""
         simple = [version for version in self.simple if version is not self.dense]
         good = [*feasible(simple, self.budget, self.dense.measured), *self.good]
-        within, front = ({version.number for version in some} for some in (good, self.front))
+        within, front = ({version.number for version in versions} for versions in (good, self.front))
         return {
             OVER: [version for version in [*simple, *self.complete] if version.number not in within],
             WITHIN: [version for version in good if version.number not in front],
@@ -104,8 +103,8 @@ class Overview:
 
     @property
     def notable(self) -> list[tuple[str, Version]]:
-        """The versions most worth deploying, with what speaks for each: `most accurate`, `knee`, `fastest`."""
-        return most_worth(self.front)
+        """The versions most worth deploying, with their roles: `most accurate`, `knee`, `fastest`."""
+        return notable_versions(self.front)
 
     @property
     def by_latency(self) -> list[Version]:
@@ -114,7 +113,7 @@ class Overview:
 
     @cached_property
     def growth(self) -> list[tuple[int, float]]:
-        """The hypervolume after each trial that was fully measured: the trial and a share, 0 to 1."""
+        """The hypervolume after each fully measured trial, as pairs of trial and share, 0 to 1."""
         begin = feasible(self.simple, self.budget, self.dense.measured)
         return growth(self.complete, self.budget, self.dense.measured, begin)
 
@@ -125,53 +124,54 @@ class Overview:
 
     @cached_property
     def importance(self) -> Importance | None:
-        """What each layer costs in accuracy and buys in latency; None where too little was measured."""
+        """The effects of each layer on accuracy and latency; None if too little was measured."""
         return importance(self.versions, self.dense)
 
     @cached_property
     def profile(self) -> Profile | None:
-        """The sensitivity profile of the network; None where none was measured."""
+        """The sensitivity profile of the network; None if none was measured."""
         return read_profile(self.search.folder.path)
 
 
 def beaten_lines(overview: Overview) -> list[str]:
-    """Returns, in sentences, what simple versions keep from the front, and what is on it although they are better."""
+    """Returns sentences on versions that simple ones keep off the front or beat on it."""
     lines = []
     if overview.beaten:
-        many = len(overview.beaten)
-        told = "1 version with fewer FLOPs is" if many == 1 else f"{many} versions with fewer FLOPs are"
-        lines.append(f"{told} left out: slower and less accurate than the network as it is in one precision.")
-    for name, versions in overview.behind.items():
-        told = ", ".join(str(version.trial) for version in versions)
-        lines.append(f"Careful: {name}, which breaks {overview.budget}, is faster and more accurate than {told}.")
+        count = len(overview.beaten)
+        subject = "1 version with fewer FLOPs is" if count == 1 else f"{count} versions with fewer FLOPs are"
+        lines.append(f"{subject} left out: slower and less accurate than the network as it is in one precision.")
+    for name, versions in overview.worse_than_simple.items():
+        beaten = ", ".join(str(version.trial) for version in versions)
+        lines.append(f"Careful: {name}, which breaks {overview.budget}, is faster and more accurate than {beaten}.")
     return lines
 
 
-def most_worth(front: Sequence[Version]) -> list[tuple[str, Version]]:
-    """Returns a front's most accurate version, its knee and its fastest; one that is several of them comes once."""
-    found: dict[int, tuple[list[str], Version]] = {}
+def notable_versions(front: Sequence[Version]) -> list[tuple[str, Version]]:
+    """Returns a front's most accurate version, its knee and its fastest, each version once with all of its roles."""
+    roles: dict[int, tuple[list[str], Version]] = {}
     for name, prefer in NOTABLE.items() if front else ():
         best = choose(front, prefer)[0]
-        found.setdefault(best.number, ([], best))[0].append(name)
-    return [(" and ".join(names), version) for names, version in found.values()]
+        roles.setdefault(best.number, ([], best))[0].append(name)
+    return [(" and ".join(names), version) for names, version in roles.values()]
 
 
 def growth(
-    versions: Sequence[Version], budget: Budget, dense: Dense, begin: Sequence[Version] = ()
+    versions: Sequence[Version], budget: Budget, dense: Measurements, initial: Sequence[Version] = ()
 ) -> list[tuple[int, float]]:
-    """Returns the hypervolume after each of the versions, and those that were there before: a trial and a share."""
-    front = pareto(begin)
-    share, found = hypervolume(front, budget, dense), []
+    """Returns the hypervolume after each version, starting with the front of `initial`, as pairs of trial and share."""
+    front = pareto(initial)
+    share = hypervolume(front, budget, dense)
+    shares = []
     for version in versions:
         if budget.is_met(version.measured, dense):
             before, front = front, pareto([*front, version])
             share = share if front == before else hypervolume(front, budget, dense)
-        found.append((version.number, share))
-    return found
+        shares.append((version.number, share))
+    return shares
 
 
 def read_profile(folder: Path) -> Profile | None:
-    """Returns the sensitivity profile that lies in a search's folder; None without one."""
+    """Returns the sensitivity profile in a search's folder; None if there is none."""
     try:
         return Profile.from_dict(json.loads((folder / PROFILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -179,5 +179,5 @@ def read_profile(folder: Path) -> Profile | None:
 
 
 def write_profile(folder: Path, profile: Profile) -> None:
-    """Puts a sensitivity profile into a search's folder, where every picture of the search finds it."""
+    """Writes a sensitivity profile into a search's folder, for its pictures."""
     (folder / PROFILE).write_text(json.dumps(profile.to_dict()) + "\n", encoding="utf-8")

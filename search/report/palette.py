@@ -1,4 +1,4 @@
-"""Colours and shapes that stay apart for the colour-blind: no two things differ by colour alone.
+"""Colours and marks for pictures, distinguishable by the colour-blind: marks differ in shape, too.
 
 Source: Okabe and Ito, Color Universal Design, 2008; cividis: Nunez, Anderton and Renslow, 2018.
 """
@@ -29,9 +29,9 @@ class Mark:
 
     Args:
         color: hexadecimal.
-        plotly: the shape's name there.
-        matplotlib: and there.
-        text: and on a terminal.
+        plotly: name of the shape.
+        matplotlib: name of the shape.
+        text: character on a terminal.
     """
 
     color: str
@@ -47,7 +47,7 @@ MARKS: Mapping[str, Mark] = {
     DENSE: Mark(BLACK, "star", "*", "D"),
 }
 NOTABLE_SHAPES = (("^", "triangle-up"), ("s", "square"), ("v", "triangle-down"))
-"""Of the versions most worth deploying, in matplotlib and plotly."""
+"""Shapes of the versions most worth deploying, in matplotlib and plotly."""
 PRECISIONS: Mapping[str, str] = {
     "fp32": LIGHT,
     "bf16": "#a6a6a6",
@@ -56,6 +56,6 @@ PRECISIONS: Mapping[str, str] = {
     "int8": ORANGE,
     "int4": GREEN,
 }
-"""Each stands for itself as a word, too."""
+"""Colours of precisions, which are also named in words."""
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
-"""Of stacked bars, whose parts are also separated and named."""
+"""Colours of the parts of stacked bars, which are also separated and named."""

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from search.report.axes import accuracy_view, flops_share, limit_lines, place, stairs
+from search.report.axes import accuracy_view, coordinates, flops_share, limit_lines, stairs
 from search.report.hover import hover
 from search.report.importance import IMPORTANCE
-from search.report.layers import HeatMap, heat_map, left, parallel_axes
+from search.report.layers import HeatMap, heat_map, leaving_shares, parallel_axes
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.report.palette import BLUE, GREY, LIMIT, MARKS, NOTABLE_SHAPES, ORANGE, PRECISIONS, SEQUENTIAL, SERIES
 from search.results.sensitivity import EIGHTHS, Profile
@@ -50,7 +50,7 @@ def front_figure(overview: Overview) -> go.Figure:
         showlegend=False,
     )
     for name, versions in overview.groups.items():
-        places = [place(version) for version in versions]
+        places = [coordinates(version) for version in versions]
         sizes = [7 + 12 * flops_share(version, overview.dense) for version in versions]
         figure.add_scatter(
             x=[at[0] for at in places],
@@ -72,7 +72,7 @@ def front_figure(overview: Overview) -> go.Figure:
 
 def _add_notable(figure: go.Figure, overview: Overview) -> None:
     for (name, version), (_, shape) in zip(overview.notable, NOTABLE_SHAPES, strict=False):
-        x, y = place(version)
+        x, y = coordinates(version)
         marker = {"symbol": f"{shape}-open", "size": 19, "color": "black", "line": {"width": 2}}
         label = f"{name}: {version.title}"
         figure.add_scatter(x=[x], y=[y], mode="markers", name=label, marker=marker, hoverinfo="skip")
@@ -113,9 +113,9 @@ def layers_figure(overview: Overview) -> go.Figure | None:
     """Returns channels of each group and precision of each layer along the front, the fastest version first."""
     if not overview.front:
         return None
-    found = heat_map(overview.by_latency, overview.dense)
-    names = [version.title for version in found.versions]
-    heights = [len(found.groups), len(found.layers)]
+    heat = heat_map(overview.by_latency, overview.dense)
+    names = [version.title for version in heat.versions]
+    heights = [len(heat.groups), len(heat.layers)]
     titles = ("channels kept", "precision")
     gap = 60 / (_ROW * sum(heights) + 60)
     figure = make_subplots(2, 1, row_heights=heights, subplot_titles=titles, vertical_spacing=gap)
@@ -124,9 +124,9 @@ def layers_figure(overview: Overview) -> go.Figure | None:
         row=1,
         col=1,
         x=names,
-        y=list(found.groups),
-        z=found.share,
-        text=found.kept,
+        y=list(heat.groups),
+        z=heat.share,
+        text=heat.kept,
         zmin=0,
         zmax=1,
         colorscale=SEQUENTIAL,
@@ -136,20 +136,20 @@ def layers_figure(overview: Overview) -> go.Figure | None:
         hovertemplate="%{y}<br>%{x}: %{text} channels, %{z:.0%}<extra></extra>",
         colorbar={"title": "share", "tickformat": ".0%", "thickness": 12, "len": 0.4, "y": 1, "yanchor": "top"},
     )
-    _add_precision(figure, found, names, few)
+    _add_precision(figure, heat, names, few)
     figure.update_yaxes(autorange="reversed", automargin=True, dtick=1, tickfont={"size": 11})
     figure.update_xaxes(tickangle=-90, dtick=1, type="category")
     figure.update_xaxes(showticklabels=False, row=1, col=1)
     return _laid_out(figure, _ROW * sum(heights) + 220)
 
 
-def _add_precision(figure: go.Figure, found: HeatMap, names: list[str], few: bool) -> None:
-    known = found.precisions
-    codes = [[known.index(name) if name else None for name in row] for row in found.precision]
+def _add_precision(figure: go.Figure, heat: HeatMap, names: list[str], few: bool) -> None:
+    known = heat.precisions
+    codes = [[known.index(name) if name else None for name in row] for row in heat.precision]
     scale = _stepped([PRECISIONS.get(name, GREY) for name in known])
     bar = {"tickvals": list(range(len(known))), "ticktext": known, "thickness": 12, "len": 0.4, "y": 0}
     figure.add_heatmap(
-        row=2, col=1, x=names, y=list(found.layers), z=codes, text=found.precision, zmin=-0.5, zmax=len(known) - 0.5,
+        row=2, col=1, x=names, y=list(heat.layers), z=codes, text=heat.precision, zmin=-0.5, zmax=len(known) - 0.5,
         colorscale=scale, texttemplate="%{text}" if few else None, xgap=1, ygap=1,
         hovertemplate="%{y}<br>%{x}: %{text}<extra></extra>", colorbar=bar | {"yanchor": "bottom"},
     )  # fmt: skip
@@ -179,7 +179,7 @@ def exits_figure(overview: Overview) -> go.Figure | None:
     if not exits or not overview.front:
         return None
     versions = overview.by_latency
-    shares = [left(version) for version in versions]
+    shares = [leaving_shares(version) for version in versions]
     shares = [[*some, 1 - sum(some)] for some in shares]
     names = [version.title for version in versions]
     figure = go.Figure()
@@ -195,31 +195,32 @@ def exits_figure(overview: Overview) -> go.Figure | None:
 
 def profile_figure(overview: Overview) -> go.Figure | None:
     """Returns the sensitivity profile: divergence by group and share of its channels; None where none was measured."""
-    found: Profile | None = overview.profile
-    if found is None:
+    profile: Profile | None = overview.profile
+    if profile is None:
         return None
-    columns = sorted({point.eighth for point in found.points if point.share < 1}, reverse=True)
-    by_place = {(point.group, point.eighth): point.divergence for point in found.points}
-    values = [[by_place.get((group, column)) for column in columns] for group in found.groups]
+    columns = sorted({point.eighth for point in profile.points if point.share < 1}, reverse=True)
+    by_place = {(point.group, point.eighth): point.divergence for point in profile.points}
+    values = [[by_place.get((group, column)) for column in columns] for group in profile.groups]
     # The square root spreads the small divergences, which decide; the numbers are the divergences themselves.
     shades = [[None if value is None else value**0.5 for value in row] for row in values]
     text = [["" if value is None else f"{value:.2g}" for value in row] for row in values]
     figure = go.Figure(go.Heatmap(
-        x=[f"{column / EIGHTHS:.0%}" for column in columns], y=list(found.groups), z=shades, text=text, xgap=1, ygap=1,
+        x=[f"{column / EIGHTHS:.0%}" for column in columns], y=list(profile.groups), z=shades, text=text,
+        xgap=1, ygap=1,
         colorscale=SEQUENTIAL, reversescale=True, texttemplate="%{text}", showscale=False,
         hovertemplate="%{y}, %{x} of its channels: %{text} nats<extra></extra>",
     ))  # fmt: skip
     figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     figure.update_xaxes(title="share of the group's channels kept", type="category")
-    return _laid_out(figure, _ROW * len(found.groups) + 130)
+    return _laid_out(figure, _ROW * len(profile.groups) + 130)
 
 
 def importance_figure(overview: Overview) -> go.Figure | None:
     """Returns what each change buys in latency and costs in accuracy, as bars, the one that buys most on top."""
-    found = overview.importance
-    if found is None or not found.effects:
+    importance = overview.importance
+    if importance is None or not importance.effects:
         return None
-    effects = found.effects[::-1]
+    effects = importance.effects[::-1]
     names = [f"{each.name}: {each.change}" for each in effects]
     titles = ("latency, % of the dense network's", "accuracy, points")
     figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=titles)

@@ -1,4 +1,4 @@
-"""A search as a report: what was asked, what was found, what to doubt."""
+"""The report of a search as data and Markdown: question, front, layers, caveats, protocol."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from search.config.units import count, milliseconds, percent, points, size
 from search.report.caveats import caveats
-from search.report.describe import accuracy_doubt, examined_layers, exit_shares
+from search.report.describe import accuracy_half_width, exit_shares, slow_layers_line
 from search.report.importance import IMPORTANCE
 from search.report.layers import layers_of
 from search.report.overview import NOTABLE, Overview, beaten_lines
@@ -29,10 +29,10 @@ class Section:
 
     Args:
         heading: its title.
-        lines: sentences, each a paragraph, or points of a list.
-        is_list: whether they are points.
-        tables: below them.
-        pictures: headings of pictures below those, where a form shows pictures.
+        lines: paragraphs, or items of a list.
+        is_list: whether they are items.
+        tables: below the lines.
+        pictures: headings of the pictures below the tables; Markdown leaves them out.
     """
 
     heading: str
@@ -135,7 +135,7 @@ def _facts(overview: Overview, versions: Sequence[Version]) -> list[list[str]]:
         measured = version.measured
         accuracy, latency = measured["accuracy"], measured["latency"]
         columns.append({
-            "accuracy": f"{percent(accuracy.value)} ± {accuracy_doubt(accuracy) * 100:.1f} points",
+            "accuracy": f"{percent(accuracy.value)} ± {accuracy_half_width(accuracy) * 100:.1f} points",
             "against dense": points(accuracy.value - dense["accuracy"].value),
             "latency": f"{milliseconds(latency.value)} ± {half_width(latency):.1%}",
             "speed": f"{dense['latency'].value / latency.value:.2f}x",
@@ -150,7 +150,7 @@ def _facts(overview: Overview, versions: Sequence[Version]) -> list[list[str]]:
 
 
 def layer_table(overview: Overview, chosen: Sequence[tuple[str, Version]], names: Sequence[str]) -> Table:
-    """Returns what each layer became in some versions: channels kept of the dense network's, precision, zeros."""
+    """Returns a table of the layers of some versions: channels kept of the dense network's, precision, pattern."""
     whole, members = overview.dense.evaluation.candidate, overview.search.members
     columns = [layers_of(version.evaluation.candidate, whole, members) for _, version in chosen]
     dense = layers_of(whole, whole, members)
@@ -176,16 +176,19 @@ def _progress(overview: Overview) -> list[str]:
 
 
 def _importance(overview: Overview) -> Section:
-    found = overview.importance
-    if found is None:
+    effects = overview.importance
+    if effects is None:
         return Section(IMPORTANCE)
     lines = [
         "What each change comes to, on average over all that was measured, the dense network's latency being 100%;"
         " of latency the longest path's.",
-        f"Surrogates tell these: of what was held out R² {found.latency_r2:.2f} for latency, {found.accuracy_r2:.2f}"
-        " for accuracy; near 0 or below, the effects are noise.",
+        f"Surrogates tell these: of what was held out R² {effects.latency_r2:.2f} for latency,"
+        f" {effects.accuracy_r2:.2f} for accuracy; near 0 or below, the effects are noise.",
     ]
-    rows = [[each.name, each.change, f"{each.latency * 100:+.1f}%", points(each.accuracy)] for each in found.effects]
+    rows = [
+        [effect.name, effect.change, f"{effect.latency * 100:+.1f}%", points(effect.accuracy)]
+        for effect in effects.effects
+    ]
     return Section(
         IMPORTANCE, lines, tables=[Table(["layer", "change", "latency", "accuracy"], rows)], pictures=(IMPORTANCE,)
     )
@@ -193,7 +196,7 @@ def _importance(overview: Overview) -> Section:
 
 def _dense(overview: Overview) -> Section:
     baseline = overview.search.baseline
-    lines = [examined_layers(baseline.examined)] if baseline.examined else []
+    lines = [slow_layers_line(baseline.examined)] if baseline.examined else []
     lines.append(f"A reference timed against itself came to {baseline.same_twice:.3f} of its own time; 1 is best.")
     return Section("Dense baseline", lines, tables=[Table(["", "dense"], _facts(overview, [overview.dense]))])
 
@@ -209,7 +212,7 @@ def _environment(overview: Overview) -> Table:
 
 
 def to_json(overview: Overview) -> dict[str, Any]:
-    """Returns what a report says, for a machine."""
+    """Returns the report, JSON-ready."""
     search = overview.search
     return {
         "search": search.folder.name,

@@ -1,4 +1,4 @@
-"""Whether two measurements differ by more than chance."""
+"""Whether two measurements differ significantly."""
 
 import math
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from evaluators.accuracy import wilson
 from evaluators.measurement import METRICS, Measurement
 
 EXACT = ("flops", "params", "size")
-"""These are counted, so that any difference is one."""
+"""Metrics that are counted, so that every difference is significant."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one measurement lies from another.
+    """The difference of two measurements.
 
     Args:
-        change: of accuracy in points as a share, 0.01 being one; of every other metric relative to the first.
-        noise: of the same kind: what chance alone brings about at 95%; 0 where the metric is exact.
-        is_noise: whether chance may be all that there is.
+        change: absolute for accuracy, 0.01 being one point; relative to the first for every other metric.
+        noise: half-width of the 95% interval of the change, in the same unit; 0 for exact metrics.
+        is_noise: whether the interval of the change contains 0.
     """
 
     change: float
@@ -29,9 +29,9 @@ def difference(first: Measurement, second: Measurement, machine: float = 0.0) ->
     """Returns how `second` differs from `first`, which measures the same metric.
 
     Args:
-        first: what is compared with.
-        second: what is compared.
-        machine: by what share the machine itself was found to differ from one to the other, or from itself.
+        first: to compare with.
+        second: to compare.
+        machine: relative noise of the machine between the two.
     """
     if first.metric == "accuracy":
         return _accuracy_difference(first, second)
@@ -43,15 +43,15 @@ def difference(first: Measurement, second: Measurement, machine: float = 0.0) ->
 
 
 def half_width(latency: Measurement) -> float:
-    """Returns half of the latency's 95% interval, as a share of it."""
+    """Returns the half-width of a latency's 95% interval, as a share of it."""
     return latency.notes.get("half_width", 1.96 * latency.spread / latency.value if latency.value else 0.0)
 
 
 def _accuracy_difference(first: Measurement, second: Measurement) -> Difference:
-    """Returns the difference of two shares, as if they had been seen on different images.
+    """Returns the difference of two accuracies as if measured on different images.
 
-    On the same images it is known better than that, so what counts as a difference here is one. Frames of a clip are
-    right or wrong together, which only the standard errors know, so chance is at least what they tell.
+    On the same images the interval would be narrower, so this one is conservative. Frames of a clip are correlated,
+    which only the standard errors take into account, so the noise is at least theirs.
 
     Source: Newcombe, Interval estimation for the difference between independent proportions, 1998, method 10.
     """

@@ -1,4 +1,4 @@
-"""Numbers and tables as people read them: SI inside, units here."""
+"""The front as a table for a terminal, with units."""
 
 from collections.abc import Sequence
 
@@ -7,64 +7,66 @@ from rich.table import Table
 
 from evaluators.streams import KEY_FRAMES
 from search.config.units import milliseconds, percent, points, size
-from search.report.describe import accuracy_doubt, exit_shares, int8_layers, kept_channels
+from search.report.describe import accuracy_half_width, exit_shares, int8_layers, kept_channels
 from search.results.pareto import Version
 
 HEADINGS = ("trial", "accuracy", "points", "latency", "speed", "FLOPs", "size", "kept", "int8", "exits")
 _POINTS = HEADINGS.index("points")
 _FITTING = ((80, 10), (72, 9), (58, 7), (0, 5))
-"""How many of the columns fit from which width on."""
-_KEYS, _BEHIND = "keys", HEADINGS.index("speed") + 1
-"""The share of key frames, where a search has frames, and where it stands."""
+"""Number of columns by the least width of the terminal that they fit in."""
+_KEYS, _KEYS_INDEX = "keys", HEADINGS.index("speed") + 1
+"""Heading and position of the share of key frames, in searches on streams."""
 
 
 def front_table(
     front: Sequence[Version], dense: Version, title: str, width: int, lines: Sequence[Version] | None = None
 ) -> Table:
-    """Returns the front, and below it what it has to beat, for a terminal `width` characters wide.
+    """Returns the front, and the simple versions below it, for a terminal of `width` characters.
 
     Args:
-        front: its versions, simple ones among them.
+        front: its versions, simple ones included.
         dense: the dense network.
         title: above the table.
         width: of the terminal.
-        lines: simple versions that are not on the front; the dense network where not given.
+        lines: simple versions that are not on the front; by default the dense network.
     """
     below = [dense] if lines is None else lines
     columns = next(columns for least, columns in _FITTING if width >= least)
     if _has_frames(dense):
         columns = 1 + next(columns for least, columns in _FITTING if width >= least + len(_KEYS) + 1)
     rows = [front_row(version, dense) for version in [*front, *below]]
-    shown = _whole([headings(dense), *rows], columns, width)
+    shown = _fitting_columns([headings(dense), *rows], columns, width)
     table = Table(title=title, title_justify="left", caption=_caption(front, dense, below), caption_justify="left")
     table.box = box.SIMPLE_HEAD
     table.pad_edge = False
     table.padding = (0, 0, 0, 1)
-    for at in shown:
-        table.add_column(headings(dense)[at], justify="right", no_wrap=True)
-    for place, row in enumerate(rows):
-        is_last = place == len(front) - 1 and bool(below)
-        table.add_row(*(row[at] for at in shown), style="dim" if place >= len(front) else None, end_section=is_last)
+    for column in shown:
+        table.add_column(headings(dense)[column], justify="right", no_wrap=True)
+    for index, row in enumerate(rows):
+        is_last = index == len(front) - 1 and bool(below)
+        table.add_row(
+            *(row[column] for column in shown), style="dim" if index >= len(front) else None, end_section=is_last
+        )
     return table
 
 
-def _whole(rows: Sequence[Sequence[str]], columns: int, width: int) -> list[int]:
-    """Returns which of the first columns are shown: a figure that is cut is none.
+def _fitting_columns(rows: Sequence[Sequence[str]], columns: int, width: int) -> list[int]:
+    """Returns the indices of the columns that fit without truncating figures.
 
-    Points follow from the accuracy, so they give way first; then the last columns do.
+    Points are dropped first, because they follow from the accuracy, and then the last columns.
     """
     widths = [max(map(len, cells)) + 2 for cells in zip(*rows, strict=True)]
     shown = list(range(columns))
-    for gone in [_POINTS, *reversed(range(1, columns))]:
-        if sum(widths[at] for at in shown) <= width:
+    for dropped in [_POINTS, *reversed(range(1, columns))]:
+        if sum(widths[column] for column in shown) <= width:
             break
-        shown = [at for at in shown if at != gone]
+        shown = [column for column in shown if column != dropped]
     return shown
 
 
 def headings(dense: Version) -> list[str]:
-    """Returns what stands above the columns of a front."""
-    return [*HEADINGS[:_BEHIND], *([_KEYS] if _has_frames(dense) else []), *HEADINGS[_BEHIND:]]
+    """Returns the headings of a front's columns."""
+    return [*HEADINGS[:_KEYS_INDEX], *([_KEYS] if _has_frames(dense) else []), *HEADINGS[_KEYS_INDEX:]]
 
 
 def _has_frames(version: Version) -> bool:
@@ -92,12 +94,12 @@ def front_row(version: Version, dense: Version) -> list[str]:
 
 def _caption(front: Sequence[Version], dense: Version, below: Sequence[Version]) -> str:
     accuracy = dense.measured["accuracy"]
-    doubt = max(accuracy_doubt(version.measured["accuracy"]) for version in [*front, dense])
+    half_width = max(accuracy_half_width(version.measured["accuracy"]) for version in [*front, dense])
     per, shown = ("frame", "frames of a stream of ") if _has_frames(dense) else ("batch", "")
     simple = [str(version.trial) for version in [*front, *below] if version.number < 0]
     stored = any("int4" in version.evaluation.candidate.precision.values() for version in front)
     return (
         f"latency per {per} on {dense.measured['latency'].target}; accuracy on {accuracy.n} {shown}validation images,"
-        f" known to within {doubt * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''};"
+        f" known to within {half_width * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''};"
         f" {' and '.join(simple)}: the network as it is, to be beaten"
     )

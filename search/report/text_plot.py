@@ -1,6 +1,6 @@
-"""The front as a plot of characters."""
+"""The front as a plot of text characters."""
 
-from search.report.axes import accuracy_view, limit_lines, place
+from search.report.axes import accuracy_view, coordinates, limit_lines
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.report.palette import MARKS
 
@@ -8,28 +8,28 @@ HEIGHT = 10
 _LEAST_WIDTH = 40
 _MOST_WIDTH = 72
 _MARGIN = 9
-"""Characters left of the plot, for the accuracies."""
+"""Characters left of the plot, for the labels of accuracies."""
 _LINES = {False: ("│", "└", "─", "┊"), True: ("|", "+", "-", ":")}
 
 
 def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
     """Returns accuracy over latency as lines of text.
 
-    The dense network is drawn where it is not too far off to the right, and told in words in any case.
+    The dense network is drawn unless it is far to the right; its figures are in the legend in any case.
 
     Args:
         overview: with a front.
-        width: of a line, characters.
-        ascii_only: whether nothing but ASCII can be shown.
+        width: of a line, in characters.
+        ascii_only: whether to use ASCII characters only.
     """
     side, corner, floor, limit = _LINES[ascii_only]
     columns = max(min(width - _MARGIN - 3, _MOST_WIDTH), _LEAST_WIDTH)
-    places = {name: [place(version) for version in versions] for name, versions in overview.groups.items()}
-    shown = [at for name in (OVER, WITHIN, FRONT) for at in places[name]] or places[DENSE]
-    left, right = min(at[0] for at in shown), max(at[0] for at in shown)
+    points = {name: [coordinates(version) for version in versions] for name, versions in overview.groups.items()}
+    shown = [point for name in (OVER, WITHIN, FRONT) for point in points[name]] or points[DENSE]
+    left, right = min(point[0] for point in shown), max(point[0] for point in shown)
     lines = [line for line in limit_lines(overview.budget, overview.dense) if line.axis == "x"]
     right = max([right, *(line.value for line in lines if line.value < 2 * right)])
-    low, high = accuracy_view(overview) or (min(at[1] for at in shown), max(at[1] for at in shown))
+    low, high = accuracy_view(overview) or (min(point[1] for point in shown), max(point[1] for point in shown))
     high = min(high, 100.0)
     height = HEIGHT if high > low else 1
     cells = [[" "] * columns for _ in range(height)]
@@ -44,8 +44,8 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
         for row in range(height):
             put(line.value, high - row * (high - low) / max(height - 1, 1), limit)
     for name in (OVER, WITHIN, DENSE, FRONT):
-        for at in places[name]:
-            put(*at, MARKS[name].text)
+        for point in points[name]:
+            put(*point, MARKS[name].text)
     labels = {height - 1: f"{low:.2f}%", 0: f"{high:.2f}%"}
     rows = [f"{labels.get(row, ''):>{_MARGIN}}{side}{''.join(cells[row])}".rstrip() for row in range(height)]
     scale = f"{left:.2f} ms"
@@ -55,19 +55,19 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
             *rows,
             f"{'':>{_MARGIN}}{corner}{floor * columns}",
             ends,
-            *_legend(overview, lines != [], limit, left <= place(overview.dense)[0] <= right, width),
+            *_legend(overview, lines != [], limit, left <= coordinates(overview.dense)[0] <= right, width),
         ]
     )
 
 
 def _legend(overview: Overview, has_limit: bool, limit: str, has_dense: bool, width: int) -> list[str]:
-    """Returns what the marks mean, in a line or two."""
+    """Returns the legend of the marks, one or two lines."""
     marks = {MARKS[name].text: name for name in (FRONT, WITHIN, OVER) if overview.groups[name]}
-    told = [f"{mark} {name}" for mark, name in marks.items()]
+    entries = [f"{mark} {name}" for mark, name in marks.items()]
     if has_limit:
-        told.append(f"{limit} limit")
-    latency, accuracy = place(overview.dense)
+        entries.append(f"{limit} limit")
+    latency, accuracy = coordinates(overview.dense)
     dense = f"{MARKS[DENSE].text} dense," if has_dense else "dense:"
-    marks_told, dense_told = f"{'':>{_MARGIN}} {'  '.join(told)}", f"{dense} {latency:.2f} ms, {accuracy:.2f}%"
-    whole = f"{marks_told}  {dense_told}"
-    return [whole] if len(whole) <= width else [marks_told, f"{'':>{_MARGIN}} {dense_told}"]
+    marks_line, dense_text = f"{'':>{_MARGIN}} {'  '.join(entries)}", f"{dense} {latency:.2f} ms, {accuracy:.2f}%"
+    whole = f"{marks_line}  {dense_text}"
+    return [whole] if len(whole) <= width else [marks_line, f"{'':>{_MARGIN}} {dense_text}"]

@@ -1,4 +1,4 @@
-"""What one trial found out about one candidate."""
+"""The evaluation of one candidate, as a trial stores it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,17 +10,17 @@ from spaces.candidate import Candidate
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A candidate and what was measured of it.
+    """A candidate and its measurements.
 
     Args:
         candidate: the version.
-        measurements: by metric; a broken hard budget leaves the dear ones out.
-        effort: the recovery that came before them.
-        digest: of the deployed artifact; empty where none was built.
-        seconds: what each step took.
-        finetune: the fine-tuning that came on top of the search's own recovery, in the study's terms; None without.
-        exit_thresholds: what they came to on the images that they were chosen on; None where nobody chose.
-        ended: why it was ended early, its accuracy being known from some of the images only; empty where it was not.
+        measurements: by metric; the expensive ones are missing if a limit was broken before.
+        effort: the recovery before measuring, as text.
+        digest: of the deployed artifact; empty if none was built.
+        seconds: of each step.
+        finetune: settings of fine-tuning on top of the search's recovery, or None.
+        exit_thresholds: record of how exit thresholds were solved, or None; see `ResolvedThresholds.to_dict`.
+        ended: why it was stopped early, with an accuracy estimated from some of the images; empty if it was not.
     """
 
     candidate: Candidate

@@ -1,4 +1,4 @@
-"""Which versions are worth deploying: the feasible ones that no other beats in everything."""
+"""The Pareto front of feasible versions, its hypervolume, and the choice of one version from it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from search.samplers.non_domination import is_non_dominated
 OBJECTIVES = ("accuracy", "latency", "flops")
 PREFERENCES = ("accuracy", "latency", "flops", "size", "knee")
 _ACCURACY_SPAN = 0.10
-"""Without an accuracy limit, hypervolume counts versions down to this far below the dense network."""
+"""Without a limit on accuracy, the reference point lies this far below the accuracy of the dense network."""
 
-Dense = Mapping[str, Measurement]
+Measurements = Mapping[str, Measurement]
 
 
 @dataclass(frozen=True)
 class Version:
-    """A candidate that a trial measured, or the network as it is in one precision, which is measured before all trials.
+    """A candidate with its evaluation: one of a trial, or a simple version measured before the first trial.
 
     Args:
-        number: of the trial; below 0 where it is none.
-        evaluation: what it found.
-        name: where it is no trial.
+        number: of the trial; below 0 for a simple version.
+        evaluation: its measurements.
+        name: of a simple version; empty for a trial.
     """
 
     number: int
@@ -35,12 +35,12 @@ class Version:
 
     @property
     def trial(self) -> int | str:
-        """The number of its trial, or its name where it is none: `149`, `dense`, `int8`."""
+        """The number of its trial, or the name of a simple version: `149`, `dense`, `int8`."""
         return self.number if self.number >= 0 else self.name or "dense"
 
     @property
     def title(self) -> str:
-        """What it is called in a sentence: `trial 149`, `dense`, `plain int8`, `given-int8`."""
+        """Its name in a sentence: `trial 149`, `dense`, `plain int8`, `given-int8`."""
         if self.number >= 0:
             return f"trial {self.number}"
         return str(self.trial) if self.number == -1 or "-" in self.name else f"plain {self.trial}"
@@ -52,23 +52,23 @@ class Version:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every objective was measured, on all of the images."""
+        """Whether every objective was measured on all images."""
         return not self.evaluation.ended and all(metric in self.measured for metric in OBJECTIVES)
 
     def costs(self) -> NDArray[np.float64]:
-        """Returns the objectives, less being better, `(3,)`."""
+        """Returns the objectives, signed so that lower is better, `(3,)`."""
         return np.array([METRICS[metric].sign * self.measured[metric].value for metric in OBJECTIVES])
 
 
-def feasible(versions: Sequence[Version], budget: Budget, dense: Dense) -> list[Version]:
+def feasible(versions: Sequence[Version], budget: Budget, dense: Measurements) -> list[Version]:
     """Returns the fully measured versions that keep every limit."""
     return [version for version in versions if version.is_complete and budget.is_met(version.measured, dense)]
 
 
 def pareto(versions: Sequence[Version]) -> list[Version]:
-    """Returns the non-dominated versions, the most accurate first; of equals the first trial.
+    """Returns the non-dominated versions, the most accurate first; of equal ones the first trial.
 
-    Each version has to be fully measured.
+    All versions have to be fully measured.
     """
     if not versions:
         return []
@@ -79,48 +79,49 @@ def pareto(versions: Sequence[Version]) -> list[Version]:
 
 @dataclass(frozen=True)
 class Front:
-    """What is worth deploying within a budget, and what a simple version keeps from it.
+    """The front within a budget, and the versions that simple versions keep off it.
 
     Args:
-        versions: the front, the most accurate first, simple versions among them.
-        beaten: versions that would be on it for their FLOPs alone: a simple one within the budget is faster and more
-            accurate.
+        versions: the front, the most accurate first, simple versions included.
+        beaten: non-dominated versions that are left out: they win in FLOPs alone, and a simple version within the
+            budget is both faster and more accurate.
     """
 
     versions: tuple[Version, ...]
     beaten: tuple[Version, ...]
 
 
-def front_within(versions: Sequence[Version], simple: Sequence[Version], budget: Budget, dense: Dense) -> Front:
+def front_within(versions: Sequence[Version], simple: Sequence[Version], budget: Budget, dense: Measurements) -> Front:
     """Returns the front of the versions that keep every limit.
 
     Args:
-        versions: what trials measured.
-        simple: the network as it is in each precision. A trial of the same candidate is not counted beside it.
+        versions: those of trials.
+        simple: the simple versions; trials of the same candidates are left out.
         budget: the limits.
         dense: the dense network's measurements.
     """
-    same = {version.evaluation.candidate.key for version in simple}
-    lines = feasible(simple, budget, dense)
-    others = [version for version in versions if version.evaluation.candidate.key not in same]
-    front = pareto([*lines, *feasible(others, budget, dense)])
-    beaten = [version for version in front if any(beats(line, version) for line in lines)]
+    keys = {version.evaluation.candidate.key for version in simple}
+    baselines = feasible(simple, budget, dense)
+    others = [version for version in versions if version.evaluation.candidate.key not in keys]
+    front = pareto([*baselines, *feasible(others, budget, dense)])
+    beaten = [version for version in front if any(beats(baseline, version) for baseline in baselines)]
     return Front(tuple(version for version in front if version not in beaten), tuple(beaten))
 
 
 def beats(one: Version, other: Version) -> bool:
     """Returns whether one version is both faster and more accurate than another."""
-    mine, its = one.measured, other.measured
-    return mine["latency"].value < its["latency"].value and mine["accuracy"].value > its["accuracy"].value
+    first, second = one.measured, other.measured
+    is_faster = first["latency"].value < second["latency"].value
+    return is_faster and first["accuracy"].value > second["accuracy"].value
 
 
-def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> float:
-    """Returns the share of the budget's box that these feasible versions dominate, 0 to 1.
+def hypervolume(versions: Sequence[Version], budget: Budget, dense: Measurements) -> float:
+    """Returns the hypervolume of feasible versions: the share of the budget's box that they dominate, 0 to 1.
 
-    The box spans from a perfect network at no cost to the worst that counts: the budget's limits, or without one the
-    dense network's latency and FLOPs, and ten points below its accuracy.
+    The box spans from a perfect network at no cost to the reference point: the budget's limits, or where there is none
+    the dense network's latency and FLOPs, and ten points below its accuracy.
     """
-    worst = worst_that_counts(budget, dense)
+    worst = reference_point(budget, dense)
     scaled = [
         [
             (1 - version.measured["accuracy"].value) / (1 - worst["accuracy"]),
@@ -133,28 +134,28 @@ def hypervolume(versions: Sequence[Version], budget: Budget, dense: Dense) -> fl
 
 
 def box_share(costs: NDArray[np.float64]) -> float:
-    """Returns the share of the unit box, 1 being the worst that counts, which costs `(n, m)` dominate."""
+    """Returns the share of the unit box that costs `(n, m)` dominate; the reference point is 1 in each."""
     from pymoo.indicators.hv import HV
 
     inside = costs[(costs < 1).all(axis=1)]
     return float(HV(ref_point=np.ones(costs.shape[1]))(inside)) if len(inside) else 0.0
 
 
-def worst_that_counts(budget: Budget, dense: Dense) -> dict[str, float]:
-    """Returns the worst value of each objective that hypervolume counts."""
+def reference_point(budget: Budget, dense: Measurements) -> dict[str, float]:
+    """Returns the reference point of the hypervolume, by objective."""
     floor = budget.accuracy_floor(dense)
     lowest = dense["accuracy"].value - _ACCURACY_SPAN if floor is None else floor
-    worst = {"accuracy": min(lowest, 1 - 1e-9)}
+    point = {"accuracy": min(lowest, 1 - 1e-9)}
     for metric in OBJECTIVES[1:]:
         ceiling = budget.ceiling(metric, dense)
-        worst[metric] = dense[metric].value if ceiling is None else ceiling
-    return worst
+        point[metric] = dense[metric].value if ceiling is None else ceiling
+    return point
 
 
 def choose(front: Sequence[Version], prefer: str) -> list[Version]:
     """Returns the front's versions in order of preference, the best first.
 
-    `knee` is the version closest to the front's ideal point, every objective scaled to the front's range.
+    `knee` prefers the version closest to the front's ideal point, objectives scaled to the front's ranges.
     """
     if prefer == "knee":
         costs = np.stack([version.costs() for version in front])
@@ -166,11 +167,11 @@ def choose(front: Sequence[Version], prefer: str) -> list[Version]:
 
 
 def nearest_miss(
-    versions: Sequence[Version], budget: Budget, dense: Dense
+    versions: Sequence[Version], budget: Budget, dense: Measurements
 ) -> tuple[Version, dict[Constraint, float]] | None:
-    """Returns the version that oversteps its limits the least, and by how much; None where nothing was measured.
+    """Returns the version that exceeds its limits the least, and by how much; None if no version exceeds any.
 
-    Versions whose every limit was measured come before those that were given up on.
+    Of equal ones, fully measured versions come first.
     """
     misses = []
     for version in versions:

@@ -1,23 +1,23 @@
-"""What a sensitivity profile says; `search.pipeline.sensitivity_profiler` measures it, with torch."""
+"""A sensitivity profile as data; `search.pipeline.sensitivity_profiler` measures it, with torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 EIGHTHS = 8
-"""Tables and pictures have a column for each eighth of the channels."""
+"""Tables and plots have a column for each eighth of the channels."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One width of one group, all others being dense.
+    """The network with one group pruned to one width, and all other groups dense.
 
     Args:
         group: its name.
         channels: that it keeps.
         share: of its channels that it keeps.
         loss: change of the cross-entropy against the dense network, in nats.
-        divergence: of the dense network's answers from this network's (KL), in nats.
+        divergence: KL divergence of this network's predictions from the dense network's, in nats.
         flops: of the whole network, as a share of the dense one's.
     """
 
@@ -39,9 +39,9 @@ class Profile:
     """The sensitivity of a network's groups.
 
     Args:
-        effort: the recovery that came before every figure.
-        images: calibration images behind every figure.
-        floor: divergence, in nats, of the unpruned network after the same recovery: what is not pruning's doing.
+        effort: the recovery before measuring, as text.
+        images: number of calibration images.
+        floor: divergence, in nats, of the unpruned network after the same recovery, which pruning does not cause.
         points: for each group its widths, the dense one first.
     """
 
@@ -53,10 +53,10 @@ class Profile:
     @property
     def groups(self) -> dict[str, list[Point]]:
         """The points of each group, widest first."""
-        found: dict[str, list[Point]] = {}
+        groups: dict[str, list[Point]] = {}
         for point in self.points:
-            found.setdefault(point.group, []).append(point)
-        return found
+            groups.setdefault(point.group, []).append(point)
+        return groups
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""

@@ -1,4 +1,4 @@
-"""The network as it is in each precision, with every channel and without exits: what a search has to beat."""
+"""Simple versions: the network in each precision, unpruned and without exits, as the baselines of a search."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,14 +11,14 @@ _GIVEN = "given-"
 
 
 @dataclass(frozen=True)
-class Simple:
-    """One simple version, measured in full whatever limit it breaks.
+class SimpleVersion:
+    """One simple version, measured in full even if it breaks a limit.
 
     Args:
-        precision: of all of its layers that can have it.
-        evaluation: what was measured.
-        is_own: whether the search's own network makes this file; else the network as it was given does, before exits,
-            gates or masks changed its weights, or before a training that feels int8.
+        precision: of all layers that support it.
+        evaluation: its measurements.
+        is_own: whether it is exported from the search's own network; else from the user's network as loaded, before
+            training of exits, gates, masks or int8 changed its weights.
     """
 
     precision: str
@@ -27,7 +27,7 @@ class Simple:
 
     @property
     def name(self) -> str:
-        """What it is called in front of users: `int8`, or `given-int8` where the search's own is another."""
+        """The name that users see: `int8`, or `given-int8` for the network as loaded if its file differs."""
         return self.precision if self.is_own else f"{_GIVEN}{self.precision}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,14 +41,14 @@ class Simple:
 
 
 @dataclass(frozen=True)
-class Given:
-    """What was measured of the network before anything was added to it.
+class GivenMeasurements:
+    """Measurements of the user's network as loaded.
 
     Args:
-        question: the key of the study that asked.
-        network: the fingerprint of its weights and of the images.
-        spent: what each reference took for its batch.
-        forms: of the file in each precision, but for the names in it.
+        question: key of the study, to reuse them only for the same one.
+        network: fingerprint of the weights and the images.
+        spent: seconds per batch of each reference.
+        forms: digests of the file in each precision, without the names in it; see `nameless_digest`.
         simple: the network in each precision.
     """
 
@@ -56,11 +56,11 @@ class Given:
     network: str
     spent: Mapping[str, Spent]
     forms: Mapping[str, str]
-    simple: tuple[Simple, ...]
+    simple: tuple[SimpleVersion, ...]
 
     def of(self, precision: str) -> Evaluation:
-        """Returns what was measured in one precision."""
-        return next(each.evaluation for each in self.simple if each.precision == precision)
+        """Returns the evaluation in one precision."""
+        return next(version.evaluation for version in self.simple if version.precision == precision)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -69,7 +69,7 @@ class Given:
             "network": self.network,
             "spent": {name: asdict(spent) for name, spent in self.spent.items()},
             "forms": dict(self.forms),
-            "simple": [each.to_dict() for each in self.simple],
+            "simple": [version.to_dict() for version in self.simple],
         }
 
     @classmethod
@@ -80,5 +80,5 @@ class Given:
             network=content["network"],
             spent={name: Spent(**spent) for name, spent in content["spent"].items()},
             forms=content["forms"],
-            simple=tuple(Simple.from_dict(each) for each in content["simple"]),
+            simple=tuple(SimpleVersion.from_dict(version) for version in content["simple"]),
         )

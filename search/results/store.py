@@ -1,4 +1,4 @@
-"""Where searches live: a folder each, with Optuna's journal as the truth."""
+"""Searches on disk: a folder each, with Optuna's journal as the single source of truth."""
 
 import fcntl
 import json
@@ -21,23 +21,23 @@ from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
-from search.results.simple_versions import Given, Simple
+from search.results.simple_versions import GivenMeasurements, SimpleVersion
 from spaces.errors import UserError
 
 DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "minimize"]
 """Accuracy, latency, FLOPs."""
 JOURNAL = "journal.log"
 REPORT = "sampler"
-"""The study's attribute in which a sampler says how its surrogates did and where its proposals came from."""
+"""Journal attribute of the sampler's report: quality of its surrogates, and sources of its proposals."""
 _BEGUN = b'"baseline"'
-"""What a journal holds once the dense network was measured."""
+"""Bytes that a journal contains once the baseline is measured."""
 _RECOVERED = "recovered."
 _SAMPLER = "sampler."
 _GIVEN = "given"
 
 
 class StoreError(UserError):
-    """A run directory that cannot be used."""
+    """A search folder or its journal cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class SearchFolder:
 
     @property
     def journal(self) -> Path:
-        """The file that holds every trial."""
+        """The journal, which holds every trial."""
         return self.path / JOURNAL
 
     def open(self) -> optuna.Study:
         """Returns the stored search.
 
         Raises:
-            StoreError: there is none, or its journal is corrupt; nothing is written.
+            StoreError: there is no search, or its journal is corrupt; nothing is written.
         """
         if not self.journal.is_file():
             raise StoreError(
@@ -78,16 +78,16 @@ class SearchFolder:
             raise StoreError(f"{self.journal} is not a journal of search {self.name!r} ({reason})") from error
 
     def create(self) -> optuna.Study:
-        """Returns a new search, or the one that is there, ready to be written to; `lock` must be held.
+        """Returns a new search, or the existing one, ready to be written to; `lock` must be held.
 
         Raises:
             StoreError: its journal is corrupt; nothing is written.
         """
-        torn = check_journal(self.journal) if self.journal.is_file() else None
-        if torn is not None:
-            os.truncate(self.journal, torn)
+        torn_offset = check_journal(self.journal) if self.journal.is_file() else None
+        if torn_offset is not None:
+            os.truncate(self.journal, torn_offset)
         if self.journal.is_file() and self.journal.stat().st_size:
-            # We hold the folder's lock, so a lock of Optuna's own is one that a killed process left behind.
+            # The folder's lock is held, so a lock file of Optuna is a leftover of a killed process.
             for leftover in self.path.glob(JOURNAL + ".lock*"):
                 leftover.unlink(missing_ok=True)
             return self._load()
@@ -96,7 +96,7 @@ class SearchFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder, made if need be, for one process.
+        """Locks the folder for this process, creating it if needed.
 
         Raises:
             StoreError: another process searches in it, or it cannot be written.
@@ -115,23 +115,23 @@ class SearchFolder:
 
 
 def check_journal(journal: Path) -> int | None:
-    """Returns where a last line that a crash tore off begins; None where the journal is whole.
+    """Returns the offset of an incomplete last line, left by a crash; None if the journal is complete.
 
     Raises:
-        StoreError: another line is no JSON.
+        StoreError: any other line is not JSON.
     """
     offset = 0
     with journal.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            whole = line.endswith(b"\n")
+            is_complete = line.endswith(b"\n")
             if not _is_json(line):
-                if not whole:
+                if not is_complete:
                     return offset
                 raise StoreError(
                     f"a journal is one JSON object a line, got something else in line {number} of {journal};"
                     " restore the file, or start over with another --search"
                 )
-            if not whole:
+            if not is_complete:
                 return offset
             offset += len(line)
     return None
@@ -145,7 +145,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def find_search(runs: Path, name: str | None) -> SearchFolder:
-    """Returns the search called `name`, or the one in `runs` that was written last and has got to its trials.
+    """Returns the search called `name`, or else the one in `runs` written last that has a baseline.
 
     Raises:
         StoreError: there is none.
@@ -155,8 +155,8 @@ def find_search(runs: Path, name: str | None) -> SearchFolder:
     journals = sorted(runs.glob(f"*/{JOURNAL}"), key=lambda journal: journal.stat().st_mtime)
     if not journals:
         raise StoreError(f"no search in {runs} yet; start one with: python -m search --budget 'latency<5ms'")
-    latest = reversed(journals)  # one that is still training must not hide another that has something to show
-    return SearchFolder(next((each for each in latest if _BEGUN in each.read_bytes()), journals[-1]).parent)
+    latest = reversed(journals)  # a search that is still training must not hide an earlier one with results
+    return SearchFolder(next((journal for journal in latest if _BEGUN in journal.read_bytes()), journals[-1]).parent)
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,12 @@ class Baseline:
 
     Args:
         evaluation: by the same protocol as every candidate.
-        reference_seconds: median work of each reference, by the clock that ratios are in.
-        same_twice: the ratio of a reference to itself.
-        environment: the machine and the versions.
-        reference_wall: median wall-clock seconds of each reference, beside its work.
-        examined: which layers were slower in a lower precision, and so never run in it; None where nobody looked.
-        simple: the network as it is in each precision, the dense one first; empty where nobody measured them.
+        reference_seconds: median seconds of work per batch of each reference, by precision.
+        same_twice: ratio of two timings of the same reference; how far it is from 1 tells the noise of the machine.
+        environment: machine and library versions.
+        reference_wall: median wall-clock seconds per batch of each reference.
+        examined: layers that are slower in a lower precision, which the search leaves out; None if not measured.
+        simple: the network in each precision, the dense one first; empty if not measured.
     """
 
     evaluation: Evaluation
@@ -179,7 +179,7 @@ class Baseline:
     environment: dict[str, str]
     reference_wall: dict[str, float] = field(default_factory=dict)
     examined: SlowLayers | None = None
-    simple: tuple[Simple, ...] = ()
+    simple: tuple[SimpleVersion, ...] = ()
 
     @property
     def dense(self) -> Version:
@@ -187,14 +187,15 @@ class Baseline:
         return Version(-1, self.evaluation, "dense")
 
     @property
-    def lines_to_beat(self) -> list[Version]:
-        """The dense network and, as far as they were measured, the other simple versions."""
-        others = [each for each in self.simple if each.evaluation != self.evaluation]
-        return [self.dense, *(Version(-2 - place, each.evaluation, each.name) for place, each in enumerate(others))]
+    def versions_to_beat(self) -> list[Version]:
+        """The dense network and the other simple versions that were measured; numbers are -1, -2, and so on."""
+        others = [simple for simple in self.simple if simple.evaluation != self.evaluation]
+        return [self.dense, *(Version(-2 - i, simple.evaluation, simple.name) for i, simple in enumerate(others))]
 
     def given_precision(self, version: Version) -> str | None:
-        """Returns the precision of a version that the network as it was given makes, and the search's own does not."""
-        return next((each.precision for each in self.simple if not each.is_own and each.name == version.name), None)
+        """Returns the precision of a simple version exported from the network as loaded; None for any other version."""
+        names = {simple.name: simple.precision for simple in self.simple if not simple.is_own}
+        return names.get(version.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -205,7 +206,7 @@ class Baseline:
             "environment": self.environment,
             "reference_wall": self.reference_wall,
             "examined": self.examined.to_dict() if self.examined else None,
-            "simple": [each.to_dict() for each in self.simple],
+            "simple": [simple.to_dict() for simple in self.simple],
         }
 
     @classmethod
@@ -213,26 +214,26 @@ class Baseline:
         """Returns the baseline that `to_dict` described."""
         examined = SlowLayers.from_dict(content["examined"]) if content.get("examined") else None
         evaluation = Evaluation.from_dict(content["evaluation"])
-        simple = tuple(Simple.from_dict(each) for each in content.get("simple", ()))
+        simple = tuple(SimpleVersion.from_dict(version) for version in content.get("simple", ()))
         return cls(**content | {"evaluation": evaluation, "examined": examined, "simple": simple})
 
 
 @dataclass(frozen=True)
 class StoredSearch:
-    """What a journal says about a search."""
+    """A search as read from its journal."""
 
     folder: SearchFolder
     study: Study
     baseline: Baseline
     trials: tuple[FrozenTrial, ...]
     recovered: Mapping[int, Evaluation]
-    """What versions came to that were recovered in full after the search, by their trial."""
+    """Evaluations of versions that were recovered in full after the search, by trial number."""
     members: Mapping[str, str] = field(default_factory=dict)
     """The group of channels that each layer's output belongs to."""
     samplers: Mapping[int, str] = field(default_factory=dict)
-    """The sampler from each of these trials on."""
+    """Names of the samplers, by the number of the first trial of each."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """What the sampler said of itself at the end; empty where it is one of Optuna's."""
+    """The sampler's own report at the end; empty for Optuna's samplers."""
 
     @property
     def budget(self) -> Budget:
@@ -241,12 +242,12 @@ class StoredSearch:
 
     @property
     def finished(self) -> int:
-        """How many trials have ended: one may be under way, or was when a process was killed."""
+        """Number of trials that have ended; one more may be running."""
         return sum(trial.state.is_finished() for trial in self.trials)
 
     @property
     def versions(self) -> list[Version]:
-        """Every distinct candidate that was measured, in order of trials, with its best recovery."""
+        """Every distinct candidate that was measured, in order of trials, recovered in full where that was done."""
         return versions_of(self.trials, self.recovered)
 
     @classmethod
@@ -254,7 +255,7 @@ class StoredSearch:
         """Returns the search in `folder`.
 
         Raises:
-            StoreError: there is none, its journal is corrupt, or it ended before its baseline was measured.
+            StoreError: there is no search, its journal is corrupt, or it ended before its baseline was measured.
         """
         journal = folder.open()
         attributes = journal.user_attrs
@@ -269,15 +270,15 @@ class StoredSearch:
         )
 
     def sampler_of(self, number: int) -> str:
-        """Returns the name of the sampler that was at work at a trial; empty where nobody noted it."""
-        begun = [first for first in self.samplers if first <= number]
-        return self.samplers[max(begun)] if begun else ""
+        """Returns the name of the sampler that proposed a trial; empty if it was not noted."""
+        starts = [first for first in self.samplers if first <= number]
+        return self.samplers[max(starts)] if starts else ""
 
 
 def versions_of(
     trials: Sequence[FrozenTrial], recovered: Mapping[int, Evaluation] = MappingProxyType({})
 ) -> list[Version]:
-    """Returns what trials measured, each candidate once; `recovered` takes the place of what its trial found."""
+    """Returns the measured versions, each candidate once; evaluations in `recovered` replace those of their trials."""
     return [
         Version(trial.number, recovered.get(trial.number) or Evaluation.from_dict(trial.user_attrs["evaluation"]))
         for trial in trials
@@ -286,30 +287,30 @@ def versions_of(
 
 
 def versions_of_study(journal: optuna.Study) -> list[Version]:
-    """Returns what the trials of a study measured, with what was recovered since."""
+    """Returns the measured versions of a journal, recovered in full where that was done."""
     return versions_of(journal.get_trials(deepcopy=False), _recovered(journal))
 
 
-def given_of(journal: optuna.Study) -> Given | None:
-    """Returns what was measured of the network as it was given; None where nothing was, yet."""
+def read_given(journal: optuna.Study) -> GivenMeasurements | None:
+    """Returns the stored measurements of the network as loaded; None if there are none yet."""
     content = journal.user_attrs.get(_GIVEN)
-    return Given.from_dict(content) if content else None
+    return GivenMeasurements.from_dict(content) if content else None
 
 
-def keep_given(journal: optuna.Study, given: Given) -> None:
-    """Writes what was measured of the network as it was given."""
+def store_given(journal: optuna.Study, given: GivenMeasurements) -> None:
+    """Stores the measurements of the network as loaded."""
     journal.set_user_attr(_GIVEN, given.to_dict())
 
 
-def keep_sampler(journal: optuna.Study, name: str) -> None:
-    """Notes which sampler is at work from now on; one that was renamed is the same one."""
+def store_sampler(journal: optuna.Study, name: str) -> None:
+    """Notes the sampler of the trials from now on, unless it is the same as before (renamed ones included)."""
     samplers = _samplers(journal)
     if not samplers or samplers[max(samplers)] != SAMPLERS.renamed(name):
         journal.set_user_attr(f"{_SAMPLER}{len(journal.get_trials(deepcopy=False))}", name)
 
 
 def _samplers(journal: optuna.Study) -> dict[int, str]:
-    """Returns the sampler from each of some trials on, by its present name."""
+    """Returns the samplers by the number of their first trial, under their present names."""
     return {
         int(key.removeprefix(_SAMPLER)): SAMPLERS.renamed(name)
         for key, name in journal.user_attrs.items()
@@ -317,8 +318,8 @@ def _samplers(journal: optuna.Study) -> dict[int, str]:
     }
 
 
-def keep_recovered(journal: optuna.Study, number: int, evaluation: Evaluation) -> None:
-    """Writes what the version of a finished trial came to when it was recovered in full."""
+def store_recovered(journal: optuna.Study, number: int, evaluation: Evaluation) -> None:
+    """Stores the evaluation of a finished trial's version after full recovery."""
     journal.set_user_attr(f"{_RECOVERED}{number}", evaluation.to_dict())
 
 

@@ -1,4 +1,4 @@
-"""Which limits of a budget a version breaks, in words."""
+"""Text on the limits of a budget that a version breaks."""
 
 from collections.abc import Mapping
 
@@ -9,19 +9,19 @@ from search.results.pareto import Version
 
 
 def violation_line(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:
-    """Returns by how much a version oversteps a limit: `latency 5.6 ms, 12% over latency<5ms`."""
+    """Returns by how much a version exceeds a limit: `latency 5.6 ms, 12% over latency<5ms`."""
     side = "over" if constraint.metric.sign > 0 else "under"
     return f"{limited(constraint, measured, dense)}, {constraint.violation(measured, dense):.0%} {side} {constraint}"
 
 
 def limited(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:
-    """Returns what a limit is about, and its value: `latency.p99 5.6 ms`."""
-    shows = {"s": milliseconds, "byte": size, "ratio": percent, "joule": millijoules}
-    return f"{constraint.name} {shows.get(constraint.metric.unit, count)(constraint.value(measured, dense))}"
+    """Returns the limited metric and its value: `latency.p99 5.6 ms`."""
+    formats = {"s": milliseconds, "byte": size, "ratio": percent, "joule": millijoules}
+    return f"{constraint.name} {formats.get(constraint.metric.unit, count)(constraint.value(measured, dense))}"
 
 
 def broken_limits(version: Version, budget: Budget, dense: Mapping[str, Measurement]) -> str:
-    """Returns every limit that a version oversteps, and by how much."""
+    """Returns every limit that a version exceeds, and by how much."""
     return "; ".join(
         violation_line(constraint, version.measured[constraint.measured_as], dense[constraint.measured_as])
         for constraint in budget.broken(version.measured, dense)

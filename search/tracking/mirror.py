@@ -1,4 +1,4 @@
-"""MLflow, as a mirror of the journal: written after it, never read back for a result."""
+"""Mirrors the journal into MLflow, which is never read back for results."""
 
 import shutil
 import time
@@ -23,14 +23,14 @@ from search.tracking.trial_run import (
     TRIAL,
     chunks,
     figures_and_margins,
-    logged,
     run_name,
+    trial_content,
 )
 
 PAUSE_S = 60.0
-"""After a failure MLflow is left alone for so long."""
+"""Seconds without further attempts after a failure."""
 _METRICS, _PARAMS = 1000, 100
-"""A server takes so many at once at most."""
+"""Limits of MLflow servers per call."""
 
 Say = Callable[[str], None]
 
@@ -38,14 +38,15 @@ Say = Callable[[str], None]
 class Mirror:
     """Writes a search to MLflow: one summary run, and one flat run for each trial.
 
-    A trial's run is whole when it has ended; one that a crash left open is completed, so that nothing is there twice.
+    A trial's run is complete when it has ended; one that a crash left running is completed, so that there are no
+    duplicates.
 
     Args:
-        tracking: where MLflow keeps its runs.
-        search: as its journal has it.
+        tracking: MLflow's store.
+        search: read from its journal.
 
     Raises:
-        Exception: whatever MLflow raises where it cannot be reached.
+        Exception: any error of MLflow if it cannot be reached.
     """
 
     def __init__(self, tracking: Tracking, search: StoredSearch) -> None:
@@ -55,17 +56,19 @@ class Mirror:
             self.experiment_id = tracking.experiment(self._client, search.study.name)
 
     def write(self, trials: Sequence[FrozenTrial]) -> int:
-        """Writes the finished trials that are not there yet; returns how many it wrote."""
-        there = self._trial_runs()
-        missing = [trial for trial in trials if trial.state.is_finished() and not _is_whole(there.get(trial.number))]
+        """Writes the finished trials that are missing; returns how many it wrote."""
+        existing = self._trial_runs()
+        missing = [
+            trial for trial in trials if trial.state.is_finished() and not _is_complete(existing.get(trial.number))
+        ]
         for trial in missing:
-            begun = there.get(trial.number)
+            begun = existing.get(trial.number)
             self.write_one(trial, begun.info.run_id if begun else None)
         return len(missing)
 
     def write_one(self, trial: FrozenTrial, run_id: str | None = None) -> None:
-        """Writes one finished trial, into a run that was begun for it or a new one."""
-        content = logged(trial, self._search)
+        """Writes one finished trial, into a run that exists for it or a new one."""
+        content = trial_content(trial, self._search)
         with quiet():
             if run_id is None:
                 run: Run = self._client.create_run(
@@ -81,11 +84,11 @@ class Mirror:
         points = [Metric(name, value, at, step) for name, value in metrics.items()]
         first, *more = chunks([Param(*pair) for pair in params.items()], _PARAMS) or [[]]
         self._client.log_batch(run_id, metrics=points, params=first)
-        for some in more:
-            self._client.log_batch(run_id, params=some)
+        for chunk in more:
+            self._client.log_batch(run_id, params=chunk)
 
     def finish(self) -> str:
-        """Writes the summary, marks the front and what was recovered in full; returns the summary's run id."""
+        """Writes the summary, and tags trials of the front and recovered ones; returns the summary's run id."""
         overview = Overview.of(self._search)
         with quiet():
             runs = self._trial_runs()
@@ -98,7 +101,7 @@ class Mirror:
         return run_id
 
     def _delete(self, run: Run) -> None:
-        """Deletes a run, and its files where they lie here: MLflow would keep them for good."""
+        """Deletes a run, and its local files, which MLflow would keep."""
         self._client.delete_run(run.info.run_id)
         files = urlparse(run.info.artifact_uri)
         if files.scheme == "file" and Path(files.path).parent.name == run.info.run_id:
@@ -115,20 +118,20 @@ class Mirror:
                 self._client.set_tag(run.info.run_id, NAME, run_name(number, on_front))
 
     def _write_recovered(self, run_id: str, evaluation: Evaluation) -> None:
-        """Writes what a version came to after the search as a second step of its trial's metrics."""
+        """Writes a version's metrics after full recovery as a second step of its trial's run."""
         self._log(run_id, figures_and_margins(evaluation, self._search), {}, int(time.time() * 1000), 1)
         self._client.set_tag(run_id, EFFORT, evaluation.effort)
 
     def _trial_runs(self) -> dict[int, Run]:
-        """Returns the run of each trial; of two that a lost answer brought about, the other is deleted."""
-        found: dict[int, Run] = {}
+        """Returns the run of each trial; a duplicate, as after a lost response, is deleted."""
+        runs: dict[int, Run] = {}
         for run in self._runs("trial"):
             number = int(run.data.tags[TRIAL])
-            kept = found.setdefault(number, run)
+            kept = runs.setdefault(number, run)
             if kept is not run:
-                found[number], other = (run, kept) if _is_whole(run) and not _is_whole(kept) else (kept, run)
+                runs[number], other = (run, kept) if _is_complete(run) and not _is_complete(kept) else (kept, run)
                 self._delete(other)
-        return found
+        return runs
 
     def _runs(self, role: str) -> Iterator[Run]:
         query = f"tags.{SEARCH} = '{self._search.folder.name}' and tags.{ROLE} = '{role}'"
@@ -141,19 +144,19 @@ class Mirror:
                 return
 
 
-def _is_whole(run: Run | None) -> bool:
+def _is_complete(run: Run | None) -> bool:
     return run is not None and run.info.status != "RUNNING"
 
 
 class Follower:
-    """Keeps the mirror up to date with the trials of a search, and never ends one.
+    """Updates the mirror with the trials of a search; errors of MLflow never stop the search.
 
-    Where MLflow cannot be reached it says so once, tries again later, and then writes what is missing.
+    If MLflow cannot be reached, it warns once, retries later, and then writes what is missing.
 
     Args:
-        tracking: where MLflow keeps its runs.
-        search: as its journal has it.
-        say: takes the warning.
+        tracking: MLflow's store.
+        search: read from its journal.
+        say: called with the warning.
     """
 
     def __init__(self, tracking: Tracking, search: StoredSearch, say: Say) -> None:
@@ -161,48 +164,52 @@ class Follower:
         self._search = search
         self._say = say
         self._mirror: Mirror | None = None
-        self._behind = list(search.trials)
-        self._not_before = 0.0
+        self._unwritten = list(search.trials)
+        self._retry_at = 0.0
         self._warned = False
         self.seconds = 0.0
 
     def begin(self) -> None:
-        """Writes what a stopped process did not get to."""
+        """Writes trials that an earlier process did not write."""
         self._try(self._catch_up)
 
     def trial_done(self, trial: FrozenTrial, seconds: float) -> None:  # noqa: ARG002  the observers' signature
-        """Writes one trial, and those before it that could not be written."""
+        """Writes a trial, and earlier ones that could not be written."""
         begin = time.monotonic()
-        self._behind.append(trial)
-        if begin >= self._not_before:
+        self._unwritten.append(trial)
+        if begin >= self._retry_at:
             self._try(self._catch_up)
         self.seconds += time.monotonic() - begin
 
     def finish(self, search: StoredSearch) -> bool:
-        """Writes all that is missing, and the summary, of a search that is read again at its end; returns whether."""
-        self._search, self._behind = search, list(search.trials)
+        """Writes everything that is missing, and the summary; returns whether it succeeded.
+
+        Args:
+            search: read from its journal again, at its end.
+        """
+        self._search, self._unwritten = search, list(search.trials)
         return self._try(self._write_all)
 
     def _catch_up(self) -> None:
         if self._mirror is None:
             self._mirror = Mirror(self._tracking, self._search)
-        # One trial alone is new; where there are more, some may have been written before MLflow was lost.
-        if len(self._behind) == 1 and not self._warned:
-            self._mirror.write_one(self._behind[0])
+        # A single trial is new; of several, some may have been written before the connection was lost.
+        if len(self._unwritten) == 1 and not self._warned:
+            self._mirror.write_one(self._unwritten[0])
         else:
-            self._mirror.write(self._behind)
-        self._behind, self._warned = [], False
+            self._mirror.write(self._unwritten)
+        self._unwritten, self._warned = [], False
 
     def _write_all(self) -> None:
         self._mirror = Mirror(self._tracking, self._search)
-        self._mirror.write(self._behind)
+        self._mirror.write(self._unwritten)
         self._mirror.finish()
 
     def _try(self, write: Callable[[], None]) -> bool:
         try:
             write()
         except Exception as error:  # MLflow is a mirror: whatever is wrong with it, the search goes on
-            self._not_before = time.monotonic() + PAUSE_S
+            self._retry_at = time.monotonic() + PAUSE_S
             if not self._warned:
                 self._say(
                     f"Careful: MLflow at {self._tracking.shown} cannot be written ({reason(error)}); the search goes"
@@ -214,7 +221,7 @@ class Follower:
 
 
 def reason(error: Exception) -> str:
-    """Returns what is wrong in a few words: the innermost cause, which says more than MLflow's retries do."""
+    """Returns the innermost cause of an error in a few words; it says more than MLflow's retry errors."""
     cause: BaseException = error
     while cause.__cause__ or cause.__context__:
         cause = cause.__cause__ or cause.__context__ or cause

@@ -1,4 +1,4 @@
-"""The picked version in MLflow's model registry, where `mlflow models serve` finds it."""
+"""Registers the picked version in MLflow's model registry, for `mlflow models serve`."""
 
 import io
 import os
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from search.deploy.bundle import Confirmed
 
 ALIAS = "deploy"
-"""Points at the version that was picked last."""
+"""Alias of the version that was picked last."""
 _SERVED = Path(__file__).with_name("pyfunc_model.py")
-"""Is copied into the model, and imported there only."""
+"""Copied into the model, and imported only there."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Registered:
     """A model version.
 
     Args:
-        name: of the model, which is the study's.
-        version: its number, one more than the one before.
-        tracking: where it is.
+        name: of the model, that of the study.
+        version: its number.
+        tracking: its store.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Registered:
 def register(tracking: Tracking, search: StoredSearch, confirmed: "Confirmed", bundle: Path) -> Registered:
     """Registers a bundle as the next version of the study's model and moves the alias to it; returns it.
 
-    Versions of earlier picks stay. The run that belongs to it has the search's figures and what was confirmed.
+    Versions of earlier picks stay. Its run has the search's metrics and the confirmed ones.
 
     Raises:
-        Exception: whatever MLflow raises where it cannot be reached.
+        Exception: any error of MLflow if it cannot be reached.
     """
     with quiet(), _active(tracking):
         client = tracking.client()
@@ -84,14 +84,14 @@ def register(tracking: Tracking, search: StoredSearch, confirmed: "Confirmed", b
 
 @contextmanager
 def _active(tracking: Tracking) -> Iterator[None]:
-    """Points MLflow's fluent functions, which alone log models, at the tracking store; they speak up on stderr."""
+    """Sets the store for MLflow's fluent API, which is needed to log models, and hides its output on stderr."""
     before = os.environ.get(VARIABLE)
     mlflow.set_tracking_uri(tracking.uri)
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
-        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # which is how MLflow forgets it
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # resets it
         if before is not None:
             os.environ[VARIABLE] = before
 
@@ -107,7 +107,7 @@ def _describe(client: MlflowClient, search: StoredSearch, confirmed: "Confirmed"
 
 
 def _metrics(search: StoredSearch, confirmed: "Confirmed") -> dict[str, float]:
-    """Returns the search's figures, and beside them those that were measured afresh."""
+    """Returns the search's metrics, and those that were measured again."""
     return figures_and_margins(confirmed.version.evaluation, search) | {
         "confirmed_latency_ms": confirmed.latency.value * 1e3,
         "test_accuracy_pct": confirmed.test.value * 100,
@@ -126,7 +126,7 @@ def _signature(bundle: Path) -> ModelSignature:
 
 
 def _requirements(bundle: Path) -> list[str]:
-    """Returns what the bundle needs where it is served, as it was measured here."""
+    """Returns the pinned packages that serving the bundle needs."""
     library = Manifest.read(bundle).library_name
     packages = ["mlflow", "numpy", "pandas", "onnxruntime", *([library] if library in ("openvino", "tensorrt") else [])]
     return [requirement for package in packages if (requirement := _pinned(package))]

@@ -1,8 +1,8 @@
 """The picked version as MLflow serves it; MLflow copies this file into the model and runs it there.
 
-Images come in, `(n, c, h, w)` float32, prepared as in training; a class and the name of the exit that answered come out
-for each. The answer is the bundle's own: its `run.py` loads the files and runs them. Images have nothing to do
-with each other here, so a bundle for frames of a stream computes each.
+The input is images, `(n, c, h, w)` float32, preprocessed as in training; the output is a class and the name of the exit
+per image. Predictions are made by the bundle's own `run.py`. Images are independent here, so a bundle for frames of a
+stream computes every frame.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class BundleModel(PythonModel):
-    """A bundle, loaded once."""
+    """Serves a bundle."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Loads the bundle's own code and its files."""
@@ -28,7 +28,7 @@ class BundleModel(PythonModel):
         self._batch = manifest.target.batch
         self._names = manifest.ends
 
-    # MLflow would take type hints for a signature, which is given apart.
+    # Without type hints, because MLflow would take them for the signature.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
         """Returns a class and an exit's name for each image."""
         images = np.asarray(model_input, dtype=np.float32)
@@ -38,14 +38,14 @@ class BundleModel(PythonModel):
 
 
 def _program(folder: Path) -> Any:
-    """Returns the bundle's `run.py` as a module, with the files beside it and no other bundle's."""
+    """Returns the bundle's `run.py` as a module; modules of other bundles are removed first."""
     for file in folder.glob("*.py"):
         sys.modules.pop(file.stem, None)
-    found = importlib.util.spec_from_file_location("bundle_run", folder / "run.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location("bundle_run", folder / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -1,4 +1,4 @@
-"""Where MLflow keeps its runs: a database beside the searches, or a server that is there already."""
+"""MLflow's tracking store: a database beside the searches, or an existing server."""
 
 import logging
 import os
@@ -20,22 +20,22 @@ _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # A server that is gone must not hold a search up for minutes, as MLflow's own defaults would.
+    # A missing server must not block a search for minutes, as with MLflow's own defaults.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 DATABASE = "mlflow.db"
 PAGE = "report.html"
-"""The report among the files of a search's summary."""
+"""File name of the report among the artifacts of a search's summary."""
 VARIABLE = "MLFLOW_TRACKING_URI"
 _REMEMBERED = "tracking_uri"
 _CREDENTIALS = re.compile(r"(?<=//)[^/@]*@")
 
 
 def set_up_mlflow() -> None:
-    """Keeps MLflow from waiting for minutes and from talking; what the user has set in the environment holds.
+    """Sets short timeouts and less output for MLflow; the user's own environment variables take precedence.
 
-    Some of it MLflow reads when it is imported, which is to come afterwards.
+    MLflow reads some of them when it is imported, which has to come afterwards.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -43,11 +43,11 @@ def set_up_mlflow() -> None:
 
 @dataclass(frozen=True)
 class Tracking:
-    """A place for MLflow's runs.
+    """A tracking store of MLflow.
 
     Args:
-        uri: its address, perhaps with a name and a password in it.
-        artifacts: the folder for files, as an address; None where the server knows its own.
+        uri: may contain a user name and a password.
+        artifacts: URI of the folder for files; None for a server, which has its own.
     """
 
     uri: str
@@ -55,9 +55,9 @@ class Tracking:
 
     @classmethod
     def of(cls, runs: Path, given: str | None = None, remembered: str | None = None) -> Self:
-        """Returns the place to use: what is `given`, else MLflow's own variable, else what a search was begun with.
+        """Returns the store to use: `given`, else MLflow's environment variable, else the one `remembered` by a search.
 
-        Without any of them it is a database under `runs`: MLflow's own default depends on the folder one is in.
+        Without any of them it is a database in `runs`, because MLflow's default depends on the working directory.
         """
         uri = given or os.environ.get(VARIABLE) or remembered or tracking_uri(runs)
         is_server = uri.partition(":")[0] in ("http", "https", "databricks", "databricks-uc")
@@ -65,36 +65,36 @@ class Tracking:
 
     @property
     def shown(self) -> str:
-        """The address without a name and a password."""
+        """The URI without user name and password."""
         return _CREDENTIALS.sub("", self.uri)
 
     @property
     def web(self) -> str | None:
-        """Where a browser finds the UI; None for a database, which `search ui` serves."""
+        """Address of the UI for a browser; None for a database, which `search ui` serves."""
         return self.shown.rstrip("/") if self.uri.startswith(("http://", "https://")) else None
 
     def client(self) -> "MlflowClient":
-        """Returns a client of it."""
+        """Returns a client of the store."""
         set_up_mlflow()
         from mlflow import MlflowClient  # takes seconds
 
         if self.uri.startswith("sqlite:"):
-            _wait_less_for_the_disk()
+            _use_write_ahead_log()
         return MlflowClient(self.uri)
 
     def experiment(self, client: "MlflowClient", name: str) -> str:
-        """Returns the id of an experiment, made if need be."""
-        found = client.get_experiment_by_name(name)
-        if found:
-            return str(found.experiment_id)
+        """Returns the id of an experiment, created if needed."""
+        experiment = client.get_experiment_by_name(name)
+        if experiment:
+            return str(experiment.experiment_id)
         return str(client.create_experiment(name, artifact_location=self.artifacts))
 
 
 @cache
-def _wait_less_for_the_disk() -> None:
-    """Lets SQLite write ahead, which spares most waits: half of a trial's time, and no crash can damage the file.
+def _use_write_ahead_log() -> None:
+    """Uses SQLite's write-ahead log, which avoids most waits for the disk, half of a trial's time, safely.
 
-    What a loss of power may cost, the last runs, is in the journal.
+    A power loss may cost the last runs, but these are in the journal.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
@@ -107,25 +107,25 @@ def _wait_less_for_the_disk() -> None:
 
 
 def tracking_uri(runs: Path) -> str:
-    """Returns the address of the database under `runs`."""
+    """Returns the URI of the database in `runs`."""
     return f"sqlite:///{(runs / DATABASE).resolve()}"
 
 
 def remember(journal: optuna.Study, tracking: Tracking, runs: Path) -> None:
-    """Notes in a search's journal where its runs go, for the commands that come later."""
+    """Stores the tracking URI in a search's journal, for later commands."""
     if tracking.shown != (remembered(journal) or tracking_uri(runs)):
         journal.set_user_attr(_REMEMBERED, tracking.shown)
 
 
 def remembered(journal: optuna.Study) -> str | None:
-    """Returns where a search's runs go; None where it is the database beside it."""
+    """Returns the tracking URI of a search; None for the database beside it."""
     uri: str | None = journal.user_attrs.get(_REMEMBERED)
     return uri
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps MLflow's and Alembic's notes, and urllib3's about retries, off the screen."""
+    """Silences logs of MLflow and Alembic, and of urllib3 on retries."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The run that sums a search up: its report, its pictures, its front with links to the trials."""
+"""The summary run of a search: its report, its pictures, and its front with links to the trials."""
 
 import re
 import tempfile
@@ -21,7 +21,7 @@ from search.tracking.trial_run import NOTE, ROLE, SEARCH, chunks
 TABLE = "front.json"
 _AT_ONCE = 1000
 _NOTE_LENGTH = 7500
-"""MLflow keeps 8000 characters of a note."""
+"""Characters of a note; MLflow's limit is 8000."""
 
 
 def write_summary(
@@ -31,10 +31,10 @@ def write_summary(
 
     Args:
         client: of MLflow.
-        experiment: the id of the search's.
+        experiment: id of the search's experiment.
         overview: of the search.
-        runs: the run id of each trial.
-        web: where a browser finds the UI, if that is known; the page links there.
+        runs: run ids by trial.
+        web: address of the UI for links, or None.
     """
     search = overview.search
 
@@ -64,31 +64,31 @@ def _log_figures(client: MlflowClient, run_id: str, overview: Overview) -> None:
         "front_trials": len(overview.front),
         "early_trials": len(overview.ended_early),
     }
-    told = {_metric_name(f"sampler_{name}"): value for name, value in _flat(overview.search.report).items()}
-    metrics = [Metric(name, float(value), now, 0) for name, value in (counts | told).items()]
+    report = {_metric_name(f"sampler_{name}"): value for name, value in _flat(overview.search.report).items()}
+    metrics = [Metric(name, float(value), now, 0) for name, value in (counts | report).items()]
     metrics += [Metric("hypervolume_pct", share * 100, now, trial) for trial, share in overview.growth]
-    for some in chunks(metrics, _AT_ONCE):
-        client.log_batch(run_id, metrics=some)
+    for chunk in chunks(metrics, _AT_ONCE):
+        client.log_batch(run_id, metrics=chunk)
 
 
 def _metric_name(name: str) -> str:
-    """Returns a name that MLflow takes: limits such as `size<80%` are parts of some."""
+    """Returns a name that MLflow accepts; limits such as `size<80%` are parts of some names."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", name)
 
 
 def _flat(report: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numbers of a sampler's report, each under all of its headings."""
-    found: dict[str, float] = {}
+    """Returns the numbers of a sampler's nested report, by joined keys."""
+    numbers: dict[str, float] = {}
     for name, content in report.items():
         if isinstance(content, dict):
-            found |= {f"{name}_{inner}": value for inner, value in _flat(content).items()}
+            numbers |= {f"{name}_{inner}": value for inner, value in _flat(content).items()}
         elif isinstance(content, int | float):
-            found[name] = float(content)
-    return found
+            numbers[name] = float(content)
+    return numbers
 
 
 def write_files(folder: Path, overview: Overview, link: Callable[[Version], str] | None) -> None:
-    """Writes the report as a page and as Markdown, the pictures, the study and the machine."""
+    """Writes the report as HTML and Markdown, the pictures, the study and the environment."""
     search = overview.search
     (folder / PAGE).write_text(page(overview, link), encoding="utf-8")
     (folder / "report.md").write_text(report_of(overview).to_markdown(), encoding="utf-8")
@@ -99,7 +99,7 @@ def write_files(folder: Path, overview: Overview, link: Callable[[Version], str]
 
 
 def note(overview: Overview, address: Callable[[Version], str]) -> str:
-    """Returns the front as Markdown, which MLflow shows first: as many rows as a note holds, with links to the runs."""
+    """Returns the front as Markdown for the run's description, with links, truncated to the length of a note."""
     head = (
         f"**{len(overview.front)} versions within `{overview.budget}` that no other beats** in accuracy, latency and"
         f" FLOPs together. Latency per batch on {overview.dense.measured['latency'].target}. The report with its"
@@ -113,5 +113,5 @@ def note(overview: Overview, address: Callable[[Version], str]) -> str:
     shown = len(front)
     while shown and len(markdown(Table(table.headings, [*front[:shown], *below]))) + len(head) > _NOTE_LENGTH:
         shown -= 1
-    left = f"\n\nand {len(front) - shown} more, see {TABLE}" if shown < len(front) else ""
-    return f"{head}\n\n{markdown(Table(table.headings, [*front[:shown], *below]))}{left}\n"
+    more = f"\n\nand {len(front) - shown} more, see {TABLE}" if shown < len(front) else ""
+    return f"{head}\n\n{markdown(Table(table.headings, [*front[:shown], *below]))}{more}\n"

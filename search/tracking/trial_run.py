@@ -1,4 +1,4 @@
-"""What MLflow is told about a trial: figures in people's units, and tags to filter by."""
+"""The MLflow run of a trial: metrics in practical units, and tags to filter by."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ TRIAL = "trial"
 FRONT = "front"
 EFFORT = "effort"
 NAME, NOTE = "mlflow.runName", "mlflow.note.content"
-"""Tags, the last two being MLflow's own."""
+"""Tags; the last two are MLflow's own."""
 _SCALES = {
     "latency_ms": ("latency", 1e3),
     "accuracy_pct": ("accuracy", 100.0),
@@ -28,17 +28,17 @@ _SCALES = {
 
 
 @dataclass(frozen=True)
-class Logged:
-    """One trial, as MLflow keeps it.
+class TrialContent:
+    """The content of a trial's run.
 
     Args:
         name: of its run.
         tags: to filter by.
         metrics: in the units of their names.
-        params: what the sampler chose.
-        status: MLflow's word for how it ended.
-        begin: milliseconds since 1970.
-        end: the same; every metric has this time, so that writing twice changes nothing.
+        params: the sampler's choices.
+        status: in MLflow's terms.
+        begin: milliseconds since the epoch.
+        end: milliseconds since the epoch; the timestamp of every metric, so that writing is idempotent.
     """
 
     name: str
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 
 def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
-    """Returns the items in parts of `most` at most."""
+    """Returns the items in chunks of at most `most`."""
     return [items[start : start + most] for start in range(0, len(items), most)]
 
 
@@ -63,8 +63,8 @@ def run_name(number: int, on_front: bool) -> str:
     return f"trial {number} (front)" if on_front else f"trial {number}"
 
 
-def logged(trial: FrozenTrial, search: StoredSearch) -> Logged:
-    """Returns what MLflow is told about a finished trial of a search."""
+def trial_content(trial: FrozenTrial, search: StoredSearch) -> TrialContent:
+    """Returns the content of the run of a finished trial."""
     dense = search.baseline.dense
     tags = {
         SEARCH: search.folder.name,
@@ -79,8 +79,8 @@ def logged(trial: FrozenTrial, search: StoredSearch) -> Logged:
     if "evaluation" in trial.user_attrs:
         evaluation = Evaluation.from_dict(trial.user_attrs["evaluation"])
         metrics = figures_and_margins(evaluation, search)
-        met = not evaluation.ended and search.budget.is_met(evaluation.measurements, dense.measured)
-        tags |= {"feasible": str(met).lower(), EFFORT: evaluation.effort}
+        is_feasible = not evaluation.ended and search.budget.is_met(evaluation.measurements, dense.measured)
+        tags |= {"feasible": str(is_feasible).lower(), EFFORT: evaluation.effort}
         if evaluation.ended:
             tags["reason"] = f"ended early: {evaluation.ended}"
         elif trial.state == TrialState.PRUNED:
@@ -88,7 +88,7 @@ def logged(trial: FrozenTrial, search: StoredSearch) -> Logged:
             tags["reason"] = f"not measured further: {broken}"
     assert trial.datetime_complete is not None  # it is finished
     begin = trial.datetime_start or trial.datetime_complete
-    return Logged(
+    return TrialContent(
         run_name(trial.number, False),
         tags,
         metrics,
@@ -100,34 +100,34 @@ def logged(trial: FrozenTrial, search: StoredSearch) -> Logged:
 
 
 def figures_and_margins(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:
-    """Returns what was measured, in the units that people read, and how far each limit is kept."""
+    """Returns the metrics of an evaluation, and the margins to each limit."""
     return figures(evaluation, search.baseline.evaluation.measurements) | margins(evaluation, search)
 
 
 def figures(evaluation: Evaluation, dense: Mapping[str, Measurement]) -> dict[str, float]:
-    """Returns what was measured in the units of the names, of which some are shares of the dense network's."""
+    """Returns the metrics in the units of their names; some are relative to the dense network."""
     measured = evaluation.measurements
-    shown = {name: measured[m].value * scale for name, (m, scale) in _SCALES.items() if m in measured}
-    if evaluation.ended:  # no chart shall show it among those that were counted on all images
-        shown["accuracy_estimate_pct"] = shown.pop("accuracy_pct")
+    figures = {name: measured[metric].value * scale for name, (metric, scale) in _SCALES.items() if metric in measured}
+    if evaluation.ended:  # an estimate must not appear in charts of accuracies on all images
+        figures["accuracy_estimate_pct"] = figures.pop("accuracy_pct")
     if "flops" in measured:
-        shown["flops_pct_of_dense"] = measured["flops"].value / dense["flops"].value * 100
+        figures["flops_pct_of_dense"] = measured["flops"].value / dense["flops"].value * 100
     if "latency" in measured:
         others = dict(measured["latency"].others)
-        shown["longest_path_ms"] = others.pop("worst") * 1e3
-        shown |= {f"{name}_wall_ms": value * 1e3 for name, value in others.items()}
-        shown["speedup"] = dense["latency"].value / measured["latency"].value
-    return {name: round(value, 4) for name, value in shown.items()}
+        figures["longest_path_ms"] = others.pop("worst") * 1e3
+        figures |= {f"{name}_wall_ms": value * 1e3 for name, value in others.items()}
+        figures["speedup"] = dense["latency"].value / measured["latency"].value
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def margins(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:
-    """Returns how far each limit is kept, in percent of it; negative where it is broken."""
+    """Returns the margin to each limit, in percent of it; negative if it is broken."""
     dense = search.baseline.evaluation.measurements
     return {
         f"margin_{constraint.name.replace('.', '_')}_pct": round(
-            -100 * constraint.violation(found, dense[constraint.measured_as]), 3
+            -100 * constraint.violation(measured, dense[constraint.measured_as]), 3
         )
         for constraint in search.budget.constraints
-        if (found := evaluation.measurements.get(constraint.measured_as))
+        if (measured := evaluation.measurements.get(constraint.measured_as))
         and not (evaluation.ended and constraint.measured_as == "accuracy")
     }

@@ -1,4 +1,4 @@
-"""Statistics of batch normalisation, measured anew on a few images and corrected by what the dense network sees."""
+"""Recomputes batch norm statistics on a few images, corrected by those of the dense network on the same images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,22 +17,22 @@ from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import masks_of
 
 BATCH = 64
-"""So many images are normalised together at most, by their own statistics."""
+"""Images per batch, at most, that are normalized together."""
 CHECKED = 64
-"""So many labelled images tell whether new statistics are better than the old ones."""
+"""Labelled images on which new statistics are compared with the old ones."""
 _CLEARLY = 0.02
-"""By less than this share so few images cannot tell two losses apart."""
+"""Relative difference of losses that counts as an improvement on so few images."""
 _GROUPS = 256
-"""What a norm sees is kept for so many groups of images at most, because images may be thousands."""
+"""Groups of images, at most, that statistics of inputs are kept for."""
 _TRAINED_BATCH = 128
-"""Images in a batch of the training that stored statistics come from, where nobody knows."""
+"""Assumed batch size of the training that stored statistics come from."""
 _SAME = 1e-4
-"""Features that differ by less, in standard deviations, differ by rounding."""
+"""Difference of features, in standard deviations, below which they count as equal."""
 
 
 @dataclass(frozen=True)
-class Checked:
-    """Labelled training images on which new statistics have to be better than the old ones.
+class CheckImages:
+    """Labelled training images on which new statistics have to improve the loss.
 
     Args:
         images: `(n, c, h, w)`.
@@ -43,24 +43,24 @@ class Checked:
     labels: Tensor
 
     def loss(self, network: nn.Module) -> float:
-        """Returns the mean cross-entropy of the exits and the end of a network in evaluation mode, in nats."""
+        """Returns the mean cross-entropy over the exits and the end of a network in evaluation mode, in nats."""
         with torch.no_grad():
-            answers = zip(*(_logits(network, batch) for batch in _batches(self.images)), strict=True)
-            losses = [F.cross_entropy(torch.cat(each), self.labels) for each in answers]
+            outputs = zip(*(_logits(network, batch) for batch in _batches(self.images)), strict=True)
+            losses = [F.cross_entropy(torch.cat(logits), self.labels) for logits in outputs]
         return float(torch.stack(losses).mean())
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a norm saw of some images, in groups of them: `k` groups, `c` channels.
+class InputStatistics:
+    """Statistics of a batch norm's input on some images, in `k` groups of images, for `c` channels.
 
     Args:
-        means: of its input in each group, less its stored mean, `(k, c)`.
-        squares: mean squares of its input's distance from its stored mean in each group, `(k, c)`.
-        mean: that it has stored, `(c,)`.
-        variance: that it has stored, `(c,)`.
-        images: how many there were.
-        stands_for: how many images its stored statistics stand for.
+        means: of its input in each group, minus its running mean, `(k, c)`.
+        squares: mean squared distance of its input from its running mean in each group, `(k, c)`.
+        mean: its running mean, `(c,)`.
+        variance: its running variance, `(c,)`.
+        images: number of images.
+        stored_images: number of images that its running statistics are equivalent to.
     """
 
     means: Tensor
@@ -68,169 +68,170 @@ class Seen:
     mean: Tensor
     variance: Tensor
     images: int
-    stands_for: float
+    stored_images: float
 
     @property
     def shift(self) -> Tensor:
-        """The mean of its input, less the stored one, `(c,)`."""
+        """The mean of its input minus the running mean, `(c,)`."""
         return self.means.mean(0)
 
     @property
     def spreads(self) -> Tensor:
-        """The mean square of the input's distance from its mean, in each group, `(k, c)`."""
+        """The mean squared distance of the input from its mean, in each group, `(k, c)`."""
         return self.squares - 2 * self.shift * self.means + self.shift**2
 
-    def without(self, dropped: NDArray[np.int64] | None) -> "Seen":
-        """Returns the same for the channels that are left."""
+    def without(self, dropped: NDArray[np.int64] | None) -> "InputStatistics":
+        """Returns the statistics without the dropped channels."""
         if dropped is None:
             return self
         kept = np.setdiff1d(np.arange(len(self.mean)), dropped)
-        left = (self.means[:, kept], self.squares[:, kept], self.mean[kept], self.variance[kept])
-        return Seen(*left, self.images, self.stands_for)
+        remaining = (self.means[:, kept], self.squares[:, kept], self.mean[kept], self.variance[kept])
+        return InputStatistics(*remaining, self.images, self.stored_images)
 
 
 def recovery_images(data: LabelledImages, count: int, seed: int = 0) -> Tensor:
-    """Returns `count` training images in random order, `(count, c, h, w)`: a sorted set would show one class only."""
+    """Returns `count` training images in random order, `(count, c, h, w)`, because a set may be sorted by class."""
     order = np.random.default_rng(seed).permutation(len(data))[:count]
     return torch.from_numpy(data.images[order])
 
 
-def check_images(data: LabelledImages, count: int, seed: int = 0) -> Checked:
-    """Returns labelled training images, as far as there are enough others than the `count` of `recovery_images`."""
+def check_images(data: LabelledImages, count: int, seed: int = 0) -> CheckImages:
+    """Returns labelled training images, other than the `count` of `recovery_images` if there are enough."""
     order = np.random.default_rng(seed).permutation(len(data))
     chosen = np.concatenate([order[count:], order[:count]])[:CHECKED]
-    return Checked(torch.from_numpy(data.images[chosen]), torch.from_numpy(data.labels[chosen]))
+    return CheckImages(torch.from_numpy(data.images[chosen]), torch.from_numpy(data.labels[chosen]))
 
 
 def correct_statistics(
     network: nn.Module,
-    source: Mapping[str, Seen],
+    source: Mapping[str, InputStatistics],
     dropped: Mapping[str, NDArray[np.int64]],
     images: Tensor,
-    check: Checked,
+    check: CheckImages,
 ) -> None:
-    """Corrects running statistics by what cutting has changed, in place, unless the loss on `check` is higher then.
+    """Updates running statistics after pruning, in place, if that does not raise the loss on `check`.
 
-    A few images tell a mean badly; how a mean has moved they tell well, because the source saw the same images. Of a
-    channel whose stored mean is `M`, and whose mean over these images is `d` in the source and `s` in the slice, the
+    A few images estimate a mean badly, but its change by pruning well, because the source saw the same images. For a
+    channel with running mean `M`, and a mean over these images of `d` in the source and `s` in the pruned network, the
     new mean is
 
         s + b * N / (N + n) * (M - d)
 
-    with `n` images, `N` that stand behind the stored statistics, and `b` the slope of the slice's means of single
-    images over the source's, held between 0 and 1. That is the estimate of least variance (a control variate). Where
-    cutting has changed little, `b` is 1, and it is the mean of both weighted by the images behind each; where the
-    features have nothing in common with what they were, `b` is 0, and only what was measured counts. A channel whose
-    features are the same in both keeps what is stored. Variances go by the same rule on a logarithmic scale, on which
-    they stay positive. Positions in an image are not counted: they are too much alike. Where `check` says that what was
-    measured alone is better still, that is kept: heavy cuts leave little in common with the source.
+    with `n` images, running statistics equivalent to `N` images, and `b` the regression slope of the pruned network's
+    means per image on the source's, clipped to 0..1. This is the estimate of least variance (a control variate). After
+    little pruning `b` is 1, and the mean is that of both weighted by their images; if the features have nothing in
+    common, `b` is 0, and only the measured mean counts. A channel with equal features in both keeps its running
+    statistics. Variances follow the same rule on a logarithmic scale, on which they stay positive. Positions in an
+    image do not count as samples, because they are correlated. If the measured statistics alone give a lower loss on
+    `check`, they are used: after heavy pruning little is in common with the source.
 
-    Running averages with momentum `m` weigh batches by `m (1 - m)^i`, which is as good as the mean of `2 / m - 1`
-    equal ones: 19 at 0.1. A batch of a training that nobody knows is taken to be of 128 images.
+    A running average with momentum `m` weights batches by `m (1 - m)^i`, equivalent to the mean of `2 / m - 1` batches:
+    19 at 0.1. Batches of the training are assumed to have 128 images.
     Source: Li et al., EagleEye, 2020 (statistics after pruning); Glasserman, Monte Carlo Methods in Financial
     Engineering, 2003, 4.1 (control variates).
 
     Args:
-        network: a slice of the source, in evaluation mode.
-        source: what its norms saw of the same images.
-        dropped: for each norm that lost channels, which.
+        network: pruned from the source, in evaluation mode.
+        source: input statistics of the source's batch norms on the same images.
+        dropped: indices of dropped channels, by batch norm.
         images: `(n, c, h, w)`.
-        check: other images, where there are enough.
+        check: other images, if there are enough.
     """
-    found = {
-        name: (seen, source[name].without(dropped.get(name)))
-        for name, seen in observed_by_norms(network, images).items()
+    pairs = {
+        name: (seen, source[name].without(dropped.get(name))) for name, seen in norm_inputs(network, images).items()
     }
-    norms = {name: _corrected(*pair) for name, pair in found.items()}
-    changed = {name: new for name, new in norms.items() if new is not None}
-    measured = {name: _measured(found[name][0]) for name in changed}
+    corrected = {name: _corrected(*pair) for name, pair in pairs.items()}
+    changed = {name: new for name, new in corrected.items() if new is not None}
+    measured = {name: _measured(pairs[name][0]) for name in changed}
     _keep_best(network, [{}, changed, measured], check)
 
 
-def refresh_statistics(network: nn.Module, images: Tensor, check: Checked) -> None:
-    """Gives a network that was trained the better of two statistics, in place: its own, or what images show.
+def refresh_statistics(network: nn.Module, images: Tensor, check: CheckImages) -> None:
+    """Sets the batch norm statistics of a trained network to the best of its own and measured ones, in place.
 
-    A training keeps running averages, of more images than are measured here; but a short one hardly moves them, and
-    one whose decisions were random saw other features than are deployed. So both are tried, and their means by the
-    images behind each, as `correct_statistics` counts them.
+    Running averages of a training cover more images than are measured here; but a short training hardly moves them, and
+    random decisions of gates lead to other features than deployed ones. So both are tried, and their mean weighted by
+    images, as in `correct_statistics`.
 
     Args:
         network: in evaluation mode.
         images: `(n, c, h, w)`.
-        check: other images, where there are enough.
+        check: other images, if there are enough.
     """
-    seen = observed_by_norms(network, images)
-    measured = {name: _measured(each) for name, each in seen.items()}
-    _keep_best(network, [{}, {name: _pooled(each) for name, each in seen.items()}, measured], check)
-    for norm in _norms(
-        network
-    ).values():  # a training that was interrupted has counted other batches than a straight one
+    seen = norm_inputs(network, images)
+    measured = {name: _measured(inputs) for name, inputs in seen.items()}
+    pooled = {name: _pooled(inputs) for name, inputs in seen.items()}
+    _keep_best(network, [{}, pooled, measured], check)
+    for norm in _norms(network).values():  # it would differ after an interrupted training
         norm.get_buffer("num_batches_tracked").zero_()
 
 
 def recalibrate_batch_norm(network: nn.Module, images: Tensor) -> None:
-    """Replaces the running statistics of every batch normalisation that runs by those of `images`.
+    """Replaces the running statistics of every batch norm that runs by those of `images`.
 
-    Weights stay as they are. Images skip what blocks they will skip. Masks decide as they will, but features stay where
-    training leaves them: statistics of positions that are masked away would be those of zeros.
+    Weights do not change. Gates skip blocks. Masks decide, but masked features are kept as in training, because
+    otherwise their statistics would be those of zeros.
     """
-    seen = observed_by_norms(network, images)
-    _store(network, {name: _measured(each) for name, each in seen.items()})
+    seen = norm_inputs(network, images)
+    _store(network, {name: _measured(inputs) for name, inputs in seen.items()})
 
 
 Statistics = tuple[Tensor, Tensor]
-"""A norm's mean and variance, `(c,)` each."""
+"""Mean and variance of a batch norm, `(c,)` each."""
 
 
-def _corrected(own: Seen, source: Seen) -> Statistics | None:
-    """Returns the statistics of a norm of a slice; None where its features are those of the source."""
+def _corrected(own: InputStatistics, source: InputStatistics) -> Statistics | None:
+    """Returns the corrected statistics of a batch norm; None if its features are those of the source."""
     unit = (source.variance + 1e-12).sqrt()
-    moved = ((own.means - source.means) / unit).abs().amax(0)
-    spread = ((own.squares - source.squares) / unit**2).abs().amax(0)
-    changed = (moved > _SAME) | (spread > _SAME)
+    mean_shift = ((own.means - source.means) / unit).abs().amax(0)
+    square_shift = ((own.squares - source.squares) / unit**2).abs().amax(0)
+    changed = (mean_shift > _SAME) | (square_shift > _SAME)
     if not changed.any():
         return None
-    share = own.stands_for / (own.stands_for + own.images)
+    share = own.stored_images / (own.stored_images + own.images)
     mean = own.mean + own.shift - share * _slope(own.means, source.means) * source.shift
-    own_variance, source_variance = own.spreads.mean(0), source.spreads.mean(0)
-    known = (own_variance > 0) & (source_variance > 0) & (source.variance > 0)
+    own_variance = own.spreads.mean(0)
+    source_variance = source.spreads.mean(0)
+    is_positive = (own_variance > 0) & (source_variance > 0) & (source.variance > 0)
     relative = (own.spreads / own_variance.clamp_min(1e-30), source.spreads / source_variance.clamp_min(1e-30))
-    ratio = torch.where(known, source.variance / source_variance.clamp_min(1e-30), 1.0)
+    ratio = torch.where(is_positive, source.variance / source_variance.clamp_min(1e-30), 1.0)
     variance = own_variance * ratio ** (share * _slope(*relative))
     return torch.where(changed, mean, own.mean), torch.where(changed, variance, own.variance)
 
 
 def _slope(own: Tensor, source: Tensor) -> Tensor:
-    """Returns the slope of one over the other, in each channel, from 0 to 1: `(k, c)` twice to `(c,)`."""
+    """Returns the regression slope of `own` on `source`, both `(k, c)`, clipped to 0..1, `(c,)`."""
     own, source = own - own.mean(0), source - source.mean(0)
     power = (source**2).sum(0)
     slope = (own * source).sum(0) / power.clamp_min(1e-30)
     return torch.where(power > 0, slope, 0.0).clamp(0.0, 1.0)
 
 
-def _measured(seen: Seen) -> Statistics:
-    """Returns the statistics of the images that were seen, whatever is stored."""
+def _measured(seen: InputStatistics) -> Statistics:
+    """Returns the statistics of the images alone."""
     return seen.mean + seen.shift, seen.spreads.mean(0)
 
 
-def _pooled(seen: Seen) -> Statistics:
-    """Returns the mean of stored and measured statistics, by the images that stand behind each."""
-    share = seen.images / (seen.stands_for + seen.images)
-    apart = share * (1 - share) * seen.shift**2
-    return seen.mean + share * seen.shift, (1 - share) * seen.variance + share * seen.spreads.mean(0) + apart
+def _pooled(seen: InputStatistics) -> Statistics:
+    """Returns the mean of running and measured statistics, weighted by their images."""
+    share = seen.images / (seen.stored_images + seen.images)
+    between = share * (1 - share) * seen.shift**2
+    return seen.mean + share * seen.shift, (1 - share) * seen.variance + share * seen.spreads.mean(0) + between
 
 
-def _keep_best(network: nn.Module, choices: Sequence[Mapping[str, Statistics]], check: Checked) -> None:
-    """Leaves a network with those statistics that give the least loss, each choice having to better those before it."""
+def _keep_best(network: nn.Module, choices: Sequence[Mapping[str, Statistics]], check: CheckImages) -> None:
+    """Sets the statistics of the lowest loss; each choice has to be clearly better than those before it."""
     if not any(choices):
         return
     stored = {name: _stored(norm) for name, norm in _norms(network).items()}
-    best, least = choices[0], np.inf
+    best = choices[0]
+    lowest = np.inf
     for choice in choices:
         _store(network, {**stored, **choice})
         loss = check.loss(network)
-        if loss < (1 - _CLEARLY) * least:
-            best, least = choice, loss
+        if loss < (1 - _CLEARLY) * lowest:
+            best = choice
+            lowest = loss
     _store(network, {**stored, **best})
 
 
@@ -247,42 +248,43 @@ def _stored(norm: _BatchNorm) -> Statistics:
 
 
 def rebase_batch_norm(network: nn.Module, images: Tensor) -> None:
-    """Gives a network the statistics that it would be recalibrated to, and changes nothing that it computes.
+    """Sets the statistics to those of `images` without changing the network's function.
 
-    Weights that learned with fixed statistics have no longer those of their features, and recalibration would undo what
-    they learned. In `scale * (x - mean) / std + shift` another scale and shift make up for another mean and std.
+    After training with fixed statistics these differ from those of the features, so that recalibration would undo the
+    training. In `scale * (x - mean) / std + shift`, scale and shift are adjusted for the new mean and std.
 
     Args:
         network: in evaluation mode.
-        images: `(n, c, h, w)`, better those that it is recalibrated on later.
+        images: `(n, c, h, w)`, preferably those of a later recalibration.
     """
     norms = {name: norm for name, norm in _norms(network).items() if norm.affine}
     seen = _seen(network, norms, images)
     with torch.no_grad():
-        for name, each in seen.items():
-            norm, variance = norms[name], each.spreads.mean(0)
-            unit = norm.weight / (each.variance + norm.eps).sqrt()
-            norm.bias.add_(unit * each.shift)
+        for name, inputs in seen.items():
+            norm = norms[name]
+            variance = inputs.spreads.mean(0)
+            unit = norm.weight / (inputs.variance + norm.eps).sqrt()
+            norm.bias.add_(unit * inputs.shift)
             norm.weight.copy_(unit * (variance + norm.eps).sqrt())
-    _store(network, {name: _measured(each) for name, each in seen.items()})
+    _store(network, {name: _measured(inputs) for name, inputs in seen.items()})
 
 
 def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
-    """Returns the batch norms that keep statistics, by their paths."""
-    found = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
-    return {name: norm for name, norm in found.items() if norm.running_mean is not None}
+    """Returns the batch norms with running statistics, by their paths."""
+    modules = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: norm for name, norm in modules.items() if norm.running_mean is not None}
 
 
-def observed_by_norms(network: nn.Module, images: Tensor) -> dict[str, Seen]:
-    """Returns what each norm that runs sees, where all of them normalise by what they see, as in training."""
+def norm_inputs(network: nn.Module, images: Tensor) -> dict[str, InputStatistics]:
+    """Returns the input statistics of each batch norm that runs, normalizing by the batch as in training."""
     norms = _norms(network)
-    with _normalising_batches(list(norms.values())):
+    with _batch_statistics(list(norms.values())):
         return _seen(network, norms, images) if norms else {}
 
 
 @contextmanager
-def _normalising_batches(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Lets norms normalise by the statistics of their batches and keep their own."""
+def _batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Lets batch norms normalize by the statistics of the batch, without updating their running ones."""
     for norm in norms:
         norm.train()
         norm.track_running_stats = False
@@ -292,7 +294,7 @@ def _normalising_batches(norms: Sequence[_BatchNorm]) -> Iterator[None]:
         norm.eval()
 
 
-def _seen(network: nn.Module, norms: Mapping[str, _BatchNorm], images: Tensor) -> dict[str, Seen]:
+def _seen(network: nn.Module, norms: Mapping[str, _BatchNorm], images: Tensor) -> dict[str, InputStatistics]:
     batches = _batches(images)
     groups = max(_GROUPS // len(batches), 1)
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}
@@ -300,50 +302,52 @@ def _seen(network: nn.Module, norms: Mapping[str, _BatchNorm], images: Tensor) -
     _run_unmasked(network, batches)
     for hook in hooks:
         hook.remove()
-    found = {}
+    inputs = {}
     for name, collected in parts.items():
         if collected:
-            means, squares = (torch.cat(each) for each in zip(*collected, strict=True))
-            found[name] = Seen(means, squares, *_stored(norms[name]), len(images), _stands_for(norms[name]))
-    return found
+            means, squares = (torch.cat(part) for part in zip(*collected, strict=True))
+            inputs[name] = InputStatistics(
+                means, squares, *_stored(norms[name]), len(images), _equivalent_images(norms[name])
+            )
+    return inputs
 
 
 def _collector(into: list[tuple[Tensor, Tensor]], groups: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """Returns a hook that appends means and mean squares of so many groups of images, about the stored mean."""
+    """Returns a hook that appends means and mean squares around the running mean, per group of images."""
 
-    def see(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def collect(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         images = args[0].detach().float()
-        away = images.flatten(2) if images.ndim > 2 else images[:, :, None]
-        away = away - norm.get_buffer("running_mean")[:, None]
-        squares = torch.linalg.vector_norm(away, dim=2) ** 2 / away.shape[2]  # many times faster than a variance
-        into.append((_grouped(away.mean(2), groups), _grouped(squares, groups)))
+        deviations = images.flatten(2) if images.ndim > 2 else images[:, :, None]
+        deviations = deviations - norm.get_buffer("running_mean")[:, None]
+        squares = torch.linalg.vector_norm(deviations, dim=2) ** 2 / deviations.shape[2]  # much faster than a variance
+        into.append((_grouped(deviations.mean(2), groups), _grouped(squares, groups)))
 
-    return see
+    return collect
 
 
 def _grouped(rows: Tensor, groups: int) -> Tensor:
-    """Returns the means of so many groups of rows, at most as many as there are."""
+    """Returns the means of `groups` groups of rows, or of fewer if there are fewer rows."""
     return torch.stack([part.mean(0) for part in rows.tensor_split(min(groups, len(rows)))])
 
 
-def _stands_for(norm: _BatchNorm) -> float:
-    """Returns how many images the stored statistics of a norm are as good as."""
-    momentum = norm.momentum or 0.1  # without one, all batches count alike, and nobody knows how many there were
+def _equivalent_images(norm: _BatchNorm) -> float:
+    """Returns the number of images that the running statistics of a batch norm are equivalent to."""
+    momentum = norm.momentum or 0.1  # without one, the number of batches is unknown
     return (2 / momentum - 1) * _TRAINED_BATCH
 
 
 def _batches(images: Tensor) -> list[Tensor]:
-    """Returns images in batches of about equal size, because the statistics of a small rest are bad ones."""
+    """Returns images in batches of about equal size, because a small last batch has bad statistics."""
     return list(images.tensor_split(max(-(-len(images) // BATCH), 1)))
 
 
 def _logits(network: nn.Module, images: Tensor) -> list[Tensor]:
-    """Returns the logits of each exit and of the network's end, where images skip what they may."""
+    """Returns the logits of each exit and of the network's end, with blocks skipped as the gates decide."""
     return all_logits(network, images) if isinstance(network, ExitNetwork) else [network(images).float()]
 
 
 def _run_unmasked(network: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Runs images through the network, where masks decide but hidden features stay where training leaves them."""
+    """Runs images through the network; masks decide, but masked features are kept as in training."""
     for mask in masks_of(network):
         mask.training = True
     with torch.no_grad():

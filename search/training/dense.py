@@ -1,4 +1,4 @@
-"""Training the dense network and its exits, once, with the result kept by content key."""
+"""Trains the dense network with its gates, masks and exits once, and caches the result by content key."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -26,28 +26,29 @@ from spaces.dynamic.exit_network import HEADS, NO_GATES, ExitNetwork, feature_ch
 from spaces.errors import StructureError
 
 UNCUT = "the exported network cannot be cut there"
-"""Why an automatic exit is left out that autograd would have allowed."""
+"""Why an automatic exit is left out although the network in torch allows it."""
 
 
 def trained_network(
     study: Study, built: Built, data: Splits, progress: Progress, places: CutPoints | None = None
 ) -> ExitNetwork:
-    """Returns the study's dense network with its exits, in evaluation mode: trained now, loaded, or as it came.
+    """Returns the study's dense network with its exits, in evaluation mode: trained now, cached, or as loaded.
 
-    What is loaded was trained from the same model source, weights, data, settings and torch version.
-    An interrupted training goes on from its last whole epoch. Automatic exits behind which the exported graph cannot be
-    cut are left out.
+    Cached weights are of the same model source, weights, data, settings and torch version. An interrupted training
+    resumes from its last complete epoch. Automatic exits at which the exported graph cannot be cut are left out.
 
     Args:
-        study: the question.
-        built: the network before.
-        data: of which the training and calibration images are used.
-        progress: told about the steps that take long.
-        places: where its exits sit; they are looked for where not given.
+        study: what to search.
+        built: the network as loaded.
+        data: its training and calibration images are used.
+        progress: called with the progress of long steps.
+        places: of the exits; they are searched if None.
     """
-    trunk, training = trained_trunk(study, built, data, progress), built.training(study.training)
+    trunk = trained_trunk(study, built, data, progress)
+    training = built.training(study.training)
     augment: Augment | None = augmentation(study.data.augment) if study.data.augment else None
-    folder, key = cache_folder(), _trunk_key(study, built, data)
+    folder = cache_folder()
+    key = _trunk_key(study, built, data)
     image = torch.zeros(1, *data.image_shape)
     places = places or exit_places(trunk, study.exits, data)
     blocks = skip_blocks(trunk, study.skips, image)
@@ -61,28 +62,30 @@ def trained_network(
         gated = with_gates(trunk, blocks, study.skips, image)
         train_gates_once(gated, data, study.skips, augment, folder / f"{study.name}-skips-{key}.pt", progress)
         gates = gated.gates
-    exits, seed = _weighted(study.exits, places), training.seed if training else 0
-    torch.manual_seed(seed)  # heads begin alike, whether the trunk was trained in this process or is loaded
+    exits = _with_weights_of(study.exits, places)
+    seed = training.seed if training else 0
+    torch.manual_seed(seed)  # the same initial heads, whether the trunk was trained in this process or cached
     network = with_exits(trunk, places.after, exits, data, gates)
     settings = study.exits.model_dump_json(exclude={"thresholds", "confidence"})
     exits_key = cache.key(key, settings, data.calibration.digest, *network.cut_points)
     exits_file = folder / f"{study.name}-exits-{exits_key}.pt"
-    part: nn.Module = network if study.exits.training == "joint" else network.exits
-    if network.cut_points and not load_weights(part, exits_file):
-        able = places if exits.after is not None else _exported(network, places, image)
-        if able.after != places.after:
-            return trained_network(study, built, data, progress, able)
+    trained: nn.Module = network if study.exits.training == "joint" else network.exits
+    if network.cut_points and not load_weights(trained, exits_file):
+        exportable = places if exits.after is not None else _exportable(network, places, image)
+        if exportable.after != places.after:
+            return trained_network(study, built, data, progress, exportable)
         train_exits(network, data, exits, augment, seed, exits_file.with_suffix(".partial.pt"), progress)
-        save(part.state_dict(), exits_file)
+        save(trained.state_dict(), exits_file)
     return network.eval()
 
 
 def trained_trunk(study: Study, built: Built, data: Splits, progress: Progress) -> nn.Module:
-    """Returns the study's dense network alone, in evaluation mode: trained now, loaded, or as it came.
+    """Returns the study's dense network without exits, in evaluation mode: trained now, cached, or as loaded.
 
-    Exits and skipped blocks that cannot be are refused before anything is trained.
+    Impossible exits and blocks are refused before anything is trained.
     """
-    trunk, training = built.network.eval(), built.training(study.training)
+    trunk = built.network.eval()
+    training = built.training(study.training)
     exit_places(trunk, study.exits, data)
     skip_blocks(trunk, study.skips, torch.zeros(1, *data.image_shape))
     file = cache_folder() / f"{study.name}-{_trunk_key(study, built, data)}.pt"
@@ -120,7 +123,7 @@ def _with_trained_masks(
 
 
 def augmentation(reference: str) -> Augment:
-    """Returns the function that a study names for varying its training images.
+    """Returns the study's function that augments training images.
 
     Raises:
         UserCodeError: when it is called, if it fails.
@@ -130,10 +133,10 @@ def augmentation(reference: str) -> Augment:
 
 
 def exit_places(trunk: nn.Module, exits: ExitsSection, data: Splits) -> CutPoints:
-    """Returns where the study's exits sit: where it says, or else where cut points are found for them.
+    """Returns the places of the study's exits: those that it names, or else cut points that are found for them.
 
     Raises:
-        StructureError: an exit sits after no module, after one that gives no feature map, or where it is bypassed.
+        StructureError: a place is no module, gives no feature map, or is bypassed by another path.
     """
     image = torch.zeros(1, *data.image_shape)
     if exits.after is None:
@@ -142,14 +145,14 @@ def exit_places(trunk: nn.Module, exits: ExitsSection, data: Splits) -> CutPoint
     return check_cut_points(trunk, image, exits.after)
 
 
-def _exported(network: ExitNetwork, places: CutPoints, image: Tensor) -> CutPoints:
-    """Returns the places behind which the exported graph can be cut, each by itself where not all can be.
+def _exportable(network: ExitNetwork, places: CutPoints, image: Tensor) -> CutPoints:
+    """Returns the places at which the exported graph can be cut; if not at all, those that work one by one.
 
     Raises:
-        ExportError: the network cannot be exported, whatever exits it has.
+        ExportError: the network cannot be exported, even without exits.
     """
 
-    def refusal(after: Sequence[str]) -> str:
+    def error_of(after: Sequence[str]) -> str:
         heads = [
             network.exits[name] for name, path in zip(network.exit_names, places.after, strict=True) if path in after
         ]
@@ -159,20 +162,20 @@ def _exported(network: ExitNetwork, places: CutPoints, image: Tensor) -> CutPoin
             return str(error)
         return ""
 
-    if not refusal(places.after):
+    if not error_of(places.after):
         return places
     Template(ExitNetwork(network.trunk, (), (), network.gates).eval(), image)
-    able = [path for path in places.after if not refusal([path])]
-    return places.only([] if refusal(able) else able, UNCUT)
+    possible = [path for path in places.after if not error_of([path])]
+    return places.only([] if error_of(possible) else possible, UNCUT)
 
 
-def _weighted(exits: ExitsSection, places: CutPoints) -> ExitsSection:
-    """Returns the settings with the weights of the automatic exits that are there, each near a share that was asked."""
+def _with_weights_of(exits: ExitsSection, places: CutPoints) -> ExitsSection:
+    """Returns the settings with weights for the automatic exits, each that of the nearest share in the settings."""
     if exits.after is not None or len(exits.weights) != len(exits.shares) + 1:
         return exits
-    wanted = sorted(exits.shares)
-    nearest = [min(range(len(wanted)), key=lambda place: abs(wanted[place] - share)) for share in places.shares]
-    return exits.model_copy(update={"weights": (*(exits.weights[place] for place in nearest), exits.weights[-1])})
+    shares = sorted(exits.shares)
+    nearest = [min(range(len(shares)), key=lambda index: abs(shares[index] - share)) for share in places.shares]
+    return exits.model_copy(update={"weights": (*(exits.weights[index] for index in nearest), exits.weights[-1])})
 
 
 def with_exits(
@@ -182,10 +185,10 @@ def with_exits(
     data: Splits,
     gates: Mapping[str, nn.Module] = NO_GATES,
 ) -> ExitNetwork:
-    """Returns the trunk with an untrained head behind each of some of its modules, and gates where it has them.
+    """Returns the trunk with gates, and with an untrained head after each of the modules `after`.
 
     Raises:
-        StudyError: the number of weights in `exits` is another than that of the losses.
+        StudyError: the number of weights in `exits` is not that of the losses.
     """
     channels = feature_channels(trunk, after, torch.zeros(1, *data.image_shape))
     if exits.weights and len(exits.weights) != len(channels) + 1:
@@ -205,7 +208,7 @@ def train(
     checkpoint: Path,
     progress: Progress,
 ) -> Fitted:
-    """Trains a classifier in place on the cross-entropy; an interrupted training goes on from its last whole epoch.
+    """Trains a classifier in place on the cross-entropy; an interrupted training resumes from its last complete epoch.
 
     Raises:
         DivergedError: the loss is not finite for the second time.

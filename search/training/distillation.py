@@ -1,4 +1,4 @@
-"""Learning from the dense network's answers as well as from the labels."""
+"""Losses of knowledge distillation from the dense network."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from spaces.dynamic.exit_network import ExitNetwork
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: float, temperature: float) -> Tensor:
-    """Returns the cross-entropy to the labels mixed with the divergence from a teacher's softened answers.
+    """Returns the cross-entropy to the labels mixed with the KL divergence from a teacher's softened predictions.
 
     Args:
         logits: `(n, classes)`.
         teacher: the teacher's logits, `(n, classes)`.
         labels: `(n,)`.
         weight: the teacher's share, 0 to 1.
-        temperature: softens both answers; the divergence is multiplied by its square, so that gradients stay as large.
+        temperature: softens both predictions; the divergence is multiplied by its square to keep gradients as large.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
     """
@@ -30,16 +30,16 @@ def distillation_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: f
 
 
 def all_logits(network: ExitNetwork, images: Tensor) -> list[Tensor]:
-    """Returns the logits of each exit and, last, of the trunk, in fp32; the exits' losses do not reach the trunk.
+    """Returns the logits of each exit and, last, of the trunk, in fp32; gradients of exits stop at their heads.
 
-    A trunk that serves its exits as well serves its own end worse.
+    Training the trunk for its exits, too, would cost accuracy at its end.
     """
     features, logits = network.run_trunk(images)
     heads = [head(feature.detach()) for head, feature in zip(network.exits.values(), features, strict=True)]
-    return [found.float() for found in (*heads, logits)]
+    return [output.float() for output in (*heads, logits)]
 
 
-def total_loss(found: Sequence[Tensor], teacher: Tensor, labels: Tensor, weight: float, temperature: float) -> Tensor:
-    """Returns the sum of the losses of every exit and of the trunk."""
-    losses = [distillation_loss(logits, teacher, labels, weight, temperature) for logits in found]
+def total_loss(outputs: Sequence[Tensor], teacher: Tensor, labels: Tensor, weight: float, temperature: float) -> Tensor:
+    """Returns the sum of the losses of every exit and of the trunk; see `distillation_loss`."""
+    losses = [distillation_loss(logits, teacher, labels, weight, temperature) for logits in outputs]
     return torch.stack(losses).sum()

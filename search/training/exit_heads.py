@@ -1,4 +1,4 @@
-"""Training the heads of exits: on a frozen trunk, then perhaps with it, and last how sure they sound."""
+"""Trains the heads of exits: on the frozen trunk, then jointly with it if asked for; then calibrates confidences."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from search.training.loop import Augment, TrainingBatches, fast_arithmetic, fit,
 from spaces.dynamic.exit_network import ExitNetwork
 
 _TEMPERATURES = (0.1, 10.0)
-"""Between these a head's temperature is looked for."""
+"""Bounds of the search for a head's temperature."""
 _STEP = "Training the exits, once"
 _PARTS = 5
-"""So many times a head's training is kept."""
+"""Number of checkpoints of a head's training."""
 
 
 def train_exits(
@@ -33,7 +33,7 @@ def train_exits(
     checkpoint: Path | None,
     progress: Progress,
 ) -> None:
-    """Trains the heads as the study says, in place, and calibrates them; in joint training the trunk learns, too.
+    """Trains the heads as the study says, in place, and calibrates them; in joint training the trunk is trained, too.
 
     Raises:
         DivergedError: the loss of joint training is not finite for the second time.
@@ -57,29 +57,29 @@ def train_heads(
 ) -> None:
     """Trains the heads on the frozen trunk, whose features are computed once per augmentation.
 
-    At most `exits.images` random images take part: the features of all are in memory together. Beside `checkpoint` the
-    features of each augmentation are kept until the heads are trained, and each head until the caller has the result:
-    an interrupted training goes on from there.
+    At most `exits.images` random images are used, because all features are in memory together. Files beside
+    `checkpoint` store the features of each augmentation until the heads are trained, and each head until the caller has
+    the result, so that an interrupted training resumes.
     Source: Kaya et al., Shallow-Deep Networks, 2019, IC-only training.
     """
     files = {name: _beside(checkpoint, name) for name in network.exit_names}
-    kept = {name: _read(file) for name, file in files.items()}
+    states = {name: _read(file) for name, file in files.items()}
     views = 4 if augment else 1
-    if not all(state and state["is_done"] for state in kept.values()):
-        found = []
+    if not all(state and state["is_done"] for state in states.values()):
+        augmented = []
         for view in range(views):
             progress(_STEP, view, views + 1)
             file = _beside(checkpoint, f"view{view}")
-            seen = _read(file)
-            if seen is None:
-                batches = TrainingBatches(data, 125, seed, augment if view else None, _some(data, exits, seed))
-                seen = _pooled(network, batches, view)
-                _keep(seen, file)
-            found.append(seen)
-        labels = torch.cat([seen["labels"] for seen in found])
-        features = {name: torch.cat([seen[name] for seen in found]) for name in network.exit_names}
+            inputs = _read(file)
+            if inputs is None:
+                batches = TrainingBatches(data, 125, seed, augment if view else None, _sample(data, exits, seed))
+                inputs = _head_inputs(network, batches, view)
+                _write(inputs, file)
+            augmented.append(inputs)
+        labels = torch.cat([inputs["labels"] for inputs in augmented])
+        features = {name: torch.cat([inputs[name] for inputs in augmented]) for name in network.exit_names}
     for name, head in network.exits.items():
-        if (state := kept[name]) and state["is_done"]:
+        if (state := states[name]) and state["is_done"]:
             head.load_state_dict(state["head"])
         else:
             _fit_head(head, features.pop(name), labels, exits, seed, files[name], state)
@@ -88,18 +88,18 @@ def train_heads(
     progress(_STEP, views + 1, views + 1)
 
 
-def _some(data: LabelledImages, exits: ExitsSection, seed: int) -> NDArray[np.int64]:
-    """Returns the images that take part, in random order."""
+def _sample(data: LabelledImages, exits: ExitsSection, seed: int) -> NDArray[np.int64]:
+    """Returns the indices of the images that are used, in random order."""
     return np.random.default_rng(seed).permutation(len(data))[: exits.images]
 
 
-def _pooled(network: ExitNetwork, batches: TrainingBatches, view: int) -> dict[str, Tensor]:
-    """Returns what each head sees of an augmentation's features, by its name, and the labels."""
+def _head_inputs(network: ExitNetwork, batches: TrainingBatches, view: int) -> dict[str, Tensor]:
+    """Returns the pooled input features of each head on one augmentation, by its name, and the labels."""
     features: dict[str, list[Tensor]] = {name: [] for name in (*network.exit_names, "labels")}
     with torch.no_grad():
         for images, classes in batches.epoch(view):
             for (name, head), feature in zip(network.exits.items(), network.run_trunk(images)[0], strict=True):
-                # A head begins by pooling, so what it sees of a feature map is small.
+                # A head starts with pooling, so its pooled inputs are small.
                 features[name].append(head.get_submodule("pool")(feature))
             features["labels"].append(classes)
     return {name: torch.cat(parts) for name, parts in features.items()}
@@ -132,23 +132,23 @@ def _fit_head(
         optimizer.step()
         schedule.step()
         if (step + 1) % max(steps // _PARTS, 1) == 0:
-            learned = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            _keep(_state(head, generator, step + 1) | learned, file)
+            optimization = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            _write(_state(head, generator, step + 1) | optimization, file)
     head.eval()
-    _keep(_state(head, generator, steps) | {"is_done": True}, file)
+    _write(_state(head, generator, steps) | {"is_done": True}, file)
 
 
 def _state(head: nn.Module, generator: torch.Generator, steps: int) -> dict[str, Any]:
-    """Returns how far a head is, whatever its optimizer has in mind."""
+    """Returns a checkpoint of a head, without the state of its optimizer."""
     return {"head": head.state_dict(), "generator": generator.get_state(), "steps": steps, "is_done": False}
 
 
 def _beside(checkpoint: Path | None, name: str) -> Path | None:
-    """Returns the file of a part of a training; none where nothing is kept."""
+    """Returns the checkpoint file of a part of a training, or None."""
     return checkpoint.with_suffix(f".{name}.pt") if checkpoint is not None else None
 
 
-def _keep(content: dict[str, Any], file: Path | None) -> None:
+def _write(content: dict[str, Any], file: Path | None) -> None:
     if file is not None:
         save(content, file)
 
@@ -158,7 +158,7 @@ def _read(file: Path | None) -> dict[str, Any] | None:
         return None
     try:
         content: dict[str, Any] = torch.load(file, weights_only=True)
-    except Exception:  # torn by the crash that it is there for
+    except Exception:  # damaged by a crash
         return None
     return content
 
@@ -178,8 +178,8 @@ def train_jointly(
 ) -> None:
     """Trains trunk and heads together, in place, on the weighted sum of their losses.
 
-    The network's end learns from the labels, each exit from labels and end. An interrupted training goes on from its
-    last whole epoch.
+    The network's end is trained on the labels, each exit also by distillation from the end. An interrupted training
+    resumes from its last complete epoch.
     Source: Teerapittayanon et al., BranchyNet, 2016; Huang et al., Multi-Scale Dense Networks, 2018; Phuong & Lampert,
     Distillation-Based Training for Multi-Exit Architectures, 2019.
 
@@ -191,10 +191,12 @@ def train_jointly(
 
     def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
         with fast_arithmetic():
-            *early, last = (logits.float() for logits in _answers(network, images))
-        losses = [distillation_loss(each, last, labels, settings.distillation, settings.temperature) for each in early]
+            *early, last = (logits.float() for logits in _logits(network, images))
+        losses = [
+            distillation_loss(logits, last, labels, settings.distillation, settings.temperature) for logits in early
+        ]
         losses.append(F.cross_entropy(last, labels))
-        loss = torch.stack([weight * each for weight, each in zip(weights, losses, strict=True)]).sum()
+        loss = torch.stack([weight * part for weight, part in zip(weights, losses, strict=True)]).sum()
         loss.backward()
         return float(loss.detach())
 
@@ -209,25 +211,25 @@ def train_jointly(
     )
 
 
-def _answers(network: ExitNetwork, images: Tensor) -> list[Tensor]:
-    """Returns the logits of each exit and, last, of the trunk, where every image skips what it may."""
+def _logits(network: ExitNetwork, images: Tensor) -> list[Tensor]:
+    """Returns the logits of each exit and, last, of the trunk, with blocks skipped as the gates decide."""
     features, last = network.run_trunk(images)
     return [*(head(feature) for head, feature in zip(network.exits.values(), features, strict=True)), last]
 
 
 def calibrate_heads(network: ExitNetwork, data: LabelledImages) -> dict[str, float]:
-    """Returns the temperature of each head, after dividing its logits by it, in place.
+    """Divides the logits of each head by a temperature, in place; returns the temperatures by exit.
 
-    It is the one with which the softmax gives the labels of the calibration images the highest likelihood, so that a
-    confidence is about the share of right answers. Weights and bias of the last layer are divided, so nothing changes
-    when the network runs. A head that does not end in a linear layer keeps the temperature 1.
+    The temperature maximizes the likelihood of the labels of the calibration images, so that a confidence is about the
+    share of correct answers. Weights and bias of the last layer are divided, so there is no extra cost at run time. A
+    head that does not end in a linear layer keeps the temperature 1.
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017.
     """
     with torch.no_grad():
-        *found, _ = _answers(network, torch.from_numpy(data.images[:]))
+        *exit_logits, _ = _logits(network, torch.from_numpy(data.images[:]))
     labels = torch.from_numpy(data.labels)
     temperatures = {}
-    for (name, head), logits in zip(network.exits.items(), found, strict=True):
+    for (name, head), logits in zip(network.exits.items(), exit_logits, strict=True):
         last = list(head.modules())[-1]
         temperatures[name] = temperature(logits, labels) if isinstance(last, nn.Linear) else 1.0
         with torch.no_grad():
@@ -237,13 +239,15 @@ def calibrate_heads(network: ExitNetwork, data: LabelledImages) -> dict[str, flo
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """Returns what logits `(n, classes)` are best divided by: the likelihood of the labels `(n,)` is highest then.
+    """Returns the temperature of logits `(n, classes)` that maximizes the likelihood of the labels `(n,)`.
 
-    One more image is taken to be of any class, or images that are all answered right would make a head certain.
+    Labels are smoothed as if one more image could be of any class; otherwise a head without errors would become
+    certain.
     """
-    exact, unsure = logits.double(), 1 / (len(labels) + 1)
+    exact = logits.double()
+    smoothing = 1 / (len(labels) + 1)
 
     def loss(logarithm: float) -> float:
-        return float(F.cross_entropy(exact / np.exp(logarithm), labels, label_smoothing=unsure))
+        return float(F.cross_entropy(exact / np.exp(logarithm), labels, label_smoothing=smoothing))
 
     return float(np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded").x))

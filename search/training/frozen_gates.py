@@ -1,8 +1,8 @@
-"""The last part of a training with gates: the network learns as it is deployed, and its gates stay as they are.
+"""The last part of a training with gates: the network is trained as it is deployed, with frozen gates.
 
-While gates learn, what they close is blurred: decisions have noise, and hidden features keep closed positions. At their
-end the weights have not met what is deployed. Gates that learn on then cost accuracy (3 points on CIFAR-10), because
-what a closed gate hides has no gradient.
+While gates are trained, decisions have noise, and features at closed positions are not removed, so the weights do not
+see what is deployed. Training gates on with hard decisions costs accuracy (3 points on CIFAR-10), because closed
+positions have no gradient.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,9 +17,9 @@ from search.config.sections import FittingSection
 from search.training.loop import Fitted, Report, TrainingBatches, fit, load_weights, save
 
 _SHARE = 0.15
-"""Of the training."""
+"""Share of the training with frozen gates."""
 _RATE = 0.1
-"""The learning rate that this part begins with, as a share of the training's."""
+"""Initial learning rate of this part, as a share of that of the training."""
 
 Settings = TypeVar("Settings", bound=FittingSection)
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -29,38 +29,38 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def train_in_parts(
     network: nn.Module,
     learn: Callable[[Path, Report], None],
-    settle: Callable[[Path, Report], None],
+    train_frozen: Callable[[Path, Report], None],
     file: Path,
     progress: Progress,
 ) -> None:
-    """Trains a network with gates in two parts, each of which is done once, and saves it.
+    """Trains a network with gates in two parts, and saves it; an interrupted call resumes.
 
     Args:
-        network: that both parts change.
-        learn: trains network and gates, with a checkpoint in a file.
-        settle: trains the network with the gates that it then has, with a checkpoint in a file.
+        network: trained in place by both parts.
+        learn: trains network and gates; takes a checkpoint file and a progress callback.
+        train_frozen: trains the network with frozen gates; takes the same.
         file: for the result.
-        progress: told how far it is.
+        progress: called with the progress.
     """
-    unsettled = file.with_suffix(".unsettled.pt")
-    if not load_weights(network, unsettled):
-        learn(file.with_suffix(".partial.pt"), _telling(progress, "Training the network with its gates, once"))
-        save(network.state_dict(), unsettled)
-    settle(file.with_suffix(".settling.pt"), _telling(progress, "Training it as it is deployed"))
+    first_part = file.with_suffix(".unsettled.pt")
+    if not load_weights(network, first_part):
+        learn(file.with_suffix(".partial.pt"), _report_to(progress, "Training the network with its gates, once"))
+        save(network.state_dict(), first_part)
+    train_frozen(file.with_suffix(".settling.pt"), _report_to(progress, "Training it as it is deployed"))
     save(network.state_dict(), file)
-    unsettled.unlink()
+    first_part.unlink()
 
 
-def _telling(progress: Progress, step: str) -> Report:
+def _report_to(progress: Progress, step: str) -> Report:
     return lambda done, total: progress(step, done, total)
 
 
 def while_gates_learn(settings: Settings) -> Settings:
-    """Returns the settings of the training before this part."""
+    """Returns the settings of the first part, in which gates are trained."""
     return _part(settings, 1 - _SHARE)
 
 
-def settle(
+def train_with_frozen_gates(
     network: nn.Module,
     gates: Iterable[nn.Module],
     loss_of: Loss,
@@ -69,16 +69,16 @@ def settle(
     checkpoint: Path | None = None,
     report: Report = lambda _done, _total: None,
 ) -> Fitted:
-    """Trains a network in evaluation mode, so that its batch statistics stay, and all its weights but those of gates.
+    """Trains a network in evaluation mode, with fixed batch norm statistics and fixed gates.
 
     Args:
         network: with trained gates.
-        gates: modules whose weights stay.
-        loss_of: what is to become less.
+        gates: modules whose weights are fixed.
+        loss_of: the loss of a batch.
         batches: the training set.
         settings: of the whole training.
-        checkpoint: a file; none where not given.
-        report: told how far it is, in hundredths.
+        checkpoint: file that each epoch is saved to, or None.
+        report: called with the progress, in percent.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -90,21 +90,21 @@ def settle(
         loss.backward()
         return float(loss.detach())
 
-    own = _part(settings, _SHARE).model_copy(
+    part = _part(settings, _SHARE).model_copy(
         update={"learning_rate": settings.learning_rate * _RATE, "schedule": "cosine"}
     )
-    held = [parameter for gate in gates for parameter in gate.parameters() if parameter.requires_grad]
-    for parameter in held:
+    frozen = [parameter for gate in gates for parameter in gate.parameters() if parameter.requires_grad]
+    for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        return fit(network, step, batches, own, checkpoint, report)
+        return fit(network, step, batches, part, checkpoint, report)
     finally:
-        for parameter in held:
+        for parameter in frozen:
             parameter.requires_grad_(True)
 
 
 def _part(settings: Settings, share: float) -> Settings:
-    """Returns the settings of a part of a training."""
+    """Returns the settings of a share of a training."""
     length = {
         "epochs": settings.epochs * share,
         "steps": settings.steps and max(1, round(settings.steps * share)),

@@ -1,4 +1,4 @@
-"""The one training loop: SGD, a learning rate over the whole run, averaged weights, checkpoints, a second try."""
+"""The training loop: SGD with a learning rate schedule, averaged weights, checkpoints, and a retry on divergence."""
 
 import contextlib
 import copy
@@ -25,65 +25,65 @@ logger = logging.getLogger(__name__)
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Report = Callable[[int, int], None]
-"""Is told how many of how many parts of a training are done."""
+"""Called with the progress of a training: parts done, parts in all."""
 
 _SECOND_RATE = 0.1
-"""What is left of the learning rate after a loss that was not finite."""
+"""Factor of the learning rate after a loss that is not finite."""
 _WARM_UP = 0.3
-"""The share of a one-cycle run in which the learning rate rises."""
+"""Share of a one-cycle schedule in which the learning rate rises."""
 _MOMENTUM = 0.9
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
-"""Instruction sets with which a training step in bf16 took about half the time."""
+"""CPU flags with which a training step in bf16 takes about half the time."""
 
 
 class DivergedError(UserError):
-    """A training whose loss is not finite, at a tenth of the learning rate too."""
+    """The loss of a training is not finite, even at a tenth of the learning rate."""
 
 
 class Step(Protocol):
-    """What is done with one batch."""
+    """Computes the gradients of one batch."""
 
     def __call__(self, images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:
-        """Adds the gradients of one batch to the parameters and returns the loss.
+        """Adds the gradients of one batch to those of the parameters, and returns the loss.
 
         Args:
             images: `(n, c, h, w)`.
             labels: `(n,)`.
-            done: the share of the training that is behind, 0 to 1.
-            generator: for what is random; the same in a resumed training.
+            done: share of the training that is done, 0 to 1.
+            generator: of random numbers; a resumed training continues with the same ones.
         """
         ...
 
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """A training set in another order every epoch, which depends on the seed and the epoch only.
+    """A training set, shuffled in every epoch by the seed and the number of the epoch.
 
     Args:
         data: images and labels.
-        size: images a batch; what is left over at an epoch's end waits for the next.
+        size: images per batch; incomplete batches at the end of an epoch are dropped.
         seed: of the order and the augmentation.
-        augment: changes a batch at random; not at all where not given.
-        some: the images that are used; all where not given.
+        augment: augments a batch at random, or None.
+        indices: of the images that are used; all if None.
     """
 
     data: LabelledImages
     size: int
     seed: int
     augment: Augment | None = None
-    some: NDArray[np.int64] | None = None
+    indices: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        count = len(self.data) if self.some is None else len(self.some)
+        count = len(self.data) if self.indices is None else len(self.indices)
         return max(count // self.size, 1)
 
     def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields one epoch's batches as `(images, labels)`."""
-        those = np.arange(len(self.data)) if self.some is None else self.some
-        order = np.random.default_rng(self.seed + index).permutation(those)
+        indices = np.arange(len(self.data)) if self.indices is None else self.indices
+        order = np.random.default_rng(self.seed + index).permutation(indices)
         generator = torch.Generator().manual_seed(self.seed + index)
         for start in range(0, len(self) * self.size, self.size):
-            chosen = order[start : start + self.size]  # few images are one batch
+            chosen = order[start : start + self.size]  # fewer images than `size` are one batch
             images = torch.from_numpy(self.data.images[chosen])
             yield (
                 self.augment(images, generator) if self.augment else images,
@@ -93,15 +93,14 @@ class TrainingBatches:
 
 @dataclass
 class Fitted:
-    """What a training came to.
+    """The record of a training.
 
     Args:
-        epochs: that were begun.
-        steps: that were done, in earlier processes too.
-        seconds: of processor time that they took in the thread that trains. On a quiet machine that is about what the
-            clock on the wall says; on a busy one waiting for a processor does not count, or a limit in minutes would
-            leave other weights there.
-        remarks: what a user should know.
+        epochs: number of epochs that were begun.
+        steps: number of steps, those of interrupted processes included.
+        seconds: CPU time of the training thread. Unlike wall-clock time it does not depend on how busy the machine is,
+            so a limit in minutes gives about the same number of steps.
+        remarks: for the user.
     """
 
     epochs: int = 0
@@ -111,11 +110,11 @@ class Fitted:
 
 
 class _NotFiniteError(Exception):
-    """A loss that is not finite, in this step."""
+    """The loss of a step is not finite."""
 
 
 class _Run:
-    """A training under way: everything that a checkpoint holds."""
+    """A running training: everything that a checkpoint contains."""
 
     def __init__(self, network: nn.Module, settings: FittingSection, batches: TrainingBatches) -> None:
         self.network = network
@@ -135,28 +134,28 @@ class _Run:
 
     @property
     def total_steps(self) -> int:
-        """The steps that the settings ask for, where they do not ask for minutes."""
+        """Number of steps by the settings, unless these give minutes."""
         return self.settings.steps or math.ceil(self.settings.epochs * len(self.batches))
 
     @property
     def done(self) -> float:
-        """The share of the training that is behind."""
-        minutes, spent = self.settings.minutes or self.settings.at_most_minutes, self.fitted.seconds / 60
-        by_time = spent / minutes if minutes else 0.0
+        """The share of the training that is done."""
+        minutes = self.settings.minutes or self.settings.at_most_minutes
+        by_time = self.fitted.seconds / 60 / minutes if minutes else 0.0
         by_steps = 0.0 if self.settings.minutes else self.fitted.steps / self.total_steps
         return min(max(by_time, by_steps), 1.0)
 
     def epoch(self, step: Step, report: Report) -> None:
-        """Trains until the epoch's or the training's end."""
+        """Trains to the end of the epoch or of the training."""
         number = self.fitted.epochs
         generator = torch.Generator().manual_seed(self.settings.seed + number)
         self.network.train()
         for images, labels in self.batches.epoch(number):
             if self.done >= 1:
                 break
-            if self._reported != (reached := round(100 * self.done)):
-                self._reported = reached
-                report(reached, 100)
+            if self._reported != (percent := round(100 * self.done)):
+                self._reported = percent
+                report(percent, 100)
             begin = time.thread_time()
             self._step(step, images, labels, generator)
             self.fitted.steps += 1
@@ -173,12 +172,12 @@ class _Run:
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip)
         self.optimizer.step()
-        self._follow()
+        self._update_average()
 
-    def _follow(self) -> None:
+    def _update_average(self) -> None:
         if self.average is None:
             return
-        # Early on the average looks back less far, or it would hold on to the weights of the beginning.
+        # A smaller decay at first, or the average would keep the initial weights for long.
         decay = min(self.settings.ema, (1 + self.fitted.steps) / (10 + self.fitted.steps))
         with torch.no_grad():
             for name, value in self.network.state_dict().items():
@@ -186,7 +185,7 @@ class _Run:
                     self.average[name].lerp_(value, 1 - decay)
 
     def state(self) -> dict[str, Any]:
-        """Returns all that is needed to go on from here."""
+        """Returns a checkpoint to resume from."""
         return copy.deepcopy(
             {
                 "network": self.network.state_dict(),
@@ -198,7 +197,7 @@ class _Run:
         )
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` returned."""
+        """Resumes from a checkpoint of `state`."""
         state = copy.deepcopy(state)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -215,18 +214,19 @@ def fit(
     checkpoint: Path | None = None,
     report: Report = lambda _done, _total: None,
 ) -> Fitted:
-    """Trains a network in place and leaves it in evaluation mode, with averaged weights where the settings say so.
+    """Trains a network in place and leaves it in evaluation mode, with averaged weights if the settings say so.
 
-    After every epoch all that is needed to go on is kept in `checkpoint`, which is removed at the end. Where a loss is
-    not finite, training goes on from the last whole epoch at a tenth of the learning rate, once.
+    After every epoch the state is saved to `checkpoint`, from which an interrupted training resumes; it is removed at
+    the end. If a loss is not finite, training is repeated once from the last complete epoch, at a tenth of the learning
+    rate.
 
     Args:
-        network: whose parameters learn.
-        step: what is done with one batch.
+        network: its parameters are trained.
+        step: computes the gradients of one batch.
         batches: the training set.
-        settings: for how long and how.
-        checkpoint: a file; none where not given.
-        report: told how far it is, in hundredths.
+        settings: length and hyperparameters of the training.
+        checkpoint: file that each epoch is saved to, or None.
+        report: called with the progress, in percent.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -234,11 +234,11 @@ def fit(
     run = _Run(network, settings, batches)
     _resume(run, checkpoint)
     while run.done < 1:
-        before = run.state()
+        last_epoch = run.state()
         try:
             run.epoch(step, report)
         except _NotFiniteError as error:
-            _try_again(run, before, str(error))
+            _retry(run, last_epoch, str(error))
             continue
         if checkpoint is not None:
             save(run.state(), checkpoint)
@@ -251,23 +251,23 @@ def fit(
     return run.fitted
 
 
-def _try_again(run: _Run, before: dict[str, Any], what: str) -> None:
-    run.load(before)
+def _retry(run: _Run, last_epoch: dict[str, Any], loss: str) -> None:
+    run.load(last_epoch)
     if run.rate < 1:
         raise DivergedError(
-            f"a training has finite losses, got {what}, at a tenth of learning_rate {run.settings.learning_rate:g} too;"
+            f"a training has finite losses, got {loss}, at a tenth of learning_rate {run.settings.learning_rate:g} too;"
             " lower it"
         )
     run.rate = _SECOND_RATE
-    remark = f"the loss was {what}; that epoch is done again at a tenth of the learning rate"
+    remark = f"the loss was {loss}; that epoch is done again at a tenth of the learning rate"
     run.fitted.remarks.append(remark)
-    logger.warning("Careful: %s", remark)  # whoever trains, the user has to see it
+    logger.warning("Careful: %s", remark)  # shown to the user whichever training this is
 
 
 def rate_at(schedule: str, done: float) -> float:
-    """Returns the share of the learning rate at a point of the training, 0 to 1.
+    """Returns the factor of the learning rate at a point of the training, `done` from 0 to 1.
 
-    `onecycle` rises along a cosine for the first 30% and falls to nothing, `cosine` only falls.
+    `onecycle` rises along a cosine for the first 30% and then falls to zero, `cosine` only falls.
     Source: Smith & Topin, Super-Convergence, 2018; Loshchilov & Hutter, SGDR, 2017.
     """
     if schedule == "cosine":
@@ -278,9 +278,9 @@ def rate_at(schedule: str, done: float) -> float:
 
 
 def fast_arithmetic() -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which convolutions run in bf16 where the CPU multiplies bf16 itself, else in fp32.
+    """Returns an autocast context for bf16 on CPUs with bf16 instructions, else one without effect.
 
-    There a step takes about half the time; weights, batch norm and losses stay fp32.
+    With bf16 a step takes about half the time; weights, batch norm and losses stay fp32.
     """
     if cpu_flags() & _BF16_FLAGS:
         return torch.autocast("cpu", torch.bfloat16)
@@ -288,17 +288,17 @@ def fast_arithmetic() -> contextlib.AbstractContextManager[Any]:
 
 
 def save(content: dict[str, Any], file: Path) -> None:
-    """Writes a file that is whole or not there at all."""
+    """Writes a file atomically."""
     cache.write_atomically(file, lambda partial: torch.save(content, partial))
 
 
 def load_weights(network: nn.Module, file: Path) -> bool:
-    """Returns whether `file` was there and fitted; the network then has its weights."""
+    """Loads weights into the network; returns False if the file is missing, damaged or of another network."""
     if not file.is_file():
         return False
     try:
         network.load_state_dict(torch.load(file, weights_only=True))
-    except Exception:  # a torn or foreign file is as good as none: it is made again
+    except Exception:  # a damaged or foreign file is replaced
         return False
     return True
 
@@ -306,8 +306,8 @@ def load_weights(network: nn.Module, file: Path) -> bool:
 def _resume(run: _Run, checkpoint: Path | None) -> None:
     if checkpoint is None or not checkpoint.is_file():
         return
-    beginning = run.state()
+    initial = run.state()
     try:
         run.load(torch.load(checkpoint, weights_only=True))
-    except Exception:  # torn by the crash that it is there for, or of another training
-        run.load(beginning)
+    except Exception:  # damaged by a crash, or of another training
+        run.load(initial)

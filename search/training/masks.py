@@ -1,4 +1,4 @@
-"""Training a network once more, with masks in its residual blocks."""
+"""Trains masks inside residual blocks of a trained network."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from search.config.progress import Progress
 from search.config.sections import MasksSection
 from search.training.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
 from search.training.distillation import distillation_loss
-from search.training.frozen_gates import settle, train_in_parts, while_gates_learn
+from search.training.frozen_gates import train_in_parts, train_with_frozen_gates, while_gates_learn
 from search.training.loop import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
 from spaces.dynamic.masks import MASKS
 from spaces.dynamic.masks.base import LogitNorm, Mask, each_opened, insert_masks, masks_of, needed
@@ -21,17 +21,17 @@ from spaces.dynamic.masks.hard_gate import Noise
 from spaces.dynamic.masks.residual_blocks import find_sites
 
 _TEMPERATURE = 2.0
-"""Softens the teacher's answers and the learner's."""
+"""Temperature of the distillation."""
 _DESCENT = 0.3
-"""The share of a training in which the FLOPs that are asked for fall from all to what is wanted."""
+"""Share of a training in which the target FLOPs fall from all to those of the settings."""
 _QUIET = 0.7
-"""From this share of a training on, decisions have no noise: it learns what is deployed."""
+"""Share of a training after which decisions have no noise, as when deployed."""
 _RELAX = 3.0
-"""How fast the bounds of single gates widen: to the end as far as DGNet's do before its learning rate first falls."""
+"""Rate at which the bounds of single gates widen; at the end as wide as DGNet's at its first learning rate drop."""
 _FASTER = 10.0
-"""How much faster the mean logits of gates learn, for each gate beside them: they share what FLOPs ask for."""
+"""Factor of the learning rate of mean logits per gate, because gates share the gradient of the FLOPs loss."""
 _IMAGES = 2_000
-"""Training images that batch statistics are measured on, with hard decisions."""
+"""Training images for batch norm statistics, with hard decisions."""
 
 
 def with_masks(trunk: nn.Module, masks: MasksSection, image: Tensor) -> nn.Module:
@@ -39,11 +39,11 @@ def with_masks(trunk: nn.Module, masks: MasksSection, image: Tensor) -> nn.Modul
 
     Args:
         trunk: in evaluation mode.
-        masks: which method, and where.
+        masks: the method and its blocks.
         image: one input, `(1, c, h, w)`.
 
     Raises:
-        StructureError: there is no block for a mask, or a named one is none.
+        StructureError: no block supports masks, or a named one does not.
     """
     assert masks.method is not None
     torch.manual_seed(masks.seed)
@@ -61,16 +61,16 @@ def train_masks_once(
     file: Path,
     progress: Progress,
 ) -> None:
-    """Trains a network with its masks, or loads what an earlier call came to.
+    """Trains a network with its masks, or loads the cached result.
 
     Args:
         network: with untrained masks.
         plain: the same without them.
-        data: of which the training images are used.
-        masks: how.
-        augment: varies images.
+        data: the training images are used.
+        masks: settings of the training.
+        augment: augments images.
         file: for the result.
-        progress: told how far it is.
+        progress: called with the progress.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -87,11 +87,11 @@ def train_masks_once(
 
     loss_of = _MaskedLoss(network, plain, masks, torch.from_numpy(data.train.images[:1]))
 
-    def settled(checkpoint: Path, report: Report) -> None:
-        settle(network, masks_of(network), loss_of, batches, masks, checkpoint, report)
+    def train_frozen(checkpoint: Path, report: Report) -> None:
+        train_with_frozen_gates(network, masks_of(network), loss_of, batches, masks, checkpoint, report)
         rebase_batch_norm(network, images)
 
-    train_in_parts(network, learn, settled, file, progress)
+    train_in_parts(network, learn, train_frozen, file, progress)
 
 
 def train_masks(
@@ -102,24 +102,25 @@ def train_masks(
     checkpoint: Path | None = None,
     report: Report = lambda _done, _total: None,
 ) -> Fitted:
-    """Trains a network with masks: on labels, on what it answered without them, and towards the wanted FLOPs.
+    """Trains a network with masks, on labels, by distillation from the network without masks, and on a FLOPs loss.
 
-    Source: Li et al., Dynamic Dual Gating Neural Networks, 2021 (bounded FLOPs loss), made for short trainings from a
-    trained network on: what is asked for falls from all FLOPs, and the noise of decisions ends before the training.
+    Source: Li et al., Dynamic Dual Gating Neural Networks, 2021 (bounded FLOPs loss), adapted to short trainings that
+    start from a trained network: the target starts at all FLOPs, and the noise of decisions ends before the training.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
     """
-    inside, loss_of = masks_of(network), _MaskedLoss(network, plain, masks, torch.from_numpy(batches.data.images[:1]))
+    network_masks = masks_of(network)
+    loss_of = _MaskedLoss(network, plain, masks, torch.from_numpy(batches.data.images[:1]))
 
     def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:
         noise = Noise(generator, max(0.0, 1 - done / _QUIET))
-        for mask in inside:
+        for mask in network_masks:
             mask.go_on(done)
             for gate in mask.gates:
                 gate.noise = noise
-        wanted = 1 - (1 - masks.keep) * min(1.0, done / _DESCENT)
-        loss = loss_of(images, labels, wanted) + masks.bounds * bounds_loss(inside, wanted, done)
+        target = 1 - (1 - masks.keep) * min(1.0, done / _DESCENT)
+        loss = loss_of(images, labels, target) + masks.bounds * bounds_loss(network_masks, target, done)
         loss.backward()
         return float(loss.detach())
 
@@ -130,7 +131,7 @@ def train_masks(
     finally:
         for hook in hooks:
             hook.remove()
-    for mask in inside:
+    for mask in network_masks:
         mask.go_on(1.0)
         for gate in mask.gates:
             gate.noise = None
@@ -138,7 +139,7 @@ def train_masks(
 
 
 class _MaskedLoss:
-    """On labels, on what the network answered without masks, and on FLOPs."""
+    """The loss on labels, of distillation from the network without masks, and on FLOPs."""
 
     def __init__(self, network: nn.Module, plain: nn.Module, masks: MasksSection, image: Tensor) -> None:
         self._network = network
@@ -146,37 +147,39 @@ class _MaskedLoss:
         self._flops = MaskedFlops(plain, network, image)
         self._teacher = copy.deepcopy(plain).eval() if masks.distillation > 0 else None
 
-    def __call__(self, images: Tensor, labels: Tensor, wanted: float | None = None) -> Tensor:
-        """Returns the loss of a batch; the wanted share of FLOPs is that of the settings where none is given."""
+    def __call__(self, images: Tensor, labels: Tensor, target: float | None = None) -> Tensor:
+        """Returns the loss of a batch; `target` is the share of FLOPs, by default that of the settings."""
         with fast_arithmetic():
             with torch.no_grad():
-                answers = self._teacher(images).float() if self._teacher else torch.empty(0)
+                teacher_logits = self._teacher(images).float() if self._teacher else torch.empty(0)
             logits = self._network(images).float()
-        loss = distillation_loss(logits, answers, labels, self._masks.distillation, _TEMPERATURE)
+        loss = distillation_loss(logits, teacher_logits, labels, self._masks.distillation, _TEMPERATURE)
         share = self._flops.per_image(needed(masks_of(self._network))).mean() / self._flops.dense
-        return loss + self._masks.weight * flops_loss(share, self._masks.keep if wanted is None else wanted)
+        return loss + self._masks.weight * flops_loss(share, self._masks.keep if target is None else target)
 
 
-def flops_loss(share: Tensor, wanted: float) -> Tensor:
-    """Returns the squared distance of the share of FLOPs from the wanted one."""
-    return (share - wanted) ** 2
+def flops_loss(share: Tensor, target: float) -> Tensor:
+    """Returns the squared distance of the share of FLOPs from the target."""
+    return (share - target) ** 2
 
 
-def bounds_loss(masks: list[Mask], wanted: float, done: float) -> Tensor:
-    """Returns how far gates are open beyond what they may be: all alike at first, as they like at the end.
+def bounds_loss(masks: list[Mask], target: float, done: float) -> Tensor:
+    """Returns the mean squared distance of the open shares of gates from their bounds, which widen with the training.
 
-    With gates that multiply each may be open for the root of the wanted share.
+    At first every gate has to be open for the same share, at the end it is free. Where gates multiply, that share is
+    the root of the target.
 
     Args:
-        masks: after a forward.
-        wanted: share of the FLOPs.
-        done: the share of the training that is behind.
+        masks: after a forward pass.
+        target: share of the FLOPs.
+        done: share of the training that is done.
     """
-    slack = math.exp(-_RELAX * done)
+    tightness = math.exp(-_RELAX * done)
     losses = []
     for mask, _, opened in each_opened(masks):
-        alike = wanted ** (1 / mask.factors)
-        low, high = slack * alike, 1 - slack + slack * alike
+        equal = target ** (1 / mask.factors)
+        low = tightness * equal
+        high = 1 - tightness + tightness * equal
         mean = opened.mean()
         losses.append(torch.relu(low - mean) ** 2 + torch.relu(mean - high) ** 2)
     return torch.stack(losses).mean() if losses else torch.zeros(())

@@ -94,7 +94,7 @@ def _measure(pipeline: CompressionPipeline, out: Path) -> None:
         whole = pipeline.evaluate(full, latency)
         open_ = Candidate(full.channels, full.precision, dict.fromkeys(full.thresholds, UNRESOLVED))
         settled = ExitThresholdSolver(pipeline, latency, whole.measurements).resolve(open_)
-        version = settled.stamped(pipeline.evaluate(settled.candidate, latency))
+        version = settled.with_thresholds(pipeline.evaluate(settled.candidate, latency))
         bundles = [
             _write(pipeline, baseline, each, out / f"{precision}-{name}")
             for name, each in (("full", whole), ("exits", version))

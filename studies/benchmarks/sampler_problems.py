@@ -20,7 +20,7 @@ from search.pipeline.early_stopping import LimitsBroken
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import build_pipeline
 from search.results.evaluation import Evaluation
-from search.results.pareto import OBJECTIVES, box_share, worst_that_counts
+from search.results.pareto import OBJECTIVES, box_share, reference_point
 from search.results.store import Baseline
 from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Array
@@ -177,7 +177,7 @@ class StudyCase:
         self.space = distributions(self._joint)
         self.prior = problem_prior(self._pipeline, self._joint, self._baseline)
         self.warm = [*first_guesses(self._joint), *HypervolumeSampler(0, self.prior).initial_proposals(self.space)]
-        self._worst = worst_that_counts(self._budget, self._dense)
+        self._worst = reference_point(self._budget, self._dense)
 
     def evaluate(self, parameters: Mapping[str, Any]) -> Outcome:
         """Returns what the parameters come to, from the record where they were evaluated before."""

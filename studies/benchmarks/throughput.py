@@ -26,7 +26,7 @@ from search.commands.libraries import set_up_libraries
 from search.config.environment import environment
 from search.config.study import load_study
 from search.loop.baseline import measure_baseline
-from search.loop.coordinator import Coordinator
+from search.loop.coordinator import build_coordinator
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.store import SearchFolder, StoredSearch
 from search.tracking.store import Tracking
@@ -95,7 +95,7 @@ def _search(pipeline: CompressionPipeline, runs: Path, trials: int) -> tuple[Sto
         stored.set_user_attr("baseline", measure_baseline(pipeline).to_dict())
         search = StoredSearch.read(folder)
         watch, mirror = Stopwatch(), Follower(Tracking.of(runs), search, print)
-        coordinator = Coordinator(pipeline, stored, search.baseline, "tpe", 0, [watch, mirror])
+        coordinator = build_coordinator(pipeline, stored, search.baseline, "tpe", 0, [watch, mirror])
         outcome = coordinator.run(trials, None)
     return watch, mirror, outcome.overhead_s
 

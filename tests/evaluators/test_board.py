@@ -36,7 +36,7 @@ from evaluators.runtimes.remote.worker import Worker, choose_runtime
 from evaluators.testing import RuntimeContract
 from search.cli import run
 from search.config.study import Study
-from search.loop.coordinator import Coordinator
+from search.loop.coordinator import build_coordinator
 from search.pipeline.pipeline import build_pipeline
 from search.results.store import SearchFolder, StoredSearch
 from tests.helpers import loopback, tiny
@@ -164,7 +164,7 @@ def test_a_trial_whose_board_is_always_late_is_kept_with_its_reason(server, fold
     baseline = StoredSearch.read(SearchFolder(folder / "one")).baseline
     patient, late = mine._address, replace(mine._address, timeout_s=1e-6)
     with search.lock():
-        coordinator = Coordinator(pipeline, search.create(), baseline, "random", 0, [])
+        coordinator = build_coordinator(pipeline, search.create(), baseline, "random", 0, [])
         for done, address in enumerate((patient, late, patient), 1):
             mine._address = mine._line._address = address
             assert coordinator.run(done, None).code == 0

@@ -16,7 +16,7 @@ from torch import nn
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
-from evaluators.deployed import ask
+from evaluators.deployed import predict
 from evaluators.inference.staged import StagedNetwork, largest_probability
 from evaluators.runtimes.base import deployed_stages
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
@@ -108,7 +108,7 @@ def test_thresholds_and_stages_have_to_fit() -> None:
 def test_answers_know_who_got_how_far(builder, network, space, images) -> None:
     artifact, _ = staged(builder, network, space, [0.6, 0.6])
     opened = OnnxRuntime().open(artifact.deployed, artifact.thresholds, 1)
-    answers = ask(opened, 3, LabelledImages(images.numpy(), np.zeros(len(images), np.int64)), batch=4)
+    answers = predict(opened, 3, LabelledImages(images.numpy(), np.zeros(len(images), np.int64)), batch=4)
     assert answers.reach_shares[0] == 1.0
     assert list(answers.reach_shares) == sorted(answers.reach_shares, reverse=True)
     assert answers.reach_shares[2] == pytest.approx(np.mean(answers.exits == 2))

@@ -33,9 +33,9 @@ from evaluators.latency.slow_layers import (
 from evaluators.runtimes.base import Target
 from evaluators.runtimes.local import LocalSession
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from search.loop.coordinator import Coordinator
+from search.loop.coordinator import build_coordinator
 from search.loop.resume import without_slow_precisions
-from search.report.describe import examined_layers
+from search.report.describe import slow_layers_line
 from search.results.store import Baseline, SearchFolder
 from search.samplers.distributions import distributions, first_guesses
 from spaces.candidate import Candidate
@@ -258,7 +258,7 @@ def test_a_runtime_on_which_int8_is_slow_is_not_offered_int8(tmp_path) -> None:
     assert 1 / whole.ratio > 2
     assert [each.layers for each in found.record[: 1 + CONFIRMATIONS]] == [LAYERS] * (1 + CONFIRMATIONS)
     assert len(found.record) == found.timings
-    said = examined_layers(found)
+    said = slow_layers_line(found)
     assert f"int8 as a whole takes {1 / whole.ratio:.2f}" in said
     assert "times as long as fp32 here; it is offered to no layer: none was proved faster" in said
     assert SlowLayers.from_dict(json.loads(json.dumps(found.to_dict()))) == found
@@ -270,7 +270,7 @@ def test_with_no_time_at_all_the_whole_network_is_judged_all_the_same(tmp_path) 
     assert found.timings == 1 + CONFIRMATIONS
     assert found.left_out("int8") == len(LAYERS)
     assert found.unfinished == ("int8",)
-    assert "the time was up before every part was looked at in int8" in examined_layers(found)
+    assert "the time was up before every part was looked at in int8" in slow_layers_line(found)
 
 
 def test_what_is_proved_faster_comes_back_and_an_examination_cut_short_is_done_again(tmp_path) -> None:
@@ -279,7 +279,7 @@ def test_what_is_proved_faster_comes_back_and_an_examination_cut_short_is_done_a
     found = examiner_of(library, tmp_path).examine(lambda *_: None, 30.0)
     assert "int8" in found.allowed(LAYERS, ("fp32", "int8"))["stem"]
     assert found.allowed(LAYERS, ("fp32", "int8"))["wide"] == ("fp32",)
-    assert "layers, where it was proved faster" in examined_layers(found)
+    assert "layers, where it was proved faster" in slow_layers_line(found)
     assert examiner_of(library, tmp_path).examine(lambda *_: None, 10.0) == found, "kept: it came to its end"
 
 
@@ -289,7 +289,7 @@ def test_layers_that_lose_in_a_network_that_wins_are_left_out(tmp_path) -> None:
     assert not found.wholes[0].is_slower
     allowed = found.allowed(LAYERS, ("fp32", "int8"))
     assert (allowed["stem"], allowed["wide"]) == (("fp32", "int8"), ("fp32",))
-    assert "of fp32's time here. Left out as slower: " in examined_layers(found)
+    assert "of fp32's time here. Left out as slower: " in slow_layers_line(found)
 
 
 def test_networks_that_cannot_be_built_are_told_and_tried_again_the_next_time(tmp_path) -> None:
@@ -297,7 +297,7 @@ def test_networks_that_cannot_be_built_are_told_and_tried_again_the_next_time(tm
     examiner = examiner_of(library, tmp_path)
     found = examiner.examine(lambda *_: None, 5.0)
     assert (found.refused, found.slower) == (("no int8 here",), ())
-    assert "some could not be taken: no int8 here)" in examined_layers(found)
+    assert "some could not be taken: no int8 here)" in slow_layers_line(found)
     assert SlowLayers.from_dict(found.to_dict()) == found
     library.refuses = False
     assert examiner.examine(lambda *_: None, 5.0).refused == ()
@@ -338,14 +338,14 @@ def test_a_layer_keeps_what_is_left() -> None:
 
 
 def test_it_is_told_in_a_line() -> None:
-    assert examined_layers(FOUND) == (
+    assert slow_layers_line(FOUND) == (
         "Left out as slower: b + c not in int8 (with them in fp16 the network takes 0.900 ± 0.009 of its time)"
         " (7 timings, 3.2 s)."
     )
-    assert examined_layers(SlowLayers(timings=7, seconds=3.0)).startswith("No layer is measurably slower")
+    assert slow_layers_line(SlowLayers(timings=7, seconds=3.0)).startswith("No layer is measurably slower")
     many = SlowLayers(tuple(replace(FOUND.slower[0], layers=(name,)) for name in "abcde"))
-    assert "and 2 more" in examined_layers(many)
-    assert "\n" not in examined_layers(many)
+    assert "and 2 more" in slow_layers_line(many)
+    assert "\n" not in slow_layers_line(many)
 
 
 WHOLE = WholeNetwork("int8", "fp32", 3, 0.3125, 0.01, True)
@@ -354,17 +354,17 @@ WHOLE = WholeNetwork("int8", "fp32", 3, 0.3125, 0.01, True)
 def test_a_network_that_is_slower_as_a_whole_is_told_with_what_is_offered() -> None:
     lost = SlowerLayers(("a", "b", "c"), "int8", "fp32", 0.3125, 0.01)
     none = SlowLayers((lost,), 9, 2.0, wholes=(WHOLE,))
-    assert examined_layers(none) == (
+    assert slow_layers_line(none) == (
         "int8 as a whole takes 3.20 ± 0.03 times as long as fp32 here; it is offered to no layer: none was proved"
         " faster (9 timings, 2.0 s)."
     )
     some = replace(none, slower=(replace(lost, layers=("a", "b")),), unfinished=("int8",))
-    assert "it is offered to 1 of 3 layers, where it was proved faster" in examined_layers(some)
-    assert "the time was up before every part was looked at in int8" in examined_layers(some)
+    assert "it is offered to 1 of 3 layers, where it was proved faster" in slow_layers_line(some)
+    assert "the time was up before every part was looked at in int8" in slow_layers_line(some)
     wins = SlowLayers((), 1, 2.0, wholes=(replace(WHOLE, ratio=2.0, is_slower=False),))
-    assert examined_layers(wins).startswith("int8 as a whole takes 0.50 ± 0.01 of fp32's time here. No layer is")
+    assert slow_layers_line(wins).startswith("int8 as a whole takes 0.50 ± 0.01 of fp32's time here. No layer is")
     unsure = SlowLayers((replace(lost, is_confirmed=False),), 1, 2.0)
-    assert "of its time, seen once)" in examined_layers(unsure)
+    assert "of its time, seen once)" in slow_layers_line(unsure)
 
 
 def test_what_earlier_versions_kept_is_read() -> None:
@@ -394,9 +394,9 @@ def test_a_search_never_proposes_what_was_left_out(pipeline, excluding, tmp_path
     assert any("int8" in guess.values() for guess in first_guesses(space))
     search = SearchFolder(tmp_path / "narrow")
     with search.lock():
-        coordinator = Coordinator(pipeline, search.create(), again, "random", 0, [])
+        coordinator = build_coordinator(pipeline, search.create(), again, "random", 0, [])
         assert coordinator.run(6, None).code == 0
-        more = Coordinator(pipeline, search.create(), again, "random", 0, [])
+        more = build_coordinator(pipeline, search.create(), again, "random", 0, [])
         assert more.run(9, None).code == 0
     evaluations = [trial.user_attrs.get("evaluation") for trial in search.open().trials]
     given = [found["candidate"]["precision"] for found in evaluations if found]

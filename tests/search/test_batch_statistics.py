@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evaluators.data import LabelledImages
 from search.config.study import RecoverySection
-from search.pipeline.search_space import halves_told
+from search.pipeline.search_space import split_remarks
 from search.recovery.base import RecoveryContext
 from search.recovery.batchnorm import BatchNormRecovery
 from search.training.batchnorm import check_images, recalibrate_batch_norm, recovery_images, refresh_statistics
@@ -172,8 +172,8 @@ def test_norms_of_heads_keep_statistics_too(network) -> None:
 
 
 def test_small_halves_are_told_with_their_intervals() -> None:
-    first, second = halves_told(175, 175)
+    first, second = split_remarks(175, 175)
     assert "175 of the validation images choose" in first
     assert "within 5.3 points on 175 images, to within 3.6 on all 350" in second
     assert "thresholds = 'searched'" in second
-    assert len(halves_told(500, 500)) == 1
+    assert len(split_remarks(500, 500)) == 1

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from evaluators.measurement import METRICS, Measurement, UnitError
 from search.config.budget import BUDGET_METRICS, Budget, BudgetError, Constraint
 from search.config.study import Study
-from search.pipeline.exit_thresholds import AIM, aimed
-from search.results.pareto import worst_that_counts
+from search.pipeline.exit_thresholds import AIM, cost_target
+from search.results.pareto import reference_point
 from search.results.violations import violation_line
 
 
@@ -149,8 +149,8 @@ def test_energy_is_flops_at_a_stated_price() -> None:
 
 def test_the_worst_that_counts_is_what_the_tightest_limit_lets_through() -> None:
     budget = Budget.parse(["flops<30M,energy<1mJ@50pJ,energy.worst<1uJ@1pJ,latency<50%,accuracy>90%,accuracy_drop<2%"])
-    assert worst_that_counts(budget, DENSE) == pytest.approx({"accuracy": 0.93, "latency": 0.005, "flops": 20e6})
-    assert aimed(budget, "flops", DENSE) == pytest.approx(AIM * 20e6)
+    assert reference_point(budget, DENSE) == pytest.approx({"accuracy": 0.93, "latency": 0.005, "flops": 20e6})
+    assert cost_target(budget, "flops", DENSE) == pytest.approx(AIM * 20e6)
 
 
 def test_a_statistic_that_was_not_measured_is_no_number() -> None:

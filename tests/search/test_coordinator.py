@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from optuna.trial import TrialState
 
-from search.loop.coordinator import Coordinator
+from search.loop.coordinator import build_coordinator
 from search.loop.resume import without_slow_precisions
 from search.loop.sampler_prior import problem_prior
 from search.results.store import SearchFolder
@@ -16,7 +16,7 @@ from tests.helpers.searches import finished, stored
 
 
 class Wrecked:
-    """A workbench whose evaluations fail as told, and otherwise those of a real one."""
+    """A pipeline whose evaluations fail for the given reasons, and otherwise are those of a real one."""
 
     def __init__(self, pipeline, reasons) -> None:
         self._pipeline, self._reasons = pipeline, reasons
@@ -24,11 +24,11 @@ class Wrecked:
     def __getattr__(self, name):
         return getattr(self._pipeline, name)
 
-    def evaluate(self, candidate, latency, stopping=(), finetune=None):
+    def evaluate(self, *arguments):
         reason = next(self._reasons)
         if reason:
             raise RuntimeError(reason)
-        return self._pipeline.evaluate(candidate, latency, stopping, finetune)
+        return self._pipeline.evaluate(*arguments)
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def coordinate(pipeline, tmp_path, folder):
 
     def make(reasons, sampler="random"):
         with search.lock():
-            return Coordinator(Wrecked(pipeline, iter(reasons)), search.create(), baseline, sampler, 0, []), search
+            return build_coordinator(
+                Wrecked(pipeline, iter(reasons)), search.create(), baseline, sampler, 0, []
+            ), search
 
     return make
 
@@ -79,7 +81,7 @@ def test_every_sampler_proposes_beyond_the_first_guesses(sampler, pipeline, tmp_
     count = len(first_guesses(pipeline.space)) + 4
     search = SearchFolder(tmp_path / sampler)
     with search.lock():
-        coordinator = Coordinator(pipeline, search.create(), stored(folder).baseline, sampler, 0, [])
+        coordinator = build_coordinator(pipeline, search.create(), stored(folder).baseline, sampler, 0, [])
         assert coordinator.run(count, None).code == 0
     assert len(finished(search.open().trials)) == count
 
@@ -88,7 +90,7 @@ def test_a_known_candidate_is_told_from_memory(pipeline, tmp_path, folder) -> No
     search = SearchFolder(tmp_path / "twice")
     with search.lock():
         study = search.create()
-        coordinator = Coordinator(pipeline, study, stored(folder).baseline, "random", 0, [])
+        coordinator = build_coordinator(pipeline, study, stored(folder).baseline, "random", 0, [])
         guess = without_slow_precisions(pipeline.space, stored(folder).baseline.examined).uniform(1.0, "int8", 1.0)
         study.enqueue_trial(guess)
         study.enqueue_trial(guess)
@@ -110,7 +112,7 @@ def test_the_same_choices_are_solved_once_and_come_to_the_same_version_in_a_late
         with search.lock():
             study = search.create()
             study.enqueue_trial(guess)
-            Coordinator(pipeline, study, baseline, "random", 0, []).run(count, None)
+            build_coordinator(pipeline, study, baseline, "random", 0, []).run(count, None)
     trials = [trial for trial in search.open().trials if trial.params == guess and trial.state.is_finished()]
     first, second = trials[0], trials[-1]
     assert first.number != second.number
@@ -152,8 +154,8 @@ def test_our_sampler_knows_the_study_and_reports_on_itself(pipeline, tmp_path, f
         study = search.create()
         study.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         study.set_user_attr("baseline", baseline.to_dict())
-        coordinator = Coordinator(pipeline, study, baseline, "ehvi", 0, [])
-        seeds = len(first_guesses(space)) + len(coordinator._seeds)
+        coordinator = build_coordinator(pipeline, study, baseline, "ehvi", 0, [])
+        seeds = len(coordinator.initial_proposals)
         outcome = coordinator.run(seeds + 8, None)
     assert any("proposals of the sampler" in remark for remark in outcome.remarks)
     report = stored(search.path.parent, "ehvi").report
@@ -161,7 +163,7 @@ def test_our_sampler_knows_the_study_and_reports_on_itself(pipeline, tmp_path, f
     assert proposed >= 8  # more where two seeds are the same version
     for more in (0, 3):  # a run without proposals leaves the report as it was
         with search.lock():
-            Coordinator(pipeline, search.create(), baseline, "ehvi", 0, []).run(seeds + 8 + more, None)
+            build_coordinator(pipeline, search.create(), baseline, "ehvi", 0, []).run(seeds + 8 + more, None)
         again = stored(search.path.parent, "ehvi").report
         assert sum(again["proposals"].values()) == proposed + more
         assert again["held_out"] == report["held_out"] or more

@@ -66,7 +66,7 @@ def test_trials_are_told_in_tens() -> None:
 
 def test_what_is_asked_for_alone_has_standard_output_for_itself(capsys) -> None:
     for output in (Output(quiet=True), Output(as_json=True)):
-        Display(output.beside()).warn("Careful: this machine is noisy.")
+        Display(output.progress_console()).warn("Careful: this machine is noisy.")
         assert capsys.readouterr() == ("", "Careful: this machine is noisy.\n")
     Output(quiet=True).console().print("the result")
     assert capsys.readouterr() == ("the result\n", "")

@@ -20,8 +20,9 @@ from search.commands.front import front_json
 from search.config.budget import Budget
 from search.config.study import Study
 from search.loop.baseline import measure_baseline
-from search.loop.coordinator import Coordinator, accuracy_screen
-from search.loop.resume import put_right_running
+from search.loop.candidate_evaluator import accuracy_screen
+from search.loop.coordinator import build_coordinator
+from search.loop.resume import requeue_running
 from search.loop.sampler_observations import observe_evaluations
 from search.pipeline.early_stopping import (
     ENOUGH,
@@ -40,7 +41,7 @@ from search.results.pareto import Version, feasible, pareto
 from search.results.store import SearchFolder, StoredSearch
 from search.samplers.hypervolume.encoding import Codec
 from search.samplers.hypervolume.observations import read_observations
-from search.tracking.trial_run import logged
+from search.tracking.trial_run import trial_content
 from tests.helpers import tiny
 from tests.helpers.searches import measurement, version
 
@@ -243,7 +244,7 @@ def searched(pipeline, baseline, tmp_path_factory):
         study = search.create()
         study.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         study.set_user_attr("baseline", baseline.to_dict())
-        outcome = Coordinator(pipeline, study, baseline, "random", 0, []).run(14, None)
+        outcome = build_coordinator(pipeline, study, baseline, "random", 0, []).run(14, None)
     return search, outcome
 
 
@@ -309,7 +310,7 @@ def test_people_and_mlflow_are_told(searched) -> None:
         f"{len(ended)} of {len(overview.versions)} versions were ended early" in line for line in caveats(overview)
     )
     assert f" {len(ended)} of which were ended early" in report_of(overview).to_markdown()
-    told = logged(read.trials[ended[0].number], read)
+    told = trial_content(read.trials[ended[0].number], read)
     assert told.tags["feasible"] == "false"
     assert told.tags["reason"].startswith("ended early: at most")
     assert "accuracy_estimate_pct" in told.metrics
@@ -324,10 +325,10 @@ def test_a_search_that_goes_on_keeps_them(pipeline, baseline, searched) -> None:
         for trial in study.trials:
             if trial.number in before:
                 study.enqueue_trial(trial.params)
-        Coordinator(pipeline, study, baseline, "random", 0, []).run(14 + len(before), None)
+        build_coordinator(pipeline, study, baseline, "random", 0, []).run(14 + len(before), None)
         running = study.ask()  # it was measured, and stopped on the way into the journal
         running.set_user_attr("evaluation", next(iter(before.values())).to_dict())
-        put_right_running(study)
+        requeue_running(study)
         trials = study.trials
     assert trials[-1].state == TrialState.PRUNED
     again = [trial for trial in trials if trial.user_attrs.get("duplicate_of") in before]

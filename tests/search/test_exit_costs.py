@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
 from search.loop.sampler_observations import observe_evaluations
-from search.pipeline.exit_thresholds import AIM, aimed
+from search.pipeline.exit_thresholds import AIM, cost_target
 from search.samplers.hypervolume.encoding import Array
 from search.samplers.hypervolume.exit_costs import LONGEST_PATH
 from search.samplers.hypervolume.models import Posteriors, fit_models
@@ -150,4 +150,4 @@ def test_versions_without_solved_thresholds_are_told_by_their_layers_alone(obser
 def test_thresholds_aim_at_a_little_less_than_the_limit(text, metric, expected) -> None:
     values = {"flops": 100.0, "latency": 0.01}
     dense = {name: Measurement(name, value, "", 1, 0.0, "any", "") for name, value in values.items()}
-    assert aimed(Budget.parse([text]), metric, dense) == pytest.approx(expected)
+    assert cost_target(Budget.parse([text]), metric, dense) == pytest.approx(expected)

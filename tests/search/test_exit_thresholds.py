@@ -24,7 +24,7 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from evaluators.runtimes.paired_timing import Clock, TimingProtocol
 from search.config.budget import Budget
 from search.config.study import Study
-from search.pipeline.early_stopping import NARROW, LimitsBroken
+from search.pipeline.early_stopping import NARROW_MISS, LimitsBroken
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import build_pipeline
 from search.pipeline.threshold_problem import margin
@@ -210,7 +210,7 @@ def test_what_is_solved_is_what_the_deployed_files_do(limits, pipeline, dense) -
         reached = np.dot(answers.reach_shares, pipeline.flops.stages(subject))
         assert settled.thresholds.first_cost == pytest.approx(reached)
         assert reached <= 0.7 * measured["flops"].value
-    evaluation = settled.stamped(pipeline.evaluate(settled.candidate, latency))
+    evaluation = settled.with_thresholds(pipeline.evaluate(settled.candidate, latency))
     assert evaluation.exit_thresholds["images"] == len(pipeline.threshold_images)
     assert evaluation.digest == pipeline.deployed(evaluation.candidate).artifact.digest, "rebuilt byte for byte"
     assert evaluation.measurements["accuracy"].n == len(pipeline.scored) == 40
@@ -296,7 +296,7 @@ def test_a_narrow_miss_is_solved_again_and_scored(metered) -> None:
             settled = solver.resolve(choices)
             once = part.evaluate(settled.candidate, latency).measurements
             found = solver.evaluate(settled, [LimitsBroken(budget, dense)])
-            if not 0 < limit.violation(once["latency"], dense["latency"]) <= NARROW:
+            if not 0 < limit.violation(once["latency"], dense["latency"]) <= NARROW_MISS:
                 assert found.candidate == settled.candidate
                 assert "rounds" not in found.exit_thresholds
                 continue

@@ -10,9 +10,9 @@ import pytest
 from evaluators.measurement import mean_of, scaled
 from search.cli import run
 from search.config.budget import Budget
-from search.deploy.fresh_timing import Afresh, Again, content, foremost, lines, slack
+from search.deploy.fresh_timing import FreshTiming, FreshTimings, best_version, content, lines, wider_budget
 from search.results.pareto import Version
-from search.results.store import SearchFolder, keep_recovered
+from search.results.store import SearchFolder, store_recovered
 from spaces.candidate import NEVER_EXIT, Candidate
 from tests.helpers.searches import measurement, stored, version
 
@@ -22,15 +22,15 @@ BEST, HIDDEN, POOR = version(12, 0.893, 0.50e-3, 500), version(7, 0.881, 0.505e-
 ALL = [BEST, HIDDEN, POOR]
 
 
-def again(one: Version, seconds: float, timings: int = 1) -> Again:
-    return Again(one, measurement("latency", seconds), 1.0, timings)
+def again(one: Version, seconds: float, timings: int = 1) -> FreshTiming:
+    return FreshTiming(one, measurement("latency", seconds), 1.0, timings)
 
 
 def test_what_a_lucky_version_hid_comes_before_what_was_behind_it_on_the_old_front() -> None:
-    assert foremost(ALL, [], "accuracy", BUDGET, DENSE) == BEST
+    assert best_version(ALL, [], "accuracy", BUDGET, DENSE) == BEST
     slower = [again(BEST, 0.60e-3)]
-    assert foremost(ALL, slower, "accuracy", BUDGET, DENSE) == HIDDEN, "88.1%, not 65%"
-    assert foremost(ALL, [*slower, again(HIDDEN, 0.52e-3)], "accuracy", BUDGET, DENSE) == POOR
+    assert best_version(ALL, slower, "accuracy", BUDGET, DENSE) == HIDDEN, "88.1%, not 65%"
+    assert best_version(ALL, [*slower, again(HIDDEN, 0.52e-3)], "accuracy", BUDGET, DENSE) == POOR
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,9 @@ def test_what_a_lucky_version_hid_comes_before_what_was_behind_it_on_the_old_fro
     [("latency", 0.508e-3, 12), ("flops", 0.6e-3, 12), ("knee", 0.6e-3, 12), ("accuracy", 0.6e-3, 12)],
 )
 def test_each_preference_ranks_by_what_was_found_now(prefer, found, second) -> None:
-    first = foremost(ALL, [], prefer, BUDGET, DENSE)
+    first = best_version(ALL, [], prefer, BUDGET, DENSE)
     assert first is not None
-    now = foremost(ALL, [again(first, found)], prefer, BUDGET, DENSE)
+    now = best_version(ALL, [again(first, found)], prefer, BUDGET, DENSE)
     assert now is not None
     assert now.number == (7 if first.number == 12 else second)
 
@@ -48,15 +48,17 @@ def test_each_preference_ranks_by_what_was_found_now(prefer, found, second) -> N
 def test_a_version_that_keeps_the_limits_gives_way_where_another_beats_it_now() -> None:
     twin = version(9, 0.893, 0.501e-3, 500)
     slower = again(BEST, 0.505e-3)
-    assert foremost([*ALL, twin], [slower], "accuracy", BUDGET, DENSE) == twin
-    told = lines(Afresh((slower, again(twin, 0.501e-3)), again(twin, 0.501e-3), 2), None, "accuracy", BUDGET, DENSE)
+    assert best_version([*ALL, twin], [slower], "accuracy", BUDGET, DENSE) == twin
+    told = lines(
+        FreshTimings((slower, again(twin, 0.501e-3)), again(twin, 0.501e-3), 2), None, "accuracy", BUDGET, DENSE
+    )
     assert f"keeps {BUDGET}, but by accuracy another is better now" in "\n".join(told)
 
 
-def test_words_tell_what_was_rejected_what_is_taken_and_what_more_slack_would_win() -> None:
+def test_words_tell_what_was_rejected_what_is_taken_and_what_a_wider_budget_would_win() -> None:
     taken = again(HIDDEN, 0.50e-3)
-    found = Afresh((again(BEST, 0.60e-3, 2), taken), taken, 1)
-    wider = slack(found, ALL, "accuracy", BUDGET, DENSE)
+    found = FreshTimings((again(BEST, 0.60e-3, 2), taken), taken, 1)
+    wider = wider_budget(found, ALL, "accuracy", BUDGET, DENSE)
     assert lines(found, wider, "accuracy", BUDGET, DENSE) == [
         "Measured again, and not taken:",
         "  trial 12, 89.30%: 0.50 ms in the search, 0.60 ms measured again (+20.0%, timed twice): latency 0.60 ms, 18%"
@@ -75,20 +77,20 @@ def test_words_tell_what_was_rejected_what_is_taken_and_what_more_slack_would_wi
 
 def test_a_wider_budget_is_in_the_units_of_the_limit_and_keeps_all_others() -> None:
     budget = Budget.parse(["latency<51%", "size<1MB"])
-    found = Afresh((again(BEST, 0.60e-3),), None, 2)
-    wider = slack(found, ALL, "accuracy", budget, DENSE)
+    found = FreshTimings((again(BEST, 0.60e-3),), None, 2)
+    wider = wider_budget(found, ALL, "accuracy", budget, DENSE)
     assert wider is not None
     assert str(wider.budget) == "latency<62%,size<1MB"
     better = version(20, 0.899, 0.61e-3, 500)
-    told = lines(found, slack(found, [*ALL, better], "accuracy", budget, DENSE), "accuracy", budget, DENSE)
+    told = lines(found, wider_budget(found, [*ALL, better], "accuracy", budget, DENSE), "accuracy", budget, DENSE)
     assert "No version that was measured again keeps latency<51%,size<1MB; 2 more that kept it" in told[-2]
     assert told[-1] == "With --budget 'latency<62%,size<1MB' trial 20 (89.90%) would be tried first."
 
 
 def test_nothing_is_said_where_the_first_choice_is_taken() -> None:
     taken = again(BEST, 0.505e-3)
-    found = Afresh((taken,), taken, 2)
-    assert lines(found, slack(found, ALL, "accuracy", BUDGET, DENSE), "accuracy", BUDGET, DENSE) == []
+    found = FreshTimings((taken,), taken, 2)
+    assert lines(found, wider_budget(found, ALL, "accuracy", BUDGET, DENSE), "accuracy", BUDGET, DENSE) == []
     told = content(found, None, BUDGET, DENSE)
     assert (told["rejected"], told["passed_over"], told["instead_of"], told["slack"]) == ([], [], None, None)
 
@@ -115,7 +117,7 @@ def lucky(folder, pipeline, tmp_path) -> Path:
         measured = {**each.measured, "accuracy": replace(each.measured["accuracy"], value=accuracy)}
         evaluation = replace(each.evaluation, candidate=candidate or each.evaluation.candidate, measurements=measured)
         with search.lock():
-            keep_recovered(search.create(), each.number, evaluation)
+            store_recovered(search.create(), each.number, evaluation)
     with search.lock():
         forget_simple(search)
         slow(search, "fp32")

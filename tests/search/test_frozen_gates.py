@@ -12,7 +12,7 @@ from evaluators.data import Splits
 from search.config.sections import FittingSection, MasksSection, SkipsSection
 from search.training.batchnorm import rebase_batch_norm, recalibrate_batch_norm
 from search.training.block_gates import skip_blocks, train_gates_once, with_gates
-from search.training.frozen_gates import settle, while_gates_learn
+from search.training.frozen_gates import train_with_frozen_gates, while_gates_learn
 from search.training.loop import TrainingBatches, save
 from search.training.masks import train_masks_once, with_masks
 from spaces.dynamic.exit_network import ExitNetwork
@@ -53,7 +53,7 @@ def check_settling(
     held = {id(value) for gate in gates for value in gate.state_dict(keep_vars=True).values()}
     before, worse = copy.deepcopy(network.eval().state_dict()), float(loss_of(images, labels).detach())
     settings = FittingSection(epochs=20, batch=50)
-    settle(network, gates, loss_of, TrainingBatches(data.train, 50, 0), settings)
+    train_with_frozen_gates(network, gates, loss_of, TrainingBatches(data.train, 50, 0), settings)
     after = network.state_dict(keep_vars=True)
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert float(loss_of(images, labels).detach()) < worse

@@ -17,7 +17,7 @@ from mlflow.entities import Run
 
 from search.cli import run
 from search.results.pareto import feasible, pareto
-from search.results.store import SearchFolder, keep_sampler
+from search.results.store import SearchFolder, store_sampler
 from search.tracking.mirror import Follower, Mirror
 from search.tracking.store import Tracking, quiet, remember, remembered
 from search.tracking.summary_run import note
@@ -159,8 +159,8 @@ def test_where_runs_go_is_remembered_without_a_password(tmp_path, monkeypatch) -
 
 def test_each_trial_has_the_sampler_that_was_at_work(folder, tmp_path) -> None:
     shutil.copytree(folder / "one", tmp_path / "one")
-    keep_sampler(SearchFolder(tmp_path / "one").open(), "front")
-    keep_sampler(SearchFolder(tmp_path / "one").open(), "random")
+    store_sampler(SearchFolder(tmp_path / "one").open(), "front")
+    store_sampler(SearchFolder(tmp_path / "one").open(), "random")
     search = stored(tmp_path)
     last = len(search.trials)
     assert [search.sampler_of(number) for number in (0, last - 1, last)] == ["ehvi", "ehvi", "random"], (

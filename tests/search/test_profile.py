@@ -14,7 +14,6 @@ from evaluators.flops.pruned import ScaledFlops
 from search.cli import run
 from search.config.study import Study
 from search.loop.greedy_widths import greedy_seeds, greedy_widths
-from search.pipeline.compressor import Compressor
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.sensitivity_profiler import Profiler, widths
 from search.results.sensitivity import Point, Profile
@@ -24,12 +23,11 @@ from tests.helpers import tiny
 
 
 @pytest.fixture
-def fresh(pipeline, tmp_path) -> CompressionPipeline:
-    """The tests' pipeline with a cache in which no profile lies yet."""
-    context = replace(pipeline.compressor.context, folder=tmp_path)
-    calibration = pipeline.data.calibration.images[:]
-    compressor = Compressor(context, pipeline.space, pipeline.builder, pipeline.study.quantization, calibration)
-    return replace(pipeline, compressor=compressor)
+def fresh(pipeline, tmp_path, monkeypatch) -> CompressionPipeline:
+    """The tests' pipeline with an empty cache of profiles."""
+
+    monkeypatch.setattr(pipeline.compressor, "context", replace(pipeline.compressor.context, folder=tmp_path))
+    return pipeline
 
 
 @pytest.fixture(scope="module")

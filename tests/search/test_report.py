@@ -16,11 +16,11 @@ from search.config.units import threshold
 from search.report.axes import stairs
 from search.report.caveats import caveats
 from search.report.compare import Side, compare, parse_side
-from search.report.describe import accuracy_doubt
+from search.report.describe import accuracy_half_width
 from search.report.html_page import page
-from search.report.layers import heat_map, layers_of, left, parallel_axes
+from search.report.layers import heat_map, layers_of, leaving_shares, parallel_axes
 from search.report.matplotlib_figures import profile_picture, save_pictures
-from search.report.overview import Overview, growth, most_worth, write_profile
+from search.report.overview import Overview, growth, notable_versions, write_profile
 from search.report.report import report_of
 from search.report.significance import difference
 from search.report.text_plot import HEIGHT, scatter
@@ -58,7 +58,7 @@ def test_hypervolume_grows_to_that_of_the_front(found) -> None:
 def test_the_versions_most_worth_deploying_are_on_the_front_and_named_once(found) -> None:
     versions = [version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)]
     front = pareto(versions)
-    worth = most_worth(front)
+    worth = notable_versions(front)
     numbers = [each.number for _, each in worth]
     assert len(set(numbers)) == len(numbers) <= 3
     assert set(numbers) <= {each.number for each in front}
@@ -99,8 +99,8 @@ def test_latencies_differ_where_their_intervals_and_the_machine_leave_no_other_w
 
 
 def test_accuracy_is_doubted_even_where_every_image_was_right() -> None:
-    assert accuracy_doubt(measurement("accuracy", 1.0, n=175)) == pytest.approx(1 - wilson(1.0, 175)[0])
-    assert 0.02 < accuracy_doubt(measurement("accuracy", 1.0, n=175)) < 0.022
+    assert accuracy_half_width(measurement("accuracy", 1.0, n=175)) == pytest.approx(1 - wilson(1.0, 175)[0])
+    assert 0.02 < accuracy_half_width(measurement("accuracy", 1.0, n=175)) < 0.022
 
 
 @given(st.floats(0, 1, exclude_max=True))
@@ -144,7 +144,7 @@ def test_what_leaves_at_an_exit_is_told_by_the_networks_own_order() -> None:
     candidate = replace(made.evaluation.candidate, thresholds=thresholds)
     measured = dict(made.measured) | {"accuracy": replace(made.measured["accuracy"], notes={"exit1": 0.25})}
     made = replace(made, evaluation=replace(made.evaluation, candidate=candidate, measurements=measured))
-    assert left(made) == [0.0, 0.25]
+    assert leaving_shares(made) == [0.0, 0.25]
 
 
 def test_the_page_has_everything_and_needs_nothing(overview, tmp_path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from search.cli import run
 from search.config.registries import SAMPLERS
 from search.config.study import Study
-from search.results.store import SearchFolder, keep_sampler
+from search.results.store import SearchFolder, store_sampler
 from tests.helpers import tiny
 from tests.helpers.searches import finished, stored
 
@@ -32,7 +32,7 @@ def test_a_search_of_before_goes_on_in_its_folder(asked, tmp_path, capsys) -> No
     new.rmdir()
     before = SearchFolder(tmp_path / new.name.replace("-ehvi-", "-front-"))
     with before.lock():
-        keep_sampler(before.create(), "front")
+        store_sampler(before.create(), "front")
     assert run([*asked, "--sampler", "front"]) == 0
     assert "the sampler 'front' is called 'ehvi' now" in " ".join(capsys.readouterr().out.split())
     assert run([*asked, "--trials", "3"]) == 0

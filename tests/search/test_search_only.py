@@ -9,7 +9,7 @@ from search.config.overrides import Request
 from search.config.study import Study, StudyError
 from search.loop.baseline import find_slow_layers
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
-from search.pipeline.search_space import searched
+from search.pipeline.search_space import without_fixed_dimensions
 from spaces.candidate import NEVER_EXIT, UNRESOLVED
 from tests.helpers import tiny
 from tests.helpers.searches import finished, stored
@@ -87,12 +87,12 @@ def test_exits_alone_have_their_thresholds_searched(cache: Path) -> None:
 
 def test_what_is_not_named_is_not_there() -> None:
     text = tiny.STUDY.replace("[space]", "") + '\nskips = {blocks = "all"}\nmasks = {method = "dgnet"}\nframes = {}'
-    asked = searched(study('"channels"', text))
+    asked = without_fixed_dimensions(study('"channels"', text))
     assert asked.exits.after == ()
     assert asked.skips.blocks == ()
     assert asked.masks.method is None
     assert asked.frames is not None, "versions are scored on the stream all the same"
-    assert searched(Study.parse(text, "test")) == Study.parse(text, "test")
+    assert without_fixed_dimensions(Study.parse(text, "test")) == Study.parse(text, "test")
 
 
 def test_frames_stay_computed_where_only_widths_vary(cache: Path) -> None:

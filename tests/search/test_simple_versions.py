@@ -18,17 +18,17 @@ from search.cli import run
 from search.config.budget import Budget
 from search.config.overrides import Request
 from search.config.study import Study
-from search.deploy.bundle import confirm, measure_afresh, write_bundle
+from search.deploy.bundle import confirm, time_again, write_bundle
 from search.loop.baseline import measure_baseline
-from search.loop.coordinator import Coordinator
+from search.loop.coordinator import build_coordinator
 from search.pipeline.given_network import GivenNetwork
 from search.pipeline.pipeline import build_pipeline
 from search.report.compare import parse_side
 from search.report.describe import simple_lines
 from search.report.overview import Overview
 from search.results.pareto import beats, front_within
-from search.results.simple_versions import Given
-from search.results.store import Baseline, SearchFolder, StoredSearch, given_of, keep_given
+from search.results.simple_versions import GivenMeasurements
+from search.results.store import Baseline, SearchFolder, StoredSearch, read_given, store_given
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
 from tests.helpers import tiny
@@ -69,7 +69,7 @@ def test_a_trial_of_a_simple_version_does_not_stand_beside_it() -> None:
 
 def test_a_version_with_fewer_flops_that_is_worse_otherwise_is_left_out_and_said(folder) -> None:
     search = stored(folder)
-    int8 = search.baseline.lines_to_beat[1]
+    int8 = search.baseline.versions_to_beat[1]
     whole = int8.measured
     slow = {
         **whole,
@@ -87,20 +87,20 @@ def test_a_version_with_fewer_flops_that_is_worse_otherwise_is_left_out_and_said
     assert [each.number for each in loose.beaten] == [trial.number]
     assert all(each.number < 0 for each in loose.front)
     assert [each.number for each in tight.front] == [trial.number]
-    assert [each.number for each in tight.behind["plain int8"]] == [trial.number]
+    assert [each.number for each in tight.worse_than_simple["plain int8"]] == [trial.number]
 
 
 def test_every_precision_is_measured_in_full_and_its_file_can_be_made_again(pipeline, folder) -> None:
     baseline = stored(folder).baseline
     assert [(each.precision, each.is_own) for each in baseline.simple] == [("fp32", True), ("int8", True)]
-    assert [line.trial for line in baseline.lines_to_beat] == ["dense", "int8"]
+    assert [line.trial for line in baseline.versions_to_beat] == ["dense", "int8"]
     for each in baseline.simple:
         assert each.evaluation.candidate == pipeline.space.whole(each.precision)
         assert each.evaluation.digest == pipeline.deployed(each.evaluation.candidate).artifact.digest
         assert set(each.evaluation.measurements) == {"params", "size", "flops", "latency", "accuracy"}
         assert each.evaluation.measurements["accuracy"].n == len(pipeline.scored)
     assert Baseline.from_dict(json.loads(json.dumps(baseline.to_dict()))) == baseline
-    earlier = given_of(SearchFolder(folder / "one").open())
+    earlier = read_given(SearchFolder(folder / "one").open())
     assert earlier is not None
     for each in baseline.simple:  # frozen exits change no file, so nothing was measured a second time
         for metric in ("latency", "accuracy"):
@@ -121,15 +121,15 @@ def test_a_search_that_was_stopped_while_it_trained_does_not_measure_them_again(
     file = tmp_path / "study.toml"
     file.write_text(tiny.STUDY)
     network = GivenNetwork(Request(study=str(file)).to_study(), lambda *_: None)
-    found = network.measured(lambda *_: None)
-    assert Given.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    found = network.measure(lambda *_: None)
+    assert GivenMeasurements.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     for name, kept in {"same": found, "another": replace(found, network="another network")}.items():
         search = SearchFolder(tmp_path / name)
         with search.lock():
-            keep_given(search.create(), kept)
+            store_given(search.create(), kept)
         run(["--study", str(file), "--search", name, "--runs", str(tmp_path), "--trials", "1"])
         said = capsys.readouterr().out
-        assert all(line in said for line in simple_lines(given_of(search.open())))
+        assert all(line in said for line in simple_lines(read_given(search.open())))
         assert ("Measuring the network as it is" in said) == (name == "another")
     taken = stored(tmp_path, "same").baseline
     assert taken.evaluation.measurements["latency"] == found.of("fp32").measurements["latency"]
@@ -143,7 +143,7 @@ def test_as_trials_they_are_complete_whatever_limit_they_break(cache, tmp_path) 
     baseline = replace(measure_baseline(pipeline), examined=None)
     search = SearchFolder(tmp_path / "tight")
     with search.lock():
-        Coordinator(pipeline, search.create(), baseline, "random", 0, []).run(4, None)
+        build_coordinator(pipeline, search.create(), baseline, "random", 0, []).run(4, None)
     trials = search.open().trials
     assert [trial.state for trial in trials[:2]] == [TrialState.COMPLETE] * 2
     for trial, each in zip(trials, baseline.simple, strict=False):
@@ -166,7 +166,7 @@ def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(pipeline, 
         study = search.create()
         study.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         study.set_user_attr("baseline", baseline.to_dict())
-        Coordinator(pipeline, study, baseline, "random", 0, []).run(3, None)
+        build_coordinator(pipeline, study, baseline, "random", 0, []).run(3, None)
     overview = Overview.of(StoredSearch.read(search))
     given = [each.evaluation.candidate.precision for each in overview.versions]
     assert {precision[layer] for precision in given for layer in layers} == {"fp32"}
@@ -178,7 +178,7 @@ def test_an_older_journal_has_the_dense_network_to_beat(folder) -> None:
     content = stored(folder).baseline.to_dict()
     del content["simple"]
     old = Baseline.from_dict(content)
-    assert [line.trial for line in old.lines_to_beat] == ["dense"]
+    assert [line.trial for line in old.versions_to_beat] == ["dense"]
     overview = Overview.of(replace(stored(folder), baseline=old), Budget.parse(["latency<1000%"]))
     names = [each.trial for each in (*overview.front, *overview.lines)]
     assert names.count("dense") == 1
@@ -189,10 +189,10 @@ def test_an_older_journal_has_the_dense_network_to_beat(folder) -> None:
 
 def test_a_simple_version_is_named_and_picked_like_a_trial(pipeline, folder, tmp_path) -> None:
     search = stored(folder)
-    line = search.baseline.lines_to_beat[1]
+    line = search.baseline.versions_to_beat[1]
     assert parse_side("one:int8", folder).version == line
     budget = Budget.parse(["latency<10000%"])
-    taken = measure_afresh(pipeline, search, [line], budget, "accuracy", lambda _: None).taken
+    taken = time_again(pipeline, search, [line], budget, "accuracy", lambda _: None).chosen
     assert taken is not None
     confirmed = confirm(pipeline, search, taken)
     assert confirmed.is_same_artifact
@@ -208,15 +208,15 @@ JOINT = tiny.STUDY.replace(
 def test_a_network_that_is_trained_further_has_to_beat_what_was_given_too(cache, tmp_path) -> None:
     study = Study.parse(JOINT, "test")
     network = GivenNetwork(study, lambda *_: None)
-    found = network.measured(lambda *_: None)
+    found = network.measure(lambda *_: None)
     pipeline = build_pipeline(study, lambda *_: None, given=network)
     baseline = measure_baseline(pipeline, found)
-    lines = baseline.lines_to_beat
+    lines = baseline.versions_to_beat
     assert [line.trial for line in lines] == ["dense", "int8", "given-fp32", "given-int8"]
     for line in lines[2:]:
         precision = str(line.trial).removeprefix("given-")
         assert baseline.given_precision(line) == precision
-        assert line.evaluation.digest == network.subject(precision).artifact.digest
+        assert line.evaluation.digest == network.deployed(precision).artifact.digest
         assert line.measured["accuracy"] == found.of(precision).measurements["accuracy"]
     assert baseline.given_precision(lines[1]) is None
     search = SearchFolder(tmp_path / "joint")
@@ -226,13 +226,13 @@ def test_a_network_that_is_trained_further_has_to_beat_what_was_given_too(cache,
         stored_study.set_user_attr("baseline", baseline.to_dict())
         (search.path / "study.toml").write_text(JOINT)
     read, budget = StoredSearch.read(search), Budget.parse(["latency<10000%"])
-    line = read.baseline.lines_to_beat[3]
-    taken = measure_afresh(pipeline, read, [line], budget, "accuracy", lambda _: None).taken
+    line = read.baseline.versions_to_beat[3]
+    taken = time_again(pipeline, read, [line], budget, "accuracy", lambda _: None).chosen
     assert taken is not None
     confirmed = confirm(pipeline, read, taken)
     assert confirmed.is_same_artifact
     write_bundle(tmp_path / "bundle", pipeline, read, budget, confirmed)
-    assert (tmp_path / "bundle" / "model.onnx").read_bytes() == network.subject("int8").artifact.deployed[0]
+    assert (tmp_path / "bundle" / "model.onnx").read_bytes() == network.deployed("int8").artifact.deployed[0]
 
 
 def test_what_further_training_came_to_is_said_beside_what_was_given(cache, tmp_path, capsys) -> None:
@@ -242,7 +242,7 @@ def test_what_further_training_came_to_is_said_beside_what_was_given(cache, tmp_
     said = capsys.readouterr().out
     assert "what was given has to be beaten as well" in said
     told = stored(tmp_path, "joint").baseline
-    for line in told.lines_to_beat[1:]:
+    for line in told.versions_to_beat[1:]:
         assert f"\n  {line.title}  " in said
     assert run(["front", "--runs", str(tmp_path), "--search", "joint", "--budget", "latency<1us"]) == 1
     assert "The nearest, " in capsys.readouterr().out
@@ -273,7 +273,7 @@ def test_a_file_has_the_same_form_whatever_an_exit_calls_its_tensors(network, im
 
 
 def test_what_is_said_has_every_precision_and_its_share(folder: Path) -> None:
-    found = given_of(SearchFolder(folder / "one").open())
+    found = read_given(SearchFolder(folder / "one").open())
     assert found is not None
     head, fp32, int8 = simple_lines(found)
     share = found.of("int8").measurements["latency"].value / found.of("fp32").measurements["latency"].value

@@ -17,7 +17,7 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from search.cli import run
 from search.config.budget import Budget
 from search.config.study import ElasticSection, FinetuneSection, SkipsSection, Study
-from search.deploy.bundle import confirm, measure_afresh, write_bundle
+from search.deploy.bundle import confirm, time_again, write_bundle
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.recovery.elastic import train_elastic
 from search.recovery.finetune import finetune
@@ -213,9 +213,9 @@ def test_a_bundle_skips_the_same_blocks_elsewhere(pipeline, candidate, tmp_path,
     budget = Budget.parse(["latency<1000%"])
     latency = pipeline.references.latency_evaluator(search.baseline.reference_seconds)
     version = Version(0, pipeline.evaluate(candidate, latency))
-    found = measure_afresh(pipeline, search, [version], budget, "accuracy", lambda _: None)
-    assert found.taken is not None
-    confirmed = confirm(pipeline, search, found.taken)
+    found = time_again(pipeline, search, [version], budget, "accuracy", lambda _: None)
+    assert found.chosen is not None
+    confirmed = confirm(pipeline, search, found.chosen)
     assert confirmed.is_same_artifact
     out = tmp_path / "deploy"
     write_bundle(out, pipeline, search, budget, confirmed)  # which lets it check itself

@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from search.loop.resume import is_counted, put_right_running
+from search.loop.resume import is_counted, requeue_running
 from search.results.store import SearchFolder, StoreError, check_journal, find_search
 
 
@@ -83,7 +83,7 @@ def test_trials_that_were_running_are_given_up_and_queued_again(folder) -> None:
         stored.ask().suggest_int("x", 0, 10)
         wanted = stored.trials[2].params
         again = folder.create()
-        put_right_running(again)
+        requeue_running(again)
         assert [trial.state for trial in again.trials[:3]] == [TrialState.COMPLETE] * 2 + [TrialState.FAIL]
         assert [is_counted(trial) for trial in again.trials] == [True, True, False, False]
         trial = again.ask()
@@ -114,7 +114,7 @@ def test_a_trial_that_was_measured_before_the_crash_is_finished_from_what_was_wr
         evaluator = pipeline.references.latency_evaluator(seconds)
         evaluation = pipeline.evaluate(subject, evaluator)
         stored.ask().set_user_attr("evaluation", evaluation.to_dict())
-        put_right_running(folder.create())
+        requeue_running(folder.create())
         (trial,) = folder.open().trials
     assert trial.state == TrialState.COMPLETE
     assert trial.values[0] == evaluation.measurements["accuracy"].value

@@ -13,7 +13,7 @@ from torch import nn
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
-from evaluators.deployed import ask
+from evaluators.deployed import predict
 from evaluators.inference.staged import (
     StagedNetwork,
     Step,
@@ -330,7 +330,7 @@ def test_ways_are_counted_and_many_of_them_stand_for_equal_shares(pictures) -> N
             return np.zeros((len(images), 4), np.float32), routes
 
     many = LabelledImages(np.zeros((400, 1, 1, 1), np.float32), np.zeros(400, np.int64))
-    answers = ask(Session(), 1, many, 1, blocks=6)
+    answers = predict(Session(), 1, many, 1, blocks=6)
     assert answers.path_count == 64
     assert len(answers.profiles) == 24
     assert sum(count for _, count in answers.profiles) == 400

@@ -1,1 +1,1 @@
-"""How int8 is felt in training: a method of fake quantization is a file each."""
+"""Methods of fake quantization for training in int8, one per file."""

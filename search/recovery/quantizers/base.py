@@ -1,4 +1,4 @@
-"""What a method of fake quantization is."""
+"""The interface of a method of fake quantization."""
 
 from typing import Protocol
 
@@ -8,10 +8,10 @@ from search.recovery.quantizers.grid import ActivationQuantizer, WeightQuantizer
 
 
 class Method(Protocol):
-    """Makes the quantizers of one network."""
+    """Creates the quantizers of one network."""
 
     def activation(self, low: float, high: float) -> ActivationQuantizer:
-        """Returns the quantizer of a tensor whose values lay between `low` and `high`, 0 included."""
+        """Returns the quantizer of a tensor with values between `low` and `high`; 0 is included."""
         ...
 
     def weight(self, weight: Tensor, axis: int, limit: int, per_channel: bool) -> WeightQuantizer:

@@ -1,8 +1,8 @@
-"""DoReFa's weights, squeezed by a tanh, and activations on a fixed grid.
+"""DoReFa: weights transformed by tanh, and activations on a fixed grid.
 
 Source: Zhou et al., DoReFa-Net, 2016, equations 9 and 11. The paper's weights lie within -1 and 1 and its activations
-within 0 and 1, with 2^k - 1 steps. Here they keep the range that they had before training, weights per output channel,
-and have 254 steps, so that zero is on the grid.
+within 0 and 1, with 2^k - 1 steps. Here both keep their range from before training, weights per output channel, and
+have 254 steps, so that zero is on the grid.
 """
 
 import math
@@ -27,7 +27,7 @@ class DoReFaActivation(ActivationQuantizer):
         self.register_buffer("size", torch.tensor(max(-low, high, SMALLEST_STEP * HIGHEST) / HIGHEST))
 
     def step(self) -> Tensor:
-        """Returns the step that calibration gave."""
+        """Returns the step from calibration."""
         return self.get_buffer("size")
 
     def forward(self, features: Tensor) -> Tensor:
@@ -36,31 +36,31 @@ class DoReFaActivation(ActivationQuantizer):
 
 
 class DoReFaWeight(WeightQuantizer):
-    """`tanh(w) / max|tanh(w)|`, rounded, times the largest weight that there was before training."""
+    """`tanh(w) / max|tanh(w)|`, rounded, times the largest magnitude of the weight before training."""
 
     def __init__(self, weight: Tensor, axis: int, limit: int, per_channel: bool) -> None:
         super().__init__(weight, axis, limit, per_channel)
         self.register_buffer("edge", self.largest(weight))
 
     def start(self, weight: Tensor) -> Tensor:
-        """Returns the weight that the tanh turns into the given one."""
+        """Returns the weight that the tanh transforms into `weight`."""
         edge = self.get_buffer("edge")
         return edge * torch.atanh(weight / edge * math.tanh(1))
 
     def step(self, weight: Tensor) -> Tensor:  # noqa: ARG002
-        """Returns the largest weight before training, in steps of the limit."""
+        """Returns the largest magnitude before training divided by the limit."""
         return self.get_buffer("edge") / self.limit
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Returns the squeezed weight on its grid."""
+        """Returns the transformed weight on its grid."""
         edge = self.get_buffer("edge")
-        squeezed = torch.tanh(weight / edge)
-        largest = self.largest(squeezed)
-        return rounded(squeezed / largest * edge, self.step(weight), -self.limit, self.limit)
+        transformed = torch.tanh(weight / edge)
+        largest = self.largest(transformed)
+        return rounded(transformed / largest * edge, self.step(weight), -self.limit, self.limit)
 
 
 class DoReFa:
-    """Weights that are squeezed."""
+    """Quantizers of DoReFa."""
 
     def activation(self, low: float, high: float) -> ActivationQuantizer:
         """Returns the grid of the calibrated range."""

@@ -1,4 +1,4 @@
-"""The grids of int8, as the files have them, and the gradients that pass through rounding."""
+"""Grids of int8 as in exported files, with gradients through rounding."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from evaluators.quantization.int8 import QuantizedWeight
 
 LOWEST, HIGHEST = -128, 127
-"""What s8 holds: what lies beyond is clipped."""
+"""Limits of signed int8; values beyond are clipped."""
 SMALLEST_STEP = 1e-8
-"""A scale in a file is no smaller."""
+"""Lower limit of a scale in a file."""
 
 
 class Rounded(torch.autograd.Function):
-    """Values on a grid: the step learns as in LSQ, values learn where they are not clipped.
+    """Rounds values to a grid; the step has the gradient of LSQ, values one where they are not clipped.
 
     `v = round(clip(x / s, low, high)) * s`; `dv/ds = round(x / s) - x / s` inside, `low` and `high` beyond.
     Source: Esser et al., Learned Step Size Quantization, 2020, equations 1 to 5.
@@ -36,17 +36,17 @@ class Rounded(torch.autograd.Function):
         low, high, gradient_scale = ctx.edges
         ratio = values / step
         inside = (ratio >= low) & (ratio <= high)
-        learned = None
+        step_gradient = None
         if ctx.needs_input_grad[1]:
             change = ratio.clamp(low, high).round_().sub_(ratio.mul_(inside)).mul_(gradients[0])
-            learned = change.sum_to_size(step.shape) * gradient_scale
-        return gradients[0] * inside, learned, None, None, None
+            step_gradient = change.sum_to_size(step.shape) * gradient_scale
+        return gradients[0] * inside, step_gradient, None, None, None
 
 
 def rounded(values: Tensor, step: Tensor, low: int, high: int, gradient_scale: float = 1.0) -> Tensor:
     """Returns values on the grid of a step that broadcasts against them; see `Rounded`."""
-    made: Tensor = Rounded.apply(values, step, low, high, gradient_scale)
-    return made
+    result: Tensor = Rounded.apply(values, step, low, high, gradient_scale)
+    return result
 
 
 class ActivationQuantizer(nn.Module, ABC):
@@ -54,10 +54,10 @@ class ActivationQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def step(self) -> Tensor:
-        """Returns the size of a step, positive, `()`."""
+        """Returns the step size, positive, `()`."""
 
     def range(self) -> tuple[float, float]:
-        """Returns the lowest and highest value, from which a file's scale becomes exactly this step."""
+        """Returns the lowest and highest value; the scale that an export derives from them is exactly this step."""
         edge = HIGHEST * float(self.step().detach())
         return -edge, edge
 
@@ -66,10 +66,10 @@ class WeightQuantizer(nn.Module, ABC):
     """Puts one folded weight on its grid, with a step per output channel or one for all.
 
     Args:
-        weight: as it is before training.
+        weight: before training.
         axis: of the output channels.
-        limit: the largest value on the grid, in steps.
-        per_channel: whether each output channel has a step of its own.
+        limit: largest value of the grid, in steps.
+        per_channel: whether each output channel has its own step.
     """
 
     def __init__(self, weight: Tensor, axis: int, limit: int, per_channel: bool) -> None:
@@ -83,15 +83,15 @@ class WeightQuantizer(nn.Module, ABC):
         return weight.detach().abs().amax(self._others, keepdim=True).clamp_min(SMALLEST_STEP * self.limit)
 
     def start(self, weight: Tensor) -> Tensor:
-        """Returns the weight that training begins with, so that what is deployed begins with `weight`."""
+        """Returns the weight to start training with, so that its quantized form starts at `weight`."""
         return weight
 
     @abstractmethod
     def step(self, weight: Tensor) -> Tensor:
-        """Returns the size of a step, positive, of a shape that broadcasts against the weight."""
+        """Returns the step size, positive; it broadcasts against the weight."""
 
     def grid(self, weight: Tensor) -> QuantizedWeight:
-        """Returns what is deployed of a trained folded weight: s8 values and the scale of each output channel."""
+        """Returns the deployed form of a trained folded weight: int8 values, and the scale of each output channel."""
         with torch.no_grad():
             values, step = self(weight), self.step(weight)
         scale = step.flatten().expand(weight.shape[self.axis])
@@ -99,14 +99,14 @@ class WeightQuantizer(nn.Module, ABC):
 
 
 class LargestScaled(WeightQuantizer):
-    """The step that a file has without any training: what is largest is the last step.
+    """The step of an export without training: the largest magnitude is the last step.
 
-    Nothing but the weight learns, so any slice of a weight has its grid at once.
+    The step is not trained, so every slice of a weight has its own grid at once.
     Source: Jacob et al., Quantization and Training of Neural Networks, 2018, section 3 (straight-through gradients).
     """
 
     def step(self, weight: Tensor) -> Tensor:
-        """Returns the largest magnitude, in steps of the limit."""
+        """Returns the largest magnitude divided by the limit."""
         return self.largest(weight) / self.limit
 
     def forward(self, weight: Tensor) -> Tensor:

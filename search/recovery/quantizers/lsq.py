@@ -1,7 +1,7 @@
 """Learned step sizes, for activations and for weights.
 
-Source: Esser et al., Learned Step Size Quantization, 2020. Steps begin where calibration puts them, because the paper's
-beginning is for a few bits.
+Source: Esser et al., Learned Step Size Quantization, 2020. Steps start at their calibrated values, because the paper's
+initialization is for few bits.
 """
 
 import torch
@@ -18,11 +18,11 @@ from search.recovery.quantizers.grid import (
 
 
 def gradient_scale(values: int, highest: int) -> float:
-    """Returns what a step's gradient is multiplied by, `1 / sqrt(values * highest)`: then it learns as fast as weights.
+    """Returns the factor of a step's gradient, `1 / sqrt(values * highest)`, which balances it with the weights'.
 
     Args:
-        values: that share the step: weights, or features of one image.
-        highest: value of the grid.
+        values: number of values that share the step: weights, or features of one image.
+        highest: largest value of the grid.
     """
     return float((values * highest) ** -0.5)
 
@@ -35,7 +35,7 @@ class LsqActivation(ActivationQuantizer):
         self.size = nn.Parameter(torch.tensor(max(-low, high, SMALLEST_STEP * HIGHEST) / HIGHEST))
 
     def step(self) -> Tensor:
-        """Returns the step as it has been learned."""
+        """Returns the learned step."""
         return self.size.abs().clamp_min(SMALLEST_STEP)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class LsqWeight(WeightQuantizer):
         self.size = nn.Parameter(self.largest(weight) / limit)
 
     def step(self, weight: Tensor) -> Tensor:  # noqa: ARG002
-        """Returns the steps as they have been learned."""
+        """Returns the learned steps."""
         return self.size.abs().clamp_min(SMALLEST_STEP)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class LsqWeight(WeightQuantizer):
 
 
 class Lsq:
-    """Steps that learn."""
+    """Quantizers of LSQ."""
 
     def activation(self, low: float, high: float) -> ActivationQuantizer:
         """Returns one step for the tensor."""

@@ -1,7 +1,8 @@
 """Learned clipping of activations.
 
-Source: Choi et al., PACT, 2018. The edge begins where calibration puts it; the L2 penalty on it is the weight
-decay. What is not behind a ReLU is clipped on both sides. A weight's step follows from its largest value.
+Source: Choi et al., PACT, 2018. The clipping value starts at its calibrated value; the L2 penalty on it is
+the weight decay. Activations that do not follow a ReLU are clipped on both sides. A weight's step follows from its
+largest value.
 """
 
 import torch
@@ -11,7 +12,7 @@ from search.recovery.quantizers.grid import HIGHEST, SMALLEST_STEP, ActivationQu
 
 
 class PactActivation(ActivationQuantizer):
-    """One learned edge `alpha`: `y = clip(x, -alpha, alpha)`, on 127 steps to each side."""
+    """A learned clipping value `alpha`: `y = clip(x, -alpha, alpha)`, with 127 steps to each side."""
 
     def __init__(self, low: float, high: float) -> None:
         super().__init__()
@@ -21,23 +22,23 @@ class PactActivation(ActivationQuantizer):
         return self.alpha.clamp_min(SMALLEST_STEP * HIGHEST)
 
     def step(self) -> Tensor:
-        """Returns the edge in 127 parts."""
+        """Returns the clipping value divided by 127."""
         return self._edge() / HIGHEST
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns the features on the grid; the edge's gradient is that of the clipped features."""
+        """Returns the features on the grid; `alpha` has the gradient of the clipped features."""
         edge, step = self._edge(), self.step().detach()
         clipped = torch.clamp(features, -edge, edge)
         return clipped + ((clipped / step).round_() * step - clipped).detach()
 
 
 class Pact:
-    """Edges of activations that learn."""
+    """Quantizers of PACT."""
 
     def activation(self, low: float, high: float) -> ActivationQuantizer:
-        """Returns one edge for the tensor."""
+        """Returns one clipping value for the tensor."""
         return PactActivation(low, high)
 
     def weight(self, weight: Tensor, axis: int, limit: int, per_channel: bool) -> WeightQuantizer:
-        """Returns the grid of the largest weight."""
+        """Returns the grid scaled by the largest weight."""
         return LargestScaled(weight, axis, limit, per_channel)
