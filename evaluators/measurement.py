@@ -92,6 +92,12 @@ class Measurement:
             )
         return self.others[statistic]
 
+    @property
+    def half_width(self) -> float:
+        """The half-width of the value's 95% interval, as a share of it; by the standard error where none was noted."""
+        by_spread = 1.96 * self.spread / self.value if self.value else 0.0
+        return self.notes.get("half_width", by_spread)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
         return asdict(self) | {

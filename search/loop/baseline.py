@@ -11,6 +11,7 @@ from evaluators.latency.slow_layers import SlowLayers, seconds_for
 from search.config.cache import cache_folder
 from search.config.environment import environment
 from search.config.progress import Progress
+from search.pipeline.evaluators import static_evaluators
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
 from search.results.simple_versions import GivenMeasurements, SimpleVersion
@@ -111,6 +112,6 @@ def _reused(pipeline: CompressionPipeline, candidate: Candidate, earlier: Evalua
         or earlier.measurements["accuracy"].n != len(pipeline.scored)
     ):
         return None
-    counted = {evaluator.metric: evaluator.measure(deployed) for evaluator in pipeline.cheap_evaluators}
+    counted = {evaluator.metric: evaluator.measure(deployed) for evaluator in static_evaluators(pipeline.flops)}
     measured = {**earlier.measurements, **counted}
     return replace(earlier, candidate=candidate, measurements=measured, digest=deployed.artifact.digest)

@@ -203,7 +203,7 @@ class Coordinator:
         """Returns the violations for the sampler; an estimated accuracy is left out where it keeps its limit."""
         violations = self._budget.violations(evaluation.measurements, self._dense)
         if evaluation.ended:
-            limits = {str(limit) for limit in self._budget.constraints if limit.measured_as == "accuracy"}
+            limits = {str(limit) for limit in self._budget.on("accuracy")}
             violations = {name: value for name, value in violations.items() if value > 0 or name not in limits}
         return violations
 

@@ -15,7 +15,6 @@ from evaluators.measurement import Measurement
 from evaluators.statistics import Paired
 from search.config.budget import Budget, Constraint
 from search.config.units import percent
-from search.pipeline.threshold_problem import half_width
 from search.results.pareto import Version, feasible, pareto
 
 ERROR = 0.01
@@ -95,25 +94,16 @@ class LimitsBroken:
 
     def should_stop(self, deployed: DeployedCandidate, measured: Mapping[str, Measurement]) -> Stop | None:  # noqa: ARG002
         """Stops if a limit is broken by more than a narrow miss."""
-        broken = violations(self.budget, measured, self.dense).items()
+        broken = self.budget.broken(measured, self.dense).items()
         clear = [limit for limit, excess in broken if excess > narrow_miss(limit, measured)]
         return Stop(f"breaks {clear[0]}") if clear else None
-
-
-def violations(
-    budget: Budget, measured: Mapping[str, Measurement], dense: Mapping[str, Measurement]
-) -> dict[Constraint, float]:
-    """Returns the broken limits on metrics that were measured, each with its excess as a share of the limit."""
-    known = [limit for limit in budget.constraints if limit.measured_as in measured]
-    excess = {limit: limit.violation(measured[limit.measured_as], dense[limit.measured_as]) for limit in known}
-    return {limit: share for limit, share in excess.items() if share > 0}
 
 
 def narrow_miss(limit: Constraint, measured: Mapping[str, Measurement]) -> float:
     """Returns the share of a limit up to which missing it is a narrow miss."""
     if limit.measured_as not in SOLVED_FOR:
         return 0.0
-    return float(np.clip(half_width(measured[limit.measured_as]), NARROW_MISS, _MOST_NARROW))
+    return float(np.clip(measured[limit.measured_as].half_width, NARROW_MISS, _MOST_NARROW))
 
 
 def shuffled_if_many(images: LabelledImages) -> LabelledImages:

@@ -21,7 +21,7 @@ from evaluators.measurement import Measurement
 from search.config.budget import Budget
 from search.config.study import FinetuneSection
 from search.pipeline.compressor import CompressedNetwork
-from search.pipeline.early_stopping import SOLVED_FOR, EarlyStopping, narrow_miss, violations
+from search.pipeline.early_stopping import SOLVED_FOR, EarlyStopping, narrow_miss
 from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.threshold_problem import ResolvedThresholds, ThresholdProblem, margin
 from search.results.evaluation import Evaluation
@@ -38,12 +38,8 @@ Deploy = Callable[[Candidate], DeployedCandidate]
 
 def cost_target(budget: Budget, metric: str, dense: Mapping[str, Measurement], share: float = AIM) -> float:
     """Returns the mean cost that solved thresholds aim at, in SI units; infinite without a limit on it."""
-    limits = [
-        limit
-        for limit in budget.constraints
-        if limit.measured_as == metric != "accuracy" and limit.limits_default_statistic
-    ]
-    return min((share * limit.ceiling(dense[metric]) for limit in limits), default=float("inf"))
+    ceiling = None if metric == "accuracy" else budget.ceiling(metric, dense)
+    return float("inf") if ceiling is None else share * ceiling
 
 
 @dataclass(frozen=True)
@@ -215,7 +211,7 @@ class ExitThresholdSolver:
 
     def _misses_narrowly(self, measured: Mapping[str, Measurement]) -> bool:
         """Returns whether costs that thresholds are solved for break limits, all narrowly, and no other costs do."""
-        broken = violations(self._budget, measured, self._dense)
+        broken = self._budget.broken(measured, self._dense)
         costs = {limit: excess for limit, excess in broken.items() if limit.measured_as != "accuracy"}
         solved = all(limit.limits_default_statistic and limit.measured_as in SOLVED_FOR for limit in costs)
         return bool(costs) and solved and all(excess <= narrow_miss(limit, measured) for limit, excess in costs.items())
@@ -282,10 +278,9 @@ class ExitThresholdSolver:
     @cached_property
     def _floor(self) -> float | None:
         """The lowest accuracy within the budget, by the dense network on the threshold images, or None."""
-        limits = [limit for limit in self._budget.constraints if limit.measured_as == "accuracy"]
-        if not limits:
+        if not self._budget.on("accuracy"):
             return None
         pipeline = self._pipeline
         answers = pipeline.deployed(pipeline.space.dense()).answers_to(pipeline.threshold_images)
         dense = accuracy_of(answers, pipeline.target, "threshold")
-        return max(limit.floor(dense) for limit in limits)
+        return self._budget.accuracy_floor({"accuracy": dense})

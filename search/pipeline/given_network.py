@@ -9,7 +9,6 @@ from functools import cached_property
 
 import torch
 
-from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact import Artifact
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages, Splits
@@ -22,13 +21,13 @@ from evaluators.quantization.equalization import equalized
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.base import Runtime, Spent, Target
 from evaluators.runtimes.registry import runtime as open_runtime
-from evaluators.size import ParamsEvaluator, SizeEvaluator
 from search.config.cache import cache_folder, check_cache
 from search.config.progress import Progress, Say
 from search.config.study import Study
 from search.loading.prepare import prepare
 from search.loading.streams import with_streams
 from search.pipeline.early_stopping import shuffled_if_many
+from search.pipeline.evaluators import all_evaluators
 from search.pipeline.search_space import target_of, without_fixed_dimensions, without_unsupported_gates
 from search.results.evaluation import Evaluation
 from search.results.simple_versions import GivenMeasurements, SimpleVersion
@@ -126,7 +125,7 @@ class GivenNetwork:
             deployed = self.deployed(precision)
         flops = FlopsEvaluator(self.network, torch.from_numpy(self.data.calibration.images[:1]))
         measured = {}
-        for evaluator in (ParamsEvaluator(), SizeEvaluator(), flops, latency, AccuracyEvaluator()):
+        for evaluator in all_evaluators(flops, latency):
             with timed(seconds, evaluator.metric):
                 measured[evaluator.metric] = evaluator.measure(deployed)
         evaluation = Evaluation(deployed.candidate, measured, NO_RECOVERY, deployed.artifact.digest, seconds)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages, Splits
 from evaluators.deployed import DeployedCandidate, Evaluator
@@ -19,13 +18,13 @@ from evaluators.measurement import Measurement
 from evaluators.quantization.equalization import equalized
 from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.base import Runtime, Target
-from evaluators.size import ParamsEvaluator, SizeEvaluator
 from search.config.cache import cache_folder
 from search.config.progress import Progress, Say
 from search.config.study import FinetuneSection, Study
 from search.loading.user_code import load, source_of
 from search.pipeline.compressor import CompressedNetwork, Compressor
 from search.pipeline.early_stopping import EarlyStopping, Stop
+from search.pipeline.evaluators import all_evaluators
 from search.pipeline.given_network import GivenNetwork, fingerprint_of, timed, validation_parts
 from search.pipeline.references import References
 from search.pipeline.search_space import (
@@ -97,11 +96,6 @@ class CompressionPipeline:
         """Hash of the dense network's weights and the images, sixteen hexadecimal digits."""
         return fingerprint_of(self.network, self.data)
 
-    @cached_property
-    def cheap_evaluators(self) -> tuple[Evaluator, ...]:
-        """Evaluators that do not run the candidate, in the order in which they are called."""
-        return (ParamsEvaluator(), SizeEvaluator(), self.flops)
-
     def compress(self, candidate: Candidate, finetune: FinetuneSection | None = None) -> CompressedNetwork:
         """Returns a candidate's network, recovered as the study says.
 
@@ -148,8 +142,7 @@ class CompressionPipeline:
             deployed = self.deploy(candidate, compressed)
         with timed(seconds, "load"):
             _ = deployed.session
-        evaluators = (*self.cheap_evaluators, latency, AccuracyEvaluator())
-        measured, stop = _measure(deployed, evaluators, stopping, seconds)
+        measured, stop = _measure(deployed, all_evaluators(self.flops, latency), stopping, seconds)
         plan = compressed.plan
         requested = plan.requested.model_dump(mode="json") if plan.requested else None
         reason = stop.reason if stop and stop.is_estimated else ""

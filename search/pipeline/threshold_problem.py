@@ -105,7 +105,7 @@ class ThresholdProblem:
         """Returns the problem with costs corrected by measurements of a version with earlier thresholds."""
         values = {metric: measured[metric].value for metric in earlier.costs if metric in measured}
         factors = {metric: self._correction(metric) * value / earlier.costs[metric] for metric, value in values.items()}
-        new_margin = margin(half_width(measured["latency"])) if "latency" in measured else self.margin
+        new_margin = margin(measured["latency"].half_width) if "latency" in measured else self.margin
         seconds = self.costs["latency"]
         if seconds.limit is not None:
             seconds = replace(seconds, limit=seconds.limit * (1 - new_margin) / (1 - self.margin))
@@ -188,8 +188,3 @@ def margin(half_width: float) -> float:
         half_width: of the 95% interval of this timing, as a share of it; the other one's is taken to be the same.
     """
     return float(np.clip(np.sqrt(2) * half_width, _LEAST_MARGIN, _MOST_MARGIN))
-
-
-def half_width(measured: Measurement) -> float:
-    """Returns the half-width of a measurement's 95% interval, as a share of its value; 0 without an interval."""
-    return measured.notes.get("half_width", 0.0)

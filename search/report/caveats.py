@@ -12,7 +12,7 @@ from evaluators.accuracy import wilson
 from search.config.budget import Constraint
 from search.config.units import milliseconds, percent
 from search.report.overview import Overview
-from search.report.significance import difference, half_width
+from search.report.significance import difference
 from search.results.pareto import Version, nearest_miss
 from search.results.store import StoredSearch
 from search.results.violations import broken_limits
@@ -96,7 +96,7 @@ def _noisy(overview: Overview) -> Iterator[str]:
     off = abs(overview.search.baseline.same_twice - 1)
     if off > SAME_TWICE:
         yield f"The machine was noisy: the same network timed against itself differed by {off:.0%}."
-    wide = [version for version in overview.front if half_width(version.measured["latency"]) > WIDE]
+    wide = [version for version in overview.front if version.measured["latency"].half_width > WIDE]
     if wide:
         yield f"The latency of {trials(wide)} is known to within more than {WIDE:.0%} only."
 
@@ -116,7 +116,7 @@ def _may_break(version: Version, constraint: Constraint, dense: Version) -> bool
     if constraint.measured_as == "accuracy":
         worse = replace(measured, value=wilson(measured.value, measured.n)[0])
     elif constraint.measured_as == "latency":
-        factor = 1 + half_width(measured)
+        factor = 1 + measured.half_width
         others = {name: value * factor for name, value in measured.others.items()}
         worse = replace(measured, value=measured.value * factor, others=others)
     return constraint.violation(worse, dense.measured[constraint.measured_as]) > 0

@@ -10,7 +10,6 @@ from search.report.describe import accuracy_half_width, exit_shares, slow_layers
 from search.report.importance import IMPORTANCE
 from search.report.layers import layers_of
 from search.report.overview import NOTABLE, Overview, beaten_lines
-from search.report.significance import half_width
 from search.report.tables import front_row, headings
 from search.results.pareto import Version
 
@@ -137,7 +136,7 @@ def _facts(overview: Overview, versions: Sequence[Version]) -> list[list[str]]:
         columns.append({
             "accuracy": f"{percent(accuracy.value)} ± {accuracy_half_width(accuracy) * 100:.1f} points",
             "against dense": points(accuracy.value - dense["accuracy"].value),
-            "latency": f"{milliseconds(latency.value)} ± {half_width(latency):.1%}",
+            "latency": f"{milliseconds(latency.value)} ± {latency.half_width:.1%}",
             "speed": f"{dense['latency'].value / latency.value:.2f}x",
             "longest path": milliseconds(latency.others.get("worst", latency.value)),
             "FLOPs": f"{count(measured['flops'].value)} ({measured['flops'].value / dense['flops'].value:.1%})",

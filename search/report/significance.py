@@ -38,13 +38,8 @@ def difference(first: Measurement, second: Measurement, machine: float = 0.0) ->
     change = second.value / first.value - 1 if first.value else 0.0
     if METRICS[first.metric].name in EXACT:
         return Difference(change, 0.0, change == 0)
-    noise = math.sqrt(half_width(first) ** 2 + half_width(second) ** 2 + machine**2)
+    noise = math.sqrt(first.half_width**2 + second.half_width**2 + machine**2)
     return Difference(change, noise, abs(math.log1p(change)) <= noise)
-
-
-def half_width(latency: Measurement) -> float:
-    """Returns the half-width of a latency's 95% interval, as a share of it."""
-    return latency.notes.get("half_width", 1.96 * latency.spread / latency.value if latency.value else 0.0)
 
 
 def _accuracy_difference(first: Measurement, second: Measurement) -> Difference:

@@ -288,10 +288,12 @@ def _batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     for norm in norms:
         norm.train()
         norm.track_running_stats = False
-    yield
-    for norm in norms:
-        norm.track_running_stats = True
-        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+            norm.eval()
 
 
 def _seen(network: nn.Module, norms: Mapping[str, _BatchNorm], images: Tensor) -> dict[str, InputStatistics]:
@@ -299,9 +301,11 @@ def _seen(network: nn.Module, norms: Mapping[str, _BatchNorm], images: Tensor) -
     groups = max(_GROUPS // len(batches), 1)
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in norms}
     hooks = [norm.register_forward_pre_hook(_collector(parts[name], groups)) for name, norm in norms.items()]
-    _run_unmasked(network, batches)
-    for hook in hooks:
-        hook.remove()
+    try:
+        _run_unmasked(network, batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
     inputs = {}
     for name, collected in parts.items():
         if collected:

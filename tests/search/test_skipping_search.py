@@ -18,6 +18,7 @@ from search.cli import run
 from search.config.budget import Budget
 from search.config.study import ElasticSection, FinetuneSection, SkipsSection, Study
 from search.deploy.bundle import confirm, time_again, write_bundle
+from search.pipeline.evaluators import static_evaluators
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.recovery.elastic import train_elastic
 from search.recovery.finetune import finetune
@@ -174,7 +175,7 @@ def test_batch_statistics_are_those_of_the_images_that_get_there() -> None:
 
 def test_params_leave_out_gates_that_are_not_deployed(pipeline: CompressionPipeline, candidate: Candidate) -> None:
     gates = sum(parameter.numel() for parameter in pipeline.network.skips.parameters())
-    params = pipeline.cheap_evaluators[0]
+    params = static_evaluators(pipeline.flops)[0]
     closed = pipeline.deployed(pipeline.space.dense())
     assert params.measure(pipeline.deployed(candidate)).value - params.measure(closed).value == gates
 
