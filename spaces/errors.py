@@ -31,7 +31,7 @@ Each stands beside what raises it; those that several rooms raise are here.
 
 
 class UserError(Exception):
-    """A mistake in what was asked: shown as one line, exit code 2, nothing written."""
+    """A mistake in what was asked: shown as one line, exit code 2; nothing that was there is lost."""
 
 
 class StructureError(UserError):
