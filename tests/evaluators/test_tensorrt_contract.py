@@ -192,7 +192,7 @@ import sys
 import tensorrt_bindings
 sys.modules["tensorrt"] = tensorrt_bindings
 from pathlib import Path
-from evaluators.runtimes import trt
+from evaluators.runtimes.tensorrt_gpu import runtime as trt
 
 library = trt.library()
 assert library.__version__ in trt.TensorRT().version()
