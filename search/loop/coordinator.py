@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search.config.budget import Budget
 from search.config.registries import SAMPLERS
+from search.loading.user_code import UserCodeError
 from search.loop.candidate_evaluator import CandidateEvaluator
 from search.loop.interrupts import Interrupts
 from search.loop.patience import Patience
@@ -161,9 +162,24 @@ class Coordinator:
     def _finished(self) -> int:
         return sum(is_counted(trial) for trial in self._journal.get_trials(deepcopy=False))
 
+    def _ask(self) -> Trial:
+        """Returns the next trial.
+
+        Raises:
+            UserCodeError: the sampler cannot propose for this search, for example one for a single objective.
+        """
+        try:
+            return self._journal.ask(self._distributions)
+        except ValueError as error:
+            name = type(self._journal.sampler).__name__
+            raise UserCodeError(
+                f"a sampler proposes for {len(OBJECTIVES)} objectives at once, got {name}, which says: {error};"
+                " give another --sampler to go on"
+            ) from error
+
     def _one_trial(self) -> None:
         begin = time.monotonic()
-        trial = self._journal.ask(self._distributions)
+        trial = self._ask()
         self._overhead["ask"] += time.monotonic() - begin
         try:
             choices = self._space.candidate(trial.params)

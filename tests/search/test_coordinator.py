@@ -4,8 +4,10 @@ import time
 from dataclasses import replace
 
 import pytest
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
+from search.loading.user_code import UserCodeError
 from search.loop.coordinator import build_coordinator
 from search.loop.resume import without_slow_precisions
 from search.loop.sampler_prior import problem_prior
@@ -66,6 +68,25 @@ def test_ten_equal_failures_stop_the_search_with_their_reason(coordinate) -> Non
 def test_ten_different_failures_do_not(coordinate) -> None:
     coordinator, _ = coordinate(f"reason {index}" for index in range(100))
     assert coordinator.run(15, None).code == 0
+
+
+class ForOneObjective(RandomSampler):
+    """A sampler of a user's own that does not suit."""
+
+    def before_trial(self, study, trial) -> None:
+        raise ValueError("one objective only")
+
+
+def for_one_objective(seed: int, _knowledge=None) -> ForOneObjective:
+    return ForOneObjective(seed)
+
+
+def test_a_sampler_that_does_not_suit_is_one_clear_line(coordinate) -> None:
+    coordinator, _ = coordinate([None] * 10, f"{__name__}:for_one_objective")
+    with pytest.raises(
+        UserCodeError, match="3 objectives at once, got ForOneObjective, which says: one objective only"
+    ):
+        coordinator.run(5, None)
 
 
 def test_the_time_limit_ends_a_search(coordinate) -> None:
