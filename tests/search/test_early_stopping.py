@@ -258,7 +258,7 @@ def test_nothing_is_asked_twice_and_nothing_comes_out_otherwise(pipeline, baseli
         parts = subject.answers
         assert asked == [200, len(pipeline.scored) - 200]
         whole = subject.answers_to(pipeline.scored)
-        for name in ("classes", "correct", "exits", "passed"):
+        for name in ("classes", "correct", "exits", "skipped"):
             assert (getattr(parts, name) == getattr(whole, name)).all()
         assert (parts.profiles, parts.path_count) == (whole.profiles, whole.path_count)
 
