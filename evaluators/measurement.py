@@ -25,6 +25,9 @@ class Metric:
         sign: +1 where less is better, -1 where more is.
         statistics: what a budget may ask for; the first is the default.
         title: for people.
+        example: a limit on it, as a budget spells it.
+        is_counted: whether it is counted, so that any difference is one; else it is measured, with noise.
+        may_be_relative: whether a budget may limit it to a share of the dense network's.
     """
 
     name: str
@@ -32,16 +35,21 @@ class Metric:
     sign: Literal[1, -1]
     statistics: tuple[str, ...]
     title: str
+    example: str
+    is_counted: bool = False
+    may_be_relative: bool = False
 
 
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("latency", "s", 1, ("median", "p90", "p95", "p99", "worst"), "latency"),
-        Metric("accuracy", "ratio", -1, ("mean",), "accuracy"),
-        Metric("flops", "flop", 1, ("expected", "worst"), "FLOPs"),
-        Metric("params", "count", 1, ("total",), "parameters"),
-        Metric("size", "byte", 1, ("total",), "size"),
+        Metric(
+            "latency", "s", 1, ("median", "p90", "p95", "p99", "worst"), "latency", "latency<5ms", may_be_relative=True
+        ),
+        Metric("accuracy", "ratio", -1, ("mean",), "accuracy", "accuracy>98%"),
+        Metric("flops", "flop", 1, ("expected", "worst"), "FLOPs", "flops<50%", True, True),
+        Metric("params", "count", 1, ("total",), "parameters", "params<200K", True, True),
+        Metric("size", "byte", 1, ("total",), "size", "size<1MB", True, True),
     )
 }
 

@@ -28,19 +28,8 @@ _SCALES: Mapping[str, Mapping[str, Decimal]] = {
         "J": Decimal(1),
     },
 }
-_EXAMPLES = {
-    "latency": "latency<5ms",
-    "accuracy": "accuracy>98%",
-    "accuracy_drop": "accuracy_drop<1%",
-    "flops": "flops<50%",
-    "params": "params<200K",
-    "size": "size<1MB",
-    "energy": "energy<2mJ@50pJ",
-}
-_RELATIVE_METRICS = ("latency", "flops", "params", "size")
-
-ACCURACY_DROP = Metric("accuracy_drop", "ratio", 1, ("mean",), "accuracy drop")
-ENERGY = Metric("energy", "joule", 1, ("expected", "worst"), "energy")
+ACCURACY_DROP = Metric("accuracy_drop", "ratio", 1, ("mean",), "accuracy drop", "accuracy_drop<1%")
+ENERGY = Metric("energy", "joule", 1, ("expected", "worst"), "energy", "energy<2mJ@50pJ")
 BUDGET_METRICS: Mapping[str, Metric] = {**METRICS, ACCURACY_DROP.name: ACCURACY_DROP, ENERGY.name: ENERGY}
 """Metrics that a budget may limit: all measured ones, the drop of accuracy below the dense network, and energy."""
 
@@ -229,7 +218,7 @@ class Budget:
 
 def _shape_hint(text: str) -> str:
     name = text.strip().split(".")[0]
-    example = _EXAMPLES.get(name, "latency<5ms")
+    example = BUDGET_METRICS.get(name, METRICS["latency"]).example
     return (
         f"a budget is a metric and a limit, as in '{example}', got {text!r}; quote it, because an unquoted < or > is a"
         f" redirect in every shell, or write {example.replace('<', '=').replace('>', '=')}"
@@ -275,22 +264,22 @@ def _price(metric: Metric, price: str | None, text: str) -> float:
     if not joules.is_finite() or joules <= 0:
         raise BudgetError(
             f"energy is not measured but FLOPs at a stated price, got {text.strip()!r};"
-            f" write {_EXAMPLES[ENERGY.name]!r} for 50 pJ each, in one of {', '.join(scales)}"
+            f" write {ENERGY.example!r} for 50 pJ each, in one of {', '.join(scales)}"
         )
     return float(joules)
 
 
 def _limit(metric: Metric, number: str, unit: str, text: str) -> tuple[float, bool]:
     scales = _SCALES[metric.unit]
-    relative = unit == "%" and metric.name in _RELATIVE_METRICS
+    relative = unit == "%" and metric.may_be_relative
     try:
         value = Decimal(number)
     except InvalidOperation:
         raise BudgetError(f"a limit is a number, got {number or 'nothing'!r} in {text.strip()!r}") from None
     if not relative and unit not in scales:
-        units = [name for name in scales if name] + (["%"] if metric.name in _RELATIVE_METRICS else [])
+        units = [name for name in scales if name] + (["%"] if metric.may_be_relative else [])
         raise BudgetError(
-            f"{metric.name} is limited in {', '.join(units)}, got {text.strip()!r}; write {_EXAMPLES[metric.name]!r}"
+            f"{metric.name} is limited in {', '.join(units)}, got {text.strip()!r}; write {metric.example!r}"
         )
     limit = float(value * (_SCALES["ratio"]["%"] if relative else scales[unit]))
     may_be_zero = metric == ACCURACY_DROP and limit == 0

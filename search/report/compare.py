@@ -9,12 +9,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from evaluators.measurement import METRICS
 from search.config.units import count, milliseconds, percent, points, size, threshold
 from search.report.describe import exit_shares
 from search.report.layers import Layer, layers_of
 from search.report.overview import Overview
 from search.report.palette import PRECISIONS
-from search.report.significance import EXACT, Difference, difference
+from search.report.significance import Difference, difference
 from search.results.pareto import Version
 from search.results.store import SearchFolder, StoredSearch, find_search
 from spaces.errors import UserError
@@ -260,7 +261,7 @@ def _value(metric: str, value: float) -> str:
 
 
 def _verdict(metric: str, difference: Difference) -> str:
-    if metric in EXACT:
+    if METRICS[metric].is_counted:
         return "the same" if difference.is_noise else f"{difference.change:+.1%}"
     change = f"{points(difference.change)} points" if metric == "accuracy" else f"{difference.change:+.1%}"
     noise = f"{difference.noise * 100:.2f} points" if metric == "accuracy" else f"{difference.noise:.1%}"

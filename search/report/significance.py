@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from evaluators.accuracy import wilson
 from evaluators.measurement import METRICS, Measurement
 
-EXACT = ("flops", "params", "size")
-"""Metrics that are counted, so that every difference is significant."""
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -36,7 +33,7 @@ def difference(first: Measurement, second: Measurement, machine: float = 0.0) ->
     if first.metric == "accuracy":
         return _accuracy_difference(first, second)
     change = second.value / first.value - 1 if first.value else 0.0
-    if METRICS[first.metric].name in EXACT:
+    if METRICS[first.metric].is_counted:
         return Difference(change, 0.0, change == 0)
     noise = math.sqrt(first.half_width**2 + second.half_width**2 + machine**2)
     return Difference(change, noise, abs(math.log1p(change)) <= noise)
