@@ -192,8 +192,8 @@ def _exit_thresholds(given: str | None, gates: str | None) -> Literal["solved", 
             f"thresholds of exits are solved or searched, got {name!r}; leave --exit-thresholds out for what the"
             " study says"
         )
-    if gates is not None:
-        sys.stderr.write("--gates inner and outer are called --exit-thresholds solved and searched now\n")
+    if name in ("inner", "outer"):
+        sys.stderr.write("inner and outer thresholds are called --exit-thresholds solved and searched now\n")
     return EXIT_THRESHOLDS[name] if name else None
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -51,6 +52,11 @@ class Request:
             StudyError: options are missing, or the study's file is wrong.
             SourceError: the model or the data is no known source.
         """
+        return self._study
+
+    @cached_property
+    def _study(self) -> Study:
+        """The study, read once: what is said of former keys is said once."""
         study = self._own() if self._is_own else self._changed(load_study(self.study or DEFAULT))
         target = {"runtime": self.target, "batch": self.batch, "threads": self.threads}
         exits = _updated(study.exits, {"thresholds": self.thresholds})

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -105,7 +106,10 @@ def _load(folder: Path, manifest: Manifest, runtime: Runtime) -> LoadedArtifact:
     """Returns a bundle as an artifact for evaluators; it is scored on its check images."""
     target = replace(_target(manifest), runtime=runtime.name, device=runtime.device())
     portable = [file.read_bytes() for file in manifest.portable_files(folder)]
-    deployed = deployed_stages(runtime, portable, bool(manifest.blocks))
+    if target == _target(manifest):  # what lies in the bundle is measured, not what could be made anew
+        deployed = tuple((folder / name).read_bytes() for name in manifest.deployed)
+    else:
+        deployed = deployed_stages(runtime, portable, bool(manifest.blocks))
     reuse = Reuse(**asdict(manifest.frames)) if manifest.frames else None
     artifact = Artifact(
         tuple(portable),
@@ -118,7 +122,17 @@ def _load(folder: Path, manifest: Manifest, runtime: Runtime) -> LoadedArtifact:
         steps=tuple(step for step in from_json(manifest.steps) if isinstance(step, Step)),
     )
     # With a single reference the precisions of the candidate's layers are not needed.
-    return LoadedArtifact(Candidate({}, {}, {}), artifact, _check(folder, reuse), runtime, target)
+    loaded = LoadedArtifact(Candidate({}, {}, {}), artifact, _check(folder, reuse), runtime, target)
+    try:
+        _ = loaded.session
+    except UserError:
+        raise
+    except Exception as error:  # a runtime's own, of any kind
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a bundle's files load on {runtime.name}, got {reason}; copy all of it, or pick again"
+        ) from error
+    return loaded
 
 
 def _reference(folder: Path, manifest: Manifest, runtime: Runtime, loaded: LoadedArtifact) -> _TimedReference:
@@ -162,6 +176,12 @@ def _read(folder: Path) -> Manifest:
         manifest = Manifest.read(folder)
     except ValueError as error:
         raise UserError(f"a {FILE} is what `pick` wrote, got {folder / FILE}: {error}") from error
+    exits = len(manifest.exits)
+    if not manifest.steps and not (len(manifest.thresholds) == exits == len(manifest.deployed) - 1):
+        raise UserError(
+            f"a {FILE} has a threshold and a file for each exit, and a last file, got {len(manifest.thresholds)}"
+            f" thresholds, {exits} exits and {len(manifest.deployed)} files; copy the bundle again, or pick again"
+        )
     missing = [name for name in (*manifest.deployed, "check.npz") if not (folder / name).is_file()]
     if missing:
         raise UserError(f"a bundle is whole, got {folder} without {', '.join(missing)}; copy all of it, or pick again")
@@ -176,6 +196,9 @@ def _target(manifest: Manifest) -> Target:
 
 
 def _check(folder: Path, reuse: Reuse | None) -> LabelledImages:
-    with np.load(folder / "check.npz") as stored:
-        images, labels = stored["images"], stored["labels"]
+    try:
+        with np.load(folder / "check.npz") as stored:
+            images, labels = stored["images"], stored["labels"]
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise UserError(f"check.npz has images and labels, got {error} in {folder}; copy the bundle again") from error
     return LabelledImages(images, labels) if reuse is None else Stream(images, labels, np.zeros(1, dtype=np.int64))

@@ -72,7 +72,10 @@ class SearchFolder:
     def _load(self) -> optuna.Study:
         try:
             storage = JournalStorage(JournalFileBackend(str(self.journal)))
-            return optuna.load_study(study_name=self.name, storage=storage)
+            names = optuna.get_all_study_names(storage)
+            # A folder that was renamed still has its search.
+            name = names[0] if len(names) == 1 else self.name
+            return optuna.load_study(study_name=name, storage=storage)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise StoreError(f"{self.journal} is not a journal of search {self.name!r} ({reason})") from error

@@ -193,3 +193,22 @@ def test_a_bundle_prepares_pictures_as_the_search_did(mode, size, resize, channe
     with Image.open(file) as opened:
         wanted = how.normalised(how.pixels(opened)[None])
     np.testing.assert_allclose(inputs.picture(file, asdict(how)), wanted, atol=1e-6)
+
+
+def test_measure_reads_what_lies_in_the_bundle_and_says_what_is_broken(folder, tmp_path, capsys) -> None:
+    out = tmp_path / "deploy"
+    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
+    assert run(["pick", *arguments]) == 0
+    manifest = json.loads((out / "bundle.json").read_text())
+    files = {out / name: b"" for name in manifest["deployed"]}
+    files[out / "check.npz"] = b"PK torn"
+    files[out / "bundle.json"] = json.dumps(manifest | {"thresholds": [0.5] * 7}).encode()
+    for file, broken in files.items():
+        whole = file.read_bytes()
+        file.write_bytes(broken)
+        capsys.readouterr()
+        assert run(["measure", str(out)]) == 2, file.name
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: "), line
+        file.write_bytes(whole)
+    assert run(["measure", str(out)]) == 0

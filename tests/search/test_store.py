@@ -119,3 +119,10 @@ def test_a_trial_that_was_measured_before_the_crash_is_finished_from_what_was_wr
     assert trial.state == TrialState.COMPLETE
     assert trial.values[0] == evaluation.measurements["accuracy"].value
     assert "interrupted" not in trial.user_attrs
+
+
+def test_a_folder_that_was_renamed_still_has_its_search(tmp_path) -> None:
+    with SearchFolder(tmp_path / "one").lock():
+        SearchFolder(tmp_path / "one").create().set_user_attr("study", {"name": "mine"})
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert SearchFolder(tmp_path / "two").open().user_attrs["study"] == {"name": "mine"}
