@@ -75,7 +75,8 @@ def _remedy(path: list[str], section: type[BaseModel]) -> str:
     field = section.model_fields.get(path[-1]) if path else None
     if field is None or field.is_required():
         return "change it"
-    return "leave it out" if field.default in (None, ()) else f"leave it out for {field.default!r}"
+    is_plain = field.default not in (None, ()) and not isinstance(field.default, BaseModel)
+    return f"leave it out for {field.default!r}" if is_plain else "leave it out"
 
 
 def _shown(value: object) -> str:

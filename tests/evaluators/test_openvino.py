@@ -193,7 +193,7 @@ def test_bf16_is_refused_where_the_runtime_has_none() -> None:
 
 
 def test_fp32_layers_run_in_one_type() -> None:
-    with pytest.raises(StudyError, match="has no key"):
+    with pytest.raises(StudyError, match="run in one type, got tf32 and bf16"):
         Study.parse(tiny.STUDY.replace("batch = 4", "batch = 4, tf32 = true, bf16 = true"), "test")
 
 

@@ -39,8 +39,9 @@ def test_a_journal_of_before_is_read_without_a_word(caplog) -> None:
 @pytest.mark.parametrize(
     ("search", "target", "words"),
     [
-        (", early = true, early_stopping = true", "", "has no key 'early'"),
-        ("", ", tf32 = true, bf16 = true", "has no key"),
+        (", early = true, early_stopping = true", "", "former name of early_stopping, got both"),
+        ("", ", tf32 = true, bf16 = true", "run in one type, got tf32 and bf16"),
+        ("", ', tf32 = true, fp32_in = "tf32"', "takes the place of tf32 and bf16"),
         ("", ", tf32 = 1", "has no key 'tf32'"),
         ("", ', fp32_in = "tf16"', "target.fp32_in"),
     ],
