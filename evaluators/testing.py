@@ -90,15 +90,10 @@ def check_skips(make: BlockGate, runtime: Runtime, batch: int) -> None:
 class EvaluatorContract:
     """An evaluator measures one known metric, says how, and says the same of the same subject.
 
-    A subclass has the fixtures `evaluator` and `subject`, what is measured.
+    A subclass has the fixtures `evaluator`, which is tested, and `subject`, which it measures.
     """
 
     repeats_exactly = True
-
-    @pytest.fixture
-    def evaluator(self) -> Evaluator:
-        """The evaluator that is tested."""
-        raise NotImplementedError
 
     def test_measures_its_metric_and_says_how(self, evaluator: Evaluator, subject: DeployedCandidate) -> None:
         found = evaluator.measure(subject)
@@ -128,13 +123,8 @@ class EvaluatorContract:
 class RuntimeContract:
     """A runtime loads what it says is deployable, and answers for any batch size that it promises.
 
-    A subclass has the fixture `runtime`; the others may be overridden.
+    A subclass has the fixture `runtime`, which is tested; the others may be overridden.
     """
-
-    @pytest.fixture
-    def runtime(self) -> Runtime:
-        """The runtime that is tested."""
-        raise NotImplementedError
 
     @pytest.fixture(scope="class")
     def network(self) -> ExitNetwork:

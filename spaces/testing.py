@@ -7,6 +7,7 @@ This module needs pytest; nothing but tests imports it. `evaluators.testing` has
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -243,7 +244,7 @@ class BlockGateContract:
             assert all(torch.isfinite(logits).all() for logits in smaller(pictures(3)))
 
 
-class MaskContract:
+class MaskContract(ABC):
     """A mask that is open changes nothing, one that is closed costs what its formula says, and its counts are true.
 
     A subclass says by which formula: `closed`, and `multiplications`, which counts them one after the other.
@@ -263,13 +264,13 @@ class MaskContract:
                     nn.init.zeros_(module.bias)
         return network
 
+    @abstractmethod
     def closed(self, site: Site, number: int) -> float:
         """Returns the share of a convolution that is left when all is closed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiplications(self, mask: Mask, number: int, image: int) -> int:
         """Returns how many multiplications a convolution needs for one image, counted one after the other."""
-        raise NotImplementedError
 
     @pytest.fixture
     def plain(self) -> nn.Module:
@@ -358,12 +359,10 @@ class MaskContract:
 
 
 class SpaceContract:
-    """A space reads every corner of its dimensions into its part of a candidate."""
+    """A space reads every corner of its dimensions into its part of a candidate.
 
-    @pytest.fixture
-    def part(self) -> Space:
-        """The space that is tested."""
-        raise NotImplementedError
+    A subclass has the fixture `part`, the space that is tested.
+    """
 
     def test_names_are_prefixed_and_ranges_are_not_empty(self, part: Space) -> None:
         for name, dimension in part.dimensions().items():
