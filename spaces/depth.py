@@ -47,19 +47,32 @@ class DepthSpace:
 
     Args:
         stages: with their order of leaving.
+        minimum: the smallest share of its blocks that a stage may keep, rounded down.
     """
 
-    def __init__(self, stages: Sequence[BlockStage]) -> None:
+    def __init__(self, stages: Sequence[BlockStage], minimum: float = 0.0) -> None:
         self.stages = tuple(stages)
+        self._minimum = minimum
 
     @property
     def description(self) -> dict[str, list[str]]:
-        """Everything that determines shortened networks: the order in which the blocks of each stage are left out."""
-        return {stage.name: list(stage.leaving) for stage in self.stages}
+        """Everything that determines shortened networks: for each stage the blocks that may go, in their order."""
+        return {stage.name: list(stage.leaving[: len(stage.blocks) - self._fewest(stage)]) for stage in self.stages}
 
     def dimensions(self) -> dict[str, Integer]:
-        """Returns one dimension per stage: how many of its blocks stay."""
-        return {PREFIX + stage.name: Integer(0, len(stage.blocks)) for stage in self.stages}
+        """Returns one dimension per stage that may lose blocks: how many of them stay."""
+        return {
+            PREFIX + stage.name: Integer(self._fewest(stage), len(stage.blocks))
+            for stage in self.stages
+            if self._fewest(stage) < len(stage.blocks)
+        }
+
+    def _fewest(self, stage: BlockStage) -> int:
+        return math.floor(self._minimum * len(stage.blocks) + 1e-9)
+
+    def fewest(self) -> tuple[str, ...]:
+        """Returns the blocks that the shortest network lacks."""
+        return self.removed({stage.name: self._fewest(stage) for stage in self.stages})
 
     def read(self, values: Mapping[str, Value]) -> dict[str, int]:
         """Returns how many blocks each stage keeps.
@@ -67,7 +80,11 @@ class DepthSpace:
         Raises:
             KeyError: a dimension has no value.
         """
-        return {name.removeprefix(PREFIX): int(values[name]) for name in self.dimensions()}
+        free = self.dimensions()
+        return {
+            stage.name: int(values[PREFIX + stage.name]) if PREFIX + stage.name in free else len(stage.blocks)
+            for stage in self.stages
+        }
 
     def removed(self, kept: Mapping[str, int]) -> tuple[str, ...]:
         """Returns the paths of the blocks that are left out, for the number of blocks that each stage keeps."""
@@ -76,6 +93,10 @@ class DepthSpace:
             for stage in self.stages
             for path in stage.leaving[: len(stage.blocks) - kept.get(stage.name, len(stage.blocks))]
         )
+
+
+ALL_BLOCKS = DepthSpace(())
+"""No block is left out."""
 
 
 def find_stages(network: ExitNetwork, image: Tensor, proof: Proof = lambda _: None) -> list[BlockStage]:
@@ -180,6 +201,12 @@ def _batch_statistics(network: nn.Module) -> Iterator[None]:
             norm.training = training
             norm.momentum = momentum
             norm.num_batches_tracked = count
+
+
+def measurements(blocks: int) -> int:
+    """Returns how many forward passes `ordered_by_damage` needs for a stage of so many blocks."""
+    at_once = math.ceil(blocks / _ROUNDS)
+    return sum(range(blocks, 0, -at_once)) + blocks
 
 
 def ordered_by_damage(

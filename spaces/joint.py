@@ -1,9 +1,11 @@
 """All dimensions of a search together."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from spaces.candidate import Candidate
 from spaces.channels import SparsitySpace
+from spaces.depth import ALL_BLOCKS, DepthSpace, shortened
 from spaces.dimensions import Choice, Dimension, Value
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import move_masks
@@ -16,7 +18,7 @@ NO_PATTERNS = PatternSpace({})
 
 
 class JointSpace:
-    """The search space: channels, precisions, thresholds and sparsity patterns."""
+    """The search space: channels, precisions, thresholds, sparsity patterns and depth."""
 
     def __init__(
         self,
@@ -24,11 +26,13 @@ class JointSpace:
         precision: PrecisionSpace,
         thresholds: ThresholdSpace,
         patterns: PatternSpace = NO_PATTERNS,
+        depth: DepthSpace = ALL_BLOCKS,
     ) -> None:
         self.sparsity = sparsity
         self.precision = precision
         self.thresholds = thresholds
         self.patterns = patterns
+        self.depth = depth
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns every dimension, by its prefixed name."""
@@ -37,6 +41,7 @@ class JointSpace:
             **self.precision.dimensions(),
             **self.thresholds.dimensions(),
             **self.patterns.dimensions(),
+            **self.depth.dimensions(),
         }
 
     def candidate(self, values: Mapping[str, Value]) -> Candidate:
@@ -49,7 +54,33 @@ class JointSpace:
         precision = {name: str(value) for name, value in self.precision.read(values).items()}
         channels = {name: int(value) for name, value in self.sparsity.read(values).items()}
         patterns = {name: str(value) for name, value in self.patterns.read(values).items() if value != DENSE}
-        return self.with_thresholds(Candidate(channels, precision, thresholds, patterns), thresholds)
+        removed = self.depth.removed(self.depth.read(values))
+        candidate = self._without_idle_choices(Candidate(channels, precision, thresholds, patterns, removed))
+        return self.with_thresholds(candidate, candidate.thresholds)
+
+    def _without_idle_choices(self, candidate: Candidate) -> Candidate:
+        """Returns the candidate with the dense network's choices in blocks that are left out, so that equals are equal.
+
+        Layers get the reference precision and no pattern, groups of channels their width, and gates are off.
+        """
+        if not candidate.removed_blocks:
+            return candidate
+        gone = tuple(f"{block}." for block in candidate.removed_blocks)
+        groups = {group.name: group for group in self.sparsity.groups if group.is_inside(candidate.removed_blocks)}
+        thresholds = candidate.thresholds
+        removed = dict.fromkeys(thresholds.blocks.keys() & set(candidate.removed_blocks))
+        return replace(
+            candidate,
+            channels={
+                name: groups[name].channels if name in groups else kept for name, kept in candidate.channels.items()
+            },
+            precision={
+                layer: self.precision.precisions[0] if layer.startswith(gone) else precision
+                for layer, precision in candidate.precision.items()
+            },
+            patterns={layer: name for layer, name in candidate.patterns.items() if not layer.startswith(gone)},
+            thresholds=replace(thresholds, blocks={**thresholds.blocks, **removed}),
+        )
 
     def with_thresholds(self, candidate: Candidate, thresholds: Thresholds) -> Candidate:
         """Returns the candidate with other thresholds.
@@ -59,7 +90,7 @@ class JointSpace:
         """
         layers = [layer for layer in candidate.precision if layer.startswith(thresholds.idle_layers())]
         precision = dict(candidate.precision) | dict.fromkeys(layers, self.precision.precisions[0])
-        return Candidate(candidate.channels, precision, thresholds, candidate.patterns)
+        return replace(candidate, precision=precision, thresholds=thresholds)
 
     def dense(self) -> Candidate:
         """Returns the dense candidate: all channels, the reference precision, no exits, skips or reuse."""
@@ -72,9 +103,14 @@ class JointSpace:
         return self.with_thresholds(Candidate(channels, layers), self.thresholds.closed())
 
     def uniform(
-        self, keep: float, precision: str, confidence: float | None = None, pattern: str = DENSE
+        self,
+        keep: float,
+        precision: str,
+        confidence: float | None = None,
+        pattern: str = DENSE,
+        depth: float = 1.0,
     ) -> dict[str, Value]:
-        """Returns values that are the same for all layers: a share of the channels, a precision, a pattern.
+        """Returns values that are the same for all layers: a share of the channels, a precision, a pattern, a depth.
 
         Args:
             keep: the share of channels, rounded to the nearest step.
@@ -82,8 +118,10 @@ class JointSpace:
             confidence: from which all exits answer, with gates, masks and frames accordingly; None if no exit answers
                 and every block is run completely.
             pattern: of all layers that may have it.
+            depth: the share of its blocks that each stage keeps, rounded to the nearest block.
         """
         values = self.thresholds.alike(confidence)
+        values |= {name: stage.nearest(depth * stage.high) for name, stage in self.depth.dimensions().items()}
         for name, dimension in self.dimensions().items():
             if name in values:
                 continue
@@ -97,17 +135,18 @@ class JointSpace:
 
     def narrowed(self, allowed: Mapping[str, Sequence[str]]) -> "JointSpace":
         """Returns the space with only these precisions allowed for each layer."""
-        return JointSpace(self.sparsity, self.precision.without(allowed), self.thresholds, self.patterns)
+        precision = self.precision.without(allowed)
+        return JointSpace(self.sparsity, precision, self.thresholds, self.patterns, self.depth)
 
     def apply(self, network: ExitNetwork, candidate: Candidate) -> ExitNetwork:
-        """Returns the compressed torch network, with the candidate's channels, patterns and thresholds of masks.
+        """Returns the compressed torch network, with the candidate's depth, channels, patterns and thresholds of masks.
 
         Precisions and the other thresholds only take effect in the artifact.
 
         Raises:
             ValueError: the candidate does not fit the network.
         """
-        smaller = self.sparsity.apply(network, candidate.channels)
+        smaller = shortened(self.sparsity.apply(network, candidate.channels), candidate.removed_blocks)
         apply_patterns(smaller, candidate.patterns)
         move_masks(smaller, candidate.thresholds.masks)
         return smaller

@@ -39,7 +39,7 @@ class FlopsEvaluator:
     def __init__(self, network: ExitNetwork, image: torch.Tensor) -> None:
         self._image = image
         self._begins, self._stage_of = _stages(network, image)
-        self._counts: dict[tuple[tuple[str, int], ...], Mapping[str, float]] = {}
+        self._counts: dict[object, Mapping[str, float]] = {}
 
     def measure(self, subject: DeployedCandidate) -> Measurement:
         """Returns the mean FLOPs per image, and those of the longest path.
@@ -157,7 +157,7 @@ class FlopsEvaluator:
         return sum(1 for name in active if exits.index(name) < depth)
 
     def _by_module(self, subject: DeployedCandidate) -> Mapping[str, float]:
-        key = tuple(sorted(subject.candidate.channels.items()))
+        key = tuple(sorted(subject.candidate.channels.items())), subject.candidate.removed_blocks
         if key not in self._counts:
             self._counts[key] = _without_masking(subject.network, count_by_module(subject.network, self._image))
         return self._counts[key]

@@ -131,6 +131,8 @@ class SpaceSection(Section):
     """Importance criterion that ranks the channels to be cut."""
     keep_at_least: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Smallest share of its channels that a group keeps; 1 cuts none."""
+    keep_blocks_at_least: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Smallest share of its residual blocks that a stage keeps, rounded down; 1 leaves none out."""
     lowest_threshold: Share = 0.5
     """Lowest confidence threshold of an exit that is searched."""
     threshold_step: Share = 0.05

@@ -1,6 +1,6 @@
 """Builds a sampler's prior knowledge of a study, from the network, its target and its budget."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from search.results.store import Baseline
 from search.samplers.hypervolume.encoding import Array
 from search.samplers.hypervolume.prior import CostTarget, Kind, LinearConstraint, NetworkStructure, ProblemPrior
 from spaces import channels as sparsity
-from spaces import precision
+from spaces import depth, precision
 from spaces import thresholds as gates
 from spaces.dynamic.exit_network import layer_name
 from spaces.joint import JointSpace
@@ -99,7 +99,22 @@ def _structure(
         exits=exits,
         exit_after=tuple(sum(depth <= number for depth in depths) for number in range(exit_count)),
         damage=_damage(pipeline, space, profile, {name: paths[name] for name in layers}),
+        depth=tuple(space.depth.dimensions()),
+        runs_from=_runs_from(space, order),
     )
+
+
+def _runs_from(space: JointSpace, paths: Sequence[str]) -> Array:
+    """Returns the fewest blocks that each dimension of depth keeps where a module runs, `(modules, D)`; 0 for any."""
+    names = list(space.depth.dimensions())
+    fewest = np.zeros((len(paths), len(names)))
+    for stage in space.depth.stages:
+        if depth.PREFIX + stage.name not in names:
+            continue
+        for number, block in enumerate(stage.leaving):
+            inside = [path.startswith(f"trunk.{block}.") for path in paths]
+            fewest[inside, names.index(depth.PREFIX + stage.name)] = len(stage.blocks) - number
+    return fewest
 
 
 def _shares_by_column(shares: Mapping[str, float], columns: Mapping[str, int]) -> Array:
@@ -127,6 +142,11 @@ def _damage(
         else:
             weight = 4 * _HALF_WIDTH / len(widths)
             estimates[name] = tuple(weight * space.sparsity.lost(group, count) ** 2 for count in counts)
+    for stage in space.depth.stages:
+        if blocks := space.depth.dimensions().get(depth.PREFIX + stage.name):
+            lost = (0.0, *stage.damage)
+            kept = range(blocks.low, blocks.high + 1)
+            estimates[depth.PREFIX + stage.name] = tuple(lost[len(stage.blocks) - count] for count in kept)
     weights = dict(pipeline.network.named_parameters())
     for name in space.precision.dimensions():
         layer = name.removeprefix(precision.PREFIX)

@@ -29,7 +29,7 @@ class RecoveryPlan:
     """How a candidate's accuracy is recovered; `Compressor.plan` decides it.
 
     Args:
-        is_pruned: whether the candidate lacks channels or weights of the dense network.
+        is_pruned: whether the candidate lacks channels, weights or blocks of the dense network.
         recovers: whether its weights are cut from the recovery's source network and recovered; else they are the dense
             network's.
         finetune: fine-tuning on top of that, or None.
@@ -112,8 +112,8 @@ class Compressor:
     @property
     def may_be_needed(self) -> bool:
         """Whether any candidate may need the recovery: the space prunes, or shared weights are trained for int8."""
-        cuts = self._space.sparsity.dimensions() or self._space.patterns.dimensions()
-        return bool(cuts) or (self._shares_weights and self.context.int8 is not None)
+        parts = (self._space.sparsity, self._space.patterns, self._space.depth)
+        return any(part.dimensions() for part in parts) or (self._shares_weights and self.context.int8 is not None)
 
     @property
     def _shares_weights(self) -> bool:
@@ -174,7 +174,7 @@ class Compressor:
             self._finetune(network, candidate, plan.finetune, history)
             history += plan.finetune.model_dump_json()
         move_masks(network, candidate.thresholds.masks)  # cached weights may have another version's thresholds
-        ranges = self._ranges(plan)
+        ranges = self._ranges(network, plan)
         if plan.qat is not None and self.context.int8 is not None:
             learned = train_int8_kept(self.context, self.context.int8, network, candidate, plan.qat, history)
             return CompressedNetwork(network, plan, {**ranges, **learned.ranges}, learned.grids)
@@ -186,8 +186,10 @@ class Compressor:
         source = self.recovery.source
         finetune_kept(self.context, network, candidate.channels, settings, images, history, candidate.patterns, source)
 
-    def _ranges(self, plan: RecoveryPlan) -> Ranges:
-        """Returns the activation ranges of the network that the candidate was cut from."""
+    def _ranges(self, network: ExitNetwork, plan: RecoveryPlan) -> Ranges:
+        """Returns the activation ranges of the network that the candidate was cut from, or of one without blocks."""
+        if network.removed_blocks:
+            return {**self._builder.read_ranges(network, self._calibration), **self.recovery.ranges}
         is_recovery_source = plan.recovers and self.recovery.source is not self.context.network
         return self._source_ranges if is_recovery_source else self._builder.ranges
 
@@ -197,7 +199,8 @@ class Compressor:
         return {**measured, **self.recovery.ranges}
 
     def _is_pruned(self, candidate: Candidate) -> bool:
-        return bool(candidate.patterns) or bool(self._space.sparsity.kept(candidate.channels))
+        lacks = candidate.patterns or candidate.removed_blocks or self._space.sparsity.kept(candidate.channels)
+        return bool(lacks)
 
     def _trains_int8(self, candidate: Candidate) -> bool:
         """Returns whether it has int8 layers and the study asks for quantization-aware training."""

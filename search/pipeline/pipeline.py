@@ -23,6 +23,7 @@ from search.config.progress import Progress, Say
 from search.config.study import FinetuneSection, Study
 from search.loading.user_code import load, source_of
 from search.pipeline.compressor import CompressedNetwork, Compressor
+from search.pipeline.depth_order import depth_space
 from search.pipeline.early_stopping import EarlyStopping, Stop
 from search.pipeline.evaluators import all_evaluators
 from search.pipeline.given_network import GivenNetwork, fingerprint_of, timed, validation_parts
@@ -39,8 +40,10 @@ from search.results.evaluation import Evaluation
 from search.training.block_gates import skip_blocks
 from search.training.dense import UNCUT, augmentation, exit_places, trained_network
 from spaces.candidate import Candidate
+from spaces.depth import ALL_BLOCKS
 from spaces.dynamic.cut_points import CutPoints
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.dynamic.skippable_blocks import removable_blocks
 from spaces.joint import JointSpace
 from spaces.pruning.groups import ChannelGroup, Groups
 from spaces.pruning.prunable import find_groups
@@ -156,6 +159,7 @@ class CompressionPipeline:
             "groups": [group.name for group in self.groups.free],
             "members": {name: group.name for group in self.groups.free for name in self._layers_of(group)},
             "whole": [asdict(group) for group in self.groups.whole],
+            "stages": [asdict(stage) for stage in self.space.depth.stages],
         }
 
     def _layers_of(self, group: ChannelGroup) -> list[str]:
@@ -237,11 +241,17 @@ def build_pipeline(
     network = equalized(network, image) if study.quantization.equalize else network
     scheme = Scheme(**study.quantization.model_dump())
     fp32_in, confidence = given.target.fp32_in, study.exits.confidence
-    builder = ArtifactBuilder(network, calibration, given.runtime, fp32_in, scheme, confidence)
+    varies_depth = "depth" in study.space.only and study.space.keep_blocks_at_least < 1
+    removable = tuple(removable_blocks(network.trunk, image, network.cut_points)) if varies_depth else ()
+    builder = ArtifactBuilder(network, calibration, given.runtime, fp32_in, scheme, confidence, removable)
     progress(_FINDING_GROUPS, 0, 1)
     groups = find_groups(network, image, builder.disagreement)
     progress(_FINDING_GROUPS, 1, 1)
-    space = build_space(study, network, groups, given.data, builder.layers, given.runtime)
+    depth = ALL_BLOCKS
+    if removable:
+        fewest, fingerprint = study.space.keep_blocks_at_least, fingerprint_of(network, given.data)
+        depth = depth_space(network, builder, given.data.calibration, fewest, fingerprint, progress)
+    space = build_space(study, network, groups, depth, given.data, builder.layers, given.runtime)
     threshold_images, scored = validation_parts(given.data, bool(space.thresholds.solved and space.thresholds.exits))
     context = _recovery_context(study, given, network, space, builder, progress)
     return CompressionPipeline(
@@ -279,6 +289,7 @@ def _recovery_context(
     return RecoveryContext(
         network=network,
         sparsity=space.sparsity,
+        depth=space.depth,
         train=given.data.train,
         augment=augmentation(augment) if augment else None,
         settings=study.recovery,

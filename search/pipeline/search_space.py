@@ -11,6 +11,7 @@ from evaluators.runtimes.base import Capabilities, Runtime, Target
 from search.config.sections import MasksSection
 from search.config.study import SkipsSection, Study, StudyError
 from spaces.channels import SparsitySpace
+from spaces.depth import DepthSpace
 from spaces.dimensions import Real
 from spaces.dynamic.exit_network import ExitNetwork, is_of_gate
 from spaces.dynamic.masks.base import masks_of
@@ -51,7 +52,13 @@ def target_of(study: Study, runtime: Runtime) -> Target:
 
 
 def build_space(
-    study: Study, network: ExitNetwork, groups: Groups, data: Splits, layers: tuple[str, ...], runtime: Runtime
+    study: Study,
+    network: ExitNetwork,
+    groups: Groups,
+    depth: DepthSpace,
+    data: Splits,
+    layers: tuple[str, ...],
+    runtime: Runtime,
 ) -> JointSpace:
     """Returns the search space: what the study asks for and the target supports.
 
@@ -59,6 +66,7 @@ def build_space(
         study: what to search.
         network: the dense network with its exits and gates.
         groups: its channel groups.
+        depth: its stages of blocks that can be left out.
         data: the calibration images are used by some pruning criteria.
         layers: names of the layers with a precision.
         runtime: executes the versions.
@@ -71,8 +79,8 @@ def build_space(
     sparsity = SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps))
     precision = _precision_space(study, layers, capabilities)
     patterns = PatternSpace(offered_patterns(network, groups.free, min(steps), _supported_patterns(study, runtime)))
-    others_vary = any(part.dimensions() for part in (sparsity, precision, patterns))
-    return JointSpace(sparsity, precision, _threshold_space(study, exits, network, others_vary), patterns)
+    others_vary = any(part.dimensions() for part in (sparsity, precision, patterns, depth))
+    return JointSpace(sparsity, precision, _threshold_space(study, exits, network, others_vary), patterns, depth)
 
 
 def without_fixed_dimensions(study: Study) -> Study:

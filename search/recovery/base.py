@@ -16,6 +16,7 @@ from search.config.study import FittingSection, RecoverySection
 from search.training.loop import Augment
 from spaces import cache
 from spaces.channels import SparsitySpace
+from spaces.depth import ALL_BLOCKS, DepthSpace
 from spaces.dynamic.exit_network import ExitNetwork
 
 NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
@@ -50,6 +51,7 @@ class RecoveryContext:
     Args:
         network: the dense network with its exits, in evaluation mode.
         sparsity: tells which channels a candidate keeps.
+        depth: tells which blocks a candidate keeps.
         train: images for weights and batch norm statistics.
         augment: augments a batch of training images at random.
         settings: of the study.
@@ -67,6 +69,7 @@ class RecoveryContext:
     folder: Path
     key: str
     say: Say
+    depth: DepthSpace = ALL_BLOCKS
     int8: QatContext | None = None
 
     def file(self, kind: str, *parts: str) -> Path:

@@ -1,7 +1,8 @@
 """Elastic recovery: one training of shared weights, of which the weights of every candidate are a slice."""
 
 import copy
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +19,7 @@ from search.training.batchnorm import refresh_statistics
 from search.training.distillation import all_logits, total_loss
 from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.channels import PREFIX, SparsitySpace
+from spaces.depth import ALL_BLOCKS, DepthSpace, shortened
 from spaces.dimensions import Integer
 from spaces.dynamic.exit_network import ExitNetwork
 
@@ -41,6 +43,8 @@ class ElasticRecovery(BatchNormRecovery):
             self.effort += f" with qat ({qat.quantizer})"
             learner = mixed = MixedPrecision(self.source, context.int8, qat.quantizer)
             parts += [context.int8.key, qat.quantizer]
+        if context.depth.dimensions():
+            parts.append(json.dumps(context.depth.description))
         file = context.file("elastic", *parts)
         if not load_weights(learner, file):
             batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
@@ -52,6 +56,7 @@ class ElasticRecovery(BatchNormRecovery):
                 file.with_suffix(".partial.pt"),
                 lambda part, total: context.say("Training shared weights, once", part, total),
                 mixed,
+                context.depth,
             )
             refresh_statistics(self.source, self._images, self._check)
             save(learner.state_dict(), file)
@@ -95,23 +100,24 @@ class SharedWeights:
         self.network = network
         self._sparsity = sparsity
         self._numbered = _numbered(network)
-        self._slices: dict[tuple[tuple[str, int], ...], Slice] = {}
+        self._slices: dict[object, Slice] = {}
 
-    def slice(self, channels: Mapping[str, int], keep: bool = False) -> Slice:
-        """Returns the slice of the shared weights with these channels.
+    def slice(self, channels: Mapping[str, int], removed: Sequence[str] = (), keep: bool = False) -> Slice:
+        """Returns the slice of the shared weights with these channels, without some blocks.
 
         Positions are read from a network whose values are their own flat indices, pruned like any other.
 
         Args:
             channels: kept per group.
+            removed: paths of the blocks that are left out.
             keep: whether to cache the slice.
         """
-        key = tuple(sorted(channels.items()))
+        key = tuple(sorted(channels.items())), tuple(removed)
         if key in self._slices:
             return self._slices[key]
-        numbers = self._sparsity.apply(self._numbered, channels)
+        numbers = shortened(self._sparsity.apply(self._numbered, channels), removed)
         positions = {name: value.detach().long().flatten() for name, value in numbers.named_parameters()}
-        part = Slice(self._sparsity.apply(self.network, channels).train(), positions)
+        part = Slice(shortened(self._sparsity.apply(self.network, channels), removed).train(), positions)
         if keep:
             self._slices[key] = part
         return part
@@ -122,6 +128,7 @@ class SharedWeights:
         return {
             name: parameter.flatten().index_select(0, part.positions[name]).view(shapes[name])
             for name, parameter in self.network.named_parameters()
+            if name in part.positions
         }
 
     def logits(self, part: Slice, images: Tensor) -> list[Tensor]:
@@ -152,6 +159,7 @@ def train_elastic(
     checkpoint: Path | None = None,
     report: Report = lambda _done, _total: None,
     mixed: MixedPrecision | None = None,
+    depth: DepthSpace = ALL_BLOCKS,
 ) -> Fitted:
     """Trains the dense network in place so that its slices are accurate, too.
 
@@ -162,12 +170,13 @@ def train_elastic(
 
     Args:
         network: starts from trained weights.
-        sparsity: the space that candidates come from.
+        sparsity: the widths that candidates have.
         batches: the training set.
         settings: length of the training, and number of random candidates per step.
         checkpoint: file that each epoch is saved to.
         report: called with the progress.
         mixed: trains the smallest candidate in int8 and the random ones in random precisions; all in fp32 if None.
+        depth: the blocks that candidates may lack.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -191,8 +200,11 @@ def train_elastic(
         loss = total_loss(logits, logits[-1], labels, 0.0, 1.0)
         loss.backward()
         teacher = logits[-1].detach()
-        parts = [shared.slice(smallest, keep=True)]
-        parts += [shared.slice(random_channels(sparsity, generator)) for _ in range(settings.random_candidates)]
+        parts = [shared.slice(smallest, depth.fewest(), keep=True)]
+        parts += [
+            shared.slice(random_channels(sparsity, generator), random_depth(depth, generator))
+            for _ in range(settings.random_candidates)
+        ]
         layers = mixed.choices(len(parts), generator) if mixed else [()] * len(parts)
         pairs = zip(parts, layers, strict=True)
         return float(loss.detach()) + sum(learn(part, int8, images, labels, teacher) for part, int8 in pairs)
@@ -209,7 +221,21 @@ def random_channels(sparsity: SparsitySpace, generator: torch.Generator) -> dict
     channels = {group.name: group.channels for group in sparsity.groups}
     for name, dimension in sparsity.dimensions().items():
         if isinstance(dimension, Integer):
-            share = middle + 0.5 * (float(torch.rand((), generator=generator)) - 0.5)
-            steps = (dimension.high - dimension.low) // dimension.step
-            channels[name.removeprefix(PREFIX)] = dimension.low + dimension.step * round(min(max(share, 0), 1) * steps)
+            channels[name.removeprefix(PREFIX)] = _around(middle, dimension, generator)
     return channels
+
+
+def random_depth(depth: DepthSpace, generator: torch.Generator) -> tuple[str, ...]:
+    """Returns the blocks that a random network lacks, with depths around a random share for the whole network."""
+    if not depth.dimensions():  # nothing is drawn, so that trainings without this dimension stay as they were
+        return ()
+    middle = float(torch.rand((), generator=generator))
+    kept = {name: _around(middle, stage, generator) for name, stage in depth.dimensions().items()}
+    return depth.removed(depth.read(kept))
+
+
+def _around(middle: float, dimension: Integer, generator: torch.Generator) -> int:
+    """Returns a random step of a dimension near a share of its range."""
+    share = middle + 0.5 * (float(torch.rand((), generator=generator)) - 0.5)
+    steps = (dimension.high - dimension.low) // dimension.step
+    return dimension.low + dimension.step * round(min(max(share, 0), 1) * steps)

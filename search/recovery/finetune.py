@@ -1,5 +1,6 @@
 """Fine-tuning of one candidate, with distillation from the dense network."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +15,7 @@ from search.recovery.gradual_pruning import GradualPruning
 from search.training.batchnorm import check_images, recovery_images, refresh_statistics
 from search.training.distillation import all_logits, total_loss
 from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from spaces.depth import shortened
 from spaces.dynamic.exit_network import ExitNetwork
 
 
@@ -67,12 +69,14 @@ def finetune_kept(
         DivergedError: the loss is not finite for the second time.
     """
     shape = repr(sorted(channels.items())) + (repr(sorted(patterns.items())) if patterns else "")
+    shape += repr(network.removed_blocks) if network.removed_blocks else ""
     file = context.file("finetune", start, shape, settings.model_dump_json())
     if load_weights(network, file):
         return Fitted()
     gradual = None
     if settings.pruning == "gradual":
-        gradual = GradualPruning(source or context.network, patterns, channels, context.sparsity)
+        wide = shortened(copy.deepcopy(source or context.network), network.removed_blocks)
+        gradual = GradualPruning(wide, patterns, channels, context.sparsity)
     elif patterns:
         gradual = GradualPruning(network, patterns)
     batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)

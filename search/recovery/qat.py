@@ -167,6 +167,7 @@ def train_int8_kept(
     placement = int8.builder.int8_placement(network, candidate)
     places = repr((sorted(placement.nodes), sorted(placement.tensors)))
     shape = repr((sorted(candidate.channels.items()), sorted(candidate.patterns.items())))
+    shape += repr(network.removed_blocks) if network.removed_blocks else ""
     file = context.file("qat", start, int8.key, shape, places, settings.model_dump_json())
 
     def learner(ranges: Ranges) -> Int8Network:

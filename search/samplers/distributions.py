@@ -10,6 +10,9 @@ from optuna.distributions import (
 from spaces.dimensions import Choice, Dimension, Integer, Value
 from spaces.joint import JointSpace
 
+_DEPTHS = (2 / 3, 1 / 3)
+"""Shares of the blocks that first guesses keep."""
+
 
 def distributions(space: JointSpace) -> dict[str, BaseDistribution]:
     """Returns Optuna's form of the space."""
@@ -33,6 +36,9 @@ def first_guesses(space: JointSpace) -> list[dict[str, Value]]:
                 guess = space.uniform(keep, precision, threshold)
                 if guess not in guesses:
                     guesses.append(guess)
+    if space.depth.dimensions():
+        fast = space.precision.computed[-1]
+        guesses += [space.uniform(1.0, fast, depth=depth) for depth in _DEPTHS]
     for pattern in sorted({pattern for offered in space.patterns.patterns.values() for pattern in offered}):
         guesses.append(space.uniform(1.0, space.precision.computed[-1], None, pattern))
     return guesses

@@ -1,7 +1,7 @@
 """Dependency groups of channels, as indices into the weights of modules."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +41,11 @@ class ChannelGroup:
     channels: int
     members: tuple[Member, ...]
     width: int = 1
+
+    def is_inside(self, blocks: Iterable[str]) -> bool:
+        """Returns whether all of its channels are inside one of some blocks, given by their paths in the trunk."""
+        paths = [f"{member.path}." for member in self.members]
+        return any(all(path.startswith(f"trunk.{block}.") for path in paths) for block in blocks)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ def sliced(network: Network, groups: Sequence[ChannelGroup], kept: Mapping[str, 
     """Returns a smaller copy of `network`, with slices of its weights.
 
     Args:
-        network: the dense network.
+        network: the dense network, or a shortened one.
         groups: its dependency groups.
         kept: the kept channels, ascending, of each group that loses some.
     """
-    dropped = dropped_positions(groups, kept)
     modules = dict(network.named_modules())
+    # A shortened network lacks the modules of the blocks that are left out.
+    dropped = {path: axes for path, axes in dropped_positions(groups, kept).items() if path in modules}
     # Parameters that are about to be sliced are replaced anyway, so the copy may share them until then.
     shared = [tensor for path in dropped for tensor in modules[path].parameters(recurse=False)]
     smaller = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})

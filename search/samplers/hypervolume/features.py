@@ -92,7 +92,8 @@ def latency_features(structure: NetworkStructure, codec: Codec) -> ScaledFeature
     def blocks(rows: Array) -> list[Array]:
         work = structure.work(codec, rows)[:, : structure.layers]
         precision = structure.precisions(codec, rows)
-        one_hot = precision[:, :, None] == np.arange(len(speeds))
+        runs = structure.runs(codec, rows)[:, : structure.layers, None]
+        one_hot = (precision[:, :, None] == np.arange(len(speeds))) * runs
         time = work * speeds[precision]
         boundaries = (precision[:, 1:] != precision[:, :-1]).sum(axis=1, keepdims=True)
         curves = _exit_curves(structure, codec, rows)
@@ -101,7 +102,7 @@ def latency_features(structure: NetworkStructure, codec: Codec) -> ScaledFeature
         return [
             time.sum(axis=1, keepdims=True),
             (work[:, :, None] * one_hot).reshape(len(rows), -1),
-            one_hot[:, :, 1:].reshape(len(rows), -1).astype(float),
+            np.concatenate([one_hot[:, :, 1:].reshape(len(rows), -1), structure.kept_blocks(codec, rows)], axis=1),
             boundaries.astype(float),
             _padded_time(structure, codec, rows, one_hot * speeds),
             _concatenated(curves, rows),
@@ -125,6 +126,7 @@ def _padded_time(structure: NetworkStructure, codec: Codec, rows: Array, speeds:
     for step in _PADDING_STEPS:
         removed = structure.full - np.minimum(np.ceil(kept / step) * step, structure.full)
         work = structure.flops * (1 - removed @ structure.inputs.T) * (1 - removed @ structure.outputs.T)
+        work *= structure.runs(codec, rows)
         columns.append((work[:, : structure.layers, None] * speeds).sum(axis=1))
     return np.concatenate(columns, axis=1)
 
@@ -138,13 +140,15 @@ def damage_features(structure: NetworkStructure, codec: Codec) -> ScaledFeatures
     def blocks(rows: Array) -> list[Array]:
         kept = structure.kept(codec, rows)
         lost = 1 - kept / structure.full
+        gone = 1 - structure.kept_blocks(codec, rows)
+        runs = structure.runs(codec, rows)[:, : structure.layers, None]
         precision = structure.precisions(codec, rows)
-        one_hot = (precision[:, :, None] == np.arange(1, precisions)).astype(float)
+        one_hot = (precision[:, :, None] == np.arange(1, precisions)) * runs
         narrowness = (structure.full - kept) @ outputs.T
         estimated = structure.estimated_damage(codec, rows)
         curves = [1 - curve for curve in _exit_curves(structure, codec, rows)]
         return [
-            np.concatenate([lost, lost**2, lost**4], axis=1),
+            np.concatenate([lost, lost**2, lost**4, gone, gone**2, gone**4], axis=1),
             one_hot.reshape(len(rows), -1),
             (one_hot * narrowness[:, :, None]).reshape(len(rows), -1),
             estimated,

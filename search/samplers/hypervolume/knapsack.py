@@ -1,7 +1,8 @@
 """Configurations to start from: the least estimated damage for several amounts of time, solved as a knapsack.
 
 Every layer takes one of its ways to run, a width of its outputs and a precision; every group of channels takes one
-width; the damage is a sum, and so is the time. That is a multiple-choice knapsack, solved as an integer program.
+width, and every stage one depth; the damage is a sum, and so is the time. That is a multiple-choice knapsack, solved as
+an integer program.
 
 Sources: Sinha and Zoltners, The Multiple-Choice Knapsack Problem, 1979; Yao et al., HAWQ-V3: Dyadic Neural Network
 Quantization, 2021, for precisions; Shen et al., HALP: Hardware-Aware Latency Pruning, 2021, for channels.
@@ -78,7 +79,8 @@ def knapsacks(structure: NetworkStructure, codec: Codec, times: Sequence[float])
 class _Solver:
     """Solves knapsacks of one network.
 
-    The variables are one for each option of a layer, and then one for each width of a group of channels, 0 or 1.
+    The variables are one for each option of a layer, one for each width of a group of channels, and one for each depth
+    of a stage, 0 or 1.
     """
 
     def __init__(self, structure: NetworkStructure, codec: Codec) -> None:
@@ -99,6 +101,12 @@ class _Solver:
             for precision in self._precisions[layer]
         ]
         self._widths = [(group, width) for group, count in enumerate(levels) for width in range(count)]
+        self._depth_columns = [codec.names.index(name) for name in structure.depth]
+        self._depths = [
+            (stage, level)
+            for stage, column in enumerate(self._depth_columns)
+            for level in range(int(codec.levels[column]))
+        ]
 
     def _offered(self, layer: int) -> list[int]:
         """Returns the precisions that a layer may have, as indices of `speeds`."""
@@ -165,7 +173,20 @@ class _Solver:
             time.append(float((self._flops * speeds * outputs * self._inputs[:, group] * change).sum()))
             estimates = structure.damage.get(structure.channels[group])
             damage.append(estimates[width] if estimates else 0.0)
+        for stage, level in self._depths:
+            saved = self._flops * speeds * inputs * outputs * self._gone(stage, level)
+            time.append(-float(saved.sum()))
+            estimates = structure.damage.get(structure.depth[stage])
+            damage.append(estimates[level] if estimates else 0.0)
         return np.array(damage), np.array(time)
+
+    def _gone(self, stage: int, level: int) -> NDArray[np.bool_]:
+        """Returns which layers are in blocks that are left out at a level of a stage, `(L,)`."""
+        name = self._structure.depth[stage]
+        row = np.full((1, len(self._codec.names)), float(level))
+        kept = self._codec.numbers(row, name)[0]
+        gone: NDArray[np.bool_] = self._structure.runs_from[: self._structure.layers, stage] > kept
+        return gone
 
     def _removed(self, group: int, width: int) -> float:
         """Returns how many channels a group lacks at one of its levels."""
@@ -178,10 +199,12 @@ class _Solver:
         return estimates[self._precisions[option.layer].index(option.precision)] if estimates else 0.0
 
     def _one_of_each(self) -> LinearConstraint:
-        """Every layer has one option, and every group one width."""
+        """Every layer has one option, every group one width, and every stage one depth."""
         layers = np.array([option.layer for option in self._options])
         groups = np.array([len(self._group_of) + group for group, _ in self._widths], dtype=np.int64)
-        rows = np.concatenate([layers, groups])
+        known = len(self._group_of) + len(self._columns)
+        stages = np.array([known + stage for stage, _ in self._depths], dtype=np.int64)
+        rows = np.concatenate([layers, groups, stages])
         matrix = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
         return LinearConstraint(matrix, 1, 1)
 
@@ -200,13 +223,17 @@ class _Solver:
                 entries.append((-1.0, rows_of[pair], variable_of[group, option.width]))
             entries.append((1.0, rows_of[pair], variable))
         values, rows, columns = zip(*entries, strict=True) if entries else ((), (), ())
-        shape = (max(len(rows_of), 1), len(self._options) + len(self._widths))
+        shape = (max(len(rows_of), 1), len(self._options) + len(self._widths) + len(self._depths))
         return LinearConstraint(csr_array((values, (rows, columns)), shape=shape), 0, 0)
 
     def _row_of(self, chosen: NDArray[np.bool_]) -> Array:
         """Returns the row `(d,)` of the variables that are 1."""
         row = np.zeros(len(self._codec.names))
         for variable in np.flatnonzero(chosen):
+            if variable >= len(self._options) + len(self._widths):
+                stage, level = self._depths[variable - len(self._options) - len(self._widths)]
+                row[self._depth_columns[stage]] = level
+                continue
             if variable >= len(self._options):
                 group, width = self._widths[variable - len(self._options)]
                 row[self._columns[group]] = width

@@ -30,6 +30,9 @@ class NetworkStructure:
         exits: the dimensions of thresholds, by depth; none where thresholds are no dimensions.
         exit_after: for each of them, or else for each exit whose threshold is solved, the number of layers before it.
         damage: for some dimensions an estimate of what each of their values costs in accuracy, in any unit.
+        depth: the dimensions of blocks that stay, `D` names.
+        runs_from: for each layer and norm the fewest blocks that each dimension of depth keeps with it, 0 where it runs
+            in any case, `(L + norms, D)`.
     """
 
     channels: tuple[str, ...]
@@ -43,6 +46,8 @@ class NetworkStructure:
     exits: tuple[str, ...] = ()
     exit_after: tuple[int, ...] = ()
     damage: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    depth: tuple[str, ...] = ()
+    runs_from: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
     @property
     def layers(self) -> int:
@@ -52,12 +57,12 @@ class NetworkStructure:
     @property
     def names(self) -> set[str]:
         """Every dimension that it speaks of."""
-        return {*self.channels, *self.exits, *(name for name in self.precision if name is not None)}
+        return {*self.channels, *self.exits, *self.depth, *(name for name in self.precision if name is not None)}
 
     def first(self, layers: int) -> "NetworkStructure":
         """Returns the network as far as some of its layers, without norms: what runs before an exit."""
-        parts = {name: getattr(self, name)[:layers] for name in ("flops", "inputs", "outputs", "precision", "fixed")}
-        return replace(self, **parts)
+        names = ("flops", "inputs", "outputs", "precision", "fixed", "runs_from")
+        return replace(self, **{name: getattr(self, name)[:layers] for name in names})
 
     def kept(self, codec: Codec, rows: Array) -> Array:
         """Returns the channels that rows `(n, d)` keep of each dimension, `(n, G)`."""
@@ -67,7 +72,20 @@ class NetworkStructure:
     def work(self, codec: Codec, rows: Array) -> Array:
         """Returns the FLOPs of each layer and norm of rows `(n, d)`, `(n, L + norms)`."""
         removed = self.full - self.kept(codec, rows)
-        return self.flops * (1 - removed @ self.inputs.T) * (1 - removed @ self.outputs.T)
+        work = self.flops * (1 - removed @ self.inputs.T) * (1 - removed @ self.outputs.T)
+        return work * self.runs(codec, rows)
+
+    def kept_blocks(self, codec: Codec, rows: Array) -> Array:
+        """Returns the share of its blocks that rows `(n, d)` keep in each dimension of depth, `(n, D)`."""
+        columns = [codec.numbers(rows, name) / codec.space[name].high for name in self.depth]  # type: ignore[attr-defined]
+        return np.stack(columns, axis=1) if columns else np.zeros((len(rows), 0))
+
+    def runs(self, codec: Codec, rows: Array) -> Array:
+        """Returns 1 for each layer and norm that rows `(n, d)` keep, 0 for those in blocks that are left out."""
+        running = np.ones((len(rows), len(self.flops)))
+        for column, name in enumerate(self.depth):
+            running *= codec.numbers(rows, name)[:, None] >= self.runs_from[:, column]
+        return running
 
     def precisions(self, codec: Codec, rows: Array) -> NDArray[np.int64]:
         """Returns the index of each layer's precision in `speeds` for rows `(n, d)`, `(n, L)`."""
