@@ -395,8 +395,8 @@ class LatencyEvaluator:
         means = np.average(seconds.reshape(len(exits), len(starts)), axis=1, weights=counts)
         return Paths(tuple(means.tolist()), timing.half_width)
 
-    def same_twice(self, precision: str, images: Images) -> float:
-        """Returns the time ratio of a reference to itself, loaded twice: a sample of the noise of ratios around 1."""
+    def reference_self_ratio(self, precision: str, images: Images) -> float:
+        """Returns the time ratio of a reference to itself, loaded twice: how far it is from 1 is noise."""
         count = reference_batch(self._target.batch)
         first, second = self._load(precision), self._load(precision)
         turns = first.turns(images, [TimedBatch(0, count)], second, count, self.protocol)
@@ -415,6 +415,6 @@ class LatencyEvaluator:
         return self._runtime.open([self.references[precision].model], [], self._target.threads)
 
     def majority(self, subject: LoadedArtifact) -> str:
-        """Returns the precision of most of a candidate's layers: that of the reference which it is timed beside."""
+        """Returns the precision of most of a candidate's layers: that of the reference which it is timed against."""
         layers = list(subject.candidate.precision.values())
         return max(self.references, key=layers.count)

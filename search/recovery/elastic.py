@@ -16,7 +16,7 @@ from search.recovery.batchnorm import BatchNormRecovery
 from search.recovery.mixed_precision import MixedPrecision
 from search.training.batchnorm import refresh_statistics
 from search.training.distillation import all_logits, total_loss
-from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.loop import Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.channels import PREFIX, SparsitySpace
 from spaces.dimensions import Integer
 from spaces.dynamic.exit_network import ExitNetwork
@@ -185,17 +185,19 @@ def train_elastic(
         loss.backward()
         return float(loss.detach())
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+    def step(batch: Batch) -> float:
         with fast_arithmetic():
-            logits = all_logits(network, images)
-        loss = total_loss(logits, logits[-1], labels, 0.0, 1.0)
+            logits = all_logits(network, batch.images)
+        loss = total_loss(logits, logits[-1], batch.labels, 0.0, 1.0)
         loss.backward()
         teacher = logits[-1].detach()
         parts = [shared.slice(smallest, keep=True)]
-        parts += [shared.slice(random_channels(sparsity, generator)) for _ in range(settings.random_candidates)]
-        layers = mixed.choices(len(parts), generator) if mixed else [()] * len(parts)
+        parts += [shared.slice(random_channels(sparsity, batch.generator)) for _ in range(settings.random_candidates)]
+        layers = mixed.choices(len(parts), batch.generator) if mixed else [()] * len(parts)
         pairs = zip(parts, layers, strict=True)
-        return float(loss.detach()) + sum(learn(part, int8, images, labels, teacher) for part, int8 in pairs)
+        return float(loss.detach()) + sum(
+            learn(part, int8, batch.images, batch.labels, teacher) for part, int8 in pairs
+        )
 
     return fit(network if mixed is None else mixed, step, batches, settings, checkpoint, report)
 

@@ -17,7 +17,7 @@ from search.results.pareto import Version, nearest_miss
 from search.results.store import StoredSearch
 from search.results.violations import broken_limits
 
-SAME_TWICE = 0.05
+NOISY_MACHINE = 0.05
 """Relative difference of two timings of the same network above which the machine is called noisy."""
 WIDE = 0.1
 """Relative half-width of an interval above which a latency is called noisy."""
@@ -93,9 +93,9 @@ def _failed(overview: Overview) -> Iterator[str]:
 
 
 def _noisy(overview: Overview) -> Iterator[str]:
-    off = abs(overview.search.baseline.same_twice - 1)
-    if off > SAME_TWICE:
-        yield f"The machine was noisy: the same network timed against itself differed by {off:.0%}."
+    noise = abs(overview.search.baseline.reference_self_ratio - 1)
+    if noise > NOISY_MACHINE:
+        yield f"The machine was noisy: the same network timed against itself differed by {noise:.0%}."
     wide = [version for version in overview.front if version.measured["latency"].half_width > WIDE]
     if wide:
         yield f"The latency of {trials(wide)} is known to within more than {WIDE:.0%} only."

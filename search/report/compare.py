@@ -233,7 +233,7 @@ def _exits(version: Version) -> str:
 def _machine(first: Side, second: Side) -> tuple[float, tuple[str, ...]]:
     """Returns the relative noise of the machine between the two latencies, and remarks on it."""
     a, b = first.overview.search.baseline, second.overview.search.baseline
-    own = max(abs(a.same_twice - 1), abs(b.same_twice - 1))
+    own = max(abs(a.reference_self_ratio - 1), abs(b.reference_self_ratio - 1))
     if first.overview.search.folder == second.overview.search.folder:
         return own, ()
     dense = [side.evaluation.measurements["latency"] for side in (a, b)]

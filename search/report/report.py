@@ -195,8 +195,11 @@ def _importance(overview: Overview) -> Section:
 
 def _dense(overview: Overview) -> Section:
     baseline = overview.search.baseline
-    lines = [slow_layers_line(baseline.examined)] if baseline.examined else []
-    lines.append(f"A reference timed against itself came to {baseline.same_twice:.3f} of its own time; 1 is best.")
+    lines = [slow_layers_line(baseline.slow_layers)] if baseline.slow_layers else []
+    lines.append(
+        f"A reference timed against itself took {baseline.reference_self_ratio:.3f} times as long;"
+        " how far that is from 1 is the noise of the machine."
+    )
     return Section("Dense baseline", lines, tables=[Table(["", "dense"], _facts(overview, [overview.dense]))])
 
 

@@ -151,7 +151,7 @@ class TestLatency(EvaluatorContract):
         assert "CUDA events" not in evaluator.measure(subject).protocol
 
     def test_a_reference_takes_as_long_as_itself(self, evaluator, images) -> None:
-        assert evaluator.same_twice("fp32", images.numpy()) == pytest.approx(1.0, abs=0.3)
+        assert evaluator.reference_self_ratio("fp32", images.numpy()) == pytest.approx(1.0, abs=0.3)
 
 
 class Compiling(OnnxRuntime):
