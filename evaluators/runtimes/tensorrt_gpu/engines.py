@@ -245,12 +245,12 @@ class EngineSession:
     ) -> TakeTurn:
         """Returns turns, by the GPU's clock, between some batches and the reference, warmed up."""
         calls = [self._call(images, batch) for batch in batches]
-        beside = reference._call(images, TimedBatch(0, reference_batch))
+        reference_call = reference._call(images, TimedBatch(0, reference_batch))
         begin = self._wall()
         while self._wall() - begin < _WARMUP_S:  # until the GPU has left its idle clocks, as trtexec does
-            calls[0](), beside()
+            calls[0](), reference_call()
         clock = Clock(lambda: self.gpu_s + reference.gpu_s, self._wall)
-        return turns_of(calls, beside, protocol, clock, [batch.share for batch in batches])
+        return turns_of(calls, reference_call, protocol, clock, [batch.share for batch in batches])
 
     def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
         """Returns which layers do not run in the precision that they were written in, or do not tell."""
