@@ -14,7 +14,7 @@ from evaluators.deployed import LoadedArtifact
 from evaluators.latency.cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Images, Proof, Runtime, Session, Spent, Target, TimedBatch
-from evaluators.runtimes.device_state import DeviceState, state_moved
+from evaluators.runtimes.device_state import DeviceState, state_changes
 from evaluators.runtimes.paired_timing import PairedTiming, TimingProtocol, time_pair
 from evaluators.streams import timed_frames
 
@@ -182,9 +182,9 @@ class _Timing:
             wall_cv=timing.wall_cv,
             tails={f"p{p}": timing.wall_percentile(p) / timing.typical_wall_s for p in (90, 95, 99)},
             launches=launches,
-            remarks=[*proof.remarks(), *state_moved(before, after)],
+            remarks=[*proof.remarks(), *state_changes(before, after)],
             unproven=list(proof.unproven),
-            states={"before": before.told(), "after": after.told()} if before.told() else {},
+            states={"before": before.known(), "after": after.known()} if before.known() else {},
         )
 
 
