@@ -12,8 +12,8 @@ _FIRST_CAPABILITY = {"fp32": (0, 0), "fp16": (7, 0), "fp8": (8, 9), "int8": (6, 
 _AMPERE = (8, 0)
 """The first compute capability with TF32 and sparse tensor cores."""
 _CHANNEL_STEPS = {"fp32": 8, "tf32": 4, "fp16": 8, "fp16 2:4": 16, "fp8": 16, "int8": 32}
-"""Numbers of channels are padded to multiples of these. fp32 kernels need no padding; with multiples of 8 a layer may be
-fp16 in another version.
+"""Numbers of channels are padded to multiples of these. fp32 needs no padding; with multiples of 8 a layer may be fp16
+in another version.
 
 Source: TensorRT documentation, Optimizing performance, tensor cores; fp8: 16 bytes, the width of one load.
 """
@@ -26,8 +26,9 @@ def capabilities(capability: tuple[int, int]) -> Capabilities:
     has the same ten bits of mantissa at twice the peak rate. `target.fp32_in = "tf32"` in a study turns it on for all
     fp32 layers.
 
-    An int8 residual addition carries Q/DQ on its residual input only, so that it fuses into the convolution. Layers of fewer
-    than 16 channels are not offered in 8 bits, where they are slower. Source: TensorRT documentation, Working with quantized types.
+    An int8 residual addition has Q/DQ on its residual input only, so that it fuses into the convolution. Layers of
+    fewer than 16 channels stay out of 8 bits, in which they are slower.
+    Source: TensorRT documentation, Working with quantized types.
     """
     precisions = tuple(name for name, first in _FIRST_CAPABILITY.items() if capability >= first)
     ampere = capability >= _AMPERE
