@@ -10,7 +10,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
-from search.report.axes import accuracy_view, caption, coordinates, flops_share, limit_lines, stairs
+from search.report.axes import accuracy_view, caption, coordinates, flops_share, limit_lines, staircase
 from search.report.importance import IMPORTANCE
 from search.report.layers import HeatMap, heat_map, leaving_shares, parallel_axes
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
@@ -45,7 +45,7 @@ def save_pictures(overview: Overview, folder: Path) -> None:
         "front.png": front_picture,
         "parallel.png": parallel_picture,
         "layers.png": layers_picture,
-        "hypervolume.png": growth_picture,
+        "hypervolume.png": hypervolume_picture,
         "exits.png": exits_picture,
         "profile.png": _profile_of,
         "importance.png": importance_picture,
@@ -60,7 +60,7 @@ def front_picture(overview: Overview) -> Figure:
     figure = Figure(figsize=(9, 5.8), layout="constrained")
     axes = figure.add_subplot()
     if overview.front:
-        axes.plot(*zip(*stairs(overview.front), strict=True), color=MARKS[FRONT].color, linewidth=1, zorder=1)
+        axes.plot(*zip(*staircase(overview.front), strict=True), color=MARKS[FRONT].color, linewidth=1, zorder=1)
     for order, (name, versions) in enumerate(overview.groups.items(), 2):
         _scatter(axes, overview, name, versions, order)
     for (name, version), (shape, _) in zip(overview.notable, NOTABLE_SHAPES, strict=False):
@@ -134,7 +134,7 @@ def parallel_picture(overview: Overview) -> Figure | None:
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.set_ylim(-0.02, 1.02)
-    figure.suptitle("All that was weighed, each axis from its least to its most", x=0.01, ha="left")
+    figure.suptitle("All measured versions, each axis from its least to its most", x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     return figure
 
@@ -183,11 +183,11 @@ def _write(axes: Axes, row: int, column: int, text: str, background: Any) -> Non
     axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
 
 
-def growth_picture(overview: Overview) -> Figure | None:
+def hypervolume_picture(overview: Overview) -> Figure | None:
     """Returns the hypervolume over the trials."""
-    if not overview.growth:
+    if not overview.hypervolume_history:
         return None
-    trials, shares = zip(*overview.growth, strict=True)
+    trials, shares = zip(*overview.hypervolume_history, strict=True)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.step(trials, [share * 100 for share in shares], where="post", color=LIMIT)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from search.report.axes import accuracy_view, coordinates, flops_share, limit_lines, stairs
+from search.report.axes import accuracy_view, coordinates, flops_share, limit_lines, staircase
 from search.report.hover import hover
 from search.report.importance import IMPORTANCE
 from search.report.layers import HeatMap, heat_map, leaving_shares, parallel_axes
@@ -21,9 +21,9 @@ def figures(overview: Overview) -> dict[str, go.Figure]:
     """Returns every picture that the search has something to show in, by its heading."""
     drawn: Mapping[str, Callable[[Overview], go.Figure | None]] = {
         "Front": front_figure,
-        "All that was weighed": parallel_figure,
+        "All measured versions": parallel_figure,
         "Layers along the front": layers_figure,
-        "Progress": growth_figure,
+        "Progress": hypervolume_figure,
         "Where inputs leave": exits_figure,
         "Which channels matter": profile_figure,
         IMPORTANCE: importance_figure,
@@ -40,7 +40,7 @@ def _laid_out(figure: go.Figure, height: int, **settings: object) -> go.Figure:
 def front_figure(overview: Overview) -> go.Figure:
     """Returns accuracy over latency, FLOPs as size, the candidate under the pointer."""
     figure = go.Figure()
-    corners = stairs(overview.front)
+    corners = staircase(overview.front)
     figure.add_scatter(
         x=[at[0] for at in corners],
         y=[at[1] for at in corners],
@@ -161,11 +161,11 @@ def _stepped(colors: Sequence[str]) -> list[list[float | str]]:
     return [[at, color] for place, color in enumerate(colors) for at in (place * width, (place + 1) * width)]
 
 
-def growth_figure(overview: Overview) -> go.Figure | None:
+def hypervolume_figure(overview: Overview) -> go.Figure | None:
     """Returns the hypervolume over the trials."""
-    if not overview.growth:
+    if not overview.hypervolume_history:
         return None
-    trials, shares = zip(*overview.growth, strict=True)
+    trials, shares = zip(*overview.hypervolume_history, strict=True)
     figure = go.Figure(go.Scatter(x=trials, y=[share * 100 for share in shares], line={"shape": "hv", "color": LIMIT}))
     figure.update_traces(hovertemplate="after trial %{x}: %{y:.2f}%<extra></extra>")
     figure.update_xaxes(title="trial")

@@ -73,7 +73,7 @@ def report_of(overview: Overview) -> Report:
         _question(overview),
         _front(overview),
         _worth(overview),
-        Section("How the search went", _progress(overview), pictures=("Progress", "All that was weighed")),
+        Section("How the search went", _progress(overview), pictures=("Progress", "All measured versions")),
         Section("Along the front", pictures=("Layers along the front", "Where inputs leave", "Which channels matter")),
         _importance(overview),
         _dense(overview),
@@ -96,7 +96,7 @@ def _question(overview: Overview) -> Section:
 def front_of(overview: Overview, name: Callable[[Version], str] | None = None) -> Table:
     """Returns the front and the simple versions below it as a table; `name` replaces a version's number."""
     rows = []
-    for version in [*overview.front, *overview.lines]:
+    for version in [*overview.front, *overview.other_simple]:
         number, *rest = front_row(version, overview.dense)
         rows.append([name(version) if name else number, *rest])
     return Table(headings(overview.dense), rows)
@@ -169,7 +169,7 @@ def _progress(overview: Overview) -> list[str]:
     ended = len(overview.ended_early)
     early = f" {ended} of which were ended early," if ended else ""
     return [
-        f"{len(overview.versions)} different versions were measured,{early} {len(overview.good)} keep the budget,"
+        f"{len(overview.versions)} different versions were measured,{early} {len(overview.feasible)} keep the budget,"
         f" {len(overview.front)} are on the front, which dominates {share:.1%} of the budget's box (hypervolume)."
     ]
 

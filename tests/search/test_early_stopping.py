@@ -253,8 +253,8 @@ def test_nothing_is_asked_twice_and_nothing_comes_out_otherwise(pipeline, baseli
         subject = pipeline.deployed(pipeline.space.with_thresholds(*settled(pipeline, exit_from)))
         counts: list[int] = []
         opened, answer = subject.session, subject.session.answer
-        opened.answer = lambda images, batch, a=answer, sampled=sampled: (
-            sampled.append(len(images)),
+        opened.answer = lambda images, batch, a=answer, counts=counts: (
+            counts.append(len(images)),
             a(images, batch),
         )[1]
         subject.first_answers(200)
@@ -305,7 +305,7 @@ def test_people_and_mlflow_are_told(searched) -> None:
     overview = Overview.of(read)
     ended = overview.ended_early
     numbers = {each.number for each in ended}
-    assert not numbers & {each.number for each in [*overview.front, *overview.good, *overview.given_up]}
+    assert not numbers & {each.number for each in [*overview.front, *overview.feasible, *overview.not_scored]}
     shown = json.loads(json.dumps(front_json(overview)))["ended_early"]
     assert {each["trial"] for each in shown} == numbers
     assert all(each["ended"] and each["measurements"]["accuracy"]["n"] < TOTAL / 2 for each in shown)

@@ -171,7 +171,7 @@ def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(pipeline, 
     given = [each.evaluation.candidate.precision for each in overview.versions]
     assert {precision[layer] for precision in given for layer in layers} == {"fp32"}
     assert [line.trial for line in overview.simple] == ["dense", "int8"]
-    assert any(line.trial == "int8" for line in [*overview.front, *overview.lines])
+    assert any(line.trial == "int8" for line in [*overview.front, *overview.other_simple])
 
 
 def test_an_older_journal_has_the_dense_network_to_beat(folder) -> None:
@@ -180,7 +180,7 @@ def test_an_older_journal_has_the_dense_network_to_beat(folder) -> None:
     old = Baseline.from_dict(content)
     assert [line.trial for line in old.versions_to_beat] == ["dense"]
     overview = Overview.of(replace(stored(folder), baseline=old), Budget.parse(["latency<1000%"]))
-    names = [each.trial for each in (*overview.front, *overview.lines)]
+    names = [each.trial for each in (*overview.front, *overview.other_simple)]
     assert names.count("dense") == 1
     assert 0 not in names or overview.search.trials[0].user_attrs["evaluation"]["candidate"] != (
         old.evaluation.candidate.to_dict()
