@@ -127,7 +127,7 @@ def _worth(overview: Overview) -> Section:
 
 
 def _facts(overview: Overview, versions: Sequence[Version]) -> list[list[str]]:
-    """Returns a row for each figure, a column for each version."""
+    """Returns the rows of a table with a row for each metric and a column for each version."""
     dense = overview.dense.measured
     columns = []
     for version in versions:
@@ -179,10 +179,10 @@ def _importance(overview: Overview) -> Section:
     if effects is None:
         return Section(IMPORTANCE)
     lines = [
-        "What each change comes to, on average over all that was measured, the dense network's latency being 100%;"
-        " of latency the longest path's.",
-        f"Surrogates tell these: of what was held out R² {effects.latency_r2:.2f} for latency,"
-        f" {effects.accuracy_r2:.2f} for accuracy; near 0 or below, the effects are noise.",
+        "The effect of each change, on average over all measured versions. Latency is that of the longest path, in"
+        " percent of the dense network's.",
+        f"Effects are predicted by surrogates, with R² {effects.latency_r2:.2f} for latency and"
+        f" {effects.accuracy_r2:.2f} for accuracy on held-out versions; near 0 or below, the effects are noise.",
     ]
     rows = [
         [effect.name, effect.change, f"{effect.latency * 100:+.1f}%", points(effect.accuracy)]

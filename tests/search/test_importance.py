@@ -88,7 +88,9 @@ def test_versions_that_are_all_alike_have_no_effects() -> None:
 
 def test_the_report_shows_it_in_every_form(folder, tmp_path) -> None:
     search = replace(stored(folder), folder=replace(stored(folder).folder, path=tmp_path))
-    shown = replace(Overview.of(search), dense=DENSE, simple=(DENSE,), versions=tuple(versions(40)), feasible=(), front=())
+    shown = replace(
+        Overview.of(search), dense=DENSE, simple=(DENSE,), versions=tuple(versions(40)), feasible=(), front=()
+    )
     text = report_of(shown).to_markdown()
     assert f"## {IMPORTANCE}" in text
     assert "| dear | int8 | -20" in text or "| dear | int8 | -19" in text
