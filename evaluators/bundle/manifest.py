@@ -40,7 +40,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class DenseReference:
-    """The dense network that the bundle's latency is told beside.
+    """The dense network that the bundle's latency is relative to.
 
     Args:
         file: of it; it may be left out when the bundle is shipped.
@@ -88,7 +88,7 @@ class Manifest:
         image_shape: of one input, `(c, h, w)`.
         classes: how many there are.
         frames: which frames of a stream are computed; None where inputs have nothing to do with each other.
-        reference: what its latency is told beside; None where it was told by the machine's own clock.
+        reference: the network that its latency is relative to; None if latency was measured without one.
         leaving: the share of the images that each exit and the end answered when its latency was confirmed.
         check: what it said to its own check images.
     """

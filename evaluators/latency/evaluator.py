@@ -51,7 +51,7 @@ class Paths:
 
 @dataclass(frozen=True)
 class Reference:
-    """The network that candidates are timed beside: the dense network in one precision.
+    """The network that candidates are timed against: the dense network in one precision.
 
     Args:
         model: the deployed file.
