@@ -267,7 +267,7 @@ class ArtifactBuilder:
             stages=tuple(files),
             deployed=deployed_stages(self._runtime, files, bool(layout.blocks)),
             exits=candidate.active_exits,
-            thresholds=tuple(candidate.thresholds[name] for name in candidate.active_exits),
+            thresholds=candidate.thresholds.confidences,
             precisions=self._deployed_precisions(precisions, layout),
             boundaries=self.boundaries(replace(candidate, precision=precisions)),
             confidence=self._confidence,

@@ -33,7 +33,7 @@ from evaluators.quantization.scheme import Scheme
 from evaluators.runtimes.base import Runtime, Session, TimedBatch, deployed_stages
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from evaluators.runtimes.paired_timing import TakeTurn, TimingProtocol
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from spaces.channels import SparsitySpace
 from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.block_gates.base import BlockGate
@@ -45,7 +45,7 @@ from spaces.pruning.criteria import CRITERIA
 from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.prunable import find_groups
 from spaces.testing import BLOCKS, BlockGateContract, MaskContract, exit_network, gated_network, pictures
-from spaces.thresholds import ThresholdSpace
+from spaces.thresholds import Thresholds, ThresholdSpace
 
 _THRESHOLD = 0.6
 """Confidence from which the exits of a contract's network answer."""
@@ -72,13 +72,15 @@ def check_skips(make: BlockGate, runtime: Runtime, batch: int) -> None:
         _, seen, _ = network.observe(images)
         logits = [network.gate(block)(source).flatten() for block, (source, _) in zip(BLOCKS, seen, strict=True)]
     middles = [float(each.sort().values[19:21].mean()) for each in logits]
-    thresholds = {f"skip.{block}": middle for block, middle in zip(BLOCKS, middles, strict=True)}
+    thresholds = dict(zip(BLOCKS, middles, strict=True))
     builder = ArtifactBuilder(network, images.numpy(), runtime)
-    artifact = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp32"), thresholds))
+    artifact = builder.build(
+        network, Candidate({}, dict.fromkeys(builder.layers, "fp32"), Thresholds(blocks=thresholds))
+    )
     runs: dict[str, Tensor] = {}
 
     def decide(block: str, logits: Tensor) -> Tensor:
-        runs[block] = logits >= thresholds[f"skip.{block}"]
+        runs[block] = logits >= thresholds[block]
         return runs[block].float()
 
     with torch.no_grad():
@@ -152,10 +154,10 @@ class RuntimeContract:
     @pytest.fixture
     def write(
         self, builder: ArtifactBuilder, network: ExitNetwork, space: JointSpace
-    ) -> Callable[[str, float], Sequence[bytes]]:
-        """Writes the portable files of a precision and a threshold of the exits; at 1.0 there are none."""
+    ) -> Callable[[str, float | None], Sequence[bytes]]:
+        """Writes the portable files of a precision and a threshold of the exits; at None there are none."""
 
-        def written(precision: str, threshold: float) -> Sequence[bytes]:
+        def written(precision: str, threshold: float | None) -> Sequence[bytes]:
             return builder.build(network, space.candidate(space.uniform(1.0, precision, threshold))).stages
 
         return written
@@ -171,10 +173,10 @@ class RuntimeContract:
         assert min(able.channel_steps.values()) >= 1
 
     def test_runs_what_it_deploys(
-        self, runtime: Runtime, write: Callable[[str, float], Sequence[bytes]], images: Tensor
+        self, runtime: Runtime, write: Callable[[str, float | None], Sequence[bytes]], images: Tensor
     ) -> None:
         for precision in runtime.capabilities().precisions:
-            (stage,) = write(precision, NEVER_EXIT)
+            (stage,) = write(precision, None)
             opened = runtime.open([runtime.deployable(stage)], [], 1)
             logits, exits = opened.answer(images.numpy(), batch=5)
             assert logits.shape == (len(images), 4)
@@ -190,18 +192,18 @@ class RuntimeContract:
     def test_answers_as_torch_does(
         self,
         runtime: Runtime,
-        write: Callable[[str, float], Sequence[bytes]],
+        write: Callable[[str, float | None], Sequence[bytes]],
         network: ExitNetwork,
         images: Tensor,
     ) -> None:
-        (stage,) = write("fp32", NEVER_EXIT)
+        (stage,) = write("fp32", None)
         found, _ = runtime.open([runtime.deployable(stage)], [], 1).answer(images.numpy(), 4)
         with torch.no_grad():
             np.testing.assert_allclose(found, network(images)[-1].numpy(), atol=1e-4)
 
     @pytest.fixture
     def exit_stages(
-        self, runtime: Runtime, write: Callable[[str, float], Sequence[bytes]], network: ExitNetwork
+        self, runtime: Runtime, write: Callable[[str, float | None], Sequence[bytes]], network: ExitNetwork
     ) -> list[bytes]:
         """The deployed stages of the network in fp32, with both of its exits."""
         stages = [runtime.deployable(stage) for stage in write("fp32", _THRESHOLD)]
@@ -215,10 +217,14 @@ class RuntimeContract:
 
     @pytest.fixture
     def take_turn(
-        self, runtime: Runtime, write: Callable[[str, float], Sequence[bytes]], with_exits: Session, images: Tensor
+        self,
+        runtime: Runtime,
+        write: Callable[[str, float | None], Sequence[bytes]],
+        with_exits: Session,
+        images: Tensor,
     ) -> TakeTurn:
         """Turns between four batches of the network with exits and the network without them."""
-        (stage,) = write("fp32", NEVER_EXIT)
+        (stage,) = write("fp32", None)
         without = runtime.open([runtime.deployable(stage)], [], 1)
         batches = [TimedBatch(0, 4), TimedBatch(4, 4), TimedBatch(0, 4, longest=True), TimedBatch(0, 4, exit=0)]
         return with_exits.turns(images.numpy(), batches, without, 2, TimingProtocol(burst_s=0))
@@ -277,11 +283,11 @@ class RuntimeContract:
             np.testing.assert_allclose(found, wanted, atol=0.02 * float(np.ptp(wanted)))
 
     def test_what_is_inside_a_file_can_be_seen(
-        self, runtime: Runtime, write: Callable[[str, float], Sequence[bytes]], images: Tensor
+        self, runtime: Runtime, write: Callable[[str, float | None], Sequence[bytes]], images: Tensor
     ) -> None:
-        taps = find_taps(write("fp32", NEVER_EXIT)[0])
+        taps = find_taps(write("fp32", None)[0])
         for precision in runtime.capabilities().precisions:
-            (stage,) = write(precision, NEVER_EXIT)
+            (stage,) = write(precision, None)
             model, names = with_taps(runtime.deployable(stage), [tap.tensor for tap in taps])
             tensors = runtime.tensors(model)(images.numpy())
             assert set(names) == {tap.tensor for tap in taps}
@@ -294,9 +300,9 @@ class RuntimeContract:
             np.testing.assert_allclose(tensors["logits"], logits, atol=close)
 
     def test_deployable_leaves_a_float_model_alone(
-        self, runtime: Runtime, write: Callable[[str, float], Sequence[bytes]]
+        self, runtime: Runtime, write: Callable[[str, float | None], Sequence[bytes]]
     ) -> None:
-        (stage,) = write("fp32", NEVER_EXIT)
+        (stage,) = write("fp32", None)
         assert runtime.deployable(stage) == stage
 
 
@@ -357,7 +363,7 @@ class CalibratorContract:
         inside = {name for node in onnx.load_from_string(exact).graph.node for name in node.output}
         found = histograms(exact, sorted(inside & builder.ranges.keys()), images.numpy())
         ranges = {name: each.clipped(calibrator(each, self.scheme)) for name, each in found.items()}
-        int8 = space.candidate(space.uniform(1.0, "int8", NEVER_EXIT))
+        int8 = space.candidate(space.uniform(1.0, "int8"))
         (file,) = builder.build(network, int8, {**builder.ranges, **ranges}).stages
         logits, wanted = (load(each, 1)(images.numpy())[-1] for each in (file, exact))
         assert 0 < np.sqrt(np.mean((logits - wanted) ** 2) / np.mean(wanted**2)) < 0.15
@@ -390,7 +396,7 @@ class MaskFileContract(MaskContract):
     def test_the_exported_file_answers_as_torch_does(self, plain: nn.Module) -> None:
         network = ExitNetwork(self.undecided(self.masked(plain)), (), ()).eval()
         builder = ArtifactBuilder(network, self.images.numpy(), OnnxRuntime())
-        artifact = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp32"), {}))
+        artifact = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp32")))
         with torch.no_grad():
             expected = network.trunk(self.images).numpy()
         answers = load(artifact.stages[0], 0)(self.images.numpy())[-1]

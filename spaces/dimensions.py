@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 Value = int | float | str
 
@@ -15,6 +15,11 @@ class Integer:
     high: int
     step: int = 1
 
+    def nearest(self, value: float) -> int:
+        """Returns the nearest step to a value; beyond an end, that end."""
+        nearest = self.low + round((value - self.low) / self.step) * self.step
+        return min(max(nearest, self.low), self.high)
+
 
 @dataclass(frozen=True)
 class Real:
@@ -23,6 +28,11 @@ class Real:
     low: float
     high: float
     step: float
+
+    def nearest(self, value: float) -> float:
+        """Returns the nearest step to a value, rounded to 6 decimals; beyond an end, that end."""
+        nearest = self.low + round((value - self.low) / self.step) * self.step
+        return round(min(max(nearest, self.low), self.high), 6)
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,9 @@ class Space(Protocol):
         """Returns the dimensions by parameter name, without those that have only one value."""
         ...
 
-    def read(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """Returns this space's part of a candidate, unprefixed, from a value for each dimension.
+    def read(self, values: Mapping[str, Value]) -> Any:
+        """Returns this space's part of a candidate from a value for each dimension: values by unprefixed name, or a
+        type whose `to_dict` returns them.
 
         Raises:
             KeyError: `values` lacks a dimension.

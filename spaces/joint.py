@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from spaces.candidate import ALWAYS_RUN, NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from spaces.channels import SparsitySpace
-from spaces.dimensions import Choice, Dimension, Integer, Real, Value
+from spaces.dimensions import Choice, Dimension, Value
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import move_masks
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PREFIX, PrecisionSpace, uniform
-from spaces.thresholds import FRAMES_THRESHOLD, MASK_THRESHOLD, SKIP_THRESHOLD, TRAINED, ThresholdSpace
+from spaces.thresholds import Thresholds, ThresholdSpace
 
 NO_PATTERNS = PatternSpace({})
 """Every layer is dense."""
@@ -45,21 +45,19 @@ class JointSpace:
         Raises:
             KeyError: a dimension has no value.
         """
-        thresholds = {name: float(value) for name, value in self.thresholds.read(values).items()}
+        thresholds = self.thresholds.read(values)
         precision = {name: str(value) for name, value in self.precision.read(values).items()}
         channels = {name: int(value) for name, value in self.sparsity.read(values).items()}
         patterns = {name: str(value) for name, value in self.patterns.read(values).items() if value != DENSE}
         return self.with_thresholds(Candidate(channels, precision, thresholds, patterns), thresholds)
 
-    def with_thresholds(self, candidate: Candidate, thresholds: Mapping[str, float]) -> Candidate:
+    def with_thresholds(self, candidate: Candidate, thresholds: Thresholds) -> Candidate:
         """Returns the candidate with other thresholds.
 
         The head of an exit that never answers and the gate of a block that is always run are not deployed. Their layers
         get the reference precision, so that candidates with the same deployed files are equal.
         """
-        prefixes = [self.thresholds.idle_layers(name, threshold) for name, threshold in thresholds.items()]
-        idle = tuple(prefix for prefix in prefixes if prefix is not None)
-        layers = [layer for layer in candidate.precision if layer.startswith(idle)]
+        layers = [layer for layer in candidate.precision if layer.startswith(thresholds.idle_layers())]
         precision = dict(candidate.precision) | dict.fromkeys(layers, self.precision.precisions[0])
         return Candidate(candidate.channels, precision, thresholds, candidate.patterns)
 
@@ -71,22 +69,26 @@ class JointSpace:
         """Returns the unpruned candidate without exits, skips or reuse in one precision, whether allowed or not."""
         channels = {group.name: group.channels for group in self.sparsity.groups}
         layers = uniform(self.precision.layers, precision, self.precision.precisions[0])
-        return self.with_thresholds(Candidate(channels, layers, {}), self.thresholds.closed())
+        return self.with_thresholds(Candidate(channels, layers), self.thresholds.closed())
 
-    def uniform(self, keep: float, precision: str, threshold: float, pattern: str = DENSE) -> dict[str, Value]:
-        """Returns values that are the same for all layers: a share of the channels, a precision, threshold and pattern.
+    def uniform(
+        self, keep: float, precision: str, confidence: float | None = None, pattern: str = DENSE
+    ) -> dict[str, Value]:
+        """Returns values that are the same for all layers: a share of the channels, a precision, a pattern.
 
-        Shares and the threshold are rounded to the nearest step. The threshold is that of exits; frames get the
-        threshold at the same relative position. If the threshold lets exits answer, gates and masks get the threshold
-        of their training; otherwise every block is run completely.
+        Args:
+            keep: the share of channels, rounded to the nearest step.
+            precision: of all layers that may have it; others get the nearest one.
+            confidence: from which all exits answer, with gates, masks and frames accordingly; None if no exit answers
+                and every block is run completely.
+            pattern: of all layers that may have it.
         """
-        values: dict[str, Value] = {}
+        values = self.thresholds.alike(confidence)
         for name, dimension in self.dimensions().items():
-            if name.startswith((SKIP_THRESHOLD, MASK_THRESHOLD)):
-                values[name] = ALWAYS_RUN if threshold >= NEVER_EXIT else TRAINED
-            elif not isinstance(dimension, Choice):
-                own = self.thresholds.as_open(threshold) if name == FRAMES_THRESHOLD else threshold
-                values[name] = _nearest(dimension, keep, own)
+            if name in values:
+                continue
+            if not isinstance(dimension, Choice):
+                values[name] = dimension.nearest(keep * dimension.high)
             elif name.startswith(PREFIX):
                 values[name] = self.precision.nearest(name.removeprefix(PREFIX), precision)
             else:
@@ -107,12 +109,5 @@ class JointSpace:
         """
         smaller = self.sparsity.apply(network, candidate.channels)
         apply_patterns(smaller, candidate.patterns)
-        move_masks(smaller, candidate.masks)
+        move_masks(smaller, candidate.thresholds.masks)
         return smaller
-
-
-def _nearest(dimension: Integer | Real, keep: float, threshold: float) -> Value:
-    value = keep * dimension.high if isinstance(dimension, Integer) else threshold
-    steps = round((value - dimension.low) / dimension.step)
-    nearest = min(max(dimension.low + steps * dimension.step, dimension.low), dimension.high)
-    return nearest if isinstance(dimension, Integer) else round(nearest, 6)

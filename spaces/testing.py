@@ -28,6 +28,7 @@ from spaces.pruning.criteria.base import Criterion, Evidence
 from spaces.pruning.groups import ChannelGroup
 from spaces.pruning.prunable import find_groups, halves
 from spaces.pruning.slicing import sliced
+from spaces.thresholds import Thresholds
 
 BLOCKS = ("first", "second", "last")
 """The blocks of `SkippableNetwork` that an input may pass by."""
@@ -381,7 +382,8 @@ class SpaceContract:
             else getattr(dimension, end)
             for name, dimension in part.dimensions().items()
         }
-        found = part.read(values)
+        read = part.read(values)
+        found = read.to_dict() if isinstance(read, Thresholds) else read
         assert {name.split(".", 1)[1] for name in values} <= set(found)
         for name, value in values.items():
             assert found[name.split(".", 1)[1]] == value

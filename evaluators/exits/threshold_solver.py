@@ -12,14 +12,14 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from spaces.candidate import NEVER_EXIT
-
 Floats = NDArray[np.float64]
 Levels = list[Floats]
-"""For each exit the thresholds to try, ascending, from always to never exiting."""
+"""For each exit the thresholds to try, ascending, from `_ALWAYS_EXIT` to `_NEVER_EXIT`."""
 
-ALWAYS_EXIT = 0.0
+_ALWAYS_EXIT = 0.0
 """The threshold that every confidence reaches."""
+_NEVER_EXIT = 1.0
+"""The threshold that no confidence reaches: while solving, confidences are below 1."""
 CELLS = 500_000
 """The size of the first grid: the number of threshold combinations that are evaluated at once."""
 _FINE_CELLS = 60_000
@@ -72,13 +72,13 @@ class Solution:
     """Thresholds with their accuracy and costs.
 
     Args:
-        thresholds: one for each exit; `NEVER_EXIT` for an exit that is not used.
+        thresholds: one for each exit; None for an exit that is not used.
         accuracy: the share of right answers, or its expected value, on the images that were given.
         costs: the mean of each cost on the same images.
         shares: the share of images that leave at each exit and, last, run to the end.
     """
 
-    thresholds: tuple[float, ...]
+    thresholds: tuple[float | None, ...]
     accuracy: float
     costs: tuple[float, ...]
     shares: tuple[float, ...]
@@ -111,7 +111,7 @@ class ThresholdSolver:
     ) -> None:
         if correct.shape != (len(confidences), confidences.shape[1] + 1) or not len(confidences) or not costs:
             raise ValueError(f"answers are (n, exits + 1), got {correct.shape} for confidences {confidences.shape}")
-        # Confidences that were rounded up to 1 are lowered: the threshold 1 turns an exit off.
+        # Confidences that were rounded up to 1 are lowered: no confidence reaches `_NEVER_EXIT`.
         self._confidences = np.minimum(confidences.astype(np.float32), _HIGHEST).astype(np.float64)
         self._correct = correct.astype(np.float64)
         self._costs = tuple(costs)
@@ -134,9 +134,9 @@ class ThresholdSolver:
             share *= 4 / fine
         return self._solution(self._descend(chosen))
 
-    def outcome(self, thresholds: Sequence[float]) -> Solution:
-        """Returns the accuracy and costs of given thresholds."""
-        return self._solution([float(threshold) for threshold in thresholds])
+    def outcome(self, thresholds: Sequence[float | None]) -> Solution:
+        """Returns the accuracy and costs of given thresholds; None for exits that are not used."""
+        return self._solution([_NEVER_EXIT if threshold is None else threshold for threshold in thresholds])
 
     def _levels(self, index: int, limit: int, near: tuple[float, float] | None = None) -> Floats:
         """Returns thresholds to try for one exit: all confidences of the images, or quantiles of them.
@@ -155,7 +155,7 @@ class ThresholdSolver:
         values = np.unique(confidences)
         if len(values) > limit - 3:
             values = confidences[np.linspace(0, len(confidences) - 1, max(limit - 3, 1)).round().astype(int)]
-        return np.unique([ALWAYS_EXIT, *values, *included, NEVER_EXIT])
+        return np.unique([_ALWAYS_EXIT, *values, *included, _NEVER_EXIT])
 
     def _best_of(self, levels: Levels) -> list[float]:
         """Returns the best combination of the thresholds to try, one level of each exit."""
@@ -173,7 +173,7 @@ class ThresholdSolver:
                 sums[position] = sums[position][..., None] + stay * (leave[index + 1] - leave[index])
                 sums[position] += self._unshared(position, index, stay)
                 if heads[index]:
-                    sums[position] -= reached * heads[index] * (level >= NEVER_EXIT)
+                    sums[position] -= reached * heads[index] * (level >= _NEVER_EXIT)
         best = np.unravel_index(_lexicographic_minimum(self._keys(correct, sums)), shape)
         return [float(level[position]) for level, position in zip(levels, best, strict=True)]
 
@@ -239,15 +239,15 @@ class ThresholdSolver:
         exits = self._exits(thresholds)
         n, count = len(exits), len(thresholds)
         shares = np.bincount(exits, minlength=count + 1) / n
-        used = [value if share else NEVER_EXIT for value, share in zip(thresholds, shares, strict=False)]
-        off = np.array(used) >= NEVER_EXIT
+        used = [value if share else _NEVER_EXIT for value, share in zip(thresholds, shares, strict=False)]
+        off = np.array(used) >= _NEVER_EXIT
         stay = n - np.cumsum(np.bincount(exits, minlength=count + 1))[:-1].astype(np.float64)
         means = []
         for position, ((leave, heads), scale) in enumerate(zip(self._units, self._scales, strict=True)):
             total = (leave - np.cumsum(np.append(heads * off, 0.0)))[exits].sum()
             total += sum(float(self._unshared(position, index, left)) for index, left in enumerate(stay))
             means.append(float(total / scale / n))
-        safe = tuple(self._safe(index, value) for index, value in enumerate(used))
+        safe = tuple(None if value >= _NEVER_EXIT else self._safe(index, value) for index, value in enumerate(used))
         accuracy = float(self._correct[np.arange(n), exits].mean())
         return Solution(safe, accuracy, tuple(means), tuple(map(float, shares)))
 
@@ -255,10 +255,10 @@ class ThresholdSolver:
         """Returns the threshold moved a little below the lowest confidence that reaches it, against rounding."""
         values = self._sorted[index]
         position = int(np.searchsorted(values, threshold))
-        if threshold >= NEVER_EXIT or threshold <= ALWAYS_EXIT or position == len(values):
+        if threshold <= _ALWAYS_EXIT or position == len(values):
             return threshold
         reaching = values[position]
-        below = values[position - 1] if position else ALWAYS_EXIT
+        below = values[position - 1] if position else _ALWAYS_EXIT
         lower = float(np.float32(max(reaching - _MARGIN, (reaching + below) / 2)))
         return lower if below < lower < reaching else float(reaching)
 

@@ -67,10 +67,11 @@ class Layout:
         skips = candidate.active_skips
         if not skips:
             return ()
+        confidence_of = dict(zip(candidate.active_exits, candidate.thresholds.confidences, strict=True))
         return tuple(
             Step(
                 step.stage,
-                candidate.thresholds[step.exit] if step.exit else None,
+                confidence_of[step.exit] if step.exit else None,
                 skips[step.block] if step.block else None,
                 step.gate,
                 step.keeps,

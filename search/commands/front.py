@@ -64,7 +64,7 @@ def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
     candidate, whole = version.evaluation.candidate, dense.evaluation.candidate
     measured = figures(version.evaluation, dense.measured)
     lost = measured["accuracy_pct"] - figures(dense.evaluation, dense.measured)["accuracy_pct"]
-    leave = zip(whole.exits, leaving_shares(version), strict=True)
+    leave = zip(whole.thresholds.exits, leaving_shares(version), strict=True)
     keys = version.measured["accuracy"].notes.get(KEY_FRAMES)
     return {
         "trial": version.trial,

@@ -122,7 +122,7 @@ def _load(folder: Path, manifest: Manifest, runtime: Runtime) -> LoadedArtifact:
         steps=tuple(step for step in from_json(manifest.steps) if isinstance(step, Step)),
     )
     # With a single reference the precisions of the candidate's layers are not needed.
-    loaded = LoadedArtifact(Candidate({}, {}, {}), artifact, _check(folder, reuse), runtime, target)
+    loaded = LoadedArtifact(Candidate({}, {}), artifact, _check(folder, reuse), runtime, target)
     try:
         _ = loaded.session
     except UserError:

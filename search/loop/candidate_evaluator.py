@@ -67,7 +67,7 @@ class CandidateEvaluator:
             choices: what the sampler proposed.
             version: its evaluation, under the number of the trial.
         """
-        if choices.is_unresolved:
+        if choices.is_unsolved:
             self._resolved[choices.key] = version.evaluation.candidate
         key = version.evaluation.candidate.key
         earlier = self.versions.get(key)

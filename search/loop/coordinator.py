@@ -191,7 +191,7 @@ class Coordinator:
             self._journal.tell(trial, state=TrialState.FAIL)
         else:
             begin_tell = time.monotonic()
-            if choices.is_unresolved:
+            if choices.is_unsolved:
                 trial.set_user_attr("choices", choices.key)
             version = Version(trial.number, evaluation)
             self._tell(trial, version, self._evaluator.record(choices, version))

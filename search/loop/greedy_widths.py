@@ -9,7 +9,6 @@ from search.config.progress import Progress
 from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.sensitivity_profiler import Profiler
 from search.results.sensitivity import Point, Profile
-from spaces.candidate import NEVER_EXIT
 from spaces.channels import PREFIX
 from spaces.dimensions import Value
 
@@ -42,7 +41,7 @@ def greedy_seeds(
         return []
     precision = pipeline.space.precision.computed[-1]
     versions = greedy_versions(pipeline, profiler.run(progress))
-    thresholds = (NEVER_EXIT, _THRESHOLD) if pipeline.space.thresholds.dimensions() else (NEVER_EXIT,)
+    thresholds = (None, _THRESHOLD) if pipeline.space.thresholds.dimensions() else (None,)
     return [
         pipeline.space.uniform(1.0, precision, threshold) | {PREFIX + name: count for name, count in kept.items()}
         for _, kept in versions

@@ -14,7 +14,7 @@ from spaces.joint import JointSpace
 
 
 def resolved_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version]) -> dict[str, Candidate]:
-    """Returns the candidates with solved thresholds of earlier trials, by the key of the unresolved choices.
+    """Returns the candidates with solved thresholds of earlier trials, by the key of the unsolved choices.
 
     Solved thresholds depend on timings, so they are solved only once for the same choices.
     """

@@ -21,6 +21,7 @@ from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import move_masks
 from spaces.joint import JointSpace
+from spaces.thresholds import Thresholds
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Compressor:
             DivergedError: the loss of a training is not finite for the second time.
         """
         precision = candidate.precision if plan.depends_on_precision else {}
-        key = (replace(candidate, thresholds=candidate.mask_thresholds, precision=precision), plan)
+        key = (replace(candidate, thresholds=Thresholds(masks=candidate.thresholds.masks), precision=precision), plan)
         if self._last is None or self._last[0] != key:
             self._last = key, self._compress(candidate, plan)
         return self._last[1]
@@ -172,7 +173,7 @@ class Compressor:
         if plan.finetune is not None:
             self._finetune(network, candidate, plan.finetune, history)
             history += plan.finetune.model_dump_json()
-        move_masks(network, candidate.masks)  # cached weights may have another version's thresholds
+        move_masks(network, candidate.thresholds.masks)  # cached weights may have another version's thresholds
         ranges = self._ranges(plan)
         if plan.qat is not None and self.context.int8 is not None:
             learned = train_int8_kept(self.context, self.context.int8, network, candidate, plan.qat, history)

@@ -25,7 +25,7 @@ from search.pipeline.early_stopping import SOLVED_FOR, EarlyStopping, narrow_mis
 from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.threshold_problem import ResolvedThresholds, ThresholdProblem, margin
 from search.results.evaluation import Evaluation
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 
 AIM = 0.97
 """Share of a limit that thresholds aim at by default: the version is scored and timed on other images."""
@@ -47,7 +47,7 @@ class Solution:
     """How thresholds were chosen.
 
     Args:
-        choices: the candidate with unresolved thresholds.
+        choices: the candidate with unsolved thresholds.
         problem: the optimization problem.
         thresholds: its solution, with accuracy and costs.
     """
@@ -110,17 +110,17 @@ class ExitThresholdSolver:
         self._budget = budget or pipeline.study.budget
 
     def resolve(self, choices: Candidate, finetune: FinetuneSection | None = None) -> ResolvedCandidate:
-        """Returns the candidate with its thresholds solved, or as it is if none are unresolved.
+        """Returns the candidate with its thresholds solved, or as it is if none are unsolved.
 
         All exits are built, run once on the threshold images, and timed. The version with the solved thresholds is
         timed as it would run, one stage after the other, and its thresholds are solved once more with that latency. If
         exits save nothing then, the version has none.
 
         Args:
-            choices: the candidate, its thresholds unresolved.
+            choices: the candidate, its thresholds unsolved.
             finetune: fine-tuning on top of the study's recovery.
         """
-        if not choices.is_unresolved:
+        if not choices.is_unsolved:
             return ResolvedCandidate(choices)
         begin = time.perf_counter()
         compressed = self._pipeline.compress(choices, finetune)
@@ -131,7 +131,7 @@ class ExitThresholdSolver:
     def resolve_again(self, candidate: Candidate, finetune: FinetuneSection) -> ResolvedCandidate:
         """Returns the candidate with thresholds solved anew, if the study solves them: training changes its exits."""
         solves_thresholds = self._pipeline.solves_thresholds
-        return self.resolve(candidate.unresolved() if solves_thresholds else candidate, finetune)
+        return self.resolve(candidate.unsolved() if solves_thresholds else candidate, finetune)
 
     def evaluate(
         self,
@@ -162,7 +162,7 @@ class ExitThresholdSolver:
         deploy = partial(self._pipeline.deploy, compressed=compressed)
         # On runtimes that compile, loading one more artifact would take longer than the rest.
         compiles = self._pipeline.runtime.capabilities().compiles
-        never = self._with(choices, [NEVER_EXIT] * len(choices.active_exits))
+        never = self._with(choices, [None] * len(choices.active_exits))
         problem = self._problem(deploy(choices), None if compiles else deploy(never))
         solution = Solution(choices, problem, problem.solve())
         if compiles or next(iter(problem.costs)) != "latency" or not solution.thresholds.use_exits:
@@ -216,11 +216,10 @@ class ExitThresholdSolver:
         solved = all(limit.limits_default_statistic and limit.measured_as in SOLVED_FOR for limit in costs)
         return bool(costs) and solved and all(excess <= narrow_miss(limit, measured) for limit, excess in costs.items())
 
-    def _with(self, choices: Candidate, thresholds: Sequence[float]) -> Candidate:
-        """Returns the candidate with these thresholds of its active exits; other exits get `NEVER_EXIT`."""
-        never = dict(choices.thresholds) | dict.fromkeys(choices.active_exits, NEVER_EXIT)
-        chosen = dict(zip(choices.active_exits, thresholds, strict=True))
-        return self._pipeline.space.with_thresholds(choices, {**never, **chosen})
+    def _with(self, choices: Candidate, thresholds: Sequence[float | None]) -> Candidate:
+        """Returns the candidate with these thresholds of its active exits, by depth; None for one that is not used."""
+        chosen = choices.thresholds.with_exits(dict(zip(choices.active_exits, thresholds, strict=True)))
+        return self._pipeline.space.with_thresholds(choices, chosen)
 
     def _scored_on_threshold_images(self, version: DeployedCandidate) -> DeployedCandidate:
         """Returns the version with the threshold images as the images that it is scored on."""

@@ -133,7 +133,7 @@ class GivenNetwork:
 
     def deployed(self, precision: str) -> DeployedCandidate:
         """Returns the network in one precision, exported and ready to measure."""
-        candidate = Candidate({}, uniform(self.builder.layers, precision), {})
+        candidate = Candidate({}, uniform(self.builder.layers, precision))
         artifact = self.builder.build(self.network, candidate)
         return DeployedCandidate(self.network, candidate, artifact, self.scored, self.runtime, self.target)
 

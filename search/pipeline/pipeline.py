@@ -38,7 +38,7 @@ from search.recovery.base import QatContext, RecoveryContext
 from search.results.evaluation import Evaluation
 from search.training.block_gates import skip_blocks
 from search.training.dense import UNCUT, augmentation, exit_places, trained_network
-from spaces.candidate import FRAMES, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.cut_points import CutPoints
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.joint import JointSpace
@@ -111,8 +111,8 @@ class CompressionPipeline:
     def deploy(self, candidate: Candidate, compressed: CompressedNetwork) -> DeployedCandidate:
         """Returns a compressed candidate as it would run on the target; thresholds may differ from those compressed."""
         artifact = self.builder.build(compressed.network, candidate, compressed.ranges, compressed.grids)
-        threshold = candidate.thresholds.get(FRAMES, 0.0)
-        if self.study.frames and threshold > 0:
+        threshold = candidate.thresholds.frames
+        if self.study.frames and threshold:
             artifact = replace(artifact, reuse=Reuse(threshold, self.study.frames.max_age))
         return DeployedCandidate(compressed.network, candidate, artifact, self.scored, self.runtime, self.target)
 

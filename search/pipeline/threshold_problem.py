@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from evaluators.exits.correctness import correctness_probabilities
 from evaluators.exits.threshold_solver import Cost, Solution, ThresholdSolver
 from evaluators.measurement import Measurement
-from spaces.candidate import NEVER_EXIT
 
 _EQUIVALENT = 0.5
 """Images by which expected accuracies have to differ to count as different."""
@@ -25,7 +24,7 @@ class ResolvedThresholds:
     """Thresholds of a candidate's exits, and their accuracy and costs on the images that chose them.
 
     Args:
-        thresholds: of each exit; `NEVER_EXIT` for an unused one.
+        thresholds: of each active exit of the choices, by depth; None for one that is not used after all.
         accuracy: share of correct answers.
         expected_accuracy: mean probability of a correct answer, from `correctness_probabilities`.
         costs: means by metric, the limited one first, in seconds or FLOPs.
@@ -37,7 +36,7 @@ class ResolvedThresholds:
         rounds: how often they were solved again after a narrow miss.
     """
 
-    thresholds: tuple[float, ...]
+    thresholds: tuple[float | None, ...]
     accuracy: float
     expected_accuracy: float
     costs: Mapping[str, float]
@@ -56,7 +55,7 @@ class ResolvedThresholds:
     @property
     def use_exits(self) -> bool:
         """Whether any exit may answer."""
-        return min(self.thresholds) < NEVER_EXIT
+        return any(threshold is not None for threshold in self.thresholds)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -117,13 +116,13 @@ class ThresholdProblem:
         return self._resolved(resolved.thresholds, resolved.expected_accuracy)
 
     def without_useless_exits(self, resolved: ResolvedThresholds) -> ResolvedThresholds:
-        """Returns these thresholds, or `NEVER_EXIT` for all exits if using them is neither cheaper nor more accurate.
+        """Returns these thresholds, or None for all exits if using them is neither cheaper nor more accurate.
 
         More accurate means an expected accuracy that differs by more than `_EQUIVALENT` images.
         """
         without_exits = float(self._correctness_probabilities()[:, -1].mean())
         exits = self.confidences.shape[1] - 1
-        never = replace(self, corrections={})._resolved((NEVER_EXIT,) * exits, without_exits)
+        never = replace(self, corrections={})._resolved((None,) * exits, without_exits)
         is_better = resolved.expected_accuracy > without_exits + _EQUIVALENT / len(self.correct)
         pays = resolved.use_exits and (is_better or resolved.first_cost < never.first_cost)
         return resolved if pays else never
@@ -151,7 +150,7 @@ class ThresholdProblem:
         exits = self.confidences[:, :-1]
         return ThresholdSolver(exits, correct, self._corrected_costs(), floor, is_frugal=is_frugal)
 
-    def _resolved(self, thresholds: Sequence[float], expected: float) -> ResolvedThresholds:
+    def _resolved(self, thresholds: Sequence[float | None], expected: float) -> ResolvedThresholds:
         """Returns thresholds with their accuracy, costs and shares on these images."""
         outcome = self._thresholds(self.correct, self.floor).outcome(thresholds)
         return ResolvedThresholds(

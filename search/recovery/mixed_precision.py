@@ -69,7 +69,7 @@ class MixedPrecision(nn.Module):
             images: `(n, c, h, w)`.
         """
         graph = self._int8.graph
-        placement = self._int8.builder.int8_placement(part, Candidate({}, dict.fromkeys(int8, "int8"), {}))
+        placement = self._int8.builder.int8_placement(part, Candidate({}, dict.fromkeys(int8, "int8")))
         tensors = {name: self._steps[origin] for name, origin in graph.rounded_tensors(placement).items()}
         state = {**part.state_dict(), **weights}
         weight_quantizers = {

@@ -226,7 +226,7 @@ def _exits(version: Version) -> str:
     accuracy, candidate = version.measured.get("accuracy"), version.evaluation.candidate
     if not candidate.active_exits:
         return "-"
-    thresholds = " ".join(threshold(candidate.thresholds[name]) for name in candidate.active_exits)
+    thresholds = " ".join(map(threshold, candidate.thresholds.confidences))
     return f"from {thresholds}: {exit_shares(accuracy)}" if accuracy else f"from {thresholds}"
 
 

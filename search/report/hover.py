@@ -21,14 +21,13 @@ def hover(version: Version, dense: Version) -> str:
         f"channels {kept_channels(candidate, dense.evaluation.candidate)}, int8 layers {int8_layers(candidate)}",
     ]
     if candidate.active_exits:
-        thresholds = ", ".join(
-            f"{name} from {threshold(candidate.thresholds[name])}" for name in candidate.active_exits
-        )
+        confidences = zip(candidate.active_exits, candidate.thresholds.confidences, strict=True)
+        thresholds = ", ".join(f"{name} from {threshold(confidence)}" for name, confidence in confidences)
         lines.append(f"exits: {thresholds}; shares answered: {exit_shares(accuracy)}")
     if candidate.active_skips:
         lines.append(f"{len(candidate.active_skips)} blocks that images may skip")
-    if candidate.masks:
-        lines.append(f"masks in {len(candidate.masks)} blocks: they save FLOPs, but no time")
+    if candidate.thresholds.masks:
+        lines.append(f"masks in {len(candidate.thresholds.masks)} blocks: they save FLOPs, but no time")
     return "<br>".join([*lines, *_layer_lines(version, dense)])
 
 

@@ -50,7 +50,7 @@ def layers_of(candidate: Candidate, dense: Candidate, members: Mapping[str, str]
 
 
 def _layer(name: str, group: str, candidate: Candidate, dense: Candidate) -> Layer:
-    inactive = set(candidate.exits) - set(candidate.active_exits)
+    inactive = set(candidate.thresholds.exits) - set(candidate.active_exits)
     is_absent = any(name.startswith(f"exits.{exit_}.") for exit_ in inactive)
     return Layer(
         name,
@@ -137,7 +137,7 @@ def parallel_axes(versions: Sequence[Version], dense: Version) -> list[Axis]:
         axis("channels, %", *(kept_share(candidate, whole) * 100 for candidate in candidates)),
         axis("lower bits, %", *(_lowered(candidate, whole) * 100 for candidate in candidates)),
     ]
-    if whole.exits:
+    if whole.thresholds.exits:
         axes.append(axis("early exits, %", *(sum(leaving_shares(version)) * 100 for version in versions)))
     return axes
 
@@ -153,4 +153,4 @@ def leaving_shares(version: Version) -> list[float]:
     shares = version.measured["accuracy"].notes
     active = version.evaluation.candidate.active_exits
     by_name = {name: shares.get(f"exit{number}", 0.0) for number, name in enumerate(active, 1)}
-    return [by_name.get(name, 0.0) for name in version.evaluation.candidate.exits]
+    return [by_name.get(name, 0.0) for name in version.evaluation.candidate.thresholds.exits]

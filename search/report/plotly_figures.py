@@ -175,7 +175,7 @@ def hypervolume_figure(overview: Overview) -> go.Figure | None:
 
 def exits_figure(overview: Overview) -> go.Figure | None:
     """Returns the share of the inputs that each exit answers, along the front; None without exits."""
-    exits = overview.dense.evaluation.candidate.exits
+    exits = overview.dense.evaluation.candidate.thresholds.exits
     if not exits or not overview.front:
         return None
     versions = overview.by_latency

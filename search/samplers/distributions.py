@@ -7,7 +7,6 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from spaces.candidate import NEVER_EXIT
 from spaces.dimensions import Choice, Dimension, Integer, Value
 from spaces.joint import JointSpace
 
@@ -29,11 +28,11 @@ def first_guesses(space: JointSpace) -> list[dict[str, Value]]:
     """Returns versions that treat every layer alike, from the dense one on: they span the space's corners."""
     guesses: list[dict[str, Value]] = []
     for keep in (1.0, 0.75, 0.5):
-        for threshold in (NEVER_EXIT, 0.9, 0.7):
+        for threshold in (None, 0.9, 0.7):
             for precision in space.precision.precisions:
                 guess = space.uniform(keep, precision, threshold)
                 if guess not in guesses:
                     guesses.append(guess)
     for pattern in sorted({pattern for offered in space.patterns.patterns.values() for pattern in offered}):
-        guesses.append(space.uniform(1.0, space.precision.computed[-1], NEVER_EXIT, pattern))
+        guesses.append(space.uniform(1.0, space.precision.computed[-1], None, pattern))
     return guesses

@@ -31,6 +31,7 @@ from spaces.dynamic.cut_points import find_cut_points
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork, feature_channels
 from spaces.pruning.prunable import find_groups, halves
 from spaces.pruning.slicing import sliced
+from spaces.thresholds import Thresholds
 
 SHARES = (1 / 3, 2 / 3)
 IMAGES = 8
@@ -154,7 +155,7 @@ def cover(model: str) -> Row:
     network = ExitNetwork(trunk, places.after, [ExitHead(count, 1000, 4) for count in channels]).eval()
     builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
     groups = find_groups(network, images[:1], builder.disagreement)
-    off = dict.fromkeys(network.exit_names, 1.0)
+    off = Thresholds(dict.fromkeys(network.exit_names))
     smaller = sliced(network, groups.free, halves(groups.free, seed=7))
     with torch.no_grad():
         dense, expected = network(images)[-1].numpy(), smaller(images)[-1].numpy()

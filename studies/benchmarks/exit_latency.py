@@ -31,7 +31,8 @@ from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.threshold_problem import ResolvedThresholds
 from search.results.evaluation import Evaluation
 from search.results.store import Baseline
-from spaces.candidate import NEVER_EXIT, UNRESOLVED, Candidate
+from spaces.candidate import Candidate
+from spaces.thresholds import UNSOLVED
 from studies.benchmarks.markdown import print_table
 
 _AFTER = ("layer1", "layer2.0", "layer2")
@@ -125,7 +126,7 @@ def _rows(pipeline: CompressionPipeline, baseline: Baseline, dense: Evaluation) 
         full = Candidate(plain.channels, dict.fromkeys(plain.precision, precision), plain.thresholds)
         whole = latency.measure(pipeline.deployed(full)).value / latency.references["fp32"].seconds
         for exits, share in zip(_VERSIONS, cycle(_SHARES), strict=False):
-            thresholds = {name: UNRESOLVED if name in exits else NEVER_EXIT for name in full.thresholds}
+            thresholds = full.thresholds.with_exits(dict.fromkeys(exits, UNSOLVED))
             open_ = Candidate(full.channels, full.precision, thresholds)
             yield _row(pipeline, latency, dense, precision, exits, f"{100 * share * whole:.1f}%", open_)
 

@@ -32,7 +32,8 @@ from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
 from search.results.store import Baseline, SearchFolder, StoredSearch
-from spaces.candidate import UNRESOLVED, Candidate
+from spaces.candidate import Candidate
+from spaces.thresholds import UNSOLVED
 
 _CHUNK = 50
 """So many images are answered by one bundle before the other has its turn."""
@@ -92,7 +93,9 @@ def _measure(pipeline: CompressionPipeline, out: Path) -> None:
         dense = pipeline.space.dense()
         full = Candidate(dense.channels, dict.fromkeys(dense.precision, precision), dense.thresholds)
         whole = pipeline.evaluate(full, latency)
-        open_ = Candidate(full.channels, full.precision, dict.fromkeys(full.thresholds, UNRESOLVED))
+        open_ = Candidate(
+            full.channels, full.precision, full.thresholds.with_exits(dict.fromkeys(full.thresholds.exits, UNSOLVED))
+        )
         settled = ExitThresholdSolver(pipeline, latency, whole.measurements).resolve(open_)
         version = settled.with_thresholds(pipeline.evaluate(settled.candidate, latency))
         bundles = [

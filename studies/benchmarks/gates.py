@@ -38,12 +38,13 @@ from search.training.dense import augmentation
 from search.training.distillation import distillation_loss
 from search.training.loop import Augment, Batch, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.training.masks import train_masks_once, with_masks
-from spaces.candidate import SKIP, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks import MASKS
 from spaces.dynamic.masks.base import masks_of
 from spaces.errors import UserError
 from spaces.precision import uniform
+from spaces.thresholds import Thresholds
 from studies.benchmarks.markdown import print_table
 
 PLAIN, SKIPS = "plain", ("aig", "skipnet")
@@ -155,8 +156,7 @@ class Bench:
         plain = ExitNetwork(ground.trunk, (), ()).eval()
         builder = ArtifactBuilder(plain, ground.data.calibration.images[:], self._runtime)
         self._references = {
-            name: builder.build(plain, Candidate({}, dict.fromkeys(builder.layers, name), {}))
-            for name in ("fp32", "int8")
+            name: builder.build(plain, Candidate({}, dict.fromkeys(builder.layers, name))) for name in ("fp32", "int8")
         }
 
     def row(self, name: str, network: ExitNetwork, asked: float | None) -> list[str]:
@@ -167,7 +167,7 @@ class Bench:
         flops = None
         builder = ArtifactBuilder(network, self._ground.data.calibration.images[:], self._runtime)
         for precision in ("fp32", "int8"):
-            skips = {SKIP + block: 0.0 for block in network.skip_blocks}
+            skips = Thresholds(blocks=dict.fromkeys(network.skip_blocks, 0.0))
             candidate = Candidate({}, uniform(builder.layers, precision), skips)
             artifact = builder.build(network, candidate)
             subject = DeployedCandidate(

@@ -28,7 +28,7 @@ from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.store import Baseline
 from search.samplers.distributions import distributions
 from search.samplers.optuna_samplers import tpe
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from spaces.channels import PREFIX as CHANNELS
 from spaces.dimensions import Value
 from spaces.precision import PREFIX as PRECISION
@@ -140,7 +140,7 @@ class Ways:
         self._lowest = space.precision.precisions[-1]
 
     def _uniform(self, keep: float, precision: str) -> dict[str, Value]:
-        return self._search.measured.pipeline.space.uniform(keep, precision, NEVER_EXIT)
+        return self._search.measured.pipeline.space.uniform(keep, precision)
 
     def _start(self, keep: float, precision: str, names: Mapping[str, BaseDistribution]) -> dict[str, Value]:
         return {name: value for name, value in self._uniform(keep, precision).items() if name in names}

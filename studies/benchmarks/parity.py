@@ -217,7 +217,7 @@ class _Comparison:
         network, calibration = random_network(model, self._size), _images(CALIBRATION, self._size)
         trunk = ExitNetwork(network, [], []).eval()
         builder = ArtifactBuilder(trunk, calibration, runtime(name))
-        ours = builder.build(trunk, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).deployed[0]
+        ours = builder.build(trunk, Candidate({}, dict.fromkeys(builder.layers, "int8"))).deployed[0]
         dense = outside.exported(network, calibration[:1])
         other = self._tool.quantized(dense, calibration)
         self._files = {"dense": dense, "other": other, "ours": ours}

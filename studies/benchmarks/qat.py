@@ -60,7 +60,7 @@ class RecoveryContext:
     def candidate(self, keep: float) -> Candidate:
         """Returns the version that keeps this share of every group's channels, in int8."""
         space = self.pipeline.space
-        return space.candidate(space.uniform(keep, "int8", 1.0))
+        return space.candidate(space.uniform(keep, "int8"))
 
     def pruned(self, candidate: Candidate, steps: int) -> ExitNetwork:
         """Returns its network, fine-tuned in float if it is pruned."""

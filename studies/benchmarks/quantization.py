@@ -79,7 +79,7 @@ class RecoveryContext:
 
 def all_layers(builder: ArtifactBuilder, precision: str) -> Candidate:
     """Returns the dense network with every layer in one precision."""
-    return Candidate({}, dict.fromkeys(builder.layers, precision), {})
+    return Candidate({}, dict.fromkeys(builder.layers, precision))
 
 
 def calibrators(given: argparse.Namespace) -> None:

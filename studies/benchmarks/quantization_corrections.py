@@ -70,7 +70,7 @@ class Bench:
         network = equalized(self.network, self.image) if scheme.equalize else self.network
         calibration = self.data.calibration.images[:]
         builder = ArtifactBuilder(network, calibration, OnnxRuntime(), scheme=scheme)
-        whole = Candidate({}, dict.fromkeys(builder.layers, "int8"), {})
+        whole = Candidate({}, dict.fromkeys(builder.layers, "int8"))
         exact = self._logits(builder.build(network, replace(whole, precision={})).deployed[0])
         found = self._logits(builder.build(network, whole, grids=grids).deployed[0])
         right = found.argmax(1) == self.data.validation.labels
@@ -79,7 +79,7 @@ class Bench:
     def float_accuracy(self) -> float:
         """Returns the share of the validation images that the float network is right about."""
         builder = ArtifactBuilder(self.network, self.data.calibration.images[:1], OnnxRuntime())
-        logits = self._logits(builder.build(self.network, Candidate({}, {}, {})).deployed[0])
+        logits = self._logits(builder.build(self.network, Candidate({}, {})).deployed[0])
         return float((logits.argmax(1) == self.data.validation.labels).mean())
 
     def _logits(self, file: bytes) -> NDArray[np.float32]:
@@ -90,7 +90,7 @@ class Bench:
         """Returns the network's weights as AdaRound rounds them, in so many steps a layer."""
         calibration = self.data.calibration.images[:]
         builder = ArtifactBuilder(self.network, calibration, OnnxRuntime())
-        whole = Candidate({}, dict.fromkeys(builder.layers, "int8"), {})
+        whole = Candidate({}, dict.fromkeys(builder.layers, "int8"))
         return builder.learn_rounding(self.network, whole, calibration, Learning(steps))
 
     def rescaled(self, most: float, seed: int = 0) -> "Bench":

@@ -90,7 +90,7 @@ def _study(weights: str, data: str, images: int) -> Study:
 def _artifact(network: ExitNetwork, calibration: np.ndarray, version: Version) -> Artifact:
     builder = ArtifactBuilder(network, calibration, runtime("openvino"), version.fp32_in)
     precision = dict(zip(builder.layers, cycle(version.precisions), strict=False))
-    return builder.build(network, Candidate({}, precision, {}))
+    return builder.build(network, Candidate({}, precision))
 
 
 def _print_accuracies(

@@ -38,10 +38,11 @@ from search.loading.models import BuiltModel
 from search.loading.prepare import prepare
 from search.training.block_gates import with_gates
 from search.training.dense import trained_network
-from spaces.candidate import SKIP, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.skippable_blocks import find_blocks
 from spaces.precision import uniform
+from spaces.thresholds import Thresholds
 
 TWO = ("layer2.1", "layer3.1")
 SHARES = (None, 0.8, 0.6, 0.4)
@@ -83,8 +84,7 @@ class Bench:
 
     def candidate(self, precision: str, thresholds: dict[str, float]) -> Candidate:
         """Returns the version with these thresholds, by block; blocks without one are always run."""
-        skips = {SKIP + block: threshold for block, threshold in thresholds.items()}
-        return Candidate({}, uniform(self.builder.layers, precision), skips)
+        return Candidate({}, uniform(self.builder.layers, precision), Thresholds(blocks=thresholds))
 
     def thresholds(self, share: float) -> dict[str, float]:
         """Returns the threshold with which each gate runs its block for a share of the calibration images."""

@@ -30,7 +30,7 @@ from search.loop.coordinator import build_coordinator
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.results.store import SearchFolder, StoredSearch
 from search.tracking.store import Tracking
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 
 if TYPE_CHECKING:
     from search.tracking.mirror import Follower
@@ -142,9 +142,9 @@ def _print_building(pipeline: CompressionPipeline, watch: Stopwatch) -> None:
 
 
 def _random_candidate(pipeline: CompressionPipeline, rng: np.random.Generator) -> Candidate:
-    values = pipeline.space.uniform(float(rng.uniform(0.4, 0.9)), "int8", 1.0)
+    values = pipeline.space.uniform(float(rng.uniform(0.4, 0.9)), "int8")
     candidate = pipeline.space.candidate(values)
-    return pipeline.space.with_thresholds(candidate, dict.fromkeys(candidate.thresholds, NEVER_EXIT))
+    return pipeline.space.with_thresholds(candidate, candidate.thresholds.without_exits())
 
 
 def _build_naively(pipeline: CompressionPipeline, candidate: Candidate) -> bytes:

@@ -14,6 +14,7 @@ from search.config.study import FinetuneSection, Study
 from search.pipeline.pipeline import build_pipeline
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.thresholds import Thresholds
 from tests.helpers import tiny
 from tests.helpers.digit_network import digits, trained
 
@@ -77,7 +78,7 @@ def test_patches_times_the_weight_are_the_convolution(layer: nn.Conv2d) -> None:
 def test_a_network_is_rounded_layer_by_layer_onto_the_grid_that_it_has() -> None:
     network, images = trained(), digits()[1].images[:32]
     builder = ArtifactBuilder(network, images, OnnxRuntime())
-    candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), {"exit1": 1.0})
+    candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), Thresholds({"exit1": None}))
     told: list[tuple[int, int]] = []
     learning = Learning(steps=60)
     grids = builder.learn_rounding(network, candidate, images, learning, None, lambda *done: told.append(done))
@@ -100,7 +101,7 @@ def test_it_is_learned_once_for_whole_networks_and_for_pruned_ones_only_in_full(
     steps: list[str] = []
     pipeline = build_pipeline(Study.parse(text, "test"), lambda step, done, total: steps.append(step))
     learning, more = "Learning how to round weights", FinetuneSection(steps=2)
-    whole, pruned = (pipeline.space.candidate(pipeline.space.uniform(kept, "int8", 1.0)) for kept in (1.0, 0.5))
+    whole, pruned = (pipeline.space.candidate(pipeline.space.uniform(kept, "int8")) for kept in (1.0, 0.5))
     assert pipeline.compressor.plan(whole).effort == "as given + adaround"
     assert pipeline.compressor.plan(pruned).effort == "bn"
     assert pipeline.compressor.plan(pruned, more).effort == "bn + finetune 2 steps + adaround"

@@ -320,7 +320,7 @@ def test_openvino_runs_on_a_board(server, builder, network, space, images) -> No
     try:
         here = runtime("openvino")
         assert (board.version(), board.capabilities()) == (here.version(), here.capabilities())
-        (stage,) = builder.build(network, space.candidate(space.uniform(1.0, "int8", 1.0))).stages
+        (stage,) = builder.build(network, space.candidate(space.uniform(1.0, "int8"))).stages
         assert board.deployable(stage) == here.deployable(stage) != stage
         found, wanted = (each.open([here.deployable(stage)], [], 1).answer(images.numpy(), 4) for each in (board, here))
         np.testing.assert_array_equal(found[0], wanted[0])
@@ -412,7 +412,7 @@ def test_frames_take_turns_on_a_board(board, builder, network, space, images) ->
 
 
 def test_the_worker_tells_what_is_inside_a_file(builder, network, space, images, tmp_path) -> None:
-    (stage,) = builder.build(network, space.candidate(space.uniform(1.0, "int8", 1.0))).deployed
+    (stage,) = builder.build(network, space.candidate(space.uniform(1.0, "int8"))).deployed
     pictures = io.BytesIO()
     np.save(pictures, images.numpy())
     worker = Worker(OnnxRuntime(), tmp_path)

@@ -209,7 +209,7 @@ class TestEveryCalibrator:
         assert calibrated.read_ranges(network, images.numpy()) == calibrated.ranges
 
     def test_is_what_is_written_and_answers_closely(self, calibrated, network, space, images) -> None:
-        artifact = calibrated.build(network, space.candidate(space.uniform(1.0, "int8", 1.0)))
+        artifact = calibrated.build(network, space.candidate(space.uniform(1.0, "int8")))
         graph = onnx.load_from_string(artifact.stages[0]).graph
         values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         assert values["images/scale"] == pytest.approx(max(np.abs(calibrated.ranges["images"])) / 127)

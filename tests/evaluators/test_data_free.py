@@ -36,6 +36,7 @@ from search.pipeline.pipeline import build_pipeline
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.errors import QuantizationError
+from spaces.thresholds import Thresholds
 from tests.helpers import tiny, zoo
 from tests.helpers.digit_network import accuracy, digits, trained
 
@@ -88,7 +89,7 @@ def builder(network: ExitNetwork, **scheme) -> ArtifactBuilder:
 
 def answers(network: ExitNetwork, precision: str, **scheme) -> np.ndarray:
     made = builder(network, **scheme)
-    artifact = made.build(network, Candidate({}, dict.fromkeys(made.layers, precision), {"exit1": 1.0}))
+    artifact = made.build(network, Candidate({}, dict.fromkeys(made.layers, precision), Thresholds({"exit1": None})))
     return load(artifact.deployed[0], 1)(digits()[2].images)[0]
 
 
@@ -268,7 +269,7 @@ def written(stage: bytes) -> dict[str, np.ndarray]:
 def test_a_corrected_layer_has_the_mean_output_of_the_float_one() -> None:
     network, images = trained(), digits()[1].images[:64]
     made = builder(network, weights="per-tensor", bias_correction="data")
-    artifact = made.build(network, Candidate({}, dict.fromkeys(made.layers, "int8"), {"exit1": 1.0}))
+    artifact = made.build(network, Candidate({}, dict.fromkeys(made.layers, "int8"), Thresholds({"exit1": None})))
     found = written(artifact.stages[0])
     template = Template(network, torch.zeros(1, 1, 16, 16))
     stage, weights = template.layout(()).stages[0], template.weights(network.state_dict())
@@ -289,7 +290,7 @@ def test_a_layer_without_bias_gets_one_and_learned_weights_are_corrected_too(ima
     network = ExitNetwork(trunk, [], []).eval()
     name, positive = "trunk.0.weight", images.abs().numpy()
     made = ArtifactBuilder(network, positive, OnnxRuntime(), scheme=Scheme(bias_correction="data"))
-    candidate = Candidate({}, {"0": "int8"}, {})
+    candidate = Candidate({}, {"0": "int8"})
     off = quantize_weight(trunk[0].weight.detach().numpy(), 0, 63)
     off = replace(off, values=(off.values + 1).astype(np.int8))
     plain, learned = (
@@ -332,7 +333,7 @@ def test_in_the_runtime_the_mean_error_of_a_layer_goes_to_about_zero(images) -> 
 
     def off(**scheme) -> np.ndarray:
         made = ArtifactBuilder(network, inputs, OnnxRuntime(), scheme=Scheme(weights="per-tensor", **scheme))
-        (file,) = made.build(network, Candidate({}, {"0": "int8"}, {})).deployed
+        (file,) = made.build(network, Candidate({}, {"0": "int8"})).deployed
         error = load(file, 1)(inputs)[0] - exact
         return np.abs(error.reshape(len(inputs), 8, -1).mean(axis=(0, 2)))[1:]
 

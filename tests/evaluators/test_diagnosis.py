@@ -150,7 +150,7 @@ def made(name: str) -> tuple[ExitNetwork, ArtifactBuilder, np.ndarray]:
 
 
 def artifact(builder: ArtifactBuilder, network: ExitNetwork, precision: str):
-    return builder.build(network, Candidate({}, dict.fromkeys(builder.layers, precision), {}))
+    return builder.build(network, Candidate({}, dict.fromkeys(builder.layers, precision)))
 
 
 @pytest.mark.parametrize("name", ["tiny", *zoo.NETWORKS])

@@ -22,7 +22,7 @@ from spaces.candidate import Candidate
 
 @pytest.fixture(params=["dense", "pruned int8 with exits"])
 def subject(request, builder, network, space, images) -> DeployedCandidate:
-    values = space.uniform(1.0, "fp32", 1.0) if request.param == "dense" else space.uniform(0.5, "int8", 0.6)
+    values = space.uniform(1.0, "fp32") if request.param == "dense" else space.uniform(0.5, "int8", 0.6)
     candidate = space.candidate(values)
     pruned = space.apply(network, candidate)
     with torch.no_grad():

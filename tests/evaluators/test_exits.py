@@ -23,11 +23,12 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork, feature_channels
 from spaces.errors import StructureError
+from spaces.thresholds import Thresholds
 from tests.helpers import tiny
 
 
 def staged(builder, network, space, thresholds, precision="fp32"):
-    values = space.uniform(1.0, precision, 1.0) | {
+    values = space.uniform(1.0, precision) | {
         f"threshold.exit{index + 1}": value for index, value in enumerate(thresholds)
     }
     candidate = space.candidate(values)
@@ -166,8 +167,8 @@ def residual():
 def test_int8_stages_hand_integers_on_and_answer_as_the_whole_does(residual, images) -> None:
     builder = ArtifactBuilder(residual, images.numpy(), OnnxRuntime())
     precision = dict.fromkeys(builder.layers, "int8")
-    cut = builder.build(residual, Candidate({}, precision, {"exit1": 0.5}))
-    (whole,) = builder.build(residual, Candidate({}, precision, {"exit1": 1.0})).deployed
+    cut = builder.build(residual, Candidate({}, precision, Thresholds({"exit1": 0.5})))
+    (whole,) = builder.build(residual, Candidate({}, precision, Thresholds({"exit1": None}))).deployed
     first, second = (onnx.load_from_string(stage) for stage in cut.deployed)
     returned, read = first.graph.output[0], second.graph.input[0]
     assert returned.name == read.name
@@ -188,7 +189,7 @@ def test_int8_stages_hand_integers_on_and_answer_as_the_whole_does(residual, ima
 
 def test_a_head_answers_in_float_where_its_answer_is_float(residual, images) -> None:
     builder = ArtifactBuilder(residual, images.numpy(), OnnxRuntime())
-    candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), {"exit1": 0.5})
+    candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), Thresholds({"exit1": 0.5}))
     cut = builder.build(residual, candidate)
     assert cut.precisions["/exit1/classifier/Gemm"] == "fp32"
     assert {given for node, given in cut.precisions.items() if "exit1" not in node} == {"int8"}
@@ -200,7 +201,9 @@ def test_a_head_answers_in_float_where_its_answer_is_float(residual, images) -> 
 
 def test_features_of_which_a_block_may_be_skipped_stay_float(residual, images) -> None:
     builder = ArtifactBuilder(residual, images.numpy(), OnnxRuntime())
-    stages = builder.build(residual, Candidate({}, dict.fromkeys(builder.layers, "int8"), {"exit1": 0.5})).stages
+    stages = builder.build(
+        residual, Candidate({}, dict.fromkeys(builder.layers, "int8"), Thresholds({"exit1": 0.5}))
+    ).stages
     kinds = {
         skips: onnx.load_from_string(deployed_stages(OnnxRuntime(), stages, skips)[1]).graph.input[0].type.tensor_type
         for skips in (True, False)
@@ -214,8 +217,8 @@ def test_features_between_precisions_are_handed_on_without_loss(precisions, resi
     builder = ArtifactBuilder(residual, images.numpy(), OnnxRuntime())
     before, after = precisions
     given = {layer: before if layer in ("0.0", "1.0") else after for layer in builder.layers}
-    cut = builder.build(residual, Candidate({}, given, {"exit1": 0.5}))
-    (whole,) = builder.build(residual, Candidate({}, given, {"exit1": 1.0})).deployed
+    cut = builder.build(residual, Candidate({}, given, Thresholds({"exit1": 0.5})))
+    (whole,) = builder.build(residual, Candidate({}, given, Thresholds({"exit1": None}))).deployed
     kind = onnx.load_from_string(cut.deployed[1]).graph.input[0].type.tensor_type.elem_type
     assert kind == (TensorProto.UINT8 if "int8" in precisions else TensorProto.FLOAT)
     never = StagedNetwork([load(stage, 1) for stage in cut.deployed], [2.0])

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.inference.staged import StagedNetwork
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.errors import QuantizationError
+from spaces.thresholds import Thresholds
 
-OFF = {"exit1": NEVER_EXIT, "exit2": NEVER_EXIT}
+OFF = Thresholds({"exit1": None, "exit2": None})
 PRECISIONS = ("fp32", "fp16", "fp8", "int8")
 
 
@@ -71,8 +72,8 @@ def assert_is_sound(stage: bytes) -> None:
 @given(data=st.data())
 def test_any_mix_of_precisions_is_valid_and_answers(data, builder, network, images) -> None:
     precision = {layer: data.draw(st.sampled_from(PRECISIONS)) for layer in builder.layers}
-    thresholds = {name: data.draw(st.sampled_from([NEVER_EXIT, 0.8])) for name in network.exit_names}
-    candidate = Candidate({}, precision, thresholds)
+    exits = {name: data.draw(st.sampled_from([None, 0.8])) for name in network.exit_names}
+    candidate = Candidate({}, precision, Thresholds(exits))
     artifact = builder.build(network, candidate)
     for stage in (*artifact.stages, *artifact.deployed):
         assert_is_sound(stage)
@@ -107,7 +108,7 @@ def test_the_weights_are_those_of_float_rounded(builder, network) -> None:
 
 
 def test_each_stage_takes_and_returns_float(builder, network, images) -> None:
-    candidate = Candidate({}, dict.fromkeys(builder.layers, "fp16"), {"exit1": 0.6, "exit2": 0.6})
+    candidate = Candidate({}, dict.fromkeys(builder.layers, "fp16"), Thresholds({"exit1": 0.6, "exit2": 0.6}))
     artifact = builder.build(network, candidate)
     assert len(artifact.stages) == 3
     for stage in artifact.stages:
@@ -147,7 +148,7 @@ def test_constants_and_shapes_follow_their_nodes(half: list[str] | None) -> None
     network = ExitNetwork(MobileNetwork().eval(), [], []).eval()
     images = torch.randn(6, 3, 8, 8)
     builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
-    candidate = Candidate({}, dict.fromkeys(half or builder.layers, "fp16"), {})
+    candidate = Candidate({}, dict.fromkeys(half or builder.layers, "fp16"))
     (stage,) = builder.build(network, candidate).stages
     assert_is_sound(stage)
     with torch.no_grad():

@@ -20,12 +20,13 @@ from evaluators.quantization.fp8 import LARGEST, fp8_weight
 from evaluators.runtimes.base import allows
 from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_activations
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.thresholds import Thresholds
 from tests.evaluators.test_fp16 import MobileNetwork, assert_is_sound, error_of
 from tests.evaluators.test_quantization import Accelerator
 
-OFF = {"exit1": NEVER_EXIT, "exit2": NEVER_EXIT}
+OFF = Thresholds({"exit1": None, "exit2": None})
 
 
 def rounded(values: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
@@ -91,7 +92,7 @@ def test_a_network_in_fp8_is_symmetric_and_keeps_float_biases(builder, network, 
 
 def test_only_stages_with_an_fp8_layer_need_its_opset(builder, network) -> None:
     precision = dict.fromkeys(builder.layers, "fp32") | {"stem.0": "fp8"}
-    stages = builder.build(network, Candidate({}, precision, {"exit1": 0.6, "exit2": 0.6})).stages
+    stages = builder.build(network, Candidate({}, precision, Thresholds({"exit1": 0.6, "exit2": 0.6}))).stages
     assert [onnx.load_from_string(stage).opset_import[0].version for stage in stages] == [19, 17, 17]
 
 
@@ -100,7 +101,7 @@ def test_readers_share_a_pair_and_reductions_take_their_axes(layers: list[str] |
     torch.manual_seed(0)
     network, images = ExitNetwork(MobileNetwork().eval(), [], []).eval(), torch.randn(6, 3, 8, 8)
     builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
-    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(layers or builder.layers, "fp8"), {})).stages
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(layers or builder.layers, "fp8"))).stages
     assert_is_sound(stage)
     kinds = [node.op_type for node in onnx.load_from_string(stage).graph.node]
     assert kinds.count("QuantizeLinear") == (3 if layers is None else 1)
@@ -124,7 +125,7 @@ def test_linear_layers_on_tokens_run_in_fp8() -> None:
     torch.manual_seed(0)
     network, images = ExitNetwork(Tokens().eval(), [], []).eval(), torch.randn(6, 3, 8, 8)
     builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
-    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp8"), {})).stages
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp8"))).stages
     assert_is_sound(stage)
     nodes = onnx.load_from_string(stage).graph.node
     weights = {node.input[1]: node for node in nodes if node.op_type == "MatMul"}
@@ -152,7 +153,7 @@ def test_no_optimization_drops_the_relu_behind_an_addition(tmp_path) -> None:
     torch.manual_seed(0)
     network, images = ExitNetwork(Joined().eval(), [], []).eval(), torch.randn(6, 3, 8, 8)
     builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
-    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp8"), {})).stages
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "fp8"))).stages
     with torch.no_grad():
         exact = network(images)[-1].numpy()
     assert 0 < error_of(load(stage, 1)(images.numpy())[0], exact) < 0.1

@@ -23,7 +23,7 @@ from evaluators.testing import EvaluatorContract
 from spaces.candidate import Candidate
 from spaces.dimensions import Real
 from spaces.testing import SpaceContract
-from spaces.thresholds import ThresholdSpace
+from spaces.thresholds import Thresholds, ThresholdSpace
 from tests.helpers import tiny
 
 NEVER = 1e9
@@ -239,13 +239,13 @@ class TestGates(SpaceContract):
 
 
 def test_a_gate_for_frames_is_no_exit() -> None:
-    candidate = Candidate({}, {}, {"exit1": 0.8, "frames": 0.2})
+    candidate = Candidate({}, {}, Thresholds({"exit1": 0.8}, frames=0.2))
     assert candidate.active_exits == ("exit1",)
     gates = ThresholdSpace(["exit1"], 0.5, 0.05, Real(0.0, 0.4, 0.1))
-    assert gates.closed() == {"exit1": 1.0, "frames": 0.0}
-    assert gates.as_open(1.0) == 0.0
-    assert gates.as_open(0.5) == 0.4
-    assert ThresholdSpace(["exit1"], 0.5, 0.05).closed() == {"exit1": 1.0}
+    assert gates.closed() == Thresholds({"exit1": None}, frames=0.0)
+    assert gates.alike(None) == {"threshold.exit1": 1.0, "threshold.frames": 0.0}
+    assert gates.alike(0.5) == {"threshold.exit1": 0.5, "threshold.frames": 0.4}
+    assert ThresholdSpace(["exit1"], 0.5, 0.05).closed() == Thresholds({"exit1": None})
 
 
 @pytest.mark.parametrize("starts", [[], [1], [0, 3, 3], [0, 9]])

@@ -29,14 +29,15 @@ from search.report.describe import int8_layers
 from search.report.tables import front_table
 from search.results.pareto import Version
 from search.samplers.distributions import first_guesses
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.precision import PrecisionSpace
+from spaces.thresholds import Thresholds
 from tests.evaluators.test_fp8 import Tokens
 from tests.evaluators.test_fp16 import MobileNetwork, assert_is_sound, error_of
 from tests.helpers import tiny
 
-OFF = {"exit1": NEVER_EXIT, "exit2": NEVER_EXIT}
+OFF = Thresholds({"exit1": None, "exit2": None})
 STUDY = tiny.STUDY + 'space = {storage = ["int4"]}\n'
 
 
@@ -132,7 +133,7 @@ def test_reductions_and_products_of_a_higher_opset_run(make, library) -> None:
     torch.manual_seed(0)
     network, images = ExitNetwork(make().eval(), [], []).eval(), torch.randn(6, 3, 8, 8)
     builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
-    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int4"), {})).stages
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int4"))).stages
     assert_is_sound(stage)
     with torch.no_grad():
         exact = network(images)[-1].numpy()
@@ -141,7 +142,7 @@ def test_reductions_and_products_of_a_higher_opset_run(make, library) -> None:
 
 def test_only_stages_with_an_int4_layer_need_its_opset(builder, network) -> None:
     precision = dict.fromkeys(builder.layers, "fp32") | {"stem.0": "int4"}
-    stages = builder.build(network, Candidate({}, precision, {"exit1": 0.6, "exit2": 0.6})).stages
+    stages = builder.build(network, Candidate({}, precision, Thresholds({"exit1": 0.6, "exit2": 0.6}))).stages
     assert [onnx.load_from_string(stage).opset_import[0].version for stage in stages] == [21, 17, 17]
 
 
@@ -159,7 +160,7 @@ def test_storage_is_no_boundary_and_heads_that_never_answer_do_not_count(builder
     assert builder.boundaries(candidate_of(builder, "int4", **{"inner.0": "fp32"})) == 0
     heads = [layer for layer in builder.layers if layer.startswith("exits.")]
     trunk = candidate_of(builder, "int8", **dict.fromkeys(heads, "fp32"))
-    answering = replace(trunk, thresholds={"exit1": 0.6, "exit2": 0.6})
+    answering = replace(trunk, thresholds=Thresholds({"exit1": 0.6, "exit2": 0.6}))
     assert builder.boundaries(answering) == builder.boundaries(trunk) + len(heads)
 
 

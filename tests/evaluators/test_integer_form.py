@@ -18,6 +18,7 @@ from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_acti
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
+from spaces.thresholds import Thresholds
 
 IMAGES = np.random.default_rng(0).normal(size=(8, 3, 16, 16)).astype(np.float32)
 
@@ -95,8 +96,8 @@ def files(trunk: nn.Module) -> tuple[bytes, bytes, bytes]:
     """Returns the float file, the portable int8 one and the deployed int8 one."""
     dense = ExitNetwork(trunk, [], []).eval()
     builder = ArtifactBuilder(dense, IMAGES, OnnxRuntime())
-    int8 = builder.build(dense, Candidate({}, dict.fromkeys(builder.layers, "int8"), {}))
-    return builder.build(dense, Candidate({}, {}, {})).stages[0], int8.stages[0], int8.deployed[0]
+    int8 = builder.build(dense, Candidate({}, dict.fromkeys(builder.layers, "int8")))
+    return builder.build(dense, Candidate({}, {})).stages[0], int8.stages[0], int8.deployed[0]
 
 
 def optimized(model: bytes, folder: Path) -> Counter[str]:
@@ -177,7 +178,7 @@ def test_a_batch_size_read_from_the_images_ties_nothing_to_them() -> None:
     trunk = FromItsInput().eval()
     dense = ExitNetwork(trunk, ["first"], [ExitHead(8, 5, 2)]).eval()
     builder = ArtifactBuilder(dense, IMAGES, OnnxRuntime())
-    artifact = builder.build(dense, Candidate({}, {}, {"exit1": 0.5}))
+    artifact = builder.build(dense, Candidate({}, {}, Thresholds({"exit1": 0.5})))
     assert len(artifact.stages) == 2
     features, _ = load(artifact.stages[0], 1)(IMAGES[:3])
     with torch.no_grad():

@@ -21,7 +21,8 @@ from evaluators.testing import RuntimeContract
 from search.cli import run
 from search.config.study import Study, StudyError
 from search.pipeline.pipeline import build_pipeline
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
+from spaces.thresholds import Thresholds
 from tests.helpers import tiny
 from tests.helpers.searches import finished, stored
 
@@ -30,7 +31,7 @@ try:
 except TargetError as error:
     pytest.skip(str(error), allow_module_level=True)
 needs_bf16 = pytest.mark.skipif("bf16" not in LIBRARY.capabilities().fp32_in, reason="this CPU does not multiply bf16")
-OFF = {"exit1": NEVER_EXIT, "exit2": NEVER_EXIT}
+OFF = Thresholds({"exit1": None, "exit2": None})
 
 
 class TestOpenVino(RuntimeContract):

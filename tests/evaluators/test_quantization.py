@@ -19,6 +19,7 @@ from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_acti
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load, open_session
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.thresholds import Thresholds
 from studies.digits.model import resnet20
 
 
@@ -136,7 +137,7 @@ def test_any_mix_of_precisions_loads_and_answers(data, builder, network, space, 
 def test_boundaries_count_where_precision_changes(builder, space) -> None:
     dense = space.dense()
     assert builder.boundaries(dense) == 0
-    values = space.uniform(1.0, "fp32", 1.0) | {"precision.inner.0": "int8"}
+    values = space.uniform(1.0, "fp32") | {"precision.inner.0": "int8"}
     assert builder.boundaries(space.candidate(values)) == 2  # into inner.0, and from it into outer.0
 
 
@@ -170,7 +171,7 @@ def residual_network() -> tuple[ExitNetwork, np.ndarray]:
 def test_a_fused_addition_quantizes_the_shortcut_alone(residual_network) -> None:
     network, images = residual_network
     builder = ArtifactBuilder(network, images, Accelerator())
-    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).stages
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int8"))).stages
     found = additions(stage)
     assert len(found) == 9
     assert all(kinds == ["Conv", "DequantizeLinear"] and after == "QuantizeLinear" for kinds, after in found)
@@ -184,7 +185,7 @@ def test_a_fused_addition_quantizes_the_shortcut_alone(residual_network) -> None
 def test_an_unfused_addition_quantizes_both_inputs(residual_network) -> None:
     network, images = residual_network
     builder = ArtifactBuilder(network, images, OnnxRuntime())
-    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).stages
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int8"))).stages
     assert all(kinds == ["DequantizeLinear"] * 2 and after == "QuantizeLinear" for kinds, after in additions(stage))
 
 
@@ -193,7 +194,7 @@ def test_a_fused_addition_answers_no_worse(residual_network) -> None:
     with torch.no_grad():
         exact = network(torch.from_numpy(images))[-1].numpy()
     builder = ArtifactBuilder(network, images, Accelerator())
-    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int8"), {})).stages
+    (stage,) = builder.build(network, Candidate({}, dict.fromkeys(builder.layers, "int8"))).stages
     onnx.checker.check_model(onnx.load_from_string(stage), full_check=True)
     answer = load(stage, 1)(images)[0]
     assert np.sqrt(np.mean((answer - exact) ** 2) / np.mean(exact**2)) < 0.1
@@ -202,8 +203,8 @@ def test_a_fused_addition_answers_no_worse(residual_network) -> None:
 def test_the_convolution_stays_fused_behind_a_float_shortcut(network, images) -> None:
     builder = ArtifactBuilder(network, images.numpy(), Accelerator(int8_channels=16))
     precision = dict.fromkeys(builder.layers, "int8")
-    (stage,) = builder.build(network, Candidate({}, precision, {"exit1": 1.0, "exit2": 1.0})).stages
-    assert builder.written_precisions(network, Candidate({}, precision, {}))["stem.0"] == "fp16"
+    (stage,) = builder.build(network, Candidate({}, precision, Thresholds({"exit1": None, "exit2": None}))).stages
+    assert builder.written_precisions(network, Candidate({}, precision))["stem.0"] == "fp16"
     ((kinds, _),) = additions(stage)
     assert kinds == ["Conv", "DequantizeLinear"]
 

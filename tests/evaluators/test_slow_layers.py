@@ -241,7 +241,7 @@ def examiner_of(library: OnnxRuntime, folder, batch: int = 4) -> SlowLayerFinder
     network = ExitNetwork(Smooth().eval(), [], []).eval()
     images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     builder = ArtifactBuilder(network, images, library)
-    dense = Candidate({}, dict.fromkeys(builder.layers, "fp32"), {})
+    dense = Candidate({}, dict.fromkeys(builder.layers, "fp32"))
     target = Target("onnxruntime", "test CPU", batch, 1)
     return SlowLayerFinder(builder, network, dense, ("fp32", "int8"), library, target, images, LatencyCache(folder))
 
@@ -406,6 +406,6 @@ def test_a_search_never_proposes_what_was_left_out(pipeline, excluding, tmp_path
 
 
 def test_what_was_left_out_is_still_a_legal_candidate(pipeline, excluding) -> None:
-    candidate = pipeline.space.candidate(pipeline.space.uniform(1.0, "int8", 1.0))
+    candidate = pipeline.space.candidate(pipeline.space.uniform(1.0, "int8"))
     assert candidate.precision["inner.0"] == "int8"
     assert pipeline.deployed(candidate).answers.correct.any()

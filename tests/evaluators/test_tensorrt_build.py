@@ -28,8 +28,9 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.latency.cache import is_two_in_four
 from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_activations
 from evaluators.runtimes.onnxruntime_cpu import open_session
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.thresholds import Thresholds
 from studies.digits.model import resnet20
 from tests.evaluators.test_fp16 import MobileNetwork
 from tests.evaluators.test_quantization import Accelerator
@@ -184,17 +185,20 @@ MIXES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def candidate_of(layers: tuple[str, ...], mix: str, thresholds: Mapping[str, float]) -> Candidate:
+NO_EXITS = Thresholds()
+
+
+def candidate_of(layers: tuple[str, ...], mix: str, thresholds: Thresholds = NO_EXITS) -> Candidate:
     cycle = MIXES[mix]
     return Candidate({}, {layer: cycle[index % len(cycle)] for index, layer in enumerate(layers)}, thresholds)
 
 
 @pytest.mark.parametrize("fewest", [1, 16], ids=["every layer", "wide layers"])
-@pytest.mark.parametrize("threshold", [NEVER_EXIT, 0.8], ids=["whole", "stages"])
+@pytest.mark.parametrize("threshold", [None, 0.8], ids=["whole", "stages"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_each_kind_of_file_builds(mix, threshold, fewest, build_engines, network, images) -> None:
     builder = ArtifactBuilder(network, images.numpy(), Accelerator(int8_channels=fewest))
-    candidate = candidate_of(builder.layers, mix, dict.fromkeys(network.exit_names, threshold))
+    candidate = candidate_of(builder.layers, mix, Thresholds(dict.fromkeys(network.exit_names, threshold)))
     assert_builds(build_engines, builder, network, candidate, images.numpy()[:4])
 
 
@@ -203,7 +207,7 @@ def test_residual_blocks_with_downsampling_build(mix, build_engines) -> None:
     torch.manual_seed(0)
     network, images = ExitNetwork(resnet20().eval(), [], []).eval(), torch.randn(2, 1, 32, 32).numpy()
     builder = ArtifactBuilder(network, images, Accelerator(int8_channels=16))
-    assert_builds(build_engines, builder, network, candidate_of(builder.layers, mix, {}), images)
+    assert_builds(build_engines, builder, network, candidate_of(builder.layers, mix), images)
 
 
 @pytest.mark.parametrize("mix", ["fp16", "float-half", "fp8", "all"])
@@ -211,12 +215,12 @@ def test_activations_with_constants_build(mix, build_engines) -> None:
     torch.manual_seed(0)
     network, images = ExitNetwork(MobileNetwork().eval(), [], []).eval(), torch.randn(2, 3, 8, 8).numpy()
     builder = ArtifactBuilder(network, images, Accelerator())
-    assert_builds(build_engines, builder, network, candidate_of(builder.layers, mix, {}), images)
+    assert_builds(build_engines, builder, network, candidate_of(builder.layers, mix), images)
 
 
 def test_a_file_that_allows_tf32_builds(build_engines, network, images) -> None:
     builder = ArtifactBuilder(network, images.numpy(), Accelerator(), fp32_in="tf32")
-    assert_builds(build_engines, builder, network, candidate_of(builder.layers, "fp32", {}), images.numpy()[:4])
+    assert_builds(build_engines, builder, network, candidate_of(builder.layers, "fp32"), images.numpy()[:4])
 
 
 def test_a_sliced_network_builds(build_engines, network, space, images) -> None:
@@ -232,7 +236,7 @@ def test_weights_with_two_zeros_in_four_build(build_engines, network, space, ima
             module.weight.data[:, torch.arange(module.weight.shape[1]) % 4 < 2] = 0
     for mix in ("fp16", "int8"):
         builder = ArtifactBuilder(sparse, images.numpy(), Accelerator())
-        candidate = candidate_of(builder.layers, mix, {})
+        candidate = candidate_of(builder.layers, mix)
         (stage,) = builder.build(sparse, candidate).stages
         weights = [numpy_helper.to_array(found) for found in onnx.load_from_string(stage).graph.initializer]
         assert any(is_two_in_four(weight) and weight.any() for weight in weights if weight.ndim == 4)
@@ -256,7 +260,7 @@ def without_casts(stage: bytes) -> bytes:
 
 def test_an_illegal_graph_is_refused_with_tensorrts_reason(build_engines, network, images) -> None:
     builder = ArtifactBuilder(network, images.numpy(), Accelerator())
-    off = dict.fromkeys(network.exit_names, NEVER_EXIT)
+    off = Thresholds(dict.fromkeys(network.exit_names))
     (half,) = builder.build(network, candidate_of(builder.layers, "fp16", off)).stages
     (int8,) = builder.build(network, candidate_of(builder.layers, "int8", off)).stages
     illegal = [without_casts(half), unsigned_activations(int8)]

@@ -11,7 +11,6 @@ from scipy.stats import binom
 from evaluators.exits.correctness import correctness_probabilities
 from evaluators.exits.threshold_solver import Cost, ThresholdSolver
 from evaluators.inference.staged import CONFIDENCES
-from spaces.candidate import NEVER_EXIT
 
 
 @st.composite
@@ -31,12 +30,12 @@ def cached(draw, most_exits: int = 3, most_images: int = 60):
 
 
 def by_hand(confidences, correct, leave, heads, thresholds) -> tuple[float, float]:
-    """Returns accuracy and mean cost, image by image; an exit at 1 has no head."""
+    """Returns accuracy and mean cost, image by image; an exit without a threshold has no head."""
     right, spent = 0, 0.0
     for row, answers in zip(confidences, correct, strict=True):
         place, saved = 0, 0.0
         while place < len(thresholds):
-            if thresholds[place] >= NEVER_EXIT:
+            if thresholds[place] is None:
                 saved += heads[place]
             elif row[place] >= np.float32(thresholds[place]):
                 break
@@ -146,7 +145,7 @@ def test_an_exit_that_is_never_right_is_turned_off_and_its_head_saved() -> None:
     confidences = np.linspace(0.3, 0.9, 10, dtype=np.float32)[:, None]
     correct = np.array([[False, True]] * 10)
     found = ThresholdSolver(confidences, correct, [Cost((0.5, 1.1), (0.1,), 1.0)]).solve()
-    assert found.thresholds == (NEVER_EXIT,)
+    assert found.thresholds == (None,)
     assert found.costs == pytest.approx((1.0,))
 
 
@@ -165,7 +164,7 @@ def test_of_equal_thresholds_the_cheapest_and_then_the_highest_is_taken() -> Non
     assert found.shares[0] == 0.75, "as many as can leave without harm do"
     assert 0.399 < found.thresholds[0] <= 0.4, "no lower than the confidence that it lets pass"
     free = ThresholdSolver(confidences, np.ones((4, 2), bool), [Cost((1.0, 1.0), (0.0,), 2.0)]).solve()
-    assert free.thresholds == (NEVER_EXIT,), "where nothing is saved nobody leaves"
+    assert free.thresholds == (None,), "where nothing is saved nobody leaves"
 
 
 def test_where_no_thresholds_keep_the_limits_the_nearest_miss_is_taken() -> None:
@@ -180,7 +179,7 @@ def test_where_no_thresholds_keep_the_limits_the_nearest_miss_is_taken() -> None
 def test_a_certain_softmax_is_no_exit_that_is_off() -> None:
     confidences = np.ones((4, 1), np.float32)
     found = ThresholdSolver(confidences, np.ones((4, 2), bool), [Cost((0.5, 1.0), (0.0,))]).solve()
-    assert found.thresholds[0] < NEVER_EXIT
+    assert found.thresholds[0] is not None
     assert found.shares == (1.0, 0.0)
 
 

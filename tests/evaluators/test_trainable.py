@@ -161,7 +161,7 @@ def test_a_linear_layer_behind_a_product_keeps_its_channels_last() -> None:
     network = ExitNetwork(zoo.build("tokens"), [], []).eval()
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
-    candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), {})
+    candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"))
     graph = builder.trainable()
     weights = graph.rounded_weights(builder.int8_placement(network, candidate))
     (hidden,) = (name for name in weights if "mlp.0" in name)

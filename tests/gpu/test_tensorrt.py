@@ -39,7 +39,7 @@ def own_timing_cache(tmp_path_factory, monkeypatch) -> Path:
 
 
 def one_stage(builder, network, space, precision: str) -> bytes:
-    (stage,) = builder.build(network, space.candidate(space.uniform(1.0, precision, 1.0))).stages
+    (stage,) = builder.build(network, space.candidate(space.uniform(1.0, precision))).stages
     return stage
 
 

@@ -28,5 +28,5 @@ def version(number: int, accuracy: float, latency: float, flops: float) -> Versi
     """Returns a version of a network with one group of channels, in SI units."""
     values = {"accuracy": accuracy, "latency": latency, "flops": flops, "size": 1e3, "params": 250.0}
     measured = {metric: measurement(metric, value) for metric, value in values.items()}
-    candidate = Candidate({"a": number + 2}, {"a": "fp32"}, {})
+    candidate = Candidate({"a": number + 2}, {"a": "fp32"})
     return Version(number, Evaluation(candidate, measured, "none", ""))

@@ -35,7 +35,7 @@ def made(name: str) -> tuple[ExitNetwork, ArtifactBuilder, Groups]:
 
 
 def answers(builder: ArtifactBuilder, network: ExitNetwork, precision: str) -> np.ndarray:
-    candidate = Candidate({}, dict.fromkeys(builder.layers, precision), {})
+    candidate = Candidate({}, dict.fromkeys(builder.layers, precision))
     return load(builder.build(network, candidate).deployed[0], 1)(IMAGES.numpy())[0]
 
 
@@ -93,7 +93,7 @@ def test_int8_stays_close(name: str) -> None:
 def test_linear_layers_on_tokens_can_be_int8() -> None:
     network, builder, _ = made("tokens")
     assert {"body.0.mlp.0", "body.0.mlp.2"} <= set(builder.layers)
-    written = builder.build(network, Candidate({}, {"body.0.mlp.0": "int8"}, {})).stages[0]
+    written = builder.build(network, Candidate({}, {"body.0.mlp.0": "int8"})).stages[0]
     assert b"trunk.body.0.mlp.0.weight/transposed/q" in written
 
 

@@ -13,7 +13,6 @@ from search.loop.resume import without_slow_precisions
 from search.loop.sampler_prior import problem_prior
 from search.results.store import SearchFolder
 from search.samplers.distributions import first_guesses
-from spaces.candidate import NEVER_EXIT
 from tests.helpers.searches import finished, stored
 
 
@@ -112,7 +111,7 @@ def test_a_known_candidate_is_told_from_memory(pipeline, tmp_path, folder) -> No
     with search.lock():
         study = search.create()
         coordinator = build_coordinator(pipeline, study, stored(folder).baseline, "random", 0, [])
-        guess = without_slow_precisions(pipeline.space, stored(folder).baseline.slow_layers).uniform(1.0, "int8", 1.0)
+        guess = without_slow_precisions(pipeline.space, stored(folder).baseline.slow_layers).uniform(1.0, "int8")
         study.enqueue_trial(guess)
         study.enqueue_trial(guess)
         coordinator.run(2, None)
@@ -127,7 +126,7 @@ def test_the_same_choices_are_solved_once_and_come_to_the_same_version_in_a_late
 ) -> None:
     search = SearchFolder(tmp_path / "choices")
     baseline = stored(folder).baseline
-    guess = without_slow_precisions(pipeline.space, baseline.slow_layers).uniform(0.8, "int8", 1.0)
+    guess = without_slow_precisions(pipeline.space, baseline.slow_layers).uniform(0.8, "int8")
     space = without_slow_precisions(pipeline.space, baseline.slow_layers)
     for count in (1, len(first_guesses(space)) + 2):  # the second time what the first one found is in the journal
         with search.lock():
@@ -145,10 +144,10 @@ def test_the_same_choices_are_solved_once_and_come_to_the_same_version_in_a_late
 
 
 def test_choices_that_differ_in_a_head_that_is_not_there_come_to_one_version(pipeline) -> None:
-    one = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0))
+    one = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32"))
     two = replace(one, precision={**one.precision, "exits.exit1.classifier": "int8"})
     assert one.key != two.key
-    never = dict.fromkeys(one.thresholds, NEVER_EXIT)
+    never = one.thresholds.without_exits()
     assert (
         pipeline.space.with_thresholds(one, never)
         == pipeline.space.with_thresholds(two, never)

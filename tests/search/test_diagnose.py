@@ -20,8 +20,9 @@ from evaluators.runtimes.cpu import weight_bits
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from search.config.diagnosis_request import DiagnosisRequest
 from search.pipeline.diagnosis import diagnose
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.thresholds import Thresholds
 from tests.helpers import zoo
 
 CLASSES = 5
@@ -42,7 +43,7 @@ class Network:
 
     def file(self, precision: str) -> bytes:
         precisions = dict.fromkeys(self.builder.layers, precision)
-        return self.builder.build(self.network, Candidate({}, precisions, {})).deployed[0]
+        return self.builder.build(self.network, Candidate({}, precisions)).deployed[0]
 
     def compared(self, file: bytes) -> Compared:
         reference, version = (Side(name, OnnxRuntime(), (file,)) for name, file in (("fp32", self.exact), ("it", file)))
@@ -295,7 +296,8 @@ def _rename(nodes: list[NodeProto], names: list[str], prefix: str) -> None:
 
 def test_a_network_with_exits_is_compared_in_all_of_its_stages(pipeline) -> None:
     dense = pipeline.space.dense()
-    open_exits = Candidate(dense.channels, dict.fromkeys(dense.precision, "int8"), dict.fromkeys(dense.thresholds, 0.9))
+    thresholds = Thresholds(dict.fromkeys(dense.thresholds.exits, 0.9))
+    open_exits = Candidate(dense.channels, dict.fromkeys(dense.precision, "int8"), thresholds)
     artifact = pipeline.builder.build(pipeline.network, open_exits)
     exact = pipeline.builder.build(pipeline.network, replace(open_exits, precision={}))
     assert len(artifact.stages) > 1
@@ -306,4 +308,4 @@ def test_a_network_with_exits_is_compared_in_all_of_its_stages(pipeline) -> None
     closed = diagnose(pipeline, DiagnosisRequest(images=80), None, lambda *_: None).compared
     at_the_end = [next(layer for layer in each.layers if layer.name == "classifier") for each in (compared, closed)]
     assert at_the_end[0].sqnr_db == pytest.approx(at_the_end[1].sqnr_db, abs=1.0)
-    assert NEVER_EXIT not in open_exits.thresholds.values()
+    assert open_exits.active_exits == tuple(dense.thresholds.exits)

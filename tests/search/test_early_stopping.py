@@ -42,6 +42,7 @@ from search.results.store import SearchFolder, StoredSearch
 from search.samplers.hypervolume.encoding import Codec
 from search.samplers.hypervolume.observations import read_observations
 from search.tracking.trial_run import trial_content
+from spaces.thresholds import Thresholds
 from tests.helpers import tiny
 from tests.helpers.searches import measurement, version
 
@@ -267,8 +268,8 @@ def test_nothing_is_asked_twice_and_nothing_comes_out_otherwise(pipeline, baseli
 
 
 def settled(pipeline, threshold: float):
-    choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "int8", 1.0))
-    return choices, dict.fromkeys(choices.thresholds, 0.5 if threshold < 1 else 2.0)
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "int8"))
+    return choices, Thresholds(dict.fromkeys(choices.thresholds.exits, 0.5 if threshold < 1 else None))
 
 
 def test_an_evaluation_that_is_not_ended_is_as_without_a_screen(pipeline, baseline) -> None:

@@ -29,8 +29,8 @@ from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import build_pipeline
 from search.pipeline.threshold_problem import margin
 from search.results.pareto import Version, feasible
-from spaces.candidate import NEVER_EXIT, UNRESOLVED, Candidate
-from spaces.thresholds import ThresholdSpace
+from spaces.candidate import Candidate
+from spaces.thresholds import UNSOLVED, Thresholds, ThresholdSpace
 from tests.helpers import tiny
 
 LOGITS = hnp.arrays(np.float32, (7, 5), elements=st.floats(-30, 30, width=32))
@@ -114,7 +114,7 @@ def test_the_formula_and_the_measurement_agree_on_a_clock_without_noise(batch, b
     with torch.no_grad():
         sure = [found.softmax(1).max(1).values.numpy() for found in network(images)[:-1]]
     middles = {name: float(np.median(each)) for name, each in zip(network.exit_names, sure, strict=True)}
-    candidate = replace(space.dense(), thresholds=middles)
+    candidate = replace(space.dense(), thresholds=Thresholds(middles))
     artifact, data = builder.build(network, candidate), LabelledImages(images.numpy(), np.zeros(12, np.int64))
     subject = LoadedArtifact(candidate, artifact, data, library, target)
     reference = Reference(builder.build(network, space.dense()).deployed[0], 10.0 * -(-batch // 4))
@@ -171,14 +171,14 @@ def test_the_interval_is_wilsons(counts) -> None:
 def test_solved_gates_are_no_choice_of_the_sampler(space) -> None:
     gates = ThresholdSpace(["exit1", "exit2"], 0.5, 0.05, solved=True)
     assert gates.dimensions() == {}
-    assert gates.read({}) == {"exit1": UNRESOLVED, "exit2": UNRESOLVED}
+    assert gates.read({}) == Thresholds({"exit1": UNSOLVED, "exit2": UNSOLVED})
     choices = Candidate({}, {"exits.exit1.classifier": "int8"}, gates.read({}))
-    assert choices.is_unresolved
+    assert choices.is_unsolved
     assert choices.active_exits == ("exit1", "exit2")
-    settled = space.with_thresholds(choices, {"exit1": NEVER_EXIT, "exit2": 0.7})
-    assert not settled.is_unresolved
+    settled = space.with_thresholds(choices, Thresholds({"exit1": None, "exit2": 0.7}))
+    assert not settled.is_unsolved
     assert settled.precision == {"exits.exit1.classifier": "fp32"}, "a head that is not there has no precision"
-    assert settled.unresolved().thresholds == {"exit1": NEVER_EXIT, "exit2": UNRESOLVED}
+    assert settled.unsolved().thresholds == Thresholds({"exit1": None, "exit2": UNSOLVED})
     assert Candidate.from_dict(choices.to_dict()) == choices
 
 
@@ -198,9 +198,9 @@ def solver_for(pipeline, latency, dense, *limits: str) -> ExitThresholdSolver:
 def test_what_is_solved_is_what_the_deployed_files_do(limits, pipeline, dense) -> None:
     latency, measured = dense
     solver = solver_for(pipeline, latency, measured, *limits)
-    choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "int8", 1.0))
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "int8"))
     settled = solver.resolve(choices)
-    assert not settled.candidate.is_unresolved
+    assert not settled.candidate.is_unsolved
     subject = pipeline.deployed(settled.candidate)
     answers = subject.answers_to(pipeline.threshold_images)
     assert answers.correct.mean() == pytest.approx(settled.thresholds.accuracy)
@@ -224,7 +224,7 @@ def test_what_parted_batches_cost_more_is_measured_and_counts(pipeline, monkeypa
     latency = LatencyEvaluator(
         {"fp32": reference, "int8": reference}, metered, target, TimingProtocol(limit_s=1e9, calls=40)
     )
-    choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "fp32", 1.0))
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.75, "fp32"))
     dense = {"latency": Measurement("latency", 5.0 * (4 + 8), "median", 1, 0.0, "meter", "")}
     settled = solver_for(pipeline, latency, dense, "latency<75%").resolve(choices)
     assert settled.thresholds.correction > 1.01, "a call costs as much for a few images"
@@ -259,7 +259,7 @@ def test_an_exit_that_saves_nothing_as_it_runs_is_left_out(factor, exits, pipeli
     latency = LatencyEvaluator(
         {"fp32": reference, "int8": reference}, metered, target, TimingProtocol(limit_s=1e9, calls=40)
     )
-    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0))
+    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32"))
     dense = {"latency": Measurement("latency", 5.0, "median", 1, 0.0, "meter", "")}
     settled = solver_for(pipeline, latency, dense, "latency<1000%").resolve(choices)
     assert settled.candidate.active_exits == exits
@@ -285,7 +285,7 @@ def metered(pipeline):
 
 def test_a_narrow_miss_is_solved_again_and_scored(metered) -> None:
     pipeline, latency, dense = metered
-    choices, near = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32", 1.0)), []
+    choices, near = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32")), []
     halves = pipeline.threshold_images, pipeline.scored
     for choosing, scored in (halves, halves[::-1]):  # in one order, if not in the other, more images go on
         part = replace(pipeline, threshold_images=choosing, scored=scored)
@@ -310,7 +310,7 @@ def test_a_narrow_miss_is_solved_again_and_scored(metered) -> None:
 
 def test_what_no_thresholds_keep_is_scored_just_outside_and_given_up_far_out(metered) -> None:
     pipeline, latency, dense = metered
-    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0))
+    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32"))
     least = (
         solver_for(pipeline, latency, dense, "flops<1%").resolve(choices).thresholds.first_cost / dense["flops"].value
     )
@@ -347,7 +347,7 @@ def test_the_margin_follows_the_interval_of_the_timing() -> None:
 
 def test_a_timing_that_is_less_sure_leaves_more_below_the_limit(metered) -> None:
     pipeline, latency, dense = metered
-    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0))
+    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32"))
     least = latency.timed_paths(pipeline.deployed(choices))
     assert least.half_width == 0
     told = solver_for(pipeline, latency, dense, "latency<80%").resolve(choices).thresholds
@@ -356,7 +356,7 @@ def test_a_timing_that_is_less_sure_leaves_more_below_the_limit(metered) -> None
 
 
 def test_of_thresholds_that_are_alike_the_cheapest_are_taken(pipeline, dense) -> None:
-    choices = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 1.0))
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32"))
     solver = solver_for(pipeline, *dense, "flops<1000%")
     told = solver.resolve(choices).thresholds
     subject = pipeline.deployed(choices)
@@ -380,8 +380,8 @@ def test_of_thresholds_that_are_alike_the_cheapest_are_taken(pipeline, dense) ->
 def test_what_is_not_open_stays_as_it_is(pipeline, dense) -> None:
     solver = ExitThresholdSolver(pipeline, *dense)
     assert solver.resolve(pipeline.space.dense()).candidate == pipeline.space.dense()
-    again = solver.resolve_again(pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32", 1.0)), None)
-    assert not again.candidate.is_unresolved
+    again = solver.resolve_again(pipeline.space.candidate(pipeline.space.uniform(1.0, "fp32")), None)
+    assert not again.candidate.is_unsolved
 
 
 def test_every_version_is_scored_on_the_other_half(pipeline) -> None:
@@ -397,7 +397,7 @@ def test_every_version_is_scored_on_the_other_half(pipeline) -> None:
 
 
 def test_a_network_is_compressed_once_for_its_thresholds_and_its_measurement(pipeline) -> None:
-    choices = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 1.0))
-    settled = pipeline.space.with_thresholds(choices, dict.fromkeys(choices.thresholds, 0.8))
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32"))
+    settled = pipeline.space.with_thresholds(choices, Thresholds(dict.fromkeys(choices.thresholds.exits, 0.8)))
     assert pipeline.compress(settled) is pipeline.compress(choices)
     assert pipeline.compress(replace(choices, patterns={"hidden": "50%"})) is not pipeline.compress(choices)

@@ -19,6 +19,7 @@ from search.training.exit_heads import calibrate_heads, temperature, train_exits
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import HEADS, ExitNetwork
 from spaces.pruning.prunable import find_groups
+from spaces.thresholds import Thresholds
 from tests.helpers import tiny
 from tests.helpers.tiny import sparsity_space
 
@@ -61,7 +62,7 @@ def test_any_head_is_cut_pruned_and_deployed(kind, images) -> None:
     space = sparsity_space(network, groups, step=4, minimum=0.25)
     smaller = space.apply(network, {group.name: space.smallest(group) for group in groups})
     for precision, near in (("fp32", 1e-4), ("int8", 0.3)):
-        candidate = Candidate({}, dict.fromkeys(builder.layers, precision), {"exit1": 0.5, "exit2": 0.5})
+        candidate = Candidate({}, dict.fromkeys(builder.layers, precision), Thresholds({"exit1": 0.5, "exit2": 0.5}))
         artifact = builder.build(smaller, candidate, builder.read_ranges(smaller, images.numpy()))
         found = OnnxRuntime().open(artifact.deployed, artifact.thresholds, 1).all_logits(images.numpy(), 4)
         with torch.no_grad():

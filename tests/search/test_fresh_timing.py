@@ -13,7 +13,7 @@ from search.config.budget import Budget
 from search.deploy.fresh_timing import FreshTiming, FreshTimings, best_version, content, lines, wider_budget
 from search.results.pareto import Version
 from search.results.store import SearchFolder, store_recovered
-from spaces.candidate import NEVER_EXIT, Candidate
+from spaces.candidate import Candidate
 from tests.helpers.searches import measurement, stored, version
 
 DENSE = version(-1, 0.90, 1e-3, 1000.0).measured
@@ -136,8 +136,8 @@ def forget_simple(search: SearchFolder) -> None:
 
 def narrower(pipeline, precision: str) -> Candidate:
     """Returns a pruned version in one precision, without exits."""
-    choices = pipeline.space.candidate(pipeline.space.uniform(0.5, precision, 1.0))
-    return pipeline.space.with_thresholds(choices, dict.fromkeys(choices.thresholds, NEVER_EXIT))
+    choices = pipeline.space.candidate(pipeline.space.uniform(0.5, precision))
+    return pipeline.space.with_thresholds(choices, choices.thresholds.without_exits())
 
 
 def slow(search: SearchFolder, precision: str) -> None:

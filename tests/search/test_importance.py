@@ -28,7 +28,7 @@ def version(number: int, channels: dict[str, int], int8: bool) -> Version:
     others = {name: measurement(name, 1e3) for name in ("flops", "size", "params")}
     precision = {"dear": "int8" if int8 else "fp32", "cheap": "fp32"}
     measured = {"accuracy": accuracy, "latency": latency, **others}
-    return Version(number, Evaluation(Candidate(channels, precision, {}), measured, "none", ""))
+    return Version(number, Evaluation(Candidate(channels, precision), measured, "none", ""))
 
 
 DENSE = version(-1, FULL, int8=False)

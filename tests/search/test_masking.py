@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from search.config.study import Study, StudyError
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.training.loop import TrainingBatches
 from search.training.masks import bounds_loss, train_masks, with_masks
-from spaces.candidate import ALWAYS_RUN, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork, is_of_gate
 from spaces.dynamic.masks.base import masks_of
 from spaces.precision import uniform
@@ -53,9 +54,10 @@ def pipeline(cache) -> CompressionPipeline:
     return build_pipeline(Study.parse(STUDY, "the tests' study"), lambda *_: None)
 
 
-def moved(pipeline: CompressionPipeline, threshold: float) -> Candidate:
+def moved(pipeline: CompressionPipeline, threshold: float | None) -> Candidate:
     dense = pipeline.space.dense()
-    return Candidate(dense.channels, dense.precision, dense.thresholds | {f"mask.{b}": threshold for b in BLOCKS})
+    thresholds = replace(dense.thresholds, masks=dict.fromkeys(BLOCKS, threshold))
+    return Candidate(dense.channels, dense.precision, thresholds)
 
 
 def test_a_training_brings_flops_to_what_is_asked_for() -> None:
@@ -96,7 +98,7 @@ def test_a_study_says_that_masks_save_no_time(pipeline: CompressionPipeline) -> 
 def test_thresholds_move_the_flops_and_the_answers_are_the_files(pipeline: CompressionPipeline) -> None:
     assert {f"threshold.mask.{block}" for block in BLOCKS} <= set(pipeline.space.dimensions())
     means = []
-    for threshold in (ALWAYS_RUN, 0.0, 4.0):
+    for threshold in (None, 0.0, 4.0):
         subject = pipeline.deployed(moved(pipeline, threshold))
         found = pipeline.flops.measure(subject)
         means.append(found.value)
@@ -121,7 +123,7 @@ def test_gates_decide_in_the_reference_precision(pipeline: CompressionPipeline) 
 
 def test_an_image_that_leaves_early_needs_only_what_lies_before(pipeline: CompressionPipeline) -> None:
     candidate = moved(pipeline, 0.0)
-    leaving = Candidate(candidate.channels, candidate.precision, dict(candidate.thresholds) | {"exit1": 0.0})
+    leaving = replace(candidate, thresholds=candidate.thresholds.with_exits({"exit1": 0.0}))
     stays, leaves = (pipeline.flops.measure(pipeline.deployed(each)) for each in (candidate, leaving))
     assert leaves.value < 0.8 * stays.value
 
@@ -138,7 +140,7 @@ def test_masked_and_pruned_and_quantized_decide_in_the_runtime_as_in_torch() -> 
     pruned = sliced(network, groups.free, halves(groups.free))
     builder = ArtifactBuilder(network, images, OnnxRuntime())
     ranges = builder.read_ranges(pruned, images)
-    artifact = builder.build(pruned, Candidate({}, dict.fromkeys(builder.layers, "int8"), {}), ranges)
+    artifact = builder.build(pruned, Candidate({}, dict.fromkeys(builder.layers, "int8")), ranges)
     deployed = onnx.load_from_string(artifact.deployed[0])
     model = copy.deepcopy(deployed)
     assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) > 4

@@ -22,7 +22,7 @@ def version(number: int, **values: float) -> Version:
         metric: Measurement(metric, value * UNITS[metric], METRICS[metric].statistics[0], 1, 0.0, "test", "test")
         for metric, value in values.items()
     }
-    return Version(number, Evaluation(Candidate({"g": number + 1}, {}, {}), measurements, "none", ""))
+    return Version(number, Evaluation(Candidate({"g": number + 1}, {}), measurements, "none", ""))
 
 
 DENSE = version(0, accuracy=99, latency=10, flops=40, size=1000).measured
@@ -108,7 +108,7 @@ def test_a_table_cuts_no_figure_and_keeps_exits_rather_than_points(width) -> Non
     shown = version(149, accuracy=99, latency=11.59, flops=40, size=843)
     accuracy = replace(shown.measured["accuracy"], notes={"exit1": 0.85, "end": 0.13}, n=175)
     measured = {**shown.measured, "accuracy": accuracy}
-    candidate = Candidate({"g": 8}, {f"layer{index}": "int8" for index in range(24)}, {})
+    candidate = Candidate({"g": 8}, {f"layer{index}": "int8" for index in range(24)})
     wide = Version(149, Evaluation(candidate, measured, "none", ""))
     console = Console(width=width, file=StringIO(), force_terminal=False)
     console.print(front_table([wide], replace(wide, number=-1), "front", width))

@@ -16,7 +16,7 @@ def measured(accuracy: float | None, latency: float, flops: float = 5e5) -> dict
 
 
 def version(*values: float | None) -> Version:
-    return Version(0, Evaluation(Candidate({}, {}, {}), measured(*values), "none", ""))
+    return Version(0, Evaluation(Candidate({}, {}), measured(*values), "none", ""))
 
 
 def test_trials_that_win_nothing_are_counted() -> None:

@@ -16,7 +16,7 @@ def test_compression_recovers_and_the_dense_network_is_left_alone(pipeline) -> N
     import copy
 
     before = copy.deepcopy(pipeline.network.state_dict())
-    candidate = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 1.0))
+    candidate = pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32"))
     recovered = pipeline.compress(candidate).network
     plain = pipeline.space.apply(pipeline.network, candidate)
     means = [name for name in recovered.state_dict() if name.endswith("running_mean")]

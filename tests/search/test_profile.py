@@ -143,7 +143,7 @@ def test_greedy_takes_what_costs_least_and_ends_where_nothing_is_left(found, pip
 def test_seeds_are_on_offer_and_int8(pipeline) -> None:
     seeds = greedy_seeds(pipeline, lambda *_: None, lambda _: None)
     assert seeds
-    assert all(pipeline.space.candidate(seed).is_unresolved for seed in seeds), "thresholds are solved for each"
+    assert all(pipeline.space.candidate(seed).is_unsolved for seed in seeds), "thresholds are solved for each"
     searched = Study.parse(tiny.STUDY.replace("grid = 2", 'grid = 2, thresholds = "searched"'), "test")
     pairs = greedy_seeds(other := build_pipeline(searched, lambda *_: None), lambda *_: None, lambda _: None)
     assert [other.space.candidate(seed).active_exits for seed in pairs[:2]] == [(), ("exit1",)]

@@ -25,6 +25,7 @@ from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
 from spaces.errors import UserError
 from spaces.pruning.prunable import find_groups
+from spaces.thresholds import Thresholds
 from tests.helpers import tiny
 from tests.helpers.tiny import sparsity_space
 from tests.search.test_recovery import accuracy, learn, same
@@ -62,7 +63,9 @@ def smallest(sparsity) -> dict[str, int]:
 
 
 def int8_of(builder: ArtifactBuilder, channels=None, some=None, **thresholds: float) -> Candidate:
-    return Candidate(channels or {}, dict.fromkeys(some or builder.layers, "int8"), thresholds or {"exit1": 1.0})
+    return Candidate(
+        channels or {}, dict.fromkeys(some or builder.layers, "int8"), Thresholds(thresholds or {"exit1": None})
+    )
 
 
 def learner_of(network, builder, data, candidate, name="lsq") -> Int8Network:
@@ -207,7 +210,7 @@ class TestTraining:
         patterns = {"inner.0": "2:4", "hidden": "75%"}
         apply_patterns(network, patterns)
         zeros = {path: network.get_parameter(path) == 0 for path in ("trunk.inner.0.weight", "trunk.hidden.weight")}
-        candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), {"exit1": 1.0}, patterns)
+        candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), Thresholds({"exit1": None}), patterns)
         learner = learner_of(network, builder, data, candidate)
         train_int8(learner, trained, batches(data), SHORT.model_copy(update={"steps": 4}))
         grids = learner.learned().grids

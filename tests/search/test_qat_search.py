@@ -54,7 +54,7 @@ def test_more_fine_tuning_feels_int8_at_any_level(cache) -> None:
 
     more = FinetuneSection(epochs=2, batch=50)
     pipeline, plain = bench_of(f'level = "bn", {QAT}'), bench_of('level = "bn"')
-    dense, half = (pipeline.space.candidate(pipeline.space.uniform(keep, "int8", 1.0)) for keep in (1.0, 0.5))
+    dense, half = (pipeline.space.candidate(pipeline.space.uniform(keep, "int8")) for keep in (1.0, 0.5))
     assert pipeline.compressor.plan(half).effort == "bn"
     assert pipeline.compressor.plan(half, more).effort == "bn + finetune 2 epochs + qat 1 epoch (lsq)"
     assert pipeline.compressor.plan(dense, more).effort == "as given + qat 1 epoch (lsq)"

@@ -28,6 +28,7 @@ from search.results.pareto import feasible, hypervolume, pareto
 from search.results.sensitivity import Point, Profile
 from search.results.store import SearchFolder
 from spaces.candidate import Candidate
+from spaces.thresholds import Thresholds
 from tests.helpers.searches import measurement, stored, version
 
 DENSE = version(-1, 0.9, 10e-3, 100)
@@ -112,12 +113,17 @@ def test_a_threshold_below_1_is_shown_below_1(value) -> None:
 
 
 def test_layers_follow_their_groups_and_leave_with_their_exits() -> None:
-    dense = Candidate({"a": 16}, {"a": "fp32", "b": "fp32", "exits.exit1.classifier": "fp32"}, {"exit1": 1.0})
+    dense = Candidate(
+        {"a": 16}, {"a": "fp32", "b": "fp32", "exits.exit1.classifier": "fp32"}, Thresholds({"exit1": None})
+    )
     small = Candidate(
-        {"a": 8}, {"a": "int8", "b": "fp32", "exits.exit1.classifier": "int8"}, {"exit1": 1.0}, {"b": "2:4"}
+        {"a": 8},
+        {"a": "int8", "b": "fp32", "exits.exit1.classifier": "int8"},
+        Thresholds({"exit1": None}),
+        {"b": "2:4"},
     )
     assert [str(layer) for layer in layers_of(small, dense, {"b": "a"})] == ["8/16 int8", "8/16 fp32 2:4", "-"]
-    leaving = replace(small, thresholds={"exit1": 0.9})
+    leaving = replace(small, thresholds=Thresholds({"exit1": 0.9}))
     assert [str(layer) for layer in layers_of(leaving, dense, {})] == ["8/16 int8", "fp32 2:4", "int8"]
 
 
@@ -140,7 +146,7 @@ def test_heat_maps_have_a_column_for_each_version_up_to_forty() -> None:
 
 def test_what_leaves_at_an_exit_is_told_by_the_networks_own_order() -> None:
     made = version(0, 0.9, 1e-3, 10)
-    thresholds = {"exit1": 1.0, "exit2": 0.5}  # the first is turned off, so the second is the first that fires
+    thresholds = Thresholds({"exit1": None, "exit2": 0.5})  # the second is the first that fires
     candidate = replace(made.evaluation.candidate, thresholds=thresholds)
     measured = dict(made.measured) | {"accuracy": replace(made.measured["accuracy"], notes={"exit1": 0.25})}
     made = replace(made, evaluation=replace(made.evaluation, candidate=candidate, measurements=measured))

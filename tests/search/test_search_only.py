@@ -10,7 +10,7 @@ from search.config.study import Study, StudyError
 from search.loop.baseline import find_slow_layers
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.search_space import without_fixed_dimensions
-from spaces.candidate import NEVER_EXIT, UNRESOLVED
+from spaces.thresholds import UNSOLVED
 from tests.helpers import tiny
 from tests.helpers.searches import finished, stored
 
@@ -82,7 +82,7 @@ def test_exits_alone_have_their_thresholds_searched(cache: Path) -> None:
     assert any("searched, not solved: nothing else varies" in remark for remark in pipeline.remarks)
     both, _ = bench_of(study('"exits", "precision"'))
     assert kinds(both) == {"precision"}
-    assert set(both.space.candidate(both.space.uniform(1.0, "int8", 0.9)).thresholds.values()) == {UNRESOLVED}
+    assert set(both.space.candidate(both.space.uniform(1.0, "int8", 0.9)).thresholds.exits.values()) == {UNSOLVED}
 
 
 def test_what_is_not_named_is_not_there() -> None:
@@ -100,7 +100,7 @@ def test_frames_stay_computed_where_only_widths_vary(cache: Path) -> None:
     pipeline, _ = bench_of(study('"channels", "exits"', text))
     assert kinds(pipeline) == {"channels", "threshold"}
     assert "threshold.frames" not in pipeline.space.dimensions()
-    assert set(pipeline.space.dense().thresholds.values()) == {NEVER_EXIT}
+    assert pipeline.space.dense().active_exits == ()
 
 
 def test_the_question_is_another_and_the_old_one_keeps_its_name() -> None:

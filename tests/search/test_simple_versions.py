@@ -31,6 +31,7 @@ from search.results.simple_versions import GivenMeasurements
 from search.results.store import Baseline, SearchFolder, StoredSearch, read_given, store_given
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
+from spaces.thresholds import Thresholds
 from tests.helpers import tiny
 from tests.helpers.searches import stored, version
 
@@ -257,16 +258,16 @@ def test_a_file_has_the_same_form_whatever_an_exit_calls_its_tensors(network, im
         changed.get_parameter("classifier.bias").add_(1.0)
     moved = ExitNetwork(changed, ["pool"], [ExitHead(16, 4, 2)]).eval()
     for precision in ("fp32", "int8"):
-        closed = Candidate({}, dict.fromkeys(other.layers, precision), dict.fromkeys(network.exit_names, 1.0))
+        closed = Candidate({}, dict.fromkeys(other.layers, precision), Thresholds(dict.fromkeys(network.exit_names)))
         with_exits = builder.build(network, closed).deployed[0]
-        without = other.build(alone, Candidate({}, closed.precision, {})).deployed[0]
+        without = other.build(alone, Candidate({}, closed.precision)).deployed[0]
         assert nameless_digest(with_exits) == nameless_digest(without)
         third = ArtifactBuilder(moved, images.numpy(), OnnxRuntime())
         assert nameless_digest(
-            third.build(moved, replace(closed, thresholds={"exit1": 1.0})).deployed[0]
+            third.build(moved, replace(closed, thresholds=Thresholds({"exit1": None}))).deployed[0]
         ) != nameless_digest(without)
     fp32, int8 = (
-        nameless_digest(other.build(alone, Candidate({}, dict.fromkeys(other.layers, each), {})).deployed[0])
+        nameless_digest(other.build(alone, Candidate({}, dict.fromkeys(other.layers, each))).deployed[0])
         for each in ("fp32", "int8")
     )
     assert fp32 != int8

@@ -29,14 +29,14 @@ from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.recovery.qat import Int8Network
 from search.results.evaluation import Evaluation
 from search.training.exit_heads import train_exits
-from spaces.candidate import ALWAYS_RUN, FRAMES, UNRESOLVED, Candidate
+from spaces.candidate import Candidate
 from spaces.dimensions import Real
 from spaces.dynamic.exit_network import ExitNetwork
-from spaces.thresholds import ThresholdSpace
+from spaces.thresholds import UNSOLVED, Thresholds, ThresholdSpace
 from tests.helpers import skippable
 from tests.helpers.skippable import BLOCKS
 
-OPEN = dict.fromkeys((f"skip.{block}" for block in BLOCKS), 0.0)
+OPEN = dict.fromkeys(BLOCKS, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def sure(network, pictures) -> dict[str, float]:
 
 
 def candidate(builder: ArtifactBuilder, exits: dict[str, float], precision: str = "fp32") -> Candidate:
-    return Candidate({}, dict.fromkeys(builder.layers, precision), {**exits, **OPEN})
+    return Candidate({}, dict.fromkeys(builder.layers, precision), Thresholds(exits, OPEN))
 
 
 def said(network: ExitNetwork, images: torch.Tensor) -> np.ndarray:
@@ -129,11 +129,11 @@ def test_openvino_skips_the_same_blocks(network, builder, pictures, sure) -> Non
 def test_int8_of_every_kind_stays_close(ranges, correction, network, pictures) -> None:
     scheme = Scheme(ranges=ranges, bias_correction=correction)
     made = ArtifactBuilder(network, pictures.numpy(), OnnxRuntime(), scheme=scheme)
-    whole = dict.fromkeys(network.exit_names, 1.0)
-    for skips in (dict.fromkeys(OPEN, ALWAYS_RUN), dict.fromkeys(OPEN, 9.0)):
+    whole = dict.fromkeys(network.exit_names)
+    for skips in (dict.fromkeys(OPEN), dict.fromkeys(OPEN, 9.0)):
         found = {}
         for precision in ("fp32", "int8"):
-            chosen = Candidate({}, dict.fromkeys(made.layers, precision), whole | skips)
+            chosen = Candidate({}, dict.fromkeys(made.layers, precision), Thresholds(whole, skips))
             artifact = made.build(network, chosen)
             found[precision], _ = OnnxRuntime().open(artifact.deployed, artifact.plan, 1).answer(pictures.numpy(), 8)
         assert np.abs(found["int8"] - found["fp32"]).max() < 0.25 * np.abs(found["fp32"]).max()
@@ -162,14 +162,14 @@ def test_solved_thresholds_leave_gates_of_blocks_to_the_sampler() -> None:
     space = ThresholdSpace(("exit1",), 0.5, 0.05, Real(0.0, 0.5, 0.05), solved=True, skips=("first",))
     assert set(space.dimensions()) == {"threshold.skip.first", "threshold.frames"}
     read = space.read({"threshold.skip.first": 0.5, "threshold.frames": 0.1})
-    assert read == {"exit1": UNRESOLVED, "skip.first": 0.5, FRAMES: 0.1}
-    choices = Candidate({}, {}, {name: float(value) for name, value in read.items()})
-    assert choices.is_unresolved
+    assert read == Thresholds({"exit1": UNSOLVED}, {"first": 0.5}, frames=0.1)
+    choices = Candidate({}, {}, read)
+    assert choices.is_unsolved
     assert choices.active_exits == ("exit1",)
     assert choices.active_skips == {"first": 0.5}
     assert choices.without_skips().active_skips == {}
     assert not Candidate({}, {}, space.closed()).active_skips
-    assert not Candidate({}, {}, {"exit1": 0.7, "skip.first": UNRESOLVED}).is_unresolved, (
+    assert not Candidate({}, {}, Thresholds.from_dict({"exit1": 0.7, "skip.first": -1.0})).is_unsolved, (
         "a gate's logit is no confidence"
     )
 
@@ -185,9 +185,9 @@ def test_what_is_solved_beside_gates_is_what_the_deployed_files_do(pipeline) -> 
     images = torch.from_numpy(pipeline.data.validation.images[:])
     with torch.no_grad():
         _, *gates, _ = pipeline.network(images)
-    medians = {f"skip.{block}": float(each.median()) for block, each in zip(BLOCKS, gates, strict=True)}
+    medians = {block: float(each.median()) for block, each in zip(BLOCKS, gates, strict=True)}
     closed = pipeline.space.dense()
-    choices = Candidate(closed.channels, closed.precision, {"exit1": UNRESOLVED, **medians})
+    choices = Candidate(closed.channels, closed.precision, Thresholds({"exit1": UNSOLVED}, medians))
     latency = pipeline.references.latency_evaluator(
         {name: spent.work for name, spent in pipeline.references.time().items()}
     )
@@ -257,7 +257,7 @@ def test_flops_of_a_stream_are_those_of_what_its_key_frames_run(streamed, networ
 
 def test_latency_of_a_stream_with_gates_has_a_longest_path(streamed, network, builder) -> None:
     subject = streamed(Reuse(0.1, 30))
-    plain = builder.build(network, Candidate({}, {}, {}))
+    plain = builder.build(network, Candidate({}, {}))
     reference = Reference(plain.deployed[0], 1.0)
     protocol = TimingProtocol(turns=2, calls=200, limit_s=0.3)
     latency = LatencyEvaluator({"fp32": reference}, OnnxRuntime(), subject.target, protocol)
@@ -285,7 +285,7 @@ def test_another_network_has_gates_around_its_own_blocks(tmp_path, monkeypatch) 
 def test_a_version_that_skips_blocks_is_diagnosed_with_all_of_them_run(pipeline) -> None:
     dense = pipeline.space.dense()
     precision = dict.fromkeys(dense.precision, "int8")
-    version = Candidate(dense.channels, precision, {"exit1": 1.0, **OPEN})
+    version = Candidate(dense.channels, precision, Thresholds({"exit1": None}, OPEN))
     evaluation = Evaluation(version, {}, "", {})
     found = diagnose(pipeline, DiagnosisRequest(trial=0, images=20), evaluation, lambda *_: None)
     assert any("every block was run" in remark for remark in found.remarks)

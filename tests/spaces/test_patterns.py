@@ -91,7 +91,7 @@ def test_depthwise_layers_exits_and_odd_inputs_are_not_offered_two_of_four(netwo
 
 def test_whatever_is_cut_two_of_four_still_fits(patterned, network) -> None:
     for keep in (0.25, 0.5, 0.8):
-        candidate = patterned.candidate(patterned.uniform(keep, "fp32", 1.0, "2:4"))
+        candidate = patterned.candidate(patterned.uniform(keep, "fp32", None, "2:4"))
         pruned = patterned.apply(network, candidate)
         for layer, pattern in candidate.patterns.items():
             weight = pruned.trunk.get_submodule(layer).weight
@@ -100,7 +100,7 @@ def test_whatever_is_cut_two_of_four_still_fits(patterned, network) -> None:
 
 
 def test_a_dense_layer_has_no_pattern_and_old_candidates_are_dense(patterned) -> None:
-    assert patterned.candidate(patterned.uniform(1.0, "fp32", 1.0)) == patterned.dense()
+    assert patterned.candidate(patterned.uniform(1.0, "fp32")) == patterned.dense()
     assert patterned.dense().patterns == {}
     content = patterned.dense().to_dict()
     content.pop("patterns")
@@ -117,7 +117,7 @@ def test_guesses_try_each_pattern(patterned) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_artifact_has_the_zeros_and_answers_as_torch_does(precision, builder, patterned, network, images) -> None:
-    candidate = replace(patterned.candidate(patterned.uniform(0.5, precision, 1.0)), patterns=PATTERNS)
+    candidate = replace(patterned.candidate(patterned.uniform(0.5, precision)), patterns=PATTERNS)
     pruned = patterned.apply(network, candidate)
     artifact = builder.build(pruned, candidate)
     arrays = {
@@ -171,7 +171,7 @@ def test_channels_narrow_step_by_step_to_the_candidates(space, network) -> None:
 @pytest.mark.parametrize("pruning", ["one-shot", "gradual"])
 def test_fine_tuning_keeps_the_zeros_and_goes_on_after_an_interrupt(pruning, pipeline, tmp_path, monkeypatch) -> None:
     settings = FinetuneSection(epochs=3, batch=50, learning_rate=0.02, pruning=pruning)
-    candidate = replace(pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32", 1.0)), patterns=PATTERNS)
+    candidate = replace(pipeline.space.candidate(pipeline.space.uniform(0.5, "fp32")), patterns=PATTERNS)
     images = torch.from_numpy(pipeline.data.train.images[:64])
     steps: list[int] = []
 
@@ -202,7 +202,7 @@ def test_fine_tuning_keeps_the_zeros_and_goes_on_after_an_interrupt(pruning, pip
 
 
 def test_gradual_training_starts_wide_and_ends_as_the_candidate(pipeline) -> None:
-    candidate = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32", 1.0))
+    candidate = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32"))
     narrowing = GradualPruning(pipeline.network, {}, candidate.channels, pipeline.space.sparsity)
     images = torch.from_numpy(pipeline.data.train.images[:8])
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_gradual_training_starts_wide_and_ends_as_the_candidate(pipeline) -> Non
 
 
 def test_gradual_fine_tuning_learns(pipeline) -> None:
-    candidate = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32", 1.0))
+    candidate = pipeline.space.candidate(pipeline.space.uniform(0.25, "fp32"))
     settings = FinetuneSection(epochs=6, batch=50, learning_rate=0.02, pruning="gradual")
     network = pipeline.space.apply(pipeline.network, candidate)
     narrowing = GradualPruning(pipeline.network, {}, candidate.channels, pipeline.space.sparsity)

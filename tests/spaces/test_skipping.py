@@ -28,7 +28,7 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from evaluators.runtimes.remote.worker import Worker
 from evaluators.runtimes.tensorrt_gpu.runtime import TensorRT
 from evaluators.testing import BlockGateFileContract
-from spaces.candidate import ALWAYS_RUN, Candidate
+from spaces.candidate import Candidate
 from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.skippable_blocks import check_blocks, find_blocks
@@ -37,7 +37,7 @@ from spaces.joint import JointSpace
 from spaces.precision import PrecisionSpace
 from spaces.pruning.prunable import find_groups, halves
 from spaces.pruning.slicing import sliced
-from spaces.thresholds import ThresholdSpace
+from spaces.thresholds import Thresholds, ThresholdSpace
 from tests.helpers import skippable, tiny
 from tests.helpers.skippable import BLOCKS, SkippableNetwork
 from tests.helpers.tiny import sparsity_space
@@ -64,8 +64,8 @@ def builder(network, pictures) -> ArtifactBuilder:
 
 
 def candidate(network, builder, skips: dict[str, float], exits: dict[str, float] | None = None, precision="fp32"):
-    thresholds = {f"skip.{block}": skips.get(block, ALWAYS_RUN) for block in network.skip_blocks}
-    thresholds |= dict.fromkeys(network.exit_names, 1.0) | (exits or {})
+    blocks = {block: skips.get(block) for block in network.skip_blocks}
+    thresholds = Thresholds(dict.fromkeys(network.exit_names) | (exits or {}), blocks)
     return Candidate({}, dict.fromkeys(builder.layers, precision), thresholds)
 
 
@@ -190,7 +190,7 @@ def test_without_gates_the_files_are_those_of_a_network_that_has_none(network, b
     plain = ArtifactBuilder(bare, pictures.numpy(), OnnxRuntime())
     exits = dict.fromkeys(network.exit_names, 0.7)
     chosen = candidate(network, builder, {}, exits)
-    ours, theirs = builder.build(network, chosen), plain.build(bare, Candidate({}, {}, exits))
+    ours, theirs = builder.build(network, chosen), plain.build(bare, Candidate({}, {}, Thresholds(exits)))
     images = pictures.numpy()
     assert len(ours.stages) == len(theirs.stages)
     for one, other in zip(ours.deployed[:1], theirs.deployed[:1], strict=True):
@@ -317,7 +317,7 @@ def test_the_space_offers_a_threshold_for_each_gate(pictures) -> None:
     everywhere = space.candidate(space.uniform(1.0, "int8", 0.9))
     assert everywhere.active_skips == dict.fromkeys(BLOCKS, 0.0)
     assert everywhere.precision["skips.first.reduce"] == "int8"
-    idle = space.candidate(space.uniform(1.0, "int8", 0.9) | {"threshold.skip.first": ALWAYS_RUN})
+    idle = space.candidate(space.uniform(1.0, "int8", 0.9) | {"threshold.skip.first": -4.0})
     assert list(idle.active_skips) == ["second", "last"]
     assert idle.precision["skips.first.reduce"] == "fp32"
     assert Candidate.from_dict(idle.to_dict()) == idle

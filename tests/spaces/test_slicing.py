@@ -25,7 +25,7 @@ from tests.helpers.tiny import sparsity_space
 
 def outputs(builder: ArtifactBuilder, network: ExitNetwork, space: JointSpace, channels: dict, images: torch.Tensor):
     """Returns the logits of a pruned network's float artifact, and of the same network in torch."""
-    candidate = space.candidate(space.uniform(1.0, "fp32", 1.0) | {f"channels.{k}": v for k, v in channels.items()})
+    candidate = space.candidate(space.uniform(1.0, "fp32") | {f"channels.{k}": v for k, v in channels.items()})
     pruned = space.apply(network, candidate)
     (stage,) = builder.build(pruned, candidate).deployed
     with torch.no_grad():

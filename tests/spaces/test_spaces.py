@@ -68,11 +68,11 @@ def test_one_precision_is_no_choice() -> None:
 
 
 def test_the_dense_candidate_is_the_uniform_one_without_any_compression(space: JointSpace) -> None:
-    assert space.candidate(space.uniform(1.0, "fp32", 1.0)) == space.dense()
+    assert space.candidate(space.uniform(1.0, "fp32")) == space.dense()
 
 
 def test_candidates_that_deploy_the_same_are_the_same(space: JointSpace) -> None:
-    values = space.uniform(1.0, "fp32", 1.0)
+    values = space.uniform(1.0, "fp32")
     head = {"precision.exits.exit1.classifier": "int8"}
     assert space.candidate(values | head) == space.candidate(values)
     on = {"threshold.exit1": 0.8}
@@ -82,7 +82,7 @@ def test_candidates_that_deploy_the_same_are_the_same(space: JointSpace) -> None
 def test_a_joint_candidate_has_all_three(space: JointSpace) -> None:
     candidate = space.candidate(space.uniform(0.5, "int8", 0.9))
     assert set(candidate.precision.values()) == {"int8"}
-    assert set(candidate.thresholds.values()) == {0.9}
+    assert set(candidate.thresholds.exits.values()) == {0.9}
     assert candidate.channels["pointwise.0"] == 16
 
 

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spaces.candidate import ALWAYS_RUN
 from spaces.dynamic.masks.hard_gate import OPEN, SHUT, Gate
 from spaces.dynamic.masks.residual_blocks import Site
 
@@ -142,12 +141,12 @@ def insert_masks(trunk: nn.Module, sites: Sequence[Site], kind: type[Mask], keep
     return trunk.eval()
 
 
-def move_masks(network: nn.Module, thresholds: Mapping[str, float]) -> None:
-    """Sets the thresholds of masks by their blocks' paths, in place; at `ALWAYS_RUN` all gates are open."""
+def move_masks(network: nn.Module, thresholds: Mapping[str, float | None]) -> None:
+    """Sets the thresholds of masks by their blocks' paths, in place; at None all gates are open."""
     for mask in masks_of(network):
-        threshold = thresholds.get(mask.site.block)
-        if threshold is not None:
-            mask.move(OPEN if threshold <= ALWAYS_RUN else threshold)
+        if mask.site.block in thresholds:
+            threshold = thresholds[mask.site.block]
+            mask.move(OPEN if threshold is None else threshold)
 
 
 def masks_of(network: nn.Module) -> list[Mask]:
