@@ -40,7 +40,7 @@ class BuiltModel:
     Args:
         network: with its weights.
         key: hash of its source and weights, hexadecimal.
-        fitted: tells whether its last layer is new.
+        fitted: the record of the loaded weights: whether the last layer is new.
         has_weights: whether weights were loaded from a file.
     """
 
