@@ -1,7 +1,8 @@
 """Writes the artifact of a compressed torch network, without exporting it again."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -28,8 +29,36 @@ from spaces.dynamic.exit_network import ExitNetwork
 
 _MEAN_IMAGES = 64
 """The number of calibration images from which the means of layers' inputs are computed."""
+_MOST_FORMS = 200
+"""Graphs without some blocks that are kept in memory, at most."""
 _TOLERANCE = 1e-3
 """A file and torch may differ by this share of the largest logit: deep networks amplify rounding errors."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A graph without the blocks that are left out, and what writes its layers in each precision."""
+
+    template: Template
+    graph: Stage
+    quantizer: Quantizer
+    half: HalfWriter
+    float8: fp8.Float8Writer
+    int4: int4.Int4Writer
+
+    @cached_property
+    def trainable(self) -> TrainableGraph:
+        """The graph as torch operations."""
+        return TrainableGraph(self.template, self.quantizer)
+
+    def place(self, precisions: Mapping[str, str]) -> tuple[Placement, frozenset[str]]:
+        """Returns the placement of Q/DQ and the fp16 nodes, for the precision of each layer."""
+        placement = self.quantizer.place(self.layers_in("int8", precisions))
+        return placement, self.half.place(self.layers_in("fp16", precisions), placement.tensors)
+
+    def layers_in(self, name: str, precisions: Mapping[str, str]) -> set[str]:
+        """Returns the layers of the graph that have a precision."""
+        return {layer for layer, precision in precisions.items() if precision == name and layer in self.template.layers}
 
 
 class ArtifactBuilder:
@@ -45,6 +74,7 @@ class ArtifactBuilder:
         fp32_in: the type that fp32 layers may run in.
         scheme: how layers are quantized to int8.
         confidence: the measure of an exit's confidence, a name in `staged.CONFIDENCES`.
+        removable: paths of residual blocks that may be left out of a network.
 
     Raises:
         ExportError: torch cannot export the network.
@@ -61,44 +91,62 @@ class ArtifactBuilder:
         fp32_in: Fp32In = "fp32",
         scheme: Scheme = MINMAX,
         confidence: str = "softmax",
+        removable: Sequence[str] = (),
     ) -> None:
         self._confidence = confidence
         self._runtime = runtime
         self._scheme = scheme
         self._calibration = calibration[:_MEAN_IMAGES]
         self._properties = FP32_IN_METADATA[fp32_in]
-        self._template = Template(network, torch.from_numpy(calibration[:1]))
-        outputs = [OUTPUT, *(logits_name(name) for name in network.exit_names)]
-        outputs += [gate_logits_name(block) for block in network.skip_blocks]
-        capabilities = self._capabilities = runtime.capabilities()
-        self._quantizer = Quantizer(
-            self._template.nodes,
-            self._template.layers,
-            outputs,
-            capabilities.weight_bits,
-            capabilities.quantized_add,
-            per_channel=scheme.weights == "per-channel",
-            following={*FOLLOWING, *capabilities.int8_operators},
-        )
-        self._half = HalfWriter(self._template.nodes, self._template.layers)
-        self._float8 = fp8.Float8Writer(self._template.layers)
-        self._int4 = int4.Int4Writer(self._template.layers)
-        self._whole_graph = Stage(self._template.nodes, INPUT, tuple(outputs))
+        self._template = Template(network, torch.from_numpy(calibration[:1]), removable)
+        self._capabilities = runtime.capabilities()
+        self._forms: dict[tuple[str, ...], _Form] = {}
+        self._dense = self._form(())
         self._check_images = calibration[:2]
         refusal = self.disagreement(network)
         if refusal is not None:
             raise ExportError(f"the exported network answers as in torch, got another answer: {': '.join(refusal)}")
         self.ranges: Ranges = self.read_ranges(network, calibration)
 
+    def _form(self, removed_blocks: Sequence[str]) -> _Form:
+        """Returns the graph without some blocks."""
+        key = tuple(removed_blocks)
+        if key not in self._forms:
+            if len(self._forms) >= _MOST_FORMS:
+                self._forms = {(): self._forms[()]}
+            self._forms[key] = self._form_of(self._template.without(key) if key else self._template)
+        return self._forms[key]
+
+    def _form_of(self, template: Template) -> _Form:
+        outputs = [OUTPUT, *(logits_name(name) for name in template.exit_names)]
+        outputs += [gate_logits_name(block) for block in template.blocks]
+        quantizer = Quantizer(
+            template.nodes,
+            template.layers,
+            outputs,
+            self._capabilities.weight_bits,
+            self._capabilities.quantized_add,
+            per_channel=self._scheme.weights == "per-channel",
+            following={*FOLLOWING, *self._capabilities.int8_operators},
+        )
+        return _Form(
+            template=template,
+            graph=Stage(template.nodes, INPUT, tuple(outputs)),
+            quantizer=quantizer,
+            half=HalfWriter(template.nodes, template.layers),
+            float8=fp8.Float8Writer(template.layers),
+            int4=int4.Int4Writer(template.layers),
+        )
+
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that have a precision, in the order in which they run."""
+        """The layers of the dense network that have a precision, in the order in which they run."""
         return tuple(self._template.layers)
 
     @property
     def grid(self) -> tuple[int, str]:
         """The grid of int8 weights: the largest level, and the granularity of scales."""
-        return self._quantizer.weight_limit, self._scheme.weights
+        return self._dense.quantizer.weight_limit, self._scheme.weights
 
     def read_ranges(self, network: ExitNetwork, images: NDArray[np.float32]) -> Ranges:
         """Returns the range of every activation of a network of this structure, by the scheme.
@@ -109,29 +157,33 @@ class ArtifactBuilder:
         Raises:
             QuantizationError: distributions cannot be propagated through an operator.
         """
+        form = self._form(network.removed_blocks)
+        template, names = form.template, form.quantizer.activations()
         if self._scheme.ranges == "batchnorm":
             spans = {name: moments.range for name, moments in self._moments(network, images).items()}
-            for source, result in self._template.blocks.values():
+            for source, result in template.blocks.values():
                 spans[result] = _union(spans[source], spans[result])
-            return {tensor: spans[tensor] for tensor in self._quantizer.activations()}
-        weights, names = self._template.weights(network.state_dict()), self._quantizer.activations()
-        models = [self._template.file(self._whole_graph, nodes, weights) for nodes in self._template.flows]
+            return {tensor: spans[tensor] for tensor in names}
+        weights = template.weights(network.state_dict())
+        models = [template.file(form.graph, nodes, weights) for nodes in template.flows]
         ranges_by_model = [calibrated_ranges(model, names, images, self._scheme) for model in models]
         return {name: _union(*(ranges[name] for ranges in ranges_by_model)) for name in ranges_by_model[0]}
 
     def _moments(self, network: ExitNetwork, images: NDArray[np.float32]) -> dict[str, Moments]:
-        return activation_moments(self._template, self._whole_graph, network.state_dict(), images)
+        form = self._form(network.removed_blocks)
+        return activation_moments(form.template, form.graph, network.state_dict(), images)
 
     def _input_means(self, network: ExitNetwork, weights: Arrays) -> Means:
         """Returns the mean of each layer's input for bias correction; empty if the scheme has none."""
         if self._scheme.bias_correction == "none":
             return {}
+        form = self._form(network.removed_blocks)
         if self._scheme.bias_correction == "batchnorm":
             moments = self._moments(network, self._calibration)
-            layers = [node for node in self._whole_graph.nodes if node.op_type in ("Conv", "Gemm")]
+            layers = [node for node in form.graph.nodes if node.op_type in ("Conv", "Gemm")]
             return {node.input[1]: moments[node.input[0]].channel_means for node in layers}
-        model = self._template.file(self._whole_graph, self._template.flows[-1], weights)
-        return input_means(model, self._whole_graph.nodes, self._calibration)
+        model = form.template.file(form.graph, form.template.flows[-1], weights)
+        return input_means(model, form.graph.nodes, self._calibration)
 
     def learn_rounding(
         self,
@@ -152,22 +204,21 @@ class ArtifactBuilder:
             ranges: of the activations; by default those of the dense network.
             report: called with the number of layers that are done and of all layers.
         """
-        placement, _ = self._place(self.written_precisions(network, candidate))
-        weights = self._template.weights(network.state_dict())
-        task = RoundingTask(
-            self._template, self._whole_graph, self._quantizer, placement, weights, ranges or self.ranges
-        )
+        form = self._form(network.removed_blocks)
+        placement = self.int8_placement(network, candidate)
+        weights = form.template.weights(network.state_dict())
+        task = RoundingTask(form.template, form.graph, form.quantizer, placement, weights, ranges or self.ranges)
         return task.learn(images, learning, report)
 
     def disagreement(self, network: ExitNetwork) -> tuple[str, str] | None:
-        """Returns why the file of a sliced network differs from the network in torch; None if the two agree.
+        """Returns why the file of a sliced or shortened network differs from it in torch; None if the two agree.
 
         They are compared on two calibration images, so that a batch size fixed in the graph is noticed.
         """
-        weights = self._template.weights(network.state_dict())
-        model = self._template.file(self._whole_graph, self._template.nodes, weights)
         try:
-            last, *exits = load(model, 0)(self._check_images)
+            form = self._form(network.removed_blocks)
+            weights = form.template.weights(network.state_dict())
+            last, *exits = load(form.template.file(form.graph, form.graph.nodes, weights), 0)(self._check_images)
         except Exception as error:
             return "its width is written into the exported graph", str(error).splitlines()[0]
         with torch.no_grad():
@@ -189,7 +240,7 @@ class ArtifactBuilder:
         fallback = "fp16" if "fp16" in self._capabilities.precisions else "fp32"
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         float_heads = () if self._capabilities.int8_heads else self._template.exit_classifiers
-        for layer, weight in self._template.layer_weights.items():
+        for layer, weight in self._form(network.removed_blocks).template.layer_weights.items():
             is_float_head = precisions[layer] == "int8" and layer in float_heads
             is_8_bit = self._supports_8_bits(weight, shapes[weight]) and not is_float_head
             if precisions[layer] in ("int8", "fp8") and not is_8_bit:
@@ -206,28 +257,24 @@ class ArtifactBuilder:
         Each costs a conversion. Layers that are only stored in 4 bits run in fp32. Heads of inactive exits and gates of
         blocks that always run are not deployed.
         """
-        placement, fp16_nodes = self._place(candidate.precision)
-        fp8_nodes = self._float8.place(_layers_in("fp8", candidate.precision))
+        form = self._form(candidate.removed_blocks)
+        placement, fp16_nodes = form.place(candidate.precision)
+        fp8_nodes = form.float8.place(form.layers_in("fp8", candidate.precision))
         others = dict.fromkeys(fp16_nodes, "fp16") | dict.fromkeys(fp8_nodes, "fp8")
         precisions = dict.fromkeys(placement.nodes, "int8") | others
-        return self._quantizer.boundaries(precisions, self._layout(candidate).nodes)
+        return form.quantizer.boundaries(precisions, _layout(form, candidate).nodes)
 
-    def _place(self, precisions: Mapping[str, str]) -> tuple[Placement, frozenset[str]]:
-        """Returns the placement of Q/DQ and the fp16 nodes, for the precision of each layer."""
-        placement = self._quantizer.place(_layers_in("int8", precisions))
-        return placement, self._half.place(_layers_in("fp16", precisions), placement.tensors)
-
-    def trainable(self) -> TrainableGraph:
-        """Returns the graph as torch operations that can be trained.
+    def trainable(self, removed_blocks: Sequence[str] = ()) -> TrainableGraph:
+        """Returns the graph, without some blocks, as torch operations that can be trained.
 
         Raises:
             QuantizationError: the graph has an operator without a gradient.
         """
-        return TrainableGraph(self._template, self._quantizer)
+        return self._form(removed_blocks).trainable
 
     def int8_placement(self, network: ExitNetwork, candidate: Candidate) -> Placement:
         """Returns the placement of Q/DQ in the artifact of a network that is compressed to `candidate`."""
-        return self._place(self.written_precisions(network, candidate))[0]
+        return self._form(network.removed_blocks).place(self.written_precisions(network, candidate))[0]
 
     def build(
         self, network: ExitNetwork, candidate: Candidate, ranges: Ranges | None = None, grids: Grids = NO_GRIDS
@@ -243,48 +290,53 @@ class ArtifactBuilder:
         Raises:
             QuantizationError: a weight of an fp16 layer exceeds fp16's range.
         """
-        weights = self._template.weights(network.state_dict())
+        form = self._form(network.removed_blocks)
+        weights, ranges = form.template.weights(network.state_dict()), ranges or self.ranges
         precisions = self.written_precisions(network, candidate)
-        placement, fp16_nodes = self._place(precisions)
-        fp8_nodes, ranges = self._float8.place(_layers_in("fp8", precisions)), ranges or self.ranges
+        placement, fp16_nodes = form.place(precisions)
+        fp8_nodes, int4_nodes = (
+            writer.place(form.layers_in(name, precisions))
+            for name, writer in (("fp8", form.float8), ("int4", form.int4))
+        )
         means = self._input_means(network, weights) if placement.nodes else {}
-        int4_nodes = self._int4.place(_layers_in("int4", precisions))
         files: list[bytes] = []
-        layout = self._layout(candidate)
+        layout = _layout(form, candidate)
         for stage in layout.stages:
-            nodes, values = self._quantizer.write(stage, placement, weights, ranges, grids)
+            nodes, values = form.quantizer.write(stage, placement, weights, ranges, grids)
             nodes, values = corrected(nodes, values, means)
             required = ((fp8.OPSET, fp8_nodes), (int4.OPSET, int4_nodes))
             opset = max([OPSET, *(least for least, placed in required if any(node.name in placed for node in nodes))])
-            nodes, values = self._float8.write(nodes, fp8_nodes, values, ranges)
-            nodes, values = self._int4.write(nodes, int4_nodes, values)
-            nodes, values = self._half.write(nodes, fp16_nodes, values, stage.outputs)
+            nodes, values = form.float8.write(nodes, fp8_nodes, values, ranges)
+            nodes, values = form.int4.write(nodes, int4_nodes, values)
+            nodes, values = form.half.write(nodes, fp16_nodes, values, stage.outputs)
             # A file that is compiled for one shape has to declare the channels of its input.
             channels = output_channels(files[-1]) if files and not self._capabilities.dynamic_batch else {}
             nodes = nodes if opset == OPSET else fp8.in_opset(nodes, values)
-            files.append(self._template.file(stage, nodes, values, channels, opset, self._properties))
+            files.append(form.template.file(stage, nodes, values, channels, opset, self._properties))
         return Artifact(
             stages=tuple(files),
             deployed=deployed_stages(self._runtime, files, bool(layout.blocks)),
             exits=candidate.active_exits,
             thresholds=candidate.thresholds.confidences,
-            precisions=self._deployed_precisions(precisions, layout),
+            precisions=_deployed_precisions(form, precisions, layout),
             boundaries=self.boundaries(replace(candidate, precision=precisions)),
             confidence=self._confidence,
             blocks=layout.blocks,
             steps=layout.steps_with_thresholds(candidate),
         )
 
-    def _layout(self, candidate: Candidate) -> Layout:
-        return self._template.layout(candidate.active_exits, tuple(candidate.active_skips))
 
-    def _deployed_precisions(self, precisions: Mapping[str, str], layout: Layout) -> dict[str, str]:
-        """Returns the precision of each deployed layer, by the name of its ONNX node.
+def _layout(form: _Form, candidate: Candidate) -> Layout:
+    return form.template.layout(candidate.active_exits, tuple(candidate.active_skips))
 
-        Heads of inactive exits and gates of blocks that always run are not deployed.
-        """
-        by_node = {self._template.layers[layer]: precision for layer, precision in precisions.items()}
-        return {node: precision for node, precision in by_node.items() if node in layout.nodes}
+
+def _deployed_precisions(form: _Form, precisions: Mapping[str, str], layout: Layout) -> dict[str, str]:
+    """Returns the precision of each deployed layer, by the name of its ONNX node.
+
+    Heads of inactive exits, gates of blocks that always run and blocks that are left out are not deployed.
+    """
+    by_node = {node: precisions[layer] for layer, node in form.template.layers.items()}
+    return {node: precision for node, precision in by_node.items() if node in layout.nodes}
 
 
 def _union(*ranges: tuple[float, float]) -> tuple[float, float]:
@@ -297,7 +349,3 @@ def _difference(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> f
     if logits.shape != expected.shape:
         return np.nan
     return float(np.abs(logits - expected).max() / (np.abs(expected).max() or 1.0))
-
-
-def _layers_in(precision: str, precisions: Mapping[str, str]) -> list[str]:
-    return [layer for layer, layer_precision in precisions.items() if layer_precision == precision]

@@ -13,7 +13,7 @@ from spaces.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer, thresholds, and the sparsity pattern of some layers.
+    """Channels kept per group, precision per layer, thresholds, sparsity patterns, and blocks that are left out.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, Thresholds({"exit1": 0.9}))
 
@@ -25,10 +25,13 @@ class Candidate:
     thresholds: Thresholds = field(default_factory=Thresholds)
     patterns: Mapping[str, str] = field(default_factory=dict)
     """The sparsity pattern of some layers, by name; other layers are dense."""
+    removed_blocks: tuple[str, ...] = ()
+    """The paths of the residual blocks that are left out, sorted."""
 
     def __post_init__(self) -> None:
         for part in ("channels", "precision", "patterns"):
             object.__setattr__(self, part, MappingProxyType(dict(getattr(self, part))))
+        object.__setattr__(self, "removed_blocks", tuple(sorted(set(self.removed_blocks))))
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -68,6 +71,8 @@ class Candidate:
             "precision": dict(self.precision),
             "thresholds": self.thresholds.to_dict(),
             "patterns": dict(self.patterns),
+            # Whole networks keep the content, and so the key, that they had before blocks could be left out.
+            **({"removed_blocks": list(self.removed_blocks)} if self.removed_blocks else {}),
         }
 
     @classmethod
@@ -85,4 +90,5 @@ class Candidate:
             {str(name): str(precision) for name, precision in content["precision"].items()},
             Thresholds.from_dict({str(name): float(value) for name, value in content["thresholds"].items()}),
             {str(name): str(pattern) for name, pattern in content.get("patterns", {}).items()},
+            tuple(map(str, content.get("removed_blocks", ()))),
         )

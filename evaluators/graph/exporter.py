@@ -26,20 +26,42 @@ class ExportError(UserError):
 
 
 class _WithCuts(nn.Module):
-    """Returns the features at each cut point with the exit's logits, and each block's ends with the gate's logits."""
+    """Returns the features at each cut point with the exit's logits, and each block's ends with the gate's logits.
 
-    def __init__(self, network: ExitNetwork) -> None:
+    After the network's own logits come the ends of blocks that can be left out.
+    """
+
+    def __init__(self, network: ExitNetwork, removable: Sequence[str]) -> None:
         super().__init__()
         self.network = network
+        self._removable = tuple(removable)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features, blocks, logits = self.network.observe(images)
+        with _watched(self.network.trunk, self._removable) as ends:
+            features, blocks, logits = self.network.observe(images)
         outputs: list[Tensor] = []
         for head, feature in zip(self.network.exits.values(), features, strict=True):
             outputs += [feature, head(feature)]
         for gate, (source, result) in zip(self.network.gates.values(), blocks, strict=True):
             outputs += [source, gate(source), result]
-        return (*outputs, logits)
+        return (*outputs, logits, *(tensor for block in self._removable for tensor in ends[block]))
+
+
+@contextmanager
+def _watched(trunk: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Notes the input and output of blocks, by path, while the trunk runs."""
+    ends: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        trunk.get_submodule(block).register_forward_hook(
+            lambda _module, args, out, block=block: ends.update({block: (args[0], out)})
+        )
+        for block in blocks
+    ]
+    try:
+        yield ends
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def cut_name(exit_name: str) -> str:
@@ -62,8 +84,12 @@ def gate_logits_name(block: str) -> str:
     return f"skip.{block}_logits"
 
 
-def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
-    """Returns the network's graph; its initializers have the names of the state dict, but random values.
+def export_structure(
+    network: ExitNetwork, image: Tensor, removable: Sequence[str] = ()
+) -> tuple[onnx.ModelProto, dict[str, tuple[str, str]]]:
+    """Returns the network's graph, and the input and output tensor of each block that can be left out.
+
+    The graph's initializers have the names of the state dict, but random values.
 
     Batch normalisation stays a node, and the batch size is dynamic. Values are random because the exporter merges
     tensors of equal content, which would tie layers whose weights happen to be equal.
@@ -71,6 +97,7 @@ def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
     Args:
         network: in evaluation mode.
         image: one input, `(1, c, h, w)`.
+        removable: paths of blocks that can be left out.
 
     Raises:
         ExportError: torch cannot export it; the message has torch's reason.
@@ -79,17 +106,41 @@ def export_structure(network: ExitNetwork, image: Tensor) -> onnx.ModelProto:
     for block in network.skip_blocks:
         source, result = block_ends(block)
         names += [source, gate_logits_name(block), result]
-    names.append(OUTPUT)
+    names += [OUTPUT, *(name for block in removable for name in _watched_ends(block))]
     randomized = _with_random_values(network)
     try:
-        model = _export(_WithCuts(randomized), (image,), names)
+        model = _export(_WithCuts(randomized, removable), (image,), names)
     except Exception as error:
         path, reason = _unexportable_module(randomized, image) or ("", error)
         is_inner = path not in ("", "trunk")
         location = f" at {layer_name(path)!r} ({type(network.get_submodule(path)).__name__})" if is_inner else ""
         raise ExportError(f"the network cannot be exported to ONNX{location}: {_first_line(reason)}") from error
     _strip_prefix(model, "network.")
-    return model
+    return model, {block: _unwatched(model, _watched_ends(block)) for block in removable}
+
+
+def _watched_ends(block: str) -> tuple[str, str]:
+    return f"{block}/before", f"{block}/after"
+
+
+def _unwatched(model: onnx.ModelProto, ends: tuple[str, str]) -> tuple[str, str]:
+    """Returns the names that two outputs have without being outputs, and makes them none of the model's, in place."""
+    source, result = (_own_name(model, name) for name in ends)
+    return source, result
+
+
+def _own_name(model: onnx.ModelProto, name: str) -> str:
+    node = next(node for node in model.graph.node if name in node.output)
+    output = next(info for info in model.graph.output if info.name == name)
+    model.graph.output.remove(output)
+    is_alias = node.op_type == "Identity"
+    own = node.input[0] if is_alias else f"{node.name}_output_{list(node.output).index(name)}"
+    if is_alias:
+        model.graph.node.remove(node)
+    for each in model.graph.node:
+        each.input[:] = [own if read == name else read for read in each.input]
+        each.output[:] = [own if written == name else written for written in each.output]
+    return own
 
 
 def _export(module: nn.Module, inputs: tuple[Any, ...], outputs: Sequence[str] = ()) -> onnx.ModelProto:

@@ -47,6 +47,15 @@ def simplified(model: ModelProto, parameters: AbstractSet[str]) -> ModelProto:
     return made
 
 
+def uncopied(model: ModelProto, name: str) -> str:
+    """Returns the tensor that a tensor is a copy of, or its own name: what is left of it in the simplified graph."""
+    copied = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in _COPIES}
+    outputs = {info.name for info in model.graph.output}
+    while name in copied and name not in outputs:
+        name = copied[name]
+    return name
+
+
 def _without_copies(nodes: Sequence[NodeProto], outputs: AbstractSet[str]) -> list[NodeProto]:
     """Returns the nodes without those that return their input, except those that name an output of the graph."""
     names: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """A network's ONNX graph without weights: candidates' files are written from it, and it is cut into stages."""
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -17,13 +18,14 @@ from evaluators.graph.exporter import (
     INPUT,
     OPSET,
     OUTPUT,
+    ExportError,
     block_ends,
     cut_name,
     export_structure,
     gate_logits_name,
     logits_name,
 )
-from evaluators.graph.simplify import simplified
+from evaluators.graph.simplify import simplified, uncopied
 from evaluators.graph.stages import Layout, Stage, lay_out
 from spaces.dynamic.exit_network import ExitNetwork, layer_name
 from spaces.errors import StructureError
@@ -62,15 +64,20 @@ class Template:
     Args:
         network: the network with all its exits, in evaluation mode.
         image: one input, `(1, c, h, w)`.
+        removable: paths of the blocks that may be left out.
 
     Raises:
         ExportError: torch cannot export the network.
         StructureError: an exit sits where the graph cannot be cut in two.
     """
 
-    def __init__(self, network: ExitNetwork, image: Tensor) -> None:
+    def __init__(self, network: ExitNetwork, image: Tensor, removable: Sequence[str] = ()) -> None:
         parameters = set(network.state_dict())
-        model = simplified(export_structure(network, image), parameters)
+        exported, ends = export_structure(network, image, removable)
+        model = simplified(exported, parameters)
+        self._removable = {
+            block: (uncopied(exported, source), uncopied(exported, result)) for block, (source, result) in ends.items()
+        }
         self._shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         self._constants = {
             tensor.name: numpy_helper.to_array(tensor)
@@ -95,6 +102,34 @@ class Template:
         self._position = {output: index for index, node in enumerate(self.nodes) for output in node.output}
         self._layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], Layout] = {}
         self.layout(self.exit_names, network.skip_blocks)
+
+    def without(self, removed: Sequence[str]) -> "Template":
+        """Returns the graph without some of the blocks that may be left out: their readers read what they read.
+
+        Raises:
+            ExportError: a block's ends are no tensors of this graph.
+        """
+        shorter = copy.copy(self)
+        before = dict(self._removable[block][::-1] for block in removed)
+        if lost := set(before) - set(self._position):
+            raise ExportError(f"a block that is left out ends in a tensor of the graph, got {min(lost)!r}")
+        shorter.blocks = {
+            block: (_followed(source, before), result)
+            for block, (source, result) in self.blocks.items()
+            if block not in removed
+        }
+        answers = {OUTPUT, *map(logits_name, self.exit_names), *map(gate_logits_name, shorter.blocks)}
+        shorter.nodes = _alive([_reading(node, before) for node in self.nodes], answers)
+        alive = {node.name for node in shorter.nodes}
+        shorter.layers = {layer: node for layer, node in self.layers.items() if node in alive}
+        shorter.layer_weights = {layer: self.layer_weights[layer] for layer in shorter.layers}
+        weights = {name for node in shorter.nodes for name in node.input}
+        shorter.folds = tuple(fold for fold in self.folds if fold.weight in weights)
+        shorter._transposed = frozenset(name for name in self._transposed if name + TRANSPOSED in weights)
+        shorter._position = {output: index for index, node in enumerate(shorter.nodes) for output in node.output}
+        shorter._layouts = {}
+        shorter.__dict__.pop("constants", None)
+        return shorter
 
     @cached_property
     def constants(self) -> Arrays:
@@ -213,6 +248,33 @@ class Template:
             if attribute.name == "group":
                 attribute.i = len(arrays[weight]) * attribute.i // self._shapes[weight][0]
         return fitted
+
+
+def _followed(name: str, before: Mapping[str, str]) -> str:
+    """Returns the tensor that is read in place of another one: what went into blocks that are left out."""
+    while name in before:
+        name = before[name]
+    return name
+
+
+def _reading(node: NodeProto, before: Mapping[str, str]) -> NodeProto:
+    if not any(name in before for name in node.input):
+        return node
+    moved = NodeProto()
+    moved.CopyFrom(node)
+    moved.input[:] = [_followed(name, before) for name in node.input]
+    return moved
+
+
+def _alive(nodes: Sequence[NodeProto], outputs: AbstractSet[str]) -> tuple[NodeProto, ...]:
+    """Returns the nodes that any of the graph's outputs depends on."""
+    needed = set(outputs)
+    kept: list[NodeProto] = []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(node.input)
+    return tuple(reversed(kept))
 
 
 def _without_aliases(

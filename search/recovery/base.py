@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
 from evaluators.quantization.int8 import Ranges
-from evaluators.quantization.trainable_graph import TrainableGraph
 from search.config.study import FittingSection, RecoverySection
 from search.training.loop import Augment
 from spaces import cache
@@ -34,14 +33,12 @@ class QatContext:
     """What quantization-aware training needs to simulate int8 as on the target.
 
     Args:
-        builder: exports artifacts.
-        graph: the exported graph in torch.
+        builder: exports artifacts, and returns their graphs in torch.
         calibration: images that ranges of activations are measured on, `(n, c, h, w)`.
         key: identifies the int8 scheme and the target, for cache keys.
     """
 
     builder: ArtifactBuilder
-    graph: TrainableGraph
     calibration: NDArray[np.float32]
     key: str
 

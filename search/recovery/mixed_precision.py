@@ -33,7 +33,8 @@ class MixedPrecision(nn.Module):
 
     def __init__(self, network: ExitNetwork, int8: QatContext, quantizer: str) -> None:
         super().__init__()
-        if not int8.graph.per_channel:
+        graph = int8.builder.trainable()
+        if not graph.per_channel:
             raise UserError(
                 "shared weights feel int8 with a scale per output channel, got weights = 'per-tensor' in"
                 " [quantization]; leave [recovery.qat] out or take another level"
@@ -41,7 +42,7 @@ class MixedPrecision(nn.Module):
         self.network = network
         self._int8 = int8
         method: Method = QUANTIZERS[quantizer]()
-        self._steps = {name: method.activation(*int8.builder.ranges[name]) for name in int8.graph.scales()}
+        self._steps = {name: method.activation(*int8.builder.ranges[name]) for name in graph.scales()}
         self.activations = nn.ModuleList(self._steps.values())
 
     def choices(self, count: int, generator: torch.Generator) -> Sequence[Collection[str]]:
@@ -68,7 +69,7 @@ class MixedPrecision(nn.Module):
             int8: names of the int8 layers.
             images: `(n, c, h, w)`.
         """
-        graph = self._int8.graph
+        graph = self._int8.builder.trainable(part.removed_blocks)
         placement = self._int8.builder.int8_placement(part, Candidate({}, dict.fromkeys(int8, "int8")))
         tensors = {name: self._steps[origin] for name, origin in graph.rounded_tensors(placement).items()}
         state = {**part.state_dict(), **weights}

@@ -170,7 +170,8 @@ def train_int8_kept(
     file = context.file("qat", start, int8.key, shape, places, settings.model_dump_json())
 
     def learner(ranges: Ranges) -> Int8Network:
-        return Int8Network(network, int8.graph, placement, settings.quantizer, ranges, candidate.patterns)
+        graph = int8.builder.trainable(network.removed_blocks)
+        return Int8Network(network, graph, placement, settings.quantizer, ranges, candidate.patterns)
 
     int8_network = learner(int8.builder.ranges)
     if not load_weights(int8_network, file):

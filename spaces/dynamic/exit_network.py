@@ -109,6 +109,8 @@ class ExitNetwork(nn.Module):
         self.exits = nn.ModuleDict(dict(zip(self.exit_names, heads, strict=True)))
         self.skip_blocks = tuple(gates)
         self.skips = _tree(gates)
+        self.removed_blocks: tuple[str, ...] = ()
+        """Paths of the trunk's residual blocks that are left out: there is an identity in their place."""
 
     @property
     def gates(self) -> dict[str, nn.Module]:

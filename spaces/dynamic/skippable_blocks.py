@@ -72,10 +72,35 @@ def find_blocks(trunk: nn.Module, image: Tensor) -> Blocks:
     """
     logits, source, seen = observed(trunk, image)
     able = [path for path in seen if _refusal(trunk, path, seen, logits, source) is None]
-    gated = tuple(path for path in able if not any(other.startswith(f"{path}.") for other in able))
+    gated = _innermost(able)
     kinds = tuple({type(trunk.get_submodule(path)) for path in gated} - {nn.Sequential})
     same = [path for path, module in trunk.named_modules() if kinds and isinstance(module, kinds)]
     return _few(Blocks(gated, tuple(path for path in same if path not in able)))
+
+
+def removable_blocks(trunk: nn.Module, image: Tensor, cut_points: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Returns the shape, `(c, h, w)`, of what each block maps that can be left out, by its path, in order.
+
+    They are those of `find_blocks`, any number of them, but for blocks with a cut point inside or at their end: exits
+    that read the same features would be one.
+
+    Args:
+        trunk: maps an image to logits, in evaluation mode.
+        image: one input, `(1, c, h, w)`.
+        cut_points: paths of modules after which exits sit.
+    """
+    logits, source, seen = observed(trunk, image)
+    able = [path for path in seen if _refusal(trunk, path, seen, logits, source) is None]
+    ends = {seen[path].after for path in cut_points if path in seen}
+    return {
+        path: tuple(seen[path].source.shape[1:])
+        for path in _innermost(able)
+        if seen[path].after not in ends and not any(f"{cut}.".startswith(f"{path}.") for cut in cut_points)
+    }
+
+
+def _innermost(paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(path for path in paths if not any(other.startswith(f"{path}.") for other in paths))
 
 
 def check_blocks(trunk: nn.Module, image: Tensor, paths: Sequence[str]) -> Blocks:

@@ -102,7 +102,7 @@ def rows(
         trained = copy.deepcopy(network)
         placement = int8.builder.int8_placement(trained, candidate)
         ranges = int8.builder.read_ranges(trained, int8.calibration)
-        learner = Int8Network(trained, int8.graph, placement, name, ranges)
+        learner = Int8Network(trained, int8.builder.trainable(), placement, name, ranges)
         begin = time.process_time()
         done = train_int8(learner, ground.pipeline.network, ground.batches(settings.batch), settings)
         step = (time.process_time() - begin) / done.steps

@@ -223,5 +223,5 @@ def test_exits_behind_a_padded_shortcut_are_exported() -> None:
     trunk = resnet20().eval()
     heads = [ExitHead(16, 10, 4), ExitHead(32, 10, 4)]
     network = ExitNetwork(trunk, ["layer1", "layer2"], heads).eval()
-    model = export_structure(network, torch.randn(1, 3, 32, 32))
+    model, _ = export_structure(network, torch.randn(1, 3, 32, 32))
     assert "exit2_logits" in {output.name for output in model.graph.output}

@@ -239,7 +239,7 @@ def deployed_loss(builder, network, candidate, data, learned: Learned) -> float:
 
 
 def ground_of(trained, sparsity, data, builder, folder: Path, **sections) -> RecoveryContext:
-    int8 = QatContext(builder, builder.trainable(), data.calibration.images[:], "int8")
+    int8 = QatContext(builder, data.calibration.images[:], "int8")
     section = RecoverySection(images=64, qat=SHORT, **sections)
     return RecoveryContext(trained, sparsity, data.train, None, section, folder, "key", lambda *_: None, int8)
 
