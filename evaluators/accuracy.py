@@ -12,7 +12,7 @@ from evaluators.streams import KEY_FRAMES
 
 
 def accuracy_of(answers: Answers, target: Target, images: str) -> Measurement:
-    """Returns the share of right answers, with its standard error, and its 95% interval beside it.
+    """Returns the share of right answers, with its standard error and its 95% interval.
 
     Frames of one clip tend to be right or wrong together, so for a stream the standard error is taken over clips, and
     the interval is that of the number of independent images with the same standard error.

@@ -9,23 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 SMALL_BYTES = 64_000_000
-"""Images that take no more may be had all at once; more are read a batch at a time."""
+"""Images up to this size in bytes may be in memory all at once; larger sets are read in batches."""
 
 
 class ImageStore(Protocol):
-    """Images `(n, c, h, w)` that are had as float32 when they are asked for; a NumPy array is one.
+    """Images `(n, c, h, w)`, float32, that may be read from disk on access; a NumPy array is one, too.
 
-    A store that is not an array has a `digest`: hexadecimal digits over the images and what is done to them.
+    A store that is not an array has a `digest`: a hexadecimal hash of the images and their preprocessing.
     """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Images, channels, height and width."""
+        """Number of images, channels, height and width."""
         ...
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """What is handed out: float32."""
+        """The type of the images: float32."""
         ...
 
     def __len__(self) -> int: ...
@@ -36,16 +36,16 @@ class ImageStore(Protocol):
 
 
 def bytes_of(images: ImageStore) -> int:
-    """Returns how many bytes all of the images take as float32."""
+    """Returns the size of all images in bytes, as float32."""
     return int(np.prod(images.shape, dtype=np.int64)) * images.dtype.itemsize
 
 
 class Chosen:
-    """Some images of a store.
+    """A subset of a store's images.
 
     Args:
-        images: all of them.
-        indices: which, `(n,)`.
+        images: the store.
+        indices: of the subset, `(n,)`.
     """
 
     dtype = np.dtype(np.float32)
@@ -63,16 +63,19 @@ class Chosen:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal digits over the images and which of them these are."""
+        """A hexadecimal hash of the store and the indices."""
         whole = LabelledImages(self._images, np.zeros(len(self._images), np.int64)).digest
         return hashlib.sha256(whole.encode() + self._indices.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images `(n, c, h, w)`, float32, preprocessed as the network wants them, and class labels `(n,)`.
+    """Images `(n, c, h, w)`, float32, preprocessed for the network, and class labels `(n,)`.
 
-    The images are an array, or a store that reads them when they are asked for.
+    The images are an array, or a store that reads them on access.
+
+    Raises:
+        ValueError: a shape or a type is another.
     """
 
     images: ImageStore
@@ -88,24 +91,28 @@ class LabelledImages:
         return len(self.labels)
 
     def some(self, indices: NDArray[np.int64]) -> "LabelledImages":
-        """Returns the images at these places, read when they are asked for."""
-        known = isinstance(self.images, np.ndarray)
-        images = self.images[indices] if known else Chosen(self.images, indices)
+        """Returns the images with these indices; those of a store are still read on access."""
+        in_memory = isinstance(self.images, np.ndarray)
+        images = self.images[indices] if in_memory else Chosen(self.images, indices)
         return LabelledImages(images, self.labels[indices])
 
     def halves(self) -> "tuple[LabelledImages, LabelledImages]":
-        """Returns two halves that share no image, each class evenly in both; always the same ones."""
+        """Returns two disjoint halves, each class evenly in both; the same ones in every call."""
         by_class = np.argsort(self.labels, kind="stable")
         return self.some(np.sort(by_class[0::2])), self.some(np.sort(by_class[1::2]))
 
     def mixed(self, seed: int = 0) -> "LabelledImages":
-        """Returns the same images in an order of which every beginning has each class by its share; always the same."""
+        """Returns the images in an order in which the first `n` have all classes in proportion, for every `n`.
+
+        Args:
+            seed: of the order within each class.
+        """
         order = np.random.default_rng(seed).permutation(len(self))
         rank = np.empty(len(self))
         for label in np.unique(self.labels):
             members = order[self.labels[order] == label]
             rank[members] = np.arange(len(members)) / len(members)
-        # A stable sort of a permutation: images of equal rank come in random order.
+        # A stable sort keeps the random order among images of equal rank.
         return self.some(order[np.argsort(rank[order], kind="stable")])
 
     def head(self, count: int) -> "LabelledImages":
@@ -114,9 +121,9 @@ class LabelledImages:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of images and labels: what a cached result of theirs is filed under.
+        """SHA-256 of images and labels, the key of cached results.
 
-        A store brings a digest of its own, so that nobody has to read all of its images.
+        A store has a digest of its own, so that not all of its images have to be read.
         """
         digest: str | None = getattr(self.images, "digest", None)
         if digest is None:
@@ -129,14 +136,14 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class Splits:
-    """Four sets that share no image.
+    """Four disjoint sets of images.
 
     Args:
-        train: what weights and batch statistics are learned from.
-        calibration: what activation ranges are read from.
-        validation: what the search sees.
-        test: what `pick` uses, once.
-        classes: how many classes there are.
+        train: for training weights and batch statistics.
+        calibration: for activation ranges.
+        validation: for the accuracies of the search.
+        test: used by `pick` only, once.
+        classes: the number of classes.
     """
 
     train: LabelledImages
@@ -147,6 +154,6 @@ class Splits:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
+        """Channels, height and width of an image."""
         _, channels, height, width = self.train.images.shape
         return channels, height, width

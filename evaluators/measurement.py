@@ -1,6 +1,6 @@
-"""One measured number, and the metrics that there are.
+"""A measured value, and the metrics.
 
-This module imports nothing heavy: a budget is parsed against it before torch is loaded.
+This module imports nothing heavy, because budgets are checked against it before torch is loaded.
 """
 
 import math
@@ -12,21 +12,21 @@ Unit = Literal["s", "ratio", "flop", "count", "byte", "joule"]
 
 
 class UnitError(ValueError):
-    """A measurement of one metric was used as another."""
+    """A statistic is requested that was not measured."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What can be measured.
+    """A quantity that can be measured.
 
     Args:
-        name: as a budget spells it.
+        name: as in a budget.
         unit: of every stored value.
-        sign: +1 where less is better, -1 where more is.
-        statistics: what a budget may ask for; the first is the default.
-        title: for people.
-        example: a limit on it, as a budget spells it.
-        is_counted: whether it is counted, so that any difference is one; else it is measured, with noise.
+        sign: +1 if less is better, -1 if more is better.
+        statistics: those that a budget may limit; the first is the default.
+        title: its name for users.
+        example: a limit on it, as in a budget.
+        is_counted: whether it is exact, such as a count; else it is measured with noise.
         may_be_relative: whether a budget may limit it to a share of the dense network's.
     """
 
@@ -56,21 +56,21 @@ METRICS: Mapping[str, Metric] = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """A value in SI units, and how it came to be.
+    """A value in SI units, and how it was measured.
 
     Args:
         metric: a name in `METRICS`.
         value: the default statistic.
-        statistic: what `value` is, in words: `median`, `expected`, `mean`, ...
-        n: how many samples stand behind it.
-        spread: its standard error, in the same unit; 0 where the value is exact.
-        others: further statistics of the same samples, same unit.
+        statistic: name of that statistic: `median`, `expected`, `mean`, ...
+        n: number of samples.
+        spread: its standard error, in the same unit; 0 if the value is exact.
+        others: other statistics of the same samples, by name, in the same unit.
         target: where it was measured.
-        protocol: how, in one line.
-        notes: further facts, such as the share of inputs that leaves at each exit.
-        remarks: what makes the value doubtful, in words; none is best.
-        unproven: nodes of the deployed graph whose precision the runtime does not tell.
-        states: what the device told of its clocks, power mode and temperature, `before` and `after`.
+        protocol: how it was measured, in one line.
+        notes: further numbers, such as the share of inputs that leave at each exit.
+        remarks: reasons to doubt the value, as sentences.
+        unproven: nodes of the deployed graph whose precision the runtime does not report.
+        states: the device's clocks, power mode and temperature, `before` and `after`.
     """
 
     metric: str
@@ -87,7 +87,7 @@ class Measurement:
     states: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
 
     def statistic_value(self, statistic: str) -> float:
-        """Returns one statistic of the metric, its default one included.
+        """Returns a statistic of the metric by its name.
 
         Raises:
             UnitError: this statistic was not measured.
@@ -102,7 +102,7 @@ class Measurement:
 
     @property
     def half_width(self) -> float:
-        """The half-width of the value's 95% interval, as a share of it; by the standard error where none was noted."""
+        """The half-width of the value's 95% interval, as a share of the value: from `notes`, else from `spread`."""
         by_spread = 1.96 * self.spread / self.value if self.value else 0.0
         return self.notes.get("half_width", by_spread)
 
@@ -113,24 +113,24 @@ class Measurement:
             "notes": dict(self.notes),
             "remarks": list(self.remarks),
             "unproven": list(self.unproven),
-            "states": {moment: dict(told) for moment, told in self.states.items()},
+            "states": {moment: dict(state) for moment, state in self.states.items()},
         }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """Returns the measurement that `to_dict` described."""
-        lines = {name: tuple(content.get(name, ())) for name in ("remarks", "unproven")}
-        return cls(**{**content, **lines})
+        tuples = {name: tuple(content.get(name, ())) for name in ("remarks", "unproven")}
+        return cls(**{**content, **tuples})
 
 
 def scaled(measured: Measurement, factor: float) -> Measurement:
-    """Returns a measurement whose every statistic is so many times as large."""
+    """Returns a measurement with every statistic multiplied by `factor`."""
     others = {name: factor * value for name, value in measured.others.items()}
     return replace(measured, value=factor * measured.value, others=others)
 
 
 def mean_of(one: Measurement, two: Measurement) -> Measurement:
-    """Returns the mean of two measurements of the same thing, all else being the second's."""
+    """Returns the mean of two measurements of the same metric; target, notes and remarks are those of the second."""
     others = {name: (one.others[name] + value) / 2 for name, value in two.others.items() if name in one.others}
     return replace(
         two,

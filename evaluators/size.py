@@ -1,28 +1,28 @@
-"""How large the deployed artifact is."""
+"""Size of the deployed files, and number of parameters."""
 
 from evaluators.deployed import DeployedCandidate, LoadedArtifact
 from evaluators.measurement import Measurement
 
 
 class SizeEvaluator:
-    """Bytes on disk of the files that are deployed."""
+    """Size of the deployed files, in bytes on disk."""
 
     metric = "size"
 
     def measure(self, subject: LoadedArtifact) -> Measurement:
-        """Returns the size of all stages together, in bytes."""
+        """Returns the total size of all stages, in bytes."""
         count = len(subject.artifact.deployed)
         protocol = f"bytes of {count} ONNX file{'s' if count > 1 else ''} as the runtime loads them"
         return Measurement("size", subject.artifact.size, "total", 1, 0.0, str(subject.target), protocol)
 
 
 class ParamsEvaluator:
-    """Weights of the network, heads of active exits and gates of blocks that may be skipped included."""
+    """Number of parameters, including the heads of active exits and the gates of skippable blocks."""
 
     metric = "params"
 
     def measure(self, subject: DeployedCandidate) -> Measurement:
-        """Returns the number of trainable values that the deployed version has."""
+        """Returns the number of trainable parameters of the deployed version."""
         inactive = [f"exits.{name}." for name in subject.network.exit_names if name not in subject.artifact.exits]
         inactive += [f"skips.{block}." for block in subject.network.skip_blocks if block not in subject.artifact.blocks]
         deployed = [

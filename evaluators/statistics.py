@@ -1,8 +1,9 @@
-"""What the answers to some of the images tell of those to all, beside a network whose answers to all are known."""
+"""Estimates of a network's accuracy on all images from some, paired with a network whose accuracy on all is known."""
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,93 +11,93 @@ from scipy.stats import hypergeom
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Right answers of two networks to the same images, some of all, chosen at random.
+class PairedAccuracy:
+    """Correct answers of two networks on the same random sample of images.
 
-    What both have right, or neither, says nothing about which is better, so only where they differ counts.
+    Images on which both are correct, or both wrong, do not tell which network is better, so only the others count.
 
     Args:
-        gained: images that only the network in question has right.
-        lost: images that only the one whose answers are known has right.
-        asked: how many images both were asked about.
-        total: how many there are in all.
-        known: the share of all images that the known one has right.
+        gained: number of images on which only the network to estimate is correct.
+        lost: number of images on which only the known network is correct.
+        sampled: number of images in the sample.
+        total: number of all images.
+        known: accuracy of the known network on all images, 0 to 1.
     """
 
     gained: int
     lost: int
-    asked: int
+    sampled: int
     total: int
     known: float
 
     @classmethod
-    def of(cls, correct: NDArray[np.bool_], right: NDArray[np.bool_], known: float, total: int) -> "Paired":
-        """Returns the pair of a network that was asked about the first images, and one that was about all.
+    def of(cls, correct: NDArray[np.bool_], known_correct: NDArray[np.bool_], known: float, total: int) -> Self:
+        """Returns the counts for a network that was run on the first images, and one that was run on all.
 
         Args:
-            correct: whether the network in question is right about each of the first images.
-            right: the same of the other one; of as many images, or more.
-            known: the other one's accuracy on all.
-            total: how many there are.
+            correct: whether the network to estimate is correct, for each of the first images, `(n,)`.
+            known_correct: the same for the known network, for at least as many images.
+            known: accuracy of the known network on all images, 0 to 1.
+            total: number of all images.
         """
-        first = right[: len(correct)]
-        gained, lost = int((correct & ~first).sum()), int((first & ~correct).sum())
+        first = known_correct[: len(correct)]
+        gained = int((correct & ~first).sum())
+        lost = int((first & ~correct).sum())
         return cls(gained, lost, len(correct), total, known)
 
     @property
     def accuracy(self) -> float:
-        """The share of all images that the network probably has right.
+        """The estimated accuracy on all images, 0 to 1.
 
         Source: Cochran, Sampling Techniques, 1977, section 7.3 (the difference estimator).
         """
-        return min(max(self.known + (self.gained - self.lost) / self.asked, 0.0), 1.0)
+        return min(max(self.known + (self.gained - self.lost) / self.sampled, 0.0), 1.0)
 
     @property
     def spread(self) -> float:
-        """The standard error of that, which falls to 0 as all are asked."""
-        gained, lost = self.gained / self.asked, self.lost / self.asked
-        left = (self.total - self.asked) / max(self.total - 1, 1)
-        return math.sqrt((gained + lost - (gained - lost) ** 2) / self.asked * left)
+        """The standard error of `accuracy`; 0 if the sample has all images."""
+        gained, lost = self.gained / self.sampled, self.lost / self.sampled
+        finite_correction = (self.total - self.sampled) / max(self.total - 1, 1)
+        return math.sqrt((gained + lost - (gained - lost) ** 2) / self.sampled * finite_correction)
 
-    def most_accurate(self, error: float) -> float:
-        """Returns the highest accuracy on all images that the answers leave likely.
+    def upper_bound(self, error: float) -> float:
+        """Returns a one-sided upper confidence bound of the accuracy on all images, 0 to 1.
 
-        The exact limits of the images gained and lost are joined as independent ones' would be, and by as much more as
-        they are correlated.
+        It combines the exact bounds of the shares gained and lost, which are negatively correlated.
 
         Args:
-            error: how often, at most, the accuracy on all turns out higher.
+            error: the probability, at most, that the accuracy on all images is higher.
 
         Source: Zou, Toward using confidence intervals to compare correlations, 2007 (limits of a difference).
         """
-        gained, lost = self.gained / self.asked, self.lost / self.asked
-        above = most(self.gained, self.asked, self.total, error) / self.total - gained
-        below = lost - least(self.lost, self.asked, self.total, error) / self.total
-        chance = gained * lost
-        together = math.sqrt(chance / ((1 - gained) * (1 - lost))) if chance else 0.0
-        reach = math.sqrt(above**2 + below**2 + 2 * together * above * below)
-        return min(max(self.known + gained - lost + reach, 0.0), 1.0)
+        gained, lost = self.gained / self.sampled, self.lost / self.sampled
+        above = largest_count(self.gained, self.sampled, self.total, error) / self.total - gained
+        below = lost - smallest_count(self.lost, self.sampled, self.total, error) / self.total
+        both = gained * lost
+        correlation = math.sqrt(both / ((1 - gained) * (1 - lost))) if both else 0.0
+        margin = math.sqrt(above**2 + below**2 + 2 * correlation * above * below)
+        return min(max(self.known + gained - lost + margin, 0.0), 1.0)
 
 
 @lru_cache(maxsize=65_536)
-def most(seen: int, asked: int, total: int, error: float) -> int:
-    """Returns how many of all may be such that so many are seen among those that were asked, or fewer.
+def largest_count(seen: int, sampled: int, total: int, error: float) -> int:
+    """Returns the upper confidence bound of a count in a finite population, from a sample without replacement.
 
     Args:
-        seen: such ones among the asked.
-        asked: how many were drawn.
-        total: how many there are.
-        error: more than this likely.
+        seen: the count in the sample.
+        sampled: size of the sample.
+        total: size of the population.
+        error: the probability, at most, that the count in the population is larger.
 
     Source: Buonaccorsi, A Note on Confidence Intervals for Proportions in Finite Populations, 1987.
     """
-    low, high = seen, total - (asked - seen)
-    while low < high:  # the more there are, the less likely it is to see so few
+    low, high = seen, total - (sampled - seen)
+    while low < high:  # bisection: the larger the count, the less likely are so few in the sample
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if hypergeom.cdf(seen, total, middle, asked) > error else (low, middle - 1)
+        low, high = (middle, high) if hypergeom.cdf(seen, total, middle, sampled) > error else (low, middle - 1)
     return low
 
 
-def least(seen: int, asked: int, total: int, error: float) -> int:
-    """Returns how few of all may be such that so many are seen among those that were asked, or more."""
-    return total - most(asked - seen, asked, total, error)
+def smallest_count(seen: int, sampled: int, total: int, error: float) -> int:
+    """Returns the lower confidence bound of a count in a finite population; for the arguments see `largest_count`."""
+    return total - largest_count(sampled - seen, sampled, total, error)

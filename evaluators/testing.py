@@ -30,9 +30,9 @@ from evaluators.quantization.calibration.base import Calibrator
 from evaluators.quantization.calibration.histogram import Histogram
 from evaluators.quantization.calibration.ranges import histograms
 from evaluators.quantization.scheme import Scheme
-from evaluators.runtimes.base import Runtime, TimedBatch, deployed_stages
+from evaluators.runtimes.base import Runtime, Session, TimedBatch, deployed_stages
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
-from evaluators.runtimes.paired_timing import TimingProtocol
+from evaluators.runtimes.paired_timing import TakeTurn, TimingProtocol
 from spaces.candidate import Candidate
 from spaces.channels import SparsitySpace
 from spaces.dynamic.block_gates import BLOCK_GATES
@@ -46,6 +46,9 @@ from spaces.pruning.criteria.base import Evidence
 from spaces.pruning.prunable import find_groups
 from spaces.testing import BLOCKS, BlockGateContract, MaskContract, exit_network, gated_network, pictures
 from spaces.thresholds import Thresholds, ThresholdSpace
+
+_THRESHOLD = 0.6
+"""Confidence from which the exits of a contract's network answer."""
 
 
 def space_of(network: ExitNetwork, layers: Sequence[str]) -> JointSpace:
@@ -198,27 +201,66 @@ class RuntimeContract:
         with torch.no_grad():
             np.testing.assert_allclose(found, network(images)[-1].numpy(), atol=1e-4)
 
-    def test_exits_answer_and_take_turns(
-        self, runtime: Runtime, builder: ArtifactBuilder, network: ExitNetwork, space: JointSpace, images: Tensor
-    ) -> None:
-        candidate = space.candidate(space.uniform(1.0, "fp32", 0.6))
-        artifact = builder.build(network, candidate)
-        deployed = [runtime.deployable(stage) for stage in artifact.stages]
-        opened = runtime.open(deployed, artifact.thresholds, 1)
-        reference = runtime.open([runtime.deployable(builder.build(network, space.dense()).stages[0])], [], 1)
-        logits, exits = opened.answer(images.numpy(), batch=4)
-        assert set(exits) <= {0, 1, 2}
-        every = opened.all_logits(images.numpy(), batch=4)
-        assert every.shape == (len(images), 3, 4)
-        np.testing.assert_allclose(every[np.arange(len(images)), exits], logits, atol=1e-4)
-        strict = runtime.open(deployed, [0.999] * 2, 1, "margin")
-        assert set(strict.answer(images.numpy(), batch=4)[1]) == {2}
+    @pytest.fixture
+    def exit_stages(
+        self, runtime: Runtime, write: Callable[[str, float | None], Sequence[bytes]], network: ExitNetwork
+    ) -> list[bytes]:
+        """The deployed stages of the network in fp32, with both of its exits."""
+        stages = [runtime.deployable(stage) for stage in write("fp32", _THRESHOLD)]
+        assert len(stages) == len(network.exit_names) + 1
+        return stages
+
+    @pytest.fixture
+    def with_exits(self, runtime: Runtime, exit_stages: Sequence[bytes]) -> Session:
+        """The network with its exits, loaded."""
+        return runtime.open(exit_stages, [_THRESHOLD] * (len(exit_stages) - 1), 1)
+
+    @pytest.fixture
+    def take_turn(
+        self,
+        runtime: Runtime,
+        write: Callable[[str, float | None], Sequence[bytes]],
+        with_exits: Session,
+        images: Tensor,
+    ) -> TakeTurn:
+        """Turns between four batches of the network with exits and the network without them."""
+        (stage,) = write("fp32", None)
+        without = runtime.open([runtime.deployable(stage)], [], 1)
         batches = [TimedBatch(0, 4), TimedBatch(4, 4), TimedBatch(0, 4, longest=True), TimedBatch(0, 4, exit=0)]
-        take_turn = opened.turns(images.numpy(), batches, reference, 2, TimingProtocol(burst_s=0))
-        for candidate_first in (True, False):
-            turn = take_turn(candidate_first)
-            assert all(ratio > 0 for ratio in turn.ratios)
-            assert [len(wall) for wall in turn.walls] == [1, 1, 1, 1]
+        return with_exits.turns(images.numpy(), batches, without, 2, TimingProtocol(burst_s=0))
+
+    def test_every_image_is_answered_by_an_exit_or_the_end(self, with_exits: Session, images: Tensor) -> None:
+        _, exits = with_exits.answer(images.numpy(), batch=4)
+        assert len(exits) == len(images)
+        assert set(exits) <= {0, 1, 2}
+
+    def test_all_logits_are_those_of_each_exit_and_the_end(self, with_exits: Session, images: Tensor) -> None:
+        assert with_exits.all_logits(images.numpy(), batch=4).shape == (len(images), 3, 4)
+
+    def test_an_answer_has_the_logits_of_its_exit(self, with_exits: Session, images: Tensor) -> None:
+        logits, exits = with_exits.answer(images.numpy(), batch=4)
+        of_each_exit = with_exits.all_logits(images.numpy(), batch=4)
+        np.testing.assert_allclose(of_each_exit[np.arange(len(images)), exits], logits, atol=1e-4)
+
+    def test_no_image_leaves_where_thresholds_are_out_of_reach(
+        self, runtime: Runtime, exit_stages: Sequence[bytes], images: Tensor
+    ) -> None:
+        strict = runtime.open(exit_stages, [0.999] * 2, 1, "margin")
+        assert set(strict.answer(images.numpy(), batch=4)[1]) == {2}
+
+    @pytest.mark.parametrize("candidate_first", [True, False])
+    def test_a_turn_has_a_ratio_to_the_reference_for_each_batch(
+        self, take_turn: TakeTurn, candidate_first: bool
+    ) -> None:
+        ratios = take_turn(candidate_first).ratios
+        assert len(ratios) == 4
+        assert all(ratio > 0 for ratio in ratios)
+
+    @pytest.mark.parametrize("candidate_first", [True, False])
+    def test_a_turn_has_one_wall_clock_time_for_each_counted_call(
+        self, take_turn: TakeTurn, candidate_first: bool
+    ) -> None:
+        assert [len(wall) for wall in take_turn(candidate_first).walls] == [1, 1, 1, 1]
 
     def test_blocks_can_be_skipped_where_it_says_so(self, runtime: Runtime) -> None:
         if not runtime.capabilities().skips:

@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported here, so that `--help` and a mistake answer at once."""
+"""The command line. It imports no heavy libraries, so that `--help` and error messages appear at once."""
 
 import shlex
 import sys
@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 StudyName = Annotated[
-    str | None, typer.Option("--study", help="A study that comes along, or the path of a study.toml; default: digits.")
+    str | None, typer.Option("--study", help="Name of an included study, or path of a study.toml; default: digits.")
 ]
 Model = Annotated[
     str | None,
@@ -35,9 +35,7 @@ Data = Annotated[
         "--data", metavar="SOURCE", help="imagefolder:PATH, cifar10:PATH, ..., module:function, file.py:function."
     ),
 ]
-Download = Annotated[
-    bool, typer.Option("--download", help="Let torchvision download weights and images that are missing.")
-]
+Download = Annotated[bool, typer.Option("--download", help="Let torchvision download missing weights and images.")]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the searches and of the MLflow database.")]
 Search = Annotated[str | None, typer.Option("--search", metavar="NAME", help="Name of a search; default: the latest.")]
 SearchToRun = Annotated[
@@ -76,15 +74,15 @@ EXIT_THRESHOLDS: Mapping[str, Literal["solved", "searched"]] = {
     "inner": "solved",
     "outer": "searched",
 }
-"""What a study calls each choice of `--exit-thresholds`; the last two are names of before."""
+"""The value of a study for each choice of `--exit-thresholds`; `inner` and `outer` are former names."""
 
 
 def run(arguments: list[str]) -> int:
-    """Returns the exit code of a command line: 0, 1 for no version within the budget, 2 for a mistake."""
+    """Returns the exit code of a command line: 0, 1 if no version keeps the budget, 2 for an error of the user."""
     try:
         result = app(arguments, prog_name="python -m search", standalone_mode=False)
     except UserError as error:
-        return _complain(str(error))
+        return _error_code(str(error))
     except typer.Exit as exit_:
         return exit_.exit_code
     except (typer.Abort, KeyboardInterrupt):
@@ -95,19 +93,23 @@ def run(arguments: list[str]) -> int:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        return _complain(message())
-    if result == _INTERRUPTED:  # typer turns Ctrl-C into this code, wherever it came, and says nothing
-        sys.stderr.write("Interrupted; nothing that was finished is lost, and the same command goes on.\n")
+        return _error_code(message())
+    if result == _INTERRUPTED:  # typer returns this code for Ctrl-C without a message
+        sys.stderr.write("Interrupted; finished work is kept, and the same command goes on where it was.\n")
     return result if isinstance(result, int) else 0
 
 
 def _limits(texts: list[str] | None) -> Budget | None:
-    """Returns the budget that was given; None where the study's or the search's own holds."""
+    """Returns the budget of `--budget`; None for that of the study or the search."""
     return Budget.parse(texts) if texts else None
 
 
-def _check_nothing_given(context: typer.Context) -> None:
-    """Checks that no option stands before a command's name, where the command would not see it."""
+def _check_no_options(context: typer.Context) -> None:
+    """Checks that no option is before a command's name, where the command would ignore it.
+
+    Raises:
+        UserError: there is one.
+    """
     for name in context.params:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -117,7 +119,8 @@ def _check_nothing_given(context: typer.Context) -> None:
             )
 
 
-def _complain(message: str) -> int:
+def _error_code(message: str) -> int:
+    """Writes an error message in one line, and returns the exit code 2."""
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2
 
@@ -134,7 +137,7 @@ def search(
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size of the deployed network.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the deployed network.")] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many trials in all; default: as the study says.")
+        int | None, typer.Option(min=1, help="Stop after this many trials in total; default: as in the study.")
     ] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0, metavar="SECONDS", help="Stop after this many seconds.")
@@ -143,14 +146,15 @@ def search(
         int | None, typer.Option(min=1, metavar="TRIALS", help="Stop after this many trials in a row without progress.")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="ehvi, tpe, nsga2, gp or random; else the study's, which is ehvi.")
+        str | None,
+        typer.Option(help="ehvi, tpe, nsga2, gp or random; default: as in the study, which is ehvi unless set."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampler.")] = 0,
     target: Target = None,
     exit_thresholds: Annotated[
         str | None,
         typer.Option(
-            metavar="HOW", help="Thresholds of exits: solved for each version, or searched like everything else."
+            metavar="HOW", help="Thresholds of exits: solved for each version, or searched like other dimensions."
         ),
     ] = None,
     gates: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -172,12 +176,12 @@ def search(
     The same command resumes a search that was stopped.
     """
     if context.invoked_subcommand is not None:
-        _check_nothing_given(context)
+        _check_no_options(context)
         return 0
     thresholds = _exit_thresholds(exit_thresholds, gates)
     only = read_dimensions(search_only) if search_only is not None else None
     request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only)
-    request.to_study()  # a mistake in it answers before anything heavy is loaded
+    request.to_study()  # reports errors before heavy libraries are imported
     from search.commands.run import run_search
 
     output, ending = Output(quiet, as_json), Ending(trials, timeout, patience)
@@ -185,7 +189,7 @@ def search(
 
 
 def _exit_thresholds(given: str | None, gates: str | None) -> Literal["solved", "searched"] | None:
-    """Returns how thresholds of exits are found; None for what the study says. `gates` is what it was called before."""
+    """Returns how thresholds of exits are found; None for the value of the study. `gates` is the former option."""
     name = given or gates
     if name is not None and name not in EXIT_THRESHOLDS:
         raise UserError(
@@ -193,7 +197,7 @@ def _exit_thresholds(given: str | None, gates: str | None) -> Literal["solved", 
             " study says"
         )
     if name in ("inner", "outer"):
-        sys.stderr.write("inner and outer thresholds are called --exit-thresholds solved and searched now\n")
+        sys.stderr.write("--gates inner and outer are now called --exit-thresholds solved and searched\n")
     return EXIT_THRESHOLDS[name] if name else None
 
 
@@ -201,7 +205,7 @@ def _exit_thresholds(given: str | None, gates: str | None) -> Literal["solved", 
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the study.")],
 ) -> int:
-    """Writes a study to start from: study.toml, model.py and data.py, which run as they are."""
+    """Writes a study to start from, with the files study.toml, model.py and data.py, which runs as it is."""
     from search.config.template import write_template
 
     write_template(folder)
@@ -218,7 +222,7 @@ def front(
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the front as CSV.")] = False,
 ) -> int:
-    """Shows the front of a search again, under its own budget or another."""
+    """Shows the front of a search, within its own budget or another one."""
     limits = _limits(budget)
     if as_json and as_csv:
         raise UserError("the front is written in one form, got --json and --csv; leave one out")
@@ -231,7 +235,7 @@ def front(
 def pick(
     budget: Budgets = None,
     prefer: Annotated[
-        str, typer.Option(help="What counts within the budget: accuracy, latency, flops, size or knee.")
+        str, typer.Option(help="Which version within the budget: best accuracy, latency, flops or size, or the knee.")
     ] = "accuracy",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the bundle.")] = Path("deploy"),
     finetune: Annotated[
@@ -264,7 +268,7 @@ def report(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Writes a search as one page: question, front, the versions most worth deploying, caveats."""
+    """Writes a report on a search as one page: question, front, the versions most worth deploying, caveats."""
     limits = _limits(budget)
     from search.commands.report import run_report
 
@@ -276,11 +280,11 @@ def compare(
     first: Annotated[
         str, typer.Argument(metavar="A", help="SEARCH, SEARCH:TRIAL, SEARCH:dense, or a TRIAL of the latest search.")
     ],
-    second: Annotated[str, typer.Argument(metavar="B", help="What to compare it with, in the same form.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The other one, in the same form.")],
     runs: Runs = RUNS,
     as_json: AsJson = False,
 ) -> int:
-    """Shows two versions or two searches side by side, layer by layer, and which differences may be noise."""
+    """Compares two versions or two searches, layer by layer, and says which differences may be noise."""
     from search.commands.compare import run_compare
 
     return run_compare(first, second, runs, Output(as_json=as_json))
@@ -294,7 +298,7 @@ def sync(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Writes to MLflow what it lacks of a search; nothing is written twice."""
+    """Writes the results of a search to MLflow that are not there yet."""
     from search.commands.sync import run_sync
 
     return run_sync(name, runs, tracking_uri, Output(quiet, as_json))
@@ -312,7 +316,7 @@ def profile(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Measures how much each group of channels matters; shows a heat map and writes it as a PNG."""
+    """Measures the sensitivity to pruning of each group of channels; shows a heat map and writes it as a PNG."""
     request = Request(study, None, model, weights, data)
     if name is not None and request != Request():
         raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
@@ -338,7 +342,9 @@ def diagnose(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="An ONNX file of this network, whoever made it, or the folder of a bundle."),
+        typer.Option(
+            metavar="FILE", help="An ONNX file of this network, from any exporter, or the folder of a bundle."
+        ),
     ] = None,
     against_target: Annotated[
         str | None,
@@ -350,11 +356,11 @@ def diagnose(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Finds the layer where a lower precision breaks a network, and says why.
+    """Finds the layer where a lower precision breaks a network, and the reason.
 
-    Compares every layer's output with that of the same network in fp32, both on the target's own runtime. What is
-    compared is the whole network in one --precision, a --trial of a search, or a --file, whose tensors are matched by
-    name; where none match, only its logits are compared.
+    Compares every layer's output with that of the same network in fp32, both on the target's runtime. The network is
+    the whole one in one --precision, a --trial of a search, or a --file, whose tensors are matched by name; if none
+    match, only its logits are compared.
     """
     from search.config.diagnosis_request import DiagnosisRequest
 
@@ -377,10 +383,10 @@ def ui(
     name: Search = None,
     runs: Runs = RUNS,
     port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Port of the UI, which listens on this machine only.")
+        int, typer.Option(min=1, max=65535, help="Port of the server, which is reachable from this machine only.")
     ] = 5000,
 ) -> int:
-    """Opens MLflow's UI on the searches that were logged."""
+    """Opens MLflow's user interface with the logged searches."""
     from search.commands.ui import serve
 
     return serve(name, runs, port, tracking_uri)
@@ -388,7 +394,7 @@ def ui(
 
 @app.command()
 def measure(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that pick wrote.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that pick has written.")],
     target: Target = None,
     as_json: AsJson = False,
 ) -> int:
@@ -400,7 +406,7 @@ def measure(
 
 @app.command()
 def doctor(target: Target = None, as_json: AsJson = False) -> int:
-    """Lists the targets of this machine, what each can do, and why one is missing."""
+    """Lists the targets of this machine with their capabilities, and why others are not available."""
     from search.commands.doctor import examine
 
     examine(target, Output(as_json=as_json))

@@ -16,7 +16,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class DeploymentTarget:
-    """What a bundle was made for: the fields of `evaluators.runtimes.base.Target`, which a bundle does not bring."""
+    """The target that a bundle was made for: the fields of `evaluators.runtimes.base.Target`, which is not shipped."""
 
     runtime: str = "onnxruntime"
     device: str = ""
@@ -31,7 +31,7 @@ class Frames:
 
     Args:
         threshold: the difference from the last key frame from which a frame is computed; at 0 all are.
-        max_age: so many frames after a key frame the next one is computed anyway.
+        max_age: the maximum number of frames from one key frame to the next.
     """
 
     threshold: float = 0.0
@@ -40,12 +40,12 @@ class Frames:
 
 @dataclass(frozen=True)
 class DenseReference:
-    """The dense network that the bundle's latency is told beside.
+    """The dense network that the bundle's latency is relative to.
 
     Args:
-        file: of it; it may be left out when the bundle is shipped.
-        precision: of it.
-        seconds: of work that its batch took when the search began.
+        file: its ONNX file, which need not be shipped.
+        precision: of its layers.
+        seconds: of work per batch, at the begin of the search.
     """
 
     file: str
@@ -58,8 +58,8 @@ class Check:
     """What the bundle said to its own check images.
 
     Args:
-        images: how many there are.
-        correct: how many it had right when it was made.
+        images: number of check images.
+        correct: number of correct answers when the bundle was made.
     """
 
     images: int
@@ -68,29 +68,29 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle is. Its keys in JSON are these names, in this order.
+    """The content of `bundle.json`. Its keys in JSON are these names, in this order.
 
     Args:
-        format: of this description.
+        format: version of this format.
         study: the name of the study.
         search: the name of the search.
-        trial: the number of the trial, or a name where it is none, such as `int8`.
-        target: what it was made for.
-        library: the name and the version of what ran it, perhaps on a board; empty if not told.
+        trial: the number of the trial, or the name of a simple version, such as `int8`.
+        target: that it was made for.
+        library: name and version of the library that ran it, on this machine or a board; empty if unknown.
         deployed: its ONNX files, in the order in which they are run.
-        extras: files of one runtime alone, such as engines.
+        extras: files of one runtime only, such as engines.
         exits: the names of its exits, without the end.
-        thresholds: the confidence from which an input leaves, by exit.
-        confidence: what is held against a threshold.
-        preprocessing: how a picture becomes input; None where the data came preprocessed.
-        blocks: that inputs may pass by.
-        steps: how the files are run where blocks may be passed by, as `staged.to_json` has it; else empty.
+        thresholds: the confidence from which an input leaves, for each exit.
+        confidence: measure of confidence that thresholds are compared with.
+        preprocessing: of pictures; None if the data was preprocessed already.
+        blocks: the blocks that inputs may skip.
+        steps: the order in which files are run if blocks may be skipped, as in `staged.to_json`; else empty.
         image_shape: of one input, `(c, h, w)`.
-        classes: how many there are.
-        frames: which frames of a stream are computed; None where inputs have nothing to do with each other.
-        reference: what its latency is told beside; None where it was told by the machine's own clock.
+        classes: number of classes.
+        frames: which frames of a stream are computed; None for independent inputs.
+        reference: the network that its latency is relative to; None if latency was measured without one.
         leaving: the share of the images that each exit and the end answered when its latency was confirmed.
-        check: what it said to its own check images.
+        check: its accuracy on the check images.
     """
 
     format: int = FORMAT
@@ -121,7 +121,7 @@ class Manifest:
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """Where an input may be answered: the exits, and `end`."""
+        """The names of the exits, and `end`."""
         return (*self.exits, "end")
 
     @property

@@ -1,11 +1,11 @@
 """Runs this network: python run.py [IMAGES.npz|IMAGES.npy|PICTURE|FOLDER] [--show|--stream FRAMES|--stats FOLDER].
 
-Without a file it answers the bundle's own check images and compares with what was measured when the bundle was made.
-A .npz holds `images` (n, c, h, w), float32, preprocessed as in training, and, to score them, `labels` (n,). Pictures
-are preprocessed here, as bundle.json says. `--show` tells which exit answered each input and which blocks it passed by,
-`--stats` how many do so. With `--stream` inputs are frames in their order; those that hardly differ from the last key
-frame get its answer. It needs onnxruntime and numpy, and pillow for pictures; a bundle with engines uses them where
-tensorrt runs, and one that was made for OpenVINO uses that where it is installed. From Python:
+Without a file it runs on the bundle's check images and compares the accuracy with that measured when the bundle was
+made. A .npz has `images` (n, c, h, w), float32, preprocessed as in training, and optionally `labels` (n,) for the
+accuracy. Pictures are preprocessed here, as bundle.json says. `--show` prints which exit answered each input and which
+blocks it skipped, `--stats` the share of inputs for each. With `--stream` inputs are frames of a stream, in order, and
+those similar to the last key frame get its answer. It needs onnxruntime and numpy, and pillow for pictures. A bundle
+with engines uses TensorRT, and one made for OpenVINO uses OpenVINO, where they are installed. From Python:
 
     network = load("path/to/bundle")
     logits, routes = network(images)
@@ -13,8 +13,8 @@ tensorrt runs, and one that was made for OpenVINO uses that where it is installe
     stream = follow("path/to/bundle")
     key_frame, is_new = stream.frame(image)  # (1, c, h, w); key_frame.logits, key_frame.routes
 
-A route is the exit that answered, 0 being the first; where blocks may be skipped, `exits_of(routes)` is, and
-`skipped_of(routes, blocks)` tells which of so many blocks were.
+A route is the index of the exit that answered, from 0. If blocks may be skipped, it also encodes which ones were: then
+`exits_of(routes)` returns the indices, and `skipped_of(routes, number_of_blocks)` which blocks were skipped.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING or __package__:
     from evaluators.bundle.manifest import Frames, Manifest
@@ -65,18 +66,20 @@ else:  # a bundle has these files beside its run.py, which anybody may call from
     )
     from staged import Floats, Network, Routes, StagedNetwork, exits_of, from_json, skipped_of
 
+InputFile = tuple[str, Floats, "NDArray[np.int64] | None"]
+"""Name, images and labels, if any, of a file."""
 ENGINES = "engines.json"
 FEW = 20
-"""The exits of so many inputs are shown one by one without being asked for."""
+"""Up to this number of inputs, their exits are printed one by one even without `--show`."""
 
 
 def load(folder: str | Path) -> Network:
-    """Returns the bundle's network: on TensorRT or OpenVINO where made for them and they run, else ONNX Runtime."""
-    return load_by(folder)[1]
+    """Returns the bundle's network, on TensorRT or OpenVINO if made for them and installed, else on ONNX Runtime."""
+    return load_with_library(folder)[1]
 
 
-def load_by(folder: str | Path) -> tuple[str, Network]:
-    """Returns the name of the library that runs the bundle's network here, and the network."""
+def load_with_library(folder: str | Path) -> tuple[str, Network]:
+    """Returns the name of the library that runs the bundle's network on this machine, and the network."""
     bundle = Path(folder)
     manifest = Manifest.read(bundle)
     engines = _load_engines(bundle, manifest) if (bundle / ENGINES).is_file() else None
@@ -89,17 +92,17 @@ def load_by(folder: str | Path) -> tuple[str, Network]:
 
 
 def follow(folder: str | Path) -> FrameReuse:
-    """Returns the bundle's network for a stream; one that was picked without frames computes each of them."""
-    return _following(load(folder), Manifest.read(Path(folder)))
+    """Returns the bundle's network for the frames of a stream; if it was not made for streams, it computes each one."""
+    return _for_stream(load(folder), Manifest.read(Path(folder)))
 
 
-def _following(network: Network, manifest: Manifest) -> FrameReuse:
+def _for_stream(network: Network, manifest: Manifest) -> FrameReuse:
     frames = manifest.frames or Frames()
     return FrameReuse(network, frames.threshold, frames.max_age)
 
 
 def _load_engines(bundle: Path, manifest: Manifest) -> Network | None:
-    """Returns the network on the GPU; None, and a line on why, where it cannot run there."""
+    """Returns the network on the GPU; None, after writing the reason, if it cannot run there."""
     sys.path.insert(0, str(bundle / "runtime.pyz"))
     try:
         from evaluators.runtimes.tensorrt_gpu.runtime import TensorRT
@@ -107,16 +110,16 @@ def _load_engines(bundle: Path, manifest: Manifest) -> Network | None:
         reason = TensorRT.missing()
         if reason is None:
             engines = (bundle / ENGINES).read_bytes()
-            opened = TensorRT().open_engines(engines, bundle, manifest.thresholds, manifest.confidence)
-            return lambda images: opened.answer(images, manifest.target.batch)
-    except Exception as error:  # engines run on the kind of machine that they were built on, and on no other
+            session = TensorRT().open_engines(engines, bundle, manifest.thresholds, manifest.confidence)
+            return lambda images: session.answer(images, manifest.target.batch)
+    except Exception as error:  # engines run only on the kind of machine that they were built on
         reason = " ".join(str(error).split())
     sys.stderr.write(f"the engines cannot be used here: {reason}; ONNX Runtime takes over\n")
     return None
 
 
 def _load_compiled(bundle: Path, manifest: Manifest) -> StagedNetwork | None:
-    """Returns the network on OpenVINO, compiled as it was measured; None, and a line on why, where there is none."""
+    """Returns the network on OpenVINO, compiled as it was measured; None, after writing why, if it is missing."""
     try:
         import openvino
     except ImportError as error:
@@ -127,12 +130,12 @@ def _load_compiled(bundle: Path, manifest: Manifest) -> StagedNetwork | None:
     target = manifest.target
     settings = openvino_settings(target.threads, target.fp32_in == "bf16" and openvino_has_bf16(core))
 
-    def compiled(file: bytes, shape: tuple[int, ...]) -> Any:
+    def compile_for(file: bytes, shape: tuple[int, ...]) -> Any:
         model = core.read_model(file)
         model.reshape(list(shape))
         return core.compile_model(model, "CPU", settings)
 
-    stages = [PaddedStage(partial(compiled, file), sizes) for file in _files(bundle, manifest)]
+    stages = [PaddedStage(partial(compile_for, file), sizes) for file in _files(bundle, manifest)]
     return StagedNetwork(stages, from_json(manifest.plan), manifest.confidence)
 
 
@@ -144,7 +147,7 @@ def _files(bundle: Path, manifest: Manifest) -> list[bytes]:
 
 
 def _load_sessions(bundle: Path, manifest: Manifest) -> StagedNetwork:
-    """Returns the network on ONNX Runtime's CPU provider, with the threads it was measured with."""
+    """Returns the network on ONNX Runtime's CPU provider, with the number of threads that it was measured with."""
     import onnxruntime
 
     def stage(file: bytes) -> Callable[[Floats], list[Floats]]:
@@ -158,47 +161,48 @@ def _load_sessions(bundle: Path, manifest: Manifest) -> StagedNetwork:
         session = onnxruntime.InferenceSession(
             file, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
-        name, names = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
-        return lambda batch: session.run(names, {name: batch})  # told once: asking costs time in every call
+        input_name = session.get_inputs()[0].name
+        output_names = [output.name for output in session.get_outputs()]  # reading them in each call would cost time
+        return lambda batch: session.run(output_names, {input_name: batch})
 
     stages = [stage(file) for file in _files(bundle, manifest)]
     return StagedNetwork(stages, from_json(manifest.plan), manifest.confidence)
 
 
 def answer(network: Network, images: Floats, batch: int) -> tuple[Floats, Routes, float]:
-    """Returns logits, routes and the median seconds per full batch."""
+    """Returns logits `(n, classes)`, routes `(n,)` and the median seconds per full batch."""
     logits = []
     routes = []
     seconds = []
     for start in range(0, len(images), batch):
         begin = time.perf_counter()
-        found, left = network(images[start : start + batch])
+        batch_logits, batch_routes = network(images[start : start + batch])
         seconds.append(time.perf_counter() - begin)
-        logits.append(found)
-        routes.append(left)
+        logits.append(batch_logits)
+        routes.append(batch_routes)
     full = seconds[: max(len(images) // batch, 1)]
     return np.concatenate(logits), np.concatenate(routes), float(np.median(full))
 
 
 def main() -> int:
-    """Returns the exit code: 0, 1 when the check images are not answered as measured, 2 when something is missing."""
+    """Returns the exit code: 0, 1 if the accuracy on the check images differs from the measured one, 2 for an error."""
     try:
         return _run()
-    except Exception as error:  # whatever a library raises on a file that it cannot read
+    except Exception as error:  # libraries raise exceptions of all kinds for a file that they cannot read
         sys.stderr.write(f"run.py: {_reason(error)}\n")
         return 2
 
 
 def _reason(error: Exception) -> str:
     """Returns one line on what is wrong with the images, the bundle or this machine."""
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
         return f"a file that exists, got {error.filename!r}; give another, or copy the whole bundle again"
     if isinstance(error, KeyError):
-        return f"a .npz has `images`, got none of {said}"
+        return f"a .npz has `images`, got none of {message}"
     if isinstance(error, ImportError):
-        return f"a bundle needs onnxruntime and numpy, got {said!r}; pip install onnxruntime numpy"
-    return said
+        return f"a bundle needs onnxruntime and numpy, got {message!r}; pip install onnxruntime numpy"
+    return message
 
 
 def _run() -> int:
@@ -206,121 +210,144 @@ def _run() -> int:
     bundle = Path(__file__).resolve().parent
     manifest = Manifest.read(bundle)
     if arguments.stats:
-        return _stats(load(bundle), manifest, arguments.stats)
+        return _print_statistics(load(bundle), manifest, arguments.stats)
     given = arguments.stream or arguments.images
-    named = [*read_all(given or bundle / "check.npz", manifest.image_shape, manifest.preprocessing)]
-    images = np.concatenate([part for _, part, _ in named])
-    library, network = load_by(bundle)
+    files = [*read_all(given or bundle / "check.npz", manifest.image_shape, manifest.preprocessing)]
+    images = np.concatenate([file_images for _, file_images, _ in files])
+    library, network = load_with_library(bundle)
     if arguments.stream or (given is None and manifest.frames):
-        logits, routes = _answer_stream(_following(network, manifest), images, library)
+        logits, routes = _answer_stream(_for_stream(network, manifest), images, library)
     else:
         logits, routes = _answer_images(network, images, manifest.target.batch, library)
     classes = logits.argmax(axis=1)
     if arguments.predictions:
         np.save(arguments.predictions, classes)
-    _tell(manifest, routes, str, "answered at ")
+    _print_route_counts(manifest, routes, str, "answered at ")
     if arguments.show or (given and len(images) <= FEW):
-        inputs = [f"{name}[{row}]" if len(part) > 1 else name for name, part, _ in named for row in range(len(part))]
-        for name, label, way in zip(inputs, classes, _ways(manifest, routes), strict=True):
-            print(f"  {name}: class {label}, at {way}")
-    every = [part for _, _, part in named if part is not None]
-    labels = np.concatenate(every) if len(every) == len(named) else None
-    correct = None if labels is None else int((classes == labels).sum())
-    if correct is not None:
-        print(f"  accuracy: {correct / len(images):.4%} ({correct}/{len(images)})")
-    if given is None:
-        measured = manifest.check.correct
-        print(f"  measured when the bundle was made: {measured / len(images):.4%} ({measured}/{len(images)})")
-        return 0 if abs((correct or 0) - measured) <= _tolerance(library, manifest, len(images)) else 1
-    return 0
+        _print_inputs(manifest, files, classes, routes)
+    correct = _print_accuracy(files, classes)
+    return 0 if given else _compare_with_measured(library, manifest, len(images), correct or 0)
+
+
+def _print_inputs(manifest: Manifest, files: Sequence[InputFile], classes: NDArray[np.int64], routes: Routes) -> None:
+    """Prints the class and the route of each input."""
+    names = [f"{name}[{row}]" if len(images) > 1 else name for name, images, _ in files for row in range(len(images))]
+    for name, label, route in zip(names, classes, _described_routes(manifest, routes), strict=True):
+        print(f"  {name}: class {label}, at {route}")
+
+
+def _print_accuracy(files: Sequence[InputFile], classes: NDArray[np.int64]) -> int | None:
+    """Prints the accuracy and returns the number of correct answers; None if files have no labels."""
+    labels_of_files = [labels for _, _, labels in files if labels is not None]
+    if len(labels_of_files) < len(files):
+        return None
+    correct = int((classes == np.concatenate(labels_of_files)).sum())
+    print(f"  accuracy: {correct / len(classes):.4%} ({correct}/{len(classes)})")
+    return correct
+
+
+def _compare_with_measured(library: str, manifest: Manifest, count: int, correct: int) -> int:
+    """Prints the accuracy that was measured; returns the exit code: 0 if that on this machine is the same, else 1."""
+    measured = manifest.check.correct
+    print(f"  measured when the bundle was made: {measured / count:.4%} ({measured}/{count})")
+    return 0 if abs(correct - measured) <= _tolerance(library, manifest, count) else 1
 
 
 def _tolerance(library: str, manifest: Manifest, images: int) -> int:
-    """Returns how many right answers more or fewer are no failure: another library rounds otherwise."""
+    """Returns the accepted difference of correct answers: 0, or 1% with another library, which rounds differently."""
     return 0 if manifest.library_name in ("", library) else -(-images // 100)
 
 
-def _ways(manifest: Manifest, routes: Routes) -> list[str]:
-    """Returns, in words, the exit that answered each input, and the blocks that it passed by."""
+def _described_routes(manifest: Manifest, routes: Routes) -> list[str]:
+    """Returns, as text, the exit that answered each input, and the blocks that it skipped."""
     blocks = np.array(manifest.blocks, dtype=str)
-    passed = [", ".join(blocks[row]) for row in skipped_of(routes, len(blocks))]
-    found = zip(exits_of(routes), passed, strict=True)
-    return [manifest.ends[index] + (f", past {skipped}" if skipped else "") for index, skipped in found]
+    skipped_blocks = [", ".join(blocks[row]) for row in skipped_of(routes, len(blocks))]
+    pairs = zip(exits_of(routes), skipped_blocks, strict=True)
+    return [manifest.ends[index] + (f", skipped {skipped}" if skipped else "") for index, skipped in pairs]
 
 
-def _tell(manifest: Manifest, routes: Routes, told: Callable[[int], str], at: str = "") -> None:
-    """Writes how many inputs each exit answers, and how many pass each block by."""
+def _print_route_counts(manifest: Manifest, routes: Routes, as_text: Callable[[int], str], prefix: str = "") -> None:
+    """Prints how many inputs each exit answers, and how many skip each block."""
     for index, name in enumerate(manifest.ends):
-        print(f"  {at}{name}: {told(int((exits_of(routes) == index).sum()))}")
-    for block, passed in zip(manifest.blocks, skipped_of(routes, len(manifest.blocks)).T, strict=True):
-        print(f"  passed {block} by: {told(int(passed.sum()))}")
+        print(f"  {prefix}{name}: {as_text(int((exits_of(routes) == index).sum()))}")
+    for block, is_skipped in zip(manifest.blocks, skipped_of(routes, len(manifest.blocks)).T, strict=True):
+        print(f"  skipped {block}: {as_text(int(is_skipped.sum()))}")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run this network on images, or check it against its measurement.")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("images", nargs="?", type=Path, help=".npz with `images` and perhaps `labels`, .npy, picture")
-    source.add_argument("--stream", type=Path, help="the same, but frames in their order, answered one by one")
-    source.add_argument("--stats", type=Path, metavar="FOLDER|FILE", help="tell how many inputs take which way")
+    source.add_argument(
+        "images", nargs="?", type=Path, help=".npz with `images` and optionally `labels`, .npy, picture, or folder"
+    )
+    source.add_argument("--stream", type=Path, help="the same, but frames of a stream in order, answered one by one")
+    source.add_argument(
+        "--stats", type=Path, metavar="FOLDER|FILE", help="print the share of inputs that each exit answers"
+    )
     parser.add_argument("--predictions", type=Path, help="write the predicted class of each image to this .npy")
-    parser.add_argument("--show", action="store_true", help="tell which way each input took")
+    parser.add_argument("--show", action="store_true", help="print which exit answered each input")
     return parser.parse_args()
 
 
 def _answer_images(network: Network, images: Floats, batch: int, library: str) -> tuple[Floats, Routes]:
-    """Returns logits and routes of images that have nothing to do with each other, and says what a batch takes."""
+    """Returns logits and routes of independent images, and prints the time per batch."""
     logits, routes, seconds = answer(network, images, batch)
     print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here, {library})")
     return logits, routes
 
 
 def _answer_stream(network: FrameReuse, frames: Floats, library: str) -> tuple[Floats, Routes]:
-    """Returns logits and routes of frames, and says how many are key frames and what a frame takes."""
-    answers = []
+    """Returns logits and routes of frames, and prints the share of key frames and the time per frame."""
+    key_frames = []
     computed = 0
     seconds = []
     for index in range(len(frames)):
         begin = time.perf_counter()
-        key, is_new = network.frame(frames[index : index + 1])
+        key_frame, is_new = network.frame(frames[index : index + 1])
         seconds.append(time.perf_counter() - begin)
-        answers.append(key)
+        key_frames.append(key_frame)
         computed += is_new
-    mean, median, worst = (1e3 * float(taken(seconds)) for taken in (np.mean, np.median, np.max))
+    mean, median, worst = (1e3 * float(statistic(seconds)) for statistic in (np.mean, np.median, np.max))
     print(f"{len(frames)} frames, {computed / len(frames):.1%} of them key frames")
     print(f"  {mean:.2f} ms per frame, median {median:.2f} ms, worst {worst:.2f} ms (here, {library})")
-    return np.concatenate([key.logits for key in answers]), np.concatenate([key.routes for key in answers])
+    logits = np.concatenate([key_frame.logits for key_frame in key_frames])
+    return logits, np.concatenate([key_frame.routes for key_frame in key_frames])
 
 
-def _stats(network: Network, manifest: Manifest, path: Path) -> int:
-    """Writes how many inputs take which way, and what they take: file by file, so that a folder may be large."""
+def _print_statistics(network: Network, manifest: Manifest, path: Path) -> int:
+    """Prints the share of inputs on each route and their mean time; reads one file at a time, so folders may be large.
+
+    Returns:
+        The exit code, 0.
+    """
     batch = manifest.target.batch
-    routes = [np.empty(0, np.int64)]
+    routes_of_batches = [np.empty(0, np.int64)]
     seconds = 0.0
     files = 0
-    waiting = np.empty((0, *manifest.image_shape), np.float32)
+    pending = np.empty((0, *manifest.image_shape), np.float32)
     for _, images, _ in read_all(path, manifest.image_shape, manifest.preprocessing):
         files += 1
-        waiting = np.concatenate([waiting, images])
-        whole = len(waiting) // batch * batch
-        seconds += _count(network, waiting[:whole], batch, routes)
-        waiting = waiting[whole:]
-    seconds += _count(network, waiting, batch, routes)
-    every = np.concatenate(routes)
-    mean = seconds / len(every) * 1e3
-    print(f"{len(every)} images of {files} files, {mean:.3f} ms an image in batches of {batch} (mean here)")
-    _tell(manifest, every, lambda count: f"{count / len(every):.1%} ({count})")
+        pending = np.concatenate([pending, images])
+        full = len(pending) // batch * batch
+        seconds += _append_routes(network, pending[:full], batch, routes_of_batches)
+        pending = pending[full:]
+    seconds += _append_routes(network, pending, batch, routes_of_batches)
+    routes = np.concatenate(routes_of_batches)
+    mean_ms = seconds / len(routes) * 1e3
+    print(f"{len(routes)} images of {files} files, {mean_ms:.3f} ms per image in batches of {batch} (mean here)")
+    _print_route_counts(manifest, routes, lambda count: f"{count / len(routes):.1%} ({count})")
     return 0
 
 
-def _count(network: Network, images: Floats, batch: int, routes: list[Routes]) -> float:
-    """Adds the ways that the images take to `routes`; returns the seconds that they took."""
-    taken = 0.0
+def _append_routes(network: Network, images: Floats, batch: int, routes: list[Routes]) -> float:
+    """Appends the routes of some images to `routes`, batch by batch; returns the seconds that the network took."""
+    seconds = 0.0
     for start in range(0, len(images), batch):
         begin = time.perf_counter()
-        _, left = network(images[start : start + batch])
-        taken += time.perf_counter() - begin
-        routes.append(left)
-    return taken
+        _, batch_routes = network(images[start : start + batch])
+        seconds += time.perf_counter() - begin
+        routes.append(batch_routes)
+    return seconds
 
 
 if __name__ == "__main__":

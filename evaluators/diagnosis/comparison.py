@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from evaluators.data import LabelledImages
 from evaluators.diagnosis.taps import FileError, Tap, find_taps, with_taps
-from evaluators.diagnosis.tensor_errors import Figures, TensorComparison
+from evaluators.diagnosis.tensor_errors import TensorComparison, TensorErrors
 from evaluators.graph.exporter import OUTPUT
 from evaluators.runtimes.base import Images, Runtime, TensorReader
 
@@ -64,7 +64,7 @@ class Compared:
         answered: the predictions of both.
     """
 
-    layers: tuple[Figures, ...]
+    layers: tuple[TensorErrors, ...]
     unmatched: tuple[str, ...]
     answered: Answered
 
@@ -99,7 +99,7 @@ def compare(
         logits.append(pair.compare(data.images[start : start + batch]))
     progress(len(data), len(data))
     expected, actual = (np.concatenate(side) for side in zip(*logits, strict=True))
-    return Compared(pair.figures(), pair.unmatched(), _answered(expected, actual, data.labels, classes))
+    return Compared(pair.errors(), pair.unmatched(), _answered(expected, actual, data.labels, classes))
 
 
 class _Pair:
@@ -129,7 +129,7 @@ class _Pair:
                 self._unmatched.add(tensor)
         return ours[OUTPUT], _logits(theirs, ours[OUTPUT].shape, self._version)
 
-    def figures(self) -> tuple[Figures, ...]:
+    def errors(self) -> tuple[TensorErrors, ...]:
         """Returns the error statistics of each tensor that both have."""
         taps = [tap for tap in self._taps if tap.tensor not in self._unmatched]
         ratios = {tap.tensor: self._comparisons[tap.tensor].sqnr_db for tap in taps}
@@ -137,7 +137,7 @@ class _Pair:
         def input_db(tap: Tap) -> float:
             return min((ratios.get(name, np.inf) for name in tap.sources), default=np.inf)
 
-        return tuple(self._comparisons[tap.tensor].figures(tap.name, input_db(tap)) for tap in taps)
+        return tuple(self._comparisons[tap.tensor].errors(tap.name, input_db(tap)) for tap in taps)
 
     def unmatched(self) -> tuple[str, ...]:
         """Returns the names of the tensors that the version lacks, or has in another shape."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.diagnosis.comparison import Compared
-from evaluators.diagnosis.tensor_errors import Figures
+from evaluators.diagnosis.tensor_errors import TensorErrors
 
 LOW_DB = 20.0
 """Below this signal-to-noise ratio a layer is suspicious: the error is a tenth of the signal."""
@@ -67,19 +67,19 @@ class Evidence:
     norms: Mapping[str, NDArray[np.generic]]
 
     @property
-    def layers(self) -> tuple[Figures, ...]:
+    def layers(self) -> tuple[TensorErrors, ...]:
         """The error statistics of each tensor, in the order in which they are computed."""
         return self.compared.layers
 
-    def first_low(self) -> Figures | None:
+    def first_low(self) -> TensorErrors | None:
         """Returns the first tensor below `LOW_DB`; None if there is none."""
         return next((layer for layer in self.layers if layer.sqnr_db < LOW_DB), None)
 
-    def guilty(self) -> Figures:
+    def noisiest(self) -> TensorErrors:
         """Returns the tensor that adds the most noise of its own, up to the first below `LOW_DB`."""
         return min(self.until_low(), key=lambda layer: layer.own_db)
 
-    def until_low(self) -> tuple[Figures, ...]:
+    def until_low(self) -> tuple[TensorErrors, ...]:
         """Returns the tensors up to the first below `LOW_DB`; after it, most noise comes from earlier layers."""
         low = self.first_low()
         return self.layers[: self.layers.index(low) + 1] if low else self.layers

@@ -1,4 +1,4 @@
-"""What the figures of a comparison mean, in words: one rule for each thing that goes wrong."""
+"""Rules that turn the error statistics of a comparison into findings, one for each kind of fault."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,38 +7,38 @@ from numpy.typing import NDArray
 
 from evaluators.diagnosis.comparison import Answered
 from evaluators.diagnosis.evidence import LOW_DB, Evidence, Finding, ratio
-from evaluators.diagnosis.tensor_errors import Figures
+from evaluators.diagnosis.tensor_errors import TensorErrors
 
 EXPLAINS = 0.9
-"""A permutation of channels that explains this share of the squared error is what went wrong."""
+"""A permutation of channels is reported if it explains this share of the squared error."""
 LARGEST_HALF = float(np.finfo(np.float16).max)
 """65504, the largest number in fp16."""
 SMALLEST_HALF = float(np.finfo(np.float16).smallest_subnormal)
 """6e-8, the smallest number above 0 in fp16."""
 SAME_POINTS = 0.3
-"""One file on two targets gives the same accuracy within so many points."""
+"""Difference in accuracy of one file on two targets, in points, up to which they count as equal."""
 
 
 def find(case: Evidence) -> list[Finding]:
-    """Returns everything that was found, the most important first: alarms before notes."""
-    found = [finding for rule in _RULES for finding in rule(case)]
-    return sorted(found, key=lambda finding: not finding.alarm)
+    """Returns all findings, the most important first: alarms before notes."""
+    findings = [finding for rule in _RULES for finding in rule(case)]
+    return sorted(findings, key=lambda finding: not finding.alarm)
 
 
 def _permuted(case: Evidence) -> list[Finding]:
-    moved = [layer for layer in case.layers if _explains(layer)]
-    if not moved:
+    permuted = [layer for layer in case.layers if _is_permuted(layer)]
+    if not permuted:
         return []
-    layer, permutation = moved[0], moved[0].permutation
+    layer, permutation = permuted[0], permuted[0].permutation
     assert permutation is not None
     text = (
         f"the channels of {layer.name} are in another order: a permutation explains {permutation.explained:.1%} of its"
         f" error ({ratio(layer.sqnr_db)})"
     )
-    shuffle = permutation.groups
-    if shuffle is not None:
-        other = layer.channels // shuffle
-        text += f"; it is a channel shuffle of {shuffle} groups that was lost, or one of {other} that is too many"
+    groups = permutation.groups
+    if groups is not None:
+        inverse = layer.channels // groups
+        text += f"; a channel shuffle of {groups} groups is missing, or one of {inverse} groups was added"
     remedy = (
         "write the shuffle as a Gather with constant indices or as a 1x1 convolution, or keep its nodes in fp32; or try"
         " another version of the exporter or of the runtime"
@@ -46,7 +46,7 @@ def _permuted(case: Evidence) -> list[Finding]:
     return [Finding("permuted channels", True, layer.name, permutation.explained, text, remedy)]
 
 
-def _explains(layer: Figures) -> bool:
+def _is_permuted(layer: TensorErrors) -> bool:
     order = layer.permutation
     return order is not None and not order.is_identity and order.explained >= EXPLAINS
 
@@ -56,10 +56,10 @@ def _overflow(case: Evidence) -> list[Finding]:
     if not beyond:
         return []
     layer = max(beyond, key=lambda each: each.largest)
-    rest = f", and {len(beyond) - 1} more are beyond it" if len(beyond) > 1 else ""
+    rest = f"; {len(beyond) - 1} more tensors exceed it" if len(beyond) > 1 else ""
     text = (
-        f"{beyond[0].name} is the first beyond fp16's range: its largest value is {beyond[0].largest:.3g}, fp16 ends at"
-        f" {LARGEST_HALF:.0f}{rest}"
+        f"{beyond[0].name} is the first tensor that exceeds fp16's range: its largest value is"
+        f" {beyond[0].largest:.3g}, that of fp16 is {LARGEST_HALF:.0f}{rest}"
     )
     if case.has_fp16:
         remedy = "keep these layers in fp32, or scale the weights before them down and those behind them up"
@@ -71,16 +71,17 @@ def _overflow(case: Evidence) -> list[Finding]:
 def _not_finite(case: Evidence) -> list[Finding]:
     before = next((layer for layer in case.layers if layer.not_finite_before), None)
     if before is not None:
-        text = f"{before.name} gives {before.not_finite_before} values that are not finite already in {case.reference}"
-        remedy = "look at the network's weights and at the images: no version of it can be right"
+        text = f"{before.name} has {before.not_finite_before} values that are not finite already in {case.reference}"
+        remedy = "check the network's weights and the images: no version of it can be right"
         return [Finding("not finite", True, before.name, before.not_finite_before, text, remedy)]
     first = next((layer for layer in case.layers if layer.not_finite), None)
     if first is None:
         return []
     text = (
-        f"{first.name} is the first with values that are infinite or not a number: {first.not_finite} in {case.version}"
+        f"{first.name} is the first tensor with values that are infinite or not a number:"
+        f" {first.not_finite} in {case.version}"
     )
-    remedy = "keep it in fp32, and see whether its range or its weights fit the precision"
+    remedy = "keep it in fp32, and check whether its range and its weights fit the precision"
     return [Finding("not finite", True, first.name, first.not_finite, text, remedy)]
 
 
@@ -88,54 +89,55 @@ def _chance(case: Evidence) -> list[Finding]:
     answered = case.compared.answered
     if is_chance(answered.before, answered):
         text = (
-            f"{case.reference} itself answers {answered.before} of {answered.images} images right, which is chance"
-            f" among {answered.classes} classes"
+            f"{case.reference} itself classifies {answered.before} of {answered.images} images correctly, which is"
+            f" chance level for {answered.classes} classes"
         )
-        remedy = "see whether the network is trained: accuracies say nothing here, the layers' figures do"
+        remedy = "check that the network is trained; until then compare the layers' errors, not the accuracies"
         return [Finding("chance level", False, "", answered.before / answered.images, text, remedy)]
     if not is_chance(answered.right, answered):
         return []
-    only = f"; it calls every image class {answered.only}" if answered.only is not None else ""
+    only = f"; it predicts class {answered.only} for every image" if answered.only is not None else ""
     text = (
-        f"accuracy is at chance level: {case.version} answers {answered.right} of {answered.images} images right"
+        f"accuracy is at chance level: {case.version} classifies {answered.right} of {answered.images} images correctly"
         f" ({case.reference}: {answered.before}), as guessing among {answered.classes} classes would{only}"
     )
-    remedy = "rounding alone does not do that to a network; look for the first layer that is wrong"
+    remedy = "rounding alone hardly ever does that to a network; look for the first layer that is wrong"
     return [Finding("chance level", True, "", answered.right / answered.images, text, remedy)]
 
 
 def is_chance(right: int, answered: Answered) -> bool:
-    """Returns whether guessing gets as many right, or up to two standard deviations fewer than that many."""
+    """Returns whether a number of correct answers is at most two standard deviations above that of guessing."""
     guess = 1 / answered.classes
     return right <= answered.images * guess + 2 * float(np.sqrt(answered.images * guess * (1 - guess)))
 
 
 def _two_targets(case: Evidence) -> list[Finding]:
     answered = case.compared.answered
-    apart = (answered.right - answered.before) / answered.images * 100
-    if not case.targets or abs(apart) <= SAME_POINTS:
+    points = (answered.right - answered.before) / answered.images * 100
+    if not case.targets or abs(points) <= SAME_POINTS:
         return []
-    layer = case.guilty()
+    layer = case.noisiest()
     text = (
-        f"the same file is {abs(apart):.2f} points {'better' if apart > 0 else 'worse'} on {case.version} than on"
-        f" {case.reference}; they part at {layer.name}, from {ratio(layer.input_db)} at its input"
-        f" to {ratio(layer.sqnr_db)} behind it"
+        f"the same file is {abs(points):.2f} points {'better' if points > 0 else 'worse'} on {case.version} than on"
+        f" {case.reference}; they diverge at {layer.name}, from {ratio(layer.input_db)} at its input"
+        f" to {ratio(layer.sqnr_db)} at its output"
     )
-    remedy = "believe neither before the layer is understood; try it in fp32, and newer versions of both"
-    return [Finding("targets differ", True, layer.name, apart, text, remedy)]
+    remedy = "trust neither before the layer is understood; try it in fp32, and newer versions of both runtimes"
+    return [Finding("targets differ", True, layer.name, points, text, remedy)]
 
 
 def _noisy(case: Evidence) -> list[Finding]:
     layer = case.first_low()
     if layer is None:
         return []
-    low, guilty = sum(each.sqnr_db < LOW_DB for each in case.layers), case.guilty()
+    low = sum(each.sqnr_db < LOW_DB for each in case.layers)
+    noisiest = case.noisiest()
     text = (
-        f"{layer.name} is the first below {LOW_DB:.0f} dB: {ratio(layer.sqnr_db)}, cosine {layer.cosine:.4f}, from"
-        f" {ratio(layer.input_db)} at its input; {low} of {len(case.layers)} tensors are below"
+        f"{layer.name} is the first tensor below {LOW_DB:.0f} dB: {ratio(layer.sqnr_db)}, cosine {layer.cosine:.4f},"
+        f" with {ratio(layer.input_db)} at its input; {low} of {len(case.layers)} tensors are below"
     )
-    if guilty is not layer:
-        text += f"; up to there {guilty.name} adds most noise of its own ({ratio(guilty.own_db)})"
+    if noisiest is not layer:
+        text += f"; of the tensors up to it, {noisiest.name} adds the most noise ({ratio(noisiest.own_db)})"
     if case.has_8_bits:
         remedy = (
             'try [quantization] calibrator = "percentile" or equalize = true, or leave the layer in fp16 or fp32, and'
@@ -151,7 +153,7 @@ def _vanishing(case: Evidence) -> list[Finding]:
 
 
 def _unfolded(case: Evidence) -> list[Finding]:
-    """Returns the finding on norms that are nodes of their own, whose variances fp16 rounds to 0."""
+    """Returns the finding on batch norms that are not folded, whose variances fp16 rounds to 0."""
     lost = {name: _vanished(values) for name, values in case.norms.items()}
     names = [name for name, count in lost.items() if count]
     if not names:
@@ -167,7 +169,7 @@ def _unfolded(case: Evidence) -> list[Finding]:
 
 
 def _folded(case: Evidence) -> list[Finding]:
-    """Returns the finding on norms that have gone into a layer: nothing vanishes, but weights may become large."""
+    """Returns the finding on folded batch norms: no variance becomes 0, but weights may become large."""
     lost = {name: _vanished(values) for name, values in case.variances.items() if name not in case.norms}
     names = [name for name, count in lost.items() if count]
     if not names:
@@ -178,7 +180,10 @@ def _folded(case: Evidence) -> list[Finding]:
         f"{lost[names[0]]} running variances of {first} are below fp16's smallest number, down to {smallest:.1e}; it is"
         f" folded into its layer in fp32, so none is lost{_more(names)}"
     )
-    remedy = "such channels hardly varied in training: prune them, or keep scales per channel, since their weights grow"
+    remedy = (
+        "such channels hardly varied in training, and folding makes their weights large: prune them, or quantize"
+        " weights per channel"
+    )
     return [Finding("vanishing variance", False, first, smallest, text, remedy)]
 
 
@@ -195,7 +200,7 @@ def _norm(name: str) -> str:
 
 
 def _more(names: Sequence[str]) -> str:
-    return f"; so it is with {len(names) - 1} more norms" if len(names) > 1 else ""
+    return f"; the same holds for {len(names) - 1} more batch norms" if len(names) > 1 else ""
 
 
 def _died(case: Evidence) -> list[Finding]:
@@ -204,8 +209,8 @@ def _died(case: Evidence) -> list[Finding]:
         return []
     worst = max(layers, key=lambda layer: layer.died / layer.channels)
     text = (
-        f"silent in {case.version} but not in {case.reference}: {worst.died} of {worst.channels} channels of"
-        f" {worst.name}, which stay below one step of the tensor's grid; {len(layers)} tensors lose some"
+        f"constant in {case.version} but not in {case.reference}: {worst.died} of {worst.channels} channels of"
+        f" {worst.name}, which vary by less than one quantization step; {len(layers)} tensors have such channels"
     )
     if case.has_8_bits:
         remedy = "equalize the channels' ranges ([quantization] equalize = true), or give the layer a higher precision"
@@ -221,10 +226,10 @@ def _dead(case: Evidence) -> list[Finding]:
     worst = max(layers, key=lambda layer: layer.dead / layer.channels)
     total, channels = sum(layer.dead for layer in layers), sum(layer.channels for layer in case.layers)
     text = (
-        f"{total} of {channels} channels never vary over these images, already in {case.reference}: most in"
+        f"{total} of {channels} channels are constant over these images, already in {case.reference}: most in"
         f" {worst.name}, {worst.dead} of {worst.channels}"
     )
-    remedy = "they cost time and say nothing; a search can prune them at no loss"
+    remedy = "they cost time and carry no information; a search can prune them without loss"
     return [Finding("dead channels", False, worst.name, worst.dead, text, remedy)]
 
 
@@ -239,4 +244,4 @@ _RULES: Sequence[Callable[[Evidence], list[Finding]]] = (
     _died,
     _dead,
 )
-"""In the order of how much each explains."""
+"""The rules, those that explain most first."""

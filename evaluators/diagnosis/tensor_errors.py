@@ -1,7 +1,7 @@
-"""How the tensors of one version of a network differ from those of another: figures, gathered batch by batch.
+"""Error statistics of a version's tensors against a reference, accumulated batch by batch.
 
-Signal-to-noise ratios are in dB: the reference's sum of squares over that of the difference. 20 dB is a tenth in
-amplitude, and each bit of a grid is worth 6 dB.
+Signal-to-noise ratios are in dB: the reference's sum of squares over that of the difference. At 20 dB the error is a
+tenth of the signal's amplitude; each bit of precision adds 6 dB.
 """
 
 from collections.abc import Sequence
@@ -15,23 +15,23 @@ from scipy.optimize import linear_sum_assignment
 Floats = NDArray[np.float64]
 
 MOST_CHANNELS = 1024
-"""Wider tensors are not searched for a permutation: products of all pairs of their channels take too much memory."""
-_SAMPLED = 4096
-"""So many values of a channel and batch are enough to tell which channel it is."""
+"""Wider tensors are not searched for a permutation, because the products of all pairs of channels need much memory."""
+_SAMPLED_VALUES = 4096
+"""The number of values of a channel in a batch that are enough to identify the channel."""
 _SEARCHED_BELOW_DB = 20.0
-"""Where less is wrong, a permutation of channels is not what is wrong."""
-_SAME_SHARE = 0.01
-"""A regular shuffle that explains as much as the best permutation, but for this share, is taken to be it."""
+"""At higher ratios the error is too small for a permutation of channels."""
+_SHUFFLE_TOLERANCE = 0.01
+"""A channel shuffle that explains as much of the error as the best permutation, less this share, is taken for it."""
 
 
 @dataclass(frozen=True)
 class Permutation:
-    """An order of a version's channels that brings it closest to the reference.
+    """The order of a version's channels that is closest to the reference.
 
     Args:
-        order: which of the version's channels is each of the reference's.
-        explained: the share of the squared error that is gone in this order.
-        groups: of the channel shuffle that the order is; None where it is another.
+        order: for each channel of the reference, the index of the matching channel of the version.
+        explained: the share of the squared error that this order removes.
+        groups: number of groups if the order is a channel shuffle; else None.
     """
 
     order: tuple[int, ...]
@@ -40,26 +40,26 @@ class Permutation:
 
     @property
     def is_identity(self) -> bool:
-        """Whether no channel moves."""
+        """Whether every channel is in its place."""
         return self.order == tuple(range(len(self.order)))
 
 
 @dataclass(frozen=True)
-class Figures:
-    """How one tensor of a version differs from the reference's.
+class TensorErrors:
+    """The error statistics of one tensor.
 
     Args:
         name: of the layer or node.
-        input_db: the lowest ratio among the tensors that it is computed from; infinite where those are exact.
-        sqnr_db: the ratio of signal to noise; infinite where nothing differs, minus infinity where it is not finite.
-        cosine: similarity of the two tensors, from -1 to 1.
-        largest: magnitude in the reference.
-        not_finite: values of the version that are infinite or not a number.
-        not_finite_before: the same of the reference.
-        channels: how many there are.
-        dead: channels that never vary in the reference, over all images and places.
-        died: channels that vary in the reference and never in the version.
-        permutation: the order of channels that explains most of the error, where there is much.
+        input_db: the lowest signal-to-noise ratio of its inputs; infinite if they are exact.
+        sqnr_db: its signal-to-noise ratio; infinite if nothing differs, minus infinity if a value is not finite.
+        cosine: cosine similarity of the two tensors, -1 to 1.
+        largest: the largest magnitude in the reference.
+        not_finite: the number of values of the version that are infinite or not a number.
+        not_finite_before: the same for the reference.
+        channels: the number of channels.
+        dead: the number of channels that are constant in the reference, over all images and positions.
+        died: the number of channels that vary in the reference and are constant in the version.
+        permutation: the order of channels that explains most of the error; None if the error is small.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Figures:
 
     @property
     def own_db(self) -> float:
-        """The ratio that the tensor would have if what it is computed from were exact, noises being independent."""
+        """The ratio that the tensor would have with exact inputs, if the noises are independent."""
         added = _noise_share(self.sqnr_db) - _noise_share(self.input_db)
         return decibels(1.0, added) if added > 0 else np.inf
 
@@ -91,7 +91,7 @@ class Figures:
 
 
 class TensorComparison:
-    """Gathers the figures of one tensor.
+    """Accumulates the error statistics of one tensor.
 
     Args:
         axis: of its channels.
@@ -99,19 +99,19 @@ class TensorComparison:
 
     def __init__(self, axis: int) -> None:
         self._axis = axis
-        self._signal = self._noise = self._product = self._found_signal = self._largest = 0.0
+        self._signal = self._noise = self._product = self._actual_signal = self._largest = 0.0
         self._not_finite = self._not_finite_before = 0
         self._extremes: list[tuple[Floats, Floats]] = []
         self._pairs: _ChannelPairs | None = None
 
-    def add(self, exact: NDArray[np.float32], found: NDArray[np.float32]) -> None:
-        """Takes in one batch of the reference's tensor and the version's, of one shape, images first."""
-        self._not_finite_before += int(exact.size - np.isfinite(exact).sum())
-        self._not_finite += int(found.size - np.isfinite(found).sum())
-        self._largest = max(self._largest, float(np.fmax.reduce(np.abs(exact), axis=None, initial=0)))
-        ours, theirs = (_by_channel(tensor, self._axis) for tensor in (exact, found))
+    def add(self, expected: NDArray[np.float32], actual: NDArray[np.float32]) -> None:
+        """Adds one batch: the tensor of the reference and that of the version, of the same shape, images first."""
+        self._not_finite_before += int(expected.size - np.isfinite(expected).sum())
+        self._not_finite += int(actual.size - np.isfinite(actual).sum())
+        self._largest = max(self._largest, float(np.fmax.reduce(np.abs(expected), axis=None, initial=0)))
+        ours, theirs = (_by_channel(tensor, self._axis) for tensor in (expected, actual))
         self._signal += float(np.vdot(ours, ours))
-        self._found_signal += float(np.vdot(theirs, theirs))
+        self._actual_signal += float(np.vdot(theirs, theirs))
         self._product += float(np.vdot(ours, theirs))
         self._noise += float(np.square(ours - theirs).sum())
         self._extremes.append((_lows_and_highs(ours), _lows_and_highs(theirs)))
@@ -121,7 +121,7 @@ class TensorComparison:
 
     @property
     def sqnr_db(self) -> float:
-        """The ratio of signal to noise; minus infinity where anything is not finite."""
+        """The signal-to-noise ratio; minus infinity if a value is not finite."""
         if self._not_finite or self._not_finite_before:
             return -np.inf
         return decibels(self._signal, self._noise)
@@ -130,14 +130,19 @@ class TensorComparison:
     def _cosine(self) -> float:
         if self._not_finite or self._not_finite_before:
             return 0.0
-        lengths = np.sqrt(self._signal) * np.sqrt(self._found_signal)
-        return min(float(self._product / lengths), 1.0) if lengths else float(self._signal == self._found_signal)
+        norms = np.sqrt(self._signal) * np.sqrt(self._actual_signal)
+        return min(float(self._product / norms), 1.0) if norms else float(self._signal == self._actual_signal)
 
-    def figures(self, name: str, input_db: float) -> Figures:
-        """Returns what was gathered, under a name and with the lowest ratio at what it is computed from."""
-        constant, found_constant = (_constant([pair[side] for pair in self._extremes]) for side in (0, 1))
+    def errors(self, name: str, input_db: float) -> TensorErrors:
+        """Returns the error statistics.
+
+        Args:
+            name: of the layer or node.
+            input_db: the lowest signal-to-noise ratio of its inputs.
+        """
+        constant, actual_constant = (_constant([pair[side] for pair in self._extremes]) for side in (0, 1))
         searched = self._pairs is not None and self.sqnr_db < _SEARCHED_BELOW_DB and not self._not_finite
-        return Figures(
+        return TensorErrors(
             name=name,
             input_db=input_db,
             sqnr_db=self.sqnr_db,
@@ -147,56 +152,58 @@ class TensorComparison:
             not_finite_before=self._not_finite_before,
             channels=len(constant),
             dead=int(constant.sum()),
-            died=int((found_constant & ~constant).sum()),
+            died=int((actual_constant & ~constant).sum()),
             permutation=self._pairs.permutation() if self._pairs is not None and searched else None,
         )
 
 
 class _ChannelPairs:
-    """Products of each of the reference's channels with each of the version's, over a sample of their values."""
+    """Inner products of each channel of the reference with each of the version, over a sample of their values."""
 
     def __init__(self, channels: int) -> None:
         self._products = np.zeros((channels, channels), dtype=np.float32)
         self._squares = 0.0
 
-    def add(self, exact: Floats, found: Floats) -> None:
-        step = max(exact.shape[1] // _SAMPLED, 1) | 1  # odd, so that it does not stay in one column of the maps
-        ours, theirs = exact[:, ::step], found[:, ::step]
+    def add(self, expected: Floats, actual: Floats) -> None:
+        """Adds one batch, each tensor as `(channels, values)`."""
+        step = max(expected.shape[1] // _SAMPLED_VALUES, 1) | 1  # odd, so that samples are not all of one column
+        ours, theirs = expected[:, ::step], actual[:, ::step]
         self._products += (ours @ theirs.T).astype(np.float32)
         self._squares += float(np.vdot(ours, ours) + np.vdot(theirs, theirs))
 
     def permutation(self) -> Permutation | None:
-        """Returns the order of least squared error; None where there is no error."""
+        """Returns the order with the least squared error; None if there is no error."""
         return closest_order(self._products, self._squares)
 
 
 def closest_order(products: NDArray[np.floating[Any]], squares: float) -> Permutation | None:
-    """Returns the order of a version's channels that leaves the least squared error; None where there is none.
+    """Returns the order of a version's channels with the least squared error; None if there is no error.
 
-    The squared distance of two sets of channels is the sum of their squares less twice the products of those that are
-    paired, so the best pairing is a linear assignment.
+    The squared distance of two sets of channels is the sum of their squares less twice the products of the pairs, so
+    the best order is a linear assignment.
 
     Args:
-        products: of channel `i` of the reference with channel `j` of the version, `(channels, channels)`.
-        squares: the sum of the squares of all of them.
+        products: inner products of channel `i` of the reference and channel `j` of the version,
+            `(channels, channels)`.
+        squares: the sum of the squares of all channels of both.
     """
-    gathered = products.astype(np.float64)
-    before = squares - 2 * float(np.trace(gathered))
-    if not before > 0:
+    exact_products = products.astype(np.float64)
+    error = squares - 2 * float(np.trace(exact_products))
+    if not error > 0:
         return None
 
     def explained(order: NDArray[np.int64]) -> float:
-        return 1 - (squares - 2 * float(gathered[np.arange(len(order)), order].sum())) / before
+        return 1 - (squares - 2 * float(exact_products[np.arange(len(order)), order].sum())) / error
 
-    order = linear_sum_assignment(gathered, maximize=True)[1]
+    order = linear_sum_assignment(exact_products, maximize=True)[1]
     share = explained(order)
     shuffles = {groups: shuffle_order(len(order), groups) for groups in _divisors(len(order))}
-    regular = [groups for groups, shuffle in shuffles.items() if explained(shuffle) >= share - _SAME_SHARE]
-    return Permutation(tuple(map(int, order)), share, regular[0] if regular else None)
+    matching = [groups for groups, shuffle in shuffles.items() if explained(shuffle) >= share - _SHUFFLE_TOLERANCE]
+    return Permutation(tuple(map(int, order)), share, matching[0] if matching else None)
 
 
 def shuffle_order(channels: int, groups: int) -> NDArray[np.int64]:
-    """Returns where each channel behind a channel shuffle comes from.
+    """Returns for each channel after a channel shuffle its index before it.
 
     Source: Zhang et al., ShuffleNet, 2018: reshape to `(groups, channels / groups)`, transpose, flatten.
     """
@@ -208,7 +215,7 @@ def _divisors(number: int) -> Sequence[int]:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Returns the ratio of two sums of squares in dB: infinite without noise, minus infinity without signal."""
+    """Returns the ratio of two sums of squares in dB: infinite if the noise is 0, minus infinity if the signal is."""
     if not noise:
         return np.inf
     return float(10 * np.log10(signal / noise)) if signal and np.isfinite(noise) else -np.inf
@@ -219,7 +226,7 @@ def _noise_share(ratio_db: float) -> float:
 
 
 def _by_channel(tensor: NDArray[np.float32], axis: int) -> Floats:
-    """Returns a tensor as `(channels, values)`, with 0 for what is not finite."""
+    """Returns a tensor as `(channels, values)`, with 0 in place of values that are not finite."""
     finite = np.where(np.isfinite(tensor), tensor, 0).astype(np.float64)
     moved = np.moveaxis(finite, axis, 0)
     return np.ascontiguousarray(moved.reshape(len(moved), -1))
@@ -230,7 +237,7 @@ def _lows_and_highs(channels: Floats) -> Floats:
 
 
 def _constant(extremes: Sequence[Floats]) -> NDArray[np.bool_]:
-    """Returns which channels never vary, from their lowest and highest values in each batch."""
-    gathered = np.stack(extremes)
-    never: NDArray[np.bool_] = gathered[:, 0].min(axis=0) == gathered[:, 1].max(axis=0)
-    return never
+    """Returns which channels are constant, `(channels,)`, from their lowest and highest values in each batch."""
+    of_batches = np.stack(extremes)
+    is_constant: NDArray[np.bool_] = of_batches[:, 0].min(axis=0) == of_batches[:, 1].max(axis=0)
+    return is_constant

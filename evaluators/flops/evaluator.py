@@ -165,8 +165,8 @@ class FlopsEvaluator:
 
 def _without_masking(network: ExitNetwork, counts: Mapping[str, float]) -> dict[str, float]:
     """Returns the counts without those that masks add to a block itself: partial sums are part of a convolution."""
-    beside = {f"trunk.{mask.site.block}" for mask in masks_of(network)}
-    return {path: count for path, count in counts.items() if path not in beside}
+    masked_blocks = {f"trunk.{mask.site.block}" for mask in masks_of(network)}
+    return {path: count for path, count in counts.items() if path not in masked_blocks}
 
 
 def count_by_module(network: torch.nn.Module, image: torch.Tensor) -> dict[str, float]:

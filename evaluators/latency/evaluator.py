@@ -14,7 +14,7 @@ from evaluators.deployed import LoadedArtifact
 from evaluators.latency.cache import LatencyCache, structure_key
 from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Images, Proof, Runtime, Session, Spent, Target, TimedBatch
-from evaluators.runtimes.device_state import DeviceState, state_moved
+from evaluators.runtimes.device_state import DeviceState, state_changes
 from evaluators.runtimes.paired_timing import PairedTiming, TimingProtocol, time_pair
 from evaluators.streams import timed_frames
 
@@ -51,7 +51,7 @@ class Paths:
 
 @dataclass(frozen=True)
 class Reference:
-    """The network that candidates are timed beside: the dense network in one precision.
+    """The network that candidates are timed against: the dense network in one precision.
 
     Args:
         model: the deployed file.
@@ -182,9 +182,9 @@ class _Timing:
             wall_cv=timing.wall_cv,
             tails={f"p{p}": timing.wall_percentile(p) / timing.typical_wall_s for p in (90, 95, 99)},
             launches=launches,
-            remarks=[*proof.remarks(), *state_moved(before, after)],
+            remarks=[*proof.remarks(), *state_changes(before, after)],
             unproven=list(proof.unproven),
-            states={"before": before.told(), "after": after.told()} if before.told() else {},
+            states={"before": before.known(), "after": after.known()} if before.known() else {},
         )
 
 
@@ -395,8 +395,8 @@ class LatencyEvaluator:
         means = np.average(seconds.reshape(len(exits), len(starts)), axis=1, weights=counts)
         return Paths(tuple(means.tolist()), timing.half_width)
 
-    def same_twice(self, precision: str, images: Images) -> float:
-        """Returns the time ratio of a reference to itself, loaded twice: a sample of the noise of ratios around 1."""
+    def reference_self_ratio(self, precision: str, images: Images) -> float:
+        """Returns the time ratio of a reference to itself, loaded twice: how far it is from 1 is noise."""
         count = reference_batch(self._target.batch)
         first, second = self._load(precision), self._load(precision)
         turns = first.turns(images, [TimedBatch(0, count)], second, count, self.protocol)
@@ -415,6 +415,6 @@ class LatencyEvaluator:
         return self._runtime.open([self.references[precision].model], [], self._target.threads)
 
     def majority(self, subject: LoadedArtifact) -> str:
-        """Returns the precision of most of a candidate's layers: that of the reference which it is timed beside."""
+        """Returns the precision of most of a candidate's layers: that of the reference which it is timed against."""
         layers = list(subject.candidate.precision.values())
         return max(self.references, key=layers.count)

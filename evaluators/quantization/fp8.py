@@ -1,7 +1,7 @@
 """FP8 (E4M3) for any choice of layers: Q/DQ around what a layer reads, symmetric, in FLOAT8E4M3FN.
 
-Only inputs and weights are quantized, activations per tensor and weights per output channel; what a layer returns is
-float. A runtime takes the next layer's Q into the layer before it, where that is its only reader. Biases stay float.
+Only a layer's input and weight are quantized, the input per tensor and the weight per output channel; the output and
+the bias are float. A runtime fuses the next layer's Q into the layer before it, if that has no other reader.
 Source: TensorRT documentation, Quantization schemes: `cast_to_fp8(clip(x / scale, -448, 448))`, ties to even.
 """
 
@@ -17,7 +17,7 @@ from evaluators.graph.template import DEQUANTIZED, Arrays
 from evaluators.quantization.int8 import Ranges, output_axis
 
 OPSET = 19
-"""The first in which QuantizeLinear knows FLOAT8E4M3FN."""
+"""The first opset in which QuantizeLinear supports FLOAT8E4M3FN."""
 LARGEST = 448.0
 """The largest number in E4M3."""
 
@@ -29,14 +29,14 @@ class Float8Writer:
     """Writes layers of one network's graph in fp8.
 
     Args:
-        layers: the node of each layer that may be fp8.
+        layers: the name of the node of each layer that may be fp8.
     """
 
     def __init__(self, layers: Mapping[str, str]) -> None:
         self._layers = dict(layers)
 
     def place(self, fp8_layers: Iterable[str]) -> frozenset[str]:
-        """Returns the nodes that run in fp8 when these layers do: they alone."""
+        """Returns the names of the nodes of some layers, which then run in fp8."""
         return frozenset(self._layers[layer] for layer in fp8_layers)
 
     def write(
@@ -45,8 +45,8 @@ class Float8Writer:
         """Returns a stage's nodes with fp8 Q/DQ in place, and its initializers.
 
         Args:
-            nodes: the stage's, with int8 Q/DQ in place; those of `placed` are rewritten.
-            placed: the nodes that run in fp8.
+            nodes: the stage's nodes, with int8 Q/DQ in place; those in `placed` are changed in place.
+            placed: the names of the nodes that run in fp8.
             arrays: the value of every initializer.
             ranges: of the activations.
         """
@@ -56,8 +56,8 @@ class Float8Writer:
         for node in nodes:
             if node.name in placed:
                 tensor = node.input[0]
-                if tensor not in quantized:  # its readers share one pair
-                    written += _pair(tensor, ranges, values)
+                if tensor not in quantized:  # its readers share one Q/DQ pair
+                    written += _quantize_and_dequantize(tensor, ranges, values)
                     quantized.add(tensor)
                 node.input[0] = f"{tensor}/fp8{DEQUANTIZED}"
                 written.append(_dequantized_weight(node, values))
@@ -65,7 +65,8 @@ class Float8Writer:
         return written, values
 
 
-def _pair(tensor: str, ranges: Ranges, values: Arrays) -> list[NodeProto]:
+def _quantize_and_dequantize(tensor: str, ranges: Ranges, values: Arrays) -> list[NodeProto]:
+    """Returns the Q/DQ pair of a tensor; scale and zero point are added to `values`."""
     low, high = ranges[tensor.removesuffix(DEQUANTIZED)]
     name = f"{tensor}/fp8"
     scale = f"{name}/scale"
@@ -81,7 +82,9 @@ def _pair(tensor: str, ranges: Ranges, values: Arrays) -> list[NodeProto]:
 
 
 def _dequantized_weight(node: NodeProto, values: Arrays) -> NodeProto:
-    name, axis = node.input[1], output_axis(node)
+    """Returns the DequantizeLinear of a node's weight; the fp8 weight and its scales are added to `values`."""
+    name = node.input[1]
+    axis = output_axis(node)
     values[f"{name}/fp8"], values[f"{name}/fp8/scale"] = fp8_weight(values[name], axis)
     values[f"{name}/fp8/zero_point"] = np.zeros(values[name].shape[axis], dtype=_E4M3)
     node.input[1] = name + DEQUANTIZED
@@ -90,7 +93,7 @@ def _dequantized_weight(node: NodeProto, values: Arrays) -> NodeProto:
 
 
 def fp8_weight(weight: NDArray[np.generic], axis: int) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
-    """Returns a weight in E4M3 and its scale per channel along `axis`: the channel's largest value over 448."""
+    """Returns a weight in E4M3 and its scales `(channels,)` along `axis`: the channel's largest magnitude over 448."""
     values = weight.astype(np.float32)
     others = tuple(index for index in range(values.ndim) if index != axis)
     scale = np.maximum(np.abs(values).max(axis=others) / LARGEST, _TINY).astype(np.float32)
@@ -99,10 +102,10 @@ def fp8_weight(weight: NDArray[np.generic], axis: int) -> tuple[NDArray[np.gener
 
 
 def in_opset(nodes: Sequence[NodeProto], values: Arrays) -> list[NodeProto]:
-    """Returns nodes of opset 17 as opsets 19 and 21 want them: the axes of a reduction are an input, not an attribute.
+    """Returns nodes of opset 17 in the form of opsets 19 and 21: the axes of a reduction are an input.
 
     Args:
-        nodes: a stage's.
+        nodes: of a stage.
         values: of its initializers; the axes are added.
     """
     return [_with_axes_as_input(node, values) if node.op_type.startswith("Reduce") else node for node in nodes]
@@ -112,11 +115,11 @@ def _with_axes_as_input(node: NodeProto, values: Arrays) -> NodeProto:
     axes = [list(attribute.ints) for attribute in node.attribute if attribute.name == "axes"]
     if not axes:
         return node
-    raised = NodeProto()
-    raised.CopyFrom(node)
-    kept = [attribute for attribute in raised.attribute if attribute.name != "axes"]
-    del raised.attribute[:]
-    raised.attribute.extend(kept)
-    raised.input.append(f"{node.name}/axes")
+    converted = NodeProto()
+    converted.CopyFrom(node)
+    other_attributes = [attribute for attribute in converted.attribute if attribute.name != "axes"]
+    del converted.attribute[:]
+    converted.attribute.extend(other_attributes)
+    converted.input.append(f"{node.name}/axes")
     values[f"{node.name}/axes"] = np.array(axes[0], dtype=np.int64)
-    return raised
+    return converted

@@ -132,14 +132,13 @@ def _layer_norm(inputs: Inputs, attributes: Attributes) -> Tensor:
     return F.layer_norm(inputs[0], shape, inputs[1], bias, attributes.get("epsilon", 1e-5))
 
 
-def _clip(inputs: Inputs, attributes: Attributes) -> Tensor:  # noqa: ARG001
-    low, high = (inputs[at] if len(inputs) > at and inputs[at].numel() else None for at in (1, 2))
-    return torch.clamp(inputs[0], low, high)
+def _clip(data: Tensor, *bounds: Tensor) -> Tensor:
+    low, high = (bounds[at] if len(bounds) > at and bounds[at].numel() else None for at in (0, 1))
+    return torch.clamp(data, low, high)
 
 
-def _divide(inputs: Inputs, attributes: Attributes) -> Tensor:  # noqa: ARG001
-    rounding = None if inputs[0].is_floating_point() else "trunc"
-    return torch.div(inputs[0], inputs[1], rounding_mode=rounding)
+def _divide(dividend: Tensor, divisor: Tensor) -> Tensor:
+    return torch.div(dividend, divisor, rounding_mode=None if dividend.is_floating_point() else "trunc")
 
 
 def _remainder(inputs: Inputs, attributes: Attributes) -> Tensor:
@@ -151,9 +150,8 @@ def _reduce_mean(inputs: Inputs, attributes: Attributes) -> Tensor:
     return inputs[0].mean(axes, keepdim=bool(attributes.get("keepdims", 1)))
 
 
-def _reshape(inputs: Inputs, attributes: Attributes) -> Tensor:  # noqa: ARG001
-    sizes = [size or inputs[0].shape[axis] for axis, size in enumerate(inputs[1].tolist())]  # 0 keeps the size
-    return inputs[0].reshape(sizes)
+def _reshape(data: Tensor, shape: Tensor) -> Tensor:
+    return data.reshape([size or data.shape[axis] for axis, size in enumerate(shape.tolist())])  # 0 keeps the size
 
 
 def _flatten(inputs: Inputs, attributes: Attributes) -> Tensor:
@@ -177,12 +175,13 @@ def _gather(inputs: Inputs, attributes: Attributes) -> Tensor:
     return found.reshape((*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]))
 
 
-def _slice(inputs: Inputs, attributes: Attributes) -> Tensor:  # noqa: ARG001
-    data = inputs[0]
-    starts, ends = inputs[1].tolist(), inputs[2].tolist()
-    axes = inputs[3].tolist() if len(inputs) > 3 else list(range(len(starts)))
-    steps = inputs[4].tolist() if len(inputs) > 4 else [1] * len(starts)
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+def _slice(
+    data: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
+) -> Tensor:
+    count = len(starts)
+    every_axis = list(range(count)) if axes is None else axes.tolist()
+    every_step = [1] * count if steps is None else steps.tolist()
+    for axis, start, end, step in zip(every_axis, starts.tolist(), ends.tolist(), every_step, strict=True):
         chosen = range(*slice(start, end, step).indices(data.shape[axis]))
         if step > 0:
             where = (slice(None),) * (axis % data.ndim)
@@ -201,15 +200,15 @@ def _pad(inputs: Inputs, attributes: Attributes) -> Tensor:
     return F.pad(data, both[:4], mode={"edge": "replicate"}.get(mode, mode))
 
 
-def _unsqueeze(inputs: Inputs, attributes: Attributes) -> Tensor:  # noqa: ARG001
-    data, rank = inputs[0], inputs[0].ndim + inputs[1].numel()
-    for axis in sorted(axis % rank for axis in inputs[1].tolist()):
+def _unsqueeze(data: Tensor, axes: Tensor) -> Tensor:
+    rank = data.ndim + axes.numel()
+    for axis in sorted(axis % rank for axis in axes.tolist()):
         data = data.unsqueeze(axis)
     return data
 
 
-def _squeeze(inputs: Inputs, attributes: Attributes) -> Tensor:  # noqa: ARG001
-    return inputs[0].squeeze(tuple(inputs[1].tolist())) if len(inputs) > 1 else inputs[0].squeeze()
+def _squeeze(data: Tensor, axes: Tensor | None = None) -> Tensor:
+    return data.squeeze() if axes is None else data.squeeze(tuple(axes.tolist()))
 
 
 def _cast(inputs: Inputs, attributes: Attributes) -> Tensor:
@@ -226,56 +225,56 @@ def _hard_sigmoid(inputs: Inputs, attributes: Attributes) -> Tensor:
     return inputs[0].mul(attributes.get("alpha", 0.2)).add(attributes.get("beta", 0.5)).clamp(0, 1)
 
 
-def _each(function: Callable[..., Tensor]) -> Operator:
-    """Returns an operator without attributes, which is one torch function of its inputs."""
-    return lambda inputs, attributes: function(*inputs)  # noqa: ARG005
+def _from_inputs(function: Callable[..., Tensor]) -> Operator:
+    """Returns the operator that computes a function of its inputs and has no attributes."""
+    return lambda inputs, _attributes: function(*inputs)
 
 
 OPERATORS: Mapping[str, Operator] = {
-    "Add": _each(operator.add),
+    "Add": _from_inputs(operator.add),
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
-    "Clip": _clip,
+    "Clip": _from_inputs(_clip),
     "Concat": _concatenate,
-    "Constant": lambda inputs, attributes: as_tensor(attributes["value"]),  # noqa: ARG005
+    "Constant": lambda _inputs, attributes: as_tensor(attributes["value"]),
     "ConstantOfShape": _filled,
     "Conv": convolution,
-    "Div": _divide,
+    "Div": _from_inputs(_divide),
     "Einsum": lambda inputs, attributes: torch.einsum(attributes["equation"].decode(), *inputs),
-    "Equal": _each(torch.eq),
-    "Erf": _each(torch.erf),
-    "Exp": _each(torch.exp),
-    "Expand": lambda inputs, attributes: inputs[0] * torch.ones(inputs[1].tolist(), dtype=inputs[0].dtype),  # noqa: ARG005
+    "Equal": _from_inputs(torch.eq),
+    "Erf": _from_inputs(torch.erf),
+    "Exp": _from_inputs(torch.exp),
+    "Expand": _from_inputs(lambda data, shape: data * torch.ones(shape.tolist(), dtype=data.dtype)),
     "Flatten": _flatten,
     "Gather": _gather,
     "Gemm": _gemm,
-    "GlobalAveragePool": lambda inputs, attributes: inputs[0].mean((2, 3), keepdim=True),  # noqa: ARG005
-    "GreaterOrEqual": _each(torch.ge),
+    "GlobalAveragePool": _from_inputs(lambda features: features.mean((2, 3), keepdim=True)),
+    "GreaterOrEqual": _from_inputs(torch.ge),
     "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _each(F.hardswish),
-    "Identity": _each(lambda data: data),
+    "HardSwish": _from_inputs(F.hardswish),
+    "Identity": _from_inputs(lambda data: data),
     "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda inputs, attributes: F.leaky_relu(inputs[0], attributes.get("alpha", 0.01)),
-    "MatMul": _each(torch.matmul),
+    "MatMul": _from_inputs(torch.matmul),
     "MaxPool": _max_pool,
     "Mod": _remainder,
-    "Mul": _each(operator.mul),
+    "Mul": _from_inputs(operator.mul),
     "Pad": _pad,
-    "Pow": _each(torch.pow),
+    "Pow": _from_inputs(torch.pow),
     "ReduceMean": _reduce_mean,
-    "Relu": _each(torch.relu),
-    "Reshape": _reshape,
-    "Shape": lambda inputs, attributes: torch.tensor(inputs[0].shape),  # noqa: ARG005
-    "Sigmoid": _each(torch.sigmoid),
-    "Slice": _slice,
+    "Relu": _from_inputs(torch.relu),
+    "Reshape": _from_inputs(_reshape),
+    "Shape": _from_inputs(lambda data: torch.tensor(data.shape)),
+    "Sigmoid": _from_inputs(torch.sigmoid),
+    "Slice": _from_inputs(_slice),
     "Softmax": lambda inputs, attributes: torch.softmax(inputs[0], attributes.get("axis", -1)),
-    "Sqrt": _each(torch.sqrt),
-    "Squeeze": _squeeze,
-    "Sub": _each(operator.sub),
-    "Tanh": _each(torch.tanh),
+    "Sqrt": _from_inputs(torch.sqrt),
+    "Squeeze": _from_inputs(_squeeze),
+    "Sub": _from_inputs(operator.sub),
+    "Tanh": _from_inputs(torch.tanh),
     "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
-    "Where": _each(torch.where),
+    "Unsqueeze": _from_inputs(_unsqueeze),
+    "Where": _from_inputs(torch.where),
 }
 """Every operator that can be trained through, by its ONNX name."""

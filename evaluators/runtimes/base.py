@@ -318,6 +318,6 @@ def deployed_stages(runtime: Runtime, stages: Sequence[bytes], skips: bool) -> t
     features = runtime.capabilities().features
     if skips or features == "float":
         return tuple(runtime.deployable(stage) for stage in stages)
-    from evaluators.runtimes.onnx_rewrites.stage_boundaries import integer_seams
+    from evaluators.runtimes.onnx_rewrites.stage_boundaries import integer_boundaries
 
-    return integer_seams(stages, runtime.deployable, channels_last=features == "u8 channels-last")
+    return integer_boundaries(stages, runtime.deployable, channels_last=features == "u8 channels-last")

@@ -1,7 +1,7 @@
-"""How fast a device may run just now: clocks, power mode and temperature, read without starting a program.
+"""Clocks, power mode and temperature of a device, which limit its speed, read without starting a program.
 
-A reading takes well under a millisecond, so that there is one before and one after each measurement. A GPU tells by
-NVML, a Jetson and a CPU through files of the system; what nothing tells is left out.
+A reading takes well under a millisecond, so there is one before and one after each measurement. A GPU is read through
+NVML, a Jetson and a CPU through files of the system; unknown values are left out.
 """
 
 import ctypes
@@ -24,16 +24,16 @@ ROOT = Path("/")
 
 @dataclass(frozen=True)
 class DeviceState:
-    """What a device says of itself; None or "" where nothing tells.
+    """The state of a device; None or "" for unknown values.
 
     Args:
         kind: `GPU` or `CPU`.
-        clock_hz: of a GPU's multiprocessors, or of one core of the CPU at this instant.
-        memory_clock_hz: of a GPU's memory.
+        clock_hz: current clock of a GPU's multiprocessors, or of one core of the CPU.
+        memory_clock_hz: current clock of a GPU's memory.
         temperature_c: in degrees Celsius.
-        power_w: drawn just now.
+        power_w: current power draw.
         power_mode: a Jetson's power mode, another GPU's performance state, a CPU's frequency governor.
-        system: a Jetson's release of L4T.
+        system: release of Linux for Tegra (L4T) on a Jetson.
     """
 
     kind: str
@@ -44,16 +44,16 @@ class DeviceState:
     power_mode: str = ""
     system: str = ""
 
-    def told(self) -> dict[str, float | str]:
-        """Returns what is known, by the field's name; nothing where that is the kind alone."""
+    def known(self) -> dict[str, float | str]:
+        """Returns the known values by name of the field; empty if only the kind is known."""
         known = {name: value for name, value in asdict(self).items() if value not in (None, "")}
         return known if len(known) > 1 else {}
 
 
-def state_moved(before: DeviceState, after: DeviceState) -> list[str]:
-    """Returns, in words, what changed enough to change a latency: 5% of a clock, 10 degrees, the power mode.
+def state_changes(before: DeviceState, after: DeviceState) -> list[str]:
+    """Returns, as sentences, the changes that may affect a latency: 5% of a GPU's clock, 10 degrees, the power mode.
 
-    A CPU's clock is none of it: it jumps by more within a second, and a ratio of turns is taken in spite of that.
+    A CPU's clock is not included: it changes by more within a second, which paired timing compensates for.
     """
     lines = []
     for name, old, new in (
@@ -93,7 +93,7 @@ def gpu_state(bus_id: str = "", root: Path = ROOT) -> DeviceState:
     """Returns the state of a GPU.
 
     Args:
-        bus_id: its place on the PCI bus; the first GPU where not given.
+        bus_id: its PCI bus id; the first GPU if empty.
         root: of the file system.
     """
     clock, memory_clock, temperature, power, performance = _from_nvml(bus_id)
@@ -110,7 +110,7 @@ def gpu_state(bus_id: str = "", root: Path = ROOT) -> DeviceState:
 
 @cache
 def _nvml() -> Any:
-    """Returns NVML, or None where there is none or it does not start."""
+    """Returns NVML; None if it is not installed or cannot be initialized."""
     try:
         library = ctypes.CDLL(_NVML)
         return library if library.nvmlInit_v2() == 0 else None
@@ -119,53 +119,54 @@ def _nvml() -> Any:
 
 
 def _from_nvml(bus_id: str) -> Sequence[int | None]:
-    """Returns the clocks in MHz, degrees Celsius, milliwatts and the performance state; None for what is not told."""
+    """Returns clock and memory clock in MHz, degrees Celsius, milliwatts and the performance state; None if unknown."""
     library, device = _nvml(), ctypes.c_void_p()
     if library is None:
         return [None] * 5
-    found = ctypes.byref(device)
-    by_bus = bool(bus_id) and library.nvmlDeviceGetHandleByPciBusId_v2(bus_id.encode(), found) == 0
-    if not by_bus and library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(0), found) != 0:
+    handle = ctypes.byref(device)
+    by_bus = bool(bus_id) and library.nvmlDeviceGetHandleByPciBusId_v2(bus_id.encode(), handle) == 0
+    if not by_bus and library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(0), handle) != 0:
         return [None] * 5
 
-    def asked(function: str, *arguments: int) -> int | None:
+    def value_of(function: str, *arguments: int) -> int | None:
         value = ctypes.c_uint()
         code = getattr(library, function)(device, *map(ctypes.c_uint, arguments), ctypes.byref(value))
         return value.value if code == 0 else None
 
     return [
-        asked("nvmlDeviceGetClockInfo", _SM),
-        asked("nvmlDeviceGetClockInfo", _MEMORY),
-        asked("nvmlDeviceGetTemperature", _GPU),
-        asked("nvmlDeviceGetPowerUsage"),
-        asked("nvmlDeviceGetPerformanceState"),
+        value_of("nvmlDeviceGetClockInfo", _SM),
+        value_of("nvmlDeviceGetClockInfo", _MEMORY),
+        value_of("nvmlDeviceGetTemperature", _GPU),
+        value_of("nvmlDeviceGetPowerUsage"),
+        value_of("nvmlDeviceGetPerformanceState"),
     ]
 
 
 def _jetson_mode(root: Path) -> str:
-    """Returns the power mode that nvpmodel keeps in its files, and whether jetson_clocks holds the GPU's clock."""
+    """Returns the power mode from nvpmodel's files, and whether jetson_clocks has fixed the GPU's clock."""
     number = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status"))
     if number is None:
         return ""
     models = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", _text(root / "etc/nvpmodel.conf"))
     names = {int(index): name for index, name in models}
     mode = names.get(int(number.group(1)), f"mode {int(number.group(1))}")
-    device = _devfreq(root)
-    limits = {_text(device / f"{end}_freq") for end in ("min", "max")} if device else set()
+    device = _devfreq_folder(root)
+    limits = {_text(device / f"{bound}_freq") for bound in ("min", "max")} if device else set()
     return f"{mode}, clocks held" if len(limits) == 1 and "" not in limits else mode
 
 
-def _devfreq(root: Path) -> Path | None:
+def _devfreq_folder(root: Path) -> Path | None:
     folders = sorted((root / "sys/class/devfreq").glob("*"))
     return next((folder for folder in folders if re.search(r"gpu|gv11b|ga10b|gp10b|gb10b", folder.name)), None)
 
 
 def _kernel_clock(root: Path) -> float | None:
-    folder = _devfreq(root)
+    folder = _devfreq_folder(root)
     return _scaled(folder / "cur_freq", 1.0) if folder else None
 
 
 def _zone_temperature(root: Path, kinds: str) -> float | None:
+    """Returns the temperature, in degrees Celsius, of the first thermal zone whose type matches `kinds`."""
     for kind in sorted((root / "sys/class/thermal").glob("thermal_zone*/type")):
         if re.search(kinds, _text(kind), re.IGNORECASE):
             return _scaled(kind.with_name("temp"), 1e-3)
@@ -173,8 +174,8 @@ def _zone_temperature(root: Path, kinds: str) -> float | None:
 
 
 def _l4t(root: Path) -> str:
-    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
-    return f"L4T {found.group(1)}.{found.group(2)}" if found else ""
+    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
+    return f"L4T {release.group(1)}.{release.group(2)}" if release else ""
 
 
 def _scaled(path: Path, factor: float) -> float | None:

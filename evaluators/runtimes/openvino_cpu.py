@@ -86,13 +86,13 @@ class OpenVino(LocalRuntime):
         return unsigned_activations(model)
 
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "OpenedModels":
-        """Returns stages that are compiled for a batch size when it is first asked for."""
+        """Returns stages that are compiled at the first call with a batch size."""
         settings, sizes = self._settings(stages, threads), BatchSizes()
         loaded = [PaddedStage(partial(self._compiled, stage, settings), sizes) for stage in stages]
         return OpenedModels(loaded, plan, threads, confidence)
 
     def load(self, model: bytes, threads: int) -> LoadedStage:
-        """Returns one file, compiled for a batch size when it is first asked for."""
+        """Returns one file, compiled at the first call with a batch size."""
         return PaddedStage(partial(self._compiled, model, self._settings([model], threads)), BatchSizes())
 
     def _settings(self, stages: Sequence[bytes], threads: int) -> Mapping[str, Any]:

@@ -1,10 +1,10 @@
 """Times a call relative to a reference, so that two measurements a minute apart agree.
 
-Processors change speed by 10 to 30 percent, within seconds. So a candidate is never timed alone: it takes turns with a
+Processors change speed by 10 to 30 percent within seconds. So a candidate is never timed alone: it takes turns with a
 reference that runs the same kind of kernels, and each turn gives the ratio of their mean times, in the thread's own CPU
 time. The median ratio over turns is stable, while percentiles of either side, and their ratio, vary with the machine:
 on a machine that switches between two speeds, a ratio of tenth percentiles varied by 4 to 6% at equal cost, the median
-of paired ratios by 1%. Wall-clock percentiles are kept beside it.
+of paired ratios by 1%. Percentiles of wall-clock time are reported as well.
 """
 
 import math
@@ -23,9 +23,9 @@ TakeTurn = Callable[[bool], "Turn"]
 _RESAMPLES = 200
 _MAX_BURST = 2000
 """The largest number of calls in a burst."""
-_PATIENCE = 4
+_MAX_OVERRUN = 4
 """A timing stops at this multiple of its time limit, however wide its interval is."""
-_UNUSED_SHARE = 4
+_SHORTER_IF_UNUSED = 4
 """The factor by which bursts of inputs that never occur are shorter."""
 
 
@@ -58,7 +58,7 @@ class TimingProtocol:
         half_width: it stops when the 95% interval of the ratio is this narrow, as a share of it.
         calls: it stops at this many calls of the candidate, where no burst has more than it must.
         limit_s: after this long half as many turns and twice the interval are enough. It stops in any case after four
-            times as long, once either side has had two turns: on a busy machine a turn takes long.
+            times as long, once each side has had two turns: on a busy machine a turn takes long.
     """
 
     warmups: int = 5
@@ -109,9 +109,9 @@ class PairedTiming:
         work_s: seconds of the candidate's work by its own clock, the CPU's or the GPU's.
         shares: how often each input occurs.
         waits_s: for each input, the median wall-clock seconds of a call beyond its work, at least 0.
-        typical_wall_s: wall-clock seconds of a call: each input's median, at its weight.
+        typical_wall_s: wall-clock seconds of a call: the mean of the inputs' medians, weighted by `shares`.
         wall_s: wall-clock seconds of the candidate's counted calls.
-        wall_weights: how much each of them counts.
+        wall_weights: the weight of each of these calls.
     """
 
     ratio: float
@@ -126,7 +126,7 @@ class PairedTiming:
 
     @property
     def wait_s(self) -> float:
-        """Seconds that a caller waits beyond the work, every input at its weight."""
+        """Seconds that a caller waits beyond the work, the mean over inputs weighted by `shares`."""
         return float(np.dot(self.waits_s, self.shares))
 
     @property
@@ -136,12 +136,12 @@ class PairedTiming:
         return float(np.sqrt(np.average((self.wall_s - mean) ** 2, weights=self.wall_weights)) / mean)
 
     def wall_percentile(self, percent: float) -> float:
-        """Returns a percentile of the candidate's wall-clock time, in seconds, every input at its weight."""
+        """Returns a percentile of the candidate's wall-clock time, in seconds, over inputs weighted by `shares`."""
         return weighted_percentile(self.wall_s, self.wall_weights, percent)
 
 
 def weighted_percentile(values: Floats, weights: Floats, percent: float) -> float:
-    """Returns the smallest value that `percent` of the weight does not exceed."""
+    """Returns the smallest value such that at least `percent` of the weight is on values up to it."""
     order = np.argsort(values)
     reached = np.cumsum(weights[order]) / weights.sum()
     return float(values[order][min(int(np.searchsorted(reached, percent / 100)), len(order) - 1)])
@@ -153,7 +153,7 @@ def time_pair(
     """Returns the timing of a candidate relative to its reference.
 
     Args:
-        take_turn: runs both, on this machine or on a board.
+        take_turn: takes one turn of both, on this machine or on a board.
         weights: how often each input occurs; inputs of weight 0 are timed but do not count in the ratio.
         protocol: when to stop.
         wall: a clock, in seconds.
@@ -173,7 +173,7 @@ def time_pair(
         turns.append(take_turn(len(turns) % 2 == 0))
         spent = wall() - begin
         late = spent >= protocol.limit_s
-        over = spent >= _PATIENCE * protocol.limit_s or len(turns) * protocol.burst * len(weights) >= protocol.calls
+        over = spent >= _MAX_OVERRUN * protocol.limit_s or len(turns) * protocol.burst * len(weights) >= protocol.calls
         if len(turns) < (protocol.turns // 2 if late else protocol.turns) and not (over and len(turns) >= 2):
             continue
         half_width = _half_width(np.array([turn.ratios for turn in turns]) @ shares, rng)
@@ -186,8 +186,8 @@ def turns_of(
 ) -> TakeTurn:
     """Returns a function that takes turns between calls of this process, after warming them up.
 
-    Inputs with different paths follow each other in random order, each as often as it occurs: layers that most inputs
-    skip are not in the caches, so that two files which take 0.366 and 0.130 of a network's time when repeated take
+    Inputs with different paths come in random order, each as often as it occurs in deployment. Layers that most inputs
+    skip are then not in the caches: two files that take 0.366 and 0.130 of a network's time when each is repeated take
     0.545 one after the other. An input that never occurs is timed by repeating it.
 
     Args:
@@ -197,10 +197,10 @@ def turns_of(
         clock: the clock to read.
         shares: how often each input occurs, in any unit; equally often by default.
     """
-    often = np.array(shares or [1.0] * len(candidate))
-    beside = protocol.length(_warmed_up([reference], protocol, clock))
-    length = protocol.length(_warmed_up(candidate, protocol, clock))
-    return _Turns(candidate, reference, protocol, clock, often / often.sum(), length, beside)
+    weights = np.array(shares or [1.0] * len(candidate))
+    reference_calls = protocol.length(_warmed_up([reference], protocol, clock))
+    candidate_calls = protocol.length(_warmed_up(candidate, protocol, clock))
+    return _Turns(candidate, reference, protocol, clock, weights / weights.sum(), candidate_calls, reference_calls)
 
 
 def _warmed_up(calls: Sequence[Call], protocol: TimingProtocol, clock: Clock) -> float:
@@ -212,16 +212,16 @@ def _warmed_up(calls: Sequence[Call], protocol: TimingProtocol, clock: Clock) ->
 
 
 class _Turns:
-    """Turns between a succession of a candidate's inputs and a reference.
+    """Turns between a mix of a candidate's inputs and a reference.
 
     Args:
         candidate: one call per input.
-        reference: what it is compared with.
+        reference: the call that it is compared with.
         protocol: how many calls are dropped.
-        clock: what to read.
-        shares: how often each input occurs; together 1.
-        length: calls in a burst of the candidate.
-        beside: calls in a burst of the reference.
+        clock: the clock to read.
+        shares: how often each input occurs; their sum is 1.
+        candidate_calls: number of calls in a burst of the candidate.
+        reference_calls: number of calls in a burst of the reference.
     """
 
     def __init__(
@@ -231,45 +231,48 @@ class _Turns:
         protocol: TimingProtocol,
         clock: Clock,
         shares: Floats,
-        length: int,
-        beside: int,
+        candidate_calls: int,
+        reference_calls: int,
     ) -> None:
-        self._candidate, self._reference = tuple(candidate), reference
+        self._candidate = tuple(candidate)
+        self._reference_burst = [reference] * reference_calls
         self._clock = clock
         self._shares = shares
-        self._beside = beside
-        self._dropped, self._rng = protocol.dropped, np.random.default_rng(0)
-        counted = length - protocol.dropped
-        often = np.maximum(np.rint(shares * counted), 1).astype(int) * (shares > 0)
-        self._succession = np.repeat(np.arange(len(shares)), often)
-        self._alone = {int(index): max(counted // _UNUSED_SHARE, 1) for index in np.flatnonzero(shares == 0)}
+        self._dropped = protocol.dropped
+        self._rng = np.random.default_rng(0)
+        counted = candidate_calls - protocol.dropped
+        calls_per_input = np.maximum(np.rint(shares * counted), 1).astype(int) * (shares > 0)
+        self._mix = np.repeat(np.arange(len(shares)), calls_per_input)
+        self._unused = {int(index): max(counted // _SHORTER_IF_UNUSED, 1) for index in np.flatnonzero(shares == 0)}
 
     def __call__(self, candidate_first: bool) -> Turn:
         """Returns one turn of every input."""
         if candidate_first:
-            taken = self._every_input()
-            beside = self._burst([self._reference] * self._beside)
+            by_input = self._every_input()
+            reference = self._burst(self._reference_burst)
         else:
-            beside = self._burst([self._reference] * self._beside)
-            taken = self._every_input()
+            reference = self._burst(self._reference_burst)
+            by_input = self._every_input()
         # The mean of a burst: that is what a loop takes, also where other programs empty the caches now and then.
-        rival = float(np.mean([work for work, _ in beside]))
-        works = [float(np.mean([work for work, _ in calls])) for calls in taken]
-        return Turn([work / rival for work in works], works, [[wall for _, wall in calls] for calls in taken])
+        reference_work = float(np.mean([work for work, _ in reference]))
+        works = [float(np.mean([work for work, _ in calls])) for calls in by_input]
+        walls = [[wall for _, wall in calls] for calls in by_input]
+        return Turn([work / reference_work for work in works], works, walls)
 
     def _every_input(self) -> list[list[tuple[float, float]]]:
         """Returns the work and the wall-clock seconds of each counted call, by input."""
-        taken: list[list[tuple[float, float]]] = [[] for _ in self._candidate]
-        for index, count in self._alone.items():
-            taken[index] = self._burst([self._candidate[index]] * (self._dropped + count))
-        before = self._rng.choice(len(self._shares), self._dropped, p=self._shares)
-        order = [*before, *self._rng.permutation(self._succession)]
+        by_input: list[list[tuple[float, float]]] = [[] for _ in self._candidate]
+        for index, count in self._unused.items():
+            by_input[index] = self._burst([self._candidate[index]] * (self._dropped + count))
+        dropped = self._rng.choice(len(self._shares), self._dropped, p=self._shares)
+        order = [*dropped, *self._rng.permutation(self._mix)]
         calls = self._burst([self._candidate[index] for index in order])
-        for index, spent in zip(order[self._dropped :], calls, strict=True):
-            taken[index].append(spent)
-        return taken
+        for index, seconds in zip(order[self._dropped :], calls, strict=True):
+            by_input[index].append(seconds)
+        return by_input
 
     def _burst(self, calls: Sequence[Call]) -> list[tuple[float, float]]:
+        """Returns the work and the wall-clock seconds of each call but the first ones, which are dropped."""
         for call in calls[: self._dropped]:
             call()
         return [_timed(call, self._clock) for call in calls[self._dropped :]]
@@ -298,7 +301,7 @@ def _result(turns: Sequence[Turn], shares: Floats, half_width: float) -> PairedT
     return PairedTiming(
         ratio=ratio,
         half_width=half_width,
-        # Of inputs that are rare in a turn the median leaves out what is rare, which the whole has.
+        # The median over turns leaves out rare outliers of a rare input, which the ratio of the mix contains.
         per_input=tuple(map(float, per_input * (ratio / (per_input @ shares)))),
         work_s=float(np.median(works @ shares)),
         shares=tuple(float(share) for share in shares),

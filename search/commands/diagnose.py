@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluators.diagnosis.evidence import LOW_DB, Finding, ratio
-from evaluators.diagnosis.tensor_errors import Figures
+from evaluators.diagnosis.tensor_errors import TensorErrors
 from search.commands.libraries import set_up_libraries
 from search.config.diagnosis_request import DiagnosisRequest
 from search.config.overrides import Request
@@ -114,7 +114,7 @@ def layer_table(diagnosis: "Diagnosis") -> Table:
     return table
 
 
-def _fall(layer: Figures) -> float:
+def _fall(layer: TensorErrors) -> float:
     """Returns by how many dB a layer's output is noisier than its input, both clipped to `_CLEAN_DB`."""
     before, behind = (min(max(ratio_db, -_CLEAN_DB), _CLEAN_DB) for ratio_db in (layer.input_db, layer.sqnr_db))
     return before - behind
@@ -127,7 +127,7 @@ def _caption(diagnosis: "Diagnosis") -> str:
     )
 
 
-def _row(layer: Figures) -> list[str]:
+def _row(layer: TensorErrors) -> list[str]:
     return [
         layer.name,
         ratio(layer.input_db),

@@ -33,7 +33,7 @@ def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -
     if form == "json":
         write_json(front_json(overview))
     elif form == "csv":
-        rows = [csv_row(version, overview.dense) for version in [*overview.front, *overview.lines]]
+        rows = [csv_row(version, overview.dense) for version in [*overview.front, *overview.other_simple]]
         writer = csv.DictWriter(sys.stdout, list(rows[-1]), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -87,7 +87,7 @@ def print_front(overview: Overview, console: Console) -> None:
             f"{search.folder.name}: {_versions(len(overview.front))} within {budget}; none is beaten in accuracy,"
             " latency and FLOPs together"
         )
-        console.print(front_table(overview.front, dense, title, console.width, overview.lines))
+        console.print(front_table(overview.front, dense, title, console.width, overview.other_simple))
         write_lines(console, beaten_lines(overview))
         if console.width >= _PLOT:
             console.print()
@@ -108,7 +108,7 @@ def print_front(overview: Overview, console: Console) -> None:
 def _say_unmeasured(overview: Overview, console: Console) -> None:
     budget = overview.search.budget
     counts = {
-        f"not measured further: {budget} was broken": len(overview.given_up),
+        f"not measured further: {budget} was broken": len(overview.not_scored),
         f"ended early under {budget}, after some of the images": len(overview.ended_early),
     }
     lines = [

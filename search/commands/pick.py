@@ -54,7 +54,7 @@ def run_pick(
     with Display(output.progress_console(), output.quiet) as display:
         pipeline = build_pipeline(search.study, display.step)
         check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), pipeline.fingerprint)
-        versions: Sequence[Version] = [*feasible(overview.simple, limits, overview.dense.measured), *overview.good]
+        versions: Sequence[Version] = [*feasible(overview.simple, limits, overview.dense.measured), *overview.feasible]
         if more is not None:
             pruned = next(
                 (version for version in choose(overview.front, prefer) if version.number >= 0), overview.front[0]

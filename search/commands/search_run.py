@@ -176,13 +176,13 @@ def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
             f"CAREFUL: that is hardly better than guessing among {classes} classes. Is the network trained? Give"
             " --weights, or train it with a section [training] in a study file. Is its input as it was trained with?"
         )
-    if baseline.examined is not None:
-        display.say(slow_layers_line(baseline.examined))
+    if baseline.slow_layers is not None:
+        display.say(slow_layers_line(baseline.slow_layers))
     half_width = measured["latency"].notes["half_width"]
     if half_width > 0.1:
         display.warn(f"Careful: its latency is known to within {half_width:.0%} only; fewer threads are timed better.")
-    if abs(baseline.same_twice - 1) > 0.05:
+    if abs(baseline.reference_self_ratio - 1) > 0.05:
         display.warn(
             f"Careful: this machine is noisy. The same network timed against itself differed by"
-            f" {abs(baseline.same_twice - 1):.0%}; latencies are no better than that."
+            f" {abs(baseline.reference_self_ratio - 1):.0%}; latencies are no better than that."
         )

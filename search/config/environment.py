@@ -30,7 +30,7 @@ def environment(device: str, state: DeviceState | None = None) -> dict[str, str]
     versions = {name: _version(name) for name in _PACKAGES}
     return {
         "device": device,
-        **{f"device's {name}": str(value) for name, value in (state.told() if state else {}).items()},
+        **{f"device's {name}": str(value) for name, value in (state.known() if state else {}).items()},
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "system": platform.platform(),
         "python": platform.python_version(),

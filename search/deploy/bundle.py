@@ -42,7 +42,7 @@ _DOUBTFUL = 0.03
 _CHECK_BYTES = 20_000_000
 """Bytes of test images, at most, that are put into the bundle."""
 REFERENCE = "reference.onnx"
-"""The dense network that a bundle is timed beside; it need not be shipped."""
+"""The dense network that a bundle is timed against; it need not be shipped."""
 _SHIPPED = (run_bundle, manifest, staged, inputs, frame_reuse, sessions)
 """Modules of the program that runs a bundle; they are copied under their own names."""
 

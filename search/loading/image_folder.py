@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config.references import SourceError
-from search.loading.image_store import FileReader, Reader
+from search.loading.image_store import FileReader, ImageReader
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
 PARTS: Mapping[str, str] = {
@@ -31,7 +31,7 @@ _ORDER = ("train", "validation", "test")
 class Pool:
     """Images of one part of a data source, before they are split."""
 
-    reader: Reader
+    reader: ImageReader
     labels: NDArray[np.int64]
 
 

@@ -99,8 +99,8 @@ def is_transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
 
 
-class Reader(Protocol):
-    """A source of undecoded images."""
+class ImageReader(Protocol):
+    """Reads the images of a data set one by one, before preprocessing."""
 
     def __len__(self) -> int: ...
 
@@ -182,7 +182,7 @@ class StoredImages:
     """
 
     def __init__(
-        self, reader: Reader, indices: NDArray[np.int64], digests: Sequence[str], preprocessing: Preprocessing
+        self, reader: ImageReader, indices: NDArray[np.int64], digests: Sequence[str], preprocessing: Preprocessing
     ) -> None:
         self._reader = reader
         self._indices = indices

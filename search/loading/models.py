@@ -34,13 +34,13 @@ NEW_LAYER = TrainingSection(epochs=3, batch=32, learning_rate=0.01)
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltModel:
     """A network as loaded, before any training.
 
     Args:
         network: with its weights.
         key: hash of its source and weights, hexadecimal.
-        fitted: tells whether its last layer is new.
+        fitted: the record of the loaded weights: whether the last layer is new.
         has_weights: whether weights were loaded from a file.
     """
 
@@ -105,7 +105,7 @@ def find_weights(model: ModelSection, download: bool, say: Say) -> Path | None:
     return Path(model.weights) if model.weights is not None else None
 
 
-def build_model(model: ModelSection, file: Path | None, classes: int, seed: int) -> Built:
+def build_model(model: ModelSection, file: Path | None, classes: int, seed: int) -> BuiltModel:
     """Returns the network that a study names, for this number of classes if its source supports it.
 
     Args:
@@ -129,7 +129,7 @@ def build_model(model: ModelSection, file: Path | None, classes: int, seed: int)
         fitted = fit(network, read_weights(file), classes, file.name)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
     key = hashlib.sha256("\0".join((text, repr(network), digest)).encode()).hexdigest()
-    return Built(network, key, fitted, file is not None)
+    return BuiltModel(network, key, fitted, file is not None)
 
 
 def _from_factory(reference: str, classes: int) -> nn.Module:

@@ -4,11 +4,11 @@ from search.config.progress import Progress, Say
 from search.config.references import data_source, model_source
 from search.config.study import Study, TrainingSection
 from search.loading.images import Loaded, load_data
-from search.loading.models import Built, build_model, find_weights, usual_preprocessing
+from search.loading.models import BuiltModel, build_model, find_weights, usual_preprocessing
 from search.loading.network_checks import check_network
 
 
-def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple[Loaded, Built]:
+def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple[Loaded, BuiltModel]:
     """Returns the images, preprocessed for the network, and the network, built for their classes.
 
     Args:
@@ -32,7 +32,7 @@ def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple
     return loaded, built
 
 
-def _say_training(study: Study, built: Built, classes: int, say: Say) -> None:
+def _say_training(study: Study, built: BuiltModel, classes: int, say: Say) -> None:
     training = built.training(study.training)
     if built.fitted.renewed:
         say(

@@ -42,12 +42,12 @@ def measure_baseline(
     simple = simple_versions(pipeline, latency, given, has_same_references)
     dense = simple[0].evaluation
     precision = pipeline.space.precision.precisions[0]
-    twice = latency.same_twice(precision, pipeline.data.validation.images[: pipeline.target.batch])
+    self_ratio = latency.reference_self_ratio(precision, pipeline.data.validation.images[: pipeline.target.batch])
     walls = {name: times.wall for name, times in spent.items()}
     expected_s = (trials or pipeline.study.search.trials) * sum(dense.seconds.values())
     slow = find_slow_layers(pipeline, progress, min(expected_s, timeout_s or math.inf))
     machine = environment(pipeline.runtime.device(), pipeline.runtime.state())
-    return Baseline(dense, seconds, twice, machine, walls, slow, tuple(simple))
+    return Baseline(dense, seconds, self_ratio, machine, walls, slow, tuple(simple))
 
 
 def find_slow_layers(pipeline: CompressionPipeline, progress: Progress, search_s: float) -> SlowLayers | None:
@@ -86,7 +86,7 @@ def simple_versions(
         pipeline: measures them, in full.
         latency: evaluator of this search.
         given: earlier measurements of the network as loaded; reused where the exported file is the same.
-        has_same_references: whether these latencies were timed beside the references of this search.
+        has_same_references: whether these latencies were timed against the references of this search.
     """
     own: list[SimpleVersion] = []
     others: list[SimpleVersion] = []

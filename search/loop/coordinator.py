@@ -274,7 +274,7 @@ def build_coordinator(
     """
     trials = journal.get_trials(deepcopy=False)
     # As the journal's baseline says, so that a resumed search has the space that it began with.
-    space = without_slow_precisions(pipeline.space, baseline.examined)
+    space = without_slow_precisions(pipeline.space, baseline.slow_layers)
     evaluator = CandidateEvaluator(pipeline, baseline, trials)
     prior = partial(problem_prior, pipeline, space, baseline)
     knowledge = SearchKnowledge(prior, observe_evaluations)

@@ -12,7 +12,7 @@ from evaluators.accuracy import accuracy_of
 from evaluators.data import LabelledImages
 from evaluators.deployed import Answers, DeployedCandidate
 from evaluators.measurement import Measurement
-from evaluators.statistics import Paired
+from evaluators.statistics import PairedAccuracy
 from search.config.budget import Budget, Constraint
 from search.config.units import percent
 from search.results.pareto import Version, feasible, pareto
@@ -174,12 +174,12 @@ class AccuracyScreen:
         """
         front = pareto(feasible(list(self._versions.values()), self._budget, self._dense))
         answers = deployed.first_answers(self.images(front))
-        pair = Paired.of(answers.correct, self._dense_correct, self._dense["accuracy"].value, self._total)
-        highest = pair.most_accurate(ERROR)
+        pair = PairedAccuracy.of(answers.correct, self._dense_correct, self._dense["accuracy"].value, self._total)
+        highest = pair.upper_bound(ERROR)
         reason = self._limit_broken(highest) or _dominated(highest, measured, front)
         if not reason:
             return None
-        bound = f"at most {percent(highest)} accurate ({1 - ERROR:.0%}) by {pair.asked} of {self._total} images"
+        bound = f"at most {percent(highest)} accurate ({1 - ERROR:.0%}) by {pair.sampled} of {self._total} images"
         return Stop(f"{bound}, {reason}", {"accuracy": _estimate(pair, answers, deployed, highest)})
 
     def images(self, front: Sequence[Version]) -> int:
@@ -229,15 +229,15 @@ def _dominated(highest: float, measured: Mapping[str, Measurement], front: Seque
     return ""
 
 
-def _estimate(pair: Paired, answers: Answers, deployed: DeployedCandidate, highest: float) -> Measurement:
+def _estimate(pair: PairedAccuracy, answers: Answers, deployed: DeployedCandidate, highest: float) -> Measurement:
     counted = accuracy_of(answers, deployed.target, "validation")
     return replace(
         counted,
         value=pair.accuracy,
         statistic="on a subset, ended early",
         spread=pair.spread,
-        protocol=f"the dense network's accuracy on {pair.total} validation images, less what is lost on {pair.asked} of"
-        f" them ({percent(counted.value)} right); high: the bound at {1 - ERROR:.0%}",
+        protocol=f"the dense network's accuracy on {pair.total} validation images, less what is lost on {pair.sampled}"
+        f" of them ({percent(counted.value)} right); high: the bound at {1 - ERROR:.0%}",
         others={"high": highest},
     )
 

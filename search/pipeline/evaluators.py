@@ -21,6 +21,6 @@ def all_evaluators(flops: FlopsEvaluator, latency: LatencyEvaluator) -> tuple[Ev
 
     Args:
         flops: of the study's network.
-        latency: times a version beside the search's references.
+        latency: times a version against the search's references.
     """
     return (*static_evaluators(flops), latency, AccuracyEvaluator())

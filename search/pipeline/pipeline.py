@@ -134,7 +134,7 @@ class CompressionPipeline:
 
         Args:
             candidate: the version, its thresholds resolved.
-            latency: times it beside the references.
+            latency: times it against the references.
             stopping: rules that may end the evaluation early.
             finetune: fine-tuning on top of the study's recovery.
         """

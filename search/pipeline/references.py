@@ -1,4 +1,4 @@
-"""The references: the dense network in each of the target's precisions, timed beside candidates."""
+"""The references: the dense network in each of the target's precisions, against which candidates are timed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -17,7 +17,7 @@ from search.recovery.batchnorm import BatchNormRecovery
 from search.recovery.mixed_precision import MixedPrecision
 from search.training.batchnorm import refresh_statistics
 from search.training.distillation import all_logits, total_loss
-from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.loop import Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.channels import PREFIX, SparsitySpace
 from spaces.depth import ALL_BLOCKS, DepthSpace, shortened
 from spaces.dimensions import Integer
@@ -194,20 +194,22 @@ def train_elastic(
         loss.backward()
         return float(loss.detach())
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+    def step(batch: Batch) -> float:
         with fast_arithmetic():
-            logits = all_logits(network, images)
-        loss = total_loss(logits, logits[-1], labels, 0.0, 1.0)
+            logits = all_logits(network, batch.images)
+        loss = total_loss(logits, logits[-1], batch.labels, 0.0, 1.0)
         loss.backward()
         teacher = logits[-1].detach()
         parts = [shared.slice(smallest, depth.fewest(), keep=True)]
         parts += [
-            shared.slice(random_channels(sparsity, generator), random_depth(depth, generator))
+            shared.slice(random_channels(sparsity, batch.generator), random_depth(depth, batch.generator))
             for _ in range(settings.random_candidates)
         ]
-        layers = mixed.choices(len(parts), generator) if mixed else [()] * len(parts)
+        layers = mixed.choices(len(parts), batch.generator) if mixed else [()] * len(parts)
         pairs = zip(parts, layers, strict=True)
-        return float(loss.detach()) + sum(learn(part, int8, images, labels, teacher) for part, int8 in pairs)
+        return float(loss.detach()) + sum(
+            learn(part, int8, batch.images, batch.labels, teacher) for part, int8 in pairs
+        )
 
     return fit(network if mixed is None else mixed, step, batches, settings, checkpoint, report)
 

@@ -14,7 +14,7 @@ from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext, effort
 from search.recovery.gradual_pruning import GradualPruning
 from search.training.batchnorm import check_images, recovery_images, refresh_statistics
 from search.training.distillation import all_logits, total_loss
-from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.loop import Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.depth import shortened
 from spaces.dynamic.exit_network import ExitNetwork
 
@@ -120,12 +120,12 @@ def finetune(
     """
     distills = settings.distillation > 0
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+    def step(batch: Batch) -> float:
         with fast_arithmetic():
             with torch.no_grad():
-                teacher_logits = teacher.trunk(images).float() if distills else torch.empty(0)
-            logits = gradual.logits(images, done) if gradual else all_logits(network, images)
-        loss = total_loss(logits, teacher_logits, labels, settings.distillation, settings.temperature)
+                teacher_logits = teacher.trunk(batch.images).float() if distills else torch.empty(0)
+            logits = gradual.logits(batch.images, batch.done) if gradual else all_logits(network, batch.images)
+        loss = total_loss(logits, teacher_logits, batch.labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 

@@ -18,7 +18,7 @@ from search.config.study import QatSection
 from search.recovery.base import NO_PATTERNS, NO_RANGES, QatContext, RecoveryContext
 from search.recovery.quantizers.base import Method
 from search.training.distillation import total_loss
-from search.training.loop import Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.loop import Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.patterns import layer_weights
@@ -131,12 +131,12 @@ def train_int8(
     distills = settings.distillation > 0
     learner.begin()
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+    def step(batch: Batch) -> float:
         with fast_arithmetic():
             with torch.no_grad():
-                teacher_logits = teacher.trunk(images).float() if distills else torch.empty(0)
-            logits = learner.logits(images)
-        loss = total_loss(logits, teacher_logits, labels, settings.distillation, settings.temperature)
+                teacher_logits = teacher.trunk(batch.images).float() if distills else torch.empty(0)
+            logits = learner.logits(batch.images)
+        loss = total_loss(logits, teacher_logits, batch.labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 

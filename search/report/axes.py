@@ -1,4 +1,4 @@
-"""Title, limit lines and axes of the front's picture, for every plotting library."""
+"""Title, limit lines and axes of the picture of the front, shared by all plotting libraries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from search.config.budget import Budget
 from search.report.overview import Overview
 from search.results.pareto import Version
 
-_ENOUGH = 8
-"""With fewer versions the view contains all of them."""
+_MIN_VERSIONS = 8
+"""With fewer versions, the view contains all of them."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ def flops_share(version: Version, dense: Version) -> float:
 
 
 def caption(overview: Overview) -> list[str]:
-    """Returns the picture's title, and lines on how to read it and which versions are missing."""
+    """Returns the picture's title, and lines on how to read it and on versions that it does not show."""
     lines = [
         f"{overview.search.study.name}: {len(overview.front)} versions on the front within {overview.budget}",
         f"{overview.dense.measured['latency'].target}; the larger a point, the more FLOPs",
     ]
-    given_up = len(overview.given_up)
-    missing = f"{given_up} more broke {overview.search.budget} and {'was' if given_up == 1 else 'were'} not scored"
+    over = len(overview.not_scored)
+    missing = f"{over} more broke {overview.search.budget} and {'was' if over == 1 else 'were'} not scored"
     ended = len(overview.ended_early)
     early = f"{ended} {'was' if ended == 1 else 'were'} ended early, after some of the images"
-    return [*lines, *([missing] if given_up else []), *([early] if ended else [])]
+    return [*lines, *([missing] if over else []), *([early] if ended else [])]
 
 
 def limit_lines(budget: Budget, dense: Version) -> list[LimitLine]:
@@ -63,7 +63,7 @@ def limit_lines(budget: Budget, dense: Version) -> list[LimitLine]:
     return lines
 
 
-def stairs(front: Sequence[Version]) -> list[tuple[float, float]]:
+def staircase(front: Sequence[Version]) -> list[tuple[float, float]]:
     """Returns the corners of the staircase through the front, as pairs of latency in ms and accuracy in %."""
     corners: list[tuple[float, float]] = []
     for latency, accuracy in sorted(map(coordinates, front), key=lambda point: (point[0], -point[1])):
@@ -79,7 +79,7 @@ def accuracy_view(overview: Overview) -> tuple[float, float] | None:
     Outliers far below would compress the others, so they are left out of the view, and the caller says so.
     """
     values = np.array([coordinates(version)[1] for version in overview.complete])
-    if len(values) < _ENOUGH:
+    if len(values) < _MIN_VERSIONS:
         return None
     top = float(max(values.max(), coordinates(overview.dense)[1]))
     bulk = float(np.quantile(values, 0.1))

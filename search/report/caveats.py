@@ -1,4 +1,4 @@
-"""Caveats of a search's figures, as sentences."""
+"""Caveats of a search's results, as sentences."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from search.results.pareto import Version, nearest_miss
 from search.results.store import StoredSearch
 from search.results.violations import broken_limits
 
-SAME_TWICE = 0.05
+NOISY_MACHINE = 0.05
 """Relative difference of two timings of the same network above which the machine is called noisy."""
 WIDE = 0.1
 """Relative half-width of an interval above which a latency is called noisy."""
@@ -51,16 +51,16 @@ def trials(versions: list[Version]) -> str:
 
 def _infeasible(overview: Overview) -> Iterator[str]:
     total = len(overview.versions)
-    broke = total - len(overview.good) - len(overview.ended_early)
-    if not overview.good and not overview.front:
+    broke = total - len(overview.feasible) - len(overview.ended_early)
+    if not overview.feasible and not overview.front:
         miss = nearest_miss([*overview.simple, *overview.versions], overview.budget, overview.dense.measured)
         near = f" The nearest, {miss[0].title}: {_broken(overview, miss[0])}." if miss else ""
         yield f"No version keeps {overview.budget}.{near}"
     elif broke:
-        cut = len(overview.given_up)
+        not_scored = len(overview.not_scored)
         verb, pronoun = ("does", "it") if broke == 1 else ("do", "they")
-        unscored = f"{cut} of them, not measured further," if cut < broke else f"not measured further, {pronoun}"
-        unknown = f"; {unscored} may have any accuracy" if cut else ""
+        some = f"{not_scored} of them were" if not_scored < broke else f"{pronoun} {'was' if broke == 1 else 'were'}"
+        unknown = f"; {some} not measured further, so the accuracy is unknown" if not_scored else ""
         yield f"{broke} of {total} versions {verb} not keep {overview.budget}{unknown}."
 
 
@@ -71,8 +71,8 @@ def _ended_early(overview: Overview) -> Iterator[str]:
         count = str(most) if fewest == most else f"{fewest} to {most}"
         yield (
             f"{len(ended)} of {len(overview.versions)} versions were ended early, after {count} of"
-            f" {overview.dense.measured['accuracy'].n} images: even the highest accuracy that these left likely (99%)"
-            f" broke {overview.search.budget} or was that of a version which is no slower and has no more FLOPs. Their"
+            f" {overview.dense.measured['accuracy'].n} images: even the upper bound of the accuracy (at 99%) broke"
+            f" {overview.search.budget} or was reached by a version that is no slower and has no more FLOPs. Their"
             " accuracies are estimates, and none of them counts as within the budget."
         )
 
@@ -93,12 +93,12 @@ def _failed(overview: Overview) -> Iterator[str]:
 
 
 def _noisy(overview: Overview) -> Iterator[str]:
-    off = abs(overview.search.baseline.same_twice - 1)
-    if off > SAME_TWICE:
-        yield f"The machine was noisy: the same network timed against itself differed by {off:.0%}."
+    noise = abs(overview.search.baseline.reference_self_ratio - 1)
+    if noise > NOISY_MACHINE:
+        yield f"The machine was noisy: the same network timed against itself differed by {noise:.0%}."
     wide = [version for version in overview.front if version.measured["latency"].half_width > WIDE]
     if wide:
-        yield f"The latency of {trials(wide)} is known to within more than {WIDE:.0%} only."
+        yield f"The latency of {trials(wide)} is uncertain by more than {WIDE:.0%}."
 
 
 def _close_to_limits(overview: Overview) -> Iterator[str]:
@@ -130,8 +130,8 @@ def _hard_to_tell_apart(overview: Overview) -> Iterator[str]:
     equivalent = [version for version in others if difference(first, version.measured["accuracy"]).is_noise]
     if equivalent:
         yield (
-            f"On {first.n} validation images the accuracy of {trials(equivalent)} cannot be told from that of the most"
-            f" accurate, {best.title}: the 95% intervals of the differences contain 0."
+            f"On {first.n} validation images the accuracy of {trials(equivalent)} does not differ significantly from"
+            f" that of the most accurate, {best.title}: the 95% intervals of the differences contain 0."
         )
 
 
@@ -142,7 +142,7 @@ def _remarks(overview: Overview) -> Iterator[str]:
             for remark in measurement.remarks:
                 by_remark.setdefault(remark, []).append(version)
             if measurement.unproven:
-                text = "the runtime does not tell in which precision some layers ran"
+                text = "the runtime does not report in which precision some layers ran"
                 by_remark.setdefault(text, []).append(version)
     for remark, versions in by_remark.items():
         own = [version for version in versions if version is not overview.dense]
@@ -154,7 +154,7 @@ def _efforts(overview: Overview) -> Iterator[str]:
     efforts = Counter(version.evaluation.effort for version in overview.front)
     if len(efforts) > 1:
         counts = ", ".join(f"{count} with {effort!r}" for effort, count in efforts.items())
-        yield f"The front mixes efforts at winning accuracy back, so not all of it compares: {counts}."
+        yield f"Versions of the front had different recovery, so not all of them are comparable: {counts}."
 
 
 def _unconfirmed(overview: Overview) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _unconfirmed(overview: Overview) -> Iterator[str]:
 
 
 def picks(search: StoredSearch) -> list[dict[str, Any]]:
-    """Returns the notes of `pick` on the versions that it confirmed, in order."""
+    """Returns the records of `pick` on the versions that it confirmed, in order."""
     file = search.folder.path / "picks.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines]

@@ -68,15 +68,15 @@ def parse_side(text: str, runs: Path) -> Side:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One metric of both versions.
+class MetricRow:
+    """One metric of both versions, as a row of a table.
 
     Args:
         metric: a name in `METRICS`.
         first: as text.
         second: as text.
         difference: of the second from the first; None if one of them was not measured.
-        verdict: in words.
+        verdict: the difference, and whether it is noise, as text.
     """
 
     metric: str
@@ -108,15 +108,15 @@ class Comparison:
         first: name of the side to compare with.
         second: name of the other side.
         facts: rows of text on both: budgets, targets, counts, efforts.
-        figures: of the versions.
+        figures: the metrics of the versions.
         layers: of the versions, in the network's order.
-        remarks: on how far the figures are comparable.
+        remarks: on how comparable the values are.
     """
 
     first: str
     second: str
     facts: tuple[tuple[str, str, str], ...]
-    figures: tuple[Figure, ...]
+    figures: tuple[MetricRow, ...]
     layers: tuple[LayerPair, ...]
     remarks: tuple[str, ...]
 
@@ -175,9 +175,9 @@ def _searches(first: Side, second: Side) -> Comparison:
     a, b = (Side(overview, overview.front[0]) for overview in sides)
     rows = [(name, one, other) for (name, one), (_, other) in zip(_counts(sides[0]), _counts(sides[1]), strict=True)]
     comparison = _versions(a, b, tuple(rows))
-    remark = "Figures and layers are those of each search's most accurate version."
+    remark = "Metrics and layers are those of each search's most accurate version."
     if str(sides[0].budget) != str(sides[1].budget):
-        remark += " The budgets differ, and with them the boxes that hypervolumes are shares of."
+        remark += " The budgets differ, so the hypervolumes are shares of different boxes."
     return Comparison(
         first.name, second.name, comparison.facts, comparison.figures, comparison.layers, (remark, *comparison.remarks)
     )
@@ -189,7 +189,7 @@ def _counts(overview: Overview) -> list[tuple[str, str]]:
         ("study", overview.search.study.name),
         ("budget", str(overview.budget)),
         ("trials", str(overview.search.finished)),
-        ("within the budget", str(len(overview.good))),
+        ("within the budget", str(len(overview.feasible))),
         ("on the front", str(len(overview.front))),
         ("hypervolume", f"{overview.hypervolume:.1%}"),
         ("most accurate", overview.front[0].title),
@@ -207,7 +207,7 @@ def _versions(first: Side, second: Side, facts: tuple[tuple[str, str, str], ...]
         ("exits", _exits(a), _exits(b)),
     ]
     machine, remarks = _machine(first, second)
-    figures = tuple(_figure(metric, a, b, machine) for metric in _METRICS)
+    figures = tuple(_metric_row(metric, a, b, machine) for metric in _METRICS)
     layers = _layer_pairs(_layers(first), _layers(second))
     early = tuple(
         f"{side.name} was ended early, so its accuracy is an estimate: {version.evaluation.ended}."
@@ -233,26 +233,26 @@ def _exits(version: Version) -> str:
 def _machine(first: Side, second: Side) -> tuple[float, tuple[str, ...]]:
     """Returns the relative noise of the machine between the two latencies, and remarks on it."""
     a, b = first.overview.search.baseline, second.overview.search.baseline
-    own = max(abs(a.same_twice - 1), abs(b.same_twice - 1))
+    noise = max(abs(a.reference_self_ratio - 1), abs(b.reference_self_ratio - 1))
     if first.overview.search.folder == second.overview.search.folder:
-        return own, ()
+        return noise, ()
     dense = [side.evaluation.measurements["latency"] for side in (a, b)]
     if dense[0].target != dense[1].target:
-        return own, ("The targets differ, so latencies compare devices as well as versions.",)
+        return noise, ("The targets differ, so latencies compare devices as well as versions.",)
     if a.evaluation.measurements["flops"].value != b.evaluation.measurements["flops"].value:
-        return own, ("The dense networks differ, so nothing tells how fast the machine was in each search.",)
-    apart = abs(math.log(dense[1].value / dense[0].value))
+        return noise, ("The dense networks differ, so the machine's speed in the two searches cannot be compared.",)
+    change = abs(math.log(dense[1].value / dense[0].value))
     text = f"The same dense network took {milliseconds(dense[0].value)} in A and {milliseconds(dense[1].value)} in B:"
-    return math.hypot(own, apart), (f"{text} so much of a difference in latency is counted as noise.",)
+    return math.hypot(noise, change), (f"{text} a difference in latency of this size is counted as noise.",)
 
 
-def _figure(metric: str, first: Version, second: Version, machine: float) -> Figure:
+def _metric_row(metric: str, first: Version, second: Version, machine: float) -> MetricRow:
     a, b = first.measured.get(metric), second.measured.get(metric)
     first_text, second_text = (_value(metric, side.value) if side else "not measured" for side in (a, b))
     if a is None or b is None:
-        return Figure(metric, first_text, second_text, None, "")
+        return MetricRow(metric, first_text, second_text, None, "")
     change = difference(a, b, machine)
-    return Figure(metric, first_text, second_text, change, _verdict(metric, change))
+    return MetricRow(metric, first_text, second_text, change, _verdict(metric, change))
 
 
 def _value(metric: str, value: float) -> str:

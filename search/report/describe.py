@@ -1,4 +1,4 @@
-"""Versions and the uncertainty of their figures as text."""
+"""Versions, and the uncertainty of their accuracies, as text."""
 
 from evaluators.accuracy import wilson
 from evaluators.latency.slow_layers import SlowerLayers, SlowLayers, WholeNetwork
@@ -9,8 +9,8 @@ from search.results.simple_versions import GivenMeasurements
 from spaces.candidate import Candidate
 
 ZEROS = (
-    "Zeros inside layers make nothing faster on this target, whose kernels are dense, and FLOPs count them; the notes"
-    " of flops and params in --json tell the share that hardware which skips zeros would need."
+    "Zeros inside layers save no time on this target, whose kernels are dense, and FLOPs include them; the notes of"
+    " flops and params in --json have the share that remains on hardware that skips zeros."
 )
 """Note below a front whose layers may have unstructured zeros."""
 
@@ -35,7 +35,7 @@ def slow_layers_line(slow_layers: SlowLayers) -> str:
 
 
 def _as_a_whole(whole: WholeNetwork, left_out: int) -> str:
-    """Returns the ratio of a network's latency in one precision to another, and how many layers may have it."""
+    """Returns a sentence on the latency of the whole network in a precision, and how many layers may have it."""
     name = whole.precision
     times = 1 / whole.ratio
     half_width = whole.half_width / whole.ratio
@@ -90,26 +90,26 @@ def kept_channels(candidate: Candidate, dense: Candidate) -> str:
 
 
 def int8_layers(candidate: Candidate) -> str:
-    """Returns how many layers are int8, of how many: `20/24`; `16+4/24` where four more are stored in int4.
+    """Returns the number of int8 layers and of all layers: `20/24`, or `16+4/24` if four more are stored in int4.
 
-    Heads of exits that are never used are not deployed.
+    Heads of inactive exits do not count, because they are not deployed.
     """
     heads = {layer for layer in candidate.precision if layer.startswith("exits.")}
-    idle = {layer for layer in heads if layer.split(".")[1] not in candidate.active_exits}
-    chosen = [precision for layer, precision in candidate.precision.items() if layer not in idle]
-    stored = f"+{chosen.count('int4')}" if "int4" in chosen else ""
-    return f"{chosen.count('int8')}{stored}/{len(chosen)}"
+    inactive = {layer for layer in heads if layer.split(".")[1] not in candidate.active_exits}
+    precisions = [precision for layer, precision in candidate.precision.items() if layer not in inactive]
+    stored = f"+{precisions.count('int4')}" if "int4" in precisions else ""
+    return f"{precisions.count('int8')}{stored}/{len(precisions)}"
 
 
 def exit_shares(accuracy: Measurement) -> str:
-    """Returns the share of the inputs that leaves at each exit: `86% 9%`; a dash without exits."""
+    """Returns the share of the inputs that each exit answers: `86% 9%`; a dash without exits."""
     return " ".join(f"{share:.0%}" for name, share in accuracy.notes.items() if name != KEY_FRAMES) or "-"
 
 
 def accuracy_half_width(accuracy: Measurement) -> float:
     """Returns the half-width of the 95% interval of an accuracy; it is above 0 even if all images are correct.
 
-    Frames of a clip are correlated; the standard error takes that into account, the interval of a share does not.
+    Frames of a clip are correlated, which the standard error takes into account and Wilson's interval does not.
     """
     low, high = wilson(accuracy.value, accuracy.n)
     return max(accuracy.value - low, high - accuracy.value, 1.96 * accuracy.spread)

@@ -10,7 +10,7 @@ from rich.text import Text
 from search.results.sensitivity import EIGHTHS, Point, Profile
 
 _COLORS = ("#ffffff", "#ffeda0", "#feb24c", "#fc4e2a", "#b10026")
-_LEAST, _MOST = 0.003, 1.0
+_LOWEST, _HIGHEST = 0.003, 1.0
 """Range of the colours in nats, on a logarithmic scale."""
 
 
@@ -35,6 +35,6 @@ def _table(profile: Profile, title: str, value: Callable[[Point], float]) -> Tab
 
 
 def _cell(value: float) -> Text:
-    position = math.log(max(value, _LEAST) / _LEAST) / math.log(_MOST / _LEAST)
+    position = math.log(max(value, _LOWEST) / _LOWEST) / math.log(_HIGHEST / _LOWEST)
     color = _COLORS[min(round(position * (len(_COLORS) - 1)), len(_COLORS) - 1)]
     return Text(f"{value:.3f}", style=f"{'white' if color == _COLORS[-1] else 'black'} on {color}")

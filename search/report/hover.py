@@ -11,7 +11,7 @@ _PER_LINE = 2
 
 
 def hover(version: Version, dense: Version) -> str:
-    """Returns a version as lines of plotly's HTML: its measurements, then the candidate."""
+    """Returns the description of a version in plotly's HTML: its measurements, then its layers."""
     measured, candidate = version.measured, version.evaluation.candidate
     accuracy, latency = measured["accuracy"], measured["latency"]
     lines = [
@@ -23,11 +23,11 @@ def hover(version: Version, dense: Version) -> str:
     if candidate.active_exits:
         confidences = zip(candidate.active_exits, candidate.thresholds.confidences, strict=True)
         thresholds = ", ".join(f"{name} from {threshold(confidence)}" for name, confidence in confidences)
-        lines.append(f"{thresholds}: {exit_shares(accuracy)} leave there")
+        lines.append(f"exits: {thresholds}; shares answered: {exit_shares(accuracy)}")
     if candidate.active_skips:
-        lines.append(f"{len(candidate.active_skips)} blocks that an image may pass by")
+        lines.append(f"{len(candidate.active_skips)} blocks that images may skip")
     if candidate.thresholds.masks:
-        lines.append(f"masks in {len(candidate.thresholds.masks)} blocks: they save FLOPs, and no time")
+        lines.append(f"masks in {len(candidate.thresholds.masks)} blocks: they save FLOPs, but no time")
     return "<br>".join([*lines, *_layer_lines(version, dense)])
 
 

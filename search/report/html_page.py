@@ -79,7 +79,7 @@ def _front(overview: Overview, link: Link | None) -> str:
 
 
 def _markup(headings: Sequence[str], rows: list[list[str]]) -> str:
-    """Returns a table of cells that are HTML already."""
+    """Returns a table as HTML, from cells that are HTML."""
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     lines = []
     for row in rows:

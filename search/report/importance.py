@@ -12,12 +12,12 @@ from search.results.pareto import Version
 from search.samplers.hypervolume.gaussian_process import GaussianProcess, fit_gp, held_out_errors
 from spaces.candidate import Candidate
 
-IMPORTANCE = "What layers cost and buy"
+IMPORTANCE = "Effect of each layer"
 """Heading of the table and the picture."""
-LEAST = 20
-"""Versions that have to be measured, at least."""
-_TRIED = 3
-"""Versions that have to have a layer in a precision, at least, for its effect."""
+MIN_VERSIONS = 20
+"""The minimum number of fully measured versions."""
+_MIN_WITH_PRECISION = 3
+"""The minimum number of versions with a layer in a precision, to estimate its effect."""
 Array = NDArray[np.float64]
 
 
@@ -58,7 +58,7 @@ class Importance:
 
 
 def importance(versions: Sequence[Version], dense: Version) -> Importance | None:
-    """Returns the effects of each layer; None if fewer than `LEAST` versions were measured in full.
+    """Returns the effects of each layer; None if fewer than `MIN_VERSIONS` versions were fully measured.
 
     A surrogate predicts every version with the change and without it, all else being equal (partial dependence).
     Source: Friedman, Greedy Function Approximation: A Gradient Boosting Machine, 2001, section 8.2.
@@ -69,7 +69,7 @@ def importance(versions: Sequence[Version], dense: Version) -> Importance | None
     """
     complete = [version for version in versions if version.is_complete]
     timed = [version for version in versions if "latency" in version.measured]
-    if len(complete) < LEAST:
+    if len(complete) < MIN_VERSIONS:
         return None
     columns = _Columns.of([version.evaluation.candidate for version in complete], dense.evaluation.candidate)
     accuracy = np.array([version.measured["accuracy"].value for version in complete])
@@ -113,7 +113,7 @@ class _Columns:
 
     Args:
         full: number of channels of each group.
-        least: the fewest that any version keeps.
+        least: the smallest number that any version keeps.
         lower: pairs of a layer and a precision other than the dense network's.
     """
 
@@ -130,7 +130,7 @@ class _Columns:
         return cls(
             {name: count for name, count in dense.channels.items() if least[name] < count},
             least,
-            sorted(each for each in lower if tried[each] >= _TRIED),
+            sorted(each for each in lower if tried[each] >= _MIN_WITH_PRECISION),
         )
 
     def rows(self, versions: Sequence[Version]) -> Array:

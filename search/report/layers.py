@@ -10,8 +10,8 @@ from search.report.describe import kept_share
 from search.results.pareto import Version
 from spaces.candidate import Candidate
 
-COLUMNS = 40
-"""Versions, at most, in a heat map."""
+MAX_COLUMNS = 40
+"""The maximum number of versions in a heat map."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class HeatMap:
 
 
 def heat_map(versions: Sequence[Version], dense: Version) -> HeatMap:
-    """Returns the heat map of versions; of more than `COLUMNS` evenly spaced ones, with the first and the last."""
-    chosen = [versions[index] for index in _spread(len(versions), COLUMNS)]
+    """Returns the heat map of versions; if there are more than `MAX_COLUMNS`, of evenly spaced ones."""
+    chosen = [versions[index] for index in _spread(len(versions), MAX_COLUMNS)]
     whole = dense.evaluation.candidate
     candidates = [version.evaluation.candidate for version in chosen]
     kept = np.array([[candidate.channels[name] for candidate in candidates] for name in whole.channels], dtype=np.int64)
@@ -102,8 +102,9 @@ def heat_map(versions: Sequence[Version], dense: Version) -> HeatMap:
     return HeatMap(tuple(chosen), tuple(whole.channels), tuple(names), kept, kept / of, precision)
 
 
-def _spread(count: int, most: int) -> list[int]:
-    return sorted({round(position) for position in np.linspace(0, count - 1, min(count, most))}) if count else []
+def _spread(count: int, maximum: int) -> list[int]:
+    """Returns evenly spaced indices, including the first and the last."""
+    return sorted({round(position) for position in np.linspace(0, count - 1, min(count, maximum))}) if count else []
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Axis:
 
 
 def parallel_axes(versions: Sequence[Version], dense: Version) -> list[Axis]:
-    """Returns the axes of the parallel coordinates: costs, accuracy, and how far each kind of compression went."""
+    """Returns the axes of the parallel coordinates: accuracy, costs, and the degree of each kind of compression."""
     whole = dense.evaluation.candidate
 
     def axis(title: str, *values: float) -> Axis:
@@ -137,7 +138,7 @@ def parallel_axes(versions: Sequence[Version], dense: Version) -> list[Axis]:
         axis("lower bits, %", *(_lowered(candidate, whole) * 100 for candidate in candidates)),
     ]
     if whole.thresholds.exits:
-        axes.append(axis("leave early, %", *(sum(leaving_shares(version)) * 100 for version in versions)))
+        axes.append(axis("early exits, %", *(sum(leaving_shares(version)) * 100 for version in versions)))
     return axes
 
 
@@ -148,7 +149,7 @@ def _lowered(candidate: Candidate, dense: Candidate) -> float:
 
 
 def leaving_shares(version: Version) -> list[float]:
-    """Returns the share of inputs that leave at each exit of the network, 0 for exits that the version lacks."""
+    """Returns the share of inputs that each exit of the network answers, 0 for exits that the version lacks."""
     shares = version.measured["accuracy"].notes
     active = version.evaluation.candidate.active_exits
     by_name = {name: shares.get(f"exit{number}", 0.0) for number, name in enumerate(active, 1)}

@@ -1,4 +1,4 @@
-"""The pictures of a search as PNGs."""
+"""The pictures of a search as PNG files, drawn with matplotlib."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
-from search.report.axes import accuracy_view, caption, coordinates, flops_share, limit_lines, stairs
+from search.report.axes import accuracy_view, caption, coordinates, flops_share, limit_lines, staircase
 from search.report.importance import IMPORTANCE
 from search.report.layers import HeatMap, heat_map, leaving_shares, parallel_axes
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
@@ -29,23 +29,23 @@ from search.report.palette import (
 from search.results.sensitivity import EIGHTHS, Point
 
 DPI = 120
-_FEW = 20
-"""Numbers stand in a heat map's cells where it has so many columns at most."""
+_MAX_LABELLED_COLUMNS = 20
+"""The maximum number of columns of a heat map with numbers in its cells."""
 _COLUMN, _ROW = 0.32, 0.22
-"""Inches of a heat map's cell."""
+"""Width and height of a heat map's cell, in inches."""
 _LINEAR = 0.01
-"""Up to so many nats the profile's colours tell differences evenly, beyond by their ratio."""
+"""The colours of the profile are linear up to this value, in nats, and logarithmic above it."""
 _DARK = 0.45
-"""Text on a colour is white where the colour's lightness is below."""
+"""Text is white on colours whose lightness is lower than this."""
 
 
 def save_pictures(overview: Overview, folder: Path) -> None:
-    """Writes every picture that the search has something to show in."""
+    """Writes every picture for which the search has data."""
     drawn: Mapping[str, Callable[[Overview], Figure | None]] = {
         "front.png": front_picture,
         "parallel.png": parallel_picture,
         "layers.png": layers_picture,
-        "hypervolume.png": growth_picture,
+        "hypervolume.png": hypervolume_picture,
         "exits.png": exits_picture,
         "profile.png": _profile_of,
         "importance.png": importance_picture,
@@ -56,11 +56,11 @@ def save_pictures(overview: Overview, folder: Path) -> None:
 
 
 def front_picture(overview: Overview) -> Figure:
-    """Returns accuracy over latency, FLOPs as size; names stand in the legend, where none can hide another."""
+    """Returns accuracy over latency, with FLOPs as size and names in the legend, so that none hides another."""
     figure = Figure(figsize=(9, 5.8), layout="constrained")
     axes = figure.add_subplot()
     if overview.front:
-        axes.plot(*zip(*stairs(overview.front), strict=True), color=MARKS[FRONT].color, linewidth=1, zorder=1)
+        axes.plot(*zip(*staircase(overview.front), strict=True), color=MARKS[FRONT].color, linewidth=1, zorder=1)
     for order, (name, versions) in enumerate(overview.groups.items(), 2):
         _scatter(axes, overview, name, versions, order)
     for (name, version), (shape, _) in zip(overview.notable, NOTABLE_SHAPES, strict=False):
@@ -96,16 +96,16 @@ def _scatter(axes: Axes, overview: Overview, name: str, versions: Sequence[Any],
 
 
 def _set_view(axes: Axes, overview: Overview) -> str:
-    """Zooms in on where most versions are; returns, in words, how many that leaves out."""
+    """Limits the view to most versions; returns a text with the number of versions outside, or an empty one."""
     view = accuracy_view(overview)
     if view is None:
         return ""
     axes.set_ylim(*view)
-    return f"{sum(coordinates(version)[1] < view[0] for version in overview.complete)} lie below"
+    return f"{sum(coordinates(version)[1] < view[0] for version in overview.complete)} are below this view"
 
 
 def parallel_picture(overview: Overview) -> Figure | None:
-    """Returns the fully measured versions as lines across what they cost and what was done to them."""
+    """Returns the parallel coordinates of the fully measured versions: accuracy, costs and compression."""
     names = [name for name in (OVER, WITHIN, FRONT) if overview.groups[name]]
     versions = [version for name in names for version in overview.groups[name]]
     if len(versions) < 2:
@@ -134,13 +134,13 @@ def parallel_picture(overview: Overview) -> Figure | None:
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     axes.set_ylim(-0.02, 1.02)
-    figure.suptitle("All that was weighed, each axis from its least to its most", x=0.01, ha="left")
+    figure.suptitle("All measured versions, each axis from its minimum to its maximum", x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     return figure
 
 
 def layers_picture(overview: Overview) -> Figure | None:
-    """Returns channels of each group and precision of each layer along the front, the fastest version first."""
+    """Returns heat maps of the channels and precisions of the front's versions, the fastest first."""
     if not overview.front:
         return None
     heat = heat_map(overview.by_latency, overview.dense)
@@ -154,7 +154,7 @@ def layers_picture(overview: Overview) -> Figure | None:
     upper.set_yticks(range(heights[0]), heat.groups, fontsize=8)
     upper.set_title("channels kept", fontsize="medium", loc="left")
     _draw_precision(lower, heat)
-    if len(heat.versions) <= _FEW:
+    if len(heat.versions) <= _MAX_LABELLED_COLUMNS:
         for (row, column), value in np.ndenumerate(heat.kept):
             _write(upper, row, column, str(value), drawn.cmap(heat.share[row, column]))
     lower.set_xticks(range(len(heat.versions)), [each.title for each in heat.versions], rotation=90, fontsize=8)
@@ -168,7 +168,7 @@ def _draw_precision(axes: Axes, heat: HeatMap) -> None:
     axes.imshow(np.array(colors), aspect="auto")
     axes.set_yticks(range(len(heat.layers)), heat.layers, fontsize=8)
     axes.set_title("precision", fontsize="medium", loc="left")
-    if len(heat.versions) <= _FEW:
+    if len(heat.versions) <= _MAX_LABELLED_COLUMNS:
         for row, names in enumerate(heat.precision):
             for column, name in enumerate(names):
                 _write(axes, row, column, name, colors[row][column])
@@ -183,11 +183,11 @@ def _write(axes: Axes, row: int, column: int, text: str, background: Any) -> Non
     axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
 
 
-def growth_picture(overview: Overview) -> Figure | None:
+def hypervolume_picture(overview: Overview) -> Figure | None:
     """Returns the hypervolume over the trials."""
-    if not overview.growth:
+    if not overview.hypervolume_history:
         return None
-    trials, shares = zip(*overview.growth, strict=True)
+    trials, shares = zip(*overview.hypervolume_history, strict=True)
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.step(trials, [share * 100 for share in shares], where="post", color=LIMIT)
@@ -220,19 +220,19 @@ def exits_picture(overview: Overview) -> Figure | None:
 
 
 def importance_picture(overview: Overview) -> Figure | None:
-    """Returns what each change buys in latency and costs in accuracy, as bars, the one that buys most on top."""
+    """Returns the effect of each change on latency and accuracy as bars, the largest reduction of latency on top."""
     importance = overview.importance
     if importance is None or not importance.effects:
         return None
     effects = importance.effects[::-1]
     figure = Figure(figsize=(9, 1.6 + _ROW * len(effects)), layout="constrained")
-    left_, right = figure.subplots(1, 2, sharey=True)
-    left_.barh(range(len(effects)), [each.latency * 100 for each in effects], color=BLUE)
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.barh(range(len(effects)), [each.latency * 100 for each in effects], color=BLUE)
     right.barh(range(len(effects)), [each.accuracy * 100 for each in effects], color=ORANGE)
-    left_.set_yticks(range(len(effects)), [f"{each.name}: {each.change}" for each in effects], fontsize=8)
-    left_.set_xlabel(f"latency, % of the dense network's (R² {importance.latency_r2:.2f})")
+    left.set_yticks(range(len(effects)), [f"{each.name}: {each.change}" for each in effects], fontsize=8)
+    left.set_xlabel(f"latency, % of the dense network's (R² {importance.latency_r2:.2f})")
     right.set_xlabel(f"accuracy, points (R² {importance.accuracy_r2:.2f})")
-    for axes in (left_, right):
+    for axes in (left, right):
         axes.axvline(0, color=BLACK, linewidth=0.8)
         axes.margins(y=0.01)
     figure.suptitle(f"{IMPORTANCE}, on average over all versions", x=0.01, ha="left")
@@ -247,7 +247,7 @@ def _profile_of(overview: Overview) -> Figure | None:
 
 
 def profile_picture(groups: Mapping[str, Sequence[Point]], title: str) -> Figure:
-    """Returns the sensitivity profile as two heat maps, of the divergence and of the change of the loss.
+    """Returns the sensitivity profile as two heat maps: KL divergence, and change of the loss.
 
     Args:
         groups: the points of each group, widest first.
@@ -265,7 +265,7 @@ def profile_picture(groups: Mapping[str, Sequence[Point]], title: str) -> Figure
         for row, points in enumerate(groups.values()):
             for point in points:
                 values[row, shares.index(point.eighth)] = getattr(point, attribute)
-        # Where cutting makes nothing worse, all values may be alike: a scale needs some width all the same.
+        # If cutting makes nothing worse, all values may be equal, but the colour scale needs a range.
         lowest = min(float(np.nanmin(values)), 0.0)
         norm = SymLogNorm(_LINEAR, vmin=lowest, vmax=max(float(np.nanmax(values)), lowest + _LINEAR))
         drawn = axes.imshow(values, aspect="auto", cmap=f"{SEQUENTIAL}_r", norm=norm)

@@ -1,4 +1,4 @@
-"""Output of a command: its result, and progress and remarks beside it."""
+"""Output of a command: its result, progress and remarks."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A search evaluated by a budget: feasible versions, the front, and the few most worth deploying."""
+"""The results of a search under a budget: feasible versions, the front, and the few most worth deploying."""
 
 import json
 from collections.abc import Sequence
@@ -33,17 +33,17 @@ class Overview:
         budget: that of the search, or another.
         dense: the dense network, as a version.
         versions: every distinct candidate that was measured, in order of trials.
-        good: fully measured ones that keep the budget.
+        feasible: the fully measured ones within the budget.
         front: the front, the most accurate first, simple versions included.
-        simple: the network in each precision, the dense one first: the baselines.
-        beaten: left out of the front; see `Front.beaten`.
+        simple: the baselines: the network as it is in each precision, the dense one first.
+        beaten: versions that are left out of the front, see `Front.beaten`.
     """
 
     search: StoredSearch
     budget: Budget
     dense: Version
     versions: tuple[Version, ...]
-    good: tuple[Version, ...]
+    feasible: tuple[Version, ...]
     front: tuple[Version, ...]
     simple: tuple[Version, ...]
     beaten: tuple[Version, ...]
@@ -55,19 +55,19 @@ class Overview:
         simple = search.baseline.versions_to_beat
         versions = search.versions
         dense = simple[0]
-        good = feasible(versions, limits, dense.measured)
+        within = feasible(versions, limits, dense.measured)
         front = front_within(versions, simple, limits, dense.measured)
-        return cls(search, limits, dense, tuple(versions), tuple(good), front.versions, tuple(simple), front.beaten)
+        return cls(search, limits, dense, tuple(versions), tuple(within), front.versions, tuple(simple), front.beaten)
 
     @property
-    def lines(self) -> list[Version]:
-        """The simple versions that are not on the front, the dense network last; tables show them below it."""
+    def other_simple(self) -> list[Version]:
+        """The simple versions that are not on the front, the dense network last; tables show them below the front."""
         below = [version for version in self.simple if version not in self.front]
         return sorted(below, key=lambda version: version is self.dense)
 
     @property
     def worse_than_simple(self) -> dict[str, list[Version]]:
-        """The versions of the front that a simple version outside the budget beats, by the name of the simple one."""
+        """For each simple version, the versions of the front that it beats although it breaks the budget."""
         beaten_by = {
             simple.title: [version for version in self.front if beats(simple, version)] for simple in self.simple
         }
@@ -79,24 +79,24 @@ class Overview:
         return [version for version in self.versions if version.is_complete]
 
     @property
-    def given_up(self) -> list[Version]:
+    def not_scored(self) -> list[Version]:
         """The versions that broke a limit and were not measured further."""
         return [version for version in self.versions if not version.is_complete and not version.evaluation.ended]
 
     @property
     def ended_early(self) -> list[Version]:
-        """The versions that were stopped early, after some of the images."""
+        """The versions whose evaluation was stopped early, after some of the images."""
         return [version for version in self.versions if version.evaluation.ended]
 
     @property
     def groups(self) -> dict[str, list[Version]]:
-        """The fully measured versions by the groups of pictures, the dense network last."""
+        """The fully measured versions by their group in pictures, the dense network last."""
         simple = [version for version in self.simple if version is not self.dense]
-        good = [*feasible(simple, self.budget, self.dense.measured), *self.good]
-        within, front = ({version.number for version in versions} for versions in (good, self.front))
+        within = [*feasible(simple, self.budget, self.dense.measured), *self.feasible]
+        numbers_within, numbers_on_front = ({version.number for version in each} for each in (within, self.front))
         return {
-            OVER: [version for version in [*simple, *self.complete] if version.number not in within],
-            WITHIN: [version for version in good if version.number not in front],
+            OVER: [version for version in [*simple, *self.complete] if version.number not in numbers_within],
+            WITHIN: [version for version in within if version.number not in numbers_on_front],
             FRONT: [version for version in self.front if version is not self.dense],
             DENSE: [self.dense],
         }
@@ -112,19 +112,19 @@ class Overview:
         return sorted(self.front, key=lambda version: (version.measured["latency"].value, version.number))
 
     @cached_property
-    def growth(self) -> list[tuple[int, float]]:
-        """The hypervolume after each fully measured trial, as pairs of trial and share, 0 to 1."""
-        begin = feasible(self.simple, self.budget, self.dense.measured)
-        return growth(self.complete, self.budget, self.dense.measured, begin)
+    def hypervolume_history(self) -> list[tuple[int, float]]:
+        """The hypervolume after each fully measured trial, as pairs of the trial's number and the share, 0 to 1."""
+        initial = feasible(self.simple, self.budget, self.dense.measured)
+        return hypervolume_history(self.complete, self.budget, self.dense.measured, initial)
 
     @property
     def hypervolume(self) -> float:
         """The share of the budget's box that the front dominates, 0 to 1."""
-        return self.growth[-1][1] if self.growth else 0.0
+        return self.hypervolume_history[-1][1] if self.hypervolume_history else 0.0
 
     @cached_property
     def importance(self) -> Importance | None:
-        """The effects of each layer on accuracy and latency; None if too little was measured."""
+        """The effects of each layer on accuracy and latency; None if too few versions were measured."""
         return importance(self.versions, self.dense)
 
     @cached_property
@@ -134,7 +134,7 @@ class Overview:
 
 
 def beaten_lines(overview: Overview) -> list[str]:
-    """Returns sentences on versions that simple ones keep off the front or beat on it."""
+    """Returns sentences on versions that simple versions beat: those left out of the front, and those on it."""
     lines = []
     if overview.beaten:
         count = len(overview.beaten)
@@ -155,10 +155,17 @@ def notable_versions(front: Sequence[Version]) -> list[tuple[str, Version]]:
     return [(" and ".join(names), version) for names, version in roles.values()]
 
 
-def growth(
+def hypervolume_history(
     versions: Sequence[Version], budget: Budget, dense: Measurements, initial: Sequence[Version] = ()
 ) -> list[tuple[int, float]]:
-    """Returns the hypervolume after each version, starting with the front of `initial`, as pairs of trial and share."""
+    """Returns the hypervolume after each version, as pairs of the trial's number and the share, 0 to 1.
+
+    Args:
+        versions: in order of trials.
+        budget: whose box the shares are of.
+        dense: measurements of the dense network.
+        initial: versions that are on the front before the first trial.
+    """
     front = pareto(initial)
     share = hypervolume(front, budget, dense)
     shares = []

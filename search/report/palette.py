@@ -1,4 +1,4 @@
-"""Colours and marks for pictures, distinguishable by the colour-blind: marks differ in shape, too.
+"""Colours and marks of pictures, also for the colour-blind: colours are distinguishable, and marks differ in shape.
 
 Source: Okabe and Ito, Color Universal Design, 2008; cividis: Nunez, Anderton and Renslow, 2018.
 """
@@ -25,7 +25,7 @@ LIMIT = BLUE
 
 @dataclass(frozen=True)
 class Mark:
-    """How one group is drawn.
+    """The mark of one group of versions.
 
     Args:
         color: hexadecimal.

@@ -1,11 +1,11 @@
-"""The pictures of a search for a browser: plotly figures, which work without a network."""
+"""The pictures of a search for a browser, drawn with plotly; they work offline."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from search.report.axes import accuracy_view, coordinates, flops_share, limit_lines, stairs
+from search.report.axes import accuracy_view, coordinates, flops_share, limit_lines, staircase
 from search.report.hover import hover
 from search.report.importance import IMPORTANCE
 from search.report.layers import HeatMap, heat_map, leaving_shares, parallel_axes
@@ -14,16 +14,16 @@ from search.report.palette import BLUE, GREY, LIMIT, MARKS, NOTABLE_SHAPES, ORAN
 from search.results.sensitivity import EIGHTHS, Profile
 
 _ROW = 20
-"""Pixels of one row of a heat map."""
+"""Height of a heat map's row, in pixels."""
 
 
 def figures(overview: Overview) -> dict[str, go.Figure]:
-    """Returns every picture that the search has something to show in, by its heading."""
+    """Returns every picture for which the search has data, by its heading."""
     drawn: Mapping[str, Callable[[Overview], go.Figure | None]] = {
         "Front": front_figure,
-        "All that was weighed": parallel_figure,
+        "All measured versions": parallel_figure,
         "Layers along the front": layers_figure,
-        "Progress": growth_figure,
+        "Progress": hypervolume_figure,
         "Where inputs leave": exits_figure,
         "Which channels matter": profile_figure,
         IMPORTANCE: importance_figure,
@@ -38,9 +38,9 @@ def _laid_out(figure: go.Figure, height: int, **settings: object) -> go.Figure:
 
 
 def front_figure(overview: Overview) -> go.Figure:
-    """Returns accuracy over latency, FLOPs as size, the candidate under the pointer."""
+    """Returns accuracy over latency, with FLOPs as size, and the candidate as hover text."""
     figure = go.Figure()
-    corners = stairs(overview.front)
+    corners = staircase(overview.front)
     figure.add_scatter(
         x=[at[0] for at in corners],
         y=[at[1] for at in corners],
@@ -86,7 +86,7 @@ def _add_limits(figure: go.Figure, overview: Overview) -> None:
 
 
 def parallel_figure(overview: Overview) -> go.Figure | None:
-    """Returns the fully measured versions as lines across what they cost and what was done to them."""
+    """Returns the parallel coordinates of the fully measured versions: accuracy, costs and compression."""
     groups = [name for name in (OVER, WITHIN, FRONT) if overview.groups[name]]
     versions = [version for name in groups for version in overview.groups[name]]
     if len(versions) < 2:
@@ -110,7 +110,7 @@ def parallel_figure(overview: Overview) -> go.Figure | None:
 
 
 def layers_figure(overview: Overview) -> go.Figure | None:
-    """Returns channels of each group and precision of each layer along the front, the fastest version first."""
+    """Returns heat maps of the channels and precisions of the front's versions, the fastest first."""
     if not overview.front:
         return None
     heat = heat_map(overview.by_latency, overview.dense)
@@ -156,16 +156,16 @@ def _add_precision(figure: go.Figure, heat: HeatMap, names: list[str], few: bool
 
 
 def _stepped(colors: Sequence[str]) -> list[list[float | str]]:
-    """Returns a scale of bands: whole numbers from 0 have these colours on an axis from -0.5 on."""
+    """Returns a colour scale with one band for each colour, for the codes 0, 1, ... on an axis from -0.5."""
     width = 1 / len(colors)
     return [[at, color] for place, color in enumerate(colors) for at in (place * width, (place + 1) * width)]
 
 
-def growth_figure(overview: Overview) -> go.Figure | None:
+def hypervolume_figure(overview: Overview) -> go.Figure | None:
     """Returns the hypervolume over the trials."""
-    if not overview.growth:
+    if not overview.hypervolume_history:
         return None
-    trials, shares = zip(*overview.growth, strict=True)
+    trials, shares = zip(*overview.hypervolume_history, strict=True)
     figure = go.Figure(go.Scatter(x=trials, y=[share * 100 for share in shares], line={"shape": "hv", "color": LIMIT}))
     figure.update_traces(hovertemplate="after trial %{x}: %{y:.2f}%<extra></extra>")
     figure.update_xaxes(title="trial")
@@ -194,14 +194,14 @@ def exits_figure(overview: Overview) -> go.Figure | None:
 
 
 def profile_figure(overview: Overview) -> go.Figure | None:
-    """Returns the sensitivity profile: divergence by group and share of its channels; None where none was measured."""
+    """Returns the sensitivity profile: divergence by group and share of its channels; None if none was measured."""
     profile: Profile | None = overview.profile
     if profile is None:
         return None
     columns = sorted({point.eighth for point in profile.points if point.share < 1}, reverse=True)
     by_place = {(point.group, point.eighth): point.divergence for point in profile.points}
     values = [[by_place.get((group, column)) for column in columns] for group in profile.groups]
-    # The square root spreads the small divergences, which decide; the numbers are the divergences themselves.
+    # Colours show the square root, which distinguishes small divergences better; the texts are the divergences.
     shades = [[None if value is None else value**0.5 for value in row] for row in values]
     text = [["" if value is None else f"{value:.2g}" for value in row] for row in values]
     figure = go.Figure(go.Heatmap(
@@ -216,7 +216,7 @@ def profile_figure(overview: Overview) -> go.Figure | None:
 
 
 def importance_figure(overview: Overview) -> go.Figure | None:
-    """Returns what each change buys in latency and costs in accuracy, as bars, the one that buys most on top."""
+    """Returns the effect of each change on latency and accuracy as bars, the largest reduction of latency on top."""
     importance = overview.importance
     if importance is None or not importance.effects:
         return None

@@ -73,7 +73,7 @@ def report_of(overview: Overview) -> Report:
         _question(overview),
         _front(overview),
         _worth(overview),
-        Section("How the search went", _progress(overview), pictures=("Progress", "All that was weighed")),
+        Section("How the search went", _progress(overview), pictures=("Progress", "All measured versions")),
         Section("Along the front", pictures=("Layers along the front", "Where inputs leave", "Which channels matter")),
         _importance(overview),
         _dense(overview),
@@ -96,7 +96,7 @@ def _question(overview: Overview) -> Section:
 def front_of(overview: Overview, name: Callable[[Version], str] | None = None) -> Table:
     """Returns the front and the simple versions below it as a table; `name` replaces a version's number."""
     rows = []
-    for version in [*overview.front, *overview.lines]:
+    for version in [*overview.front, *overview.other_simple]:
         number, *rest = front_row(version, overview.dense)
         rows.append([name(version) if name else number, *rest])
     return Table(headings(overview.dense), rows)
@@ -127,7 +127,7 @@ def _worth(overview: Overview) -> Section:
 
 
 def _facts(overview: Overview, versions: Sequence[Version]) -> list[list[str]]:
-    """Returns a row for each figure, a column for each version."""
+    """Returns the rows of a table with a row for each metric and a column for each version."""
     dense = overview.dense.measured
     columns = []
     for version in versions:
@@ -169,7 +169,7 @@ def _progress(overview: Overview) -> list[str]:
     ended = len(overview.ended_early)
     early = f" {ended} of which were ended early," if ended else ""
     return [
-        f"{len(overview.versions)} different versions were measured,{early} {len(overview.good)} keep the budget,"
+        f"{len(overview.versions)} different versions were measured,{early} {len(overview.feasible)} keep the budget,"
         f" {len(overview.front)} are on the front, which dominates {share:.1%} of the budget's box (hypervolume)."
     ]
 
@@ -179,10 +179,10 @@ def _importance(overview: Overview) -> Section:
     if effects is None:
         return Section(IMPORTANCE)
     lines = [
-        "What each change comes to, on average over all that was measured, the dense network's latency being 100%;"
-        " of latency the longest path's.",
-        f"Surrogates tell these: of what was held out R² {effects.latency_r2:.2f} for latency,"
-        f" {effects.accuracy_r2:.2f} for accuracy; near 0 or below, the effects are noise.",
+        "The effect of each change, on average over all measured versions. Latency is that of the longest path, in"
+        " percent of the dense network's.",
+        f"Effects are predicted by surrogates, with R² {effects.latency_r2:.2f} for latency and"
+        f" {effects.accuracy_r2:.2f} for accuracy on held-out versions; near 0 or below, the effects are noise.",
     ]
     rows = [
         [effect.name, effect.change, f"{effect.latency * 100:+.1f}%", points(effect.accuracy)]
@@ -195,8 +195,11 @@ def _importance(overview: Overview) -> Section:
 
 def _dense(overview: Overview) -> Section:
     baseline = overview.search.baseline
-    lines = [slow_layers_line(baseline.examined)] if baseline.examined else []
-    lines.append(f"A reference timed against itself came to {baseline.same_twice:.3f} of its own time; 1 is best.")
+    lines = [slow_layers_line(baseline.slow_layers)] if baseline.slow_layers else []
+    lines.append(
+        f"A reference timed against itself took {baseline.reference_self_ratio:.3f} times as long;"
+        " how far that is from 1 is the noise of the machine."
+    )
     return Section("Dense baseline", lines, tables=[Table(["", "dense"], _facts(overview, [overview.dense]))])
 
 

@@ -50,8 +50,8 @@ def _accuracy_difference(first: Measurement, second: Measurement) -> Difference:
     a, b = second.value, first.value
     (low_a, high_a), (low_b, high_b) = wilson(a, second.n), wilson(b, first.n)
     change = a - b
-    least = 1.96 * math.hypot(first.spread, second.spread)
-    below = max(math.hypot(a - low_a, high_b - b), least)
-    above = max(math.hypot(high_a - a, b - low_b), least)
+    from_spread = 1.96 * math.hypot(first.spread, second.spread)
+    below = max(math.hypot(a - low_a, high_b - b), from_spread)
+    above = max(math.hypot(high_a - a, b - low_b), from_spread)
     noise = below if change > 0 else above
     return Difference(change, noise, change - below <= 0 <= change + above)

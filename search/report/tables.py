@@ -13,7 +13,7 @@ from search.results.pareto import Version
 HEADINGS = ("trial", "accuracy", "points", "latency", "speed", "FLOPs", "size", "kept", "int8", "exits")
 _POINTS = HEADINGS.index("points")
 _FITTING = ((80, 10), (72, 9), (58, 7), (0, 5))
-"""Number of columns by the least width of the terminal that they fit in."""
+"""Pairs of the minimum width of a terminal, in characters, and the number of columns that fit."""
 _KEYS, _KEYS_INDEX = "keys", HEADINGS.index("speed") + 1
 """Heading and position of the share of key frames, in searches on streams."""
 
@@ -31,9 +31,9 @@ def front_table(
         lines: simple versions that are not on the front; by default the dense network.
     """
     below = [dense] if lines is None else lines
-    columns = next(columns for least, columns in _FITTING if width >= least)
+    columns = next(columns for min_width, columns in _FITTING if width >= min_width)
     if _has_frames(dense):
-        columns = 1 + next(columns for least, columns in _FITTING if width >= least + len(_KEYS) + 1)
+        columns = 1 + next(columns for min_width, columns in _FITTING if width >= min_width + len(_KEYS) + 1)
     rows = [front_row(version, dense) for version in [*front, *below]]
     shown = _fitting_columns([headings(dense), *rows], columns, width)
     table = Table(title=title, title_justify="left", caption=_caption(front, dense, below), caption_justify="left")
@@ -51,9 +51,9 @@ def front_table(
 
 
 def _fitting_columns(rows: Sequence[Sequence[str]], columns: int, width: int) -> list[int]:
-    """Returns the indices of the columns that fit without truncating figures.
+    """Returns the indices of the columns that fit without truncated numbers.
 
-    Points are dropped first, because they follow from the accuracy, and then the last columns.
+    The column of points is dropped first, because it follows from the accuracy, then the last columns.
     """
     widths = [max(map(len, cells)) + 2 for cells in zip(*rows, strict=True)]
     shown = list(range(columns))

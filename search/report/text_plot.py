@@ -1,21 +1,21 @@
-"""The front as a plot of text characters."""
+"""The front as a scatter plot of text characters."""
 
 from search.report.axes import accuracy_view, coordinates, limit_lines
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.report.palette import MARKS
 
 HEIGHT = 10
-_LEAST_WIDTH = 40
-_MOST_WIDTH = 72
+_MIN_WIDTH = 40
+_MAX_WIDTH = 72
 _MARGIN = 9
-"""Characters left of the plot, for the labels of accuracies."""
+"""Characters to the left of the plot, for the labels of accuracies."""
 _LINES = {False: ("│", "└", "─", "┊"), True: ("|", "+", "-", ":")}
 
 
 def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
     """Returns accuracy over latency as lines of text.
 
-    The dense network is drawn unless it is far to the right; its figures are in the legend in any case.
+    The dense network is drawn unless it is far to the right; its latency and accuracy are always in the legend.
 
     Args:
         overview: with a front.
@@ -23,7 +23,7 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
         ascii_only: whether to use ASCII characters only.
     """
     side, corner, floor, limit = _LINES[ascii_only]
-    columns = max(min(width - _MARGIN - 3, _MOST_WIDTH), _LEAST_WIDTH)
+    columns = max(min(width - _MARGIN - 3, _MAX_WIDTH), _MIN_WIDTH)
     points = {name: [coordinates(version) for version in versions] for name, versions in overview.groups.items()}
     shown = [point for name in (OVER, WITHIN, FRONT) for point in points[name]] or points[DENSE]
     left, right = min(point[0] for point in shown), max(point[0] for point in shown)

@@ -169,19 +169,19 @@ class Baseline:
     Args:
         evaluation: by the same protocol as every candidate.
         reference_seconds: median seconds of work per batch of each reference, by precision.
-        same_twice: ratio of two timings of the same reference; how far it is from 1 tells the noise of the machine.
+        reference_self_ratio: time ratio of a reference to itself; its distance from 1 is the noise of the machine.
         environment: machine and library versions.
         reference_wall: median wall-clock seconds per batch of each reference.
-        examined: layers that are slower in a lower precision, which the search leaves out; None if not measured.
+        slow_layers: layers that are slower in a lower precision, which the search leaves out; None if not measured.
         simple: the network in each precision, the dense one first; empty if not measured.
     """
 
     evaluation: Evaluation
     reference_seconds: dict[str, float]
-    same_twice: float
+    reference_self_ratio: float
     environment: dict[str, str]
     reference_wall: dict[str, float] = field(default_factory=dict)
-    examined: SlowLayers | None = None
+    slow_layers: SlowLayers | None = None
     simple: tuple[SimpleVersion, ...] = ()
 
     @property
@@ -201,24 +201,30 @@ class Baseline:
         return names.get(version.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready copy."""
+        """Returns a JSON-ready copy, under the names that journals have."""
         return {
             "evaluation": self.evaluation.to_dict(),
             "reference_seconds": self.reference_seconds,
-            "same_twice": self.same_twice,
+            "same_twice": self.reference_self_ratio,
             "environment": self.environment,
             "reference_wall": self.reference_wall,
-            "examined": self.examined.to_dict() if self.examined else None,
+            "examined": self.slow_layers.to_dict() if self.slow_layers else None,
             "simple": [simple.to_dict() for simple in self.simple],
         }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:
         """Returns the baseline that `to_dict` described."""
-        examined = SlowLayers.from_dict(content["examined"]) if content.get("examined") else None
-        evaluation = Evaluation.from_dict(content["evaluation"])
-        simple = tuple(SimpleVersion.from_dict(version) for version in content.get("simple", ()))
-        return cls(**content | {"evaluation": evaluation, "examined": examined, "simple": simple})
+        slow_layers = content.get("examined")
+        return cls(
+            evaluation=Evaluation.from_dict(content["evaluation"]),
+            reference_seconds=content["reference_seconds"],
+            reference_self_ratio=content["same_twice"],
+            environment=content["environment"],
+            reference_wall=content.get("reference_wall", {}),
+            slow_layers=SlowLayers.from_dict(slow_layers) if slow_layers else None,
+            simple=tuple(SimpleVersion.from_dict(version) for version in content.get("simple", ())),
+        )
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,13 @@ def _log_figures(client: MlflowClient, run_id: str, overview: Overview) -> None:
     now = int(time.time() * 1000)
     counts = {
         "trials": overview.search.finished,
-        "feasible_trials": len(overview.good),
+        "feasible_trials": len(overview.feasible),
         "front_trials": len(overview.front),
         "early_trials": len(overview.ended_early),
     }
     report = {_metric_name(f"sampler_{name}"): value for name, value in _flat(overview.search.report).items()}
     metrics = [Metric(name, float(value), now, 0) for name, value in (counts | report).items()]
-    metrics += [Metric("hypervolume_pct", share * 100, now, trial) for trial, share in overview.growth]
+    metrics += [Metric("hypervolume_pct", share * 100, now, trial) for trial, share in overview.hypervolume_history]
     for chunk in chunks(metrics, _AT_ONCE):
         client.log_batch(run_id, metrics=chunk)
 

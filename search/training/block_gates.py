@@ -12,7 +12,7 @@ from search.config.study import SkipsSection
 from search.training.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
 from search.training.distillation import distillation_loss
 from search.training.frozen_gates import train_in_parts, train_with_frozen_gates, while_gates_learn
-from search.training.loop import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
+from search.training.loop import Augment, Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
 from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.exit_network import Decide, ExitNetwork, decided
 from spaces.dynamic.skippable_blocks import Blocks, check_blocks, find_blocks
@@ -103,9 +103,9 @@ def train_gates(
     """
     loss_of = _SkippedLoss(network, skips)
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
-        gates = SampledGates(skips.temperature, generator)
-        loss = loss_of(images, labels, gates) + skips.weight * rate_loss(gates.taken, skips.rate)
+    def step(batch: Batch) -> float:
+        gates = SampledGates(skips.temperature, batch.generator)
+        loss = loss_of(batch.images, batch.labels, gates) + skips.weight * rate_loss(gates.taken, skips.rate)
         loss.backward()
         return float(loss.detach())
 
@@ -170,7 +170,7 @@ class SampledGates:
         self._temperature = temperature
         self._generator = generator
 
-    def __call__(self, block: str, logits: Tensor) -> Tensor:  # noqa: ARG002
+    def __call__(self, _block: str, logits: Tensor) -> Tensor:
         """Returns 1 where the block is run and 0 where it is skipped, `(n, 1)`."""
         uniform = torch.rand(logits.shape, generator=self._generator).clamp(1e-6, 1 - 1e-6)
         noisy = logits.float() + torch.logit(uniform)

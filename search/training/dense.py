@@ -14,11 +14,11 @@ from evaluators.graph.template import Template
 from search.config.cache import cache_folder
 from search.config.progress import Progress
 from search.config.study import ExitsSection, Study, StudyError, TrainingSection
-from search.loading.models import Built
+from search.loading.models import BuiltModel
 from search.loading.user_code import call, load, source_of
 from search.training.block_gates import skip_blocks, train_gates_once, with_gates
 from search.training.exit_heads import train_exits
-from search.training.loop import Augment, Fitted, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.loop import Augment, Batch, Fitted, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.training.masks import train_masks_once, with_masks
 from spaces import cache
 from spaces.dynamic.cut_points import CutPoints, check_cut_points, find_cut_points
@@ -30,7 +30,7 @@ UNCUT = "the exported network cannot be cut there"
 
 
 def trained_network(
-    study: Study, built: Built, data: Splits, progress: Progress, places: CutPoints | None = None
+    study: Study, built: BuiltModel, data: Splits, progress: Progress, places: CutPoints | None = None
 ) -> ExitNetwork:
     """Returns the study's dense network with its exits, in evaluation mode: trained now, cached, or as loaded.
 
@@ -79,7 +79,7 @@ def trained_network(
     return network.eval()
 
 
-def trained_trunk(study: Study, built: Built, data: Splits, progress: Progress) -> nn.Module:
+def trained_trunk(study: Study, built: BuiltModel, data: Splits, progress: Progress) -> nn.Module:
     """Returns the study's dense network without exits, in evaluation mode: trained now, cached, or as loaded.
 
     Impossible exits and blocks are refused before anything is trained.
@@ -96,7 +96,7 @@ def trained_trunk(study: Study, built: Built, data: Splits, progress: Progress) 
     return trunk
 
 
-def _trunk_key(study: Study, built: Built, data: Splits) -> str:
+def _trunk_key(study: Study, built: BuiltModel, data: Splits) -> str:
     training = built.training(study.training)
     return cache.key(
         built.key,
@@ -214,10 +214,10 @@ def train(
         DivergedError: the loss is not finite for the second time.
     """
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+    def step(batch: Batch) -> float:
         with fast_arithmetic():
-            logits = network(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+            logits = network(batch.images).float()
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=settings.label_smoothing)
         loss.backward()
         return float(loss.detach())
 

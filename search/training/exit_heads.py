@@ -14,7 +14,7 @@ from evaluators.data import LabelledImages, Splits
 from search.config.progress import Progress
 from search.config.study import ExitsSection
 from search.training.distillation import distillation_loss
-from search.training.loop import Augment, TrainingBatches, fast_arithmetic, fit, save
+from search.training.loop import Augment, Batch, TrainingBatches, fast_arithmetic, fit, save
 from spaces.dynamic.exit_network import ExitNetwork
 
 _TEMPERATURES = (0.1, 10.0)
@@ -189,13 +189,14 @@ def train_jointly(
     settings = exits.joint
     weights = exits.weights or (1.0,) * (len(network.cut_points) + 1)
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+    def step(batch: Batch) -> float:
         with fast_arithmetic():
-            *early, last = (logits.float() for logits in _logits(network, images))
+            *early, last = (logits.float() for logits in _logits(network, batch.images))
         losses = [
-            distillation_loss(logits, last, labels, settings.distillation, settings.temperature) for logits in early
+            distillation_loss(logits, last, batch.labels, settings.distillation, settings.temperature)
+            for logits in early
         ]
-        losses.append(F.cross_entropy(last, labels))
+        losses.append(F.cross_entropy(last, batch.labels))
         loss = torch.stack([weight * part for weight, part in zip(weights, losses, strict=True)]).sum()
         loss.backward()
         return float(loss.detach())

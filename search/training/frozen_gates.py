@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from search.config.progress import Progress
 from search.config.sections import FittingSection
-from search.training.loop import Fitted, Report, TrainingBatches, fit, load_weights, save
+from search.training.loop import Batch, Fitted, Report, TrainingBatches, fit, load_weights, save
 
 _SHARE = 0.15
 """Share of the training with frozen gates."""
@@ -84,9 +83,9 @@ def train_with_frozen_gates(
         DivergedError: the loss is not finite for the second time.
     """
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+    def step(batch: Batch) -> float:
         network.eval()
-        loss = loss_of(images, labels)
+        loss = loss_of(batch.images, batch.labels)
         loss.backward()
         return float(loss.detach())
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,19 +40,25 @@ class DivergedError(UserError):
     """The loss of a training is not finite, even at a tenth of the learning rate."""
 
 
-class Step(Protocol):
-    """Computes the gradients of one batch."""
+@dataclass(frozen=True)
+class Batch:
+    """One batch, and where in the training it comes.
 
-    def __call__(self, images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:
-        """Adds the gradients of one batch to those of the parameters, and returns the loss.
+    Args:
+        images: `(n, c, h, w)`.
+        labels: `(n,)`.
+        done: share of the training that is done, 0 to 1.
+        generator: of random numbers; a resumed training continues with the same ones.
+    """
 
-        Args:
-            images: `(n, c, h, w)`.
-            labels: `(n,)`.
-            done: share of the training that is done, 0 to 1.
-            generator: of random numbers; a resumed training continues with the same ones.
-        """
-        ...
+    images: Tensor
+    labels: Tensor
+    done: float
+    generator: torch.Generator
+
+
+Step = Callable[[Batch], float]
+"""Adds the gradients of one batch to those of the parameters, and returns the loss."""
 
 
 @dataclass(frozen=True)
@@ -157,16 +163,16 @@ class _Run:
                 self._reported = percent
                 report(percent, 100)
             begin = time.thread_time()
-            self._step(step, images, labels, generator)
+            self._step(step, Batch(images, labels, self.done, generator))
             self.fitted.steps += 1
             self.fitted.seconds += time.thread_time() - begin
         self.fitted.epochs += 1
 
-    def _step(self, step: Step, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+    def _step(self, step: Step, batch: Batch) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * self.rate * rate_at(self.settings.schedule, self.done)
+            group["lr"] = self.settings.learning_rate * self.rate * rate_at(self.settings.schedule, batch.done)
         self.optimizer.zero_grad()
-        loss = step(images, labels, self.done, generator)
+        loss = step(batch)
         if not math.isfinite(loss):
             raise _NotFiniteError(f"{loss} in epoch {self.fitted.epochs + 1}")
         if self.settings.clip:

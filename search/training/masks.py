@@ -14,7 +14,7 @@ from search.config.sections import MasksSection
 from search.training.batchnorm import check_images, rebase_batch_norm, recovery_images, refresh_statistics
 from search.training.distillation import distillation_loss
 from search.training.frozen_gates import train_in_parts, train_with_frozen_gates, while_gates_learn
-from search.training.loop import Augment, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
+from search.training.loop import Augment, Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights
 from spaces.dynamic.masks import MASKS
 from spaces.dynamic.masks.base import LogitNorm, Mask, each_opened, insert_masks, masks_of, needed
 from spaces.dynamic.masks.hard_gate import Noise
@@ -113,14 +113,16 @@ def train_masks(
     network_masks = masks_of(network)
     loss_of = _MaskedLoss(network, plain, masks, torch.from_numpy(batches.data.images[:1]))
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:
-        noise = Noise(generator, max(0.0, 1 - done / _QUIET))
+    def step(batch: Batch) -> float:
+        noise = Noise(batch.generator, max(0.0, 1 - batch.done / _QUIET))
         for mask in network_masks:
-            mask.go_on(done)
+            mask.go_on(batch.done)
             for gate in mask.gates:
                 gate.noise = noise
-        target = 1 - (1 - masks.keep) * min(1.0, done / _DESCENT)
-        loss = loss_of(images, labels, target) + masks.bounds * bounds_loss(network_masks, target, done)
+        target = 1 - (1 - masks.keep) * min(1.0, batch.done / _DESCENT)
+        loss = loss_of(batch.images, batch.labels, target) + masks.bounds * bounds_loss(
+            network_masks, target, batch.done
+        )
         loss.backward()
         return float(loss.detach())
 

@@ -15,7 +15,7 @@ Decide = Callable[[str, Tensor], Tensor]
 """Maps a block's path and its gate's logits `(n, 1)` to 1 where the block is run and 0 where it is skipped."""
 
 
-def decided(block: str, logits: Tensor) -> Tensor:  # noqa: ARG001
+def decided(_block: str, logits: Tensor) -> Tensor:
     """Returns the decisions of gates at the threshold of their training: a block is run from a logit of 0 on."""
     return (logits.detach() >= 0).to(logits.dtype)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from evaluators.accuracy import AccuracyEvaluator
 from evaluators.artifact_builder import ArtifactBuilder
@@ -36,7 +36,7 @@ from search.loading.prepare import prepare
 from search.training.block_gates import calibrate_gates, skip_blocks, train_gates_once, with_gates
 from search.training.dense import augmentation
 from search.training.distillation import distillation_loss
-from search.training.loop import Augment, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.loop import Augment, Batch, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from search.training.masks import train_masks_once, with_masks
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
@@ -125,12 +125,12 @@ def _trained_plainly(ground: RecoveryContext, file: Path, epochs: float, rate: f
     """Returns the network without gates, trained as the others are: on labels and on what it answered before."""
     trunk, settings = copy.deepcopy(ground.trunk), MasksSection(epochs=epochs, learning_rate=rate)
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
+    def step(batch: Batch) -> float:
         with fast_arithmetic():
             with torch.no_grad():
-                answers = ground.trunk(images).float()
-            logits = trunk(images).float()
-        loss = distillation_loss(logits, answers, labels, settings.distillation, _TEMPERATURE)
+                answers = ground.trunk(batch.images).float()
+            logits = trunk(batch.images).float()
+        loss = distillation_loss(logits, answers, batch.labels, settings.distillation, _TEMPERATURE)
         loss.backward()
         return float(loss.detach())
 

@@ -173,7 +173,7 @@ class StudyCase:
         self._budget, self._dense = self._pipeline.study.budget, self._baseline.evaluation.measurements
         self._latency = self._pipeline.references.latency_evaluator(self._baseline.reference_seconds)
         self._solver = ExitThresholdSolver(self._pipeline, self._latency, self._dense)
-        self._joint = without_slow_precisions(self._pipeline.space, self._baseline.examined)
+        self._joint = without_slow_precisions(self._pipeline.space, self._baseline.slow_layers)
         self.space = distributions(self._joint)
         self.prior = problem_prior(self._pipeline, self._joint, self._baseline)
         self.warm = [*first_guesses(self._joint), *HypervolumeSampler(0, self.prior).initial_proposals(self.space)]

@@ -34,7 +34,7 @@ from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from evaluators.runtimes.paired_timing import TimingProtocol
 from search.config.overrides import Request
 from search.config.study import ExitsSection, SkipsSection, Study
-from search.loading.models import Built
+from search.loading.models import BuiltModel
 from search.loading.prepare import prepare
 from search.training.block_gates import with_gates
 from search.training.dense import trained_network
@@ -151,7 +151,7 @@ def _print(table: list[list[str]]) -> None:
     )
 
 
-def _given(study: Study, built: Built, data: Splits) -> ExitNetwork:
+def _given(study: Study, built: BuiltModel, data: Splits) -> ExitNetwork:
     """Returns a network of the study, trained now or before, from its own copy of the weights."""
     own = replace(built, network=copy.deepcopy(built.network))
     return trained_network(study, own, data, lambda step, done, total: print(f"  {step}: {done}/{total}", flush=True))

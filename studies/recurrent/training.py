@@ -8,7 +8,7 @@ from torch import Tensor
 
 from search.config.sections import FittingSection
 from search.training.distillation import distillation_loss
-from search.training.loop import TrainingBatches, fit
+from search.training.loop import Batch, TrainingBatches, fit
 from studies.recurrent.gru import GruClassifier
 from studies.recurrent.skip_predictor import SkipPredictor, skipping_states
 from studies.recurrent.skip_rnn import SkipGruClassifier
@@ -36,8 +36,8 @@ def train_classifier(
         DivergedError: the loss is not finite for the second time.
     """
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
-        loss = F.cross_entropy(network(in_steps(images)), labels)
+    def step(batch: Batch) -> float:
+        loss = F.cross_entropy(network(in_steps(batch.images)), batch.labels)
         loss.backward()
         return float(loss.detach())
 
@@ -68,12 +68,12 @@ def train_skipping(
         DivergedError: the loss is not finite for the second time.
     """
 
-    def step(images: Tensor, labels: Tensor, done: float, generator: torch.Generator) -> float:  # noqa: ARG001
-        sequences = in_steps(images)
+    def step(batch: Batch) -> float:
+        sequences = in_steps(batch.images)
         with torch.no_grad():
             teacher = plain(sequences)
         found = network(sequences)
-        loss = distillation_loss(found.logits, teacher, labels, _DISTILLATION, _TEMPERATURE)
+        loss = distillation_loss(found.logits, teacher, batch.labels, _DISTILLATION, _TEMPERATURE)
         loss = loss + cost * found.updates.sum(dim=1).mean()
         loss.backward()
         return float(loss.detach())

@@ -1,4 +1,4 @@
-"""A board over ssh: the real server, the real client, the real worker; and what happens when the line breaks."""
+"""A board over ssh: the real server, the real client, the real worker; and what happens when the connection breaks."""
 
 import ast
 import base64
@@ -90,7 +90,7 @@ def opened_dense(board, builder, network, space):
     return board.open(builder.build(network, space.dense()).deployed, [], 1)
 
 
-def test_a_line_that_breaks_between_jobs_is_set_up_again(server, board, builder, network, space, images) -> None:
+def test_a_connection_that_breaks_between_jobs_is_set_up_again(server, board, builder, network, space, images) -> None:
     opened = opened_dense(board, builder, network, space)
     before = opened.answer(images.numpy(), 4)[0]
     count = board.reconnections
@@ -99,13 +99,13 @@ def test_a_line_that_breaks_between_jobs_is_set_up_again(server, board, builder,
     assert board.reconnections == count + 1
 
 
-def test_a_line_that_breaks_within_a_job_does_it_again(server, board, builder, network, space, images) -> None:
+def test_a_connection_that_breaks_within_a_job_does_it_again(server, board, builder, network, space, images) -> None:
     opened, count = opened_dense(board, builder, network, space), board.reconnections
     opened.answer(images.numpy(), 4)
     cutter = threading.Timer(0.3, server.cut)
     cutter.start()
     begin = time.monotonic()
-    taken = opened.seconds(images.numpy()[:4], 20_000)  # runs for longer than the line lasts
+    taken = opened.seconds(images.numpy()[:4], 20_000)  # runs for longer than the connection lasts
     assert len(taken) == 20_000
     assert board.reconnections == count + 1, f"the job took {time.monotonic() - begin:.1f} s"
 
@@ -132,15 +132,15 @@ def test_a_job_that_does_not_come_back_in_time_is_done_again(server, builder, ne
         patient.close()
 
 
-def test_an_answer_that_does_not_come_in_time_breaks_the_line(server) -> None:
-    line = SshConnection(Address.parse(server.url(timeout=0.5)))
+def test_an_answer_that_does_not_come_in_time_breaks_the_connection(server) -> None:
+    connection = SshConnection(Address.parse(server.url(timeout=0.5)))
     server.freeze()
     try:
         with pytest.raises(ConnectionLostError, match="did not answer in time"):
-            line.ask("remarks")
+            connection.request("remarks")
     finally:
         server.cut()
-        line.close()
+        connection.close()
 
 
 def test_a_board_that_is_always_too_late_fails_the_trial_with_that_reason(server, monkeypatch) -> None:
@@ -166,7 +166,7 @@ def test_a_trial_whose_board_is_always_late_is_kept_with_its_reason(server, fold
     with search.lock():
         coordinator = build_coordinator(pipeline, search.create(), baseline, "random", 0, [])
         for done, address in enumerate((patient, late, patient), 1):
-            mine._address = mine._line._address = address
+            mine._address = mine._connection._address = address
             assert coordinator.run(done, None).code == 0
     mine.close()
     trials = [trial for trial in search.open().trials if trial.state.is_finished()]

@@ -10,7 +10,7 @@ import pytest
 
 from evaluators.measurement import Measurement
 from evaluators.runtimes import device_state
-from evaluators.runtimes.device_state import DeviceState, cpu_state, gpu_state, state_moved
+from evaluators.runtimes.device_state import DeviceState, cpu_state, gpu_state, state_changes
 from search.config.environment import environment
 
 NVML = """
@@ -121,30 +121,30 @@ def test_nothing_is_told_where_there_is_nothing_or_it_cannot_be_read(nvml: Any, 
     zone = "sys/class/thermal/thermal_zone0/"
     written(tmp_path, {zone + "type": "cpu-thermal", zone + "temp": "broken"})
     assert cpu_state(tmp_path) == DeviceState("CPU")
-    assert cpu_state(tmp_path).told() == {}
+    assert cpu_state(tmp_path).known() == {}
 
 
 def test_a_state_that_moved_is_told_and_one_that_did_not_is_not() -> None:
     before = DeviceState("GPU", 1.5e9, 2e9, 50.0, 30.0, "MAXN")
-    assert state_moved(before, DeviceState("GPU", 1.49e9, 2e9, 55.0, 31.0, "MAXN")) == []
-    moved = state_moved(before, DeviceState("GPU", 1.0e9, 2e9, 65.0, 31.0, "15W"))
+    assert state_changes(before, DeviceState("GPU", 1.49e9, 2e9, 55.0, 31.0, "MAXN")) == []
+    moved = state_changes(before, DeviceState("GPU", 1.0e9, 2e9, 65.0, 31.0, "15W"))
     words = ("1000 MHz", "the GPU went from 50 to 65 degrees", "'15W'")
     assert len(moved) == 3
     assert all(word in line for word, line in zip(words, moved, strict=True))
-    assert state_moved(DeviceState("GPU"), before)[0].startswith("the power mode")
+    assert state_changes(DeviceState("GPU"), before)[0].startswith("the power mode")
 
 
 def test_a_cpus_clock_may_jump_but_not_its_governor() -> None:
     before = DeviceState("CPU", 1.0e9, None, 50.0, None, "powersave")
-    assert state_moved(before, DeviceState("CPU", 3.0e9, None, 55.0, None, "powersave")) == []
-    (line,) = state_moved(before, DeviceState("CPU", 1.0e9, None, 50.0, None, "performance"))
+    assert state_changes(before, DeviceState("CPU", 3.0e9, None, 55.0, None, "powersave")) == []
+    (line,) = state_changes(before, DeviceState("CPU", 1.0e9, None, 50.0, None, "performance"))
     assert "governor" in line
 
 
 def test_records_have_it() -> None:
-    told = DeviceState("GPU", 1.0e9, None, 50.0, None, "15W", "L4T 36.4.3").told()
-    assert told == {"kind": "GPU", "clock_hz": 1e9, "temperature_c": 50.0, "power_mode": "15W", "system": "L4T 36.4.3"}
-    measured = Measurement("latency", 1.0, "median", 1, 0.0, "t", "p", states={"before": told, "after": told})
+    known = DeviceState("GPU", 1.0e9, None, 50.0, None, "15W", "L4T 36.4.3").known()
+    assert known == {"kind": "GPU", "clock_hz": 1e9, "temperature_c": 50.0, "power_mode": "15W", "system": "L4T 36.4.3"}
+    measured = Measurement("latency", 1.0, "median", 1, 0.0, "t", "p", states={"before": known, "after": known})
     assert Measurement.from_dict(measured.to_dict()) == measured
     recorded = environment("a GPU", DeviceState("GPU", power_mode="15W"))
     assert recorded["device's power_mode"] == "15W"

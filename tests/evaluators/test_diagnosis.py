@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.diagnosis.taps import FileError, find_taps, has_halves, parsed, with_taps
-from evaluators.diagnosis.tensor_errors import Figures, TensorComparison, closest_order, decibels, shuffle_order
+from evaluators.diagnosis.tensor_errors import TensorComparison, TensorErrors, closest_order, decibels, shuffle_order
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load, rounded_halves
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
@@ -23,11 +23,11 @@ from tests.helpers import tiny, zoo
 FLOATS = st.floats(-10, 10, width=32)
 
 
-def figures(exact: np.ndarray, found: np.ndarray, axis: int = 1, batch: int = 4) -> Figures:
+def figures(exact: np.ndarray, found: np.ndarray, axis: int = 1, batch: int = 4) -> TensorErrors:
     comparison = TensorComparison(axis)
     for start in range(0, len(exact), batch):
         comparison.add(exact[start : start + batch], found[start : start + batch])
-    return comparison.figures("layer", np.inf)
+    return comparison.errors("layer", np.inf)
 
 
 @settings(max_examples=30, deadline=None)
@@ -81,8 +81,8 @@ def test_channels_are_where_the_axis_says() -> None:
 
 
 def test_noise_of_ones_own_is_what_the_input_does_not_explain() -> None:
-    def layer(input_db: float, sqnr_db: float) -> Figures:
-        return Figures("x", input_db, sqnr_db, 1.0, 1.0, 0, 0, 1, 0, 0, None)
+    def layer(input_db: float, sqnr_db: float) -> TensorErrors:
+        return TensorErrors("x", input_db, sqnr_db, 1.0, 1.0, 0, 0, 1, 0, 0, None)
 
     assert layer(np.inf, 25.0).own_db == pytest.approx(25.0)
     assert layer(20.0, 20 - 10 * np.log10(2)).own_db == pytest.approx(20.0)  # twice the noise: as much again

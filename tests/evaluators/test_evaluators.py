@@ -151,7 +151,7 @@ class TestLatency(EvaluatorContract):
         assert "CUDA events" not in evaluator.measure(subject).protocol
 
     def test_a_reference_takes_as_long_as_itself(self, evaluator, images) -> None:
-        assert evaluator.same_twice("fp32", images.numpy()) == pytest.approx(1.0, abs=0.3)
+        assert evaluator.reference_self_ratio("fp32", images.numpy()) == pytest.approx(1.0, abs=0.3)
 
 
 class Compiling(OnnxRuntime):
@@ -215,7 +215,7 @@ def test_a_latency_has_the_state_before_and_after_and_says_when_it_moved(builder
     first, second = (
         evaluator.measure(LoadedArtifact(space.dense(), artifact, data, library, target)) for _ in range(2)
     )
-    assert first.states == {"before": cool.told(), "after": hot.told()}
+    assert first.states == {"before": cool.known(), "after": hot.known()}
     assert [word for line, word in zip(first.remarks, ("1000 MHz", "70 degrees"), strict=True) if word in line]
     assert first.notes["drift"] == pytest.approx(first.notes["work_s"] / first.notes["ratio"])
     assert (second.states, second.remarks) == ({}, ())

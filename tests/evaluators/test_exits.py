@@ -170,15 +170,15 @@ def test_int8_stages_hand_integers_on_and_answer_as_the_whole_does(residual, ima
     cut = builder.build(residual, Candidate({}, precision, Thresholds({"exit1": 0.5})))
     (whole,) = builder.build(residual, Candidate({}, precision, Thresholds({"exit1": None}))).deployed
     first, second = (onnx.load_from_string(stage) for stage in cut.deployed)
-    seam, given = first.graph.output[0], second.graph.input[0]
-    assert seam.name == given.name
-    assert seam.type.tensor_type.elem_type == given.type.tensor_type.elem_type == TensorProto.UINT8
+    returned, read = first.graph.output[0], second.graph.input[0]
+    assert returned.name == read.name
+    assert returned.type.tensor_type.elem_type == read.type.tensor_type.elem_type == TensorProto.UINT8
     scales = [
         {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer} for model in (first, second)
     ]
     for part in ("scale", "zero_point"):
         np.testing.assert_array_equal(*(each[f"exit1_features/{part}"] for each in scales))
-    assert not any(node.op_type == "QuantizeLinear" and node.input[0] == given.name for node in second.graph.node)
+    assert not any(node.op_type == "QuantizeLinear" and node.input[0] == read.name for node in second.graph.node)
     assert "QuantizeLinear" not in converted(cut.deployed[1]), "nothing is left that makes integers of floats"
     assert converted(cut.deployed[1])["Transpose"] <= converted(whole)["Transpose"], "nor that turns features around"
     never = StagedNetwork([load(stage, 1) for stage in cut.deployed], [2.0])

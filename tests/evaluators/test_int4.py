@@ -173,8 +173,8 @@ def test_a_study_asks_for_it_and_it_comes_after_the_target_s_own(cache) -> None:
     references = asking.references.artifacts
     assert references["int4"].size < 0.9 * references["int8"].size < references["fp32"].size
     assert {guess["precision.inner.0"] for guess in first_guesses(asking.space)} == {"fp32", "int8", "int4"}
-    examined = SlowLayers((SlowerLayers(("inner.0",), "int8", "fp32", 0.9, 0.01),))
-    left = without_slow_precisions(asking.space, examined).precision
+    slow_layers = SlowLayers((SlowerLayers(("inner.0",), "int8", "fp32", 0.9, 0.01),))
+    left = without_slow_precisions(asking.space, slow_layers).precision
     assert left.allowed["inner.0"] == ("fp32", "int4")
     assert left.allowed["outer.0"] == left.precisions == ("fp32", "int8", "int4")
 

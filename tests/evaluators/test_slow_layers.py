@@ -383,13 +383,13 @@ def test_what_earlier_versions_kept_is_read() -> None:
 def excluding(folder) -> Baseline:
     """The dense network's figures, as if one layer had been slower in int8."""
     slower = SlowLayers((SlowerLayers(("inner.0",), "int8", "fp32", 0.9, 0.01),), 3, 1.0)
-    return replace(stored(folder).baseline, examined=slower)
+    return replace(stored(folder).baseline, slow_layers=slower)
 
 
 def test_a_search_never_proposes_what_was_left_out(pipeline, excluding, tmp_path) -> None:
     again = Baseline.from_dict(excluding.to_dict())
     assert again == excluding
-    space = without_slow_precisions(pipeline.space, again.examined)
+    space = without_slow_precisions(pipeline.space, again.slow_layers)
     assert "precision.inner.0" not in distributions(space)
     assert any("int8" in guess.values() for guess in first_guesses(space))
     search = SearchFolder(tmp_path / "narrow")

@@ -200,9 +200,9 @@ log = trt._log()
 log.log(library.ILogger.Severity.WARNING, "not an error")
 log.log(library.ILogger.Severity.ERROR, "an\\nerror")
 assert log.errors == ["an\\nerror"]
-trt._profile().report_layer_time("layer", 1.0)
+trt._layer_profiler().report_layer_time("layer", 1.0)
 try:
-    trt.EngineBuilder(Path("unused")).plan(b"", (1, 1, 8, 8))
+    trt.EngineBuilder(Path("unused")).build(b"", (1, 1, 8, 8))
 except trt.EngineError as error:
     print(error)
 """

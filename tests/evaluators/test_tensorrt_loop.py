@@ -82,7 +82,7 @@ def test_one_plain_run_precedes_the_capture_and_later_runs_are_launches(gpu: Scr
     assert gpu.log.index("cudaStreamSynchronize") < gpu.log.index("cudaStreamBeginCapture")
     assert gpu.log.count("cudaGraphLaunch") == 3
     assert gpu.kernels == ["c"] * 4
-    assert network.graph_refusals == ()
+    assert network.graph_errors == ()
 
 
 def test_without_a_graph_it_runs_on_and_says_so(gpu: ScriptedGpu, pictures: Any) -> None:
@@ -91,15 +91,15 @@ def test_without_a_graph_it_runs_on_and_says_so(gpu: ScriptedGpu, pictures: Any)
     logits, _ = network.answer(pictures, 6)
     np.testing.assert_allclose(logits, first_half(pictures)[1], rtol=1e-6)
     assert "cudaGraphLaunch" not in gpu.log
-    (refusal,) = network.graph_refusals
-    assert WORDS[NOT_WHILE_CAPTURING] in refusal
+    (error,) = network.graph_errors
+    assert WORDS[NOT_WHILE_CAPTURING] in error
 
 
 def test_a_graph_that_cannot_be_made_is_a_fallback_too(gpu: ScriptedGpu, pictures: Any) -> None:
     gpu.script["cudaGraphInstantiateWithFlags"] = [801]
     network = opened(gpu)
     network.answer(pictures, 6)
-    assert len(network.graph_refusals) == 1
+    assert len(network.graph_errors) == 1
 
 
 def test_gpu_time_spans_copies_and_kernels(gpu: ScriptedGpu, pictures: Any) -> None:

@@ -75,7 +75,7 @@ def test_a_layer_gets_the_precision_that_it_was_asked_for(runtime, builder, netw
     asked = {"/trunk/inner/inner.0/Conv": precision, "/trunk/outer/outer.0/Conv": precision}
     assert trt_report.precision_proof(rows, asked) == Proof()
     assert opened.proof(images.numpy()[:4], asked) == Proof()
-    layers = trt.layer_seconds(stage, trt._profile())
+    layers = trt.layer_seconds(stage, trt._layer_profiler())
     assert layers
     assert all(0 <= seconds < 1 for seconds in layers.values())
 
@@ -85,7 +85,7 @@ def test_an_engine_takes_as_long_as_itself(runtime, builder, network, space, ima
     first, second = (runtime.open([stage], [], 1) for _ in range(2))
     turns = first.turns(images.numpy(), [TimedBatch(0, 4)], second, 4, protocol)
     assert time_pair(turns, [1.0], protocol, time.perf_counter).ratio == pytest.approx(1.0, abs=0.1)
-    assert first.graph_refusals == ()
+    assert first.graph_errors == ()
     for spent in first.seconds(images.numpy()[:4], 5):
         assert 0 < spent.work < spent.wall
     assert list(first.launches(images.numpy()[:4])) == [WITH_GRAPH, WITHOUT_GRAPH]

@@ -187,9 +187,9 @@ class ScriptedGpu:
 
 @dataclass
 class ScriptedEngine:
-    """What TensorRT gives: something that can be put on a stream, here a function of arrays with a price.
+    """An engine as TensorRT returns it, here a function of arrays that takes a given time.
 
-    It knows its arrays by address and shape only, as TensorRT does.
+    It has only the addresses and shapes of its arrays, as in TensorRT.
     """
 
     gpu: ScriptedGpu
@@ -229,7 +229,7 @@ def opened(gpu: ScriptedGpu, seconds: float = 1e-3, name: str = "c", thresholds:
         if not thresholds:
             return [stage(feed, [logits], lambda images: first_half(images)[1:], name)]
         first = stage(feed, [shape, logits], first_half, name)
-        return [first, stage(first.results[0], [logits], second_half, name.upper())]
+        return [first, stage(first.outputs[0], [logits], second_half, name.upper())]
 
     def stage(feed: Buffer, shapes: list[Any], compute: Any, label: str) -> EngineStage:
         results = [Buffer(stream.cuda, shape, np.float32) for shape in shapes]

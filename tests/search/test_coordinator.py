@@ -111,7 +111,7 @@ def test_a_known_candidate_is_told_from_memory(pipeline, tmp_path, folder) -> No
     with search.lock():
         study = search.create()
         coordinator = build_coordinator(pipeline, study, stored(folder).baseline, "random", 0, [])
-        guess = without_slow_precisions(pipeline.space, stored(folder).baseline.examined).uniform(1.0, "int8")
+        guess = without_slow_precisions(pipeline.space, stored(folder).baseline.slow_layers).uniform(1.0, "int8")
         study.enqueue_trial(guess)
         study.enqueue_trial(guess)
         coordinator.run(2, None)
@@ -126,8 +126,8 @@ def test_the_same_choices_are_solved_once_and_come_to_the_same_version_in_a_late
 ) -> None:
     search = SearchFolder(tmp_path / "choices")
     baseline = stored(folder).baseline
-    guess = without_slow_precisions(pipeline.space, baseline.examined).uniform(0.8, "int8")
-    space = without_slow_precisions(pipeline.space, baseline.examined)
+    guess = without_slow_precisions(pipeline.space, baseline.slow_layers).uniform(0.8, "int8")
+    space = without_slow_precisions(pipeline.space, baseline.slow_layers)
     for count in (1, len(first_guesses(space)) + 2):  # the second time what the first one found is in the journal
         with search.lock():
             study = search.create()
@@ -165,7 +165,7 @@ def test_patience_ends_a_search_that_wins_nothing_and_says_so(coordinate) -> Non
 
 def test_our_sampler_knows_the_study_and_reports_on_itself(pipeline, tmp_path, folder) -> None:
     baseline = stored(folder).baseline
-    space = without_slow_precisions(pipeline.space, baseline.examined)
+    space = without_slow_precisions(pipeline.space, baseline.slow_layers)
     prior = problem_prior(pipeline, space, baseline)
     assert prior.structure.names <= set(space.dimensions())
     assert prior.structure.flops.sum() == pytest.approx(baseline.evaluation.measurements["flops"].value, rel=0.1)

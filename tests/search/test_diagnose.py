@@ -108,7 +108,7 @@ def test_a_lost_channel_shuffle_is_told_from_low_precision(shuffling, precision)
     assert findings[0] is lost
     assert lost.layer == "body.0 Reshape_1"
     assert lost.figure > 0.95
-    assert "channel shuffle of 2 groups that was lost" in lost.text
+    assert "channel shuffle of 2 groups is missing" in lost.text
     chance = the(findings, "chance level")
     assert chance.alarm
     assert chance.figure < 0.4
@@ -234,7 +234,7 @@ def test_a_noisy_input_is_told_from_a_noisy_layer() -> None:
     layers = tuple(replace(each, sqnr_db=sqnr[each.name], input_db=inputs[each.name]) for each in case.layers)
     noisy = the(find(replace(case, compared=replace(case.compared, layers=layers))), "noisy layer")
     assert noisy.layer == "body.1.0"
-    assert "body.0.0 adds most noise of its own" in noisy.text
+    assert "body.0.0 adds the most noise" in noisy.text
 
 
 @pytest.mark.parametrize(("right", "images", "classes", "guessed"), [(10, 100, 10, True), (16, 100, 10, True)])
@@ -263,7 +263,7 @@ def test_two_targets_that_differ_by_more_than_03_points_name_a_layer(shuffling) 
     )
     found = the(find(replace(case, compared=replace(case.compared, answered=far))), "targets differ")
     assert found.alarm
-    assert found.layer == case.guilty().name
+    assert found.layer == case.noisiest().name
     assert "1.10 points worse" in found.text
 
 

@@ -14,7 +14,7 @@ from scipy.stats import beta, hypergeom
 from evaluators.accuracy import wilson
 from evaluators.data import LabelledImages, Splits
 from evaluators.deployed import Answers
-from evaluators.statistics import Paired, least, most
+from evaluators.statistics import PairedAccuracy, largest_count, smallest_count
 from evaluators.streams import Stream
 from search.commands.front import front_json
 from search.config.budget import Budget
@@ -53,19 +53,19 @@ DENSE = version(-1, 0.9, 10e-3, 100).measured
 @st.composite
 def seen_of_asked(draw) -> tuple[int, int, int]:
     total = draw(st.integers(1, 60))
-    asked = draw(st.integers(1, total))
-    return draw(st.integers(0, asked)), asked, total
+    sampled = draw(st.integers(1, total))
+    return draw(st.integers(0, sampled)), sampled, total
 
 
 @given(seen_of_asked())
 def test_limits_are_the_furthest_that_what_was_seen_leaves_likely(case) -> None:
-    seen, asked, total = case
-    possible = range(seen, total - (asked - seen) + 1)
-    assert most(seen, asked, total, 0.01) == max(
-        many for many in possible if hypergeom.cdf(seen, total, many, asked) > 0.01
+    seen, sampled, total = case
+    possible = range(seen, total - (sampled - seen) + 1)
+    assert largest_count(seen, sampled, total, 0.01) == max(
+        many for many in possible if hypergeom.cdf(seen, total, many, sampled) > 0.01
     )
-    assert least(seen, asked, total, 0.01) == min(
-        many for many in possible if hypergeom.sf(seen - 1, total, many, asked) > 0.01
+    assert smallest_count(seen, sampled, total, 0.01) == min(
+        many for many in possible if hypergeom.sf(seen - 1, total, many, sampled) > 0.01
     )
 
 
@@ -73,38 +73,38 @@ def test_limits_are_the_furthest_that_what_was_seen_leaves_likely(case) -> None:
 def test_limits_are_the_exact_binomial_ones_where_there_are_far_more_images(seen) -> None:
     total = 1_000_000
     exact = float(beta.ppf(0.99, seen + 1, 200 - seen)) if seen < 200 else 1.0
-    assert most(seen, 200, total, 0.01) / total == pytest.approx(exact, abs=2e-4)
+    assert largest_count(seen, 200, total, 0.01) / total == pytest.approx(exact, abs=2e-4)
     lowest = float(beta.ppf(0.01, seen, 201 - seen)) if seen else 0.0
-    assert least(seen, 200, total, 0.01) / total == pytest.approx(lowest, abs=2e-4)
+    assert smallest_count(seen, 200, total, 0.01) / total == pytest.approx(lowest, abs=2e-4)
 
 
 @pytest.mark.parametrize(
     ("gained", "lost"), [(0, 0), (1, 3), (4, 24), (8, 40), (24, 24), (40, 60), (0, 80), (16, 80), (60, 120)]
 )
 def test_the_bound_fails_as_rarely_as_it_says(gained, lost) -> None:
-    """All subsets count: of 400 images so many are gained and lost in truth, and 200 are asked."""
-    total, asked = 400, 200
+    """All subsets count: of 400 images so many are gained and lost in truth, and 200 are sampled."""
+    total, sampled = 400, 200
     truth, missed = 0.9 + (gained - lost) / total, 0.0
-    for some in range(max(0, asked - total + gained), min(gained, asked) + 1):
-        chance = hypergeom.pmf(some, total, gained, asked)
+    for some in range(max(0, sampled - total + gained), min(gained, sampled) + 1):
+        chance = hypergeom.pmf(some, total, gained, sampled)
         if chance < 1e-7:
             continue
-        others = np.arange(min(lost, asked - some) + 1)
-        chances = chance * hypergeom.pmf(others, total - gained, lost, asked - some)
+        others = np.arange(min(lost, sampled - some) + 1)
+        chances = chance * hypergeom.pmf(others, total - gained, lost, sampled - some)
         missed += sum(
             float(each)
             for other, each in zip(others, chances, strict=True)
-            if each > 1e-8 and Paired(some, int(other), asked, total, 0.9).most_accurate(ERROR) < truth - 1e-12
+            if each > 1e-8 and PairedAccuracy(some, int(other), sampled, total, 0.9).upper_bound(ERROR) < truth - 1e-12
         )
     assert missed <= ERROR
 
 
 def test_the_bound_is_narrower_than_that_of_a_share_alone_and_closes_as_all_are_asked() -> None:
-    pair = Paired(2, 10, 250, 1000, 0.92)
+    pair = PairedAccuracy(2, 10, 250, 1000, 0.92)
     alone = wilson(pair.accuracy, 250, 2.326)[1]
-    assert pair.most_accurate(ERROR) - pair.accuracy < 0.8 * (alone - pair.accuracy)
-    whole = Paired(8, 40, 1000, 1000, 0.92)
-    assert whole.most_accurate(ERROR) == pytest.approx(0.888)
+    assert pair.upper_bound(ERROR) - pair.accuracy < 0.8 * (alone - pair.accuracy)
+    whole = PairedAccuracy(8, 40, 1000, 1000, 0.92)
+    assert whole.upper_bound(ERROR) == pytest.approx(0.888)
     assert whole.accuracy == pytest.approx(0.888)
     assert whole.spread == 0
 
@@ -252,12 +252,15 @@ def searched(pipeline, baseline, tmp_path_factory):
 def test_nothing_is_asked_twice_and_nothing_comes_out_otherwise(pipeline, baseline) -> None:
     for exit_from in (1.0, 0.5):  # without exits, and with all of them
         subject = pipeline.deployed(pipeline.space.with_thresholds(*settled(pipeline, exit_from)))
-        asked: list[int] = []
+        counts: list[int] = []
         opened, answer = subject.session, subject.session.answer
-        opened.answer = lambda images, batch, a=answer, asked=asked: (asked.append(len(images)), a(images, batch))[1]
+        opened.answer = lambda images, batch, a=answer, counts=counts: (
+            counts.append(len(images)),
+            a(images, batch),
+        )[1]
         subject.first_answers(200)
         parts = subject.answers
-        assert asked == [200, len(pipeline.scored) - 200]
+        assert counts == [200, len(pipeline.scored) - 200]
         whole = subject.answers_to(pipeline.scored)
         for name in ("classes", "correct", "exits", "skipped"):
             assert (getattr(parts, name) == getattr(whole, name)).all()
@@ -303,7 +306,7 @@ def test_people_and_mlflow_are_told(searched) -> None:
     overview = Overview.of(read)
     ended = overview.ended_early
     numbers = {each.number for each in ended}
-    assert not numbers & {each.number for each in [*overview.front, *overview.good, *overview.given_up]}
+    assert not numbers & {each.number for each in [*overview.front, *overview.feasible, *overview.not_scored]}
     shown = json.loads(json.dumps(front_json(overview)))["ended_early"]
     assert {each["trial"] for each in shown} == numbers
     assert all(each["ended"] and each["measurements"]["accuracy"]["n"] < TOTAL / 2 for each in shown)

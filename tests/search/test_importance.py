@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from search.report.html_page import page
-from search.report.importance import IMPORTANCE, LEAST, importance
+from search.report.importance import IMPORTANCE, MIN_VERSIONS, importance
 from search.report.matplotlib_figures import save_pictures
 from search.report.overview import Overview
 from search.report.report import report_of, to_json
@@ -73,7 +73,7 @@ def test_versions_that_broke_a_limit_tell_of_latency() -> None:
 
 
 def test_too_little_is_not_told_and_precisions_that_hardly_occur_are_not() -> None:
-    assert importance(versions(LEAST - 1), DENSE) is None
+    assert importance(versions(MIN_VERSIONS - 1), DENSE) is None
     once = [version(number, {"dear": 8 + number % 9, "cheap": 32}, number == 0) for number in range(30)]
     found = importance(once, DENSE)
     assert found is not None
@@ -81,14 +81,16 @@ def test_too_little_is_not_told_and_precisions_that_hardly_occur_are_not() -> No
 
 
 def test_versions_that_are_all_alike_have_no_effects() -> None:
-    found = importance([DENSE] * LEAST, DENSE)
+    found = importance([DENSE] * MIN_VERSIONS, DENSE)
     assert found is not None
     assert found.effects == ()
 
 
 def test_the_report_shows_it_in_every_form(folder, tmp_path) -> None:
     search = replace(stored(folder), folder=replace(stored(folder).folder, path=tmp_path))
-    shown = replace(Overview.of(search), dense=DENSE, simple=(DENSE,), versions=tuple(versions(40)), good=(), front=())
+    shown = replace(
+        Overview.of(search), dense=DENSE, simple=(DENSE,), versions=tuple(versions(40)), feasible=(), front=()
+    )
     text = report_of(shown).to_markdown()
     assert f"## {IMPORTANCE}" in text
     assert "| dear | int8 | -20" in text or "| dear | int8 | -19" in text

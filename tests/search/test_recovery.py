@@ -16,7 +16,7 @@ from search.recovery.base import RecoveryContext
 from search.recovery.elastic import SharedWeights, random_channels, train_elastic
 from search.recovery.finetune import finetune
 from search.training.distillation import distillation_loss
-from search.training.loop import DivergedError, TrainingBatches, fit, rate_at
+from search.training.loop import Batch, DivergedError, TrainingBatches, fit, rate_at
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
 from spaces.pruning.prunable import find_groups
 from tests.helpers import tiny
@@ -42,8 +42,8 @@ def data():
 
 
 def learn(network: nn.Module):
-    def step(images, labels, done, generator) -> float:
-        loss = nn.functional.cross_entropy(network(images)[-1], labels)
+    def step(batch: Batch) -> float:
+        loss = nn.functional.cross_entropy(network(batch.images)[-1], batch.labels)
         loss.backward()
         return float(loss.detach())
 
@@ -64,12 +64,12 @@ class TestFit:
         fit(straight, learn(straight), batches, SHORT)
         calls = 0
 
-        def dies(images, labels, done, generator) -> float:
+        def dies(batch: Batch) -> float:
             nonlocal calls
             calls += 1
             if calls == len(batches) + 3:
                 raise KeyboardInterrupt
-            return learn(killed)(images, labels, done, generator)
+            return learn(killed)(batch)
 
         file = tmp_path / "checkpoint.pt"
         with pytest.raises(KeyboardInterrupt):
@@ -78,9 +78,9 @@ class TestFit:
         again = copy.deepcopy(student)
         done = []
 
-        def counted(images, labels, share, generator) -> float:
-            done.append(share)
-            return learn(again)(images, labels, share, generator)
+        def counted(batch: Batch) -> float:
+            done.append(batch.done)
+            return learn(again)(batch)
 
         found = fit(again, counted, batches, SHORT, file)
         assert len(done) == len(batches), "the first epoch is not repeated"
@@ -99,8 +99,8 @@ class TestFit:
         plain = learn(student)
         broken = iter([False] * 2 + [True] + [False] * 100)
 
-        def once(images, labels, done, generator) -> float:
-            loss = plain(images, labels, done, generator)
+        def once(batch: Batch) -> float:
+            loss = plain(batch)
             return math.nan if next(broken) else loss
 
         found = fit(student, once, TrainingBatches(data.train, 50, 0), SHORT)
@@ -123,9 +123,9 @@ class TestFit:
         assert timed.seconds >= 0.06
 
     def test_waiting_for_a_processor_does_not_shorten_a_training_in_minutes(self, student, data) -> None:
-        def waits(images, labels, done, generator) -> float:
+        def waits(batch: Batch) -> float:
             time.sleep(0.1)
-            return learn(student)(images, labels, done, generator)
+            return learn(student)(batch)
 
         limited = FittingSection(batch=50, at_most_minutes=0.01)  # 0.6 s; waiting takes longer
         assert fit(student, waits, TrainingBatches(data.train, 50, 0), limited).steps == 8
@@ -134,7 +134,7 @@ class TestFit:
         network = nn.Linear(1, 1, bias=False)
         seen = []
 
-        def step(images, labels, done, generator) -> float:
+        def step(batch: Batch) -> float:
             seen.append(network.weight.item())
             network.weight.grad = torch.ones_like(network.weight)
             return 1.0

@@ -13,14 +13,14 @@ from evaluators.accuracy import wilson
 from search.cli import run
 from search.config.budget import Budget
 from search.config.units import threshold
-from search.report.axes import stairs
+from search.report.axes import staircase
 from search.report.caveats import caveats
 from search.report.compare import Side, compare, parse_side
 from search.report.describe import accuracy_half_width
 from search.report.html_page import page
 from search.report.layers import heat_map, layers_of, leaving_shares, parallel_axes
 from search.report.matplotlib_figures import profile_picture, save_pictures
-from search.report.overview import Overview, growth, notable_versions, write_profile
+from search.report.overview import Overview, hypervolume_history, notable_versions, write_profile
 from search.report.report import report_of
 from search.report.significance import difference
 from search.report.text_plot import HEIGHT, scatter
@@ -47,7 +47,7 @@ def overview(folder, tmp_path_factory) -> Overview:
 @given(st.lists(figures, min_size=1, max_size=12))
 def test_hypervolume_grows_to_that_of_the_front(found) -> None:
     versions = [version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)]
-    steps = growth(versions, BUDGET, DENSE_MEASURED)
+    steps = hypervolume_history(versions, BUDGET, DENSE_MEASURED)
     shares = [share for _, share in steps]
     assert [number for number, _ in steps] == list(range(len(found)))
     assert shares == sorted(shares)
@@ -70,7 +70,7 @@ def test_the_versions_most_worth_deploying_are_on_the_front_and_named_once(found
 @given(st.lists(figures, min_size=1, max_size=12))
 def test_the_line_of_the_front_never_falls(found) -> None:
     front = pareto([version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)])
-    corners = stairs(front)
+    corners = staircase(front)
     assert corners == sorted(corners)
     assert [y for _, y in corners] == sorted(y for _, y in corners)
     for each in front:
@@ -159,7 +159,7 @@ def test_the_page_has_everything_and_needs_nothing(overview, tmp_path) -> None:
     outside = re.sub(r"<script.*?</script>", "", text, flags=re.S)
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", outside)
     assert "<script src" not in text
-    for heading in ("Front", "All that was weighed", "Layers along the front", "Progress", "Where inputs leave"):
+    for heading in ("Front", "All measured versions", "Layers along the front", "Progress", "Where inputs leave"):
         assert f">{heading}</h" in outside
     for each in overview.front:
         assert f'href="http://mlflow.example/#/runs/{each.number}"' in outside
@@ -210,7 +210,7 @@ def test_caveats_name_what_may_break_a_limit_or_is_known_badly(overview) -> None
     tight = Budget.parse([f"latency<{latency.value * 1.2e6:.6f}us"])
     told = "\n".join(caveats(replace(overview, budget=tight, front=(front[0],))))
     assert f"Trial {front[0].number} keeps {tight} by less than the measurement's 95% interval" in told
-    assert f"trial {front[0].number} is known to within more than 10% only" in told
+    assert f"trial {front[0].number} is uncertain by more than 10%" in told
     assert f"Trial {front[0].number}: the clock moved" in told
     nothing = Overview.of(overview.search, Budget.parse(["latency<1us"]))
     assert "No version keeps latency<1us. The nearest" in caveats(nothing)[0]

@@ -141,7 +141,7 @@ SEARCHED = tiny.STUDY.replace("grid = 2", 'grid = 2, thresholds = "searched"').r
 
 def test_as_trials_they_are_complete_whatever_limit_they_break(cache, tmp_path) -> None:
     pipeline = build_pipeline(Study.parse(SEARCHED, "test"), lambda *_: None)
-    baseline = replace(measure_baseline(pipeline), examined=None)
+    baseline = replace(measure_baseline(pipeline), slow_layers=None)
     search = SearchFolder(tmp_path / "tight")
     with search.lock():
         build_coordinator(pipeline, search.create(), baseline, "random", 0, []).run(4, None)
@@ -155,13 +155,13 @@ def test_as_trials_they_are_complete_whatever_limit_they_break(cache, tmp_path) 
 
 def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(pipeline, folder, tmp_path) -> None:
     layers = tuple(layer for layer in pipeline.space.precision.layers if not layer.startswith("exits."))
-    examined = SlowLayers(
+    slow_layers = SlowLayers(
         (SlowerLayers(layers, "int8", "fp32", 0.3, 0.01),),
         3,
         1.0,
         wholes=(WholeNetwork("int8", "fp32", 7, 0.3, 0.01, True),),
     )
-    baseline = replace(stored(folder).baseline, examined=examined)
+    baseline = replace(stored(folder).baseline, slow_layers=slow_layers)
     search = SearchFolder(tmp_path / "guarded")
     with search.lock():
         study = search.create()
@@ -172,7 +172,7 @@ def test_what_the_guard_does_not_offer_is_a_line_to_beat_all_the_same(pipeline, 
     given = [each.evaluation.candidate.precision for each in overview.versions]
     assert {precision[layer] for precision in given for layer in layers} == {"fp32"}
     assert [line.trial for line in overview.simple] == ["dense", "int8"]
-    assert any(line.trial == "int8" for line in [*overview.front, *overview.lines])
+    assert any(line.trial == "int8" for line in [*overview.front, *overview.other_simple])
 
 
 def test_an_older_journal_has_the_dense_network_to_beat(folder) -> None:
@@ -181,7 +181,7 @@ def test_an_older_journal_has_the_dense_network_to_beat(folder) -> None:
     old = Baseline.from_dict(content)
     assert [line.trial for line in old.versions_to_beat] == ["dense"]
     overview = Overview.of(replace(stored(folder), baseline=old), Budget.parse(["latency<1000%"]))
-    names = [each.trial for each in (*overview.front, *overview.lines)]
+    names = [each.trial for each in (*overview.front, *overview.other_simple)]
     assert names.count("dense") == 1
     assert 0 not in names or overview.search.trials[0].user_attrs["evaluation"]["candidate"] != (
         old.evaluation.candidate.to_dict()

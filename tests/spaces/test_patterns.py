@@ -260,7 +260,7 @@ def test_a_search_with_patterns_says_what_they_are_worth(cache, tmp_path, capsys
     assert run([*arguments, "--trials", "25", "--budget", "latency<1000%"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "2:4 is left out" in text
-    assert "make nothing faster on this target" in text
+    assert "save no time on this target" in text
     versions = StoredSearch.read(SearchFolder(tmp_path / "runs" / "one")).versions
     sparse = [version for version in versions if version.evaluation.candidate.patterns]
     assert sparse

@@ -1,1 +1,1 @@
-"""What is rewritten in an ONNX file for the kernels of a runtime when it is loaded."""
+"""Rewrites of ONNX files for the kernels of a runtime, applied when a file is deployed."""

@@ -1,8 +1,8 @@
-"""Stages that hand their features on as integers, in the order of axes in which int8 convolutions compute.
+"""Passes features between stages as integers, in the memory layout of the runtime's int8 convolutions.
 
-Where a network is cut at an exit, the features that leave one file and enter the next carry Q/DQ on both sides. In
-float they are dequantized at the end of one file and quantized at the start of the next, and a runtime that computes
-int8 convolutions channels-last turns them around twice.
+Where a network is cut at an exit, the features between two files have Q/DQ on both sides. Passed as floats, they would
+be dequantized at the end of one file and quantized again at the start of the next, and a runtime whose int8
+convolutions are channels-last would transpose them twice.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,39 +13,39 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 CHANNELS_LAST = "/channels_last"
-"""The end of the name of features whose channels are the last axis."""
+"""Suffix of the names of features whose channels are the last axis."""
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
-def integer_seams(
+def integer_boundaries(
     stages: Sequence[bytes], deployable: Callable[[bytes], bytes], channels_last: bool
 ) -> tuple[bytes, ...]:
-    """Returns deployed stages that hand u8 features on, with one scale and zero point at both ends.
+    """Returns deployed stages that pass u8 features on, with the same scale and zero point in both files.
 
-    Features that only one side quantizes stay float, and so do those that are not u8 once they are deployed.
+    Features stay float if only one side quantizes them, or if they are not u8 in the deployed files.
 
     Args:
         stages: portable files, each of which reads the first output of the one before it.
-        deployable: makes a portable file what is deployed.
-        channels_last: whether features between int8 convolutions are handed on with the channels as the last axis.
+        deployable: returns the deployed form of a portable file.
+        channels_last: whether features between int8 convolutions are passed with the channels as the last axis.
     """
     import onnx
 
     if len(stages) == 1:
         return (deployable(stages[0]),)
-    made = [onnx.load_from_string(deployable(stages[0]))]
+    models = [onnx.load_from_string(deployable(stages[0]))]
     for stage in stages[1:]:
         after = onnx.load_from_string(stage)
-        if _zero_point(made[-1].graph, after.graph.input[0].name) == 0:
-            _clamp_input(after)
-        made.append(onnx.load_from_string(deployable(bytes(after.SerializeToString()))))
-    for before, after in pairwise(made):
+        if _zero_point(models[-1].graph, after.graph.input[0].name) == 0:
+            _mark_input_as_non_negative(after)
+        models.append(onnx.load_from_string(deployable(bytes(after.SerializeToString()))))
+    for before, after in pairwise(models):
         _join(before.graph, after.graph, channels_last)
-    return tuple(bytes(model.SerializeToString(deterministic=True)) for model in made)
+    return tuple(bytes(model.SerializeToString(deterministic=True)) for model in models)
 
 
-def _clamp_input(model: "ModelProto") -> None:
-    """Puts a ReLU behind the input: it tells that features are never negative, and `_join` takes it out again."""
+def _mark_input_as_non_negative(model: "ModelProto") -> None:
+    """Adds a ReLU after the input, from which `deployable` sees that features are not negative; `_join` removes it."""
     from onnx import helper
 
     tensor = model.graph.input[0].name
@@ -55,44 +55,46 @@ def _clamp_input(model: "ModelProto") -> None:
 
 
 def _join(before: "GraphProto", after: "GraphProto", channels_last: bool) -> None:
+    """Makes two neighbouring stages pass integers, where both of them quantize the features."""
     tensor = after.input[0].name
-    maker = _quantized_maker(before, tensor)
+    producer = _quantized_producer(before, tensor)
     clamp = next((node for node in _readers(after, tensor) if node.name == f"{tensor}/Relu"), None)
     readers = _readers(after, clamp.output[0] if clamp is not None else tensor)
     if clamp is not None:
         for node in readers:
             node.input[list(node.input).index(clamp.output[0])] = tensor
         after.node.remove(clamp)
-    if maker is None or [node.op_type for node in readers] != ["QuantizeLinear"]:
+    if producer is None or [node.op_type for node in readers] != ["QuantizeLinear"]:
         return
     (reader,) = readers
-    for ours, theirs in zip(maker.input[1:], reader.input[1:], strict=True):
+    for ours, theirs in zip(producer.input[1:], reader.input[1:], strict=True):
         value = _initializer(after, theirs)
         value.CopyFrom(_initializer(before, ours))
         value.name = theirs
-    last = channels_last and _is_between_int8(before, maker, after, reader)
-    _return_integers(before, maker, last)
+    last = channels_last and _is_between_int8(before, producer, after, reader)
+    _return_integers(before, producer, last)
     _read_integers(after, reader, last)
 
 
-def _return_integers(graph: "GraphProto", maker: "NodeProto", channels_last: bool) -> None:
-    """Makes a stage return features as they are before they are dequantized."""
+def _return_integers(graph: "GraphProto", producer: "NodeProto", channels_last: bool) -> None:
+    """Makes a stage return its features before they are dequantized."""
     from onnx import TensorProto, helper
 
-    tensor, quantized = maker.output[0], maker.input[0]
+    tensor, quantized = producer.output[0], producer.input[0]
     info = next(info for info in graph.output if info.name == tensor)
     dims = [dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim]
     if not _readers(graph, tensor):
-        graph.node.remove(maker)
+        graph.node.remove(producer)
     if channels_last:
-        turned = quantized + CHANNELS_LAST
-        graph.node.append(helper.make_node("Transpose", [quantized], [turned], f"{turned}/Transpose", perm=_TO_LAST))
-        quantized, dims = turned, [dims[axis] for axis in _TO_LAST]
+        moved = quantized + CHANNELS_LAST
+        graph.node.append(helper.make_node("Transpose", [quantized], [moved], f"{moved}/Transpose", perm=_TO_LAST))
+        quantized = moved
+        dims = [dims[axis] for axis in _TO_LAST]
     info.CopyFrom(helper.make_tensor_value_info(quantized, TensorProto.UINT8, dims))
 
 
 def _read_integers(graph: "GraphProto", reader: "NodeProto", channels_last: bool) -> None:
-    """Makes a stage read features as they are once they are quantized."""
+    """Makes a stage read features that are quantized already."""
     from onnx import TensorProto, helper
 
     info, quantized = graph.input[0], reader.output[0]
@@ -107,61 +109,61 @@ def _read_integers(graph: "GraphProto", reader: "NodeProto", channels_last: bool
 
 
 def _zero_point(graph: "GraphProto", tensor: str) -> int | None:
-    """Returns the zero point of a tensor that comes out of u8; None where it does not."""
+    """Returns the zero point of a tensor that is dequantized from u8; None for any other tensor."""
     from onnx import numpy_helper
 
-    maker = _quantized_maker(graph, tensor)
-    return None if maker is None else int(numpy_helper.to_array(_initializer(graph, maker.input[2])))
+    producer = _quantized_producer(graph, tensor)
+    return None if producer is None else int(numpy_helper.to_array(_initializer(graph, producer.input[2])))
 
 
-def _quantized_maker(graph: "GraphProto", tensor: str) -> "NodeProto | None":
-    """Returns the node that dequantizes a tensor from u8 which was quantized in the same file; None without one."""
+def _quantized_producer(graph: "GraphProto", tensor: str) -> "NodeProto | None":
+    """Returns the node that dequantizes a tensor from u8, if it is quantized in the same file; else None."""
     from onnx import TensorProto
 
-    maker = _maker(graph, tensor)
-    if maker is None or maker.op_type != "DequantizeLinear":
+    producer = _producer(graph, tensor)
+    if producer is None or producer.op_type != "DequantizeLinear":
         return None
-    quantizer = _maker(graph, maker.input[0])
-    is_u8 = quantizer is not None and _initializer(graph, maker.input[2]).data_type == TensorProto.UINT8
-    return maker if is_u8 else None
+    quantizer = _producer(graph, producer.input[0])
+    is_u8 = quantizer is not None and _initializer(graph, producer.input[2]).data_type == TensorProto.UINT8
+    return producer if is_u8 else None
 
 
-def _is_between_int8(before: "GraphProto", maker: "NodeProto", after: "GraphProto", reader: "NodeProto") -> bool:
-    """Returns whether feature maps come from int8 convolutions alone and are read by one."""
-    info = next(info for info in before.output if info.name == maker.output[0])
+def _is_between_int8(before: "GraphProto", producer: "NodeProto", after: "GraphProto", reader: "NodeProto") -> bool:
+    """Returns whether feature maps come from int8 convolutions only, and are read by at least one."""
+    info = next(info for info in before.output if info.name == producer.output[0])
     if len(info.type.tensor_type.shape.dim) != len(_TO_LAST):
         return False
-    makers = list(_convolutions_before(before, maker.input[0]))
+    producers = list(_convolutions_before(before, producer.input[0]))
     floats = [node.output[0] for node in _readers(after, reader.output[0])]
     readers = [node for tensor in floats for node in _readers(after, tensor) if node.op_type == "Conv"]
     return (
-        bool(makers)
-        and all(_is_int8(before, node) for node in makers)
+        bool(producers)
+        and all(_is_int8(before, node) for node in producers)
         and any(_is_int8(after, node) for node in readers)
     )
 
 
 def _convolutions_before(graph: "GraphProto", tensor: str) -> Iterator["NodeProto"]:
-    """Yields the last convolutions on every way to a tensor."""
-    todo: list[str] = [tensor]
+    """Yields the last convolution on each path to a tensor."""
+    pending: list[str] = [tensor]
     seen: set[str] = set()
-    while todo:
-        node = _maker(graph, todo.pop())
+    while pending:
+        node = _producer(graph, pending.pop())
         if node is None or node.name in seen:
             continue
         seen.add(node.name)
         if node.op_type == "Conv":
             yield node
         else:
-            todo += node.input
+            pending += node.input
 
 
 def _is_int8(graph: "GraphProto", convolution: "NodeProto") -> bool:
-    weight = _maker(graph, convolution.input[1])
+    weight = _producer(graph, convolution.input[1])
     return weight is not None and weight.op_type == "DequantizeLinear"
 
 
-def _maker(graph: "GraphProto", tensor: str) -> "NodeProto | None":
+def _producer(graph: "GraphProto", tensor: str) -> "NodeProto | None":
     return next((node for node in graph.node if tensor in node.output), None)
 
 
@@ -170,5 +172,5 @@ def _readers(graph: "GraphProto", tensor: str) -> list["NodeProto"]:
 
 
 def _initializer(graph: "GraphProto", name: str) -> "TensorProto":
-    found: TensorProto = next(tensor for tensor in graph.initializer if tensor.name == name)
-    return found
+    value: TensorProto = next(tensor for tensor in graph.initializer if tensor.name == name)
+    return value

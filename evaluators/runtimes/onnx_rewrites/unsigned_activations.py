@@ -1,6 +1,6 @@
-"""The form of an int8 file that runtimes on CPUs run fast: unsigned activations, and no clips in front of quantizers.
+"""Makes int8 files fast on CPU runtimes: unsigned activations, and no clips in front of quantizers.
 
-The onnx package is imported where it is needed: boards run files and make none.
+The onnx package is imported inside of functions, because boards only run files and do not have it.
 """
 
 from collections import Counter
@@ -14,26 +14,27 @@ if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
 _ROUNDING = 1e-6
-"""A scale is rounded to float32, so that the range that it spans may exceed what it was made for by this share."""
+"""Tolerance for the rounding of a scale to float32, by which its range may exceed the bounds of a clip."""
 _NON_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Softplus", "Abs", "Exp", "Sqrt"}
-"""Give nothing below 0, whatever they read."""
+"""Operators whose results are never negative."""
 _SIGN_KEEPING = {
     *("QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Dropout"),
     *("Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "Expand", "DepthToSpace"),
     *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "LpPool", "GlobalLpPool"),
     *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "CumSum"),
 }
-"""Give nothing below 0 where their first input has nothing below 0."""
+"""Operators whose results are not negative if their first input is not."""
 _SIGN_KEEPING_TOGETHER = {"Add", "Mul", "Concat", "Sum", "Mean", "Min", "Div", "MatMul"}
-"""Give nothing below 0 where none of their inputs has anything below 0."""
+"""Operators whose results are not negative if none of their inputs is."""
 
 
 def unsigned_activations(model: bytes) -> bytes:
-    """Returns the model with every s8 activation made u8; fp8 ones, and a model without any, stay as they are.
+    """Returns the model with every s8 activation as u8; fp8 activations are unchanged.
 
-    What is never negative gets zero point 0 and all 255 steps, where s8 has 127 for it: both forms clip alike, and the
-    runtime takes the rectifier into the convolution. A `Clip` or `Relu` in front of a quantizer goes, because ONNX
-    Runtime fuses none but a `Relu`; where the quantized range reaches further, integers are clipped.
+    Tensors that are never negative get zero point 0 and all 255 steps instead of the 127 of s8. The range is the same,
+    so values are clipped alike, and the runtime fuses the ReLU into the convolution. A `Clip` or `Relu` in front of a
+    quantizer is removed, because ONNX Runtime fuses only a `Relu`; if the quantized range is wider than its bounds, the
+    integers are clipped instead.
     """
     import onnx
 
@@ -42,7 +43,7 @@ def unsigned_activations(model: bytes) -> bytes:
 
 
 def make_unsigned(graph: "GraphProto") -> bool:
-    """Makes every s8 activation of a graph u8, as `unsigned_activations` does; returns whether there was any."""
+    """Makes every s8 activation of a graph u8, in place, see `unsigned_activations`; returns whether there was any."""
     from onnx import TensorProto
 
     values = {tensor.name: tensor for tensor in graph.initializer}
@@ -56,11 +57,12 @@ def make_unsigned(graph: "GraphProto") -> bool:
 
 
 def count_readers(graph: "GraphProto") -> Counter[str]:
-    """Returns how many nodes read each tensor; whoever takes a graph's output counts as one more."""
+    """Returns how many nodes read each tensor; an output of the graph counts as one more reader."""
     return Counter(name for node in graph.node for name in node.input) + Counter(out.name for out in graph.output)
 
 
 def _move_zero_points(graph: "GraphProto", quantizers: "Sequence[NodeProto]") -> None:
+    """Changes zero points and scales from s8 to u8, in place: 0 for tensors that are never negative, else 128."""
     from onnx import numpy_helper
 
     values = {tensor.name: tensor for tensor in graph.initializer}
@@ -75,25 +77,24 @@ def _move_zero_points(graph: "GraphProto", quantizers: "Sequence[NodeProto]") ->
 
 
 class _Signs:
-    """Tells which tensors of a graph are never negative, from the operators that give them."""
+    """Which tensors of a graph are never negative, by the operators that compute them."""
 
     def __init__(self, graph: "GraphProto") -> None:
         from onnx import numpy_helper
 
         self._values = {tensor.name: tensor for tensor in graph.initializer}
-        self._read = numpy_helper.to_array
-        self._known: dict[str, bool] = {}
+        self._to_array = numpy_helper.to_array
+        self._is_non_negative: dict[str, bool] = {}
         for node in graph.node:
-            found = self._gives_nothing_negative(node)
-            self._known |= dict.fromkeys(node.output, found)
+            self._is_non_negative |= dict.fromkeys(node.output, self._has_non_negative_result(node))
 
     def is_non_negative(self, tensor: str) -> bool:
-        """Returns whether a tensor is never negative; False where nobody knows."""
+        """Returns whether a tensor is never negative; False if unknown."""
         if tensor in self._values:
-            return bool((self._read(self._values[tensor]) >= 0).all())
-        return self._known.get(tensor, False)
+            return bool((self._to_array(self._values[tensor]) >= 0).all())
+        return self._is_non_negative.get(tensor, False)
 
-    def _gives_nothing_negative(self, node: "NodeProto") -> bool:
+    def _has_non_negative_result(self, node: "NodeProto") -> bool:
         if node.op_type in _NON_NEGATIVE:
             return True
         if node.op_type == "Clip":
@@ -111,35 +112,37 @@ class _Signs:
 
 
 def _move_clips(graph: "GraphProto", quantizers: "Sequence[NodeProto]") -> None:
-    """Takes out each `Clip` and `Relu` that only a quantizer reads: integers are clipped instead where that is needed.
+    """Removes each `Clip` and `Relu` that only a quantizer reads, and clips the integers instead where needed.
 
-    Between a convolution and its quantizer it would keep both in float.
+    Between a convolution and its quantizer, it would keep both in float.
     """
     from onnx import numpy_helper
 
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
     readers = count_readers(graph)
-    gone: set[str] = set()
-    behind: dict[str, list[NodeProto]] = {}
+    removed: set[str] = set()
+    clips_after: dict[str, list[NodeProto]] = {}
     for quantizer in quantizers:
         clip = producers.get(quantizer.input[0])
         bounds = _bounds(clip, values) if clip is not None and readers[clip.output[0]] == 1 else None
         if clip is None or bounds is None:
             continue
-        gone.add(clip.output[0])
+        removed.add(clip.output[0])
         quantizer.input[0] = clip.input[0]
         scale, zero_point = (values[name].astype(np.float64) for name in quantizer.input[1:3])
         steps = np.clip(np.rint(np.asarray(bounds) / scale * (1 + _ROUNDING) + zero_point), 0, 255).astype(np.uint8)
         if steps.tolist() != [0, 255]:
-            behind[quantizer.name] = [_integer_clip(quantizer, steps, graph)]
-    nodes = [each for node in graph.node if node.output[0] not in gone for each in (node, *behind.get(node.name, []))]
+            clips_after[quantizer.name] = [_integer_clip(quantizer, steps, graph)]
+    nodes = [
+        node for kept in graph.node if kept.output[0] not in removed for node in (kept, *clips_after.get(kept.name, []))
+    ]
     del graph.node[:]
     graph.node.extend(nodes)
 
 
 def _integer_clip(quantizer: "NodeProto", steps: NDArray[np.uint8], graph: "GraphProto") -> "NodeProto":
-    """Returns the clip of what a quantizer gives to the least and the largest of `steps`."""
+    """Returns a node that clips a quantizer's result to `steps`, its lowest and highest integer."""
     from onnx import helper, numpy_helper
 
     result = quantizer.output[0]
@@ -152,37 +155,37 @@ def _integer_clip(quantizer: "NodeProto", steps: NDArray[np.uint8], graph: "Grap
 
 
 def _pad_integers(graph: "GraphProto") -> None:
-    """Lets pads of zeros between equal scales pad the integers, by their zero point."""
+    """Makes pads with zeros between equal scales pad the integers with the zero point."""
     from onnx import numpy_helper
 
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
     readers = count_readers(graph)
-    gone: set[str] = set()
+    removed: set[str] = set()
     for quantizer in (node for node in graph.node if node.op_type == "QuantizeLinear"):
         pad = producers.get(quantizer.input[0])
         source = producers.get(pad.input[0]) if pad is not None and pad.op_type == "Pad" else None
         if pad is None or source is None or source.op_type != "DequantizeLinear" or readers[pad.output[0]] > 1:
             continue
         mode = next((attribute.s for attribute in pad.attribute if attribute.name == "mode"), b"constant")
-        grids = zip(source.input[1:], quantizer.input[1:], strict=True)
+        scales_and_zero_points = zip(source.input[1:], quantizer.input[1:], strict=True)
         if (
             mode == b"constant"
             and not any(pad.input[2:])
-            and all(np.array_equal(values[a], values[b]) for a, b in grids)
+            and all(np.array_equal(values[a], values[b]) for a, b in scales_and_zero_points)
         ):
             inputs = [source.input[0], pad.input[1], quantizer.input[2]]
-            gone |= {quantizer.name} | ({source.name} if readers[source.output[0]] == 1 else set())
+            removed |= {quantizer.name} | ({source.name} if readers[source.output[0]] == 1 else set())
             del pad.input[:]
             pad.input.extend(inputs)
             pad.output[0] = quantizer.output[0]
-    nodes = [node for node in graph.node if node.name not in gone]
+    nodes = [node for node in graph.node if node.name not in removed]
     del graph.node[:]
     graph.node.extend(nodes)
 
 
 def _read_shapes_of_integers(graph: "GraphProto") -> None:
-    """Lets nodes that want a shape only read the integers, so that nothing is dequantized for them."""
+    """Makes nodes that need only a shape read the integers, so that nothing is dequantized for them."""
     sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     for node in graph.node:
         if node.op_type in ("Shape", "Size"):
@@ -190,7 +193,7 @@ def _read_shapes_of_integers(graph: "GraphProto") -> None:
 
 
 def _bounds(node: "NodeProto", values: "Mapping[str, NDArray[np.generic]]") -> tuple[float, float] | None:
-    """Returns what a `Clip` or `Relu` lets through; None of any other node, and where the bounds are computed."""
+    """Returns the bounds of a `Clip` or `Relu`; None for any other node, and if the bounds are not constant."""
     if node.op_type == "Relu":
         return 0.0, np.inf
     low, high = (*node.input[1:], "", "")[:2]

@@ -1,6 +1,6 @@
-"""A worker on a board, started over ssh, and the line to it.
+"""The connection to a worker on a board, started over ssh.
 
-Keys, agents, known hosts and host names are ssh's own business: what `ssh HOST` does is done here, with its settings.
+Keys, agents, known hosts and host names are as in the user's ssh settings: a board is reached as with `ssh HOST`.
 """
 
 import ast
@@ -31,27 +31,34 @@ SSH_COMMAND = "DEPLOYFRONT_SSH_COMMAND"
 """An environment variable that replaces `ssh`, as in `ssh -F my-config`."""
 
 _PACKAGES = Path(__file__).parent.parent.parent.parent
-_OWN = ("evaluators", "spaces")
-"""Packages that a board need not have: the worker brings what it imports of them."""
+_OWN_PACKAGES = ("evaluators", "spaces")
+"""Packages that need not be installed on a board: the worker's file has the modules of them that it imports."""
 _FOLDER = '"${XDG_CACHE_HOME:-$HOME/.cache}"/deployfront'
 _JOB_TIMEOUT_S = 600.0
-"""Building an engine on a small board takes minutes."""
+"""Long enough to build an engine on a small board, which takes minutes."""
 _HELLO_TIMEOUT_S = 60.0
 
 
 class ConnectionLostError(Exception):
-    """The line to a board broke, or a job took too long; the same job may work on a new line."""
+    """The connection to a board broke, or a job took too long; the job may succeed on a new connection."""
 
 
 class JobError(Exception):
-    """The board answered that a job failed; trying again will not help."""
+    """The board answered that a job failed; repeating it would not help."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a board is, what to start there, and how many seconds a job may take.
+    """The address of a board, and how to run the worker there.
 
     Address.parse("ssh://user@board:2222?runtime=onnxruntime&python=/opt/venv/bin/python&timeout=900")
+
+    Args:
+        destination: `[user@]host`.
+        port: of ssh; None for the default.
+        runtime: name of a runtime, or `auto`.
+        python: the Python interpreter on the board.
+        timeout_s: maximum seconds of a job.
     """
 
     destination: str
@@ -62,10 +69,10 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Returns the address that a URL spells.
+        """Returns the address in a URL.
 
         Raises:
-            TargetError: it names no host, an unknown runtime, no positive time, or something else.
+            TargetError: it has no host, an unknown runtime or option, or a timeout that is not positive.
         """
         parts = urlsplit(text)
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
@@ -88,7 +95,7 @@ class Address:
     def command(self, remote: str) -> list[str]:
         """Returns the command that runs `remote` in the board's shell."""
         ssh = shlex.split(os.environ.get(SSH_COMMAND, "ssh"))
-        # A prompt for a password would hang a search; a dead board should be noticed within seconds.
+        # A password prompt would block a search; a board that is gone should be noticed within seconds.
         options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
         options += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
         port = ["-p", str(self.port)] if self.port else []
@@ -106,55 +113,55 @@ def _positive(text: str) -> float:
 
 
 def worker_files() -> dict[str, str]:
-    """Returns the source of the worker, of every runtime and of all that these import, by path."""
-    waiting = ["evaluators.runtimes.remote.worker", *map(RUNTIMES.module, RUNTIMES)]
-    found: dict[str, str] = {}
-    while waiting:
-        parts = waiting.pop().split(".")
+    """Returns the sources of the worker, of every runtime and of the modules that these import, by path."""
+    pending = ["evaluators.runtimes.remote.worker", *map(RUNTIMES.module, RUNTIMES)]
+    sources: dict[str, str] = {}
+    while pending:
+        parts = pending.pop().split(".")
         names = [
             *("/".join((*parts[:count], "__init__.py")) for count in range(1, len(parts) + 1)),
             "/".join(parts) + ".py",
         ]
         for name in names:
-            if name not in found and (_PACKAGES / name).is_file():
-                found[name] = (_PACKAGES / name).read_text()
-                waiting += _own_imports(ast.parse(found[name]))
-    return dict(sorted(found.items()))
+            if name not in sources and (_PACKAGES / name).is_file():
+                sources[name] = (_PACKAGES / name).read_text()
+                pending += _own_imports(ast.parse(sources[name]))
+    return dict(sorted(sources.items()))
 
 
 def _own_imports(node: ast.AST) -> Iterator[str]:
-    """Yields the modules of this project that code imports when it runs, and names that may be modules."""
+    """Yields the names that code imports from this project at run time, which may be modules."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
-    if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in _OWN:
+    if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in _OWN_PACKAGES:
         yield str(node.module)
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
     if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in _OWN)
+        yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in _OWN_PACKAGES)
     for child in ast.iter_child_nodes(node):
         yield from _own_imports(child)
 
 
 @cache
 def worker_file() -> bytes:
-    """Returns the worker and all that it imports, as one file that Python runs."""
+    """Returns the worker with all modules that it needs, as one zip file that Python runs."""
     file = io.BytesIO()
     main = "from evaluators.runtimes.remote.worker import main\n\nmain()\n"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in {"__main__.py": main, **worker_files()}.items():
-            archive.writestr(zipfile.ZipInfo(name), text)  # without a time, so that equal content is an equal file
+            archive.writestr(zipfile.ZipInfo(name), text)  # without timestamps, so that equal sources give equal files
     return file.getvalue()
 
 
 class SshConnection:
-    """A running worker, and what it has been sent.
+    """A connection to a running worker.
 
     Args:
         address: of the board.
 
     Raises:
-        TargetError: the board cannot be reached, or cannot run the worker; it says why.
-        ConnectionLostError: the line broke while it was set up.
+        TargetError: the board cannot be reached, or cannot run the worker, with the reason.
+        ConnectionLostError: the connection broke while it was set up.
     """
 
     def __init__(self, address: Address) -> None:
@@ -165,17 +172,18 @@ class SshConnection:
         name = f"worker-{hashlib.sha256(worker_file()).hexdigest()[:16]}.pyz"
         self._upload_worker(name)
         remote = f"cd / && exec {shlex.quote(address.python)} {_FOLDER}/{name} --store {_FOLDER}"
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed with the line
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed with the connection
         self._process = subprocess.Popen(
             address.command(f"{remote} --runtime {address.runtime}"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            start_new_session=True,  # Ctrl-C is for the search, which ends this line in its own time
+            start_new_session=True,  # Ctrl-C must reach the search only, which closes the connection itself
         )
         self.board: dict[str, Any] = self._hello()
 
     def _upload_worker(self, name: str) -> None:
+        """Writes the worker's file to the board's cache folder, unless it is there."""
         file = f"{_FOLDER}/{name}"
         remote = f"mkdir -p {_FOLDER} && {{ [ -s {file} ] || {{ cat > {file}.$$ && mv {file}.$$ {file}; }}; }}"
         command = self._address.command(remote)
@@ -191,22 +199,32 @@ class SshConnection:
             raise TargetError(_reason(self._address, done.stderr))
 
     def _hello(self) -> dict[str, Any]:
+        """Returns the worker's description of itself: runtime, version, device, capabilities.
+
+        Raises:
+            TargetError: the worker does not start.
+        """
         try:
-            return self.ask("hello", timeout_s=_HELLO_TIMEOUT_S)
+            return self.request("hello", timeout_s=_HELLO_TIMEOUT_S)
         except JobError as error:
             self.close()
             raise TargetError(f"{self._address.destination}: {error}") from None
         except ConnectionLostError:
             self._errors.seek(0)
-            said = self._errors.read()
+            messages = self._errors.read()
             self.close()
-            raise TargetError(_reason(self._address, said)) from None
+            raise TargetError(_reason(self._address, messages)) from None
 
-    def ask(self, do: str, timeout_s: float | None = None, **content: Any) -> dict[str, Any]:
-        """Returns the worker's answer, which may take `timeout_s`; as long as the address says where not given.
+    def request(self, do: str, timeout_s: float | None = None, **content: Any) -> dict[str, Any]:
+        """Returns the worker's answer to a request.
+
+        Args:
+            do: name of the request, see `Worker`.
+            timeout_s: maximum seconds; by default those of the address.
+            content: of the request, JSON-ready.
 
         Raises:
-            ConnectionLostError: there was none in time.
+            ConnectionLostError: there was no answer in time.
             JobError: the job failed on the board.
         """
         request = {"id": next(self._ids), "do": do, **content}
@@ -215,16 +233,18 @@ class SshConnection:
         try:
             stdin.write(json.dumps(request).encode() + b"\n")
             stdin.flush()
-        except (OSError, ValueError) as error:  # a line that was closed is a ValueError
-            # It may have said why it ended before we wrote.
-            raise self._said_last() or ConnectionLostError(f"the line to {self._address.destination} broke") from error
+        except (OSError, ValueError) as error:  # writing to a closed pipe raises a ValueError
+            # The worker may have sent the reason before it ended.
+            broken = ConnectionLostError(f"the connection to {self._address.destination} broke")
+            raise self._last_error() or broken from error
         answer = json.loads(self._read_line(time.monotonic() + (timeout_s or self._address.timeout_s)))
         if "error" in answer:
             raise JobError(answer["error"])
-        found: dict[str, Any] = answer["ok"]
-        return found
+        result: dict[str, Any] = answer["ok"]
+        return result
 
-    def _said_last(self) -> JobError | None:
+    def _last_error(self) -> JobError | None:
+        """Returns the error that the worker sent before it ended; None if it sent none."""
         try:
             return JobError(json.loads(self._read_line(time.monotonic() + 1))["error"])
         except (ConnectionLostError, KeyError, ValueError, OSError):
@@ -234,39 +254,39 @@ class SshConnection:
         stdout = self._process.stdout
         assert stdout is not None
         if stdout.closed:
-            raise ConnectionLostError(f"the line to {self._address.destination} is closed")
+            raise ConnectionLostError(f"the connection to {self._address.destination} is closed")
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
-                left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not selector.select(remaining):
                     raise ConnectionLostError(f"{self._address.destination} did not answer in time")
-                found = os.read(stdout.fileno(), 1 << 16)
-                if not found:
-                    raise ConnectionLostError(f"the line to {self._address.destination} broke")
-                self._buffer += found
+                chunk = os.read(stdout.fileno(), 1 << 16)
+                if not chunk:
+                    raise ConnectionLostError(f"the connection to {self._address.destination} broke")
+                self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
     def upload(self, contents: Sequence[bytes]) -> list[str]:
-        """Returns the digests of some contents, which the board has from then on; what it has is not sent again."""
+        """Sends files that the board does not have yet, and returns the SHA-256 of each file."""
         digests = [hashlib.sha256(content).hexdigest() for content in contents]
         unknown = [digest for digest in digests if digest not in self._uploaded]
-        missing = set(self.ask("missing", digests=unknown)["digests"]) if unknown else set()
+        missing = set(self.request("missing", digests=unknown)["digests"]) if unknown else set()
         for digest, content in zip(digests, contents, strict=True):
             if digest in missing:
-                self.ask("put", data=base64.b64encode(content).decode())
+                self.request("put", data=base64.b64encode(content).decode())
         self._uploaded |= set(digests)
         return digests
 
     def close(self) -> None:
-        """Ends the worker."""
+        """Closes the connection and ends the worker."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 try:
                     pipe.close()
                 except OSError:
-                    continue  # it is broken already
+                    continue  # the pipe is broken already
         self._process.terminate()
         try:
             self._process.wait(5)
@@ -276,9 +296,9 @@ class SshConnection:
         self._errors.close()
 
 
-def _reason(address: Address, said: bytes) -> str:
-    """Returns one line on why a board could not be used, from what ssh or the board's shell said."""
-    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+def _reason(address: Address, messages: bytes) -> str:
+    """Returns one line on why a board cannot be used, from the messages of ssh or the board's shell."""
+    lines = [line for line in messages.decode(errors="replace").splitlines() if line.strip()]
     last = lines[-1].strip() if lines else "no answer"
     remedy = f"try: ssh {address.destination} {address.python} --version"
     if "No space left" in last:

@@ -1,4 +1,4 @@
-"""A runtime on another machine: the same questions, answered by a worker over ssh."""
+"""A runtime on another machine, reached over ssh."""
 
 import base64
 import io
@@ -18,18 +18,18 @@ from evaluators.runtimes.paired_timing import TakeTurn, TimingProtocol, Turn
 from evaluators.runtimes.remote.connection import Address, ConnectionLostError, JobError, SshConnection
 
 ALIVE = 2
-"""So many artifacts stay loaded on a board: a candidate and its reference."""
+"""Number of artifacts that stay loaded on a board: a candidate and its reference."""
 RETRY_AFTER_S = (0.5, 2.0, 5.0, 15.0)
-"""How long to wait before each attempt to reach a board again."""
+"""Seconds to wait before each attempt to reconnect."""
 
 Result = TypeVar("Result")
 _Recipe = tuple[tuple[bytes, ...], tuple[float | Step, ...], int, str]
 
 
 class RemoteRuntime:
-    """A runtime that a worker offers over ssh.
+    """A runtime of a board, used through a worker there.
 
-    A line that breaks is set up again, and what was under way is done again: uploads that arrived stay on the board.
+    If the connection breaks, it is set up again and the job is repeated; uploaded files stay on the board.
 
     Args:
         url: `ssh://[user@]host[:port][?runtime=NAME&python=PATH&timeout=SECONDS]`.
@@ -41,37 +41,37 @@ class RemoteRuntime:
     def __init__(self, url: str) -> None:
         self._address = Address.parse(url)
         self.name = url
-        self._line = SshConnection(self._address)
+        self._connection = SshConnection(self._address)
         self._handles: OrderedDict[_Recipe, int] = OrderedDict()
         self._next_handle = 0
         self.reconnections = 0
 
     @staticmethod
     def missing() -> str | None:
-        """Returns None: whether a board is there is known when it is asked."""
+        """Returns None: whether a board can be reached is known only after connecting."""
         return None
 
     def version(self) -> str:
         """Returns the library's name and version on the board."""
-        return str(self._line.board["version"])
+        return str(self._connection.board["version"])
 
     def device(self) -> str:
         """Returns the board's name and its device."""
-        return f"{self._address.destination}: {self._line.board['device']}"
+        return f"{self._address.destination}: {self._connection.board['device']}"
 
     def capabilities(self) -> Capabilities:
-        """Returns what runs well on the board."""
-        found = dict(self._line.board["capabilities"])
-        several = ("precisions", "fp32_in", "storage", "int8_operators")
-        return Capabilities(**found | {name: tuple(found[name]) for name in several})
+        """Returns the capabilities of the board."""
+        content = dict(self._connection.board["capabilities"])
+        tuples = ("precisions", "fp32_in", "storage", "int8_operators")
+        return Capabilities(**content | {name: tuple(content[name]) for name in tuples})
 
     def state(self) -> DeviceState:
-        """Returns how fast the board's device may run just now."""
-        return DeviceState(**self.doing(lambda line: line.ask("state")))
+        """Returns the clocks, power mode and temperature of the board's device."""
+        return DeviceState(**self.run_job(lambda connection: connection.request("state")))
 
     def deployable(self, model: bytes) -> bytes:
-        """Returns the file that the board's runtime wants."""
-        kind = self._line.board["runtime"]
+        """Returns the model in the form that the board's runtime runs."""
+        kind = self._connection.board["runtime"]
         if kind == "onnxruntime":
             from evaluators.runtimes.onnx_rewrites.integer_operators import integer_form
 
@@ -83,90 +83,93 @@ class RemoteRuntime:
         return model
 
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "RemoteSession":
-        """Returns an artifact that is loaded on the board when it is first asked."""
+        """Returns an artifact that is loaded on the board at its first use."""
         return RemoteSession(self, (tuple(stages), tuple(plan), threads, confidence))
 
     def tensors(self, model: bytes) -> TensorReader:
         """Returns a function from a batch to all outputs of a file, computed on the board."""
-        if self._line.board["runtime"] == "onnxruntime":
+        if self._connection.board["runtime"] == "onnxruntime":
             from evaluators.runtimes.onnxruntime_cpu import rounded_halves
 
             model = rounded_halves(model)
 
-        def watch(images: Images) -> dict[str, Images]:
+        def read(images: Images) -> dict[str, Images]:
             stored = _npy(images)
 
-            def job(line: SshConnection) -> str:
-                return str(line.ask("tensors", stage=line.upload([model])[0], images=line.upload([stored])[0])["npz"])
+            def job(connection: SshConnection) -> str:
+                stage, image_file = connection.upload([model, stored])
+                return str(connection.request("tensors", stage=stage, images=image_file)["npz"])
 
-            with np.load(io.BytesIO(base64.b64decode(self.doing(job)))) as found:
-                return dict(found)
+            with np.load(io.BytesIO(base64.b64decode(self.run_job(job)))) as tensors:
+                return dict(tensors)
 
-        return watch
+        return read
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
         """Returns the files that the board's runtime adds to a bundle."""
         stored = _npy(images)
 
-        def job(line: SshConnection) -> dict[str, str]:
-            found: dict[str, str] = line.ask("extras", stages=line.upload(stages), images=line.upload([stored])[0])[
-                "files"
-            ]
-            return found
+        def job(connection: SshConnection) -> dict[str, str]:
+            *stage_files, image_file = connection.upload([*stages, stored])
+            files: dict[str, str] = connection.request("extras", stages=stage_files, images=image_file)["files"]
+            return files
 
-        return {name: base64.b64decode(content) for name, content in self.doing(job).items()}
+        return {name: base64.b64decode(content) for name, content in self.run_job(job).items()}
 
     def remarks(self) -> list[str]:
-        """Returns how often the line broke, and what the runtime on the board has to say."""
-        broke = f"the line to {self._address.destination} broke and was set up again {self.reconnections} times"
-        found: list[str] = self.doing(lambda line: line.ask("remarks"))["remarks"]
-        return [broke, *found] if self.reconnections else found
+        """Returns how often the connection broke, and the remarks of the runtime on the board."""
+        broke = f"the connection to {self._address.destination} broke and was set up again {self.reconnections} times"
+        remarks: list[str] = self.run_job(lambda connection: connection.request("remarks"))["remarks"]
+        return [broke, *remarks] if self.reconnections else remarks
 
     def close(self) -> None:
         """Ends the worker."""
-        self._line.close()
+        self._connection.close()
 
-    def doing(self, job: Callable[[SshConnection], Result]) -> Result:
-        """Returns what `job` returns, on a line that is set up again where it breaks.
+    def run_job(self, job: Callable[[SshConnection], Result]) -> Result:
+        """Returns the result of `job`; if the connection breaks, it is set up again and the job is repeated.
 
         Raises:
-            TargetError: the board did not come back.
-            RuntimeError: the job failed on the board; its reason is passed on.
+            TargetError: the board cannot be reached any more.
+            RuntimeError: the job failed on the board, with the reason.
         """
         for pause in (*RETRY_AFTER_S, None):
             try:
-                return job(self._line)
+                return job(self._connection)
             except JobError as error:
                 raise RuntimeError(f"on {self._address.destination}: {error}") from None
             except ConnectionLostError as error:
                 if pause is None:
-                    self._line.close()  # an answer that comes after all would be taken for the next question's
+                    self._connection.close()  # a late answer would be taken for that of the next request
                     times = "once" if len(RETRY_AFTER_S) == 1 else f"{len(RETRY_AFTER_S)} times in a row"
                     raise TargetError(f"{error}, {times}") from None
                 self._reconnect(pause)
         raise AssertionError("unreachable")
 
     def _reconnect(self, pause: float) -> None:
-        self._line.close()
+        self._connection.close()
         self._handles.clear()
         time.sleep(pause)
         try:
-            self._line = SshConnection(self._address)
+            self._connection = SshConnection(self._address)
             self.reconnections += 1
         except (TargetError, ConnectionLostError):
-            return  # still closed, so the next attempt breaks at once and waits longer
+            return  # the connection stays closed, so the next attempt fails at once and the next pause is longer
 
-    def handle(self, line: SshConnection, recipe: _Recipe) -> int:
-        """Returns the worker's number for an artifact, loaded if it is not; the one unused for longest makes room."""
+    def handle(self, connection: SshConnection, recipe: _Recipe) -> int:
+        """Returns the worker's handle of an artifact, which is loaded first if needed.
+
+        The least recently used artifact is closed if too many are loaded.
+        """
         if recipe in self._handles:
             self._handles.move_to_end(recipe)
             return self._handles[recipe]
         while len(self._handles) >= ALIVE:
-            line.ask("close", handle=self._handles.popitem(last=False)[1])
+            connection.request("close", handle=self._handles.popitem(last=False)[1])
         stages, plan, threads, confidence = recipe
         self._next_handle += 1
-        digests = line.upload(stages)
-        line.ask(
+        digests = connection.upload(stages)
+        connection.request(
             "open",
             handle=self._next_handle,
             stages=digests,
@@ -182,8 +185,8 @@ class RemoteSession:
     """An artifact on a board.
 
     Args:
-        board: where it is.
-        recipe: its stages, how they are run, threads, and what tells how sure an exit is.
+        board: the runtime.
+        recipe: stages, plan of their execution, number of threads, and measure of confidence.
     """
 
     def __init__(self, board: RemoteRuntime, recipe: _Recipe) -> None:
@@ -191,27 +194,27 @@ class RemoteSession:
         self._recipe = recipe
 
     def answer(self, images: ImageStore, batch: int) -> tuple[Images, Routes]:
-        """Returns the logits `(n, classes)` and the routes `(n,)` that led to them, from `batch` images at a time."""
+        """Returns the logits `(n, classes)` and the routes `(n,)`, computed `batch` images at a time."""
         parts = [self._answer(part, batch) for part in _parts(images, batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([routes for _, routes in parts])
 
     def all_logits(self, images: ImageStore, batch: int) -> Images:
-        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
-        answers = [self._ask("all_logits", part, batch=batch)["logits"] for part in _parts(images, batch)]
+        """Returns the logits of every exit and, last, of the end, `(n, exits + 1, classes)`: no image leaves early."""
+        answers = [self._request("all_logits", part, batch=batch)["logits"] for part in _parts(images, batch)]
         return np.concatenate([np.load(io.BytesIO(base64.b64decode(answer))) for answer in answers])
 
     def _answer(self, images: Images, batch: int) -> tuple[Images, Routes]:
-        found = self._ask("answer", images, batch=batch)
-        logits: Images = np.load(io.BytesIO(base64.b64decode(found["logits"])))
-        return logits, np.array(found["routes"], dtype=np.int64)
+        result = self._request("answer", images, batch=batch)
+        logits: Images = np.load(io.BytesIO(base64.b64decode(result["logits"])))
+        return logits, np.array(result["routes"], dtype=np.int64)
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
-        """Returns what each of `calls` runs on one batch took on the board."""
-        return [Spent(*taken) for taken in self._ask("seconds", images, calls=calls)["seconds"]]
+        """Returns the times of each of `calls` runs on one batch, on the board."""
+        return [Spent(*seconds) for seconds in self._request("seconds", images, calls=calls)["seconds"]]
 
     def launches(self, images: Images) -> dict[str, float]:
-        """Returns the median wall-clock seconds of each way to launch a batch on the board, the deployed one first."""
-        return dict(self._ask("launches", images)["launches"])
+        """Returns the median wall-clock seconds of each launch mode on the board, the deployed one first."""
+        return dict(self._request("launches", images)["launches"])
 
     def turns(
         self,
@@ -221,57 +224,57 @@ class RemoteSession:
         reference_batch: int,
         protocol: TimingProtocol,
     ) -> TakeTurn:
-        """Returns turns that are taken on the board: not a byte crosses the network while a clock runs."""
+        """Returns turns that are taken on the board: nothing is transferred during a turn."""
         some, batches = _needed(images, batches, reference_batch)
         stored = _npy(some)
         prepared: list[SshConnection] = []
 
-        def prepare(line: SshConnection) -> None:
-            line.ask(
+        def prepare(connection: SshConnection) -> None:
+            connection.request(
                 "turns",
-                handle=self._board.handle(line, self._recipe),
-                reference=self._board.handle(line, reference._recipe),
-                images=line.upload([stored])[0],
+                handle=self._board.handle(connection, self._recipe),
+                reference=self._board.handle(connection, reference._recipe),
+                images=connection.upload([stored])[0],
                 batches=[asdict(batch) for batch in batches],
                 reference_batch=reference_batch,
                 protocol=asdict(protocol),
             )
-            prepared[:] = [line]
+            prepared[:] = [connection]
 
         def take_turn(candidate_first: bool) -> Turn:
-            def job(line: SshConnection) -> Turn:
-                if prepared != [line]:  # a new line knows nothing of what the old one was told
-                    prepare(line)
-                found = line.ask("turn", candidate_first=candidate_first)
-                return Turn(found["ratios"], found["works"], found["walls"])
+            def job(connection: SshConnection) -> Turn:
+                if prepared != [connection]:  # a new connection has to be prepared again
+                    prepare(connection)
+                turn = connection.request("turn", candidate_first=candidate_first)
+                return Turn(turn["ratios"], turn["works"], turn["walls"])
 
-            return self._board.doing(job)
+            return self._board.run_job(job)
 
         return take_turn
 
     def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
-        """Returns which layers do not run on the board in the precision that they were written in, or do not tell."""
-        found = self._ask("proof", images, precisions=dict(precisions))
-        return Proof(tuple(found["differences"]), tuple(found["unproven"]))
+        """Returns the layers that run in another precision than requested, and those whose precision is unknown."""
+        proof = self._request("proof", images, precisions=dict(precisions))
+        return Proof(tuple(proof["differences"]), tuple(proof["unproven"]))
 
-    def _ask(self, do: str, images: Images, **content: Any) -> dict[str, Any]:
-        """Returns what the worker answers about this artifact and some images."""
+    def _request(self, do: str, images: Images, **content: Any) -> dict[str, Any]:
+        """Returns the worker's answer to a request on this artifact and some images."""
         stored = _npy(images)
 
-        def job(line: SshConnection) -> dict[str, Any]:
-            handle = self._board.handle(line, self._recipe)
-            return line.ask(do, handle=handle, images=line.upload([stored])[0], **content)
+        def job(connection: SshConnection) -> dict[str, Any]:
+            handle = self._board.handle(connection, self._recipe)
+            return connection.request(do, handle=handle, images=connection.upload([stored])[0], **content)
 
-        return self._board.doing(job)
+        return self._board.run_job(job)
 
 
 def _needed(
     images: ImageStore, batches: Sequence[TimedBatch], reference_batch: int
 ) -> tuple[Images, Sequence[TimedBatch]]:
-    """Returns the images that turns need, those of the reference first, and where the batches lie among them.
+    """Returns the images that turns need, those of the reference first, and the batches at their new positions.
 
-    Few images are sent whole: then they are the same for every candidate, and cross the network once. Of many, one
-    batch stands for all that go its way.
+    If all images are small enough together, they are sent whole: they are then the same for every candidate and sent
+    once. Otherwise one batch stands for all batches of its path.
     """
     if bytes_of(images) <= SMALL_BYTES:
         return images[:], batches
@@ -289,7 +292,7 @@ def _needed(
 
 
 def _parts(images: ImageStore, batch: int) -> Iterator[Images]:
-    """Yields the images, as many at a time as may cross the network together, in whole batches."""
+    """Yields the images in parts of whole batches, each small enough for one upload."""
     at_once = max(SMALL_BYTES * len(images) // bytes_of(images) // batch, 1) * batch
     for start in range(0, len(images), at_once):
         yield images[start : start + at_once]

@@ -1,7 +1,7 @@
-"""Runs artifacts on a board for a search elsewhere: JSON lines in, JSON lines out.
+"""Runs artifacts on a board for a search on another machine; requests and answers are lines of JSON.
 
-It is shipped with the few modules that it imports as one file, so that a board is measured by the very code that
-measures this machine. A board needs Python 3.10 or later, numpy, and the runtime's own package.
+It is copied to the board in one file with the modules that it imports, so a board is measured by the same code as the
+machine of the search. A board needs Python 3.10 or later, numpy, and the runtime's package.
 
 A request is `{"id": 1, "do": "turn", ...}`; the answer repeats the id and has either `"ok"` or `"error"`.
 """
@@ -36,16 +36,16 @@ class Worker:
     """Answers requests about artifacts, images and timings.
 
     Args:
-        runtime: what runs the artifacts.
-        store: keeps what was uploaded, by SHA-256, from one connection to the next.
+        runtime: runs the artifacts.
+        store: folder of the uploaded files, named by SHA-256; they are kept between connections.
     """
 
     def __init__(self, runtime: Runtime, store: Path) -> None:
         self._runtime = runtime
         self._store = store
-        self._opened: dict[int, Session] = {}
-        self._watched: dict[str, TensorReader] = {}
-        self._turns: TakeTurn | None = None
+        self._sessions: dict[int, Session] = {}
+        self._tensor_readers: dict[str, TensorReader] = {}
+        self._take_turn: TakeTurn | None = None
         self._images: dict[str, Any] = {}
         self._requests: dict[str, Callable[[Content], Content]] = {
             "hello": self._hello,
@@ -67,7 +67,7 @@ class Worker:
         }
 
     def handle(self, request: Content) -> Content:
-        """Returns the answer to a request; a failure is an answer too."""
+        """Returns the answer to a request; a failure is also an answer."""
         answer: Content = {"id": request.get("id")}
         try:
             return answer | {"ok": self._requests[request["do"]](request)}
@@ -101,18 +101,18 @@ class Worker:
         return {"digest": digest}
 
     def _file(self, digest: str) -> Path:
-        return self._store / f"{int(digest, 16):064x}"  # a digest is a number, never a path
+        return self._store / f"{int(digest, 16):064x}"  # parsed as a number, so it cannot be another path
 
     def _open(self, request: Content) -> Content:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]
         handle = int(request["handle"])
-        self._opened[handle] = self._runtime.open(
+        self._sessions[handle] = self._runtime.open(
             stages, from_json(request["plan"]), request["threads"], request.get("confidence", "softmax")
         )
         return {}
 
     def _close(self, request: Content) -> Content:
-        self._opened.pop(request["handle"], None)
+        self._sessions.pop(request["handle"], None)
         return {}
 
     def _load_images(self, digest: str) -> Any:
@@ -121,53 +121,54 @@ class Worker:
         return self._images[digest]
 
     def _answer(self, request: Content) -> Content:
-        logits, routes = self._opened[request["handle"]].answer(self._load_images(request["images"]), request["batch"])
+        logits, routes = self._sessions[request["handle"]].answer(
+            self._load_images(request["images"]), request["batch"]
+        )
         return {"logits": _encoded(logits), "routes": routes.tolist()}
 
     def _all_logits(self, request: Content) -> Content:
         images = self._load_images(request["images"])
-        return {"logits": _encoded(self._opened[request["handle"]].all_logits(images, request["batch"]))}
+        return {"logits": _encoded(self._sessions[request["handle"]].all_logits(images, request["batch"]))}
 
     def _seconds(self, request: Content) -> Content:
         images = self._load_images(request["images"])
-        taken = self._opened[request["handle"]].seconds(images, request["calls"])
-        return {"seconds": [(spent.work, spent.wall) for spent in taken]}
+        seconds = self._sessions[request["handle"]].seconds(images, request["calls"])
+        return {"seconds": [(spent.work, spent.wall) for spent in seconds]}
 
     def _launches(self, request: Content) -> Content:
-        return {"launches": self._opened[request["handle"]].launches(self._load_images(request["images"]))}
+        return {"launches": self._sessions[request["handle"]].launches(self._load_images(request["images"]))}
 
     def _begin_turns(self, request: Content) -> Content:
-        self._turns = self._opened[request["handle"]].turns(
+        self._take_turn = self._sessions[request["handle"]].turns(
             self._load_images(request["images"]),
             [_timed_batch(batch) for batch in request["batches"]],
-            self._opened[request["reference"]],
+            self._sessions[request["reference"]],
             request["reference_batch"],
             TimingProtocol(**request["protocol"]),
         )
         return {}
 
     def _turn(self, request: Content) -> Content:
-        if self._turns is None:
+        if self._take_turn is None:
             raise ValueError("a turn follows 'turns', got none")
-        turn = self._turns(request["candidate_first"])
-        return asdict(turn)
+        return asdict(self._take_turn(request["candidate_first"]))
 
     def _proof(self, request: Content) -> Content:
-        opened, images = self._opened[request["handle"]], self._load_images(request["images"])
-        return asdict(opened.proof(images, request["precisions"]))
+        images = self._load_images(request["images"])
+        return asdict(self._sessions[request["handle"]].proof(images, request["precisions"]))
 
     def _tensors(self, request: Content) -> Content:
         digest = request["stage"]
-        if digest not in self._watched:
-            self._watched[digest] = self._runtime.tensors(self._file(digest).read_bytes())
+        if digest not in self._tensor_readers:
+            self._tensor_readers[digest] = self._runtime.tensors(self._file(digest).read_bytes())
         file = io.BytesIO()
-        np.savez(file, **self._watched[digest](self._load_images(request["images"])))  # type: ignore[arg-type]
+        np.savez(file, **self._tensor_readers[digest](self._load_images(request["images"])))  # type: ignore[arg-type]
         return {"npz": base64.b64encode(file.getvalue()).decode()}
 
     def _extras(self, request: Content) -> Content:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]
-        found = self._runtime.extras(stages, self._load_images(request["images"]))
-        return {"files": {name: base64.b64encode(content).decode() for name, content in found.items()}}
+        files = self._runtime.extras(stages, self._load_images(request["images"]))
+        return {"files": {name: base64.b64encode(content).decode() for name, content in files.items()}}
 
 
 def _encoded(array: Any) -> str:
@@ -182,26 +183,26 @@ def _timed_batch(content: Content) -> TimedBatch:
 
 
 def choose_runtime(name: str) -> Runtime:
-    """Returns the runtime called `name`, or for `auto` the first one that works here, TensorRT before others.
+    """Returns the runtime called `name`, or for `auto` the first one that works on this machine, preferably TensorRT.
 
     Raises:
-        UserError: there is none; it says why of each.
+        UserError: none works; the message has the reason for each.
     """
     reasons = []
-    for candidate in sorted(RUNTIMES, key=lambda known: known != "tensorrt") if name == "auto" else [name]:
+    for each in sorted(RUNTIMES, key=lambda known: known != "tensorrt") if name == "auto" else [name]:
         try:
-            found = RUNTIMES[candidate]
-            reason = found.missing()
+            runtime = RUNTIMES[each]
+            reason = runtime.missing()
         except ImportError as error:
             reason = f"{error}; install it for {sys.executable}"
         if reason is None:
-            return found()
-        reasons.append(f"{candidate}: {reason}")
+            return runtime()
+        reasons.append(f"{each}: {reason}")
     raise UserError(f"a board has a runtime, got none that works: {'; '.join(reasons)}")
 
 
 def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
-    """Answers request after request until the other side hangs up."""
+    """Answers requests until the connection is closed."""
     for line in requests:
         answers.write(json.dumps(worker.handle(json.loads(line))) + "\n")
         answers.flush()
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--store", type=Path, required=True)
     arguments = parser.parse_args()
-    # Libraries write to standard output as they please; the answers keep a channel of their own.
+    # Libraries may write to standard output, so answers get a channel of their own, and the rest goes to stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     os.environ.setdefault("DEPLOYFRONT_CACHE", str(arguments.store))

@@ -1,6 +1,7 @@
-"""The CUDA runtime through ctypes: what it takes to run, capture and time engines, without torch or cuda-python.
+"""The part of the CUDA runtime that runs, captures and times engines, called through ctypes.
 
-So the same file works on a server and on a Jetson. The device is the first one that `CUDA_VISIBLE_DEVICES` leaves.
+It needs neither torch nor cuda-python, so it works on a server and on a Jetson. The device is the first one in
+`CUDA_VISIBLE_DEVICES`.
 """
 
 import ctypes
@@ -34,11 +35,11 @@ class CudaError(TargetError):
 
 
 class NoCudaLibraryError(CudaError):
-    """There is no libcudart."""
+    """No libcudart was found."""
 
 
 class NoDriverError(CudaError):
-    """There is no NVIDIA driver, or one that is too old."""
+    """There is no NVIDIA driver, or it is too old."""
 
 
 class NoGpuError(CudaError):
@@ -50,39 +51,39 @@ class OutOfDeviceMemoryError(CudaError):
 
 
 class LaunchError(CudaError):
-    """The GPU did not finish what it was given, or was lost on the way."""
+    """A kernel failed, or the GPU was lost."""
 
 
 class CaptureError(CudaError):
-    """Work that cannot become a CUDA graph; the stream goes on as before."""
+    """Work that cannot be captured as a CUDA graph; the stream is still usable."""
 
 
 @dataclass(frozen=True)
-class _Meaning:
-    """What an error code is to the user."""
+class _ErrorKind:
+    """How an error code is reported to the user."""
 
     kind: type[CudaError]
     rule: str
     remedy: str
 
 
-_NO_DRIVER = _Meaning(
+_NO_DRIVER = _ErrorKind(
     NoDriverError, "CUDA needs an NVIDIA driver as new as itself", "install or update the driver; nvidia-smi shows it"
 )
-_NO_GPU = _Meaning(NoGpuError, "CUDA sees a free GPU", "see nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set")
-_FULL = _Meaning(OutOfDeviceMemoryError, "an engine fits the GPU's memory", "use a smaller batch, or free the GPU")
-_LOST = _Meaning(
+_NO_GPU = _ErrorKind(NoGpuError, "CUDA sees a free GPU", "see nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set")
+_FULL = _ErrorKind(OutOfDeviceMemoryError, "an engine fits the GPU's memory", "use a smaller batch, or free the GPU")
+_LOST = _ErrorKind(
     LaunchError,
     "the GPU finishes what it is given",
     "start again: this process can no longer use the GPU; the system log tells more (dmesg, lines with Xid)",
 )
-_MEANINGS: Mapping[int, _Meaning] = (
+_ERROR_KINDS: Mapping[int, _ErrorKind] = (
     {2: _FULL}
     | dict.fromkeys((34, 35, 803, 804), _NO_DRIVER)
     | dict.fromkeys((46, 100, 101), _NO_GPU)
     | dict.fromkeys((214, 226, 700, 701, 702, 710, 714, 715, 716, 717, 718, 719, 999), _LOST)
 )
-"""Source: CUDA Runtime API, cudaError_t. Every other code is an error without a remedy of its own."""
+"""Error codes that have a remedy of their own. Source: CUDA Runtime API, cudaError_t."""
 
 
 @dataclass(frozen=True)
@@ -108,20 +109,25 @@ class _Properties(ctypes.Structure):
 
 
 class Handle:
-    """Something that belongs to the CUDA runtime, given back when nobody refers to it any more."""
+    """An object of the CUDA runtime, destroyed when it is garbage collected.
 
-    def __init__(self, value: int, give_back: Callable[[int], object]) -> None:
+    Args:
+        value: its address.
+        destroy: called with the address.
+    """
+
+    def __init__(self, value: int, destroy: Callable[[int], object]) -> None:
         self.value = value
-        weakref.finalize(self, give_back, value)
+        weakref.finalize(self, destroy, value)
 
     @property
     def pointer(self) -> ctypes.c_void_p:
-        """The value as an argument; a plain int would be cut to 32 bits."""
+        """The value as an argument of a call; a plain int would be truncated to 32 bits."""
         return ctypes.c_void_p(self.value)
 
 
 class Cuda:
-    """The calls of one libcudart.
+    """The functions of one libcudart.
 
     Args:
         library: libcudart, loaded.
@@ -133,7 +139,7 @@ class Cuda:
 
     @staticmethod
     def find() -> "Cuda":
-        """Returns the newest libcudart that this machine's driver can serve.
+        """Returns the newest libcudart that this machine's driver supports.
 
         Raises:
             NoCudaLibraryError: there is none.
@@ -143,67 +149,67 @@ class Cuda:
             raise NoCudaLibraryError(
                 f"TensorRT needs the CUDA runtime, got none of {', '.join(_LIBRARIES)}; pip install nvidia-cuda-runtime"
             )
-        served = [library for library in libraries if library.cudaGetDeviceCount(_out_int()) != _OLD_DRIVER]
-        return Cuda((served or libraries)[0])
+        supported = [library for library in libraries if library.cudaGetDeviceCount(_out_int()) != _OLD_DRIVER]
+        return Cuda((supported or libraries)[0])
 
     def call(self, function: str, *arguments: Any) -> None:
         """Calls a function of the library.
 
         Raises:
-            CudaError: it failed; the class tells what the user can do.
+            CudaError: it failed; the subclass and its message tell the remedy.
         """
         self._check(function, getattr(self._library, function)(*arguments))
 
     def raise_last(self) -> None:
-        """Raises the error that a library above this one has met, if there is one, and forgets it."""
+        """Raises the last error of a CUDA call that another library made, if there was one, and clears it."""
         self._check("cudaGetLastError", self._library.cudaGetLastError())
 
     def device(self) -> Device:
         """Returns the GPU.
 
         Raises:
-            NoDriverError: there is no driver, or one that is too old.
+            NoDriverError: there is no driver, or it is too old.
             NoGpuError: there is no GPU.
         """
         count = ctypes.c_int()
         self.call("cudaGetDeviceCount", ctypes.byref(count))
         if not count.value:
             raise NoGpuError(f"{_NO_GPU.rule}, got 0 GPUs; {_NO_GPU.remedy}")
-        found = _Properties()
-        self.call("cudaGetDeviceProperties", ctypes.byref(found), ctypes.c_int(0))
+        properties = _Properties()
+        self.call("cudaGetDeviceProperties", ctypes.byref(properties), ctypes.c_int(0))
         capability = (self._attribute(_CAPABILITY_MAJOR), self._attribute(_CAPABILITY_MINOR))
-        return Device(found.name.decode(errors="replace"), capability, found.memory)
+        return Device(properties.name.decode(errors="replace"), capability, properties.memory)
 
     def runtime_version(self) -> str:
         """Returns the version of the CUDA runtime, such as 12.6."""
         return self._version("cudaRuntimeGetVersion")
 
     def driver_version(self) -> str:
-        """Returns the newest version of CUDA that the driver serves; 0.0 without a driver."""
+        """Returns the newest version of CUDA that the driver supports; 0.0 without a driver."""
         return self._version("cudaDriverGetVersion")
 
     def stream(self) -> Handle:
-        """Returns a new stream that does not wait for the default one."""
-        return self._made("cudaStreamCreateWithFlags", "cudaStreamDestroy", ctypes.c_uint(_NON_BLOCKING))
+        """Returns a new stream that does not synchronise with the default stream."""
+        return self._create("cudaStreamCreateWithFlags", "cudaStreamDestroy", ctypes.c_uint(_NON_BLOCKING))
 
     def event(self) -> Handle:
-        """Returns a new event that keeps the time."""
-        return self._made("cudaEventCreate", "cudaEventDestroy")
+        """Returns a new event that records time."""
+        return self._create("cudaEventCreate", "cudaEventDestroy")
 
     def allocate(self, size: int) -> Handle:
         """Returns `size` bytes of device memory."""
-        return self._made("cudaMalloc", "cudaFree", ctypes.c_size_t(size))
+        return self._create("cudaMalloc", "cudaFree", ctypes.c_size_t(size))
 
     def allocate_host(self, size: int) -> Handle:
         """Returns `size` bytes of page-locked host memory, from which copies do not stall the stream."""
-        return self._made("cudaMallocHost", "cudaFreeHost", ctypes.c_size_t(size))
+        return self._create("cudaMallocHost", "cudaFreeHost", ctypes.c_size_t(size))
 
     def capture(self, stream: Handle, enqueue: Callable[[], object]) -> Handle:
-        """Returns what `enqueue` puts on the stream as a graph that can be launched.
+        """Returns the work that `enqueue` puts on a stream as a CUDA graph.
 
         Raises:
             CaptureError: it cannot be captured.
-            OutOfDeviceMemoryError: there is no room for the graph.
+            OutOfDeviceMemoryError: there is no memory for the graph.
             LaunchError: the GPU was lost.
         """
         graph = ctypes.c_void_p()
@@ -211,7 +217,7 @@ class Cuda:
             self.call("cudaStreamBeginCapture", stream.pointer, ctypes.c_int(_CAPTURE_THREAD_LOCAL))
             enqueue()
             self.call("cudaStreamEndCapture", stream.pointer, ctypes.byref(graph))
-            return self._instantiated(graph)
+            return self._instantiate(graph)
         except (OutOfDeviceMemoryError, LaunchError):
             raise
         except CudaError as error:
@@ -220,32 +226,32 @@ class Cuda:
             raise CaptureError(f"an engine becomes a CUDA graph, got {error}; it runs without one") from error
 
     def launch(self, graph: Handle, stream: Handle) -> None:
-        """Puts a graph on a stream."""
+        """Launches a graph on a stream."""
         self.call("cudaGraphLaunch", graph.pointer, stream.pointer)
 
     def copy(self, target: Handle, source: Handle, size: int, kind: int, stream: Handle) -> None:
-        """Puts a copy of `size` bytes on a stream."""
+        """Enqueues a copy of `size` bytes on a stream."""
         arguments = target.pointer, source.pointer, ctypes.c_size_t(size), ctypes.c_int(kind), stream.pointer
         self.call("cudaMemcpyAsync", *arguments)
 
-    def _instantiated(self, graph: ctypes.c_void_p) -> Handle:
+    def _instantiate(self, graph: ctypes.c_void_p) -> Handle:
         try:
             flags = ctypes.c_ulonglong(0)
-            return self._made("cudaGraphInstantiateWithFlags", "cudaGraphExecDestroy", graph, flags)
+            return self._create("cudaGraphInstantiateWithFlags", "cudaGraphExecDestroy", graph, flags)
         finally:
             self._library.cudaGraphDestroy(graph)
 
-    def _made(self, create: str, destroy: str, *arguments: Any) -> Handle:
+    def _create(self, create: str, destroy: str, *arguments: Any) -> Handle:
         handle = ctypes.c_void_p()
         self.call(create, ctypes.byref(handle), *arguments)
-        return Handle(handle.value or 0, partial(self._give_back, destroy))
+        return Handle(handle.value or 0, partial(self._destroy, destroy))
 
-    def _give_back(self, destroy: str, value: int) -> None:
-        # The code is not looked at: a GPU that is lost has lost its handles as well.
+    def _destroy(self, destroy: str, value: int) -> None:
+        # The error code is ignored: when a GPU is lost, its handles are gone, too.
         getattr(self._library, destroy)(ctypes.c_void_p(value))
 
     def bus_id(self) -> str:
-        """Returns the place of the device on the PCI bus; "" where it has none."""
+        """Returns the device's PCI bus id; "" if it has none."""
         text = ctypes.create_string_buffer(32)
         try:
             self.call("cudaDeviceGetPCIBusId", text, ctypes.c_int(len(text)), ctypes.c_int(0))
@@ -254,23 +260,23 @@ class Cuda:
         return text.value.decode()
 
     def _attribute(self, attribute: int) -> int:
-        found = ctypes.c_int()
-        self.call("cudaDeviceGetAttribute", ctypes.byref(found), ctypes.c_int(attribute), ctypes.c_int(0))
-        return found.value
+        value = ctypes.c_int()
+        self.call("cudaDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_int(0))
+        return value.value
 
     def _version(self, function: str) -> str:
-        found = ctypes.c_int()
-        self.call(function, ctypes.byref(found))
-        return f"{found.value // 1000}.{found.value % 1000 // 10}"
+        version = ctypes.c_int()
+        self.call(function, ctypes.byref(version))
+        return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
     def _check(self, function: str, code: int) -> None:
         if code == _SUCCESS:
             return
-        said = f"{self._library.cudaGetErrorString(ctypes.c_int(code)).decode()} ({function}, error {code})"
-        meaning = _MEANINGS.get(code)
-        if meaning is None:
-            raise CudaError(f"a call of the CUDA runtime succeeds, got {said}; check the driver with nvidia-smi")
-        raise meaning.kind(f"{meaning.rule}, got {said}; {meaning.remedy}")
+        message = f"{self._library.cudaGetErrorString(ctypes.c_int(code)).decode()} ({function}, error {code})"
+        known = _ERROR_KINDS.get(code)
+        if known is None:
+            raise CudaError(f"a call of the CUDA runtime succeeds, got {message}; check the driver with nvidia-smi")
+        raise known.kind(f"{known.rule}, got {message}; {known.remedy}")
 
 
 class Buffer:
@@ -295,22 +301,23 @@ class Buffer:
 
     @property
     def address(self) -> int:
-        """Where it is on the device."""
+        """Its address on the device."""
         return self._device.value
 
     def upload(self, stream: Handle) -> None:
-        """Puts the copy from the host to the device on a stream."""
+        """Enqueues the copy from the host to the device on a stream."""
         self._cuda.copy(self._device, self._pinned, self._size, _TO_DEVICE, stream)
 
     def download(self, stream: Handle) -> None:
-        """Puts the copy from the device to the host on a stream."""
+        """Enqueues the copy from the device to the host on a stream."""
         self._cuda.copy(self._pinned, self._device, self._size, _TO_HOST, stream)
 
 
 class TimedStream:
-    """A stream, and the GPU's time between the first and the last thing that was put on it since `restart`.
+    """A stream, and the GPU's time from the first to the last work on it since `restart`.
 
-    That spans copies in, kernels, copies out and, between stages, the host's decision: what trtexec calls latency.
+    That includes copies to the device, kernels, copies to the host and, between stages, the host's decision; trtexec
+    calls it latency.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -320,38 +327,38 @@ class TimedStream:
         self._started = False
 
     def restart(self) -> None:
-        """Forgets what was put on the stream before."""
+        """Begins a new measurement."""
         self._started = False
 
     def start(self) -> None:
-        """Marks the first thing, unless that has been done."""
+        """Records the begin of the work, unless it has been recorded already."""
         if not self._started:
             self.cuda.call("cudaEventRecord", self._begin.pointer, self.stream.pointer)
             self._started = True
 
     def finish(self) -> None:
-        """Marks the last thing so far, and waits for it.
+        """Records the end of the work so far, and waits until it is done.
 
         Raises:
-            LaunchError: the GPU did not get that far.
+            LaunchError: the GPU did not finish it.
         """
         self.cuda.call("cudaEventRecord", self._end.pointer, self.stream.pointer)
         self.cuda.call("cudaStreamSynchronize", self.stream.pointer)
 
-    def wait_s(self, times: int = 100) -> float:
-        """Returns the median wall-clock seconds of one synchronisation with nothing to wait for."""
-        taken = []
-        for _ in range(times):
+    def synchronisation_s(self, repeats: int = 100) -> float:
+        """Returns the median wall-clock seconds of one synchronisation of an idle stream."""
+        seconds = []
+        for _ in range(repeats):
             begin = time.perf_counter()
             self.cuda.call("cudaStreamSynchronize", self.stream.pointer)
-            taken.append(time.perf_counter() - begin)
-        return statistics.median(taken)
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds)
 
     def elapsed_s(self) -> float:
-        """Returns the seconds between the two marks."""
-        taken = ctypes.c_float()
-        self.cuda.call("cudaEventElapsedTime", ctypes.byref(taken), self._begin.pointer, self._end.pointer)
-        return taken.value / 1e3
+        """Returns the GPU's seconds from the begin to the end of the work."""
+        elapsed_ms = ctypes.c_float()
+        self.cuda.call("cudaEventElapsedTime", ctypes.byref(elapsed_ms), self._begin.pointer, self._end.pointer)
+        return elapsed_ms.value / 1e3
 
 
 def _out_int() -> Any:
@@ -359,16 +366,16 @@ def _out_int() -> Any:
 
 
 def _libraries() -> Iterator[ctypes.CDLL]:
-    """Yields every libcudart that can be loaded: the system's, then those that pip installed, the newest first."""
-    for name in (*_LIBRARIES, *_from_pip()):
+    """Yields every libcudart that can be loaded: the system's, then those installed by pip, the newest first."""
+    for name in (*_LIBRARIES, *_installed_by_pip()):
         try:
             yield ctypes.CDLL(name)
         except OSError:
             continue
 
 
-def _from_pip() -> list[str]:
+def _installed_by_pip() -> list[str]:
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-    found = [path for folder in folders for path in folder.glob("*/lib/libcudart.so.*")]
-    return [str(path) for path in sorted(found, key=lambda path: path.name, reverse=True)]
+    files = [path for folder in folders for path in folder.glob("*/lib/libcudart.so.*")]
+    return [str(path) for path in sorted(files, key=lambda path: path.name, reverse=True)]

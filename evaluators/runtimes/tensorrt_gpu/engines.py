@@ -1,6 +1,6 @@
-"""Engines with their buffers: run, gated on the host and timed, whatever has built them.
+"""Runs and times engines with their buffers; exits are decided on the host.
 
-Nothing here imports tensorrt: an engine is what can be put on a stream.
+Nothing here imports tensorrt: an engine is anything whose execution context can be enqueued on a stream.
 """
 
 import time
@@ -21,7 +21,7 @@ from evaluators.runtimes.tensorrt_gpu.inspector import LayerRow, precision_proof
 if TYPE_CHECKING:
     from evaluators.data import ImageStore
 
-# tensorrt has no types: these are its classes' names, as in trt.py.
+# tensorrt has no types: these are its classes' names, as in runtime.py.
 ICudaEngine: TypeAlias = Any
 IExecutionContext: TypeAlias = Any
 
@@ -29,31 +29,37 @@ Shape: TypeAlias = tuple[int, ...]
 
 _WARMUP_S = 0.2
 _LAUNCHES = 20
-"""So many calls of each way to launch a batch are timed, in turn."""
+"""The number of timed calls with a CUDA graph, and as many without, alternating."""
 
 WITH_GRAPH, WITHOUT_GRAPH = "with CUDA graph", "without CUDA graph"
 
 
 class EngineError(TargetError):
-    """A stage that TensorRT refuses to build or to load."""
+    """TensorRT cannot build or load a stage."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A serialized engine, and the names of its input and outputs in the order of the file it was built from."""
+class SerializedEngine:
+    """An engine as a file.
 
-    engine: bytes
-    source: str
-    results: tuple[str, ...]
+    Args:
+        content: as TensorRT serializes it.
+        input: name of the input tensor.
+        outputs: names of the output tensors, in the order of the ONNX file.
+    """
+
+    content: bytes
+    input: str
+    outputs: tuple[str, ...]
 
 
-class Resident:
-    """Features that stay on the device as long as all or none of their batch go on.
+class DeviceFeatures:
+    """Features of a batch in device memory; they are copied to the host only if some images of the batch leave.
 
     Args:
         buffer: holds them.
-        count: of its rows that are not padding.
-        stream: that writes them.
+        count: number of rows that are not padding.
+        stream: writes them.
     """
 
     def __init__(self, buffer: Buffer, count: int, stream: TimedStream) -> None:
@@ -64,15 +70,15 @@ class Resident:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, chosen: NDArray[np.bool_]) -> "Resident | Images":
-        """Returns the rows that are chosen: these themselves where all are, else copied to the host."""
-        if chosen.all():
+    def __getitem__(self, selected: NDArray[np.bool_]) -> "DeviceFeatures | Images":
+        """Returns the selected rows: still on the device if all are selected, else copied to the host."""
+        if selected.all():
             return self
-        if not chosen.any():
+        if not selected.any():
             return np.empty((0, *self.buffer.shape[1:]), dtype=np.float32)
         self.buffer.download(self._stream.stream)
         self._stream.finish()
-        return np.array(self.buffer.host[: self._count][chosen])
+        return np.array(self.buffer.host[: self._count][selected])
 
 
 class EngineStage:
@@ -82,59 +88,60 @@ class EngineStage:
 
     Args:
         stream: where it runs.
-        context: enqueues the engine; it knows the buffers' addresses.
-        feed: its input.
-        results: its outputs.
-        engine: what can be inspected.
+        context: enqueues the engine; it has the buffers' addresses.
+        input_buffer: holds its input.
+        outputs: buffers of its outputs.
+        engine: for the inspector.
     """
 
     def __init__(
         self,
         stream: TimedStream,
         context: IExecutionContext,
-        feed: Buffer,
-        results: Sequence[Buffer],
+        input_buffer: Buffer,
+        outputs: Sequence[Buffer],
         engine: ICudaEngine = None,
     ) -> None:
         self.engine = engine
-        self.results = tuple(results)
-        self.graph_refusal: str | None = None
-        self.avoids_graph = False
-        self._stream, self._feed = stream, feed
+        self.outputs = tuple(outputs)
+        self.graph_error: str | None = None
+        self.uses_graph = True
+        self._stream = stream
+        self._input = input_buffer
         self.context: IExecutionContext = context
-        self.run_plainly()  # TensorRT sets itself up in the first run, which no graph may hold
-        self._graph = self._captured()
+        self.run_without_graph()  # TensorRT initializes itself in the first run, which cannot be captured
+        self._graph = self._capture()
 
-    def __call__(self, batch: "Images | Resident") -> list[Any]:
-        """Returns the outputs for up to as many inputs as the engine was built for; the rest of it is padded."""
+    def __call__(self, batch: "Images | DeviceFeatures") -> list[Any]:
+        """Returns the outputs for a batch, which may be smaller than the engine's: it is padded with zeros."""
         count, stream = len(batch), self._stream.stream
-        if not (isinstance(batch, Resident) and batch.buffer is self._feed):
-            self._feed.host[:count] = batch
-            self._feed.host[count:] = 0
+        if not (isinstance(batch, DeviceFeatures) and batch.buffer is self._input):
+            self._input.host[:count] = batch
+            self._input.host[count:] = 0
             self._stream.start()
-            self._feed.upload(stream)
+            self._input.upload(stream)
         self._launch()
-        *features, logits = self.results
+        *features, logits = self.outputs
         logits.download(stream)
         self._stream.finish()
         answers = logits.host[:count].astype(np.float32)
-        return [*(Resident(feature, count, self._stream) for feature in features), answers]
+        return [*(DeviceFeatures(feature, count, self._stream) for feature in features), answers]
 
-    def everything(self, batch: Images) -> list[Images]:
-        """Returns all outputs for as many inputs as the engine was built for."""
-        self._feed.host[:] = batch
-        self._feed.upload(self._stream.stream)
+    def all_outputs(self, batch: Images) -> list[Images]:
+        """Returns all outputs, on the host, for a batch of the engine's size."""
+        self._input.host[:] = batch
+        self._input.upload(self._stream.stream)
         self._launch()
-        for result in self.results:
-            result.download(self._stream.stream)
+        for output in self.outputs:
+            output.download(self._stream.stream)
         self._stream.finish()
-        return [result.host.astype(np.float32) for result in self.results]
+        return [output.host.astype(np.float32) for output in self.outputs]
 
-    def run_plainly(self) -> None:
-        """Runs the engine on what its buffers hold, without a graph.
+    def run_without_graph(self) -> None:
+        """Runs the engine on the contents of its buffers, without a CUDA graph.
 
         Raises:
-            CudaError: it was refused, or did not finish.
+            CudaError: it cannot be enqueued, or did not finish.
         """
         self._enqueue()
         self._stream.finish()
@@ -144,18 +151,19 @@ class EngineStage:
             self._stream.cuda.raise_last()
             raise CudaError("TensorRT runs what it has built, got a refusal without a reason; build it again")
 
-    def _captured(self) -> Handle | None:
+    def _capture(self) -> Handle | None:
+        """Returns the engine as a CUDA graph; None, with the reason in `graph_error`, if it cannot be captured."""
         try:
             return self._stream.cuda.capture(self._stream.stream, self._enqueue)
         except CaptureError as error:
-            self.graph_refusal = str(error)
+            self.graph_error = str(error)
             return None
 
     def _launch(self) -> None:
-        if self._graph is None or self.avoids_graph:
-            self._enqueue()
-        else:
+        if self._graph is not None and self.uses_graph:
             self._stream.cuda.launch(self._graph, self._stream.stream)
+        else:
+            self._enqueue()
 
 
 class EngineSession:
@@ -170,7 +178,7 @@ class EngineSession:
         thresholds: the confidence from which each exit answers.
         inspect: returns the layers of an engine.
         wall: a clock, in seconds.
-        confidence: what the gates ask for.
+        confidence: measure of confidence: `softmax`, `margin` or `entropy`.
     """
 
     def __init__(
@@ -182,21 +190,22 @@ class EngineSession:
         wall: Callable[[], float] = time.perf_counter,
         confidence: str = "softmax",
     ) -> None:
-        self.gpu_s = 0.0  # of all calls so far, copies included
+        self.gpu_s = 0.0  # total of all calls so far, copies included
         self._load = load
         self._stream = stream
         self._wall = wall
         self._inspect = inspect
-        self._thresholds, self._kind = tuple(thresholds), confidence
+        self._thresholds = tuple(thresholds)
+        self._confidence = confidence
         self._loaded: dict[Shape, Sequence[EngineStage]] = {}
 
     @property
-    def graph_refusals(self) -> tuple[str, ...]:
-        """Why stages run without a CUDA graph; empty where all of them have one."""
-        return tuple(stage.graph_refusal for stages in self._loaded.values() for stage in stages if stage.graph_refusal)
+    def graph_errors(self) -> tuple[str, ...]:
+        """The reasons why stages run without a CUDA graph; empty if all of them have one."""
+        return tuple(stage.graph_error for stages in self._loaded.values() for stage in stages if stage.graph_error)
 
     def stages(self, shape: Shape) -> Sequence[EngineStage]:
-        """Returns the stages for inputs of a shape, built when it is first asked for."""
+        """Returns the stages for inputs of a shape, loaded at the first call with that shape."""
         if shape not in self._loaded:
             self._loaded[shape] = self._load(shape)
         return self._loaded[shape]
@@ -207,33 +216,34 @@ class EngineSession:
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
 
     def all_logits(self, images: "ImageStore", batch: int) -> Images:
-        """Returns what every exit and, last, the end says, `(n, exits + 1, classes)`: no image leaves early."""
+        """Returns the logits of every exit and, last, of the end, `(n, exits + 1, classes)`: no image leaves early."""
+        network = self._network(images.shape, batch)
         starts = range(0, len(images), batch)
-        return np.concatenate([self._staged(images.shape, batch).all_logits(images[at : at + batch]) for at in starts])
+        return np.concatenate([network.all_logits(images[start : start + batch]) for start in starts])
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
-        """Returns what each of `calls` runs on one batch took, by the GPU's clock and by the one on the wall."""
-        return [self._spent(images) for _ in range(calls)]
+        """Returns the GPU time and the wall-clock time of each of `calls` runs on one batch."""
+        return [self._timed_run(images) for _ in range(calls)]
 
     def launches(self, images: Images) -> dict[str, float]:
         """Returns the median wall-clock seconds of a batch with and without a CUDA graph, on the longest path.
 
-        A graph is what is deployed wherever one can be captured: a single launch instead of one for each kernel, so
-        that the host is out of the way. Where none can be, there is one way only.
+        A graph is deployed wherever one can be captured: the host then launches once instead of once for each kernel.
+        Where none can be captured, there is only the time without.
         """
         stages = self.stages(images.shape)
-        ways = {WITHOUT_GRAPH: True} if self.graph_refusals else {WITH_GRAPH: False, WITHOUT_GRAPH: True}
-        taken: dict[str, list[float]] = {way: [] for way in ways}
+        modes = {WITHOUT_GRAPH: False} if self.graph_errors else {WITH_GRAPH: True, WITHOUT_GRAPH: False}
+        seconds: dict[str, list[float]] = {mode: [] for mode in modes}
         try:
             for _ in range(_LAUNCHES):
-                for way, avoids in ways.items():
+                for mode, uses_graph in modes.items():
                     for stage in stages:
-                        stage.avoids_graph = avoids
-                    taken[way].append(self._spent(images, longest(self._thresholds)).wall)
+                        stage.uses_graph = uses_graph
+                    seconds[mode].append(self._timed_run(images, longest(self._thresholds)).wall)
         finally:
             for stage in stages:
-                stage.avoids_graph = False
-        return {way: float(np.median(seconds)) for way, seconds in taken.items()}
+                stage.uses_graph = True
+        return {mode: float(np.median(values)) for mode, values in seconds.items()}
 
     def turns(
         self,
@@ -243,59 +253,60 @@ class EngineSession:
         reference_batch: int,
         protocol: TimingProtocol,
     ) -> TakeTurn:
-        """Returns turns, by the GPU's clock, between some batches and the reference, warmed up."""
+        """Returns turns, timed by the GPU, between some batches and the reference, after a warm-up."""
         calls = [self._call(images, batch) for batch in batches]
-        beside = reference._call(images, TimedBatch(0, reference_batch))
+        reference_call = reference._call(images, TimedBatch(0, reference_batch))
         begin = self._wall()
-        while self._wall() - begin < _WARMUP_S:  # until the GPU has left its idle clocks, as trtexec does
-            calls[0](), beside()
+        while self._wall() - begin < _WARMUP_S:  # the GPU leaves its idle clocks, as in trtexec
+            calls[0]()
+            reference_call()
         clock = Clock(lambda: self.gpu_s + reference.gpu_s, self._wall)
-        return turns_of(calls, beside, protocol, clock, [batch.share for batch in batches])
+        return turns_of(calls, reference_call, protocol, clock, [batch.share for batch in batches])
 
     def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
-        """Returns which layers do not run in the precision that they were written in, or do not tell."""
+        """Returns the layers that run in another precision than requested, and those whose precision is unknown."""
         rows = [row for stage in self.stages(images.shape) for row in self._inspect(stage.engine)]
         return precision_proof(rows, precisions)
 
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
-        chosen = images[batch.start : batch.start + batch.count]
-        self.stages((batch.count, *images.shape[1:]))  # built before the clock runs
+        timed = images[batch.start : batch.start + batch.count]
+        self.stages((batch.count, *images.shape[1:]))  # loads the engines before the timing
         plan = batch.path_plan(self._thresholds)
         if batch.follows is not None:
             key = images[batch.follows.key : batch.follows.key + 1]
-            return frame_call(lambda frame: self._run(frame, 1, plan), key, chosen, batch.follows)
-        return lambda: self._run(chosen, batch.count, plan)
+            return frame_call(lambda frame: self._run(frame, 1, plan), key, timed, batch.follows)
+        return lambda: self._run(timed, batch.count, plan)
 
-    def _spent(self, images: Images, plan: Steps | None = None) -> Spent:
+    def _timed_run(self, images: Images, plan: Steps | None = None) -> Spent:
         gpu, wall = self.gpu_s, self._wall()
         self._run(images, len(images), plan)
         return Spent(self.gpu_s - gpu, self._wall() - wall)
 
-    def _staged(self, shape: Shape, batch: int, plan: Steps | None = None) -> StagedNetwork:
+    def _network(self, shape: Shape, batch: int, plan: Steps | None = None) -> StagedNetwork:
         stages: Sequence[Any] = self.stages((batch, *shape[1:]))
-        return StagedNetwork(stages, self._thresholds if plan is None else plan, self._kind)
+        return StagedNetwork(stages, self._thresholds if plan is None else plan, self._confidence)
 
     def _run(self, images: Images, batch: int, plan: Steps | None = None) -> tuple[Images, Routes]:
-        network = self._staged(images.shape, batch, plan)
+        network = self._network(images.shape, batch, plan)
         self._stream.restart()
         answer = network(images)
         self.gpu_s += self._stream.elapsed_s()
         return answer
 
 
-def layer_seconds(stage: EngineStage, listener: Any, runs: int = 20) -> dict[str, float]:
-    """Returns the median seconds of each layer, from runs of their own: profiling slows them all down.
+def layer_seconds(stage: EngineStage, profiler: Any, runs: int = 20) -> dict[str, float]:
+    """Returns the median seconds of each layer, from separate runs, because profiling slows all layers down.
 
     Args:
-        stage: loaded.
-        listener: tensorrt's profiler, which keeps what it hears in `taken`.
-        runs: how many.
+        stage: the loaded engine.
+        profiler: a TensorRT profiler that collects the times of each layer in `seconds`.
+        runs: number of runs.
     """
     context: IExecutionContext = stage.context
-    context.profiler = listener
+    context.profiler = profiler
     try:
         for _ in range(runs):
-            stage.run_plainly()
+            stage.run_without_graph()
     finally:
         context.profiler = None
-    return {name: float(np.median(seconds)) for name, seconds in listener.taken.items()}
+    return {name: float(np.median(seconds)) for name, seconds in profiler.seconds.items()}

@@ -1,4 +1,4 @@
-"""What an engine became, read from TensorRT's inspector."""
+"""The layers of an engine and their precisions, read from TensorRT's engine inspector."""
 
 import json
 import re
@@ -19,13 +19,14 @@ _PRECISIONS = (
     ("fp32", re.compile(r"fp32|float", re.IGNORECASE)),
     ("bool", re.compile(r"bool", re.IGNORECASE)),
 )
-"""In this order: the name of one may contain another's."""
+"""Patterns of datatypes, in the order in which they are tried: `bfloat16` also contains `float16`."""
 
 _FUSED_REGION = ("ForeignNode", "__myl_")
+"""Marks in the names of regions that TensorRT compiles as a whole; their inner precisions are not reported."""
 
 
 class InspectionError(UserError):
-    """An engine that does not tell what it became."""
+    """The engine has no information on its layers."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class LayerRow:
     """One layer of an engine.
 
     Args:
-        name: joins the names of the ONNX nodes that were fused into it.
-        kind: TensorRT's own type of layer.
+        name: the names of the ONNX nodes that were fused into it, joined.
+        kind: TensorRT's type of layer.
         inputs: datatype of each input, as `fp32`, `fp16`, `int8` and so on.
         outputs: datatype of each output.
-        weights: datatype of the weights; None where there are none or the inspector is silent.
-        origin: the ONNX nodes it came from, in the inspector's words.
+        weights: datatype of the weights; None where there are none or the inspector does not report it.
+        origin: the ONNX nodes that it came from, as the inspector writes them.
     """
 
     name: str
@@ -50,12 +51,12 @@ class LayerRow:
 
 
 def layer_rows(information: str) -> list[LayerRow]:
-    """Returns the layers in the inspector's JSON, as TensorRT 10 and 11 write it.
+    """Returns the layers from the inspector's JSON, as TensorRT 10 and 11 write it.
 
     TensorRT 10 writes layout and datatype into one field, `Format/Datatype`; 11 has `Format` and `DataType`.
 
     Raises:
-        InspectionError: the engine was built without detailed profiling, so that there are only names.
+        InspectionError: the engine was built without detailed profiling, so there are only names.
     """
     layers = json.loads(information).get("Layers", [])
     names_only = [layer for layer in layers if isinstance(layer, str)]
@@ -81,12 +82,12 @@ def _row(layer: Mapping[str, Any]) -> LayerRow:
 
 def _datatypes(tensors: Sequence[Mapping[str, Any]] | None) -> tuple[str, ...]:
     fields = ("DataType", "Format/Datatype", "Format")
-    told = [next((str(tensor[field]) for field in fields if tensor.get(field)), "") for tensor in tensors or ()]
-    return tuple(precision_of(text) or text for text in told)
+    names = [next((str(tensor[field]) for field in fields if tensor.get(field)), "") for tensor in tensors or ()]
+    return tuple(precision_of(name) or name for name in names)
 
 
 def precision_of(text: str) -> str | None:
-    """Returns the precision that a datatype or a layout names; None where it names none.
+    """Returns the precision in the name of a datatype or layout; None if there is none.
 
     precision_of("Thirty-two wide channel vectorized row major Int8 format")   # int8
     precision_of("Half")                                                       # fp16
@@ -94,29 +95,32 @@ def precision_of(text: str) -> str | None:
     return next((name for name, pattern in _PRECISIONS if pattern.search(text)), None)
 
 
-def precision_proof(rows: Sequence[LayerRow], asked: Mapping[str, str]) -> Proof:
-    """Returns every layer that does not run in the precision that was asked for, or does not tell; none is the proof.
+def precision_proof(rows: Sequence[LayerRow], requested: Mapping[str, str]) -> Proof:
+    """Returns the layers that run in another precision than requested, and those whose precision is not reported.
 
     Args:
-        rows: of the engine.
-        asked: the precision of each layer, by the name of its ONNX node.
+        rows: the engine's layers.
+        requested: the precision of each layer, by the name of its ONNX node.
     """
-    found = {layer: [row for row in rows if _computes(row, layer)] for layer in asked}
-    unproven = tuple(layer for layer in asked if any(_is_region(row) for row in found[layer]))
-    differences = (line for layer, precision in asked.items() for line in _mismatches(found[layer], layer, precision))
-    return Proof(tuple(differences), unproven)
+    rows_of = {layer: [row for row in rows if _computes(row, layer)] for layer in requested}
+    unproven = tuple(layer for layer in requested if any(_is_region(row) for row in rows_of[layer]))
+    mismatches = (
+        line for layer, precision in requested.items() for line in _mismatches(rows_of[layer], layer, precision)
+    )
+    return Proof(tuple(mismatches), unproven)
 
 
 def _is_region(row: LayerRow) -> bool:
     return any(mark in row.name for mark in _FUSED_REGION)
 
 
-def _mismatches(found: Sequence[LayerRow], layer: str, precision: str) -> Iterator[str]:
-    if not found:
+def _mismatches(rows: Sequence[LayerRow], layer: str, precision: str) -> Iterator[str]:
+    """Yields what differs between a layer's requested precision and the engine's layers that compute it."""
+    if not rows:
         yield f"{layer}: asked for {precision}, but no layer of the engine names it"
-    for row in found:
+    for row in rows:
         if _is_region(row):
-            continue  # its types are those at its rim
+            continue  # its datatypes are those of the region's inputs and outputs
         where = f"in {row.name!r} ({row.kind})"
         source = row.inputs[0] if row.inputs else "unknown"
         if source != precision:
@@ -126,7 +130,8 @@ def _mismatches(found: Sequence[LayerRow], layer: str, precision: str) -> Iterat
 
 
 def _computes(row: LayerRow, layer: str) -> bool:
-    if row.kind in ("Reformat", "Constant", "NoOp"):  # named after the layer that they feed
+    """Returns whether an engine's layer computes an ONNX layer, possibly fused with others."""
+    if row.kind in ("Reformat", "Constant", "NoOp"):  # these have the name of the layer that reads them
         return False
     name = re.compile(rf"(?<![\w./]){re.escape(layer)}(?![\w./])")
     return bool(name.search(row.name) or name.search(row.origin))

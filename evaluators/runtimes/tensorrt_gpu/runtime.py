@@ -1,8 +1,8 @@
-"""TensorRT 10.3 to 11: the main accelerator target, one engine per stage and batch size.
+"""TensorRT 10.3 to 11: the main accelerator target, with one engine per stage and batch size.
 
-Precision lives in the ONNX file: engines are strongly typed, on 10 as on 11, and TF32 is off unless the file's metadata
-allows it. This is the only module that imports tensorrt, and only when it is needed, so that it can be asked what is
-missing anywhere.
+The ONNX file determines precisions: engines are strongly typed, on 10 as on 11, and TF32 is off unless the file's
+metadata allows it. This is the only module that imports tensorrt, and it does so when it is needed: without tensorrt,
+`TensorRT.missing` says what to install.
 """
 
 import hashlib
@@ -17,15 +17,22 @@ from typing import Any, TypeAlias
 
 from evaluators.inference.staged import Steps
 from evaluators.runtimes.base import Capabilities, Images, TargetError, TensorReader, allows, exit_thresholds
-from evaluators.runtimes.device_state import DeviceState, gpu_state, state_moved
+from evaluators.runtimes.device_state import DeviceState, gpu_state, state_changes
 from evaluators.runtimes.tensorrt_gpu.capabilities import capabilities, timing_cache_file
 from evaluators.runtimes.tensorrt_gpu.cuda import Buffer, Cuda, OutOfDeviceMemoryError, TimedStream
-from evaluators.runtimes.tensorrt_gpu.engines import EngineError, EngineSession, EngineStage, Plan, Shape, layer_seconds
+from evaluators.runtimes.tensorrt_gpu.engines import (
+    EngineError,
+    EngineSession,
+    EngineStage,
+    SerializedEngine,
+    Shape,
+    layer_seconds,
+)
 from evaluators.runtimes.tensorrt_gpu.inspector import LayerRow, layer_rows
 from spaces.cache import write_atomically
 
-# tensorrt has no types. These are its classes' names, which a test compares with the real bindings: every attribute
-# that is used of something annotated with one of them has to exist, in every version that is accepted.
+# tensorrt has no types. These are its classes' names. A test compares them with the real bindings: every attribute used
+# of a variable with such an annotation has to exist, in every supported version.
 Builder: TypeAlias = Any
 IBuilderConfig: TypeAlias = Any
 ICudaEngine: TypeAlias = Any
@@ -39,43 +46,46 @@ OnnxParser: TypeAlias = Any
 ParserError: TypeAlias = Any
 Runtime: TypeAlias = Any
 
-_OLDEST, _TOO_NEW = (10, 3), (12, 0)
+EngineForShape: TypeAlias = Callable[[Shape], SerializedEngine]
+"""Returns a stage's engine for inputs of a shape."""
+
+_OLDEST, _FIRST_UNSUPPORTED = (10, 3), (12, 0)
 _INSTALL = "pip install 'tensorrt>=10.3,<12'; on a Jetson it comes with JetPack 6 or newer"
 _NO_MEMORY = re.compile(r"out of memory|OutOfMemory", re.IGNORECASE)
 _FREE_MEMORY = "use a smaller batch, or free the GPU"
 _TIMINGS_PER_TACTIC = 8
-_PLANS_KEPT = 8
+_ENGINES_KEPT = 8
 
 
 def library() -> Any:
     """Returns the tensorrt module.
 
     Raises:
-        TargetError: it is not installed, or of a version that this module does not know.
+        TargetError: it is not installed, or its version is not supported.
     """
     try:
         import tensorrt as trt  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except (ImportError, OSError) as error:
         raise TargetError(f"the tensorrt package must be importable, got {str(error)!r}; {_INSTALL}") from error
     version = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    if not _OLDEST <= version < _TOO_NEW:
+    if not _OLDEST <= version < _FIRST_UNSUPPORTED:
         raise TargetError(f"TensorRT is 10.3 to 11.x, got {trt.__version__}; {_INSTALL}")
     return trt
 
 
 class TensorRT:
-    """Engines on the first GPU."""
+    """Runs artifacts as engines on the first GPU."""
 
     name = "tensorrt"
 
     def __init__(self) -> None:
-        self._refusals: dict[str, None] = {}
-        self._state: DeviceState | None = None
-        self._wait_s = 0.0
+        self._graph_errors: dict[str, None] = {}
+        self._first_state: DeviceState | None = None
+        self._synchronisation_s = 0.0
 
     @staticmethod
     def missing() -> str | None:
-        """Returns why this runtime cannot be used here and what to do about it; None where it can."""
+        """Returns why this runtime cannot be used here and what to do about it; None if it can."""
         try:
             library()
             Cuda.find().device()
@@ -92,7 +102,7 @@ class TensorRT:
         return self._cuda.device().name
 
     def capabilities(self) -> Capabilities:
-        """Returns what the GPU's generation runs well."""
+        """Returns the capabilities of the GPU's generation."""
         return capabilities(self._cuda.device().capability)
 
     def state(self) -> DeviceState:
@@ -100,14 +110,14 @@ class TensorRT:
         return gpu_state(self._cuda.bus_id())
 
     def deployable(self, model: bytes) -> bytes:
-        """Returns the model as it is: symmetric s8 is the form that TensorRT reads."""
+        """Returns the model unchanged: TensorRT reads symmetric int8."""
         return model
 
     def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> EngineSession:  # noqa: ARG002
-        """Returns engines that are built for a batch size when it is first asked for; `threads` is not used.
+        """Returns a session that builds engines at the first call with a batch size; `threads` is not used.
 
         Raises:
-            TargetError: blocks may be skipped.
+            TargetError: the plan skips blocks, which this runtime cannot do.
         """
         thresholds = exit_thresholds(plan)
         stream = self._stream(len(stages))
@@ -118,82 +128,86 @@ class TensorRT:
     def open_engines(
         self, description: bytes, folder: Path, thresholds: Sequence[float], confidence: str = "softmax"
     ) -> EngineSession:
-        """Returns engines that `extras` made, loaded without being built again.
+        """Returns a session on the engines that `extras` returned, without building them again.
 
         Args:
             description: the content of `engines.json`.
-            folder: where the engines lie.
+            folder: of the engines' files.
             thresholds: the confidence from which each exit answers.
-            confidence: what tells it.
+            confidence: measure of confidence: `softmax`, `margin` or `entropy`.
         """
-        told = json.loads(description)
-        plans = [Plan((folder / e["file"]).read_bytes(), e["source"], tuple(e["results"])) for e in told["engines"]]
-        stream = self._stream(len(plans))
-        ready: list[Callable[[Shape], Plan]] = [lambda _, plan=plan: plan for plan in plans]  # type: ignore[misc]
+        engines = [
+            SerializedEngine((folder / entry["file"]).read_bytes(), entry["source"], tuple(entry["results"]))
+            for entry in json.loads(description)["engines"]
+        ]
+        stream = self._stream(len(engines))
+        built: list[EngineForShape] = [lambda _, engine=engine: engine for engine in engines]  # type: ignore[misc]
         return EngineSession(
-            partial(self._load_plans, ready, stream), stream, thresholds, inspect, confidence=confidence
+            partial(self._load_engines, built, stream), stream, thresholds, inspect, confidence=confidence
         )
 
     def tensors(self, model: bytes) -> TensorReader:
         """Returns a function from a batch to all outputs of a file, from an engine built for that batch."""
-        opened = self.open([model], [], 1)
+        session = self.open([model], [], 1)
 
-        def watch(images: Images) -> dict[str, Images]:
-            (stage,) = opened.stages(images.shape)
-            names = self._builder.plan(model, images.shape).results
-            return dict(zip(names, stage.everything(images), strict=True))
+        def read(images: Images) -> dict[str, Images]:
+            (stage,) = session.stages(images.shape)
+            names = self._builder.build(model, images.shape).outputs
+            return dict(zip(names, stage.all_outputs(images), strict=True))
 
-        return watch
+        return read
 
     def extras(self, stages: Sequence[bytes], images: Images) -> dict[str, bytes]:
-        """Returns the engines for this TensorRT, this kind of GPU and batches as large as `images`, and what they are.
+        """Returns the engines for this TensorRT, this kind of GPU and batches as large as `images`, and `engines.json`.
 
-        `engines.json` has their inputs and outputs, the timing cache's key, and of each layer the precisions from the
-        inspector and the seconds from a pass of its own.
+        `engines.json` has the names of inputs and outputs, the timing cache's key, and for each layer the precisions
+        from the inspector and the seconds from separate profiled runs.
         """
         loaded = self._load(tuple(stages), TimedStream(self._cuda), images.shape)
-        shapes = [images.shape, *(stage.results[0].shape for stage in loaded[:-1])]
-        plans = [self._builder.plan(stage, shape) for stage, shape in zip(stages, shapes, strict=True)]
-        files = {f"stage{index + 1}.engine": plan.engine for index, plan in enumerate(plans)}
-        described = [
+        shapes = [images.shape, *(stage.outputs[0].shape for stage in loaded[:-1])]
+        engines = [self._builder.build(stage, shape) for stage, shape in zip(stages, shapes, strict=True)]
+        files = {f"stage{index + 1}.engine": engine.content for index, engine in enumerate(engines)}
+        entries = [
             {
                 "file": file,
-                "source": plan.source,
-                "results": plan.results,
+                "source": engine.input,
+                "results": engine.outputs,
                 "layers": [asdict(row) for row in inspect(stage.engine)],
-                "seconds": layer_seconds(stage, _profile()),
+                "seconds": layer_seconds(stage, _layer_profiler()),
             }
-            for file, plan, stage in zip(files, plans, loaded, strict=True)
+            for file, engine, stage in zip(files, engines, loaded, strict=True)
         ]
-        told = {"timing_cache": timing_cache_file(library().__version__, self._cuda).stem, "engines": described}
-        return files | {"engines.json": json.dumps(told, indent=1).encode()}
+        description = {"timing_cache": timing_cache_file(library().__version__, self._cuda).stem, "engines": entries}
+        return files | {"engines.json": json.dumps(description, indent=1).encode()}
 
     def remarks(self) -> list[str]:
-        """Returns why engines ran without a CUDA graph, what a synchronisation costs, and how the GPU's state moved."""
-        moved = state_moved(self._state, self.state()) if self._state else []
-        waits = [f"one synchronisation with the GPU takes {self._wait_s * 1e6:.0f} us"] if self._wait_s else []
-        return [*self._refusals, *waits, *moved]
+        """Returns why engines ran without a CUDA graph, the cost of a synchronisation, and changes of the GPU's state.
+
+        The last are the changes since the first session was opened.
+        """
+        changes = state_changes(self._first_state, self.state()) if self._first_state else []
+        cost_us = self._synchronisation_s * 1e6
+        costs = [f"one synchronisation with the GPU takes {cost_us:.0f} us"] if cost_us else []
+        return [*self._graph_errors, *costs, *changes]
 
     def _stream(self, stages: int) -> TimedStream:
         stream = TimedStream(self._cuda)
-        self._state = self._state or self.state()
-        if stages > 1 and not self._wait_s:
-            self._wait_s = stream.wait_s()
+        self._first_state = self._first_state or self.state()
+        if stages > 1 and not self._synchronisation_s:
+            self._synchronisation_s = stream.synchronisation_s()
         return stream
 
     def _load(self, stages: Sequence[bytes], stream: TimedStream, shape: Shape) -> list[EngineStage]:
-        return self._load_plans([partial(self._builder.plan, stage) for stage in stages], stream, shape)
+        return self._load_engines([partial(self._builder.build, stage) for stage in stages], stream, shape)
 
-    def _load_plans(
-        self, plans: Sequence[Callable[[Shape], Plan]], stream: TimedStream, shape: Shape
-    ) -> list[EngineStage]:
-        """Returns stages, each of which reads the buffer that the one before it writes."""
+    def _load_engines(self, engines: Sequence[EngineForShape], stream: TimedStream, shape: Shape) -> list[EngineStage]:
+        """Returns the stages, each of which reads the output buffer of the one before it."""
         loaded: list[EngineStage] = []
-        for plan in plans:
-            feed = loaded[-1].results[0] if loaded else None
-            wanted = feed.shape if feed else shape
-            loaded.append(load_stage(plan(wanted), wanted, stream, feed))
-        self._refusals |= dict.fromkeys(stage.graph_refusal for stage in loaded if stage.graph_refusal)
+        for engine_for in engines:
+            input_buffer = loaded[-1].outputs[0] if loaded else None
+            input_shape = input_buffer.shape if input_buffer else shape
+            loaded.append(load_stage(engine_for(input_shape), input_shape, stream, input_buffer))
+        self._graph_errors |= dict.fromkeys(stage.graph_error for stage in loaded if stage.graph_error)
         return loaded
 
     @cached_property
@@ -206,10 +220,10 @@ class TensorRT:
 
 
 class EngineBuilder:
-    """Builds ONNX stages into plans; the latest of them are kept, because a reference is opened again and again.
+    """Builds engines from ONNX stages and keeps the latest ones, because a reference is opened again and again.
 
     Args:
-        timing_cache: the file that makes the next build faster.
+        timing_cache: file with the timings of kernels, which make later builds faster.
         sparse: whether layers whose weights are 2:4 may use the GPU's sparse kernels.
     """
 
@@ -217,26 +231,26 @@ class EngineBuilder:
         self._sparse = sparse
         self._trt = library()
         self._timing_cache = timing_cache
-        self._plans: dict[tuple[bytes, Shape], Plan] = {}
+        self._engines: dict[tuple[bytes, Shape], SerializedEngine] = {}
 
-    def plan(self, stage: bytes, shape: Shape) -> Plan:
-        """Returns a stage built for inputs of one shape, `(n, c, h, w)`.
+    def build(self, stage: bytes, shape: Shape) -> SerializedEngine:
+        """Returns the engine of a stage for inputs of one shape, `(n, c, h, w)`.
 
         Raises:
-            EngineError: TensorRT cannot read or build the stage; its own words are passed on.
-            OutOfDeviceMemoryError: the GPU has no room for it.
+            EngineError: TensorRT cannot read or build the stage; its messages are included.
+            OutOfDeviceMemoryError: the GPU has no memory for it.
         """
         key = hashlib.sha256(stage).digest(), shape
-        if key not in self._plans:
-            built = self._build(stage, shape)
-            while len(self._plans) >= _PLANS_KEPT:
-                del self._plans[next(iter(self._plans))]
-            self._plans[key] = built
-        return self._plans[key]
+        if key not in self._engines:
+            engine = self._build(stage, shape)
+            while len(self._engines) >= _ENGINES_KEPT:
+                del self._engines[next(iter(self._engines))]
+            self._engines[key] = engine
+        return self._engines[key]
 
-    def _build(self, stage: bytes, shape: Shape) -> Plan:
+    def _build(self, stage: bytes, shape: Shape) -> SerializedEngine:
         trt = self._trt
-        builder: Builder = _started(trt.Builder)
+        builder: Builder = _created(trt.Builder)
         typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network: INetworkDefinition = builder.create_network(typed)
         self._parse(stage, network)
@@ -244,17 +258,19 @@ class EngineBuilder:
         self._read_timings(config)
         engine = builder.build_serialized_network(network, config)
         if engine is None:
-            raise _refusal("TensorRT builds every stage", "keep the layer that it names at fp32, or change the model")
+            raise _engine_error(
+                "TensorRT builds every stage", "keep the layer that it names at fp32, or change the model"
+            )
         self._write_timings(config)
         outputs = tuple(network.get_output(index).name for index in range(network.num_outputs))
-        return Plan(bytes(engine), network.get_input(0).name, outputs)
+        return SerializedEngine(bytes(engine), network.get_input(0).name, outputs)
 
     def _parse(self, stage: bytes, network: INetworkDefinition) -> None:
         parser: OnnxParser = self._trt.OnnxParser(network, _log())
         if not parser.parse(stage):
             errors = [_parser_line(parser.get_error(index)) for index in range(parser.num_errors)]
-            _log().errors.clear()  # the log says the same without the node's name
-            raise _refusal("TensorRT reads every node of a stage", "replace the layer that it names", errors)
+            _log().errors.clear()  # the log has the same errors without the node's name
+            raise _engine_error("TensorRT reads every node of a stage", "replace the layer that it names", errors)
 
     def _config(self, builder: Builder, network: INetworkDefinition, shape: Shape, tf32: bool) -> IBuilderConfig:
         trt = self._trt
@@ -262,15 +278,15 @@ class EngineBuilder:
         if tf32:
             config.set_flag(trt.BuilderFlag.TF32)
         else:
-            config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and no fp32
+            config.clear_flag(trt.BuilderFlag.TF32)  # it is on by default, and less precise than fp32
         if self._sparse:
             config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, precisions cannot be proved
-        config.avg_timing_iterations = _TIMINGS_PER_TACTIC  # as trtexec does; the default of 1 picks worse tactics
-        source = _fitting_input(network, shape)
-        if -1 in tuple(source.shape):
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # reports precisions
+        config.avg_timing_iterations = _TIMINGS_PER_TACTIC  # as in trtexec; the default of 1 selects worse kernels
+        tensor = _checked_input(network, shape)
+        if -1 in tuple(tensor.shape):
             profile: IOptimizationProfile = builder.create_optimization_profile()
-            profile.set_shape(source.name, shape, shape, shape)
+            profile.set_shape(tensor.name, shape, shape, shape)
             config.add_optimization_profile(profile)
         return config
 
@@ -284,21 +300,23 @@ class EngineBuilder:
         timings: ITimingCache = config.get_timing_cache()
         if timings is None:
             return
-        with suppress(OSError):  # it only saves time, so a full or read-only disk stops nothing
+        with suppress(OSError):  # the cache only saves time, so a full or read-only disk is no error
             write_atomically(self._timing_cache, bytes(timings.serialize()))
 
 
-def _fitting_input(network: INetworkDefinition, shape: Shape) -> ITensor:
-    """Returns the network's input, which takes `shape`."""
+def _checked_input(network: INetworkDefinition, shape: Shape) -> ITensor:
+    """Returns the network's input.
+
+    Raises:
+        EngineError: there is not exactly one, or it does not accept `shape`.
+    """
     if network.num_inputs != 1:
         raise EngineError(f"a stage has one input, got {network.num_inputs}; export the network with one")
-    source: ITensor = network.get_input(0)
-    declared = tuple(source.shape)
-    if len(declared) != len(shape) or any(
-        size not in (-1, wanted) for size, wanted in zip(declared, shape, strict=True)
-    ):
-        raise EngineError(f"a stage takes inputs {shape}, got {declared} for {source.name!r}; export a free batch size")
-    return source
+    tensor: ITensor = network.get_input(0)
+    declared = tuple(tensor.shape)
+    if len(declared) != len(shape) or any(size not in (-1, given) for size, given in zip(declared, shape, strict=True)):
+        raise EngineError(f"a stage takes inputs {shape}, got {declared} for {tensor.name!r}; export a free batch size")
+    return tensor
 
 
 def _parser_line(error: ParserError) -> str:
@@ -308,9 +326,9 @@ def _parser_line(error: ParserError) -> str:
 
 @cache
 def _log() -> Any:
-    """Returns the logger, one for the process: TensorRT goes on using the first that it is given."""
+    """Returns the process's only logger, because TensorRT keeps using the first one that it gets."""
     trt = library()
-    kept = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+    severities = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
     base: Any = trt.ILogger
 
     class ErrorLog(base):  # type: ignore[misc]
@@ -319,61 +337,69 @@ def _log() -> Any:
             self.errors: list[str] = []
 
         def log(self, severity: Any, msg: str) -> None:
-            if severity in kept:
+            if severity in severities:
                 self.errors.append(msg)
 
     return ErrorLog()
 
 
-def _started(create: Callable[[Any], Any]) -> Any:
-    _log().errors.clear()  # what an earlier capture or run has said
+def _created(create: Callable[[Any], Any]) -> Any:
+    """Returns a builder or a runtime with the logger.
+
+    Raises:
+        EngineError: TensorRT cannot be used here.
+    """
+    _log().errors.clear()  # errors of earlier captures and runs
     try:
         return create(_log())
-    except TypeError as error:  # what the bindings raise when the library returns nothing
-        raise _refusal("TensorRT starts", "check the driver with nvidia-smi") from error
+    except TypeError as error:  # the bindings raise it when the library returns a null pointer
+        raise _engine_error("TensorRT starts", "check the driver with nvidia-smi") from error
 
 
-def _refusal(rule: str, remedy: str, lines: Sequence[str] = ()) -> TargetError:
-    """Returns what TensorRT has just refused, in one line with its own words."""
-    said = "; ".join(" ".join(line.split()) for line in [*lines, *_log().errors]) or "no reason"
+def _engine_error(rule: str, remedy: str, lines: Sequence[str] = ()) -> TargetError:
+    """Returns the error for TensorRT's last failure, with its own messages in one line, and clears the log."""
+    messages = "; ".join(" ".join(line.split()) for line in [*lines, *_log().errors]) or "no reason"
     _log().errors.clear()
-    if _NO_MEMORY.search(said):
-        return OutOfDeviceMemoryError(f"an engine fits the GPU's memory, got {said}; {_FREE_MEMORY}")
-    return EngineError(f"{rule}, got {said}; {remedy}")
+    if _NO_MEMORY.search(messages):
+        return OutOfDeviceMemoryError(f"an engine fits the GPU's memory, got {messages}; {_FREE_MEMORY}")
+    return EngineError(f"{rule}, got {messages}; {remedy}")
 
 
-def load_stage(plan: Plan, shape: Shape, stream: TimedStream, feed: Buffer | None) -> EngineStage:
-    """Returns a plan, loaded onto the GPU.
+def load_stage(
+    serialized: SerializedEngine, shape: Shape, stream: TimedStream, input_buffer: Buffer | None
+) -> EngineStage:
+    """Returns an engine, loaded onto the GPU.
 
     Args:
-        plan: built for `shape`.
+        serialized: built for `shape`.
         shape: of the inputs.
         stream: where it will run.
-        feed: holds the inputs; a new one where not given.
+        input_buffer: holds the inputs; None for a new one.
 
     Raises:
         EngineError: TensorRT cannot load it.
-        OutOfDeviceMemoryError: the GPU has no room for it.
+        OutOfDeviceMemoryError: the GPU has no memory for it.
     """
     trt = library()
-    runtime: Runtime = _started(trt.Runtime)
-    engine: ICudaEngine = runtime.deserialize_cuda_engine(plan.engine)
+    runtime: Runtime = _created(trt.Runtime)
+    engine: ICudaEngine = runtime.deserialize_cuda_engine(serialized.content)
     context: IExecutionContext = None if engine is None else engine.create_execution_context()
-    if context is None or not context.set_input_shape(plan.source, shape):
-        raise _refusal("TensorRT loads what it has built", "build it on this machine")
+    if context is None or not context.set_input_shape(serialized.input, shape):
+        raise _engine_error("TensorRT loads what it has built", "build it on this machine")
 
     def buffer(name: str) -> Buffer:
         return Buffer(stream.cuda, tuple(context.get_tensor_shape(name)), trt.nptype(engine.get_tensor_dtype(name)))
 
-    feed = feed or buffer(plan.source)
-    results = [buffer(name) for name in plan.results]
-    for name, held in zip((plan.source, *plan.results), (feed, *results), strict=True):
-        context.set_tensor_address(name, held.address)
-    return EngineStage(stream, context, feed, results, engine)
+    input_buffer = input_buffer or buffer(serialized.input)
+    outputs = [buffer(name) for name in serialized.outputs]
+    names = (serialized.input, *serialized.outputs)
+    for name, tensor_buffer in zip(names, (input_buffer, *outputs), strict=True):
+        context.set_tensor_address(name, tensor_buffer.address)
+    return EngineStage(stream, context, input_buffer, outputs, engine)
 
 
 def inspect(engine: ICudaEngine) -> list[LayerRow]:
-    """Returns the layers of an engine, with the precision that each of them really got.
+    """Returns the layers of an engine, with the precisions that they run in.
 
     Raises:
         InspectionError: the engine was built without detailed profiling.
@@ -383,15 +409,16 @@ def inspect(engine: ICudaEngine) -> list[LayerRow]:
     return layer_rows(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _profile() -> Any:
+def _layer_profiler() -> Any:
+    """Returns a TensorRT profiler that collects the seconds of each layer's runs."""
     base: Any = library().IProfiler
 
-    class Profile(base):  # type: ignore[misc]
+    class LayerProfiler(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
-            self.taken: dict[str, list[float]] = {}
+            self.seconds: dict[str, list[float]] = {}
 
         def report_layer_time(self, layer_name: str, ms: float) -> None:
-            self.taken.setdefault(layer_name, []).append(ms / 1e3)
+            self.seconds.setdefault(layer_name, []).append(ms / 1e3)
 
-    return Profile()
+    return LayerProfiler()

@@ -5,7 +5,7 @@ rows which `nsga2` finds on the posteriors of `models`. Posteriors are Gaussian 
 transformed costs (`outcome_transforms`) over `features` of rows; `exit_costs` gives prior means where thresholds of
 exits are solved inside of each evaluation. `encoding` turns parameters into rows, `observations` trials into arrays;
 `prior` holds what is known before anything is measured, and `knapsack` what to try first because of it.
-`calibration_error` compares proposals with what they came to.
+`prediction_errors` compares what models predicted of proposals with what was measured.
 
 Shapes: `n` rows of `d` dimensions, `m` objectives as costs (less is better), `k` features or other rows.
 """

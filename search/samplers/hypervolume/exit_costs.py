@@ -33,7 +33,7 @@ Function = Callable[[Array], Array]
 LONGEST_PATH = "longest path"
 """What the model of the path that all layers are on is called."""
 _OTHER_WEIGHT = 0.5
-"""Of all other features, beside the distance to the limit."""
+"""Of all features other than the distance to the limit."""
 _FEWEST = 4
 """With fewer versions whose thresholds were solved, exits are not modelled."""
 

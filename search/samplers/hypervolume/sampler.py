@@ -15,11 +15,6 @@ from optuna.trial import FrozenTrial
 
 from search.samplers.base import SearchKnowledge
 from search.samplers.hypervolume.batch_planner import BatchPlanner
-from search.samplers.hypervolume.calibration_error import (
-    calibration_error,
-    predicted_and_measured,
-    recent_bias_and_std,
-)
 from search.samplers.hypervolume.encoding import Array, Codec
 from search.samplers.hypervolume.gaussian_process import HeldOutErrors
 from search.samplers.hypervolume.knapsack import SHARES, knapsacks
@@ -30,6 +25,11 @@ from search.samplers.hypervolume.observations import (
     ObservesTrials,
     observe_values,
     read_observations,
+)
+from search.samplers.hypervolume.prediction_errors import (
+    predicted_and_measured,
+    prediction_errors,
+    recent_bias_and_std,
 )
 from search.samplers.hypervolume.prior import ProblemPrior
 from search.samplers.hypervolume.proposals import (
@@ -89,7 +89,7 @@ class HypervolumeSampler(BaseSampler):
         self._planned_for: dict[str, BaseDistribution] = {}
         self._lock = threading.Lock()
         self.errors: dict[ModelKey, HeldOutErrors] = {}
-        self.calibration_error: dict[int, HeldOutErrors] = {}
+        self.prediction_errors: dict[int, HeldOutErrors] = {}
         self.has_proposed = False
 
     def reseed_rng(self) -> None:
@@ -152,7 +152,7 @@ class HypervolumeSampler(BaseSampler):
         return {  # journals and MLflow have these names
             "proposals": dict(origins(trials)),
             "held_out": {_name(key): asdict(error) for key, error in self.errors.items()},
-            "foresight": {_name(key): asdict(error) for key, error in self.calibration_error.items()},
+            "foresight": {_name(key): asdict(error) for key, error in self.prediction_errors.items()},
         }
 
     def remarks(self, trials: Sequence[FrozenTrial], objectives: Sequence[str]) -> list[str]:
@@ -167,7 +167,7 @@ class HypervolumeSampler(BaseSampler):
         lines = [f"proposals of the sampler: {counted}"]
         for key, error in self.errors.items():
             name = objectives[key] if isinstance(key, int) else key
-            before = self.calibration_error.get(key) if isinstance(key, int) else None
+            before = self.prediction_errors.get(key) if isinstance(key, int) else None
             ahead = f"; {before.mape:.1%} on its {before.count} proposals before they were measured" if before else ""
             lines.append(
                 f"surrogate of {name}, on {error.count} held-out measurements: R² {error.r2:.2f},"
@@ -190,7 +190,7 @@ class HypervolumeSampler(BaseSampler):
         batch = max(4 if explored else 2, len(observations.rows) // 40)
         posteriors = fit_models(observations, codec, prior)
         self.errors = posteriors.errors
-        self.calibration_error = calibration_error(trials, observations, codec)
+        self.prediction_errors = prediction_errors(trials, observations, codec)
         parents = _best_rows(observations, posteriors)
         if posteriors.are_uninformative:
             return self._by_evolution(observations, codec, parents, batch, EVOLUTION_ALONE)

@@ -1,4 +1,4 @@
-"""Which channels of a group matter: one criterion a file, one line each in the table."""
+"""Importance criteria for channels: one file each, and a line in the table."""
 
 from typing import TYPE_CHECKING
 
@@ -20,4 +20,4 @@ CRITERIA: "Registry[Criterion]" = Registry(
         "random": "spaces.pruning.criteria.random:scores",
     },
 )
-"""Every criterion, by the name that `[space] criterion` gives it."""
+"""Every criterion, by its name in `[space] criterion`."""

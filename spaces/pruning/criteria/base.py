@@ -1,4 +1,4 @@
-"""What a criterion is given, and what it returns."""
+"""The interface of an importance criterion."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from spaces.pruning.groups import ChannelGroup
 Floats = NDArray[np.float64]
 
 Scores = dict[str, Floats]
-"""One score per channel, `(channels,)`, for each group by name; the mean of a group is 1, more is more important."""
+"""Scores of each group's channels, `(channels,)`, by the group's name; their mean is 1, more is more important."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Calibration images `(n, c, h, w)` and their classes `(n,)`, for criteria that look at data."""
+    """Calibration images `(n, c, h, w)` and their classes `(n,)`, for criteria that use data."""
 
     images: Tensor
     labels: Tensor
 
 
 class Criterion(Protocol):
-    '''Scores the channels of every group: a function, named by a line of `spaces.pruning.criteria.CRITERIA`.
+    '''A function that scores the channels of every group, with a line in `spaces.pruning.criteria.CRITERIA`.
 
-    One that looks at weights alone needs no more than this file; `taylor` and `hrank` look at images.
+    The example is the whole file of a criterion that uses weights only; `taylor` and `hrank` also use images.
 
     Example:
         """Magnitude: the largest absolute weight."""
@@ -39,7 +39,7 @@ class Criterion(Protocol):
 
 
         def largest(filters: Floats) -> Floats:
-            """Returns the largest absolute weight `(channels,)` of each channel, from all of them."""
+            """Returns the largest absolute weight of each channel, `(channels,)`, from all of them."""
             return np.asarray(np.abs(filters).max(axis=1))
 
 
@@ -52,6 +52,6 @@ class Criterion(Protocol):
         Args:
             network: the dense network in evaluation mode; it returns a tuple of logits.
             groups: its dependency groups.
-            evidence: used by criteria that need data.
+            evidence: images and labels, for criteria that use data.
         """
         ...

@@ -1,4 +1,4 @@
-"""Redundancy: how far a filter lies from all the others of its layer."""
+"""Redundancy: the distance of a filter from all others of its layer."""
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -8,9 +8,9 @@ from spaces.pruning.criteria.reduction import of_weights
 
 
 def distances(filters: Floats) -> Floats:
-    """Returns the sum of the Euclidean distances `(channels,)` between a channel's weights and every other channel's.
+    """Returns the sum of the Euclidean distances of each channel's weights to those of all others, `(channels,)`.
 
-    A filter near the geometric median is the easiest to replace by the rest.
+    A filter near the geometric median is most easily replaced by the others.
     Source: He et al., Filter Pruning via Geometric Median, 2019.
     """
     return np.asarray(cdist(filters, filters).sum(axis=1))

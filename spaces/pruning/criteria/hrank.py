@@ -1,4 +1,4 @@
-"""How much information a channel's feature maps carry: their matrix rank."""
+"""The matrix rank of a channel's feature maps, a measure of their information."""
 
 from collections.abc import Sequence
 
@@ -17,29 +17,31 @@ _BATCH = 32
 
 
 def scores(network: nn.Module, groups: Sequence[ChannelGroup], evidence: Evidence) -> Scores:
-    """Returns the mean rank of each channel's feature maps, behind batch norm and ReLU, over calibration images.
+    """Returns the mean rank of each channel's feature maps, after batch norm and ReLU, over calibration images.
 
-    Maps of a few pixels have few ranks, so ties are many there. A group without any feature map (linear layers only)
-    is scored by its L2 norms. Source: Lin et al., HRank, 2020.
+    Maps of a few pixels have few different ranks, so many channels have equal scores there. A group without feature
+    maps (linear layers only) is scored by its L2 norms.
+    Source: Lin et al., HRank, 2020.
     """
-    read = {member.path for group in groups for member in _readable(network, group)}
-    ranks = _mean_ranks(network, sorted(read), evidence.images[:_IMAGES])
-    mapped = [group for group in groups if _readable(network, group)]
+    paths = {member.path for group in groups for member in _map_members(network, group)}
+    ranks = _mean_ranks(network, sorted(paths), evidence.images[:_IMAGES])
+    groups_with_maps = [group for group in groups if _map_members(network, group)]
 
     def score(member: Member) -> NDArray[np.float64] | None:
         return np.asarray(ranks[member.path][member.positions].sum(1)) if member.path in ranks else None
 
-    return l2_scores(network, groups, evidence) | score_groups(mapped, score)
+    return l2_scores(network, groups, evidence) | score_groups(groups_with_maps, score)
 
 
-def _readable(network: nn.Module, group: ChannelGroup) -> list[Member]:
-    """Returns the batch norms of a group, whose outputs are its feature maps; its convolutions where it has none."""
+def _map_members(network: nn.Module, group: ChannelGroup) -> list[Member]:
+    """Returns the layers whose outputs are a group's feature maps: its batch norms, or convolutions if it has none."""
     out = [(member, network.get_submodule(member.path)) for member in group.members if member.axis == "out"]
     norms = [member for member, module in out if isinstance(module, nn.BatchNorm2d)]
     return norms or [member for member, module in out if isinstance(module, nn.Conv2d)]
 
 
 def _mean_ranks(network: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, NDArray[np.float64]]:
+    """Returns the mean rank of each output channel of some layers, `(channels,)`, by path."""
     totals: dict[str, NDArray[np.float64]] = {}
 
     def add(path: str, maps: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Optimal brain damage: the second-order change of the loss, its curvature taken from the Fisher information."""
+"""Optimal brain damage: the second-order change of the loss, with the Fisher information as its curvature."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spaces.pruning.criteria.base import Evidence, Scores
-from spaces.pruning.criteria.reduction import loss_gradients, rows, score_groups
+from spaces.pruning.criteria.reduction import by_channel, loss_gradients, score_groups
 from spaces.pruning.groups import ChannelGroup, Member
 
 _IMAGES = 128
-"""Gradients are taken of one image at a time, and so many are enough to rank channels."""
+"""The number of images, enough to rank channels; gradients are computed one image at a time."""
 
 
 def scores(network: nn.Module, groups: Sequence[ChannelGroup], evidence: Evidence) -> Scores:
@@ -22,20 +22,19 @@ def scores(network: nn.Module, groups: Sequence[ChannelGroup], evidence: Evidenc
     Fisher Pruning, 2018, for the curvature.
     """
     parameters = dict(network.named_parameters())
-    some = Evidence(evidence.images[:_IMAGES], evidence.labels[:_IMAGES])
-    fisher = _fisher(network, some)
+    fisher = _fisher(network, Evidence(evidence.images[:_IMAGES], evidence.labels[:_IMAGES]))
 
     def score(member: Member) -> NDArray[np.float64] | None:
         name = f"{member.path}.weight"
         if name not in fisher:
             return None
-        return np.asarray(rows(0.5 * fisher[name] * parameters[name].detach().square(), member).sum(1))
+        return np.asarray(by_channel(0.5 * fisher[name] * parameters[name].detach().square(), member).sum(1))
 
     return score_groups(groups, score)
 
 
 def _fisher(network: nn.Module, evidence: Evidence) -> dict[str, Tensor]:
-    """Returns the mean squared gradient of every parameter, over single images."""
+    """Returns the diagonal of the Fisher information: the mean over images of each parameter's squared gradient."""
     total: dict[str, Tensor] = {}
     for gradients in loss_gradients(network, evidence, 1):
         for name, gradient in gradients.items():

@@ -1,4 +1,4 @@
-"""Chance: what every criterion has to beat."""
+"""Random scores, the baseline for all criteria."""
 
 import zlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from spaces.pruning.groups import ChannelGroup
 
 
 def scores(_network: nn.Module, groups: Sequence[ChannelGroup], _evidence: Evidence, /) -> Scores:
-    """Returns uniform draws, the same for the same groups."""
+    """Returns uniform random scores, the same ones for the same groups."""
     return {
         group.name: normalized(np.random.default_rng(zlib.crc32(group.name.encode())).random(group.channels))
         for group in groups

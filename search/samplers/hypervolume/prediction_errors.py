@@ -1,6 +1,6 @@
-"""How far measurements of proposals were from what models had expected before.
+"""Errors of the models on the sampler's own proposals: predicted before, measured after.
 
-Proposals are where models are most hopeful, so models are wrong there more often than on what is left out at random.
+Proposals are where models are most optimistic, so errors there are larger than on trials held out at random.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from search.samplers.hypervolume.observations import Observations
 from search.samplers.hypervolume.proposals import expected_costs, row_key
 
 _LAST = 20
-"""So many of the last proposals tell how far off models are now."""
+"""The number of latest proposals from which current errors are estimated."""
 _FEWEST = 4
-"""With fewer, models are taken to be as good as they say."""
+"""With fewer proposals, the models' own uncertainty is taken as it is."""
 _FEWEST_SHOWN = 3
 
 
-def calibration_error(
+def prediction_errors(
     trials: Sequence[FrozenTrial], observations: Observations, codec: Codec
 ) -> dict[int, HeldOutErrors]:
-    """Returns how well proposals were predicted before anyone measured them, by the index of the objective.
+    """Returns the errors of predictions made before the proposals were measured, by the index of the objective.
 
     Args:
         trials: of the study.
-        observations: what they came to.
+        observations: what was measured of them.
         codec: of the space.
     """
     return {
@@ -39,11 +39,11 @@ def calibration_error(
 
 
 def predicted_and_measured(trials: Sequence[FrozenTrial], observations: Observations, codec: Codec) -> list[Array]:
-    """Returns for each objective the costs that were expected of proposals and those that were measured, `(n, 2)`.
+    """Returns for each objective the predicted and the measured costs of proposals, `(n, 2)`.
 
     Args:
         trials: of the study, in order.
-        observations: what they came to.
+        observations: what was measured of them.
         codec: of the space.
     """
     measured = {row_key(row): costs for row, costs in zip(observations.rows, observations.costs, strict=True)}
@@ -62,11 +62,11 @@ def predicted_and_measured(trials: Sequence[FrozenTrial], observations: Observat
 def recent_bias_and_std(pairs_of: Sequence[Array], posteriors: Posteriors) -> Array:
     """Returns by how much the last measurements were worse than predicted, transformed: mean and deviation, `(2, m)`.
 
-    Proposals that came out better are no reason to be bold, so a mean is 0 at least.
+    Proposals that were better than predicted make no proposal look safer, so the mean is at least 0.
 
     Args:
         pairs_of: predicted and measured costs of proposals, in order, `(n, 2)` for each objective.
-        posteriors: know how costs are transformed.
+        posteriors: have the transformation of costs.
     """
     bias_and_std = np.zeros((2, len(pairs_of)))
     for objective, (pairs, posterior) in enumerate(zip(pairs_of, posteriors.objectives, strict=True)):

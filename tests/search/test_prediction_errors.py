@@ -5,9 +5,9 @@ import pytest
 from scipy.stats import norm
 
 from search.samplers.hypervolume.acquisition import Marginals, probably_feasible
-from search.samplers.hypervolume.calibration_error import recent_bias_and_std
 from search.samplers.hypervolume.models import Posterior, Posteriors
 from search.samplers.hypervolume.outcome_transforms import log_transform, relative_transform
+from search.samplers.hypervolume.prediction_errors import recent_bias_and_std
 
 
 def marginals() -> Marginals:
