@@ -56,6 +56,10 @@ class Candidate:
         """Whether the threshold of an exit is still to be solved for."""
         return self.thresholds.is_unsolved
 
+    def lacks(self, layer: str) -> bool:
+        """Returns whether a layer, or a group of channels, is inside a block that is left out."""
+        return layer.startswith(tuple(f"{block}." for block in self.removed_blocks))
+
     def without_skips(self) -> Self:
         """Returns the same candidate with every block run."""
         return replace(self, thresholds=self.thresholds.without_skips())

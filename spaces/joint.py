@@ -65,7 +65,6 @@ class JointSpace:
         """
         if not candidate.removed_blocks:
             return candidate
-        gone = tuple(f"{block}." for block in candidate.removed_blocks)
         groups = {group.name: group for group in self.sparsity.groups if group.is_inside(candidate.removed_blocks)}
         thresholds = candidate.thresholds
         removed = dict.fromkeys(thresholds.blocks.keys() & set(candidate.removed_blocks))
@@ -75,10 +74,10 @@ class JointSpace:
                 name: groups[name].channels if name in groups else kept for name, kept in candidate.channels.items()
             },
             precision={
-                layer: self.precision.precisions[0] if layer.startswith(gone) else precision
+                layer: self.precision.precisions[0] if candidate.lacks(layer) else precision
                 for layer, precision in candidate.precision.items()
             },
-            patterns={layer: name for layer, name in candidate.patterns.items() if not layer.startswith(gone)},
+            patterns={layer: name for layer, name in candidate.patterns.items() if not candidate.lacks(layer)},
             thresholds=replace(thresholds, blocks={**thresholds.blocks, **removed}),
         )
 

@@ -204,6 +204,7 @@ def _versions(first: Side, second: Side, facts: tuple[tuple[str, str, str], ...]
         *facts,
         ("target", _target(a), _target(b)),
         ("recovery", a.evaluation.effort, b.evaluation.effort),
+        ("blocks left out", _blocks(a), _blocks(b)),
         ("exits", _exits(a), _exits(b)),
     ]
     machine, remarks = _machine(first, second)
@@ -220,6 +221,10 @@ def _versions(first: Side, second: Side, facts: tuple[tuple[str, str, str], ...]
 def _target(version: Version) -> str:
     latency = version.measured.get("latency")
     return latency.target if latency else "not measured"
+
+
+def _blocks(version: Version) -> str:
+    return " ".join(version.evaluation.candidate.removed_blocks) or "-"
 
 
 def _exits(version: Version) -> str:

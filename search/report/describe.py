@@ -80,23 +80,26 @@ def simple_lines(given: GivenMeasurements) -> list[str]:
 
 
 def kept_share(candidate: Candidate, dense: Candidate) -> float:
-    """Returns the share of the channels that a candidate keeps, 0 to 1."""
-    return sum(candidate.channels.values()) / max(sum(dense.channels.values()), 1)
+    """Returns the share of the channels that a candidate keeps, 0 to 1; blocks that are left out keep none."""
+    kept = sum(count for name, count in candidate.channels.items() if not candidate.lacks(name))
+    return kept / max(sum(dense.channels.values()), 1)
 
 
 def kept_channels(candidate: Candidate, dense: Candidate) -> str:
-    """Returns the share of the channels that a candidate keeps: `55%`."""
-    return f"{kept_share(candidate, dense):.0%}"
+    """Returns the share of the channels that a candidate keeps, and how many blocks it lacks: `55%`, `55% -3`."""
+    removed = f" -{len(candidate.removed_blocks)}" if candidate.removed_blocks else ""
+    return f"{kept_share(candidate, dense):.0%}{removed}"
 
 
 def int8_layers(candidate: Candidate) -> str:
     """Returns the number of int8 layers and of all layers: `20/24`, or `16+4/24` if four more are stored in int4.
 
-    Heads of inactive exits do not count, because they are not deployed.
+    Heads of inactive exits and blocks that are left out do not count, because they are not deployed.
     """
     heads = {layer for layer in candidate.precision if layer.startswith("exits.")}
     inactive = {layer for layer in heads if layer.split(".")[1] not in candidate.active_exits}
-    precisions = [precision for layer, precision in candidate.precision.items() if layer not in inactive]
+    deployed = [layer for layer in candidate.precision if layer not in inactive and not candidate.lacks(layer)]
+    precisions = [candidate.precision[layer] for layer in deployed]
     stored = f"+{precisions.count('int4')}" if "int4" in precisions else ""
     return f"{precisions.count('int8')}{stored}/{len(precisions)}"
 

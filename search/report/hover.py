@@ -20,6 +20,8 @@ def hover(version: Version, dense: Version) -> str:
         f"FLOPs {measured['flops'].value / dense.measured['flops'].value:.1%} of dense, {size(measured['size'].value)}",
         f"channels {kept_channels(candidate, dense.evaluation.candidate)}, int8 layers {int8_layers(candidate)}",
     ]
+    if candidate.removed_blocks:
+        lines.append(f"without {len(candidate.removed_blocks)} residual blocks: {', '.join(candidate.removed_blocks)}")
     if candidate.active_exits:
         confidences = zip(candidate.active_exits, candidate.thresholds.confidences, strict=True)
         thresholds = ", ".join(f"{name} from {threshold(confidence)}" for name, confidence in confidences)

@@ -22,7 +22,7 @@ class Layer:
         name: its path in the network.
         kept: number of output channels that it keeps; None if unknown.
         of: number of output channels in the dense network; None if unknown.
-        precision: empty if it is not a dimension of the space, or if its exit is not part of the version.
+        precision: empty if it is not a dimension of the space, or if its exit or block is not part of the version.
         pattern: of zeros; empty without.
     """
 
@@ -51,10 +51,10 @@ def layers_of(candidate: Candidate, dense: Candidate, members: Mapping[str, str]
 
 def _layer(name: str, group: str, candidate: Candidate, dense: Candidate) -> Layer:
     inactive = set(candidate.thresholds.exits) - set(candidate.active_exits)
-    is_absent = any(name.startswith(f"exits.{exit_}.") for exit_ in inactive)
+    is_absent = candidate.lacks(name) or any(name.startswith(f"exits.{exit_}.") for exit_ in inactive)
     return Layer(
         name,
-        candidate.channels.get(group),
+        0 if candidate.lacks(name) else candidate.channels.get(group),
         dense.channels.get(group),
         "" if is_absent else candidate.precision.get(name, ""),
         candidate.patterns.get(name, ""),
@@ -92,7 +92,10 @@ def heat_map(versions: Sequence[Version], dense: Version) -> HeatMap:
     chosen = [versions[index] for index in _spread(len(versions), MAX_COLUMNS)]
     whole = dense.evaluation.candidate
     candidates = [version.evaluation.candidate for version in chosen]
-    kept = np.array([[candidate.channels[name] for candidate in candidates] for name in whole.channels], dtype=np.int64)
+    kept = np.array(
+        [[0 if each.lacks(name) else each.channels[name] for each in candidates] for name in whole.channels],
+        dtype=np.int64,
+    )
     kept = kept.reshape(len(whole.channels), len(chosen))
     of = np.array(list(whole.channels.values()), dtype=np.float64).reshape(-1, 1)
     layers = [layers_of(candidate, whole, {}) for candidate in candidates]
@@ -137,6 +140,8 @@ def parallel_axes(versions: Sequence[Version], dense: Version) -> list[Axis]:
         axis("channels, %", *(kept_share(candidate, whole) * 100 for candidate in candidates)),
         axis("lower bits, %", *(_lowered(candidate, whole) * 100 for candidate in candidates)),
     ]
+    if any(candidate.removed_blocks for candidate in candidates):
+        axes.append(axis("blocks left out", *(float(len(candidate.removed_blocks)) for candidate in candidates)))
     if whole.thresholds.exits:
         axes.append(axis("early exits, %", *(sum(leaving_shares(version)) * 100 for version in versions)))
     return axes
