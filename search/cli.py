@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 StudyName = Annotated[
-    str | None, typer.Option("--study", help="A study that comes along, or the path of a study.toml; default: digits.")
+    str | None, typer.Option("--study", help="A study that comes along, or the path of a study.toml; default: scenes.")
 ]
 Model = Annotated[
     str | None,
