@@ -79,7 +79,7 @@ def test_a_seed_gives_the_same_pixels(digits, some) -> None:
 def test_pixels_are_the_same_on_every_platform(some) -> None:
     steps = np.round(some.images * 255).astype(np.uint8)
     assert np.array_equal(some.images, steps / np.float32(255)), "brightness is rounded to steps of 1/255"
-    assert hashlib.sha256(steps.tobytes()).hexdigest()[:16] == "0"
+    assert hashlib.sha256(steps.tobytes()).hexdigest()[:16] == "7e4760d0c88e6205"
 
 
 @given(count=st.integers(1, 40), size=st.integers(SMALLEST, 64), seed=st.integers(0, 2**32))
