@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from evaluators.data import LabelledImages
 from search.config.overrides import Request
 from studies.digits.data import splits as digit_splits
+from studies.digits.model import resnet20
 from studies.scenes.composition import SMALLEST, Drawings, compose
 from studies.scenes.data import COUNTS, SEEDS, augment, scenes, splits
-from studies.scenes.model import resnet
 
 SPLITS = tuple(COUNTS)
 
@@ -168,12 +168,12 @@ def test_augmentation_is_seeded_and_keeps_shape_and_range(some) -> None:
 @pytest.mark.parametrize("size", [48, 36, 24, 16])
 def test_the_network_reads_images_of_any_size(size) -> None:
     with torch.no_grad():
-        assert resnet().eval()(torch.zeros(2, 1, size, size)).shape == (2, 10)
+        assert resnet20().eval()(torch.zeros(2, 1, size, size)).shape == (2, 10)
 
 
 def test_the_network_has_blocks_that_could_be_left_out() -> None:
-    network = resnet().eval()
-    features = torch.rand(1, 32, 24, 24)
+    network = resnet20().eval()
+    features = torch.rand(1, 16, 24, 24)
     for stage in (network.stage1, network.stage2, network.stage3):
         features = stage[0](features)
         assert all(block(features).shape == features.shape for block in list(stage)[1:])
