@@ -200,13 +200,15 @@ def _light(shade: Floats, rng: np.random.Generator, size: int) -> Floats:
     ramp = np.linspace(0, 1, size, dtype=np.float32)
     down, right = np.where(rng.random((2, len(shade), 1)) < 0.5, ramp, ramp[::-1])
     slope = rng.random((len(shade), 1, 1), np.float32)
-    return 1 - shade[:, None, None] * (slope * down[:, :, None] + (1 - slope) * right[:, None, :])
+    factor: Floats = 1 - shade[:, None, None] * (slope * down[:, :, None] + (1 - slope) * right[:, None, :])
+    return factor
 
 
 def _noise(deviation: Floats, rng: np.random.Generator, size: int) -> Floats:
     """Returns noise whose density is a triangle, which needs no function that platforms compute differently."""
     halves = rng.random((2, len(deviation), size, size), np.float32)
-    return (halves[0] + halves[1] - 1) * (np.float32(6**0.5) * deviation[:, None, None])
+    noise: Floats = (halves[0] + halves[1] - 1) * (np.float32(6**0.5) * deviation[:, None, None])
+    return noise
 
 
 def _between(cells: Floats, row: Floats, column: Floats) -> Floats:
@@ -219,17 +221,19 @@ def _between(cells: Floats, row: Floats, column: Floats) -> Floats:
     down, right, flat = row - top, column - left, padded.ravel()
     above = flat[first] + right * (flat[first + 1] - flat[first])
     below = flat[first + width] + right * (flat[first + width + 1] - flat[first + width])
-    return above + down * (below - above)
+    between: Floats = above + down * (below - above)
+    return between
 
 
 def _sharpened(coverage: Floats) -> Floats:
     """Returns coverage with the blur of the enlargement taken back."""
-    return np.clip(2 * coverage - 0.4, 0, 1, dtype=np.float32)
+    sharpened: Floats = np.clip(2 * coverage - 0.4, 0, 1, dtype=np.float32)
+    return sharpened
 
 
 def _boxes(masks: NDArray[np.bool_]) -> Ints:
     """Returns top, left, bottom and right of each mask, the last two exclusive, `(n, 4)`; zeros where it is empty."""
     size = masks.shape[-1]
-    rows, columns = masks.any(2), masks.any(1)
+    rows, columns = np.any(masks, axis=2), np.any(masks, axis=1)
     ends = [rows.argmax(1), columns.argmax(1), size - rows[:, ::-1].argmax(1), size - columns[:, ::-1].argmax(1)]
     return np.where(rows.any(1)[:, None], np.stack(ends, 1), 0).astype(np.int64)
