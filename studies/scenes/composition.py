@@ -32,7 +32,10 @@ NOISE: Range = (0.01, 0.08)
 SHADE: Range = (0.1, 0.5)
 """How much darker the darkest corner is than the brightest."""
 
-_CELLS, _BORDER, _PIECE = 8, 2, 4
+_CELLS, _PIECE = 8, 4
+"""Height and width of a digit, and of a piece of one, in cells."""
+_BORDER = 2
+"""Empty cells around a digit, so that what lies outside is exactly 0."""
 _GROUND = 0.15
 """Brightness of the ground."""
 _LARGEST_PIECE = 3.0
@@ -218,7 +221,8 @@ def _between(cells: Floats, row: Floats, column: Floats) -> Floats:
     row, column = (np.clip(index + _BORDER, 0, width - 1.01, dtype=np.float32) for index in (row, column))
     top, left = row.astype(np.int32), column.astype(np.int32)
     first = np.arange(len(cells), dtype=np.int32)[:, None, None] * width**2 + top * width + left
-    down, right, flat = row - top, column - left, padded.ravel()
+    down, right = row - top, column - left
+    flat = padded.ravel()
     above = flat[first] + right * (flat[first + 1] - flat[first])
     below = flat[first + width] + right * (flat[first + width + 1] - flat[first + width])
     between: Floats = above + down * (below - above)
