@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import numpy as np
@@ -36,7 +36,7 @@ _BLOCKS = 2
 _SIZE = 16
 """Height and width of its feature maps."""
 _MOST_IMAGES = 4
-"""The batch is the target's, up to so many images."""
+"""The batch is the target's, up to so many images, which is enough to choose a kernel by."""
 
 TimePair = Callable[[int, int, TimingProtocol], Interval]
 """Returns the time of the network of the first width divided by that of the second; each call loads both anew."""
@@ -51,7 +51,7 @@ def known_widths(
     Args:
         runtime: executes the networks.
         target: batch size and threads.
-        kept: earlier tables, by runtime, version, device and target.
+        kept: earlier tables, by the runtime's version, device, batch, threads and what the runtime does in int8.
         progress: called at every pair of widths.
 
     Raises:
@@ -63,11 +63,12 @@ def known_widths(
     files = f"{able.weight_bits} {able.quantized_add} {able.features} {' '.join(able.int8_operators)}"
     timing = [json.dumps(asdict(protocol)) for protocol in (QUICK, PROTOCOL)]
     table = f"{MULTIPLES} {_BLOCKS} {_SIZE} {_MOST_IMAGES} {CONFIRMATIONS} widths ratios"
-    key = cache.key(runtime.version(), str(target), *steps, files, *timing, table)
+    timed = replace(target, batch=min(target.batch, _MOST_IMAGES))
+    key = cache.key(runtime.version(), str(timed), *steps, files, *timing, table)
     entry = kept.find(key)
     if entry is not None:
         return {precision: WidthTimes.from_dict(content) for precision, content in entry.items()}
-    tables = measure_widths(runtime, target, progress)
+    tables = measure_widths(runtime, timed, progress)
     kept.keep(key, {precision: times.to_dict() for precision, times in tables.items()})
     return tables
 
@@ -81,7 +82,7 @@ def measure_widths(
 
     Args:
         runtime: executes the networks.
-        target: batch size and threads; at most four images are a batch here.
+        target: batch size, of at most four images, and threads.
         progress: called at every pair of widths.
         limit_s: the seconds after which no pair is timed again.
 
@@ -142,7 +143,6 @@ class _Networks:
     def __init__(self, runtime: Runtime, target: Target, widths: Sequence[int]) -> None:
         self._runtime = runtime
         self._target = target
-        self._batch = min(target.batch, _MOST_IMAGES)
         self._images = np.random.default_rng(0).normal(size=(_MOST_IMAGES, 3, _SIZE, _SIZE)).astype(np.float32)
         with torch.random.fork_rng(devices=[]):  # so that later trainings are the same, timed or not
             torch.manual_seed(0)
@@ -154,8 +154,9 @@ class _Networks:
         candidate = Candidate({}, uniform(self._builder.layers, precision))
 
         def timed(narrow: int, wide: int, protocol: TimingProtocol) -> Interval:
+            batch = self._target.batch
             pair = [self._open(width, candidate) for width in (narrow, wide)]
-            turns = pair[0].turns(self._images, [TimedBatch(0, self._batch)], pair[1], self._batch, protocol)
+            turns = pair[0].turns(self._images, [TimedBatch(0, batch)], pair[1], batch, protocol)
             timing = time_pair(turns, [1.0], protocol, time.perf_counter)
             return Interval(timing.ratio, timing.half_width)
 

@@ -278,8 +278,9 @@ class StoredSearch:
         baseline = Baseline.from_dict(attributes["baseline"])
         report = attributes.get(REPORT, {})
         members = attributes.get("structure", {}).get("members", {})
-        recovered, samplers, widths = _recovered(journal), _samplers(journal), read_widths(journal)
-        return cls(folder, study, baseline, tuple(journal.trials), recovered, members, samplers, report, widths)
+        recovered, widths = _recovered(journal), read_widths(journal)
+        trials, samplers = tuple(journal.trials), _samplers(journal)
+        return cls(folder, study, baseline, trials, recovered, members, samplers, report, widths)
 
     def sampler_of(self, number: int) -> str:
         """Returns the name of the sampler that proposed a trial; empty if it was not noted."""

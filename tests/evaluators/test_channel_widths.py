@@ -1,6 +1,7 @@
 """Widths that are slower than wider ones: the decision on given tables, a real table, and what a space offers."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from evaluators.latency.channel_widths import OfferedWidths, WidthTimes, offered
 from evaluators.latency.slow_layers import Interval
 from evaluators.runtimes.base import Target
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
+from search.cli import run
 from search.config.study import Study
 from search.pipeline.channel_steps import (
     NOT_MEASURED,
@@ -24,12 +26,13 @@ from search.pipeline.channel_steps import (
     width_remarks,
 )
 from search.pipeline.pipeline import build_pipeline
-from search.results.store import SearchFolder, StoredSearch
+from search.results.store import SearchFolder, StoredSearch, read_widths, store_widths
 from spaces.precision import PrecisionSpace
 from tests.helpers import tiny
+from tests.helpers.searches import ROOT
 
 WIDTHS = tuple(range(8, 65, 8))
-TARGET = Target("onnxruntime", "test CPU", 4, 1)
+TARGET = Target("onnxruntime", OnnxRuntime().device(), 4, 1)
 
 
 def table(*ratios: float, half_width: float = 0.01) -> WidthTimes:
@@ -116,8 +119,8 @@ def test_what_is_undecided_when_the_time_is_up_is_offered() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[LatencyCache, dict[str, WidthTimes]]:
-    kept = LatencyCache(tmp_path_factory.mktemp("widths"))
+def measured(cache) -> tuple[LatencyCache, dict[str, WidthTimes]]:
+    kept = LatencyCache(cache / "widths")  # the tests' searches use it, too
     return kept, known_widths(OnnxRuntime(), TARGET, kept)
 
 
@@ -138,8 +141,9 @@ def test_a_table_is_timed_once_for_each_target(measured) -> None:
 
     before = torch.random.get_rng_state()
     assert known_widths(OnnxRuntime(), TARGET, kept, never) == tables
+    assert known_widths(OnnxRuntime(), replace(TARGET, batch=64), kept, never) == tables
     with pytest.raises(RuntimeError, match="timed again"):
-        known_widths(OnnxRuntime(), replace(TARGET, batch=1), kept, never)
+        known_widths(OnnxRuntime(), replace(TARGET, batch=3), kept, never)
     assert torch.equal(torch.random.get_rng_state(), before), "trainings are the same, timed or not"
 
 
@@ -230,7 +234,20 @@ def test_a_space_offers_what_suits_its_target(cache) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_stores_its_widths_and_goes_on_with_them(folder) -> None:
-    search = StoredSearch.read(SearchFolder(folder / "one"))
-    assert tuple(search.widths) == ("fp32", "int8")
-    assert StoredSearch.read(SearchFolder(folder / "one")).widths == search.widths
+def test_a_search_goes_on_with_the_widths_that_it_began_with(folder, tmp_path, capsys) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(folder / "one", runs / "one")
+    began = StoredSearch.read(SearchFolder(runs / "one"))
+    assert tuple(began.widths) == ("fp32", "int8")
+    others = {"fp32": SIXTEENS, "int8": SIXTEENS}
+    store_widths(began.folder.open(), others)
+    asked = ["--study", str(folder.parent / "study.toml"), "--search", "one", "--runs", str(runs), "--trials", "13"]
+    assert run(asked) in (0, 1)
+    assert "widths in steps of 16: measured on this target" in " ".join(capsys.readouterr().out.split())
+    resumed = StoredSearch.read(began.folder)
+    assert resumed.widths == others
+    assert resumed.finished == began.finished + 1
+
+
+def test_a_search_of_before_has_no_widths_and_keeps_the_steps_of_its_runtime() -> None:
+    assert read_widths(SearchFolder(ROOT / "tests" / "data" / "before" / "search").open()) == {}
