@@ -131,6 +131,8 @@ class SpaceSection(Section):
     """Importance criterion that ranks the channels to be cut."""
     keep_at_least: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Smallest share of its channels that a group keeps; 1 cuts none."""
+    channel_step: Positive | None = None
+    """Multiple in which groups keep channels; where not given, what suits the target: it is measured."""
     keep_blocks_at_least: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Smallest share of its residual blocks that a stage keeps, rounded down; 1 leaves none out."""
     lowest_threshold: Share = 0.5
@@ -393,7 +395,7 @@ class Study(Section):
     def question_key(self) -> str:
         """Eight hexadecimal digits over all that an answer depends on, so not over the number of trials."""
         # A key that came later counts where it says something, so that earlier searches keep their names.
-        later = {"only", "precision"}
+        later = {"only", "precision", "channel_step"}
         silent = {key for key in later if getattr(self.space, key) == SpaceSection.model_fields[key].default}
         content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent})
         # What fp32 layers run in was two keys once.
