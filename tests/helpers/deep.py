@@ -49,7 +49,7 @@ class Normalising(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GELU())
         self.blocks = nn.Sequential(PreActivation(8), PreActivation(8))
         self.down, self.relu = nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()
         self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
