@@ -117,7 +117,7 @@ def test_int8_files_are_close_to_torch(network, builder, space, blocks, keep, co
     assert signal_to_noise(found, expected) > 15
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(blocks=REMOVED, data=st.data())
 def test_layers_of_any_precision_stand_around_the_gap(network, space, blocks, data) -> None:
     builder = deep.builder_of(network, Accelerator())
@@ -165,7 +165,7 @@ def test_what_is_left_out_is_in_no_file_and_in_no_count(network, builder, space,
     assert counted == parameters
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(blocks=REMOVED, keep=st.sampled_from([0.5, 1.0]))
 def test_flops_are_less_by_those_of_the_blocks(network, builder, space, blocks, keep) -> None:
     flops = FlopsEvaluator(network, pictures(1))
