@@ -162,7 +162,8 @@ def search(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Dimensions to search, comma-separated: channels, precision, exits, skips, masks, patterns, frames.",
+            help="Dimensions to search, comma-separated: channels, depth, precision, exits, skips, masks, patterns,"
+            " frames.",
         ),
     ] = None,
     tracking_uri: TrackingUri = None,

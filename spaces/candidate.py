@@ -57,8 +57,8 @@ class Candidate:
         return self.thresholds.is_unsolved
 
     def lacks(self, layer: str) -> bool:
-        """Returns whether a layer, or a group of channels, is inside a block that is left out."""
-        return layer.startswith(tuple(f"{block}." for block in self.removed_blocks))
+        """Returns whether a layer, a block or a group of channels is left out, with the block that it is in."""
+        return f"{layer}.".startswith(tuple(f"{block}." for block in self.removed_blocks))
 
     def without_skips(self) -> Self:
         """Returns the same candidate with every block run."""

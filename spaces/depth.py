@@ -194,6 +194,7 @@ def _batch_statistics(network: nn.Module) -> Iterator[None]:
     for norm in norms:
         norm.training = True
         norm.momentum = 0.0
+        norm.num_batches_tracked = None  # or else it would be counted up in place
     try:
         yield
     finally:

@@ -61,13 +61,16 @@ class JointSpace:
     def _without_idle_choices(self, candidate: Candidate) -> Candidate:
         """Returns the candidate with the dense network's choices in blocks that are left out, so that equals are equal.
 
-        Layers get the reference precision and no pattern, groups of channels their width, and gates are off.
+        Layers get the reference precision and no pattern, groups of channels their width, and gates and masks are off.
         """
         if not candidate.removed_blocks:
             return candidate
         groups = {group.name: group for group in self.sparsity.groups if group.is_inside(candidate.removed_blocks)}
         thresholds = candidate.thresholds
-        removed = dict.fromkeys(thresholds.blocks.keys() & set(candidate.removed_blocks))
+        gates, masks = (
+            {block: None if candidate.lacks(block) else value for block, value in part.items()}
+            for part in (thresholds.blocks, thresholds.masks)
+        )
         return replace(
             candidate,
             channels={
@@ -78,7 +81,7 @@ class JointSpace:
                 for layer, precision in candidate.precision.items()
             },
             patterns={layer: name for layer, name in candidate.patterns.items() if not candidate.lacks(layer)},
-            thresholds=replace(thresholds, blocks={**thresholds.blocks, **removed}),
+            thresholds=replace(thresholds, blocks=gates, masks=masks),
         )
 
     def with_thresholds(self, candidate: Candidate, thresholds: Thresholds) -> Candidate:

@@ -107,8 +107,10 @@ class Template:
         """Returns the graph without some of the blocks that may be left out: their readers read what they read.
 
         Raises:
-            ExportError: a block's ends are no tensors of this graph.
+            ExportError: a block is none of those, or its ends are no tensors of this graph.
         """
+        if unknown := set(removed) - set(self._removable):
+            raise ExportError(f"a block that is left out is one that may be left out, got {min(unknown)!r}")
         shorter = copy.copy(self)
         before = dict(self._removable[block][::-1] for block in removed)
         if lost := set(before) - set(self._position):

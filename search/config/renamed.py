@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from search.config.errors import StudyError
+from search.config.sections import BEFORE_DEPTH
 
 RENAMED: Mapping[str, Mapping[str, str]] = {"search": {"early": "early_stopping", "profile": "warm_start"}}
 """Present names by former names, by section."""
@@ -57,3 +58,15 @@ def _with_fp32_type(target: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     kept = {key: each for key, each in target.items() if key not in old}
     lines = [f'[target] {kind} = {str(target[kind]).lower()} is written fp32_in = "{value}" now' for kind in old]
     return {**kept, "fp32_in": value}, lines
+
+
+def with_earlier_dimensions(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a journal's study with the dimensions that were searched, if it was written before they could be chosen.
+
+    Args:
+        content: of the journal, which has every key of its version.
+    """
+    space = content.get("space")
+    if not isinstance(space, Mapping) or "only" in space:
+        return dict(content)
+    return {**content, "space": {**space, "only": list(BEFORE_DEPTH)}}

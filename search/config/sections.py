@@ -13,6 +13,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Dimension = Literal["channels", "depth", "precision", "exits", "skips", "masks", "patterns", "frames"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 """What may be searched, in the order in which it is written."""
+BEFORE_DEPTH: tuple[Dimension, ...] = tuple(name for name in DIMENSIONS if name != "depth")
+"""What was searched by default before depth was a dimension."""
 Positive = Annotated[int, Field(ge=1)]
 
 

@@ -18,8 +18,9 @@ from search.config.budget import Budget
 from search.config.errors import StudyError, plain
 from search.config.references import absolute, absolute_path, data_source, factory_source, model_source
 from search.config.registries import QUANTIZERS, RECOVERIES, SAMPLERS
-from search.config.renamed import with_present_names
+from search.config.renamed import with_earlier_dimensions, with_present_names
 from search.config.sections import (
+    BEFORE_DEPTH,
     DIMENSIONS,
     Dimension,
     ExitsSection,
@@ -346,7 +347,7 @@ class Study(Section):
             StudyError: it was written by a version with other keys.
         """
         try:
-            return cls.model_validate(with_present_names(content)[0])
+            return cls.model_validate(with_earlier_dimensions(with_present_names(content)[0]))
         except ValidationError as error:
             raise StudyError(
                 f"a search goes on with the version that began it, got another's study: {plain(error, cls)}"
@@ -395,8 +396,9 @@ class Study(Section):
     def question_key(self) -> str:
         """Eight hexadecimal digits over all that an answer depends on, so not over the number of trials."""
         # A key that came later counts where it says something, so that earlier searches keep their names.
-        later = {"only", "precision", "channel_step"}
+        later = {"precision", "keep_blocks_at_least", "channel_step"}
         silent = {key for key in later if getattr(self.space, key) == SpaceSection.model_fields[key].default}
+        silent |= {"only"} if self.space.only == BEFORE_DEPTH else set()
         content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent})
         # What fp32 layers run in was two keys once.
         kind = self.target.fp32_in

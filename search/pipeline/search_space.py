@@ -159,7 +159,7 @@ def _supported_patterns(study: Study, runtime: Runtime) -> tuple[str, ...]:
 
 
 def unsupported_options(study: Study, runtime: Runtime, target: Target, space: JointSpace) -> list[str]:
-    """Returns remarks on options of the study that the target does not support."""
+    """Returns remarks on options of the study that the target or the network does not support."""
     where = f"{target.device} has no {{}} in {target.runtime}"
     remarks = [
         f"{kind} storage is left out: {where.format('kernels that read it')}"
@@ -178,6 +178,8 @@ def unsupported_options(study: Study, runtime: Runtime, target: Target, space: J
     if space.thresholds.exits and study.exits.thresholds == "solved" and not space.thresholds.solved:
         reason = "frames of a stream decide who reaches them" if study.frames else "nothing else varies"
         remarks.append(f"thresholds of exits are searched, not solved: {reason}")
+    if "depth" in study.space.only and study.space.keep_blocks_at_least < 1 and not space.depth.stages:
+        remarks.append("depth is no dimension: the network has no residual blocks that return their input's shape")
     return remarks
 
 

@@ -51,7 +51,6 @@ class RecoveryContext:
     Args:
         network: the dense network with its exits, in evaluation mode.
         sparsity: tells which channels a candidate keeps.
-        depth: tells which blocks a candidate keeps.
         train: images for weights and batch norm statistics.
         augment: augments a batch of training images at random.
         settings: of the study.
@@ -59,6 +58,7 @@ class RecoveryContext:
         key: identifies the network, the data and all else that trained weights depend on.
         say: called with the progress of long steps.
         int8: what quantization-aware training needs; None if the study does not ask for it.
+        depth: tells which blocks a candidate keeps.
     """
 
     network: ExitNetwork
@@ -69,8 +69,8 @@ class RecoveryContext:
     folder: Path
     key: str
     say: Say
-    depth: DepthSpace = ALL_BLOCKS
     int8: QatContext | None = None
+    depth: DepthSpace = ALL_BLOCKS
 
     def file(self, kind: str, *parts: str) -> Path:
         """Returns the cache file for the result of a training in this context, with these settings."""

@@ -71,7 +71,9 @@ class MixedPrecision(nn.Module):
         """
         graph = self._int8.builder.trainable(part.removed_blocks)
         placement = self._int8.builder.int8_placement(part, Candidate({}, dict.fromkeys(int8, "int8")))
-        tensors = {name: self._steps[origin] for name, origin in graph.rounded_tensors(placement).items()}
+        origins = graph.rounded_tensors(placement)
+        # A tensor that only shortened networks round has no step here; its range is calibrated for each of them.
+        tensors = {name: self._steps[origin] for name, origin in origins.items() if origin in self._steps}
         state = {**part.state_dict(), **weights}
         weight_quantizers = {
             name: LargestScaled(graph.weight(name, state), axis, graph.weight_limit, per_channel=True)

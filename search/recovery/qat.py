@@ -174,7 +174,9 @@ def train_int8_kept(
         graph = int8.builder.trainable(network.removed_blocks)
         return Int8Network(network, graph, placement, settings.quantizer, ranges, candidate.patterns)
 
-    int8_network = learner(int8.builder.ranges)
+    # A shortened network may round tensors that the dense one does not; ranges that are loaded replace these.
+    known = int8.builder.read_ranges(network, int8.calibration) if network.removed_blocks else int8.builder.ranges
+    int8_network = learner(known)
     if not load_weights(int8_network, file):
         int8_network = learner(int8.builder.read_ranges(network, int8.calibration))
         batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)

@@ -3,7 +3,8 @@
 python -m studies.benchmarks.coverage [--models resnet18,vgg16] [--out FILE] [--seconds 900] [--gigabytes 12]
 
 Each network has random weights, a process of its own and images as small as it takes. A random candidate with about
-half of the channels of every group that may be cut is sliced; its file has to answer as torch does.
+half of the channels of every group that may be cut is sliced, and another one lacks half of the residual blocks that
+can go, too; their files have to answer as torch does.
 """
 
 import argparse
@@ -27,8 +28,10 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from search.config.environment import environment
 from spaces.candidate import Candidate
+from spaces.depth import BlockStage, find_stages, shortened
 from spaces.dynamic.cut_points import find_cut_points
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork, feature_channels
+from spaces.dynamic.skippable_blocks import removable_blocks
 from spaces.pruning.prunable import find_groups, halves
 from spaces.pruning.slicing import sliced
 from spaces.thresholds import Thresholds
@@ -51,6 +54,8 @@ class Row:
     quantizable: int = 0
     exits: str = ""
     difference: float = float("nan")
+    stages: str = ""
+    shortened_difference: float = float("nan")
     sqnr_db: float = float("nan")
     seconds: float = 0.0
     gigabytes: float = 0.0
@@ -59,7 +64,7 @@ class Row:
     def cells(self) -> list[str]:
         """Returns the row of the table."""
         if self.error:
-            return [self.model, str(self.size), *["-"] * 7, f"{self.seconds:.0f}", f"{self.gigabytes:.1f}", self.error]
+            return [self.model, str(self.size), *["-"] * 9, f"{self.seconds:.0f}", f"{self.gigabytes:.1f}", self.error]
         reasons = "; ".join(f"{count}x {reason}" for reason, count in (self.reasons or {}).items())
         return [
             self.model,
@@ -70,6 +75,8 @@ class Row:
             f"{self.quantizable}",
             self.exits or "-",
             f"{self.difference:.0e}" if self.free else "-",
+            self.stages or "-",
+            f"{self.shortened_difference:.0e}" if self.stages else "-",
             f"{self.sqnr_db:.0f} dB",
             f"{self.seconds:.0f}",
             f"{self.gigabytes:.1f}",
@@ -78,8 +85,8 @@ class Row:
 
 
 HEADINGS = (
-    "network", "px", "parameters", "groups cut", "whole", "layers int8", "exits", "difference", "int8 SQNR", "s", "GB",
-    "why whole",
+    "network", "px", "parameters", "groups cut", "whole", "layers int8", "exits", "difference",
+    "blocks that can go", "difference without", "int8 SQNR", "s", "GB", "why whole",
 )  # fmt: skip
 
 
@@ -153,13 +160,15 @@ def cover(model: str) -> Row:
     places = find_cut_points(trunk, images[:1], SHARES)
     channels = feature_channels(trunk, places.after, images[:1])
     network = ExitNetwork(trunk, places.after, [ExitHead(count, 1000, 4) for count in channels]).eval()
-    builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime())
+    removable = tuple(removable_blocks(trunk, images[:1], network.cut_points))
+    builder = ArtifactBuilder(network, images.numpy(), OnnxRuntime(), removable=removable)
     groups = find_groups(network, images[:1], builder.disagreement)
     off = Thresholds(dict.fromkeys(network.exit_names))
+    stages = find_stages(network, images[:1], builder.disagreement)
     smaller = sliced(network, groups.free, halves(groups.free, seed=7))
+    shorter = shortened(smaller, half_of(stages))
     with torch.no_grad():
-        dense, expected = network(images)[-1].numpy(), smaller(images)[-1].numpy()
-    answer = _answers(builder, smaller, Candidate({}, {}, off), images)
+        dense = network(images)[-1].numpy()
     int8 = _answers(builder, network, Candidate({}, dict.fromkeys(builder.layers, "int8"), off), images)
     return Row(
         model,
@@ -170,9 +179,27 @@ def cover(model: str) -> Row:
         groups.reasons,
         len(builder.layers) - len(network.exit_names),
         " ".join(f"{share:.0%}" for share in places.shares),
-        float(np.abs(answer - expected).max() / np.abs(expected).max()),
+        _difference(builder, smaller, off, images),
+        "+".join(str(len(stage.blocks)) for stage in stages),
+        _difference(builder, shorter, off, images) if stages else float("nan"),
         float(10 * np.log10(np.square(dense).sum() / np.square(int8 - dense).sum())),
     )
+
+
+def half_of(stages: Sequence[BlockStage], seed: int = 7) -> tuple[str, ...]:
+    """Returns a random half of the blocks of each stage, rounded up."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        str(block) for stage in stages for block in rng.permutation(stage.blocks)[: (len(stage.blocks) + 1) // 2]
+    )
+
+
+def _difference(builder: ArtifactBuilder, network: ExitNetwork, off: Thresholds, images: torch.Tensor) -> float:
+    """Returns the largest difference of a network's file from torch, as a share of the largest logit."""
+    with torch.no_grad():
+        expected = network(images)[-1].numpy()
+    answer = _answers(builder, network, Candidate({}, {}, off, removed_blocks=network.removed_blocks), images)
+    return float(np.abs(answer - expected).max() / np.abs(expected).max())
 
 
 def _answers(builder: ArtifactBuilder, network: ExitNetwork, candidate: Candidate, images: torch.Tensor) -> np.ndarray:
@@ -213,7 +240,10 @@ def print_table(rows: Sequence[Row]) -> None:
         print("| " + " | ".join(row.cells()) + " |")
     done = [row for row in rows if not row.error]
     cut = sum(bool(row.free) and row.difference < 1e-3 for row in done)
-    print(f"\n{len(rows)} networks, {cut} sliced equal to torch, {len(rows) - len(done)} not done.")
+    deep = [row for row in done if row.stages]
+    short = sum(row.shortened_difference < 1e-3 for row in deep)
+    print(f"\n{len(rows)} networks, {cut} sliced equal to torch, {len(rows) - len(done)} not done;", end=" ")
+    print(f"{len(deep)} have blocks that can go, {short} of them equal to torch without half of these.")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,13 @@ from evaluators.latency.cache import is_two_in_four
 from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_activations
 from evaluators.runtimes.onnxruntime_cpu import open_session
 from spaces.candidate import Candidate
+from spaces.depth import shortened
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.thresholds import Thresholds
 from studies.digits.model import resnet20
 from tests.evaluators.test_fp16 import MobileNetwork
 from tests.evaluators.test_quantization import Accelerator
+from tests.helpers import deep
 
 pytestmark = pytest.mark.slow
 
@@ -227,6 +230,17 @@ def test_a_sliced_network_builds(build_engines, network, space, images) -> None:
     sliced = space.candidate(space.uniform(0.5, "int8", 0.8))
     builder = ArtifactBuilder(network, images.numpy(), Accelerator(int8_channels=8))
     assert_builds(build_engines, builder, space.apply(network, sliced), sliced, images.numpy()[:4])
+
+
+@pytest.mark.parametrize("mix", ["fp32", "int8", "half-int8", "half-fp8", "all"])
+@pytest.mark.parametrize("threshold", [None, 0.8], ids=["whole", "stages"])
+def test_a_network_without_some_of_its_blocks_builds(mix, threshold, build_engines, images) -> None:
+    network = deep.with_exits()
+    builder = deep.builder_of(network, Accelerator(int8_channels=8), images)
+    exits = Thresholds(dict.fromkeys(network.exit_names, threshold))
+    for blocks in (deep.REMOVABLE[1:4], deep.REMOVABLE):
+        candidate = replace(candidate_of(builder.layers, mix, exits), removed_blocks=blocks)
+        assert_builds(build_engines, builder, shortened(network, blocks), candidate, images.numpy()[:4])
 
 
 def test_weights_with_two_zeros_in_four_build(build_engines, network, space, images) -> None:

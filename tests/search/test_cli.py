@@ -46,7 +46,7 @@ def study(tmp_path: Path) -> Path:
             ["--search-only", "chanels"],
             ["--search-only takes at least one of channels", "did you mean 'channels'?), got 'chanels'; leave it"],
         ),
-        (["--search-only", "depth,exits"], ["masks, patterns, frames, got 'depth,exits'"]),
+        (["--search-only", "zoom,exits"], ["masks, patterns, frames, got 'zoom,exits'"]),
         (["--search-only", ","], ["at least one of channels", "got ','"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["no-such-command"], ["no-such-command"]),

@@ -6,12 +6,13 @@ import pytest
 
 from search.cli import run
 from search.config.overrides import Request
+from search.config.sections import BEFORE_DEPTH
 from search.config.study import Study, StudyError
 from search.loop.baseline import find_slow_layers
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.search_space import without_fixed_dimensions
 from spaces.thresholds import UNSOLVED
-from tests.helpers import tiny
+from tests.helpers import deep, tiny
 from tests.helpers.searches import finished, stored
 
 ELASTIC = tiny.STUDY.replace('level = "bn"', 'level = "elastic"')
@@ -70,6 +71,15 @@ def test_widths_alone_may_be_in_another_precision(cache: Path) -> None:
     assert set(pipeline.space.dense().precision.values()) == {"fp32"}
 
 
+def test_depth_alone_is_in_the_reference_precision_and_as_wide_as_it_was(cache: Path) -> None:
+    pipeline, _ = bench_of(study('"depth"', deep.STUDY.replace("space = {keep_blocks_at_least = 0.0}", "")))
+    assert kinds(pipeline) == {"depth"}
+    shortest = pipeline.space.candidate(pipeline.space.uniform(0.5, "int8", 0.9, depth=0.0))
+    assert shortest.removed_blocks
+    assert shortest.channels == pipeline.space.dense().channels
+    assert set(shortest.precision.values()) == {"fp32"}
+
+
 def test_a_precision_that_the_target_does_not_compute_in_is_refused(cache: Path) -> None:
     with pytest.raises(StudyError, match=r"space.precision is one that onnxruntime .* got 'fp8'; leave it out"):
         bench_of(study('"channels"', more='precision = "fp8"'))
@@ -105,8 +115,10 @@ def test_frames_stay_computed_where_only_widths_vary(cache: Path) -> None:
 
 def test_the_question_is_another_and_the_old_one_keeps_its_name() -> None:
     before = tiny.STUDY.replace("tests.helpers.tiny", "tests.tiny")  # where the network of the tests was then
-    plain = Study.parse(before, "test")
+    names = ", ".join(f'"{name}"' for name in BEFORE_DEPTH)
+    plain = study(names, before)
     assert plain.question_key == "f62005b9", "as it was before there was a choice"
+    assert Study.parse(before, "test").question_key != plain.question_key, "which searches depth, too"
     keys = {plain.question_key, study('"precision"').question_key, study('"channels"').question_key}
     assert len(keys) == 3
     assert study('"precision", "channels"') == study('"channels", "precision", "channels"')

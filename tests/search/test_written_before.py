@@ -23,6 +23,8 @@ BEFORE = ROOT / "tests" / "data" / "before"
 HOME = "/home/user/my-study"
 """Where the study's files lay when the search was run."""
 NAME = "before-7f2ec0b7-front-0"
+LATER = {"keep_blocks_at_least": 0.25}
+"""Keys of [space] that came later, with their defaults."""
 SEARCH_KEY, EVERY_KEY = "19a93451", "56101dc4"
 """The keys that the studies had then: a search is found again by them."""
 
@@ -99,7 +101,26 @@ def test_a_bundle_of_before_answers_by_the_program_of_today(bundle: Path) -> Non
 def test_a_study_file_of_before_means_the_same(file: str, key: str) -> None:
     study = load_study(str(BEFORE / file))
     content, _ = with_present_names(tomllib.loads((BEFORE / file).read_text()))
+    content["space"] |= LATER
     assert study.model_dump(mode="json", exclude_none=True) == content
     assert tomllib.loads(study.to_toml()) == content
     assert study.question_key == key, "the same question is the same search"
     assert Study.stored(json.loads(study.model_dump_json())) == study
+
+
+def test_a_search_of_before_goes_on_without_depth(runs: Path) -> None:
+    study = StoredSearch.read(SearchFolder(runs / NAME)).study
+    assert "depth" not in study.space.only
+    written = json.loads(study.model_dump_json())
+    for later in ("only", *LATER):  # there was a time when no dimensions could be chosen
+        del written["space"][later]
+    assert Study.stored(written) == study
+
+
+def test_a_study_that_searches_depth_is_another_question(tmp_path: Path) -> None:
+    text = (BEFORE / "search" / "study.toml").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("only = "))
+    (tmp_path / "study.toml").write_text(text.replace(line, ""))
+    now = load_study(str(tmp_path / "study.toml"))
+    assert "depth" in now.space.only
+    assert now.question_key != SEARCH_KEY
