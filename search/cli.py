@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from search.config.budget import Budget
-from search.config.overrides import Ending, Request, read_dimensions
+from search.config.overrides import Ending, Request, read_dimensions, read_objectives
 from search.report.output import Output
 from spaces.errors import UserError
 
@@ -165,6 +165,13 @@ def search(
             help="Dimensions to search, comma-separated: channels, precision, exits, skips, masks, patterns, frames.",
         ),
     ] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="What to improve: accuracy and some of latency, flops, params, size; default: accuracy,latency.",
+        ),
+    ] = None,
     tracking_uri: TrackingUri = None,
     name: SearchToRun = None,
     runs: Runs = RUNS,
@@ -180,7 +187,8 @@ def search(
         return 0
     thresholds = _exit_thresholds(exit_thresholds, gates)
     only = read_dimensions(search_only) if search_only is not None else None
-    request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only)
+    aims = read_objectives(objectives) if objectives is not None else None
+    request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only, aims)
     request.to_study()  # reports errors before heavy libraries are imported
     from search.commands.run import run_search
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from evaluators.measurement import METRICS, Measurement
 from search.config.budget import Budget
+from search.config.objectives import BEFORE
 from search.report.tables import front_table
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version, choose, feasible, hypervolume, nearest_miss, pareto
@@ -33,19 +34,20 @@ def made(rows: list[tuple[int, int, int]]) -> list[Version]:
     return [version(i, accuracy=a, latency=t, flops=f, size=1) for i, (a, t, f) in enumerate(rows)]
 
 
+def dominates(one: Version, other: Version) -> bool:
+    first, second = one.costs(BEFORE), other.costs(BEFORE)
+    return bool((first <= second).all() and (first < second).any())
+
+
 def costs(versions: list[Version]) -> set[tuple[float, ...]]:
-    return {tuple(version.costs()) for version in versions}
+    return {tuple(version.costs(BEFORE)) for version in versions}
 
 
 @given(st.lists(points, max_size=20))
 def test_a_front_is_exactly_what_nothing_dominates(rows: list[tuple[int, int, int]]) -> None:
     versions = made(rows)
-    expected = {
-        tuple(one.costs())
-        for one in versions
-        if not any((o.costs() <= one.costs()).all() and (o.costs() < one.costs()).any() for o in versions)
-    }
-    front = pareto(versions)
+    expected = {tuple(one.costs(BEFORE)) for one in versions if not any(dominates(other, one) for other in versions)}
+    front = pareto(versions, BEFORE)
     assert costs(front) == expected
     assert len(front) == len(expected)
 
@@ -55,21 +57,21 @@ def test_a_front_is_free_of_order_and_idempotent(rows: list[tuple[int, int, int]
     versions = made(rows)
     shuffled = versions.copy()
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert pareto(shuffled) == pareto(versions)
-    assert pareto(pareto(versions)) == pareto(versions)
+    assert pareto(shuffled, BEFORE) == pareto(versions, BEFORE)
+    assert pareto(pareto(versions, BEFORE), BEFORE) == pareto(versions, BEFORE)
 
 
 @given(st.lists(points, min_size=1, max_size=10), points)
 def test_another_version_never_lowers_the_hypervolume(rows: list[tuple[int, int, int]], extra: tuple[int, ...]) -> None:
     budget = Budget.parse(["latency<9ms,accuracy>80%"])
-    before = hypervolume(pareto(made(rows)), budget, DENSE)
-    after = hypervolume(pareto(made([*rows, extra])), budget, DENSE)  # type: ignore[list-item]
+    before = hypervolume(pareto(made(rows), BEFORE), budget, DENSE, BEFORE)
+    after = hypervolume(pareto(made([*rows, extra]), BEFORE), budget, DENSE, BEFORE)  # type: ignore[list-item]
     assert -1e-12 <= before <= after + 1e-12 <= 1 + 1e-9
 
 
 def test_hypervolume_of_one_version_is_its_box() -> None:
     budget = Budget.parse(["latency<8ms,accuracy>90%"])
-    found = hypervolume([version(0, accuracy=95, latency=2, flops=10, size=1)], budget, DENSE)
+    found = hypervolume([version(0, accuracy=95, latency=2, flops=10, size=1)], budget, DENSE, BEFORE)
     assert found == pytest.approx(0.5 * 0.75 * 0.75)
 
 
@@ -88,9 +90,9 @@ def test_choice_follows_the_preference() -> None:
         version(1, accuracy=98, latency=3, flops=12, size=30),
         version(2, accuracy=80, latency=2, flops=10, size=20),
     ]
-    first = {name: choose(front, name)[0].number for name in ("accuracy", "latency", "flops", "size", "knee")}
+    first = {name: choose(front, name, BEFORE)[0].number for name in ("accuracy", "latency", "flops", "size", "knee")}
     assert first == {"accuracy": 0, "latency": 2, "flops": 2, "size": 0, "knee": 1}
-    assert np.all(np.diff([one.measured["latency"].value for one in choose(front, "latency")]) > 0)
+    assert np.all(np.diff([one.measured["latency"].value for one in choose(front, "latency", BEFORE)]) > 0)
 
 
 def test_the_nearest_miss_oversteps_least() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
+from search.config.objectives import BEFORE
 from search.loop.patience import Patience
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
@@ -20,7 +21,7 @@ def version(*values: float | None) -> Version:
 
 
 def test_trials_that_win_nothing_are_counted() -> None:
-    stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6))
+    stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6), BEFORE)
     counts = []
     for each in (
         version(None, 0.009),  # the first miss
@@ -38,7 +39,7 @@ def test_trials_that_win_nothing_are_counted() -> None:
 
 
 def test_a_hair_more_hypervolume_wins_nothing() -> None:
-    stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6))
+    stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6), BEFORE)
     first = version(0.9, 0.004)
     stall.count(first)
     stall.count(replace(first, evaluation=version(0.900001, 0.004).evaluation))
