@@ -1,7 +1,7 @@
 """What is told of versions whose thresholds are solved: paths by their layers, and how many inputs take them."""
 
-from dataclasses from functools import partial
-import replace
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import optuna
@@ -10,8 +10,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.measurement import Measurement
-from search.config.objectives import BEFORE
 from search.config.budget import Budget
+from search.config.objectives import BEFORE
 from search.loop.sampler_observations import observe_evaluations
 from search.pipeline.exit_thresholds import AIM, cost_target
 from search.samplers.hypervolume.encoding import Array
@@ -23,10 +23,8 @@ from studies.benchmarks.synthetic import Problem, Setting
 
 PROBLEM = Problem(0, Setting(layers=9, exits=0, limit_s=0.003, noise=0.0))
 AIMED = 0.003 * AIM
-observe = partial(observe_evaluations, objectives=BEFORE)
 DIRECTIONS = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
-
-
+observe = partial(observe_evaluations, objectives=BEFORE)
 BEFORE_EXITS = (3, 6)
 
 
@@ -77,9 +75,7 @@ def trials(count: int) -> list[FrozenTrial]:
 
 @pytest.fixture(scope="module")
 def observations() -> Observations:
-    return read_observations(
-        trials(90), PROBLEM.codec, DIRECTIONS, PROBLEM.prior().linear_constraints, observe
-    )
+    return read_observations(trials(90), PROBLEM.codec, DIRECTIONS, PROBLEM.prior().linear_constraints, observe)
 
 
 @pytest.fixture(scope="module")
