@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
-from search.config.objectives import BEFORE
+from search.config.objectives import BEFORE, DEFAULT
 from search.loop.patience import Patience
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
@@ -36,6 +36,16 @@ def test_trials_that_win_nothing_are_counted() -> None:
         stall.count(each)
         counts.append(stall.trials)
     assert counts == [0, 1, 0, 1, 0, 1, 2, 0]
+
+
+def test_fewer_flops_win_only_where_they_count() -> None:
+    counts = {}
+    for objectives in (BEFORE, DEFAULT):
+        stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6), objectives)
+        stall.count(version(0.9, 0.004, 5e5))
+        stall.count(version(0.9, 0.004, 2e5))
+        counts[objectives] = stall.trials
+    assert counts == {BEFORE: 0, DEFAULT: 1}
 
 
 def test_a_hair_more_hypervolume_wins_nothing() -> None:

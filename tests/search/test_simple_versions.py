@@ -86,7 +86,7 @@ def test_a_version_with_fewer_flops_that_is_worse_otherwise_is_left_out_and_said
     trial = search.trials[number]
     worse = {**trial.user_attrs["evaluation"], "measurements": {name: each.to_dict() for name, each in slow.items()}}
     trial.set_user_attr("evaluation", worse)
-    search = replace(search, trials=(trial,))
+    search = replace(search, trials=(trial,), study=search.study.with_objectives(BEFORE))
     loose, tight = (Overview.of(search, Budget.parse([limit])) for limit in ("latency<1000%", "flops<50%"))
     assert [each.number for each in loose.beaten] == [trial.number]
     assert all(each.number < 0 for each in loose.front)
