@@ -243,7 +243,7 @@ def front(
 def pick(
     budget: Budgets = None,
     prefer: Annotated[
-        str, typer.Option(help="Which version within the budget: best accuracy, latency, flops, params or size, or the knee.")
+        str, typer.Option(help="Which version within the budget: accuracy, latency, flops, params, size or knee.")
     ] = "accuracy",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the bundle.")] = Path("deploy"),
     finetune: Annotated[

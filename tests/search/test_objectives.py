@@ -69,9 +69,7 @@ def test_a_journal_has_a_direction_for_each_objective_and_keeps_them(tmp_path: P
     with folder.lock():
         assert folder.create(chosen).directions == [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * 2]
     assert folder.objectives(None) == folder.objectives(chosen) == chosen
-    with pytest.raises(
-        StoreError, match="which has accuracy, latency, size; give another --search"
-    ):
+    with pytest.raises(StoreError, match="which has accuracy, latency, size; give another --search"):
         folder.objectives(("accuracy", "latency", "flops"))
 
 
