@@ -93,6 +93,7 @@ def searched(folder: Path, objectives: str, trials: int, *more: str) -> StoredSe
     return stored(folder, "mine")
 
 
+@pytest.mark.slow
 def test_a_limit_on_flops_stays_a_constraint_where_flops_are_no_objective(tmp_path: Path, cache: Path) -> None:
     search = searched(tmp_path, "accuracy,latency", 22)
     assert search.report["proposals"], "our sampler proposed something"
@@ -101,6 +102,7 @@ def test_a_limit_on_flops_stays_a_constraint_where_flops_are_no_objective(tmp_pa
     assert all(len(trial.values) == 2 for trial in search.trials if trial.values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ehvi", "tpe"])
 def test_a_search_for_size_goes_on_for_size(sampler: str, tmp_path: Path, cache: Path, capsys) -> None:
     search = searched(tmp_path, "accuracy,size", 22, "--sampler", sampler)
