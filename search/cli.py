@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from search.config.budget import Budget
-from search.config.overrides import Ending, Request, read_dimensions
+from search.config.overrides import Ending, Request, read_dimensions, read_objectives
 from search.report.output import Output
 from spaces.errors import UserError
 
@@ -166,6 +166,13 @@ def search(
             " frames.",
         ),
     ] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="What to improve: accuracy and some of latency, flops, params, size; default: accuracy,latency.",
+        ),
+    ] = None,
     tracking_uri: TrackingUri = None,
     name: SearchToRun = None,
     runs: Runs = RUNS,
@@ -181,7 +188,8 @@ def search(
         return 0
     thresholds = _exit_thresholds(exit_thresholds, gates)
     only = read_dimensions(search_only) if search_only is not None else None
-    request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only)
+    aims = read_objectives(objectives) if objectives is not None else None
+    request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only, aims)
     request.to_study()  # reports errors before heavy libraries are imported
     from search.commands.run import run_search
 
@@ -236,7 +244,7 @@ def front(
 def pick(
     budget: Budgets = None,
     prefer: Annotated[
-        str, typer.Option(help="Which version within the budget: best accuracy, latency, flops or size, or the knee.")
+        str, typer.Option(help="Which version within the budget: accuracy, latency, flops, params, size or knee.")
     ] = "accuracy",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the bundle.")] = Path("deploy"),
     finetune: Annotated[

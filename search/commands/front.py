@@ -10,6 +10,7 @@ from rich.console import Console
 from evaluators.streams import KEY_FRAMES
 from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
+from search.config.objectives import together
 from search.report.describe import ZEROS, kept_share
 from search.report.layers import leaving_shares
 from search.report.output import write_json, write_lines
@@ -47,6 +48,7 @@ def front_json(overview: Overview) -> dict[str, Any]:
     return {
         "search": overview.search.folder.name,
         "budget": str(overview.budget),
+        "objectives": list(overview.objectives),
         "front": [_content(version) for version in overview.front],
         "simple": [{**_content(version), "on_front": version in overview.front} for version in overview.simple],
         "beaten": [_content(version) for version in overview.beaten],
@@ -85,8 +87,8 @@ def print_front(overview: Overview, console: Console) -> None:
     dense = overview.dense
     if overview.front:
         title = (
-            f"{search.folder.name}: {_versions(len(overview.front))} within {budget}; none is beaten in accuracy,"
-            " latency and FLOPs together"
+            f"{search.folder.name}: {_versions(len(overview.front))} within {budget}; none is beaten in"
+            f" {together(overview.objectives)} together"
         )
         console.print(front_table(overview.front, dense, title, console.width, overview.other_simple))
         write_lines(console, beaten_lines(overview))

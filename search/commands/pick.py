@@ -57,14 +57,20 @@ def run_pick(
         versions: Sequence[Version] = [*feasible(overview.simple, limits, overview.dense.measured), *overview.feasible]
         if more is not None:
             pruned = next(
-                (version for version in choose(overview.front, prefer) if version.number >= 0), overview.front[0]
+                (version for version in choose(overview.front, prefer, search.objectives) if version.number >= 0),
+                overview.front[0],
             )
             versions = [finetune_version(pipeline, search, pruned, more)]
         display.say("Measuring the picked version afresh, in a new process...")
         dense = overview.dense.measured
         timings = time_again(pipeline, search, versions, limits, prefer, display.say)
         wider = wider_budget(
-            timings, versions if more else [*overview.simple, *overview.versions], prefer, limits, dense
+            timings,
+            versions if more else [*overview.simple, *overview.versions],
+            prefer,
+            limits,
+            dense,
+            search.objectives,
         )
         if timings.chosen is None:
             if output.as_json:

@@ -38,6 +38,7 @@ def run_search(
     study.check_extensions()
     folder = SearchFolder(runs / name) if name else _folder_of(study, sampler, seed, runs)
     _check_same_question(folder, study)
+    study = study.with_objectives(folder.objectives(study.search.objectives))
     _check_reachable(tracking_uri, runs)
     runtime = open_runtime(study.target.runtime)  # fails before anything is trained or written if it is missing
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -66,10 +67,16 @@ def run_search(
 
 
 def _folder_of(study: Study, sampler: str, seed: int, runs: Path) -> SearchFolder:
-    """Returns the folder of a search without a name; an existing one under an earlier name of the sampler is kept."""
+    """Returns the folder of a search without a name.
+
+    An existing one under an earlier name is kept: of the sampler, or of before there was a choice of objectives.
+    """
     names = [name.replace(":", ".") for name in SAMPLERS.names_of(sampler)]
-    folders = [SearchFolder(runs / f"{study.name}-{study.question_key}-{name}-{seed}") for name in names]
-    return next((folder for folder in folders if folder.journal.is_file()), folders[0])
+    asked = study.search.objectives
+    keys = dict.fromkeys([study.question_key, study.with_objectives(None).question_key])
+    folders = [SearchFolder(runs / f"{study.name}-{key}-{name}-{seed}") for key in keys for name in names]
+    known = (folder for folder in folders if folder.journal.is_file())
+    return next((folder for folder in known if asked in (None, folder.objectives(None))), folders[0])
 
 
 def _check_reachable(tracking_uri: str | None, runs: Path) -> None:
@@ -93,8 +100,10 @@ def _check_same_question(folder: SearchFolder, study: Study) -> None:
     if not folder.journal.is_file():
         return
     stored = folder.open().user_attrs.get("study")
-    if stored is not None and Study.stored(stored).question_key != study.question_key:
-        other = Study.stored(stored)
+    if stored is None:
+        return
+    other = Study.stored(stored)
+    if other.with_objectives(None).question_key != study.with_objectives(None).question_key:
         raise StoreError(
             f"a search answers one question, got {folder.path}, which belongs to study {other.name!r} with"
             f" {other.budget} on {other.target.runtime}; give another --search or --runs"

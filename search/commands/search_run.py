@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import optuna
 
 from evaluators.runtimes.base import Runtime
+from search.config.objectives import together
 from search.config.overrides import Ending
 from search.config.study import Study
 from search.config.units import milliseconds, percent
@@ -68,11 +69,13 @@ class SearchRun:
     def run(self) -> int:
         """Runs it until it ends; returns the exit code."""
         self.display.say(
-            f"Searching study {self.study.name} within {self.study.budget} on {self.study.target.runtime}."
+            f"Searching study {self.study.name} within {self.study.budget} on {self.study.target.runtime} for"
+            f" {together(self.study.objectives)}."
         )
         with self.folder.lock():
             given = GivenNetwork(self.study, self.display.step, self.runtime, self.display.say, self.download)
-            journal = self.folder.create()  # not before, so that a network that cannot be had leaves nothing behind
+            # Not before, so that a network that cannot be had leaves nothing behind.
+            journal = self.folder.create(self.study.objectives)
             simple = None if "baseline" in journal.user_attrs else self._measure_given(journal, given)
             pipeline = self._build(journal, given)
             if "baseline" not in journal.user_attrs:
@@ -146,7 +149,9 @@ class SearchRun:
         if done:
             display.say(f"Going on with search {self.folder.name}: {done} trials are there")
         baselines = search.baseline.versions_to_beat
-        view = SearchView(display, search.versions, search.budget, baselines[0], done, self._trials, baselines)
+        view = SearchView(
+            display, search.versions, search.budget, search.objectives, baselines[0], done, self._trials, baselines
+        )
         seeds = greedy_seeds(pipeline, display.step, display.say) if self.study.search.warm_start else []
         coordinator = build_coordinator(
             pipeline, journal, search.baseline, self.sampler, self.seed, [mirror, view], seeds

@@ -10,6 +10,8 @@ from pydantic import ValidationError
 
 from search.config.budget import Budget
 from search.config.errors import plain
+from search.config.objectives import DEFAULT as DEFAULT_OBJECTIVES
+from search.config.objectives import Objectives, known_objectives, together
 from search.config.references import absolute, absolute_path, data_source, model_source
 from search.config.sections import Dimension, dimensions
 from search.config.study import DataSection, ExitsSection, ModelSection, Study, StudyError, TargetSection, load_study
@@ -32,6 +34,7 @@ class Request:
         threads: number of threads in deployment.
         thresholds: of exits: solved for each version, or searched.
         only: the dimensions that are searched.
+        objectives: what the search improves.
     """
 
     study: str | None = None
@@ -44,6 +47,7 @@ class Request:
     threads: int | None = None
     thresholds: Literal["solved", "searched"] | None = None
     only: tuple[Dimension, ...] | None = None
+    objectives: Objectives | None = None
 
     def to_study(self) -> Study:
         """Returns the study; without a file and a budget it has no limits.
@@ -63,6 +67,8 @@ class Request:
         study = study.model_copy(update={"target": _updated(study.target, target), "exits": exits})
         if self.only is not None:
             study = study.model_copy(update={"space": study.space.model_copy(update={"only": self.only})})
+        if self.objectives is not None:
+            study = study.with_objectives(self.objectives)
         if self.budget is not None:
             study = study.model_copy(update={"budget": self.budget})
         is_other = self.model is not None or self.data is not None
@@ -124,10 +130,28 @@ def read_dimensions(text: str) -> tuple[Dimension, ...]:
         StudyError: one of them does not exist, or the text is empty.
     """
     try:
-        names = dimensions([name.strip() for name in text.split(",") if name.strip()])
+        names = dimensions(_names_in(text))
     except ValueError as error:
         raise StudyError(f"--search-only takes {error}, got {text!r}; leave it out to search all") from None
     return cast(tuple[Dimension, ...], names)
+
+
+def read_objectives(text: str) -> Objectives:
+    """Returns the objectives in a comma-separated text.
+
+    Raises:
+        StudyError: one of them is not measured, or accuracy or every cost is missing.
+    """
+    try:
+        names = known_objectives(_names_in(text))
+    except ValueError as error:
+        usual = together(DEFAULT_OBJECTIVES)
+        raise StudyError(f"--objectives takes {error}, got {text!r}; leave it out for {usual}") from None
+    return cast(Objectives, names)
+
+
+def _names_in(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)

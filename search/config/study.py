@@ -16,6 +16,7 @@ from pydantic_core import PydanticKnownError
 from evaluators.quantization.calibration import CALIBRATORS
 from search.config.budget import Budget
 from search.config.errors import StudyError, plain
+from search.config.objectives import DEFAULT, Objective, Objectives, known_objectives
 from search.config.references import absolute, absolute_path, data_source, factory_source, model_source
 from search.config.registries import QUANTIZERS, RECOVERIES, SAMPLERS
 from search.config.renamed import with_earlier_dimensions, with_present_names
@@ -250,8 +251,11 @@ class RecoverySection(Section):
 
 
 class SearchSection(Section):
-    """How long to search, what proposes versions, where it begins, and whether hopeless versions end early."""
+    """What counts, how long to search, what proposes versions, and whether hopeless versions end early."""
 
+    objectives: Annotated[tuple[Objective, ...], BeforeValidator(known_objectives)] | None = None
+    """What the search improves: accuracy, and at least one cost. Where not given, accuracy and latency, or what a
+    search that goes on began with."""
     trials: Positive = 100
     """Trials after which a search ends."""
     patience: Positive | None = None
@@ -393,6 +397,15 @@ class Study(Section):
                 registry.known(name)
 
     @property
+    def objectives(self) -> Objectives:
+        """What the search improves, the accuracy first."""
+        return self.search.objectives or DEFAULT
+
+    def with_objectives(self, objectives: Objectives | None) -> Self:
+        """Returns the study with other objectives; None leaves them to the search."""
+        return self.model_copy(update={"search": self.search.model_copy(update={"objectives": objectives})})
+
+    @property
     def question_key(self) -> str:
         """Eight hexadecimal digits over all that an answer depends on, so not over the number of trials."""
         # A key that came later counts where it says something, so that earlier searches keep their names.
@@ -404,6 +417,8 @@ class Study(Section):
         kind = self.target.fp32_in
         before = f'"tf32":{str(kind == "tf32").lower()},"bf16":{str(kind == "bf16").lower()}'
         content = content.replace(f'"fp32_in":"{kind}"', before)
+        # So do objectives; those of searches that began before there was a choice stand in their journals.
+        content += "" if self.objectives == DEFAULT else json.dumps(self.objectives)
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 

@@ -22,8 +22,8 @@ Every key of `study.toml`, section by section. This page is generated from the c
 write a study, and `python -m search init FOLDER` writes one to start from.
 
 Keys without a default are required, and so are the sections `[model]` and `[data]`. Relative paths begin at the study
-file. On the command line `--model`, `--weights`, `--data`, `--target`, `--batch`, `--threads` and `--budget` replace
-what a `--study` says; with `--weights` its `[training]` is set aside.
+file. On the command line `--model`, `--weights`, `--data`, `--target`, `--batch`, `--threads`, `--objectives` and
+`--budget` replace what a `--study` says; with `--weights` its `[training]` is set aside.
 """
 _TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", Budget: "list of text"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

@@ -115,16 +115,16 @@ def time_again(
     tried: list[FreshTiming] = []
     evaluator = pipeline.references.latency_evaluator(search.baseline.reference_seconds)
     # A version that was recovered since may break a limit; it is timed all the same, to report by how much.
-    best: Version | None = best_version(versions, tried, prefer, budget, dense) or versions[0]
+    best: Version | None = best_version(versions, tried, prefer, budget, dense, search.objectives) or versions[0]
     while best is not None and len(tried) < ATTEMPTS:
         timing = _time_version(pipeline, search, best, evaluator, budget)
         tried.append(timing)
-        best = best_version(versions, tried, prefer, budget, dense)
+        best = best_version(versions, tried, prefer, budget, dense, search.objectives)
         if best is not None and best.number in {timing.version.number for timing in tried}:
             break
         reason = broken_limits(timing.updated, budget, dense) or "another version is better now"
         say(f"{timing.version.title} measured again: {reason}")
-    best = best_version([timing.version for timing in tried], tried, prefer, budget, dense)
+    best = best_version([timing.version for timing in tried], tried, prefer, budget, dense, search.objectives)
     chosen = next((timing for timing in tried if best is not None and timing.version.number == best.number), None)
     return FreshTimings(tuple(tried), chosen, count_untried(versions, tried))
 

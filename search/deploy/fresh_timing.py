@@ -11,6 +11,7 @@ from typing import Any
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget, Constraint
+from search.config.objectives import Objectives
 from search.config.units import milliseconds, percent, points
 from search.results.pareto import Measurements, Version, choose, front_within
 from search.results.violations import broken_limits
@@ -73,7 +74,12 @@ class WiderBudget:
 
 
 def best_version(
-    versions: Sequence[Version], tried: Sequence[FreshTiming], prefer: str, budget: Budget, dense: Measurements
+    versions: Sequence[Version],
+    tried: Sequence[FreshTiming],
+    prefer: str,
+    budget: Budget,
+    dense: Measurements,
+    objectives: Objectives,
 ) -> Version | None:
     """Returns the best version of the front by a preference, by the newest timings; None if none keeps the budget.
 
@@ -82,8 +88,9 @@ def best_version(
     updated = {timing.version.number: timing.updated for timing in tried}
     current = [updated.get(version.number, version) for version in versions]
     simple = [version for version in current if version.number < 0]
-    front = front_within([version for version in current if version.number >= 0], simple, budget, dense).versions
-    return choose(front, prefer)[0] if front else None
+    trials = [version for version in current if version.number >= 0]
+    front = front_within(trials, simple, budget, dense, objectives).versions
+    return choose(front, prefer, objectives)[0] if front else None
 
 
 def count_untried(versions: Sequence[Version], tried: Sequence[FreshTiming]) -> int:
@@ -92,7 +99,12 @@ def count_untried(versions: Sequence[Version], tried: Sequence[FreshTiming]) -> 
 
 
 def wider_budget(
-    timings: FreshTimings, versions: Sequence[Version], prefer: str, budget: Budget, dense: Measurements
+    timings: FreshTimings,
+    versions: Sequence[Version],
+    prefer: str,
+    budget: Budget,
+    dense: Measurements,
+    objectives: Objectives,
 ) -> WiderBudget | None:
     """Returns the budget that the most accurate rejected version needs; None if it would change nothing."""
     least = timings.chosen.version.measured["accuracy"].value if timings.chosen else -1.0
@@ -103,7 +115,7 @@ def wider_budget(
         return None
     preferred = max(better, key=lambda timing: (timing.version.measured["accuracy"].value, -timing.latency.value))
     wider = Budget(tuple(_widened(limit, preferred.latency, dense["latency"]) for limit in budget.constraints))
-    best = best_version(versions, timings.tried, prefer, wider, dense)
+    best = best_version(versions, timings.tried, prefer, wider, dense, objectives)
     if best is None or (timings.chosen is not None and best.number == timings.chosen.version.number):
         return None
     return WiderBudget(wider, best, best.number in {timing.version.number for timing in timings.tried})

@@ -94,5 +94,6 @@ def accuracy_screen(
         versions,
         len(pipeline.scored),
         pipeline.target.batch,
+        pipeline.study.objectives,
         recoverable,
     )

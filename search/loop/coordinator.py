@@ -23,8 +23,8 @@ from search.loop.sampler_prior import problem_prior
 from search.pipeline.early_stopping import saved_seconds
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
-from search.results.pareto import OBJECTIVES, Version
-from search.results.store import REPORT, Baseline
+from search.results.pareto import Version
+from search.results.store import REPORT, Baseline, objectives_of
 from search.samplers.base import InformedSampler, SearchKnowledge
 from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Codec
@@ -90,6 +90,7 @@ class Coordinator:
         self.initial_proposals = [*first_guesses(space), *initial_proposals]
         """Tried before the sampler proposes anything: the uniform versions first."""
         self._journal = journal
+        self._objectives = objectives_of(journal)
         self._space = space
         self._distributions = distributions(space)
         self._space_size = Codec(self._distributions).size
@@ -97,7 +98,7 @@ class Coordinator:
         self._dense = baseline.evaluation.measurements
         self._budget = budget
         self._observers = observers
-        self._patience = Patience(budget, self._dense, baseline.versions_to_beat)
+        self._patience = Patience(budget, self._dense, self._objectives, baseline.versions_to_beat)
         self._tried: set[str] = set()
         self._overhead = {"ask": 0.0, "tell": 0.0}
         self._interrupts = Interrupts()
@@ -149,7 +150,7 @@ class Coordinator:
             return []
         trials = self._journal.get_trials(deepcopy=False)
         self._journal.set_user_attr(REPORT, sampler.report(trials))
-        return sampler.remarks(trials, OBJECTIVES)
+        return sampler.remarks(trials, self._objectives)
 
     def _early_stopping_remarks(self) -> list[str]:
         ended = [version for version in self._evaluator.versions.values() if version.evaluation.ended]
@@ -173,7 +174,7 @@ class Coordinator:
         except ValueError as error:
             name = type(self._journal.sampler).__name__
             raise UserCodeError(
-                f"a sampler proposes for {len(OBJECTIVES)} objectives at once, got {name}, which says: {error};"
+                f"a sampler proposes for {len(self._objectives)} objectives at once, got {name}, which says: {error};"
                 " give another --sampler to go on"
             ) from error
 
@@ -210,9 +211,9 @@ class Coordinator:
         else:
             trial.set_user_attr("duplicate_of", earlier.number)
         if version.is_complete:
-            self._journal.tell(trial, [version.measured[metric].value for metric in OBJECTIVES])
+            self._journal.tell(trial, version.values(self._objectives))
         else:
-            # Not all objectives were measured; the constraints tell the sampler how far limits were exceeded.
+            # Not everything was measured; the constraints tell the sampler how far limits were exceeded.
             self._journal.tell(trial, state=TrialState.PRUNED)
 
     def _violations(self, evaluation: Evaluation) -> dict[str, float]:
@@ -277,7 +278,7 @@ def build_coordinator(
     space = without_slow_precisions(pipeline.space, baseline.slow_layers)
     evaluator = CandidateEvaluator(pipeline, baseline, trials)
     prior = partial(problem_prior, pipeline, space, baseline)
-    knowledge = SearchKnowledge(prior, observe_evaluations)
+    knowledge = SearchKnowledge(prior, partial(observe_evaluations, objectives=objectives_of(journal)))
     sampler = SAMPLERS[sampler_name](seed + len(trials), knowledge)
     journal.sampler = sampler
     proposals = list(seeds)

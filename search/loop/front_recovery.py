@@ -51,7 +51,8 @@ def _waiting(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Bas
     """Returns the versions still to be recovered, of `most` in all."""
     versions = versions_of_study(journal)
     recovered = sum(version.evaluation.finetune is not None for version in versions)
-    front = pareto([version for version in versions if _is_recoverable(version, pipeline.study.budget, baseline)])
+    recoverable = [version for version in versions if _is_recoverable(version, pipeline.study.budget, baseline)]
+    front = pareto(recoverable, pipeline.study.objectives)
     waiting = [
         version
         for version in front

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
+from search.config.objectives import Objectives
 from search.results.pareto import Version, feasible, hypervolume, nearest_miss, pareto
 
 LEAST = 1e-3
@@ -16,11 +17,19 @@ class Patience:
     Args:
         budget: of the search.
         dense: the dense network's measurements.
+        objectives: of the search.
         simple: versions measured before the first trial; finding them again is no improvement.
     """
 
-    def __init__(self, budget: Budget, dense: Mapping[str, Measurement], simple: Sequence[Version] = ()) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        dense: Mapping[str, Measurement],
+        objectives: Objectives,
+        simple: Sequence[Version] = (),
+    ) -> None:
         self._budget, self._dense = budget, dense
+        self._objectives = objectives
         self._front: list[Version] = []
         self._hypervolume = 0.0
         self._least_violation = float("inf")
@@ -42,8 +51,8 @@ class Patience:
                 return False
             self._least_violation = violation
             return True
-        front = pareto([*self._front, version])
-        share = hypervolume(front, self._budget, self._dense)
+        front = pareto([*self._front, version], self._objectives)
+        share = hypervolume(front, self._budget, self._dense, self._objectives)
         is_improved = not self._front or share > self._hypervolume * (1 + LEAST)
         self._front = front
         self._hypervolume = max(share, self._hypervolume)

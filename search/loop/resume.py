@@ -7,8 +7,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from evaluators.latency.slow_layers import SlowLayers
 from search.results.evaluation import Evaluation
-from search.results.pareto import OBJECTIVES, Version
-from search.results.store import SearchFolder, StoreError
+from search.results.pareto import Version
+from search.results.store import SearchFolder, StoreError, objectives_of
 from spaces.candidate import Candidate
 from spaces.joint import JointSpace
 
@@ -38,7 +38,7 @@ def requeue_running(journal: optuna.Study) -> None:
         if "evaluation" in trial.user_attrs:  # it was measured, but the process stopped before it was told
             version = Version(trial.number, Evaluation.from_dict(trial.user_attrs["evaluation"]))
             is_complete = version.is_complete
-            values = [version.measured[metric].value for metric in OBJECTIVES] if is_complete else None
+            values = version.values(objectives_of(journal)) if is_complete else None
             state = TrialState.COMPLETE if is_complete else TrialState.PRUNED
             journal.tell(trial.number, values, state)
             continue

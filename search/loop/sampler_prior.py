@@ -10,14 +10,15 @@ from torch import Tensor
 from evaluators.flops.pruned import ScaledFlops
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
+from search.config.objectives import Objectives
 from search.pipeline.exit_thresholds import cost_target
 from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.sensitivity_profiler import Profiler
-from search.results.pareto import OBJECTIVES, reference_point
+from search.results.pareto import reference_point
 from search.results.sensitivity import Profile
 from search.results.store import Baseline
 from search.samplers.hypervolume.encoding import Array
-from search.samplers.hypervolume.prior import CostTarget, Kind, LinearConstraint, NetworkStructure, ProblemPrior
+from search.samplers.hypervolume.prior import CostTarget, LinearConstraint, NetworkStructure, ProblemPrior
 from spaces import channels as sparsity
 from spaces import depth, precision
 from spaces import thresholds as gates
@@ -26,6 +27,8 @@ from spaces.joint import JointSpace
 
 _BITS = {"int8": 8, "int4": 4, "fp8": 4, "fp16": 11}
 """Significant bits of a weight in each precision."""
+_TIMED = ("latency", "flops")
+"""Costs that a network's structure tells roughly beforehand."""
 _HALF_WIDTH = 0.3
 """Assumed change of the log-accuracy when half of all channels are pruned, used without a sensitivity profile."""
 _ROUNDING = 10.0
@@ -36,35 +39,40 @@ def problem_prior(pipeline: CompressionPipeline, space: JointSpace, baseline: Ba
     """Returns the prior of a study; it uses a sensitivity profile if one was measured."""
     dense = baseline.evaluation.measurements
     structure = _structure(pipeline, space, baseline.reference_seconds, Profiler(pipeline).known)
-    limits = pipeline.study.budget
+    limits, objectives = pipeline.study.budget, pipeline.study.objectives
+    worst = reference_point(limits, dense, _TIMED)
     return ProblemPrior(
-        structure, _targets(pipeline, dense), _linear_constraints(limits, dense), pipeline.solves_thresholds
+        structure,
+        _targets(pipeline, dense),
+        _linear_constraints(limits, dense, objectives),
+        pipeline.solves_thresholds,
+        min(worst[metric] / dense[metric].value for metric in _TIMED),
     )
 
 
 def _targets(pipeline: CompressionPipeline, dense: Mapping[str, Measurement]) -> tuple[CostTarget, ...]:
-    worst = reference_point(pipeline.study.budget, dense)
-    kinds: Mapping[str, Kind] = {"accuracy": "accuracy", "latency": "latency", "flops": "flops"}
+    objectives = pipeline.study.objectives
+    worst = reference_point(pipeline.study.budget, dense, objectives)
     chance, limits = 1 / pipeline.data.classes, pipeline.study.budget
     return tuple(
-        CostTarget(
-            kinds[name], dense[name].value, worst[name], min(chance, worst[name]), cost_target(limits, name, dense)
-        )
-        for name in OBJECTIVES
+        CostTarget(name, dense[name].value, worst[name], min(chance, worst[name]), cost_target(limits, name, dense))
+        for name in objectives
     )
 
 
-def _linear_constraints(budget: Budget, dense: Mapping[str, Measurement]) -> dict[str, LinearConstraint]:
+def _linear_constraints(
+    budget: Budget, dense: Mapping[str, Measurement], objectives: Objectives
+) -> dict[str, LinearConstraint]:
     """Returns limits on objectives as linear functions of the objectives, from the violations at two points."""
     constraints = {}
     for limit in budget.constraints:
         metric = limit.measured_as
-        if metric not in OBJECTIVES or not limit.limits_default_statistic:
+        if metric not in objectives or not limit.limits_default_statistic:
             continue
         own = dense[metric]
         at_zero, at_own = (limit.violation(replace(own, value=value), own) for value in (0.0, own.value))
         slope = (at_own - at_zero) / own.value
-        constraints[str(limit)] = LinearConstraint(OBJECTIVES.index(metric), slope, at_zero)
+        constraints[str(limit)] = LinearConstraint(objectives.index(metric), slope, at_zero)
     return constraints
 
 

@@ -14,6 +14,7 @@ from evaluators.deployed import Answers, DeployedCandidate
 from evaluators.measurement import Measurement
 from evaluators.statistics import PairedAccuracy
 from search.config.budget import Budget, Constraint
+from search.config.objectives import Objectives, no_worse
 from search.config.units import percent
 from search.results.pareto import Version, feasible, pareto
 
@@ -125,7 +126,7 @@ class AccuracyScreen:
 
     The number is chosen so that the standard error of an accuracy equals the mean distance between neighbours on the
     front. An evaluation ends if even the upper bound of its accuracy breaks a limit, or if a version that was measured
-    in full is as accurate as that bound, no slower, and has no more FLOPs.
+    in full is as accurate as that bound and costs no more by any objective.
 
     Args:
         budget: of the search.
@@ -134,6 +135,7 @@ class AccuracyScreen:
         versions: measured so far, by key; the search adds to it.
         total: number of scored images.
         batch: deployed batch size; a subset consists of whole batches.
+        objectives: of the search.
         recoverable: accuracy, as a share, that full recovery after the search may add.
     """
 
@@ -147,6 +149,7 @@ class AccuracyScreen:
         versions: Mapping[str, Version],
         total: int,
         batch: int,
+        objectives: Objectives,
         recoverable: float = 0.0,
     ) -> None:
         self._budget = budget
@@ -155,6 +158,7 @@ class AccuracyScreen:
         self._versions = versions
         self._total = total
         self._batch = batch
+        self._objectives = objectives
         self._floor = budget.accuracy_floor(dense)
         self._recoverable = recoverable
 
@@ -170,13 +174,13 @@ class AccuracyScreen:
 
         Args:
             deployed: classifies the first images; their predictions are kept for the whole set.
-            measured: measurements so far; without latency and FLOPs only a limit on accuracy can stop it.
+            measured: measurements so far; without every cost among the objectives only a limit on accuracy can stop it.
         """
-        front = pareto(feasible(list(self._versions.values()), self._budget, self._dense))
+        front = pareto(feasible(list(self._versions.values()), self._budget, self._dense), self._objectives)
         answers = deployed.first_answers(self.images(front))
         pair = PairedAccuracy.of(answers.correct, self._dense_correct, self._dense["accuracy"].value, self._total)
         highest = pair.upper_bound(ERROR)
-        reason = self._limit_broken(highest) or _dominated(highest, measured, front)
+        reason = self._limit_broken(highest) or _dominated(highest, measured, front, self._objectives)
         if not reason:
             return None
         bound = f"at most {percent(highest)} accurate ({1 - ERROR:.0%}) by {pair.sampled} of {self._total} images"
@@ -218,14 +222,17 @@ def subset_size(front: Sequence[float], total: int, dense: float, floor: float |
     return max(math.ceil(share * (1 - share) / step**2), FEWEST)
 
 
-def _dominated(highest: float, measured: Mapping[str, Measurement], front: Sequence[Version]) -> str:
-    if any(metric not in measured for metric in SOLVED_FOR):
+def _dominated(
+    highest: float, measured: Mapping[str, Measurement], front: Sequence[Version], objectives: Objectives
+) -> str:
+    costs = [metric for metric in objectives if metric != "accuracy"]
+    if any(metric not in measured for metric in costs):
         return ""
     for version in front:
         other = version.measured
-        if other["accuracy"].value >= highest and all(other[m].value <= measured[m].value for m in SOLVED_FOR):
+        if other["accuracy"].value >= highest and all(other[m].value <= measured[m].value for m in costs):
             accuracy = percent(other["accuracy"].value)
-            return f"where {version.title} reaches {accuracy}, no slower and with no more FLOPs"
+            return f"where {version.title} reaches {accuracy}, {no_worse(objectives)}"
     return ""
 
 

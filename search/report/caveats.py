@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 
 from evaluators.accuracy import wilson
 from search.config.budget import Constraint
+from search.config.objectives import no_worse
 from search.config.units import milliseconds, percent
 from search.report.overview import Overview
 from search.report.significance import difference
@@ -72,7 +73,7 @@ def _ended_early(overview: Overview) -> Iterator[str]:
         yield (
             f"{len(ended)} of {len(overview.versions)} versions were ended early, after {count} of"
             f" {overview.dense.measured['accuracy'].n} images: even the upper bound of the accuracy (at 99%) broke"
-            f" {overview.search.budget} or was reached by a version that is no slower and has no more FLOPs. Their"
+            f" {overview.search.budget} or was reached by a version {no_worse(overview.objectives)}. Their"
             " accuracies are estimates, and none of them counts as within the budget."
         )
 

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from evaluators.measurement import METRICS
+from search.config.objectives import together
 from search.config.units import count, milliseconds, percent, points, size, threshold
 from search.report.describe import exit_shares
 from search.report.layers import Layer, layers_of
@@ -178,6 +179,8 @@ def _searches(first: Side, second: Side) -> Comparison:
     remark = "Metrics and layers are those of each search's most accurate version."
     if str(sides[0].budget) != str(sides[1].budget):
         remark += " The budgets differ, so the hypervolumes are shares of different boxes."
+    elif sides[0].objectives != sides[1].objectives:
+        remark += " The objectives differ, so the hypervolumes are shares of different boxes."
     return Comparison(
         first.name, second.name, comparison.facts, comparison.figures, comparison.layers, (remark, *comparison.remarks)
     )
@@ -188,6 +191,7 @@ def _counts(overview: Overview) -> list[tuple[str, str]]:
     return [
         ("study", overview.search.study.name),
         ("budget", str(overview.budget)),
+        ("objectives", together(overview.objectives)),
         ("trials", str(overview.search.finished)),
         ("within the budget", str(len(overview.feasible))),
         ("on the front", str(len(overview.front))),

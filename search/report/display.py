@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from search.config.budget import Budget
+from search.config.objectives import Objectives
 from search.config.units import milliseconds, percent
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version, choose, feasible, front_within, hypervolume
@@ -110,6 +111,7 @@ class SearchView:
         display: to draw on.
         versions: measured by earlier runs of the search.
         budget: of the search.
+        objectives: of the search.
         dense: the dense network.
         done: number of trials finished by earlier runs.
         total: number of trials of the search.
@@ -121,6 +123,7 @@ class SearchView:
         display: Display,
         versions: Sequence[Version],
         budget: Budget,
+        objectives: Objectives,
         dense: Version,
         done: int,
         total: int,
@@ -129,6 +132,7 @@ class SearchView:
         self._display = display
         self._versions = list(versions)
         self._budget = budget
+        self._objectives = objectives
         self._dense = dense
         self._simple = simple
         self._done = done
@@ -149,17 +153,18 @@ class SearchView:
 
     def _draw(self) -> None:
         good = feasible([*self._simple, *self._versions], self._budget, self._dense.measured)
-        front = front_within(self._versions, self._simple, self._budget, self._dense.measured).versions
+        dense = self._dense.measured
+        front = front_within(self._versions, self._simple, self._budget, dense, self._objectives).versions
         lines = [f"{len(front)} on the front, {len(good)} within {self._budget}, {self._failed} failed"]
         if front:
-            best = choose(front, "accuracy")[0].measured
+            best = choose(front, "accuracy", self._objectives)[0].measured
             lines.append(
                 f"best within budget: accuracy {percent(best['accuracy'].value)}"
                 f" (dense {percent(self._dense.measured['accuracy'].value)}),"
                 f" latency {milliseconds(best['latency'].value)}"
                 f" (dense {milliseconds(self._dense.measured['latency'].value)})"
             )
-        share = hypervolume(front, self._budget, self._dense.measured)
+        share = hypervolume(front, self._budget, dense, self._objectives)
         lines.append(f"hypervolume {share:.1%}{self._time_left()}")
         self._display.show(lines, "trials", self._done, self._total)
 

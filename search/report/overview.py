@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from search.config.budget import Budget
+from search.config.objectives import Objectives
 from search.report.importance import Importance, importance
 from search.results.pareto import Measurements, Version, beats, choose, feasible, front_within, hypervolume, pareto
 from search.results.sensitivity import Profile
@@ -20,8 +21,15 @@ DENSE = "dense"
 """The groups of versions in every picture."""
 PROFILE = "profile.json"
 """File of the sensitivity profile in a search's folder, if one was measured."""
-NOTABLE = {"most accurate": "accuracy", "knee": "knee", "fastest": "latency"}
-"""The versions most worth deploying, each by the preference that picks it."""
+NOTABLE = {
+    "most accurate": "accuracy",
+    "knee": "knee",
+    "fastest": "latency",
+    "fewest FLOPs": "flops",
+    "fewest parameters": "params",
+    "smallest": "size",
+}
+"""What a version may be worth deploying for, and the preference that picks it."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,13 @@ class Overview:
         versions = search.versions
         dense = simple[0]
         within = feasible(versions, limits, dense.measured)
-        front = front_within(versions, simple, limits, dense.measured)
+        front = front_within(versions, simple, limits, dense.measured, search.objectives)
         return cls(search, limits, dense, tuple(versions), tuple(within), front.versions, tuple(simple), front.beaten)
+
+    @property
+    def objectives(self) -> Objectives:
+        """The objectives of the search."""
+        return self.search.objectives
 
     @property
     def other_simple(self) -> list[Version]:
@@ -104,7 +117,7 @@ class Overview:
     @property
     def notable(self) -> list[tuple[str, Version]]:
         """The versions most worth deploying, with their roles: `most accurate`, `knee`, `fastest`."""
-        return notable_versions(self.front)
+        return notable_versions(self.front, self.objectives)
 
     @property
     def by_latency(self) -> list[Version]:
@@ -115,7 +128,7 @@ class Overview:
     def hypervolume_history(self) -> list[tuple[int, float]]:
         """The hypervolume after each fully measured trial, as pairs of the trial's number and the share, 0 to 1."""
         initial = feasible(self.simple, self.budget, self.dense.measured)
-        return hypervolume_history(self.complete, self.budget, self.dense.measured, initial)
+        return hypervolume_history(self.complete, self.budget, self.dense.measured, self.objectives, initial)
 
     @property
     def hypervolume(self) -> float:
@@ -146,17 +159,27 @@ def beaten_lines(overview: Overview) -> list[str]:
     return lines
 
 
-def notable_versions(front: Sequence[Version]) -> list[tuple[str, Version]]:
-    """Returns a front's most accurate version, its knee and its fastest, each version once with all of its roles."""
+def notable_versions(front: Sequence[Version], objectives: Objectives) -> list[tuple[str, Version]]:
+    """Returns a front's most accurate version, its knee, and the one of the least first cost, such as the fastest.
+
+    Each version is returned once, with all of its roles.
+    """
     roles: dict[int, tuple[list[str], Version]] = {}
+    preferences = ("accuracy", "knee", objectives[1])
     for name, prefer in NOTABLE.items() if front else ():
-        best = choose(front, prefer)[0]
+        if prefer not in preferences:
+            continue
+        best = choose(front, prefer, objectives)[0]
         roles.setdefault(best.number, ([], best))[0].append(name)
     return [(" and ".join(names), version) for names, version in roles.values()]
 
 
 def hypervolume_history(
-    versions: Sequence[Version], budget: Budget, dense: Measurements, initial: Sequence[Version] = ()
+    versions: Sequence[Version],
+    budget: Budget,
+    dense: Measurements,
+    objectives: Objectives,
+    initial: Sequence[Version] = (),
 ) -> list[tuple[int, float]]:
     """Returns the hypervolume after each version, as pairs of the trial's number and the share, 0 to 1.
 
@@ -164,15 +187,16 @@ def hypervolume_history(
         versions: in order of trials.
         budget: whose box the shares are of.
         dense: measurements of the dense network.
+        objectives: of the search.
         initial: versions that are on the front before the first trial.
     """
-    front = pareto(initial)
-    share = hypervolume(front, budget, dense)
+    front = pareto(initial, objectives)
+    share = hypervolume(front, budget, dense, objectives)
     shares = []
     for version in versions:
         if budget.is_met(version.measured, dense):
-            before, front = front, pareto([*front, version])
-            share = share if front == before else hypervolume(front, budget, dense)
+            before, front = front, pareto([*front, version], objectives)
+            share = share if front == before else hypervolume(front, budget, dense, objectives)
         shares.append((version.number, share))
     return shares
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from search.config.objectives import together
 from search.config.units import count, milliseconds, percent, points, size
 from search.report.caveats import caveats
 from search.report.describe import accuracy_half_width, exit_shares, slow_layers_line
@@ -106,8 +107,8 @@ def _front(overview: Overview) -> Section:
     if not overview.front:
         return Section("Front", [f"No version keeps {overview.budget}."], pictures=["Front"])
     line = (
-        f"{len(overview.front)} versions within {overview.budget} that no other beats in accuracy, latency and FLOPs"
-        " together."
+        f"{len(overview.front)} versions within {overview.budget} that no other beats in"
+        f" {together(overview.objectives)} together."
     )
     return Section("Front", [line, *beaten_lines(overview)], tables=[front_of(overview)], pictures=["Front"])
 
@@ -224,6 +225,7 @@ def to_json(overview: Overview) -> dict[str, Any]:
         "target": overview.dense.measured["latency"].target,
         "environment": search.baseline.environment,
         "trials": search.finished,
+        "objectives": list(overview.objectives),
         "hypervolume": overview.hypervolume,
         "front": [version.trial for version in overview.front],
         "worth": [

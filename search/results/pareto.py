@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from evaluators.measurement import METRICS, Measurement
 from search.config.budget import Budget, Constraint
+from search.config.objectives import Objectives
 from search.results.evaluation import Evaluation
 from search.samplers.non_domination import is_non_dominated
 
-OBJECTIVES = ("accuracy", "latency", "flops")
-PREFERENCES = ("accuracy", "latency", "flops", "size", "knee")
+PREFERENCES = ("accuracy", "latency", "flops", "params", "size", "knee")
 _ACCURACY_SPAN = 0.10
 """Without a limit on accuracy, the reference point lies this far below the accuracy of the dense network."""
 
@@ -52,12 +52,16 @@ class Version:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every objective was measured on all images."""
-        return not self.evaluation.ended and all(metric in self.measured for metric in OBJECTIVES)
+        """Whether everything was measured: accuracy comes last, and on all images."""
+        return not self.evaluation.ended and "accuracy" in self.measured
 
-    def costs(self) -> NDArray[np.float64]:
-        """Returns the objectives, signed so that lower is better, `(3,)`."""
-        return np.array([METRICS[metric].sign * self.measured[metric].value for metric in OBJECTIVES])
+    def values(self, objectives: Sequence[str]) -> list[float]:
+        """Returns the objectives of a fully measured version, in SI units."""
+        return [self.measured[metric].value for metric in objectives]
+
+    def costs(self, objectives: Sequence[str]) -> NDArray[np.float64]:
+        """Returns `m` objectives of a fully measured version, signed so that lower is better, `(m,)`."""
+        return np.array([METRICS[metric].sign * self.measured[metric].value for metric in objectives])
 
 
 def feasible(versions: Sequence[Version], budget: Budget, dense: Measurements) -> list[Version]:
@@ -65,15 +69,15 @@ def feasible(versions: Sequence[Version], budget: Budget, dense: Measurements) -
     return [version for version in versions if version.is_complete and budget.is_met(version.measured, dense)]
 
 
-def pareto(versions: Sequence[Version]) -> list[Version]:
-    """Returns the non-dominated versions, the most accurate first; of equal ones the first trial.
+def pareto(versions: Sequence[Version], objectives: Objectives) -> list[Version]:
+    """Returns the versions that are non-dominated in the objectives, the most accurate first; of equal ones the first.
 
     All versions have to be fully measured.
     """
     if not versions:
         return []
-    ordered = sorted(versions, key=lambda version: (*version.costs(), version.number))
-    mask = is_non_dominated(np.stack([version.costs() for version in ordered]), deduplicate=True)
+    ordered = sorted(versions, key=lambda version: (*version.costs(objectives), version.number))
+    mask = is_non_dominated(np.stack([version.costs(objectives) for version in ordered]), deduplicate=True)
     return [version for version, is_kept in zip(ordered, mask, strict=True) if is_kept]
 
 
@@ -83,15 +87,21 @@ class Front:
 
     Args:
         versions: the front, the most accurate first, simple versions included.
-        beaten: non-dominated versions that are left out: they win in FLOPs alone, and a simple version within the
-            budget is both faster and more accurate.
+        beaten: non-dominated versions that are left out: among the objectives they win in FLOPs alone, and a simple
+            version within the budget is both faster and more accurate.
     """
 
     versions: tuple[Version, ...]
     beaten: tuple[Version, ...]
 
 
-def front_within(versions: Sequence[Version], simple: Sequence[Version], budget: Budget, dense: Measurements) -> Front:
+def front_within(
+    versions: Sequence[Version],
+    simple: Sequence[Version],
+    budget: Budget,
+    dense: Measurements,
+    objectives: Objectives,
+) -> Front:
     """Returns the front of the versions that keep every limit.
 
     Args:
@@ -99,12 +109,13 @@ def front_within(versions: Sequence[Version], simple: Sequence[Version], budget:
         simple: the simple versions; trials of the same candidates are left out.
         budget: the limits.
         dense: the dense network's measurements.
+        objectives: of the search.
     """
     keys = {version.evaluation.candidate.key for version in simple}
     baselines = feasible(simple, budget, dense)
     others = [version for version in versions if version.evaluation.candidate.key not in keys]
-    front = pareto([*baselines, *feasible(others, budget, dense)])
-    beaten = [version for version in front if any(beats(baseline, version) for baseline in baselines)]
+    front = pareto([*baselines, *feasible(others, budget, dense)], objectives)
+    beaten = [version for version in front if any(_wins_flops_alone(version, each, objectives) for each in baselines)]
     return Front(tuple(version for version in front if version not in beaten), tuple(beaten))
 
 
@@ -115,22 +126,27 @@ def beats(one: Version, other: Version) -> bool:
     return is_faster and first["accuracy"].value > second["accuracy"].value
 
 
-def hypervolume(versions: Sequence[Version], budget: Budget, dense: Measurements) -> float:
+def _wins_flops_alone(version: Version, baseline: Version, objectives: Objectives) -> bool:
+    """Returns whether a baseline is faster, more accurate and in all objectives but FLOPs at least as good."""
+    others = [metric for metric in objectives if metric != "flops"]
+    is_no_worse = bool((baseline.costs(others) <= version.costs(others)).all())
+    return "latency" in objectives and is_no_worse and beats(baseline, version)
+
+
+def hypervolume(versions: Sequence[Version], budget: Budget, dense: Measurements, objectives: Objectives) -> float:
     """Returns the hypervolume of feasible versions: the share of the budget's box that they dominate, 0 to 1.
 
-    The box spans from a perfect network at no cost to the reference point: the budget's limits, or where there is none
-    the dense network's latency and FLOPs, and ten points below its accuracy.
+    The box has a side for each objective. It spans from a perfect network at no cost to the reference point: the
+    budget's limits, or where there is none the dense network's costs, and ten points below its accuracy.
     """
-    worst = reference_point(budget, dense)
-    scaled = [
-        [
-            (1 - version.measured["accuracy"].value) / (1 - worst["accuracy"]),
-            version.measured["latency"].value / worst["latency"],
-            version.measured["flops"].value / worst["flops"],
-        ]
-        for version in versions
-    ]
-    return box_share(np.array(scaled).reshape(-1, len(OBJECTIVES)))
+    worst = reference_point(budget, dense, objectives)
+    scaled = [[_share_of_side(version, metric, worst[metric]) for metric in objectives] for version in versions]
+    return box_share(np.array(scaled).reshape(-1, len(objectives)))
+
+
+def _share_of_side(version: Version, metric: str, worst: float) -> float:
+    value = version.measured[metric].value
+    return (1 - value) / (1 - worst) if metric == "accuracy" else value / worst
 
 
 def box_share(costs: NDArray[np.float64]) -> float:
@@ -141,24 +157,26 @@ def box_share(costs: NDArray[np.float64]) -> float:
     return float(HV(ref_point=np.ones(costs.shape[1]))(inside)) if len(inside) else 0.0
 
 
-def reference_point(budget: Budget, dense: Measurements) -> dict[str, float]:
+def reference_point(budget: Budget, dense: Measurements, objectives: Sequence[str]) -> dict[str, float]:
     """Returns the reference point of the hypervolume, by objective."""
     floor = budget.accuracy_floor(dense)
     lowest = dense["accuracy"].value - _ACCURACY_SPAN if floor is None else floor
     point = {"accuracy": min(lowest, 1 - 1e-9)}
-    for metric in OBJECTIVES[1:]:
+    for metric in objectives:
+        if metric == "accuracy":
+            continue
         ceiling = budget.ceiling(metric, dense)
         point[metric] = dense[metric].value if ceiling is None else ceiling
     return point
 
 
-def choose(front: Sequence[Version], prefer: str) -> list[Version]:
+def choose(front: Sequence[Version], prefer: str, objectives: Objectives) -> list[Version]:
     """Returns the front's versions in order of preference, the best first.
 
     `knee` prefers the version closest to the front's ideal point, objectives scaled to the front's ranges.
     """
     if prefer == "knee":
-        costs = np.stack([version.costs() for version in front])
+        costs = np.stack([version.costs(objectives) for version in front])
         span = np.ptp(costs, axis=0)
         distance = np.linalg.norm((costs - costs.min(axis=0)) / np.where(span > 0, span, 1), axis=1)
         return [front[index] for index in np.argsort(distance, kind="stable")]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import optuna
 from optuna.storages import JournalStorage
@@ -17,7 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.latency.channel_widths import WidthTimes
 from evaluators.latency.slow_layers import SlowLayers
+from evaluators.measurement import METRICS
 from search.config.budget import Budget
+from search.config.objectives import BEFORE, DEFAULT, Objectives
 from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.results.evaluation import Evaluation
@@ -25,8 +27,6 @@ from search.results.pareto import Version
 from search.results.simple_versions import GivenMeasurements, SimpleVersion
 from spaces.errors import UserError
 
-DIRECTIONS: list[Literal["minimize", "maximize"]] = ["maximize", "minimize", "minimize"]
-"""Accuracy, latency, FLOPs."""
 JOURNAL = "journal.log"
 REPORT = "sampler"
 """Journal attribute of the sampler's report: quality of its surrogates, and sources of its proposals."""
@@ -36,6 +36,7 @@ _RECOVERED = "recovered."
 _SAMPLER = "sampler."
 _GIVEN = "given"
 _WIDTHS = "widths"
+_OBJECTIVES = "objectives"
 
 
 class StoreError(UserError):
@@ -82,8 +83,30 @@ class SearchFolder:
             reason = f"{type(error).__name__}: {error}"
             raise StoreError(f"{self.journal} is not a journal of search {self.name!r} ({reason})") from error
 
-    def create(self) -> optuna.Study:
+    def objectives(self, asked: Objectives | None) -> Objectives:
+        """Returns the objectives that the search goes on with, or those that a new one has.
+
+        Args:
+            asked: for; None for those of the search, which in a new one are accuracy and latency.
+
+        Raises:
+            StoreError: the search has others, or its journal is corrupt.
+        """
+        if not self.journal.is_file():
+            return asked or DEFAULT
+        known = objectives_of(self.open())
+        if asked not in (None, known):
+            raise StoreError(
+                f"a search goes on with the objectives that it began with, got {', '.join(asked or ())} for"
+                f" {self.path}, which has {', '.join(known)}; give another --search, or ask for no others"
+            )
+        return known
+
+    def create(self, objectives: Objectives = DEFAULT) -> optuna.Study:
         """Returns a new search, or the existing one, ready to be written to; `lock` must be held.
+
+        Args:
+            objectives: of a new one.
 
         Raises:
             StoreError: its journal is corrupt; nothing is written.
@@ -97,7 +120,12 @@ class SearchFolder:
                 leftover.unlink(missing_ok=True)
             return self._load()
         storage = JournalStorage(JournalFileBackend(str(self.journal)))
-        return optuna.create_study(study_name=self.name, storage=storage, directions=DIRECTIONS)
+        directions: list[Literal["minimize", "maximize"]] = [
+            "minimize" if METRICS[metric].sign > 0 else "maximize" for metric in objectives
+        ]
+        journal = optuna.create_study(study_name=self.name, storage=storage, directions=directions)
+        journal.set_user_attr(_OBJECTIVES, objectives)
+        return journal
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -117,6 +145,12 @@ class SearchFolder:
             except BlockingIOError:
                 raise StoreError(f"one process searches at a time, got another one in {self.path}") from None
             yield
+
+
+def objectives_of(journal: optuna.Study) -> Objectives:
+    """Returns the objectives of a search, in the order of its trials' values; an earlier version wrote no names."""
+    by_count = BEFORE if len(journal.directions) == len(BEFORE) else DEFAULT
+    return cast(Objectives, tuple(journal.user_attrs.get(_OBJECTIVES, by_count)))
 
 
 def check_journal(journal: Path) -> int | None:
@@ -254,6 +288,11 @@ class StoredSearch:
         return self.study.budget
 
     @property
+    def objectives(self) -> Objectives:
+        """The objectives that it has."""
+        return self.study.objectives
+
+    @property
     def finished(self) -> int:
         """Number of trials that have ended; one more may be running."""
         return sum(trial.state.is_finished() for trial in self.trials)
@@ -274,7 +313,7 @@ class StoredSearch:
         attributes = journal.user_attrs
         if "baseline" not in attributes:
             raise StoreError(f"search {folder.name!r} was stopped before its first trial; run its command again")
-        study = Study.stored(attributes["study"])
+        study = Study.stored(attributes["study"]).with_objectives(objectives_of(journal))
         baseline = Baseline.from_dict(attributes["baseline"])
         report = attributes.get(REPORT, {})
         members = attributes.get("structure", {}).get("members", {})

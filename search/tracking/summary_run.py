@@ -10,6 +10,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
+from search.config.objectives import together
 from search.report.html_page import page
 from search.report.matplotlib_figures import save_pictures
 from search.report.overview import Overview
@@ -42,6 +43,7 @@ def write_summary(
         return f"#/experiments/{experiment}/runs/{runs[version.number]}" if version.number in runs else ""
 
     tags = {SEARCH: search.folder.name, ROLE: "summary", "budget": str(overview.budget)}
+    tags["objectives"] = ", ".join(overview.objectives)
     run_id = str(client.create_run(experiment, tags=tags, run_name=f"{search.folder.name}: summary").info.run_id)
     _log_figures(client, run_id, overview)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,10 +102,11 @@ def write_files(folder: Path, overview: Overview, link: Callable[[Version], str]
 
 def note(overview: Overview, address: Callable[[Version], str]) -> str:
     """Returns the front as Markdown for the run's description, with links, truncated to the length of a note."""
+    target = overview.dense.measured["latency"].target
     head = (
-        f"**{len(overview.front)} versions within `{overview.budget}` that no other beats** in accuracy, latency and"
-        f" FLOPs together. Latency per batch on {overview.dense.measured['latency'].target}. The report with its"
-        f" pictures is under Artifacts: {PAGE}."
+        f"**{len(overview.front)} versions within `{overview.budget}` that no other beats** in"
+        f" {together(overview.objectives)} together. Latency per batch on {target}. The report with its pictures is"
+        f" under Artifacts: {PAGE}."
     )
     table = front_of(overview)
     rows = [list(row) for row in table.rows]

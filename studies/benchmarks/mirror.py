@@ -37,7 +37,7 @@ def lengthened(search: StoredSearch, runs: Path, trials: int) -> StoredSearch:
     folder, chance = SearchFolder(runs / "long"), random.Random(0)
     source = [trial for trial in search.trials if "evaluation" in trial.user_attrs and trial.values]
     with folder.lock():
-        stored = folder.create()
+        stored = folder.create(search.objectives)
         for name, value in search.folder.open().user_attrs.items():
             stored.set_user_attr(name, value)
         stored.add_trials([_varied(source[index % len(source)], index, chance) for index in range(trials)])

@@ -26,7 +26,7 @@ from search.config.study import Study
 from search.loop.sampler_observations import observe_evaluations
 from search.samplers.base import SearchKnowledge
 from studies.benchmarks.markdown import print_table
-from studies.benchmarks.sampler_problems import Case, Record, StudyCase, SyntheticCase
+from studies.benchmarks.sampler_problems import OBJECTIVES, Case, Record, StudyCase, SyntheticCase
 from studies.benchmarks.synthetic import Setting
 
 POINTS = (25, 50, 100, 200)
@@ -79,7 +79,7 @@ class Trace:
 
 def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
     """Returns what an arm does with a case."""
-    knowledge = SearchKnowledge(lambda: case.prior, observe_evaluations)
+    knowledge = SearchKnowledge(lambda: case.prior, partial(observe_evaluations, objectives=OBJECTIVES))
     made: BaseSampler = SAMPLERS[arm.sampler](seed, knowledge)
     study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=made)
     for values in case.warm if arm.is_warm else ():

@@ -90,7 +90,7 @@ def _search(pipeline: CompressionPipeline, runs: Path, trials: int) -> tuple[Sto
 
     folder = SearchFolder(runs / "throughput")
     with folder.lock():
-        stored = folder.create()
+        stored = folder.create(pipeline.study.objectives)
         stored.set_user_attr("study", pipeline.study.model_dump(mode="json"))
         stored.set_user_attr("baseline", measure_baseline(pipeline).to_dict())
         search = StoredSearch.read(folder)

@@ -48,6 +48,13 @@ def study(tmp_path: Path) -> Path:
         ),
         (["--search-only", "zoom,exits"], ["masks, patterns, frames, got 'zoom,exits'"]),
         (["--search-only", ","], ["at least one of channels", "got ','"]),
+        (
+            ["--objectives", "accuracy,flop"],
+            ["accuracy and at least one of latency, flops, params, size (did you mean 'flops'?), got 'accuracy,flop'"],
+        ),
+        (["--objectives", "accuracy,energy"], ["latency, flops, params, size, got", "leave it out for accuracy and"]),
+        (["--objectives", "latency,flops"], ["--objectives takes accuracy and at least one of"]),
+        (["--objectives", "accuracy"], ["at least one of latency", "got 'accuracy'"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["no-such-command"], ["no-such-command"]),
         (["front"], ["no search in"]),

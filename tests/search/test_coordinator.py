@@ -83,7 +83,7 @@ def for_one_objective(seed: int, _knowledge=None) -> ForOneObjective:
 def test_a_sampler_that_does_not_suit_is_one_clear_line(coordinate) -> None:
     coordinator, _ = coordinate([None] * 10, f"{__name__}:for_one_objective")
     with pytest.raises(
-        UserCodeError, match="3 objectives at once, got ForOneObjective, which says: one objective only"
+        UserCodeError, match="2 objectives at once, got ForOneObjective, which says: one objective only"
     ):
         coordinator.run(5, None)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from evaluators.statistics import PairedAccuracy, largest_count, smallest_count
 from evaluators.streams import Stream
 from search.commands.front import front_json
 from search.config.budget import Budget
+from search.config.objectives import BEFORE
 from search.config.study import Study
 from search.loop.baseline import measure_baseline
 from search.loop.candidate_evaluator import accuracy_screen
@@ -171,17 +173,17 @@ def test_what_would_have_been_on_the_front_is_ended_as_rarely_as_is_said(limits)
     rng = np.random.default_rng(0)
     budget, wrong, ended, good = Budget.parse(limits), 0, 0, 0
     known = {str(n): version(n, a, ms * 1e-3, f) for n, (a, ms, f) in enumerate([(0.89, 8, 90), (0.87, 6, 60)])}
-    front = pareto(feasible(list(known.values()), budget, DENSE))
+    front = pareto(feasible(list(known.values()), budget, DENSE), BEFORE)
     for number in range(600):
         right = np.zeros(TOTAL, dtype=bool)
         right[rng.permutation(TOTAL)[: round(0.9 * TOTAL)]] = True
-        screen = AccuracyScreen(budget, DENSE, right[: TOTAL // 2], known, TOTAL, BATCH)
+        screen = AccuracyScreen(budget, DENSE, right[: TOTAL // 2], known, TOTAL, BATCH, BEFORE)
         each = version(
             100 + number, round(rng.uniform(0.8, 0.91) * TOTAL) / TOTAL, rng.uniform(4e-3, 9e-3), rng.uniform(40, 99)
         )
         costs = {name: each.measured[name] for name in ("flops", "latency")}
         found = screen.should_stop(Scripted(drawn(rng, each.measured["accuracy"].value, right)), costs)
-        is_good = bool(feasible([each], budget, DENSE)) and each in pareto([*front, each])
+        is_good = bool(feasible([each], budget, DENSE)) and each in pareto([*front, each], BEFORE)
         good, ended, wrong = good + is_good, ended + (found is not None), wrong + (is_good and found is not None)
     assert wrong <= ERROR * good + 3 * math.sqrt(ERROR * good)
     assert ended > 0.2 * (600 - good), "and it does end what is hopeless"
@@ -194,7 +196,7 @@ def test_only_versions_that_keep_the_budget_end_others_and_reach_is_left_to_thos
     better = {"a": version(1, 0.9, 8e-3, 80)}
 
     def judged(limit: str, known, measured=costs, reach=0.0):
-        screen = AccuracyScreen(Budget.parse([limit]), DENSE, right, known, TOTAL, BATCH, reach)
+        screen = AccuracyScreen(Budget.parse([limit]), DENSE, right, known, TOTAL, BATCH, BEFORE, reach)
         return screen.should_stop(Scripted(correct), measured)
 
     told = judged("latency<10ms", better)
@@ -350,7 +352,8 @@ def test_our_sampler_learns_from_what_was_estimated(searched) -> None:
     numbered = [trial for trial in read.trials if trial.params]
     trials = [trial for trial in numbered if trial.user_attrs.get("duplicate_of", trial.number) in ended]
     space = trials[0].distributions  # what the search was left with, which may be less than the space
-    observed = read_observations(trials, Codec(space), searched[0].open().directions, {}, observe_evaluations)
+    observe = partial(observe_evaluations, objectives=read.objectives)
+    observed = read_observations(trials, Codec(space), searched[0].open().directions, {}, observe)
     expected = [ended[trial.user_attrs.get("duplicate_of", trial.number)] for trial in trials]
     assert (-observed.costs[:, 0]).tolist() == expected
     assert not observed.is_feasible.any()

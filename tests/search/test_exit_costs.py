@@ -1,6 +1,7 @@
 """What is told of versions whose thresholds are solved: paths by their layers, and how many inputs take them."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import optuna
@@ -10,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
+from search.config.objectives import BEFORE
 from search.loop.sampler_observations import observe_evaluations
 from search.pipeline.exit_thresholds import AIM, cost_target
 from search.samplers.hypervolume.encoding import Array
@@ -22,8 +24,7 @@ from studies.benchmarks.synthetic import Problem, Setting
 PROBLEM = Problem(0, Setting(layers=9, exits=0, limit_s=0.003, noise=0.0))
 AIMED = 0.003 * AIM
 DIRECTIONS = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
-
-
+observe = partial(observe_evaluations, objectives=BEFORE)
 BEFORE_EXITS = (3, 6)
 
 
@@ -74,9 +75,7 @@ def trials(count: int) -> list[FrozenTrial]:
 
 @pytest.fixture(scope="module")
 def observations() -> Observations:
-    return read_observations(
-        trials(90), PROBLEM.codec, DIRECTIONS, PROBLEM.prior().linear_constraints, observe_evaluations
-    )
+    return read_observations(trials(90), PROBLEM.codec, DIRECTIONS, PROBLEM.prior().linear_constraints, observe)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +96,7 @@ def test_what_was_measured_before_a_limit_was_broken_is_known(observations: Obse
 def test_a_version_whose_thresholds_nobody_solved_tells_nothing_of_exits() -> None:
     some = trials(6)
     del some[2].user_attrs["evaluation"]["gates"]
-    found = read_observations(some, PROBLEM.codec, DIRECTIONS, {}, observe_evaluations)
+    found = read_observations(some, PROBLEM.codec, DIRECTIONS, {}, observe)
     assert list(np.isnan(found.exit_shares).all(axis=1)) == [False, False, True, False, False, False]
     assert list(np.isnan(found.path_costs[1]).all(axis=1)) == [False, False, True, False, False, False]
 

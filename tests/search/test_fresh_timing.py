@@ -10,6 +10,7 @@ import pytest
 from evaluators.measurement import mean_of, scaled
 from search.cli import run
 from search.config.budget import Budget
+from search.config.objectives import BEFORE
 from search.deploy.fresh_timing import FreshTiming, FreshTimings, best_version, content, lines, wider_budget
 from search.results.pareto import Version
 from search.results.store import SearchFolder, store_recovered
@@ -27,10 +28,10 @@ def again(one: Version, seconds: float, timings: int = 1) -> FreshTiming:
 
 
 def test_what_a_lucky_version_hid_comes_before_what_was_behind_it_on_the_old_front() -> None:
-    assert best_version(ALL, [], "accuracy", BUDGET, DENSE) == BEST
+    assert best_version(ALL, [], "accuracy", BUDGET, DENSE, BEFORE) == BEST
     slower = [again(BEST, 0.60e-3)]
-    assert best_version(ALL, slower, "accuracy", BUDGET, DENSE) == HIDDEN, "88.1%, not 65%"
-    assert best_version(ALL, [*slower, again(HIDDEN, 0.52e-3)], "accuracy", BUDGET, DENSE) == POOR
+    assert best_version(ALL, slower, "accuracy", BUDGET, DENSE, BEFORE) == HIDDEN, "88.1%, not 65%"
+    assert best_version(ALL, [*slower, again(HIDDEN, 0.52e-3)], "accuracy", BUDGET, DENSE, BEFORE) == POOR
 
 
 @pytest.mark.parametrize(
@@ -38,9 +39,9 @@ def test_what_a_lucky_version_hid_comes_before_what_was_behind_it_on_the_old_fro
     [("latency", 0.508e-3, 12), ("flops", 0.6e-3, 12), ("knee", 0.6e-3, 12), ("accuracy", 0.6e-3, 12)],
 )
 def test_each_preference_ranks_by_what_was_found_now(prefer, found, second) -> None:
-    first = best_version(ALL, [], prefer, BUDGET, DENSE)
+    first = best_version(ALL, [], prefer, BUDGET, DENSE, BEFORE)
     assert first is not None
-    now = best_version(ALL, [again(first, found)], prefer, BUDGET, DENSE)
+    now = best_version(ALL, [again(first, found)], prefer, BUDGET, DENSE, BEFORE)
     assert now is not None
     assert now.number == (7 if first.number == 12 else second)
 
@@ -48,7 +49,7 @@ def test_each_preference_ranks_by_what_was_found_now(prefer, found, second) -> N
 def test_a_version_that_keeps_the_limits_gives_way_where_another_beats_it_now() -> None:
     twin = version(9, 0.893, 0.501e-3, 500)
     slower = again(BEST, 0.505e-3)
-    assert best_version([*ALL, twin], [slower], "accuracy", BUDGET, DENSE) == twin
+    assert best_version([*ALL, twin], [slower], "accuracy", BUDGET, DENSE, BEFORE) == twin
     told = lines(
         FreshTimings((slower, again(twin, 0.501e-3)), again(twin, 0.501e-3), 2), None, "accuracy", BUDGET, DENSE
     )
@@ -58,7 +59,7 @@ def test_a_version_that_keeps_the_limits_gives_way_where_another_beats_it_now() 
 def test_words_tell_what_was_rejected_what_is_taken_and_what_a_wider_budget_would_win() -> None:
     taken = again(HIDDEN, 0.50e-3)
     found = FreshTimings((again(BEST, 0.60e-3, 2), taken), taken, 1)
-    wider = wider_budget(found, ALL, "accuracy", BUDGET, DENSE)
+    wider = wider_budget(found, ALL, "accuracy", BUDGET, DENSE, BEFORE)
     assert lines(found, wider, "accuracy", BUDGET, DENSE) == [
         "Measured again, and not taken:",
         "  trial 12, 89.30%: 0.50 ms in the search, 0.60 ms measured again (+20.0%, timed twice): latency 0.60 ms, 18%"
@@ -78,11 +79,13 @@ def test_words_tell_what_was_rejected_what_is_taken_and_what_a_wider_budget_woul
 def test_a_wider_budget_is_in_the_units_of_the_limit_and_keeps_all_others() -> None:
     budget = Budget.parse(["latency<51%", "size<1MB"])
     found = FreshTimings((again(BEST, 0.60e-3),), None, 2)
-    wider = wider_budget(found, ALL, "accuracy", budget, DENSE)
+    wider = wider_budget(found, ALL, "accuracy", budget, DENSE, BEFORE)
     assert wider is not None
     assert str(wider.budget) == "latency<62%,size<1MB"
     better = version(20, 0.899, 0.61e-3, 500)
-    told = lines(found, wider_budget(found, [*ALL, better], "accuracy", budget, DENSE), "accuracy", budget, DENSE)
+    told = lines(
+        found, wider_budget(found, [*ALL, better], "accuracy", budget, DENSE, BEFORE), "accuracy", budget, DENSE
+    )
     assert "No version that was measured again keeps latency<51%,size<1MB; 2 more that kept it" in told[-2]
     assert told[-1] == "With --budget 'latency<62%,size<1MB' trial 20 (89.90%) would be tried first."
 
@@ -90,7 +93,7 @@ def test_a_wider_budget_is_in_the_units_of_the_limit_and_keeps_all_others() -> N
 def test_nothing_is_said_where_the_first_choice_is_taken() -> None:
     taken = again(BEST, 0.505e-3)
     found = FreshTimings((taken,), taken, 2)
-    assert lines(found, wider_budget(found, ALL, "accuracy", BUDGET, DENSE), "accuracy", BUDGET, DENSE) == []
+    assert lines(found, wider_budget(found, ALL, "accuracy", BUDGET, DENSE, BEFORE), "accuracy", BUDGET, DENSE) == []
     told = content(found, None, BUDGET, DENSE)
     assert (told["rejected"], told["passed_over"], told["instead_of"], told["slack"]) == ([], [], None, None)
 

@@ -51,7 +51,7 @@ def test_mlflow_mirrors_the_journal(folder) -> None:
     search, tracking = stored(folder), Tracking.of(folder)
     trials, (summary,) = runs_of(tracking, "trial"), runs_of(tracking, "summary")
     assert numbers(tracking) == list(range(12))
-    front = pareto(feasible(search.versions, search.budget, search.baseline.evaluation.measurements))
+    front = pareto(feasible(search.versions, search.budget, search.baseline.evaluation.measurements), search.objectives)
     marked = {int(run.data.tags["trial"]) for run in trials if run.data.tags["front"] == "true"}
     assert marked == {version.number for version in front}
     for logged in trials:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
+from search.config.objectives import BEFORE, DEFAULT
 from search.loop.patience import Patience
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
@@ -20,7 +21,7 @@ def version(*values: float | None) -> Version:
 
 
 def test_trials_that_win_nothing_are_counted() -> None:
-    stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6))
+    stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6), BEFORE)
     counts = []
     for each in (
         version(None, 0.009),  # the first miss
@@ -37,8 +38,18 @@ def test_trials_that_win_nothing_are_counted() -> None:
     assert counts == [0, 1, 0, 1, 0, 1, 2, 0]
 
 
+def test_fewer_flops_win_only_where_they_count() -> None:
+    counts = {}
+    for objectives in (BEFORE, DEFAULT):
+        stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6), objectives)
+        stall.count(version(0.9, 0.004, 5e5))
+        stall.count(version(0.9, 0.004, 2e5))
+        counts[objectives] = stall.trials
+    assert counts == {BEFORE: 0, DEFAULT: 1}
+
+
 def test_a_hair_more_hypervolume_wins_nothing() -> None:
-    stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6))
+    stall = Patience(Budget.parse(["latency<5ms"]), measured(0.95, 0.01, 1e6), BEFORE)
     first = version(0.9, 0.004)
     stall.count(first)
     stall.count(replace(first, evaluation=version(0.900001, 0.004).evaluation))

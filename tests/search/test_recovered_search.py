@@ -45,7 +45,7 @@ def search(runs) -> StoredSearch:
 
 
 def test_every_pruned_version_of_the_front_is_recovered_in_full(search) -> None:
-    front = pareto(feasible(search.versions, search.budget, search.baseline.evaluation.measurements))
+    front = pareto(feasible(search.versions, search.budget, search.baseline.evaluation.measurements), search.objectives)
     dense = search.baseline.evaluation.candidate.channels
     pruned = [version for version in front if version.evaluation.candidate.channels != dense]
     assert search.recovered

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from evaluators.accuracy import wilson
 from search.cli import run
 from search.config.budget import Budget
+from search.config.objectives import BEFORE
 from search.config.units import threshold
 from search.report.axes import staircase
 from search.report.caveats import caveats
@@ -47,19 +48,19 @@ def overview(folder, tmp_path_factory) -> Overview:
 @given(st.lists(figures, min_size=1, max_size=12))
 def test_hypervolume_grows_to_that_of_the_front(found) -> None:
     versions = [version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)]
-    steps = hypervolume_history(versions, BUDGET, DENSE_MEASURED)
+    steps = hypervolume_history(versions, BUDGET, DENSE_MEASURED, BEFORE)
     shares = [share for _, share in steps]
     assert [number for number, _ in steps] == list(range(len(found)))
     assert shares == sorted(shares)
-    front = pareto(feasible(versions, BUDGET, DENSE_MEASURED))
-    assert shares[-1] == pytest.approx(hypervolume(front, BUDGET, DENSE_MEASURED))
+    front = pareto(feasible(versions, BUDGET, DENSE_MEASURED), BEFORE)
+    assert shares[-1] == pytest.approx(hypervolume(front, BUDGET, DENSE_MEASURED, BEFORE))
 
 
 @given(st.lists(figures, min_size=1, max_size=12))
 def test_the_versions_most_worth_deploying_are_on_the_front_and_named_once(found) -> None:
     versions = [version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)]
-    front = pareto(versions)
-    worth = notable_versions(front)
+    front = pareto(versions, BEFORE)
+    worth = notable_versions(front, BEFORE)
     numbers = [each.number for _, each in worth]
     assert len(set(numbers)) == len(numbers) <= 3
     assert set(numbers) <= {each.number for each in front}
@@ -69,7 +70,7 @@ def test_the_versions_most_worth_deploying_are_on_the_front_and_named_once(found
 
 @given(st.lists(figures, min_size=1, max_size=12))
 def test_the_line_of_the_front_never_falls(found) -> None:
-    front = pareto([version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)])
+    front = pareto([version(i, a / 100, ms * 1e-3, flops) for i, (a, ms, flops) in enumerate(found)], BEFORE)
     corners = staircase(front)
     assert corners == sorted(corners)
     assert [y for _, y in corners] == sorted(y for _, y in corners)

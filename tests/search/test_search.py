@@ -82,7 +82,9 @@ def test_front_in_all_its_forms_says_the_same(folder, capsys) -> None:
     as_csv = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     search = stored(folder)
     budget, lines = Budget.parse(["latency<1000%"]), search.baseline.versions_to_beat
-    front = front_within(search.versions, lines, budget, search.baseline.evaluation.measurements).versions
+    front = front_within(
+        search.versions, lines, budget, search.baseline.evaluation.measurements, search.objectives
+    ).versions
     names = [version.trial for version in front]
     below = [line.trial for line in [*lines[1:], lines[0]] if line not in front]
     assert [entry["trial"] for entry in as_json["front"]] == names

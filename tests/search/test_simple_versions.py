@@ -16,6 +16,7 @@ from evaluators.latency.slow_layers import SlowerLayers, SlowLayers, WholeNetwor
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from search.cli import run
 from search.config.budget import Budget
+from search.config.objectives import BEFORE
 from search.config.overrides import Request
 from search.config.study import Study
 from search.deploy.bundle import confirm, time_again, write_bundle
@@ -52,18 +53,20 @@ def test_nothing_on_the_front_is_slower_and_less_accurate_than_a_simple_version_
 ) -> None:
     budget, lines = Budget.parse([limit]), [DENSE, *(replace(each, name="x") for each in versions(others, -20))]
     trials = versions(figures, 0)
-    found = front_within(trials, lines, budget, DENSE.measured)
+    found = front_within(trials, lines, budget, DENSE.measured, BEFORE)
     inside = [line for line in lines if budget.is_met(line.measured, DENSE.measured)]
     assert not any(beats(line, each) for line in inside for each in found.versions)
     assert all(any(beats(line, each) for line in inside) for each in found.beaten)
     assert all(budget.is_met(each.measured, DENSE.measured) for each in found.versions)
-    again = front_within([each for each in found.versions if each.number >= 0], lines, budget, DENSE.measured)
-    assert [each.costs().tolist() for each in again.versions] == [each.costs().tolist() for each in found.versions]
+    again = front_within([each for each in found.versions if each.number >= 0], lines, budget, DENSE.measured, BEFORE)
+    assert [each.costs(BEFORE).tolist() for each in again.versions] == [
+        each.costs(BEFORE).tolist() for each in found.versions
+    ]
 
 
 def test_a_trial_of_a_simple_version_does_not_stand_beside_it() -> None:
     again = replace(DENSE, number=3)
-    found = front_within([again], [DENSE], Budget.parse(["latency<20ms"]), DENSE.measured)
+    found = front_within([again], [DENSE], Budget.parse(["latency<20ms"]), DENSE.measured, BEFORE)
     assert found.versions == (DENSE,)
     assert [each.trial for each in found.versions] == ["dense"]
 
@@ -83,7 +86,7 @@ def test_a_version_with_fewer_flops_that_is_worse_otherwise_is_left_out_and_said
     trial = search.trials[number]
     worse = {**trial.user_attrs["evaluation"], "measurements": {name: each.to_dict() for name, each in slow.items()}}
     trial.set_user_attr("evaluation", worse)
-    search = replace(search, trials=(trial,))
+    search = replace(search, trials=(trial,), study=search.study.with_objectives(BEFORE))
     loose, tight = (Overview.of(search, Budget.parse([limit])) for limit in ("latency<1000%", "flops<50%"))
     assert [each.number for each in loose.beaten] == [trial.number]
     assert all(each.number < 0 for each in loose.front)

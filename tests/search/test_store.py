@@ -17,7 +17,7 @@ def add_trials(stored: optuna.Study, count: int) -> None:
     for index in range(count):
         trial = stored.ask()
         trial.suggest_int("x", 0, 10)
-        stored.tell(trial, [index, 1.0, 2.0])
+        stored.tell(trial, [index, 1.0])
 
 
 def test_a_last_line_that_a_crash_tore_off_is_dropped(folder) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from evaluators.bundle import run as program
 from search.cli import run
+from search.config.objectives import Objectives
 from search.config.renamed import with_present_names
 from search.config.study import Study, load_study
 from search.deploy.measure_bundle import measure_bundle
@@ -27,6 +28,7 @@ LATER = {"keep_blocks_at_least": 0.25}
 """Keys of [space] that came later, with their defaults."""
 SEARCH_KEY, EVERY_KEY = "19a93451", "56101dc4"
 """The keys that the studies had then: a search is found again by them."""
+BEGUN_WITH: Objectives = ("accuracy", "latency", "flops")
 
 
 @pytest.fixture
@@ -51,6 +53,47 @@ def test_a_search_of_before_is_read(runs: Path) -> None:
     assert str(search.budget) == "latency<1500%,size<1MB,accuracy_drop<9%,energy<2mJ@50pJ"
     assert len(search.versions) == 8
     assert search.report
+
+
+def test_a_search_of_before_keeps_its_three_objectives(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search = StoredSearch.read(SearchFolder(runs / NAME))
+    assert search.objectives == search.study.objectives == BEGUN_WITH
+    assert all(len(trial.values) == 3 for trial in search.trials if trial.values)
+    assert run(["report", "--runs", str(runs)]) == 0
+    assert "no other beats in accuracy, latency and FLOPs together" in (runs / NAME / "report.md").read_text()
+    asked = ["--runs", str(runs), "--search", NAME, "--study", str(runs / NAME / "study.toml")]
+    before = search.folder.journal.read_bytes()
+    assert run([*asked, "--objectives", "accuracy,latency"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "a search goes on with the objectives that it began with, got accuracy, latency for" in told
+    assert "which has accuracy, latency, flops; give another --search" in told
+    assert search.folder.journal.read_bytes() == before
+
+
+def test_the_key_of_a_study_of_before_is_that_of_the_usual_objectives() -> None:
+    study = load_study(str(BEFORE / "search" / "study.toml"))
+    assert study.with_objectives(("accuracy", "latency")).question_key == study.question_key
+    assert study.with_objectives(BEGUN_WITH).question_key != study.question_key
+    folder = SearchFolder(BEFORE / "search")
+    assert folder.objectives(None) == folder.objectives(BEGUN_WITH) == BEGUN_WITH
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [[], ["--objectives", "accuracy,latency,flops"]])
+def test_a_search_of_before_goes_on_with_its_three_objectives(asked: list[str], runs: Path, cache: Path) -> None:
+    search = StoredSearch.read(SearchFolder(runs / NAME))
+    journal = search.folder.journal  # the training of this machine, which other machines round otherwise
+    now = build_pipeline(search.study, lambda *_: None).fingerprint
+    journal.write_text(journal.read_text().replace(search.folder.open().user_attrs["fingerprint"], now))
+    again = load_study(str(runs / NAME / "study.toml")).with_objectives(None)
+    (runs / "again.toml").write_text(again.to_toml())
+    name = f"{again.name}-{again.question_key}-ehvi-0"  # where the program looks for it by itself
+    (runs / NAME).rename(runs / name)
+    assert run(["--runs", str(runs), "--study", str(runs / "again.toml"), "--trials", "11", *asked]) == 0
+    went_on = StoredSearch.read(SearchFolder(runs / name))
+    assert went_on.finished == 11
+    assert went_on.objectives == BEGUN_WITH
+    assert all(len(trial.values) == 3 for trial in went_on.trials if trial.values)
 
 
 def test_a_search_of_before_shows_its_front_and_its_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,6 +211,8 @@ def _model_of_objective(index: int, rows: Array, costs: Array, codec: Codec, pri
         return _Model(transform, damage_features(structure, codec), mean_function)
     if target.kind == "latency":
         return _Model(relative_transform(), latency_features(structure, codec))
+    if target.kind in ("params", "size"):
+        return _Model(log_transform(), latency_features(structure, codec))
     return _Model(
         log_transform(),
         latency_features(structure, codec),

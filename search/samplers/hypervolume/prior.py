@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from search.samplers.hypervolume.encoding import Array, Codec
 
-Kind = Literal["accuracy", "latency", "flops"]
+Kind = Literal["accuracy", "latency", "flops", "params", "size"]
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,11 @@ class ProblemPrior:
         objectives: what is known of each, in their order.
         linear_constraints: by name, those that are functions of an objective.
         solves_thresholds: whether there are exits whose thresholds are solved inside of each evaluation.
+        allowed: the share of the dense network's time and FLOPs that limits allow, those on no objective included.
     """
 
     structure: NetworkStructure
     objectives: tuple[CostTarget, ...]
     linear_constraints: Mapping[str, LinearConstraint] = field(default_factory=dict)
     solves_thresholds: bool = False
+    allowed: float = 1.0

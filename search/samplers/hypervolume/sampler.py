@@ -139,7 +139,8 @@ class HypervolumeSampler(BaseSampler):
         """
         if self._prior is None:
             return []
-        allowed = min(target.worst / target.dense for target in self._prior.objectives if target.kind != "accuracy")
+        timed = [target for target in self._prior.objectives if target.kind in ("latency", "flops")]
+        allowed = min([self._prior.allowed, *(target.worst / target.dense for target in timed)])
         times = [share * allowed * (_EXITS_SAVE if self._prior.solves_thresholds else 1.0) for share in SHARES]
         return knapsacks(self._prior.structure, Codec(distributions), times)
 
