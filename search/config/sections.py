@@ -10,7 +10,7 @@ from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.masks import MASKS
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Dimension = Literal["channels", "depth", "precision", "exits", "skips", "masks", "patterns", "frames"]
+Dimension = Literal["channels", "depth", "precision", "exits", "skips", "masks", "patterns", "frames", "size"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 """What may be searched, in the order in which it is written."""
 Positive = Annotated[int, Field(ge=1)]

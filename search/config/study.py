@@ -133,6 +133,9 @@ class SpaceSection(Section):
     """Smallest share of its channels that a group keeps; 1 cuts none."""
     keep_blocks_at_least: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Smallest share of its residual blocks that a stage keeps, rounded down; 1 leaves none out."""
+    sizes: Literal["auto"] | tuple[Positive, ...] = ()
+    """Heights and widths that square images may be resized to before the network, besides their own; `auto`: about a
+    half and three quarters of it."""
     lowest_threshold: Share = 0.5
     """Lowest confidence threshold of an exit that is searched."""
     threshold_step: Share = 0.05

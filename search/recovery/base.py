@@ -18,6 +18,7 @@ from spaces import cache
 from spaces.channels import SparsitySpace
 from spaces.depth import ALL_BLOCKS, DepthSpace
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.input_size import OWN_SIZE, InputSizeSpace
 
 NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 """No layer has a pattern of zeros."""
@@ -52,6 +53,7 @@ class RecoveryContext:
         network: the dense network with its exits, in evaluation mode.
         sparsity: tells which channels a candidate keeps.
         depth: tells which blocks a candidate keeps.
+        input_size: tells which sizes its input may have.
         train: images for weights and batch norm statistics.
         augment: augments a batch of training images at random.
         settings: of the study.
@@ -70,11 +72,18 @@ class RecoveryContext:
     key: str
     say: Say
     depth: DepthSpace = ALL_BLOCKS
+    input_size: InputSizeSpace = OWN_SIZE
     int8: QatContext | None = None
 
     def file(self, kind: str, *parts: str) -> Path:
         """Returns the cache file for the result of a training in this context, with these settings."""
         return self.folder / "recovered" / f"{kind}-{cache.key(self.key, *parts)}.pt"
+
+
+def form_key(network: ExitNetwork) -> str:
+    """Returns the blocks that a network lacks and its input size, as part of a cache key; empty for neither."""
+    removed = repr(network.removed_blocks) if network.removed_blocks else ""
+    return removed + (f"@{network.input_size}" if network.input_size else "")
 
 
 class Recovery(Protocol):
