@@ -26,6 +26,7 @@ class Artifact:
         reuse: when a frame of a stream reuses the last key frame's prediction; None if every input is computed.
         blocks: the blocks that may be skipped, in the order in which they run.
         steps: how the stages are run if blocks may be skipped; empty if they run one after the other.
+        input_size: height and width that images are resized to before the first stage; None for their own.
     """
 
     stages: tuple[bytes, ...]
@@ -38,6 +39,7 @@ class Artifact:
     reuse: Reuse | None = None
     blocks: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
+    input_size: int | None = None
 
     @property
     def plan(self) -> Steps:
@@ -56,6 +58,8 @@ class Artifact:
         content = hashlib.sha256(gates.encode())
         if self.reuse is not None:
             content.update(repr(self.reuse).encode())
+        if self.input_size is not None:
+            content.update(repr(self.input_size).encode())
         for stage in self.deployed:
             content.update(stage)
         return content.hexdigest()

@@ -13,6 +13,7 @@ from evaluators.graph.exporter import INPUT, OPSET, OUTPUT, ExportError, gate_lo
 from evaluators.graph.probe import Means, input_means
 from evaluators.graph.stages import Layout, Stage
 from evaluators.graph.template import Arrays, Template, output_channels
+from evaluators.inference.resizing import resized
 from evaluators.quantization import fp8, int4
 from evaluators.quantization.adaround import Learning, Report, RoundingTask
 from evaluators.quantization.batchnorm_moments import Moments, activation_moments
@@ -98,23 +99,33 @@ class ArtifactBuilder:
         self._scheme = scheme
         self._calibration = calibration[:_MEAN_IMAGES]
         self._properties = FP32_IN_METADATA[fp32_in]
-        self._template = Template(network, torch.from_numpy(calibration[:1]), removable)
+        self._network, self._removable = network, tuple(removable)
+        self._templates: dict[int | None, Template] = {}
+        self._template = self._template_at(None)
         self._capabilities = runtime.capabilities()
-        self._forms: dict[tuple[str, ...], _Form] = {}
-        self._dense = self._form(())
+        self._forms: dict[object, _Form] = {}
+        self._dense = self._form(network)
         self._check_images = calibration[:2]
         refusal = self.disagreement(network)
         if refusal is not None:
             raise ExportError(f"the exported network answers as in torch, got another answer: {': '.join(refusal)}")
         self.ranges: Ranges = self.read_ranges(network, calibration)
 
-    def _form(self, removed_blocks: Sequence[str]) -> _Form:
-        """Returns the graph without some blocks."""
-        key = tuple(removed_blocks)
+    def _template_at(self, size: int | None) -> Template:
+        """Returns the graph at an input size, which poolings depend on."""
+        if size not in self._templates:
+            image = torch.from_numpy(resized(self._calibration[:1], size))
+            self._templates[size] = Template(self._network, image, self._removable)
+        return self._templates[size]
+
+    def _form(self, version: ExitNetwork | Candidate) -> _Form:
+        """Returns the graph of a version, without the blocks that it lacks, at its input size."""
+        key = version.removed_blocks, version.input_size
         if key not in self._forms:
             if len(self._forms) >= _MOST_FORMS:
-                self._forms = {(): self._forms[()]}
-            self._forms[key] = self._form_of(self._template.without(key) if key else self._template)
+                self._forms.clear()
+            template = self._template_at(version.input_size)
+            self._forms[key] = self._form_of(template.without(key[0]) if key[0] else template)
         return self._forms[key]
 
     def _form_of(self, template: Template) -> _Form:
@@ -157,7 +168,7 @@ class ArtifactBuilder:
         Raises:
             QuantizationError: distributions cannot be propagated through an operator.
         """
-        form = self._form(network.removed_blocks)
+        form, images = self._form(network), resized(images, network.input_size)
         template, names = form.template, form.quantizer.activations()
         if self._scheme.ranges == "batchnorm":
             spans = {name: moments.range for name, moments in self._moments(network, images).items()}
@@ -170,20 +181,20 @@ class ArtifactBuilder:
         return {name: _union(*(ranges[name] for ranges in ranges_by_model)) for name in ranges_by_model[0]}
 
     def _moments(self, network: ExitNetwork, images: NDArray[np.float32]) -> dict[str, Moments]:
-        form = self._form(network.removed_blocks)
+        form = self._form(network)
         return activation_moments(form.template, form.graph, network.state_dict(), images)
 
     def _input_means(self, network: ExitNetwork, weights: Arrays) -> Means:
         """Returns the mean of each layer's input for bias correction; empty if the scheme has none."""
         if self._scheme.bias_correction == "none":
             return {}
-        form = self._form(network.removed_blocks)
+        form, images = self._form(network), resized(self._calibration, network.input_size)
         if self._scheme.bias_correction == "batchnorm":
-            moments = self._moments(network, self._calibration)
+            moments = self._moments(network, images)
             layers = [node for node in form.graph.nodes if node.op_type in ("Conv", "Gemm")]
             return {node.input[1]: moments[node.input[0]].channel_means for node in layers}
         model = form.template.file(form.graph, form.template.flows[-1], weights)
-        return input_means(model, form.graph.nodes, self._calibration)
+        return input_means(model, form.graph.nodes, images)
 
     def learn_rounding(
         self,
@@ -204,11 +215,11 @@ class ArtifactBuilder:
             ranges: of the activations; by default those of the dense network.
             report: called with the number of layers that are done and of all layers.
         """
-        form = self._form(network.removed_blocks)
+        form = self._form(network)
         placement = self.int8_placement(network, candidate)
         weights = form.template.weights(network.state_dict())
         task = RoundingTask(form.template, form.graph, form.quantizer, placement, weights, ranges or self.ranges)
-        return task.learn(images, learning, report)
+        return task.learn(resized(images, network.input_size), learning, report)
 
     def disagreement(self, network: ExitNetwork) -> tuple[str, str] | None:
         """Returns why the file of a sliced or shortened network differs from it in torch; None if the two agree.
@@ -216,9 +227,9 @@ class ArtifactBuilder:
         They are compared on two calibration images, so that a batch size fixed in the graph is noticed.
         """
         try:
-            form = self._form(network.removed_blocks)
+            form, images = self._form(network), resized(self._check_images, network.input_size)
             weights = form.template.weights(network.state_dict())
-            last, *exits = load(form.template.file(form.graph, form.graph.nodes, weights), 0)(self._check_images)
+            last, *exits = load(form.template.file(form.graph, form.graph.nodes, weights), 0)(images)
         except Exception as error:
             return "its width is written into the exported graph", str(error).splitlines()[0]
         with torch.no_grad():
@@ -240,7 +251,7 @@ class ArtifactBuilder:
         fallback = "fp16" if "fp16" in self._capabilities.precisions else "fp32"
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         float_heads = () if self._capabilities.int8_heads else self._template.exit_classifiers
-        for layer, weight in self._form(network.removed_blocks).template.layer_weights.items():
+        for layer, weight in self._form(network).template.layer_weights.items():
             is_float_head = precisions[layer] == "int8" and layer in float_heads
             is_8_bit = self._supports_8_bits(weight, shapes[weight]) and not is_float_head
             if precisions[layer] in ("int8", "fp8") and not is_8_bit:
@@ -257,24 +268,26 @@ class ArtifactBuilder:
         Each costs a conversion. Layers that are only stored in 4 bits run in fp32. Heads of inactive exits and gates of
         blocks that always run are not deployed.
         """
-        form = self._form(candidate.removed_blocks)
+        form = self._form(candidate)
         placement, fp16_nodes = form.place(candidate.precision)
         fp8_nodes = form.float8.place(form.layers_in("fp8", candidate.precision))
         others = dict.fromkeys(fp16_nodes, "fp16") | dict.fromkeys(fp8_nodes, "fp8")
         precisions = dict.fromkeys(placement.nodes, "int8") | others
         return form.quantizer.boundaries(precisions, _layout(form, candidate).nodes)
 
-    def trainable(self, removed_blocks: Sequence[str] = ()) -> TrainableGraph:
-        """Returns the graph, without some blocks, as torch operations that can be trained.
+    def trainable(self, network: ExitNetwork | None = None) -> TrainableGraph:
+        """Returns the graph of a version, by default the dense network, as torch operations that can be trained.
+
+        Its images are resized already.
 
         Raises:
             QuantizationError: the graph has an operator without a gradient.
         """
-        return self._form(removed_blocks).trainable
+        return self._form(network or self._network).trainable
 
     def int8_placement(self, network: ExitNetwork, candidate: Candidate) -> Placement:
         """Returns the placement of Q/DQ in the artifact of a network that is compressed to `candidate`."""
-        return self._form(network.removed_blocks).place(self.written_precisions(network, candidate))[0]
+        return self._form(network).place(self.written_precisions(network, candidate))[0]
 
     def build(
         self, network: ExitNetwork, candidate: Candidate, ranges: Ranges | None = None, grids: Grids = NO_GRIDS
@@ -290,7 +303,7 @@ class ArtifactBuilder:
         Raises:
             QuantizationError: a weight of an fp16 layer exceeds fp16's range.
         """
-        form = self._form(network.removed_blocks)
+        form = self._form(network)
         weights, ranges = form.template.weights(network.state_dict()), ranges or self.ranges
         precisions = self.written_precisions(network, candidate)
         placement, fp16_nodes = form.place(precisions)
@@ -323,6 +336,7 @@ class ArtifactBuilder:
             confidence=self._confidence,
             blocks=layout.blocks,
             steps=layout.steps_with_thresholds(candidate),
+            input_size=candidate.input_size,
         )
 
 

@@ -197,7 +197,8 @@ class LoadedArtifact:
     def session(self) -> Session:
         """The artifact, loaded into the runtime."""
         artifact = self.artifact
-        return self._runtime.open(artifact.deployed, artifact.plan, self.target.threads, artifact.confidence)
+        threads, size = self.target.threads, artifact.input_size
+        return self._runtime.open(artifact.deployed, artifact.plan, threads, artifact.confidence, size)
 
     def answers_to(self, data: LabelledImages) -> Answers:
         """Returns the artifact's predictions for some images."""

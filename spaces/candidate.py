@@ -13,7 +13,7 @@ from spaces.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class Candidate:
-    """Channels kept per group, precision per layer, thresholds, sparsity patterns, and blocks that are left out.
+    """Channels per group, precision per layer, thresholds, sparsity patterns, blocks that are left out, input size.
 
     Candidate({"stage1.0.conv1": 8}, {"stage1.0.conv1": "int8"}, Thresholds({"exit1": 0.9}))
 
@@ -27,6 +27,8 @@ class Candidate:
     """The sparsity pattern of some layers, by name; other layers are dense."""
     removed_blocks: tuple[str, ...] = ()
     """The paths of the residual blocks that are left out, sorted."""
+    input_size: int | None = None
+    """Height and width that images are resized to; None for their own."""
 
     def __post_init__(self) -> None:
         for part in ("channels", "precision", "patterns"):
@@ -75,8 +77,9 @@ class Candidate:
             "precision": dict(self.precision),
             "thresholds": self.thresholds.to_dict(),
             "patterns": dict(self.patterns),
-            # Whole networks keep the content, and so the key, that they had before blocks could be left out.
+            # Others keep the content, and so the key, that they had before there were these choices.
             **({"removed_blocks": list(self.removed_blocks)} if self.removed_blocks else {}),
+            **({"input_size": self.input_size} if self.input_size else {}),
         }
 
     @classmethod
@@ -95,4 +98,5 @@ class Candidate:
             Thresholds.from_dict({str(name): float(value) for name, value in content["thresholds"].items()}),
             {str(name): str(pattern) for name, pattern in content.get("patterns", {}).items()},
             tuple(map(str, content.get("removed_blocks", ()))),
+            int(content["input_size"]) if content.get("input_size") else None,
         )

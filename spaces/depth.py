@@ -150,6 +150,7 @@ def shortened(network: ExitNetwork, blocks: Iterable[str]) -> ExitNetwork:
     trunk = _replaced(network.trunk, gone)
     gates = {block: gate for block, gate in network.gates.items() if block not in gone}
     made = ExitNetwork(trunk, network.cut_points, list(network.exits.values()), gates)
+    made.input_size = network.input_size
     made.removed_blocks = tuple(sorted({*network.removed_blocks, *gone}))
     return made.train(network.training)
 

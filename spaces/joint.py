@@ -9,6 +9,7 @@ from spaces.depth import ALL_BLOCKS, DepthSpace, shortened
 from spaces.dimensions import Choice, Dimension, Value
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import move_masks
+from spaces.input_size import OWN_SIZE, InputSizeSpace, at_size
 from spaces.patterns import DENSE, PatternSpace, apply_patterns
 from spaces.precision import PREFIX, PrecisionSpace, uniform
 from spaces.thresholds import Thresholds, ThresholdSpace
@@ -18,7 +19,7 @@ NO_PATTERNS = PatternSpace({})
 
 
 class JointSpace:
-    """The search space: channels, precisions, thresholds, sparsity patterns and depth."""
+    """The search space: channels, precisions, thresholds, sparsity patterns, depth and input size."""
 
     def __init__(
         self,
@@ -27,12 +28,14 @@ class JointSpace:
         thresholds: ThresholdSpace,
         patterns: PatternSpace = NO_PATTERNS,
         depth: DepthSpace = ALL_BLOCKS,
+        input_size: InputSizeSpace = OWN_SIZE,
     ) -> None:
         self.sparsity = sparsity
         self.precision = precision
         self.thresholds = thresholds
         self.patterns = patterns
         self.depth = depth
+        self.input_size = input_size
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns every dimension, by its prefixed name."""
@@ -42,6 +45,7 @@ class JointSpace:
             **self.thresholds.dimensions(),
             **self.patterns.dimensions(),
             **self.depth.dimensions(),
+            **self.input_size.dimensions(),
         }
 
     def candidate(self, values: Mapping[str, Value]) -> Candidate:
@@ -54,8 +58,8 @@ class JointSpace:
         precision = {name: str(value) for name, value in self.precision.read(values).items()}
         channels = {name: int(value) for name, value in self.sparsity.read(values).items()}
         patterns = {name: str(value) for name, value in self.patterns.read(values).items() if value != DENSE}
-        removed = self.depth.removed(self.depth.read(values))
-        candidate = self._without_idle_choices(Candidate(channels, precision, thresholds, patterns, removed))
+        removed, size = self.depth.removed(self.depth.read(values)), self.input_size.size(values)
+        candidate = self._without_idle_choices(Candidate(channels, precision, thresholds, patterns, removed, size))
         return self.with_thresholds(candidate, candidate.thresholds)
 
     def _without_idle_choices(self, candidate: Candidate) -> Candidate:
@@ -111,6 +115,7 @@ class JointSpace:
         confidence: float | None = None,
         pattern: str = DENSE,
         depth: float = 1.0,
+        size: float = 1.0,
     ) -> dict[str, Value]:
         """Returns values that are the same for all layers: a share of the channels, a precision, a pattern, a depth.
 
@@ -121,9 +126,11 @@ class JointSpace:
                 and every block is run completely.
             pattern: of all layers that may have it.
             depth: the share of its blocks that each stage keeps, rounded to the nearest block.
+            size: of the input, as a share of the images' own; the nearest one is taken.
         """
         values = self.thresholds.alike(confidence)
         values |= {name: stage.nearest(depth * stage.high) for name, stage in self.depth.dimensions().items()}
+        values |= dict.fromkeys(self.input_size.dimensions(), self.input_size.nearest(size))
         for name, dimension in self.dimensions().items():
             if name in values:
                 continue
@@ -138,10 +145,10 @@ class JointSpace:
     def narrowed(self, allowed: Mapping[str, Sequence[str]]) -> "JointSpace":
         """Returns the space with only these precisions allowed for each layer."""
         precision = self.precision.without(allowed)
-        return JointSpace(self.sparsity, precision, self.thresholds, self.patterns, self.depth)
+        return JointSpace(self.sparsity, precision, self.thresholds, self.patterns, self.depth, self.input_size)
 
     def apply(self, network: ExitNetwork, candidate: Candidate) -> ExitNetwork:
-        """Returns the compressed torch network, with the candidate's depth, channels, patterns and thresholds of masks.
+        """Returns the compressed torch network, with the candidate's depth, channels, patterns, input size and masks.
 
         Precisions and the other thresholds only take effect in the artifact.
 
@@ -151,4 +158,4 @@ class JointSpace:
         smaller = shortened(self.sparsity.apply(network, candidate.channels), candidate.removed_blocks)
         apply_patterns(smaller, candidate.patterns)
         move_masks(smaller, candidate.thresholds.masks)
-        return smaller
+        return at_size(smaller, candidate.input_size)

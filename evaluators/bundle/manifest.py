@@ -86,6 +86,7 @@ class Manifest:
         blocks: the blocks that inputs may skip.
         steps: the order in which files are run if blocks may be skipped, as in `staged.to_json`; else empty.
         image_shape: of one input, `(c, h, w)`.
+        input_size: height and width that inputs are resized to before the first file; None for their own.
         classes: number of classes.
         frames: which frames of a stream are computed; None for independent inputs.
         reference: the network that its latency is relative to; None if latency was measured without one.
@@ -108,6 +109,7 @@ class Manifest:
     blocks: tuple[str, ...] = ()
     steps: tuple[Any, ...] = ()
     image_shape: tuple[int, ...] = ()
+    input_size: int | None = None
     classes: int = 0
     frames: Frames | None = None
     reference: DenseReference | None = None
@@ -135,8 +137,10 @@ class Manifest:
         return [file if file.is_file() else folder / file.name for file in portable]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready copy; `frames` is a key only where there are some."""
+        """Returns a JSON-ready copy; `frames` and `input_size` are keys only where there are some."""
         content = asdict(self)
+        if self.input_size is None:
+            del content["input_size"]
         if self.frames is None:
             del content["frames"]
         return content

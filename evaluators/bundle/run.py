@@ -34,6 +34,7 @@ if TYPE_CHECKING or __package__:
     from evaluators.bundle.manifest import Frames, Manifest
     from evaluators.inference.frame_reuse import FrameReuse
     from evaluators.inference.inputs import read_all
+    from evaluators.inference.resizing import resized
     from evaluators.inference.sessions import (
         BatchSizes,
         PaddedStage,
@@ -56,6 +57,7 @@ else:  # a bundle has these files beside its run.py, which anybody may call from
     from frame_reuse import FrameReuse
     from inputs import read_all
     from manifest import Frames, Manifest
+    from resizing import resized
     from sessions import (
         BatchSizes,
         PaddedStage,
@@ -80,7 +82,12 @@ def load(folder: str | Path) -> Network:
 
 def load_with_library(folder: str | Path) -> tuple[str, Network]:
     """Returns the name of the library that runs the bundle's network on this machine, and the network."""
-    bundle = Path(folder)
+    library, network = _loaded(Path(folder))
+    size = Manifest.read(Path(folder)).input_size
+    return library, network if size is None else lambda images: network(resized(images, size))
+
+
+def _loaded(bundle: Path) -> tuple[str, Network]:
     manifest = Manifest.read(bundle)
     engines = _load_engines(bundle, manifest) if (bundle / ENGINES).is_file() else None
     if engines:

@@ -157,7 +157,8 @@ class FlopsEvaluator:
         return sum(1 for name in active if exits.index(name) < depth)
 
     def _by_module(self, subject: DeployedCandidate) -> Mapping[str, float]:
-        key = tuple(sorted(subject.candidate.channels.items())), subject.candidate.removed_blocks
+        candidate = subject.candidate
+        key = tuple(sorted(candidate.channels.items())), candidate.removed_blocks, candidate.input_size
         if key not in self._counts:
             self._counts[key] = _without_masking(subject.network, count_by_module(subject.network, self._image))
         return self._counts[key]

@@ -64,6 +64,7 @@ def write_job(folder: Path, subject: LoadedArtifact, latency: LatencyEvaluator) 
         "frames": _frames(subject),
         "blocks": subject.artifact.blocks,
         "steps": to_json(subject.artifact.steps),
+        "input_size": subject.artifact.input_size,
         "target": subject.target.to_dict(),
         "references": {name: reference.seconds for name, reference in latency.references.items()},
     }
@@ -131,6 +132,7 @@ def _measure(folder: Path) -> dict[str, Any]:
         reuse=reuse,
         blocks=tuple(job["blocks"]),
         steps=tuple(Step(**step) for step in job["steps"]),
+        input_size=job["input_size"],
     )
     subject = LoadedArtifact(Candidate.from_dict(job["candidate"]), artifact, validation, runtime, target)
     evaluator = LatencyEvaluator(references, runtime, target)

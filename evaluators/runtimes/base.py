@@ -283,7 +283,14 @@ class Runtime(Protocol):
         """Returns the file that is deployed on this runtime, made from a portable ONNX file."""
         ...
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> Session:
+    def open(
+        self,
+        stages: Sequence[bytes],
+        plan: Steps,
+        threads: int,
+        confidence: str = "softmax",
+        input_size: int | None = None,
+    ) -> Session:
         """Returns an artifact, loaded from the files that `deployable` or `deployed_stages` returned.
 
         Args:
@@ -291,6 +298,8 @@ class Runtime(Protocol):
             plan: the confidence threshold of each exit; or steps, if blocks may be skipped.
             threads: the number of threads.
             confidence: the measure of an exit's confidence, a name in `staged.CONFIDENCES`.
+            input_size: height and width that the session resizes images to, outside of what it times; None for their
+                own.
         """
         ...
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evaluators.inference.frame_reuse import FrameReuse
+from evaluators.inference.resizing import resized
 from evaluators.inference.staged import Network, Routes, StagedNetwork, Steps
 from evaluators.runtimes.base import Capabilities, Images, PrecedingKeyFrame, Proof, Spent, TensorReader, TimedBatch
 from evaluators.runtimes.cpu import cpu_name, weight_bits
@@ -30,6 +31,7 @@ class LocalSession:
         threads: the number of threads of the stages, which decides the clock.
         confidence: the measure of an exit's confidence, a name in `staged.CONFIDENCES`.
         clock: the clock to read; by default that of the number of threads.
+        input_size: height and width that images are resized to, before anything is timed; None for their own.
     """
 
     def __init__(
@@ -39,27 +41,35 @@ class LocalSession:
         threads: int,
         confidence: str = "softmax",
         clock: Clock | None = None,
+        input_size: int | None = None,
     ) -> None:
         self._network = StagedNetwork(stages, plan, confidence)
         self._confidence = confidence
         self._clock = clock or Clock.for_threads(threads)
+        self._input_size = input_size
+
+    def _batch(self, images: "ImageStore", start: int, end: int) -> Images:
+        """Returns images as the first stage takes them."""
+        return resized(images[start:end], self._input_size)
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
         """Returns the logits `(n, classes)` and the routes `(n,)` of images, computed `batch` images at a time."""
-        parts = [self._network(images[start : start + batch]) for start in range(0, len(images), batch)]
+        parts = [self._network(self._batch(images, start, start + batch)) for start in range(0, len(images), batch)]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([routes for _, routes in parts])
 
     def all_logits(self, images: "ImageStore", batch: int) -> Images:
         """Returns the logits of every exit and, last, of the end, `(n, exits + 1, classes)`; no image leaves early."""
         starts = range(0, len(images), batch)
-        return np.concatenate([self._network.all_logits(images[start : start + batch]) for start in starts])
+        parts = [self._network.all_logits(self._batch(images, start, start + batch)) for start in starts]
+        return np.concatenate(parts)
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
         """Returns the time of each of `calls` runs on one batch."""
         taken = []
+        batch = self._batch(images, 0, len(images))
         for _ in range(calls):
             work, wall = self._clock.work(), self._clock.wall()
-            self._network(images)
+            self._network(batch)
             taken.append(Spent(self._clock.work() - work, self._clock.wall() - wall))
         return taken
 
@@ -76,7 +86,7 @@ class LocalSession:
         protocol: TimingProtocol,
     ) -> TakeTurn:
         """Returns a function that times batches and the reference, on the first `reference_batch` images, in turn."""
-        reference_images = images[:reference_batch]
+        reference_images = reference._batch(images, 0, reference_batch)
         calls = [self._call(images, batch) for batch in batches]
         shares = [batch.share for batch in batches]
         return turns_of(calls, lambda: reference._network(reference_images), protocol, self._clock, shares)
@@ -88,11 +98,11 @@ class LocalSession:
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
         network = StagedNetwork(self._network.stages, batch.path_plan(self._network.plan), self._confidence)
         if batch.follows is not None:
-            frame = images[batch.start : batch.start + batch.count]
-            key = images[batch.follows.key : batch.follows.key + 1]
+            frame = self._batch(images, batch.start, batch.start + batch.count)
+            key = self._batch(images, batch.follows.key, batch.follows.key + 1)
             return frame_call(network, key, frame, batch.follows)
         starts = (batch.start, *batch.others)
-        batches = cycle([np.array(images[start : start + batch.count]) for start in starts])
+        batches = cycle([np.array(self._batch(images, start, start + batch.count)) for start in starts])
         return lambda: network(next(batches))
 
 
@@ -163,9 +173,17 @@ class LocalRuntime(ABC):
         """Returns the portable file unchanged."""
         return model
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> LocalSession:
+    def open(
+        self,
+        stages: Sequence[bytes],
+        plan: Steps,
+        threads: int,
+        confidence: str = "softmax",
+        input_size: int | None = None,
+    ) -> LocalSession:
         """Returns an artifact, each of whose files is loaded by `load`."""
-        return LocalSession([self.load(stage, threads) for stage in stages], plan, threads, confidence)
+        loaded = [self.load(stage, threads) for stage in stages]
+        return LocalSession(loaded, plan, threads, confidence, input_size=input_size)
 
     def tensors(self, model: bytes) -> TensorReader:
         """Returns a function from a batch to all outputs of a file, as float32."""

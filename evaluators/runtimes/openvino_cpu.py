@@ -85,11 +85,18 @@ class OpenVino(LocalRuntime):
         """Returns the model with u8 activations, which need no correction: 10 to 15% faster for ResNet-20."""
         return unsigned_activations(model)
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "OpenedModels":
+    def open(
+        self,
+        stages: Sequence[bytes],
+        plan: Steps,
+        threads: int,
+        confidence: str = "softmax",
+        input_size: int | None = None,
+    ) -> "OpenedModels":
         """Returns stages that are compiled at the first call with a batch size."""
         settings, sizes = self._settings(stages, threads), BatchSizes()
         loaded = [PaddedStage(partial(self._compiled, stage, settings), sizes) for stage in stages]
-        return OpenedModels(loaded, plan, threads, confidence)
+        return OpenedModels(loaded, plan, threads, confidence, input_size)
 
     def load(self, model: bytes, threads: int) -> LoadedStage:
         """Returns one file, compiled at the first call with a batch size."""
@@ -147,10 +154,18 @@ class OpenedModels(LocalSession):
         plan: the confidence from which each exit answers, or the steps.
         threads: that the stages use.
         confidence: what the gates ask for.
+        input_size: height and width that images are resized to; None for their own.
     """
 
-    def __init__(self, stages: Sequence[PaddedStage], plan: Steps, threads: int, confidence: str) -> None:
-        super().__init__(stages, plan, threads, confidence)
+    def __init__(
+        self,
+        stages: Sequence[PaddedStage],
+        plan: Steps,
+        threads: int,
+        confidence: str,
+        input_size: int | None = None,
+    ) -> None:
+        super().__init__(stages, plan, threads, confidence, input_size=input_size)
         self._stages = tuple(stages)
 
     def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:

@@ -10,11 +10,11 @@ from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.masks import MASKS
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Dimension = Literal["channels", "depth", "precision", "exits", "skips", "masks", "patterns", "frames"]
+Dimension = Literal["channels", "depth", "precision", "exits", "skips", "masks", "patterns", "frames", "size"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 """What may be searched, in the order in which it is written."""
-BEFORE_DEPTH: tuple[Dimension, ...] = tuple(name for name in DIMENSIONS if name != "depth")
-"""What was searched by default before depth was a dimension."""
+BEFORE_DEPTH: tuple[Dimension, ...] = tuple(name for name in DIMENSIONS if name not in ("depth", "size"))
+"""What was searched by default before depth and input size were dimensions."""
 Positive = Annotated[int, Field(ge=1)]
 
 

@@ -137,6 +137,9 @@ class SpaceSection(Section):
     """Multiple in which groups keep channels; where not given, what suits the target: it is measured."""
     keep_blocks_at_least: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Smallest share of its residual blocks that a stage keeps, rounded down; 1 leaves none out."""
+    sizes: Literal["auto"] | tuple[Positive, ...] = ()
+    """Heights and widths that square images may be resized to before the network, besides their own; `auto`: about a
+    half and three quarters of it."""
     lowest_threshold: Share = 0.5
     """Lowest confidence threshold of an exit that is searched."""
     threshold_step: Share = 0.05
@@ -409,7 +412,7 @@ class Study(Section):
     def question_key(self) -> str:
         """Eight hexadecimal digits over all that an answer depends on, so not over the number of trials."""
         # A key that came later counts where it says something, so that earlier searches keep their names.
-        later = {"precision", "keep_blocks_at_least", "channel_step"}
+        later = {"precision", "keep_blocks_at_least", "channel_step", "sizes"}
         silent = {key for key in later if getattr(self.space, key) == SpaceSection.model_fields[key].default}
         silent |= {"only"} if self.space.only == BEFORE_DEPTH else set()
         content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent})

@@ -18,7 +18,7 @@ from evaluators.bundle import run as run_bundle
 from evaluators.bundle.manifest import Check, DenseReference, DeploymentTarget, Frames, Manifest
 from evaluators.data import bytes_of
 from evaluators.deployed import Answers, DeployedCandidate
-from evaluators.inference import frame_reuse, inputs, sessions, staged
+from evaluators.inference import frame_reuse, inputs, resizing, sessions, staged
 from evaluators.latency.evaluator import LEFT, LatencyEvaluator
 from evaluators.latency.remeasure import remeasure, write_job
 from evaluators.measurement import Measurement, mean_of, scaled
@@ -43,7 +43,7 @@ _CHECK_BYTES = 20_000_000
 """Bytes of test images, at most, that are put into the bundle."""
 REFERENCE = "reference.onnx"
 """The dense network that a bundle is timed against; it need not be shipped."""
-_SHIPPED = (run_bundle, manifest, staged, inputs, frame_reuse, sessions)
+_SHIPPED = (run_bundle, manifest, staged, inputs, resizing, frame_reuse, sessions)
 """Modules of the program that runs a bundle; they are copied under their own names."""
 
 Say = Callable[[str], None]
@@ -272,6 +272,7 @@ def _write_files(
         blocks=artifact.blocks,
         steps=tuple(staged.to_json(artifact.steps)),
         image_shape=pipeline.data.image_shape,
+        input_size=artifact.input_size,
         classes=pipeline.data.classes,
         frames=Frames(**asdict(artifact.reuse)) if artifact.reuse else None,
         reference=DenseReference(REFERENCE, precision, reference.seconds),

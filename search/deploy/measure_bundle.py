@@ -120,6 +120,7 @@ def _load(folder: Path, manifest: Manifest, runtime: Runtime) -> LoadedArtifact:
         reuse=reuse,
         blocks=manifest.blocks,
         steps=tuple(step for step in from_json(manifest.steps) if isinstance(step, Step)),
+        input_size=manifest.input_size,
     )
     # With a single reference the precisions of the candidate's layers are not needed.
     loaded = LoadedArtifact(Candidate({}, {}), artifact, _check(folder, reuse), runtime, target)

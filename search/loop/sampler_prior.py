@@ -23,6 +23,7 @@ from spaces import channels as sparsity
 from spaces import depth, precision
 from spaces import thresholds as gates
 from spaces.dynamic.exit_network import layer_name
+from spaces.input_size import SIZE
 from spaces.joint import JointSpace
 
 _BITS = {"int8": 8, "int4": 4, "fp8": 4, "fp16": 11}
@@ -109,6 +110,8 @@ def _structure(
         damage=_damage(pipeline, space, profile, {name: paths[name] for name in layers}),
         depth=tuple(space.depth.dimensions()),
         runs_from=_runs_from(space, order),
+        size=SIZE if SIZE in dimensions else None,
+        size_work=tuple((size / max(space.input_size.sizes)) ** 2 for size in space.input_size.sizes),
     )
 
 

@@ -29,7 +29,7 @@ class RecoveryPlan:
     """How a candidate's accuracy is recovered; `Compressor.plan` decides it.
 
     Args:
-        is_pruned: whether the candidate lacks channels, weights or blocks of the dense network.
+        is_pruned: whether the candidate lacks channels, weights or blocks of the dense network, or has smaller inputs.
         recovers: whether its weights are cut from the recovery's source network and recovered; else they are the dense
             network's.
         finetune: fine-tuning on top of that, or None.
@@ -112,7 +112,7 @@ class Compressor:
     @property
     def may_be_needed(self) -> bool:
         """Whether any candidate may need the recovery: the space prunes, or shared weights are trained for int8."""
-        parts = (self._space.sparsity, self._space.patterns, self._space.depth)
+        parts = (self._space.sparsity, self._space.patterns, self._space.depth, self._space.input_size)
         return any(part.dimensions() for part in parts) or (self._shares_weights and self.context.int8 is not None)
 
     @property
@@ -187,8 +187,8 @@ class Compressor:
         finetune_kept(self.context, network, candidate.channels, settings, images, history, candidate.patterns, source)
 
     def _ranges(self, network: ExitNetwork, plan: RecoveryPlan) -> Ranges:
-        """Returns the activation ranges of the network that the candidate was cut from, or of one without blocks."""
-        if network.removed_blocks:
+        """Returns the activation ranges of the network that the candidate was cut from; its own in another form."""
+        if network.removed_blocks or network.input_size:
             return {**self._builder.read_ranges(network, self._calibration), **self.recovery.ranges}
         is_recovery_source = plan.recovers and self.recovery.source is not self.context.network
         return self._source_ranges if is_recovery_source else self._builder.ranges
@@ -199,8 +199,8 @@ class Compressor:
         return {**measured, **self.recovery.ranges}
 
     def _is_pruned(self, candidate: Candidate) -> bool:
-        lacks = candidate.patterns or candidate.removed_blocks or self._space.sparsity.kept(candidate.channels)
-        return bool(lacks)
+        form = candidate.removed_blocks or candidate.input_size
+        return bool(form or candidate.patterns or self._space.sparsity.kept(candidate.channels))
 
     def _trains_int8(self, candidate: Candidate) -> bool:
         """Returns whether it has int8 layers and the study asks for quantization-aware training."""

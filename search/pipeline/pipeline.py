@@ -31,6 +31,7 @@ from search.pipeline.given_network import GivenNetwork, fingerprint_of, timed, v
 from search.pipeline.references import References
 from search.pipeline.search_space import (
     build_space,
+    input_sizes,
     split_remarks,
     unsupported_options,
     without_fixed_dimensions,
@@ -257,7 +258,8 @@ def build_pipeline(
     if removable:
         fewest, fingerprint = study.space.keep_blocks_at_least, fingerprint_of(network, given.data)
         depth = depth_space(network, builder, given.data.calibration, fewest, fingerprint, progress)
-    space = build_space(study, network, groups, depth, given.data, builder.layers, given.runtime, widths)
+    sizes = input_sizes(study, network, image, builder.disagreement)
+    space = build_space(study, network, groups, depth, sizes, given.data, builder.layers, given.runtime, widths)
     threshold_images, scored = validation_parts(given.data, bool(space.thresholds.solved and space.thresholds.exits))
     context = _recovery_context(study, given, network, space, builder, progress)
     return CompressionPipeline(
@@ -297,6 +299,7 @@ def _recovery_context(
         network=network,
         sparsity=space.sparsity,
         depth=space.depth,
+        input_size=space.input_size,
         train=given.data.train,
         augment=augmentation(augment) if augment else None,
         settings=study.recovery,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from evaluators.accuracy import wilson
 from evaluators.data import Splits
@@ -16,6 +17,7 @@ from spaces.depth import DepthSpace
 from spaces.dimensions import Real
 from spaces.dynamic.exit_network import ExitNetwork, is_of_gate
 from spaces.dynamic.masks.base import masks_of
+from spaces.input_size import OWN_SIZE, InputSizeSpace, Proof, automatic_sizes, usable_sizes
 from spaces.joint import JointSpace
 from spaces.patterns import TWO_OF_FOUR, PatternSpace, offered_patterns
 from spaces.precision import PrecisionSpace
@@ -57,6 +59,7 @@ def build_space(
     network: ExitNetwork,
     groups: Groups,
     depth: DepthSpace,
+    input_size: InputSizeSpace,
     data: Splits,
     layers: tuple[str, ...],
     runtime: Runtime,
@@ -69,6 +72,7 @@ def build_space(
         network: the dense network with its exits and gates.
         groups: its channel groups.
         depth: its stages of blocks that can be left out.
+        input_size: sizes of its input.
         data: the calibration images are used by some pruning criteria.
         layers: names of the layers with a precision.
         runtime: executes the versions.
@@ -83,8 +87,35 @@ def build_space(
     minimum = study.space.keep_at_least
     sparsity = SparsitySpace(groups.free, scores, steps.finest, minimum, steps.widest, steps.least)
     patterns = PatternSpace(offered_patterns(network, groups.free, steps.finest, _supported_patterns(study, runtime)))
-    others_vary = any(part.dimensions() for part in (sparsity, precision, patterns, depth))
-    return JointSpace(sparsity, precision, _threshold_space(study, exits, network, others_vary), patterns, depth)
+    others_vary = any(part.dimensions() for part in (sparsity, precision, patterns, depth, input_size))
+    thresholds = _threshold_space(study, exits, network, others_vary)
+    return JointSpace(sparsity, precision, thresholds, patterns, depth, input_size)
+
+
+def input_sizes(study: Study, network: ExitNetwork, image: Tensor, proof: Proof) -> InputSizeSpace:
+    """Returns the sizes that images may be resized to: those that the study asks for and the network runs at.
+
+    Args:
+        study: what to search.
+        network: the dense network.
+        image: one input, `(1, c, h, w)`.
+        proof: returns why the exported network cannot be used at a size, or None.
+
+    Raises:
+        StudyError: a size that the study names is larger than the images, or the network does not run at it.
+    """
+    own, asked = int(image.shape[-1]), study.space.sizes
+    if "size" not in study.space.only or not asked:
+        return OWN_SIZE
+    sizes = automatic_sizes(own) if asked == "auto" else asked
+    usable = usable_sizes(network, image, sizes, proof)
+    refused = sorted(set(sizes) - set(usable))
+    if refused and asked != "auto":
+        raise StudyError(
+            f"space.sizes are sizes below {own}, the images' own, at which the network runs and pools globally, got"
+            f" {refused[0]}; leave it out"
+        )
+    return InputSizeSpace(usable)
 
 
 def without_fixed_dimensions(study: Study) -> Study:

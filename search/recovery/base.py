@@ -18,6 +18,7 @@ from spaces import cache
 from spaces.channels import SparsitySpace
 from spaces.depth import ALL_BLOCKS, DepthSpace
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.input_size import OWN_SIZE, InputSizeSpace
 
 NO_PATTERNS: Mapping[str, str] = MappingProxyType({})
 """No layer has a pattern of zeros."""
@@ -59,6 +60,7 @@ class RecoveryContext:
         say: called with the progress of long steps.
         int8: what quantization-aware training needs; None if the study does not ask for it.
         depth: tells which blocks a candidate keeps.
+        input_size: tells which sizes its input may have.
     """
 
     network: ExitNetwork
@@ -71,10 +73,17 @@ class RecoveryContext:
     say: Say
     int8: QatContext | None = None
     depth: DepthSpace = ALL_BLOCKS
+    input_size: InputSizeSpace = OWN_SIZE
 
     def file(self, kind: str, *parts: str) -> Path:
         """Returns the cache file for the result of a training in this context, with these settings."""
         return self.folder / "recovered" / f"{kind}-{cache.key(self.key, *parts)}.pt"
+
+
+def form_key(network: ExitNetwork) -> str:
+    """Returns the blocks that a network lacks and its input size, as part of a cache key; empty for neither."""
+    removed = repr(network.removed_blocks) if network.removed_blocks else ""
+    return removed + (f"@{network.input_size}" if network.input_size else "")
 
 
 class Recovery(Protocol):

@@ -22,6 +22,7 @@ from spaces.channels import PREFIX, SparsitySpace
 from spaces.depth import ALL_BLOCKS, DepthSpace, shortened
 from spaces.dimensions import Integer
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.input_size import OWN_SIZE, InputSizeSpace, at_size
 
 
 class ElasticRecovery(BatchNormRecovery):
@@ -45,6 +46,8 @@ class ElasticRecovery(BatchNormRecovery):
             parts += [context.int8.key, qat.quantizer]
         if context.depth.dimensions():
             parts.append(json.dumps(context.depth.description))
+        if context.input_size.dimensions():
+            parts.append(json.dumps(context.input_size.sizes))
         file = context.file("elastic", *parts)
         if not load_weights(learner, file):
             batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
@@ -57,6 +60,7 @@ class ElasticRecovery(BatchNormRecovery):
                 lambda part, total: context.say("Training shared weights, once", part, total),
                 mixed,
                 context.depth,
+                context.input_size,
             )
             refresh_statistics(self.source, self._images, self._check)
             save(learner.state_dict(), file)
@@ -102,7 +106,13 @@ class SharedWeights:
         self._numbered = _numbered(network)
         self._slices: dict[object, Slice] = {}
 
-    def slice(self, channels: Mapping[str, int], removed: Sequence[str] = (), keep: bool = False) -> Slice:
+    def slice(
+        self,
+        channels: Mapping[str, int],
+        removed: Sequence[str] = (),
+        size: int | None = None,
+        keep: bool = False,
+    ) -> Slice:
         """Returns the slice of the shared weights with these channels, without some blocks.
 
         Positions are read from a network whose values are their own flat indices, pruned like any other.
@@ -110,14 +120,16 @@ class SharedWeights:
         Args:
             channels: kept per group.
             removed: paths of the blocks that are left out.
+            size: of the input; None for the images' own.
             keep: whether to cache the slice.
         """
-        key = tuple(sorted(channels.items())), tuple(removed)
+        key = tuple(sorted(channels.items())), tuple(removed), size
         if key in self._slices:
             return self._slices[key]
         numbers = shortened(self._sparsity.apply(self._numbered, channels), removed)
         positions = {name: value.detach().long().flatten() for name, value in numbers.named_parameters()}
-        part = Slice(shortened(self._sparsity.apply(self.network, channels), removed).train(), positions)
+        network = shortened(self._sparsity.apply(self.network, channels), removed).train()
+        part = Slice(at_size(network, size), positions)
         if keep:
             self._slices[key] = part
         return part
@@ -160,6 +172,7 @@ def train_elastic(
     report: Report = lambda _done, _total: None,
     mixed: MixedPrecision | None = None,
     depth: DepthSpace = ALL_BLOCKS,
+    input_size: InputSizeSpace = OWN_SIZE,
 ) -> Fitted:
     """Trains the dense network in place so that its slices are accurate, too.
 
@@ -177,6 +190,7 @@ def train_elastic(
         report: called with the progress.
         mixed: trains the smallest candidate in int8 and the random ones in random precisions; all in fp32 if None.
         depth: the blocks that candidates may lack.
+        input_size: the sizes of their input.
 
     Raises:
         DivergedError: the loss is not finite for the second time.
@@ -200,9 +214,13 @@ def train_elastic(
         loss = total_loss(logits, logits[-1], batch.labels, 0.0, 1.0)
         loss.backward()
         teacher = logits[-1].detach()
-        parts = [shared.slice(smallest, depth.fewest(), keep=True)]
+        parts = [shared.slice(smallest, depth.fewest(), input_size.smallest(), keep=True)]
         parts += [
-            shared.slice(random_channels(sparsity, batch.generator), random_depth(depth, batch.generator))
+            shared.slice(
+                random_channels(sparsity, batch.generator),
+                random_depth(depth, batch.generator),
+                random_size(input_size, batch.generator),
+            )
             for _ in range(settings.random_candidates)
         ]
         layers = mixed.choices(len(parts), batch.generator) if mixed else [()] * len(parts)
@@ -234,6 +252,14 @@ def random_depth(depth: DepthSpace, generator: torch.Generator) -> tuple[str, ..
     middle = float(torch.rand((), generator=generator))
     kept = {name: _around(middle, stage, generator) for name, stage in depth.dimensions().items()}
     return depth.removed(depth.read(kept))
+
+
+def random_size(sizes: InputSizeSpace, generator: torch.Generator) -> int | None:
+    """Returns a random input size; None for the images' own."""
+    if not sizes.dimensions():
+        return None
+    chosen = int(torch.randint(len(sizes.sizes), (), generator=generator))
+    return None if chosen == len(sizes.sizes) - 1 else sizes.sizes[chosen]
 
 
 def _around(middle: float, dimension: Integer, generator: torch.Generator) -> int:

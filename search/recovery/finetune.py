@@ -10,13 +10,14 @@ from torch import Tensor
 
 from evaluators.quantization.int8 import Ranges
 from search.config.study import FinetuneSection
-from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext, effort_of
+from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext, effort_of, form_key
 from search.recovery.gradual_pruning import GradualPruning
 from search.training.batchnorm import check_images, recovery_images, refresh_statistics
 from search.training.distillation import all_logits, total_loss
 from search.training.loop import Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.depth import shortened
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.input_size import at_size
 
 
 class FinetuneRecovery:
@@ -69,13 +70,14 @@ def finetune_kept(
         DivergedError: the loss is not finite for the second time.
     """
     shape = repr(sorted(channels.items())) + (repr(sorted(patterns.items())) if patterns else "")
-    shape += repr(network.removed_blocks) if network.removed_blocks else ""
+    shape += form_key(network)
     file = context.file("finetune", start, shape, settings.model_dump_json())
     if load_weights(network, file):
         return Fitted()
     gradual = None
     if settings.pruning == "gradual":
         wide = shortened(copy.deepcopy(source or context.network), network.removed_blocks)
+        wide = at_size(wide, network.input_size)
         gradual = GradualPruning(wide, patterns, channels, context.sparsity)
     elif patterns:
         gradual = GradualPruning(network, patterns)

@@ -12,7 +12,7 @@ from search.recovery.base import QatContext
 from search.recovery.quantizers.base import Method
 from search.recovery.quantizers.grid import LargestScaled
 from spaces.candidate import Candidate
-from spaces.dynamic.exit_network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork, resized
 from spaces.errors import UserError
 
 
@@ -69,7 +69,7 @@ class MixedPrecision(nn.Module):
             int8: names of the int8 layers.
             images: `(n, c, h, w)`.
         """
-        graph = self._int8.builder.trainable(part.removed_blocks)
+        graph = self._int8.builder.trainable(part)
         placement = self._int8.builder.int8_placement(part, Candidate({}, dict.fromkeys(int8, "int8")))
         origins = graph.rounded_tensors(placement)
         # A tensor that only shortened networks round has no step here; its range is calibrated for each of them.
@@ -79,7 +79,9 @@ class MixedPrecision(nn.Module):
             name: LargestScaled(graph.weight(name, state), axis, graph.weight_limit, per_channel=True)
             for name, axis in graph.rounded_weights(placement).items()
         }
-        return graph.logits(state, images, Rounding(tensors, weight_quantizers), batch_statistics=True)
+        return graph.logits(
+            state, resized(images, part.input_size), Rounding(tensors, weight_quantizers), batch_statistics=True
+        )
 
     def ranges(self) -> Ranges:
         """Returns the learned range of every activation."""

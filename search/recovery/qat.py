@@ -15,12 +15,12 @@ from evaluators.quantization.int8 import NO_GRIDS, Grids, Placement, Ranges
 from evaluators.quantization.trainable_graph import Rounding, TrainableGraph
 from search.config.registries import QUANTIZERS
 from search.config.study import QatSection
-from search.recovery.base import NO_PATTERNS, NO_RANGES, QatContext, RecoveryContext
+from search.recovery.base import NO_PATTERNS, NO_RANGES, QatContext, RecoveryContext, form_key
 from search.recovery.quantizers.base import Method
 from search.training.distillation import total_loss
 from search.training.loop import Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
 from spaces.candidate import Candidate
-from spaces.dynamic.exit_network import ExitNetwork
+from spaces.dynamic.exit_network import ExitNetwork, resized
 from spaces.patterns import layer_weights
 
 
@@ -97,6 +97,7 @@ class Int8Network(nn.Module):
         state = self.network.state_dict(keep_vars=True)
         state |= {path: state[path] * kept for path, kept in self._kept.items()}
         tensors = {name: self._steps[origin] for name, origin in self._tensors.items()}
+        images = resized(images, self.network.input_size)
         return self._graph.logits(state, images, Rounding(tensors, self._weights))
 
     def learned(self) -> Learned:
@@ -167,15 +168,15 @@ def train_int8_kept(
     placement = int8.builder.int8_placement(network, candidate)
     places = repr((sorted(placement.nodes), sorted(placement.tensors)))
     shape = repr((sorted(candidate.channels.items()), sorted(candidate.patterns.items())))
-    shape += repr(network.removed_blocks) if network.removed_blocks else ""
+    shape += form_key(network)
     file = context.file("qat", start, int8.key, shape, places, settings.model_dump_json())
 
     def learner(ranges: Ranges) -> Int8Network:
-        graph = int8.builder.trainable(network.removed_blocks)
+        graph = int8.builder.trainable(network)
         return Int8Network(network, graph, placement, settings.quantizer, ranges, candidate.patterns)
 
     # A shortened network may round tensors that the dense one does not; ranges that are loaded replace these.
-    known = int8.builder.read_ranges(network, int8.calibration) if network.removed_blocks else int8.builder.ranges
+    known = int8.builder.read_ranges(network, int8.calibration) if form_key(network) else int8.builder.ranges
     int8_network = learner(known)
     if not load_weights(int8_network, file):
         int8_network = learner(int8.builder.read_ranges(network, int8.calibration))

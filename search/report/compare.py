@@ -209,6 +209,7 @@ def _versions(first: Side, second: Side, facts: tuple[tuple[str, str, str], ...]
         ("target", _target(a), _target(b)),
         ("recovery", a.evaluation.effort, b.evaluation.effort),
         ("blocks left out", _blocks(a), _blocks(b)),
+        ("input size", _input_size(a), _input_size(b)),
         ("exits", _exits(a), _exits(b)),
     ]
     machine, remarks = _machine(first, second)
@@ -229,6 +230,10 @@ def _target(version: Version) -> str:
 
 def _blocks(version: Version) -> str:
     return " ".join(version.evaluation.candidate.removed_blocks) or "-"
+
+
+def _input_size(version: Version) -> str:
+    return str(version.evaluation.candidate.input_size or "-")
 
 
 def _exits(version: Version) -> str:

@@ -86,9 +86,10 @@ def kept_share(candidate: Candidate, dense: Candidate) -> float:
 
 
 def kept_channels(candidate: Candidate, dense: Candidate) -> str:
-    """Returns the share of the channels that a candidate keeps, and how many blocks it lacks: `55%`, `55% -3`."""
+    """Returns the share of the channels that a candidate keeps, the blocks it lacks, its input size: `55% -3 @24`."""
     removed = f" -{len(candidate.removed_blocks)}" if candidate.removed_blocks else ""
-    return f"{kept_share(candidate, dense):.0%}{removed}"
+    size = f" @{candidate.input_size}" if candidate.input_size else ""
+    return f"{kept_share(candidate, dense):.0%}{removed}{size}"
 
 
 def int8_layers(candidate: Candidate) -> str:

@@ -22,6 +22,8 @@ def hover(version: Version, dense: Version) -> str:
     ]
     if candidate.removed_blocks:
         lines.append(f"without {len(candidate.removed_blocks)} residual blocks: {', '.join(candidate.removed_blocks)}")
+    if candidate.input_size:
+        lines.append(f"images resized to {candidate.input_size}x{candidate.input_size}")
     if candidate.active_exits:
         confidences = zip(candidate.active_exits, candidate.thresholds.confidences, strict=True)
         thresholds = ", ".join(f"{name} from {threshold(confidence)}" for name, confidence in confidences)

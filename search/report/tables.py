@@ -97,11 +97,13 @@ def _caption(front: Sequence[Version], dense: Version, below: Sequence[Version])
     half_width = max(accuracy_half_width(version.measured["accuracy"]) for version in [*front, dense])
     per, shown = ("frame", "frames of a stream of ") if _has_frames(dense) else ("batch", "")
     simple = [str(version.trial) for version in [*front, *below] if version.number < 0]
+    resized = any(version.evaluation.candidate.input_size for version in front)
     shortened = any(version.evaluation.candidate.removed_blocks for version in front)
     stored = any("int4" in version.evaluation.candidate.precision.values() for version in front)
     return (
         f"latency per {per} on {dense.measured['latency'].target}; accuracy on {accuracy.n} {shown}validation images,"
         f" known to within {half_width * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''}"
-        f"{'; kept: channels, and how many residual blocks are left out' if shortened else ''};"
+        f"{'; kept: channels, and how many residual blocks are left out' if shortened else ''}"
+        f"{'; @: images are resized to that size' if resized else ''};"
         f" {' and '.join(simple)}: the network as it is, to be beaten"
     )

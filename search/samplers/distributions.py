@@ -39,6 +39,8 @@ def first_guesses(space: JointSpace) -> list[dict[str, Value]]:
     if space.depth.dimensions():
         fast = space.precision.computed[-1]
         guesses += [space.uniform(1.0, fast, depth=depth) for depth in _DEPTHS]
+    if space.input_size.dimensions():
+        guesses.append(space.uniform(1.0, space.precision.computed[-1], size=0.0))
     for pattern in sorted({pattern for offered in space.patterns.patterns.values() for pattern in offered}):
         guesses.append(space.uniform(1.0, space.precision.computed[-1], None, pattern))
     return guesses

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spaces.dynamic.masks.base import NAME
@@ -111,6 +112,8 @@ class ExitNetwork(nn.Module):
         self.skips = _tree(gates)
         self.removed_blocks: tuple[str, ...] = ()
         """Paths of the trunk's residual blocks that are left out: there is an identity in their place."""
+        self.input_size: int | None = None
+        """Height and width that images are resized to before the trunk; None for their own."""
 
     @property
     def gates(self) -> dict[str, nn.Module]:
@@ -171,11 +174,23 @@ class ExitNetwork(nn.Module):
             for path in self.cut_points
         ]
         try:
-            logits = self.trunk(images)
+            logits = self.trunk(resized(images, self.input_size))
         finally:
             for hook in hooks:
                 hook.remove()
         return features, logits
+
+
+def resized(images: Tensor, size: int | None) -> Tensor:
+    """Returns images `(n, c, h, w)` at another size, `(n, c, size, size)`: bilinear, with antialiasing.
+
+    Args:
+        images: of any size.
+        size: height and width; None for their own.
+    """
+    if size is None or images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 _Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]

@@ -250,7 +250,7 @@ def test_a_tensor_that_is_rounded_without_the_blocks_only_has_a_range() -> None:
     candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), removed_blocks=smaller.removed_blocks)
     artifact = builder.build(smaller, candidate, ranges)
     assert signal_to_noise(all_answers(artifact)[-1], torch_answers(smaller)[-1]) > 20
-    scales = builder.trainable(smaller.removed_blocks).scales()
+    scales = builder.trainable(smaller).scales()
     assert set(scales) <= ranges.keys()
 
 

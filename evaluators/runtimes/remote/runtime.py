@@ -23,7 +23,7 @@ RETRY_AFTER_S = (0.5, 2.0, 5.0, 15.0)
 """Seconds to wait before each attempt to reconnect."""
 
 Result = TypeVar("Result")
-_Recipe = tuple[tuple[bytes, ...], tuple[float | Step, ...], int, str]
+_Recipe = tuple[tuple[bytes, ...], tuple[float | Step, ...], int, str, int | None]
 
 
 class RemoteRuntime:
@@ -82,9 +82,16 @@ class RemoteRuntime:
             return unsigned_activations(model)
         return model
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> "RemoteSession":
+    def open(
+        self,
+        stages: Sequence[bytes],
+        plan: Steps,
+        threads: int,
+        confidence: str = "softmax",
+        input_size: int | None = None,
+    ) -> "RemoteSession":
         """Returns an artifact that is loaded on the board at its first use."""
-        return RemoteSession(self, (tuple(stages), tuple(plan), threads, confidence))
+        return RemoteSession(self, (tuple(stages), tuple(plan), threads, confidence, input_size))
 
     def tensors(self, model: bytes) -> TensorReader:
         """Returns a function from a batch to all outputs of a file, computed on the board."""
@@ -166,7 +173,7 @@ class RemoteRuntime:
             return self._handles[recipe]
         while len(self._handles) >= ALIVE:
             connection.request("close", handle=self._handles.popitem(last=False)[1])
-        stages, plan, threads, confidence = recipe
+        stages, plan, threads, confidence, input_size = recipe
         self._next_handle += 1
         digests = connection.upload(stages)
         connection.request(
@@ -176,6 +183,7 @@ class RemoteRuntime:
             plan=to_json(plan),
             threads=threads,
             confidence=confidence,
+            input_size=input_size,
         )
         self._handles[recipe] = self._next_handle
         return self._next_handle
@@ -186,7 +194,7 @@ class RemoteSession:
 
     Args:
         board: the runtime.
-        recipe: stages, plan of their execution, number of threads, and measure of confidence.
+        recipe: stages, plan of their execution, number of threads, measure of confidence, and input size.
     """
 
     def __init__(self, board: RemoteRuntime, recipe: _Recipe) -> None:

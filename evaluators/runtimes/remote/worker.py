@@ -107,7 +107,11 @@ class Worker:
         stages = [self._file(digest).read_bytes() for digest in request["stages"]]
         handle = int(request["handle"])
         self._sessions[handle] = self._runtime.open(
-            stages, from_json(request["plan"]), request["threads"], request.get("confidence", "softmax")
+            stages,
+            from_json(request["plan"]),
+            request["threads"],
+            request.get("confidence", "softmax"),
+            request.get("input_size"),
         )
         return {}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.inference.resizing import resized
 from evaluators.inference.staged import Routes, StagedNetwork, Steps, longest
 from evaluators.runtimes.base import Images, Proof, Spent, TargetError, TimedBatch
 from evaluators.runtimes.local import frame_call
@@ -179,6 +180,7 @@ class EngineSession:
         inspect: returns the layers of an engine.
         wall: a clock, in seconds.
         confidence: measure of confidence: `softmax`, `margin` or `entropy`.
+        input_size: height and width that images are resized to, before anything is timed; None for their own.
     """
 
     def __init__(
@@ -189,7 +191,9 @@ class EngineSession:
         inspect: Callable[[ICudaEngine], Sequence[LayerRow]],
         wall: Callable[[], float] = time.perf_counter,
         confidence: str = "softmax",
+        input_size: int | None = None,
     ) -> None:
+        self._input_size = input_size
         self.gpu_s = 0.0  # total of all calls so far, copies included
         self._load = load
         self._stream = stream
@@ -212,18 +216,24 @@ class EngineSession:
 
     def answer(self, images: "ImageStore", batch: int) -> tuple[Images, Routes]:
         """Returns the logits `(n, classes)` and the exit `(n,)` that gave them, computed `batch` images at a time."""
-        parts = [self._run(images[start : start + batch], batch) for start in range(0, len(images), batch)]
+        starts = range(0, len(images), batch)
+        parts = [self._run(self._batch(images, start, start + batch), batch) for start in starts]
         return np.concatenate([logits for logits, _ in parts]), np.concatenate([exits for _, exits in parts])
 
     def all_logits(self, images: "ImageStore", batch: int) -> Images:
         """Returns the logits of every exit and, last, of the end, `(n, exits + 1, classes)`: no image leaves early."""
-        network = self._network(images.shape, batch)
+        network = self._network(self._batch(images, 0, 1).shape, batch)
         starts = range(0, len(images), batch)
-        return np.concatenate([network.all_logits(images[start : start + batch]) for start in starts])
+        return np.concatenate([network.all_logits(self._batch(images, start, start + batch)) for start in starts])
+
+    def _batch(self, images: "ImageStore", start: int, end: int) -> Images:
+        """Returns images as the first engine takes them."""
+        return resized(images[start:end], self._input_size)
 
     def seconds(self, images: Images, calls: int) -> list[Spent]:
         """Returns the GPU time and the wall-clock time of each of `calls` runs on one batch."""
-        return [self._timed_run(images) for _ in range(calls)]
+        batch = self._batch(images, 0, len(images))
+        return [self._timed_run(batch) for _ in range(calls)]
 
     def launches(self, images: Images) -> dict[str, float]:
         """Returns the median wall-clock seconds of a batch with and without a CUDA graph, on the longest path.
@@ -231,6 +241,7 @@ class EngineSession:
         A graph is deployed wherever one can be captured: the host then launches once instead of once for each kernel.
         Where none can be captured, there is only the time without.
         """
+        images = self._batch(images, 0, len(images))
         stages = self.stages(images.shape)
         modes = {WITHOUT_GRAPH: False} if self.graph_errors else {WITH_GRAPH: True, WITHOUT_GRAPH: False}
         seconds: dict[str, list[float]] = {mode: [] for mode in modes}
@@ -265,15 +276,19 @@ class EngineSession:
 
     def proof(self, images: Images, precisions: Mapping[str, str]) -> Proof:
         """Returns the layers that run in another precision than requested, and those whose precision is unknown."""
-        rows = [row for stage in self.stages(images.shape) for row in self._inspect(stage.engine)]
+        rows = [
+            row
+            for stage in self.stages(self._batch(images, 0, len(images)).shape)
+            for row in self._inspect(stage.engine)
+        ]
         return precision_proof(rows, precisions)
 
     def _call(self, images: "ImageStore", batch: TimedBatch) -> Call:
-        timed = images[batch.start : batch.start + batch.count]
-        self.stages((batch.count, *images.shape[1:]))  # loads the engines before the timing
+        timed = self._batch(images, batch.start, batch.start + batch.count)
+        self.stages((batch.count, *timed.shape[1:]))  # loads the engines before the timing
         plan = batch.path_plan(self._thresholds)
         if batch.follows is not None:
-            key = images[batch.follows.key : batch.follows.key + 1]
+            key = self._batch(images, batch.follows.key, batch.follows.key + 1)
             return frame_call(lambda frame: self._run(frame, 1, plan), key, timed, batch.follows)
         return lambda: self._run(timed, batch.count, plan)
 

@@ -113,7 +113,14 @@ class TensorRT:
         """Returns the model unchanged: TensorRT reads symmetric int8."""
         return model
 
-    def open(self, stages: Sequence[bytes], plan: Steps, threads: int, confidence: str = "softmax") -> EngineSession:  # noqa: ARG002
+    def open(
+        self,
+        stages: Sequence[bytes],
+        plan: Steps,
+        threads: int,  # noqa: ARG002
+        confidence: str = "softmax",
+        input_size: int | None = None,
+    ) -> EngineSession:
         """Returns a session that builds engines at the first call with a batch size; `threads` is not used.
 
         Raises:
@@ -122,7 +129,12 @@ class TensorRT:
         thresholds = exit_thresholds(plan)
         stream = self._stream(len(stages))
         return EngineSession(
-            partial(self._load, tuple(stages), stream), stream, thresholds, inspect, confidence=confidence
+            partial(self._load, tuple(stages), stream),
+            stream,
+            thresholds,
+            inspect,
+            confidence=confidence,
+            input_size=input_size,
         )
 
     def open_engines(

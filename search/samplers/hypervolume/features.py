@@ -126,7 +126,7 @@ def _padded_time(structure: NetworkStructure, codec: Codec, rows: Array, speeds:
     for step in _PADDING_STEPS:
         removed = structure.full - np.minimum(np.ceil(kept / step) * step, structure.full)
         work = structure.flops * (1 - removed @ structure.inputs.T) * (1 - removed @ structure.outputs.T)
-        work *= structure.runs(codec, rows)
+        work *= structure.runs(codec, rows) * structure.pixels(codec, rows)[:, None]
         columns.append((work[:, : structure.layers, None] * speeds).sum(axis=1))
     return np.concatenate(columns, axis=1)
 
@@ -148,7 +148,7 @@ def damage_features(structure: NetworkStructure, codec: Codec) -> ScaledFeatures
         estimated = structure.estimated_damage(codec, rows)
         curves = [1 - curve for curve in _exit_curves(structure, codec, rows)]
         return [
-            np.concatenate([lost, lost**2, lost**4, gone, gone**2, gone**4], axis=1),
+            np.concatenate([lost, lost**2, lost**4, gone, gone**2, gone**4, *_smaller(structure, codec, rows)], axis=1),
             one_hot.reshape(len(rows), -1),
             (one_hot * narrowness[:, :, None]).reshape(len(rows), -1),
             estimated,
@@ -158,6 +158,14 @@ def damage_features(structure: NetworkStructure, codec: Codec) -> ScaledFeatures
         ]
 
     return ScaledFeatures.fit(blocks, (1.0, 1.0, 0.4, 1.5, 1.0, 1.0, *_GENERIC_WEIGHTS), codec, (3,))
+
+
+def _smaller(structure: NetworkStructure, codec: Codec, rows: Array) -> list[Array]:
+    """Returns the share of the pixels that inputs lack, and its square, `(n, 1)` each; nothing where none may lack."""
+    if structure.size is None:
+        return []
+    gone = 1 - structure.pixels(codec, rows)[:, None]
+    return [gone, gone**2]
 
 
 def _exit_curves(structure: NetworkStructure, codec: Codec, rows: Array) -> list[Array]:

@@ -50,7 +50,7 @@ class _Option:
 
 def knapsacks(structure: NetworkStructure, codec: Codec, times: Sequence[float]) -> list[dict[str, Any]]:
     """Returns the configurations of least estimated damage within each of some times, and where there are exits the
-    same again with exits that are used now and then.
+    same again with exits that are used now and then. Input sizes take turns, from the images' own down.
 
     A layer's time is its work times its precision's speed. Work is a product of inputs and outputs, which no knapsack
     can weigh, so the knapsack is solved again with the inputs that the last one came to.
@@ -63,7 +63,7 @@ def knapsacks(structure: NetworkStructure, codec: Codec, times: Sequence[float])
     solver = _Solver(structure, codec)
     configurations: list[dict[str, Any]] = []
     for number, time in enumerate(times):
-        row = solver.solve(time)
+        row = solver.solve(time, number)
         if row is None:
             break
         thresholds = [1.0]
@@ -115,16 +115,29 @@ class _Solver:
             return [names.index(self._structure.fixed[layer])]
         return [names.index(choice) for choice in self._codec.space[dimension].choices]  # type: ignore[attr-defined]
 
-    def solve(self, time: float) -> Array | None:
-        """Returns the row `(d,)` of least damage in a share of the dense network's time; None where none takes less."""
-        row = np.floor(np.maximum(self._codec.levels - 1, 0) * _FIRST_WIDTH)
+    def solve(self, time: float, turn: int = 0) -> Array | None:
+        """Returns the row `(d,)` of least damage in a share of the dense network's time; None where none takes less.
+
+        Args:
+            time: the share.
+            turn: which input size it has, counted from the images' own down, and around.
+        """
+        row = self._at_size(np.floor(np.maximum(self._codec.levels - 1, 0) * _FIRST_WIDTH), turn)
         for _ in range(_ROUNDS):
             solved = self._solve_around(row, time)
             if solved is None:
                 return None
+            solved = self._at_size(solved, turn)
             if (solved == row).all():
                 break
             row = solved
+        return row
+
+    def _at_size(self, row: Array, turn: int) -> Array:
+        row = row.copy()
+        if self._structure.size is not None:
+            count = len(self._structure.size_work)
+            row[self._codec.names.index(self._structure.size)] = count - 1 - turn % count
         return row
 
     def with_exits(self, row: Array, share: float) -> Array:
@@ -159,6 +172,7 @@ class _Solver:
         removed = structure.full - structure.kept(self._codec, row[None])[0]
         inputs, outputs = 1 - self._inputs @ removed, 1 - self._outputs @ removed
         speeds = self._speeds[structure.precisions(self._codec, row[None])[0]]
+        pixels = float(structure.pixels(self._codec, row[None])[0])
         damage, time = [], []
         for option in self._options:
             layer, group = option.layer, self._group_of[option.layer]
@@ -166,7 +180,7 @@ class _Solver:
             if group >= 0:
                 change = removed[group] - self._removed(group, option.width)
                 own_outputs = outputs[layer] + self._outputs[layer, group] * change
-            time.append(self._flops[layer] * self._speeds[option.precision] * inputs[layer] * own_outputs)
+            time.append(pixels * self._flops[layer] * self._speeds[option.precision] * inputs[layer] * own_outputs)
             damage.append(self._precision_damage(option))
         for group, width in self._widths:
             change = removed[group] - self._removed(group, width)

@@ -33,6 +33,8 @@ class NetworkStructure:
         depth: the dimensions of blocks that stay, `D` names.
         runs_from: for each layer and norm the fewest blocks that each dimension of depth keeps with it, 0 where it runs
             in any case, `(L + norms, D)`.
+        size: the dimension of the input's size; None without.
+        size_work: for each of its choices its share of the work at the images' own size.
     """
 
     channels: tuple[str, ...]
@@ -48,6 +50,8 @@ class NetworkStructure:
     damage: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     depth: tuple[str, ...] = ()
     runs_from: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    size: str | None = None
+    size_work: tuple[float, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -57,7 +61,8 @@ class NetworkStructure:
     @property
     def names(self) -> set[str]:
         """Every dimension that it speaks of."""
-        return {*self.channels, *self.exits, *self.depth, *(name for name in self.precision if name is not None)}
+        precisions = (name for name in self.precision if name is not None)
+        return {*self.channels, *self.exits, *self.depth, *precisions, *((self.size,) if self.size else ())}
 
     def first(self, layers: int) -> "NetworkStructure":
         """Returns the network as far as some of its layers, without norms: what runs before an exit."""
@@ -73,7 +78,14 @@ class NetworkStructure:
         """Returns the FLOPs of each layer and norm of rows `(n, d)`, `(n, L + norms)`."""
         removed = self.full - self.kept(codec, rows)
         work = self.flops * (1 - removed @ self.inputs.T) * (1 - removed @ self.outputs.T)
-        return work * self.runs(codec, rows)
+        return work * self.runs(codec, rows) * self.pixels(codec, rows)[:, None]
+
+    def pixels(self, codec: Codec, rows: Array) -> Array:
+        """Returns the work per layer of rows `(n, d)` as a share of that at the images' own size, `(n,)`."""
+        if self.size is None:
+            return np.ones(len(rows))
+        shares: Array = np.array(self.size_work)[codec.numbers(rows, self.size).astype(int)]
+        return shares
 
     def kept_blocks(self, codec: Codec, rows: Array) -> Array:
         """Returns the share of its blocks that rows `(n, d)` keep in each dimension of depth, `(n, D)`."""
