@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 StudyName = Annotated[
-    str | None, typer.Option("--study", help="Name of an included study, or path of a study.toml; default: digits.")
+    str | None, typer.Option("--study", help="Name of an included study, or path of a study.toml; default: scenes.")
 ]
 Model = Annotated[
     str | None,

@@ -31,6 +31,7 @@ class SparsitySpace:
         step: the smallest multiple of channels that suits the target's kernels.
         minimum: the smallest share of its channels that a group may keep, rounded up to a step.
         widest: the multiple of channels that the most demanding precision of the target needs; `step` by default.
+        least: the fewest channels of a layer that suit the target's kernels; groups of fewer are not narrowed.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class SparsitySpace:
         step: int,
         minimum: float,
         widest: int | None = None,
+        least: int = 1,
     ) -> None:
         self.groups = tuple(groups)
         self.finest = step
         self.widest = widest or step
         self.minimum = minimum
+        self.least = least
         self._scores = dict(scores)
         self._order = {group.name: np.argsort(-scores[group.name], kind="stable") for group in groups}
 
@@ -88,7 +91,8 @@ class SparsitySpace:
         return self._lowest(group, self.step(group))
 
     def _lowest(self, group: ChannelGroup, step: int) -> int:
-        steps = int(np.ceil(max(group.channels * self.minimum, 1) / step - 1e-9))
+        fewest = max(group.channels * self.minimum, self.least / group.width, 1)
+        steps = int(np.ceil(fewest / step - 1e-9))
         return min(steps * step + group.channels % step, group.channels)
 
     def read(self, values: Mapping[str, Value]) -> dict[str, Value]:

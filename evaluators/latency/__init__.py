@@ -1,1 +1,1 @@
-"""Latency, which layers are slower in a lower precision, and what was timed before."""
+"""Latency, which layers are slower in a lower precision, which widths than wider ones, and what was timed before."""

@@ -56,7 +56,8 @@ class Capabilities:
 
     Args:
         precisions: the reference precision first.
-        channel_steps: for each precision, the multiple that channels are padded to.
+        channel_steps: for each precision, the multiple that channels are padded to; the finest that is tried where
+            widths are timed, which is on runtimes of this machine that do not compile.
         weight_bits: of an int8 weight: 7 where 8 would overflow the accumulating instruction.
         dynamic_batch: whether one artifact takes batches of any size, which exits need at batch sizes above one.
         quantized_add: which inputs of an int8 residual addition carry Q/DQ: `both`, or the `residual` one only where

@@ -42,7 +42,8 @@ def run_diagnose(
     study = _study(request, search)
     console = output.console()
     with Display(output.progress_console(), output.quiet) as display:
-        pipeline = build_pipeline(study, display.step, say=display.say, download=download)
+        widths = search.widths if search else {}
+        pipeline = build_pipeline(study, display.step, say=display.say, download=download, widths=widths)
         diagnosis = diagnose(pipeline, comparison, evaluation, display.step)
     if output.as_json:
         sys.stdout.write(diagnosis.to_json() + "\n")

@@ -52,7 +52,7 @@ def run_pick(
 
     check_out(out)
     with Display(output.progress_console(), output.quiet) as display:
-        pipeline = build_pipeline(search.study, display.step)
+        pipeline = build_pipeline(search.study, display.step, widths=search.widths)
         check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), pipeline.fingerprint)
         versions: Sequence[Version] = [*feasible(overview.simple, limits, overview.dense.measured), *overview.feasible]
         if more is not None:

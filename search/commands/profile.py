@@ -16,15 +16,20 @@ def run_profile(request: Request, name: str | None, runs: Path, download: bool, 
     """Shows the sensitivity profile of a network, and writes its picture; returns the exit code."""
     set_up_libraries()
     folder = SearchFolder(runs / name) if name else None
-    study = StoredSearch.read(folder).study if folder else request.to_study()
+    search = StoredSearch.read(folder) if folder else None
+    study = search.study if search else request.to_study()
     from search.loop.greedy_widths import greedy_versions
+    from search.pipeline.channel_steps import measured_widths
+    from search.pipeline.given_network import GivenNetwork
     from search.pipeline.pipeline import build_pipeline
     from search.pipeline.sensitivity_profiler import Profiler
     from search.report.heat_map import heat_maps
 
     console = output.console()
     with Display(output.progress_console(), output.quiet) as display:
-        pipeline = build_pipeline(study, display.step, say=display.say, download=download)
+        given = GivenNetwork(study, display.step, None, display.say, download)
+        measured = measured_widths(given.study, given.runtime, given.target, display.step, display.say)
+        pipeline = build_pipeline(study, display.step, given=given, widths=search.widths if search else measured)
         profiler = Profiler(pipeline)
         if not profiler.groups:
             raise UserError(f"a profile needs a group of channels that may shrink, got none in study {study.name!r}")

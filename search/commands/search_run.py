@@ -13,6 +13,7 @@ from search.loop.coordinator import Outcome, build_coordinator
 from search.loop.front_recovery import recover_front
 from search.loop.greedy_widths import greedy_seeds
 from search.loop.resume import check_same_network, is_counted, requeue_running
+from search.pipeline.channel_steps import Widths, measured_widths
 from search.pipeline.given_network import GivenNetwork
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.sensitivity_profiler import Profiler
@@ -20,7 +21,16 @@ from search.report.describe import simple_lines, slow_layers_line
 from search.report.display import Display, SearchView
 from search.report.overview import write_profile
 from search.results.simple_versions import GivenMeasurements
-from search.results.store import Baseline, SearchFolder, StoredSearch, read_given, store_given, store_sampler
+from search.results.store import (
+    Baseline,
+    SearchFolder,
+    StoredSearch,
+    read_given,
+    read_widths,
+    store_given,
+    store_sampler,
+    store_widths,
+)
 from search.tracking.mirror import Follower
 from search.tracking.store import Tracking, remember, remembered
 
@@ -91,7 +101,8 @@ class SearchRun:
     def _build(self, journal: optuna.Study, given: GivenNetwork) -> CompressionPipeline:
         """Returns the pipeline, and shows the exits, the groups, the recovery and unsupported options."""
         display = self.display
-        pipeline = build_pipeline(self.study, display.step, self.runtime, display.say, self.download, given)
+        widths = self._widths(journal, given)
+        pipeline = build_pipeline(self.study, display.step, self.runtime, display.say, self.download, given, widths)
         display.say(f"{pipeline.exit_places} {pipeline.groups}")
         check_same_network(self.folder, journal.user_attrs.get("fingerprint"), pipeline.fingerprint)
         requeue_running(journal)
@@ -101,6 +112,12 @@ class SearchRun:
         for remark in pipeline.remarks:
             display.say(f"Note: {remark}.")
         return pipeline
+
+    def _widths(self, journal: optuna.Study, given: GivenNetwork) -> Widths:
+        """Returns the widths of layers as measured when the search began, or measured now if it begins."""
+        if "baseline" in journal.user_attrs:  # none if an earlier version began it, whose space it keeps
+            return read_widths(journal)
+        return measured_widths(given.study, self.runtime, given.target, self.display.step, self.display.say)
 
     def _measure_baseline(
         self, journal: optuna.Study, pipeline: CompressionPipeline, simple: GivenMeasurements | None
@@ -112,6 +129,7 @@ class SearchRun:
         journal.set_user_attr("study", self.study.model_dump(mode="json"))
         journal.set_user_attr("fingerprint", pipeline.fingerprint)
         journal.set_user_attr("structure", pipeline.structure())
+        store_widths(journal, pipeline.widths)
         baseline = measure_baseline(pipeline, simple, self._trials, self.ending.timeout_s, self.display.step)
         journal.set_user_attr("baseline", baseline.to_dict())
 

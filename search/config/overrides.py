@@ -14,7 +14,7 @@ from search.config.references import absolute, absolute_path, data_source, model
 from search.config.sections import Dimension, dimensions
 from search.config.study import DataSection, ExitsSection, ModelSection, Study, StudyError, TargetSection, load_study
 
-DEFAULT = "digits"
+DEFAULT = "scenes"
 
 
 @dataclass(frozen=True)

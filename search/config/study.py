@@ -132,6 +132,8 @@ class SpaceSection(Section):
     """Importance criterion that ranks the channels to be cut."""
     keep_at_least: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Smallest share of its channels that a group keeps; 1 cuts none."""
+    channel_step: Positive | None = None
+    """Multiple in which groups keep channels; where not given, what suits the target: it is measured."""
     keep_blocks_at_least: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Smallest share of its residual blocks that a stage keeps, rounded down; 1 leaves none out."""
     lowest_threshold: Share = 0.5
@@ -394,7 +396,7 @@ class Study(Section):
     def question_key(self) -> str:
         """Eight hexadecimal digits over all that an answer depends on, so not over the number of trials."""
         # A key that came later counts where it says something, so that earlier searches keep their names.
-        later = {"precision", "keep_blocks_at_least"}
+        later = {"precision", "channel_step", "keep_blocks_at_least"}
         silent = {key for key in later if getattr(self.space, key) == SpaceSection.model_fields[key].default}
         silent |= {"only"} if self.space.only == BEFORE_DEPTH else set()
         content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent})

@@ -22,6 +22,7 @@ from search.config.cache import cache_folder
 from search.config.progress import Progress, Say
 from search.config.study import FinetuneSection, Study
 from search.loading.user_code import load, source_of
+from search.pipeline.channel_steps import NOT_MEASURED, Widths, width_remarks
 from search.pipeline.compressor import CompressedNetwork, Compressor
 from search.pipeline.depth_order import depth_space
 from search.pipeline.early_stopping import EarlyStopping, Stop
@@ -71,6 +72,7 @@ class CompressionPipeline:
         flops: counts a candidate's FLOPs.
         compressor: prunes and recovers a candidate's network.
         references: the dense network in each precision.
+        widths: of layers, as measured on the target when the search began.
     """
 
     study: Study
@@ -88,6 +90,7 @@ class CompressionPipeline:
     flops: FlopsEvaluator
     compressor: Compressor
     references: References
+    widths: Widths
 
     @property
     def solves_thresholds(self) -> bool:
@@ -169,8 +172,9 @@ class CompressionPipeline:
 
     @property
     def remarks(self) -> list[str]:
-        """Remarks for the user: options that the target lacks, places of gates, and the split of validation images."""
-        remarks = unsupported_options(self.study, self.runtime, self.target, self.space)
+        """Remarks for the user: widths, options that the target lacks, places of gates, the split of the images."""
+        remarks = width_remarks(self.study, self.runtime, self.widths)
+        remarks += unsupported_options(self.study, self.runtime, self.target, self.space)
         if self.network.skip_blocks:
             image = torch.zeros(1, *self.data.image_shape)
             remarks.append(str(skip_blocks(self.network.trunk, self.study.skips, image)).rstrip("."))
@@ -213,6 +217,7 @@ def build_pipeline(
     say: Say = lambda _: None,
     download: bool = False,
     given: GivenNetwork | None = None,
+    widths: Widths = NOT_MEASURED,
 ) -> CompressionPipeline:
     """Returns the pipeline of a study: loads the network, trains exits and gates, exports it, and builds the space.
 
@@ -223,6 +228,7 @@ def build_pipeline(
         say: called with remarks for the user on the network and the images.
         download: whether missing weights and images may be downloaded.
         given: the study's network and images, if they are loaded already.
+        widths: of layers, as `measured_widths` timed them; by default the runtime's own steps hold.
 
     Raises:
         SourceError: there is no such network, or there are no such images.
@@ -251,7 +257,7 @@ def build_pipeline(
     if removable:
         fewest, fingerprint = study.space.keep_blocks_at_least, fingerprint_of(network, given.data)
         depth = depth_space(network, builder, given.data.calibration, fewest, fingerprint, progress)
-    space = build_space(study, network, groups, depth, given.data, builder.layers, given.runtime)
+    space = build_space(study, network, groups, depth, given.data, builder.layers, given.runtime, widths)
     threshold_images, scored = validation_parts(given.data, bool(space.thresholds.solved and space.thresholds.exits))
     context = _recovery_context(study, given, network, space, builder, progress)
     return CompressionPipeline(
@@ -270,6 +276,7 @@ def build_pipeline(
         flops=FlopsEvaluator(network, image),
         compressor=Compressor(context, space, builder, study.quantization, calibration),
         references=References(builder, network, space, given.runtime, given.target, given.data),
+        widths=widths,
     )
 
 

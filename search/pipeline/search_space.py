@@ -10,6 +10,7 @@ from evaluators.data import Splits
 from evaluators.runtimes.base import Capabilities, Runtime, Target
 from search.config.sections import MasksSection
 from search.config.study import SkipsSection, Study, StudyError
+from search.pipeline.channel_steps import NOT_MEASURED, Widths, channel_steps
 from spaces.channels import SparsitySpace
 from spaces.depth import DepthSpace
 from spaces.dimensions import Real
@@ -59,6 +60,7 @@ def build_space(
     data: Splits,
     layers: tuple[str, ...],
     runtime: Runtime,
+    widths: Widths = NOT_MEASURED,
 ) -> JointSpace:
     """Returns the search space: what the study asks for and the target supports.
 
@@ -70,15 +72,17 @@ def build_space(
         data: the calibration images are used by some pruning criteria.
         layers: names of the layers with a precision.
         runtime: executes the versions.
+        widths: of layers, as measured on the target; if empty, the runtime's own steps hold.
     """
     capabilities = runtime.capabilities()
-    steps = [capabilities.channel_steps[precision] for precision in capabilities.precisions]
     exits = network.exit_names if study.target.batch == 1 or capabilities.dynamic_batch else ()
     evidence = Evidence(torch.from_numpy(data.calibration.images[:]), torch.from_numpy(data.calibration.labels))
     scores = CRITERIA[study.space.criterion](network, groups.free, evidence)
-    sparsity = SparsitySpace(groups.free, scores, min(steps), study.space.keep_at_least, max(steps))
     precision = _precision_space(study, layers, capabilities)
-    patterns = PatternSpace(offered_patterns(network, groups.free, min(steps), _supported_patterns(study, runtime)))
+    steps = channel_steps(study, capabilities, precision, widths)
+    minimum = study.space.keep_at_least
+    sparsity = SparsitySpace(groups.free, scores, steps.finest, minimum, steps.widest, steps.least)
+    patterns = PatternSpace(offered_patterns(network, groups.free, steps.finest, _supported_patterns(study, runtime)))
     others_vary = any(part.dimensions() for part in (sparsity, precision, patterns, depth))
     return JointSpace(sparsity, precision, _threshold_space(study, exits, network, others_vary), patterns, depth)
 

@@ -15,6 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluators.latency.channel_widths import WidthTimes
 from evaluators.latency.slow_layers import SlowLayers
 from search.config.budget import Budget
 from search.config.registries import SAMPLERS
@@ -34,6 +35,7 @@ _BEGUN = b'"baseline"'
 _RECOVERED = "recovered."
 _SAMPLER = "sampler."
 _GIVEN = "given"
+_WIDTHS = "widths"
 
 
 class StoreError(UserError):
@@ -243,6 +245,8 @@ class StoredSearch:
     """Names of the samplers, by the number of the first trial of each."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """The sampler's own report at the end; empty for Optuna's samplers."""
+    widths: Mapping[str, WidthTimes] = field(default_factory=dict)
+    """The widths of layers as measured when the search began, by precision; empty where none were."""
 
     @property
     def budget(self) -> Budget:
@@ -274,9 +278,9 @@ class StoredSearch:
         baseline = Baseline.from_dict(attributes["baseline"])
         report = attributes.get(REPORT, {})
         members = attributes.get("structure", {}).get("members", {})
-        return cls(
-            folder, study, baseline, tuple(journal.trials), _recovered(journal), members, _samplers(journal), report
-        )
+        recovered, widths = _recovered(journal), read_widths(journal)
+        trials, samplers = tuple(journal.trials), _samplers(journal)
+        return cls(folder, study, baseline, trials, recovered, members, samplers, report, widths)
 
     def sampler_of(self, number: int) -> str:
         """Returns the name of the sampler that proposed a trial; empty if it was not noted."""
@@ -309,6 +313,17 @@ def read_given(journal: optuna.Study) -> GivenMeasurements | None:
 def store_given(journal: optuna.Study, given: GivenMeasurements) -> None:
     """Stores the measurements of the network as loaded."""
     journal.set_user_attr(_GIVEN, given.to_dict())
+
+
+def read_widths(journal: optuna.Study) -> dict[str, WidthTimes]:
+    """Returns the widths of layers as measured when the search began, by precision; empty where none were."""
+    tables = journal.user_attrs.get(_WIDTHS, {})
+    return {precision: WidthTimes.from_dict(content) for precision, content in tables.items()}
+
+
+def store_widths(journal: optuna.Study, widths: Mapping[str, WidthTimes]) -> None:
+    """Stores the widths of layers as measured, so that the space stays as it is when the search goes on."""
+    journal.set_user_attr(_WIDTHS, {precision: times.to_dict() for precision, times in widths.items()})
 
 
 def store_sampler(journal: optuna.Study, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a trial of the default study costs, step by step, beside the naive way to build a candidate.
+"""What a trial of the digits study costs, step by step, beside the naive way to build a candidate.
 
 python -m studies.benchmarks.throughput [--trials 100]
 """
@@ -64,7 +64,7 @@ class Stopwatch:
 
 
 def main() -> None:
-    """Runs a search of the default study and prints two tables."""
+    """Runs a search of the digits study and prints two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=100)
     trials = parser.parse_args().trials

@@ -1,1 +1,1 @@
-"""The default study: handwritten digits, which every machine with scikit-learn already has."""
+"""A small study: handwritten digits, which every machine with scikit-learn already has."""

@@ -1,4 +1,4 @@
-"""A CIFAR-style ResNet-20 for 32x32 grey images."""
+"""A CIFAR-style ResNet-20 for grey images of any size."""
 
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Three stages of three basic blocks, 16, 32 and 64 channels wide."""
+    """Three stages of three basic blocks, 16, 32 and 64 channels wide, and global pooling."""
 
     def __init__(self, classes: int = 10, in_channels: int = 1) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class ResNet20(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns logits `(n, classes)` for images `(n, in_channels, 32, 32)`."""
+        """Returns logits `(n, classes)` for images `(n, in_channels, h, w)`."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.stage3(self.stage2(self.stage1(x)))
         logits: Tensor = self.classifier(self.flatten(self.pool(x)))
