@@ -24,7 +24,7 @@ BEFORE = ROOT / "tests" / "data" / "before"
 HOME = "/home/user/my-study"
 """Where the study's files lay when the search was run."""
 NAME = "before-7f2ec0b7-front-0"
-LATER = {"keep_blocks_at_least": 0.25}
+LATER = {"keep_blocks_at_least": 0.25, "sizes": []}
 """Keys of [space] that came later, with their defaults."""
 SEARCH_KEY, EVERY_KEY = "19a93451", "56101dc4"
 """The keys that the studies had then: a search is found again by them."""
