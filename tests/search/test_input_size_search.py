@@ -1,0 +1,90 @@
+"""A search over input sizes, from the study to the bundle."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from search.cli import run
+from search.config.study import Study, StudyError
+from search.pipeline.pipeline import CompressionPipeline, build_pipeline
+from search.recovery.elastic import random_size, train_elastic
+from search.results.store import SearchFolder, StoredSearch
+from search.samplers.distributions import first_guesses
+from search.training.loop import TrainingBatches
+from spaces.input_size import InputSizeSpace
+from tests.helpers import skippable, tiny
+
+STUDY = skippable.STUDY + '\nspace = {sizes = [4, 6], only = ["channels", "depth", "precision", "size"]}\n'
+"""A residual network for bars of 8x8 pixels."""
+
+
+@pytest.fixture(scope="module")
+def pipeline(cache) -> CompressionPipeline:
+    return build_pipeline(Study.parse(STUDY, "the tests' study"), lambda *_: None)
+
+
+def test_the_space_has_the_sizes_of_the_study(pipeline: CompressionPipeline) -> None:
+    assert pipeline.space.dimensions()["input.size"].choices == ("4", "6", "8")
+    sizes = {pipeline.space.candidate(guess).input_size for guess in first_guesses(pipeline.space)}
+    assert sizes == {None, 4}
+
+
+def test_what_is_measured_is_at_the_size(pipeline: CompressionPipeline) -> None:
+    candidate = pipeline.space.candidate(pipeline.space.uniform(1.0, "int8", size=0.5))
+    assert candidate.input_size == 4
+    subject = pipeline.deployed(candidate)
+    with torch.no_grad():
+        expected = subject.network(torch.from_numpy(pipeline.scored.images[:]))[-1].argmax(1).numpy()
+    assert np.mean(subject.answers.classes == expected) > 0.95
+    dense = pipeline.flops.measure(pipeline.deployed(pipeline.space.dense())).value
+    assert pipeline.flops.measure(subject).value == pytest.approx(dense / 4, rel=0.05)
+    assert pipeline.compressor.plan(candidate).recovers
+
+
+@pytest.mark.parametrize(("sizes", "reason"), [("[16]", "got 16"), ("[4, 9]", "got 9")])
+def test_a_size_above_the_images_own_is_refused(sizes, reason, cache) -> None:
+    study = Study.parse(STUDY.replace("[4, 6]", sizes), "the tests' study")
+    with pytest.raises(StudyError, match=rf"space\.sizes are sizes below 8.*{reason}"):
+        build_pipeline(study, lambda *_: None)
+
+
+def test_automatic_sizes_leave_out_what_the_network_does_not_run_at(cache) -> None:
+    study = Study.parse(tiny.STUDY + 'space = {sizes = "auto"}', "the tests' study")
+    assert build_pipeline(study, lambda *_: None).space.input_size.sizes[-1] == 8
+
+
+def test_shared_weights_are_trained_at_every_size(pipeline: CompressionPipeline) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = InputSizeSpace((4, 6, 8))
+    assert {random_size(sizes, generator) for _ in range(50)} == {4, 6, None}
+    network = pipeline.space.apply(pipeline.network, pipeline.space.dense())
+    settings = pipeline.study.recovery.elastic.model_copy(update={"epochs": 1, "batch": 50})
+    batches = TrainingBatches(pipeline.data.train, 50, 0)
+    before = network.trunk.classifier.weight.detach().clone()
+    train_elastic(network, pipeline.space.sparsity, batches, settings, input_size=sizes)
+    after = network.trunk.classifier.weight
+    assert torch.isfinite(after).all()
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.slow
+def test_a_picked_smaller_version_answers_elsewhere_as_measured(cache, tmp_path) -> None:
+    (tmp_path / "study.toml").write_text(STUDY)
+    where = ["--runs", str(tmp_path), "--search", "sizes"]
+    study = ["--study", str(tmp_path / "study.toml"), "--budget", "latency<1000%"]
+    assert run([*study, *where, "--trials", "8"]) == 0
+    search = StoredSearch.read(SearchFolder(tmp_path / "sizes"))
+    complete = [version for version in search.versions if version.is_complete]
+    smaller = [version for version in complete if version.evaluation.candidate.input_size]
+    assert smaller
+    out = tmp_path / "deploy"
+    pick = ["pick", *where, "--budget", "latency<1000%", "--trial", str(smaller[0].number), "--out", str(out)]
+    assert run(pick) == 0
+    assert json.loads((out / "bundle.json").read_text())["input_size"] == smaller[0].evaluation.candidate.input_size
+    done = subprocess.run([sys.executable, "-I", str(out / "run.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert run(["measure", str(out)]) == 0
