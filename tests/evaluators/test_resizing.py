@@ -14,8 +14,9 @@ from evaluators.flops.evaluator import FlopsEvaluator
 from evaluators.inference.resizing import resized
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.latency.remeasure import remeasure, write_job
-from evaluators.runtimes.base import Target
+from evaluators.runtimes.base import Runtime, Target
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
+from evaluators.runtimes.registry import runtime
 from spaces.candidate import Candidate
 from spaces.depth import shortened
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
@@ -64,12 +65,19 @@ def built(builder: ArtifactBuilder, version: ExitNetwork, images, precision: str
     return builder.build(version, candidate, builder.read_ranges(version, images.numpy()))
 
 
+def open_on(library: Runtime, artifact: Artifact):
+    files = [library.deployable(stage) for stage in artifact.stages]
+    return library.open(files, artifact.plan, 1, input_size=artifact.input_size)
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("removed", [(), ("second",), ("last", "second")])
 @pytest.mark.parametrize("size", [8, 11])
-def test_a_file_answers_as_torch_does_at_its_size(size, removed, network, builder, images) -> None:
+def test_a_file_answers_as_torch_does_at_its_size(size, removed, library, network, builder, images) -> None:
+    if library == "openvino":
+        pytest.importorskip("openvino")
     version = at_size(shortened(network, removed), size)
-    artifact = built(builder, version, images)
-    session = OnnxRuntime().open(artifact.deployed, artifact.plan, 1, input_size=artifact.input_size)
+    session = open_on(runtime(library), built(builder, version, images))
     with torch.no_grad():
         expected = version(images)[-1].numpy()
     found, _ = session.answer(images.numpy(), 5)

@@ -26,12 +26,14 @@ from onnx import numpy_helper
 from torch import nn
 
 from evaluators.artifact_builder import ArtifactBuilder
+from evaluators.inference.resizing import resized
 from evaluators.latency.cache import is_two_in_four
 from evaluators.runtimes.onnx_rewrites.unsigned_activations import unsigned_activations
 from evaluators.runtimes.onnxruntime_cpu import open_session
 from spaces.candidate import Candidate
 from spaces.depth import shortened
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.input_size import at_size
 from spaces.thresholds import Thresholds
 from studies.digits.model import resnet20
 from tests.evaluators.test_fp16 import MobileNetwork
@@ -241,6 +243,16 @@ def test_a_network_without_some_of_its_blocks_builds(mix, threshold, build_engin
     for blocks in (deep.REMOVABLE[1:4], deep.REMOVABLE):
         candidate = replace(candidate_of(builder.layers, mix, exits), removed_blocks=blocks)
         assert_builds(build_engines, builder, shortened(network, blocks), candidate, images.numpy()[:4])
+
+
+@pytest.mark.parametrize("mix", ["fp32", "int8", "half-int8"])
+def test_a_network_for_smaller_images_builds(mix, build_engines, images) -> None:
+    dense = deep.with_exits()
+    network = at_size(dense, 6)
+    builder = deep.builder_of(dense, Accelerator(int8_channels=8), images)
+    exits = Thresholds(dict.fromkeys(network.exit_names, 0.8))
+    candidate = replace(candidate_of(builder.layers, mix, exits), input_size=6)
+    assert_builds(build_engines, builder, network, candidate, resized(images.numpy()[:4], 6))
 
 
 def test_weights_with_two_zeros_in_four_build(build_engines, network, space, images) -> None:
