@@ -19,6 +19,8 @@ Proof = Callable[[ExitNetwork], object | None]
 """Returns why a shortened network cannot be used; None if it can."""
 Report = Callable[[int, int], None]
 """Called with the number of parts that are done, and of all."""
+_WORST = 100.0
+"""The damage, in nats, of a network whose answers are no numbers, and of any that is worse."""
 _ROUNDS = 6
 """How often the damage of the blocks of a stage is measured, at most."""
 
@@ -184,25 +186,23 @@ def damage(network: ExitNetwork, dense: Tensor, images: Tensor) -> float:
     divergence = nn.functional.kl_div(
         logits.log_softmax(1), dense.log_softmax(1), reduction="batchmean", log_target=True
     )
-    return float(divergence)
+    return min(float(divergence.nan_to_num(_WORST, _WORST)), _WORST)
 
 
 @contextmanager
 def _batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Lets batch normalisation use the statistics of each batch, and keep its running ones."""
+    """Lets batch normalisation in evaluation mode use the statistics of each batch; its running ones are kept."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm.training, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
     for norm in norms:
-        norm.training = True
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None  # or else it would be counted up in place
+        norm.running_mean = None
+        norm.running_var = None
     try:
         yield
     finally:
-        for norm, (training, momentum, count) in zip(norms, before, strict=True):
-            norm.training = training
-            norm.momentum = momentum
-            norm.num_batches_tracked = count
+        for norm, (mean, variance) in zip(norms, running, strict=True):
+            norm.running_mean = mean
+            norm.running_var = variance
 
 
 def measurements(blocks: int) -> int:

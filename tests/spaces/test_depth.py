@@ -299,3 +299,17 @@ def test_exits_after_a_stage_leave_the_depth_of_the_others_free() -> None:
     found = find_stages(network, pictures(1))
     assert [stage.blocks for stage in found] == [REMOVABLE[:2], REMOVABLE[3:]]
     assert PrecisionSpace(("a",), ("fp32",)).dimensions() == {}
+
+
+def test_answers_that_are_no_numbers_are_the_worst_damage_and_change_nothing() -> None:
+    network = deep.with_exits()
+    images = pictures(6)
+    with torch.no_grad():
+        dense = network.trunk(images)
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        broken = shortened(network, ["stage1.0"])
+        broken.trunk.stem[0].weight.mul_(float("nan"))
+        found = damage(broken, dense, images)
+        broken.trunk.stem[0].weight.copy_(before["trunk.stem.0.weight"])
+    assert found == 100
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
