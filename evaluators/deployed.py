@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -197,8 +197,9 @@ class LoadedArtifact:
     def session(self) -> Session:
         """The artifact, loaded into the runtime."""
         artifact = self.artifact
-        threads, size = self.target.threads, artifact.input_size
-        return self._runtime.open(artifact.deployed, artifact.plan, threads, artifact.confidence, size)
+        opened = partial(self._runtime.open, artifact.deployed, artifact.plan, self.target.threads, artifact.confidence)
+        # A runtime of the user's own may come from before there were input sizes.
+        return opened() if artifact.input_size is None else opened(input_size=artifact.input_size)
 
     def answers_to(self, data: LabelledImages) -> Answers:
         """Returns the artifact's predictions for some images."""

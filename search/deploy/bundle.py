@@ -249,7 +249,8 @@ def _write_files(
     test = pipeline.data.test
     images = test.head(max(min(len(test), _CHECK_BYTES * len(test) // bytes_of(test.images)), 1))
     np.savez_compressed(folder / "check.npz", images=images.images[:], labels=images.labels)
-    extras = pipeline.runtime.extras(artifact.deployed, pipeline.data.calibration.images[: pipeline.target.batch])
+    batch = pipeline.data.calibration.images[: pipeline.target.batch]
+    extras = pipeline.runtime.extras(artifact.deployed, resizing.resized(batch, artifact.input_size))
     for name, content in extras.items():
         (folder / name).write_bytes(content)
     if extras:

@@ -18,6 +18,7 @@ from evaluators.diagnosis.comparison import Answered, Compared, Side, compare
 from evaluators.diagnosis.evidence import Evidence, Finding
 from evaluators.diagnosis.rules import find
 from evaluators.diagnosis.taps import has_halves, norm_variances
+from evaluators.inference.resizing import resized
 from evaluators.runtimes.base import Runtime, deployed_stages
 from evaluators.runtimes.registry import runtime as open_runtime
 from search.config.diagnosis_request import DiagnosisRequest
@@ -125,7 +126,7 @@ def diagnose(
         reference,
         examined,
         exact.stages,
-        _sample(pipeline.data.validation, request.images),
+        _sample(pipeline.data.validation, request.images, candidate.input_size),
         pipeline.data.classes,
         lambda done, total: progress(_STEP, done, total),
     )
@@ -230,10 +231,10 @@ def _sides(
     return version.on(pipeline.runtime, names[0]), version.on(other, names[1])
 
 
-def _sample(data: LabelledImages, count: int) -> LabelledImages:
-    """Returns a random sample of `count` images, because a set may be sorted by class."""
+def _sample(data: LabelledImages, count: int, size: int | None) -> LabelledImages:
+    """Returns a random sample of `count` images at a size, because a set may be sorted by class."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(data))[:count])
-    return LabelledImages(data.images[chosen], data.labels[chosen])
+    return LabelledImages(resized(data.images[chosen], size), data.labels[chosen])
 
 
 def _variances(state: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:

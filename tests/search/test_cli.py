@@ -46,7 +46,7 @@ def study(tmp_path: Path) -> Path:
             ["--search-only", "chanels"],
             ["--search-only takes at least one of channels", "did you mean 'channels'?), got 'chanels'; leave it"],
         ),
-        (["--search-only", "zoom,exits"], ["masks, patterns, frames, got 'zoom,exits'"]),
+        (["--search-only", "zoom,exits"], ["masks, patterns, frames, size, got 'zoom,exits'"]),
         (["--search-only", ","], ["at least one of channels", "got ','"]),
         (
             ["--objectives", "accuracy,flop"],

@@ -10,8 +10,10 @@ import torch
 
 from search.cli import run
 from search.config.study import Study, StudyError
+from search.pipeline.diagnosis import DiagnosisRequest, diagnose
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.recovery.elastic import random_size, train_elastic
+from search.results.evaluation import Evaluation
 from search.samplers.distributions import first_guesses
 from search.training.loop import TrainingBatches
 from spaces.input_size import InputSizeSpace
@@ -68,6 +70,13 @@ def test_shared_weights_are_trained_at_every_size(pipeline: CompressionPipeline)
     after = network.trunk.classifier.weight
     assert torch.isfinite(after).all()
     assert not torch.equal(after, before)
+
+
+def test_a_smaller_version_is_diagnosed_at_its_size(pipeline: CompressionPipeline) -> None:
+    candidate = pipeline.space.candidate(pipeline.space.uniform(1.0, "int8", size=0.5))
+    evaluation = Evaluation(candidate, {}, "", {})
+    found = diagnose(pipeline, DiagnosisRequest(trial=0, images=20), evaluation, lambda *_: None)
+    assert {layer.name for layer in found.compared.layers} >= {"classifier"}
 
 
 @pytest.mark.slow

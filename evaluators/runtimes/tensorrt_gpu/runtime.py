@@ -178,16 +178,16 @@ class TensorRT:
         loaded = self._load(tuple(stages), TimedStream(self._cuda), images.shape)
         shapes = [images.shape, *(stage.outputs[0].shape for stage in loaded[:-1])]
         engines = [self._builder.build(stage, shape) for stage, shape in zip(stages, shapes, strict=True)]
-        files = {f"stage{index + 1}.engine": engine.content for index, engine in enumerate(engines)}
+        files = {f"stage{index + 1}.engine": each.content for index, each in enumerate(engines)}
         entries = [
             {
                 "file": file,
-                "source": engine.input,
-                "results": engine.outputs,
+                "source": each.input,
+                "results": each.outputs,
                 "layers": [asdict(row) for row in inspect(stage.engine)],
                 "seconds": layer_seconds(stage, _layer_profiler()),
             }
-            for file, engine, stage in zip(files, engines, loaded, strict=True)
+            for file, each, stage in zip(files, engines, loaded, strict=True)
         ]
         description = {"timing_cache": timing_cache_file(library().__version__, self._cuda).stem, "engines": entries}
         return files | {"engines.json": json.dumps(description, indent=1).encode()}
