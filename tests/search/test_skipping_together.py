@@ -214,7 +214,7 @@ def stream(pictures) -> Stream:
 
 @pytest.fixture(scope="module", params=["exits", "no exits"])
 def streamed(request, network, builder, stream, sure) -> Callable[[Reuse | None], DeployedCandidate]:
-    chosen = candidate(builder, sure if request.param == "exits" else dict.fromkeys(sure, 1.0))
+    chosen = candidate(builder, sure if request.param == "exits" else dict.fromkeys(sure))
     target = Target("onnxruntime", "here", 1, 1)
 
     def made(reuse: Reuse | None) -> DeployedCandidate:
