@@ -85,7 +85,7 @@ def test_a_pick_is_told_to_a_machine(picked, tmp_path, capsys) -> None:
     written = capsys.readouterr()
     found = json.loads(written.out)
     assert found["model"] == {"name": "tiny", "version": "3"}
-    assert found["trial"] == json.loads((picked / "accuracy" / "bundle.json").read_text())["trial"]
+    assert found["trial"] == json.loads((tmp_path / "deploy" / "bundle.json").read_text())["trial"]
     assert "Measuring the picked version afresh" in written.err
 
 

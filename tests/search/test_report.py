@@ -220,11 +220,12 @@ def test_caveats_name_what_may_break_a_limit_or_is_known_badly(overview) -> None
 
 
 def test_a_pick_is_told_as_confirmed(overview, tmp_path) -> None:
-    number = overview.front[0].number
+    number = next(version.number for version in overview.front if version.number >= 0)  # no simple version
     (tmp_path / "picks.jsonl").write_text(json.dumps({"trial": number, "test_accuracy": 0.975}) + "\n")
     told = caveats(replace(overview, search=replace(overview.search, folder=SearchFolder(tmp_path))))
     assert f"Trial {number} was picked and measured again: 97.50% on test images." in told
-    assert any(line.startswith("No other version has been confirmed") for line in told)
+    others = len(overview.front) > 1
+    assert any(line.startswith("No other version has been confirmed") for line in told) == others
 
 
 def test_a_version_compared_with_itself_is_the_same(overview) -> None:
@@ -251,7 +252,8 @@ def test_compare_takes_searches_versions_and_trials_of_the_latest(folder, capsys
     assert "hypervolume" in capsys.readouterr().out
     assert run(["compare", "one:dense", "dense", *runs, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["first"] == "one: dense"
-    trial = parse_side("one", folder).overview.front[0].number
+    front = parse_side("one", folder).overview.front
+    trial = next(version.number for version in front if version.number >= 0)
     assert parse_side(str(trial), folder).version == parse_side(f"one:{trial}", folder).version
     for sides, words in ((["one", "one:dense"], "both"), (["one:999", "dense"], "one:999"), (["two", "one"], "two")):
         assert run(["compare", *sides, *runs]) == 2
