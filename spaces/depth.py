@@ -72,7 +72,7 @@ class DepthSpace:
     def _fewest(self, stage: BlockStage) -> int:
         return math.floor(self._minimum * len(stage.blocks) + 1e-9)
 
-    def fewest(self) -> tuple[str, ...]:
+    def most_removed(self) -> tuple[str, ...]:
         """Returns the blocks that the shortest network lacks."""
         return self.removed({stage.name: self._fewest(stage) for stage in self.stages})
 

@@ -107,6 +107,9 @@ def input_sizes(study: Study, network: ExitNetwork, image: Tensor, proof: Proof)
     own, asked = int(image.shape[-1]), study.space.sizes
     if "size" not in study.space.only or not asked:
         return OWN_SIZE
+    if asked != "auto" and image.shape[-2] != own:
+        shape = "x".join(map(str, image.shape[-2:]))
+        raise StudyError(f"space.sizes are sizes of square images, got images of {shape}; leave it out")
     sizes = automatic_sizes(own) if asked == "auto" else asked
     usable = usable_sizes(network, image, sizes, proof)
     refused = sorted(set(sizes) - set(usable))

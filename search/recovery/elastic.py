@@ -214,7 +214,7 @@ def train_elastic(
         loss = total_loss(logits, logits[-1], batch.labels, 0.0, 1.0)
         loss.backward()
         teacher = logits[-1].detach()
-        parts = [shared.slice(smallest, depth.fewest(), input_size.smallest(), keep=True)]
+        parts = [shared.slice(smallest, depth.most_removed(), input_size.smallest(), keep=True)]
         parts += [
             shared.slice(
                 random_channels(sparsity, batch.generator),
