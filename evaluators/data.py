@@ -96,10 +96,18 @@ class LabelledImages:
         images = self.images[indices] if in_memory else Chosen(self.images, indices)
         return LabelledImages(images, self.labels[indices])
 
-    def halves(self) -> "tuple[LabelledImages, LabelledImages]":
-        """Returns two disjoint halves, each class evenly in both; the same ones in every call."""
+    def parted(self, count: int) -> "tuple[LabelledImages, LabelledImages]":
+        """Returns two disjoint parts, the first of `count` images, each class in proportion in both; always the same.
+
+        Raises:
+            ValueError: there are not so many images.
+        """
+        if not 0 <= count <= len(self):
+            raise ValueError(f"a part has 0 to {len(self)} images, got {count}")
         by_class = np.argsort(self.labels, kind="stable")
-        return self.some(np.sort(by_class[0::2])), self.some(np.sort(by_class[1::2]))
+        is_first = np.zeros(len(self), dtype=np.bool_)
+        is_first[by_class[[-(-index * len(self) // count) for index in range(count)]]] = True
+        return self.some(np.flatnonzero(is_first)), self.some(np.flatnonzero(~is_first))
 
     def mixed(self, seed: int = 0) -> "LabelledImages":
         """Returns the images in an order in which the first `n` have all classes in proportion, for every `n`.

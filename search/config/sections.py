@@ -116,6 +116,9 @@ class ExitsSection(Section):
     thresholds: Literal["solved", "searched"] = "solved"
     """`solved`: the best thresholds are computed for each version, on half of the validation images; `searched`: the
     sampler proposes them."""
+    choose_on: Positive | None = None
+    """Solved thresholds are chosen on so many of the validation images; half of them where not given, and at most. The
+    others score. Fewer make a trial shorter."""
     training: Literal["frozen", "joint"] = "frozen"
     """`frozen`: heads on the trained trunk; `joint`: trunk and heads together, as `[exits.joint]` says."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()

@@ -415,7 +415,8 @@ class Study(Section):
         later = {"precision", "keep_blocks_at_least", "channel_step", "sizes"}
         silent = {key for key in later if getattr(self.space, key) == SpaceSection.model_fields[key].default}
         silent |= {"only"} if self.space.only == BEFORE_DEPTH else set()
-        content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent})
+        choose_on = {"choose_on"} if self.exits.choose_on is None else set()
+        content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent, "exits": choose_on})
         # What fp32 layers run in was two keys once.
         kind = self.target.fp32_in
         before = f'"tf32":{str(kind == "tf32").lower()},"bf16":{str(kind == "bf16").lower()}'

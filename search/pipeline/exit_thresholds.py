@@ -14,8 +14,8 @@ import numpy as np
 
 from evaluators.accuracy import accuracy_of
 from evaluators.deployed import DeployedCandidate
+from evaluators.exits.exit_outputs import ExitOutputs
 from evaluators.exits.threshold_solver import Cost
-from evaluators.inference.staged import CONFIDENCES
 from evaluators.latency.evaluator import FIRST, LatencyEvaluator
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
@@ -163,17 +163,20 @@ class ExitThresholdSolver:
         # On runtimes that compile, loading one more artifact would take longer than the rest.
         compiles = self._pipeline.runtime.capabilities().compiles
         never = self._with(choices, [None] * len(choices.active_exits))
-        problem = self._problem(deploy(choices), None if compiles else deploy(never))
+        all_exits = deploy(choices)
+        outputs = self._outputs(all_exits)
+        problem = self._problem(all_exits, outputs, None if compiles else deploy(never))
         solution = Solution(choices, problem, problem.solve())
         if compiles or next(iter(problem.costs)) != "latency" or not solution.thresholds.use_exits:
             return solution
-        return self._in_succession(solution, deploy)
+        return self._in_succession(solution, outputs, deploy)
 
-    def _in_succession(self, solution: Solution, deploy: Deploy) -> Solution:
+    def _in_succession(self, solution: Solution, outputs: ExitOutputs, deploy: Deploy) -> Solution:
         """Returns the solution corrected by the latency of the version as it runs, one stage after the other.
 
         Args:
             solution: from the costs of exit paths alone.
+            outputs: of all exits, on the threshold images.
             deploy: deploys versions.
 
         Returns:
@@ -182,8 +185,11 @@ class ExitThresholdSolver:
         choices, first = solution.choices, solution.thresholds
 
         def timed(resolved: ResolvedThresholds) -> Mapping[str, Measurement]:
-            version = deploy(self._with(choices, resolved.thresholds))
-            return {"latency": self._latency.measure(self._scored_on_threshold_images(version))}
+            version = self._scored_on_threshold_images(deploy(self._with(choices, resolved.thresholds)))
+            # Who leaves where follows from what all exits said; with gates of blocks it is a part of the route only.
+            is_known = not version.artifact.blocks
+            subject = version.known(outputs.answers(resolved.thresholds)) if is_known else version
+            return {"latency": self._latency.measure(subject)}
 
         corrected = solution.problem.corrected(first, timed(first))
         again = corrected.solve()
@@ -227,21 +233,26 @@ class ExitThresholdSolver:
         images, target = pipeline.threshold_images, pipeline.target
         return DeployedCandidate(version.network, version.candidate, version.artifact, images, pipeline.runtime, target)
 
-    def _problem(self, all_exits: DeployedCandidate, without_exits: DeployedCandidate | None) -> ThresholdProblem:
+    def _outputs(self, all_exits: DeployedCandidate) -> ExitOutputs:
+        """Returns what all exits of a version say of the threshold images."""
+        images = self._pipeline.threshold_images.images
+        logits = all_exits.session.all_logits(images, all_exits.target.batch)
+        return ExitOutputs(logits, all_exits.artifact.confidence)
+
+    def _problem(
+        self, all_exits: DeployedCandidate, outputs: ExitOutputs, without_exits: DeployedCandidate | None
+    ) -> ThresholdProblem:
         """Returns the problem: outputs of the exits on the threshold images, and the costs of leaving there.
 
         Args:
             all_exits: the version with all of its exits.
+            outputs: what they say of the threshold images.
             without_exits: the version without exits; the difference is the cost of exits that no image takes. If None,
                 it is estimated by the share of the exit heads in the FLOPs.
         """
-        images = self._pipeline.threshold_images
-        logits = all_exits.session.all_logits(images.images, all_exits.target.batch)
-        confidence = CONFIDENCES[all_exits.artifact.confidence]
-        confidences = np.stack([confidence(logits[:, exit_]) for exit_ in range(logits.shape[1])], axis=1)
-        correct = logits.argmax(axis=2) == images.labels[:, None]
         costs, aim_margin = self._costs(all_exits, without_exits)
-        return ThresholdProblem(confidences, correct, costs, self._floor, aim_margin)
+        correct = outputs.correct(self._pipeline.threshold_images.labels)
+        return ThresholdProblem(outputs.confidences, correct, costs, self._floor, aim_margin)
 
     def _costs(
         self, all_exits: DeployedCandidate, without_exits: DeployedCandidate | None

@@ -90,11 +90,12 @@ class GivenNetwork:
 
     @cached_property
     def scored(self) -> LabelledImages:
-        """The validation images that versions are scored on: half of them if the other half chooses thresholds."""
+        """The validation images that versions are scored on: without those that choose thresholds, if any do."""
         places = exit_places(self._trunk, self.study.exits, self.data)
         supports_exits = self.study.target.batch == 1 or self.runtime.capabilities().dynamic_batch
         solves_thresholds = self.study.exits.thresholds == "solved" and self.study.frames is None
-        return validation_parts(self.data, bool(places.after) and supports_exits and solves_thresholds)[1]
+        split = bool(places.after) and supports_exits and solves_thresholds
+        return validation_parts(self.data, split, self.study.exits.choose_on)[1]
 
     @property
     def fingerprint(self) -> str:
@@ -138,14 +139,19 @@ class GivenNetwork:
         return DeployedCandidate(self.network, candidate, artifact, self.scored, self.runtime, self.target)
 
 
-def validation_parts(data: Splits, split: bool) -> tuple[LabelledImages, LabelledImages]:
+def validation_parts(data: Splits, split: bool, choose_on: int | None) -> tuple[LabelledImages, LabelledImages]:
     """Returns the validation images that choose thresholds, and those that score versions.
 
     Args:
         data: images of the study.
-        split: whether these are separate halves; else both are all validation images.
+        split: whether these are separate; else both are all validation images.
+        choose_on: how many images choose thresholds; half of them where not given, and at most.
     """
-    choosing, scored = data.validation.halves() if split else (data.validation, data.validation)
+    images = data.validation
+    if not split:
+        return images, shuffled_if_many(images)
+    half = (len(images) + 1) // 2
+    choosing, scored = images.parted(min(choose_on or half, half))
     return choosing, shuffled_if_many(scored)
 
 

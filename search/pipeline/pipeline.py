@@ -260,7 +260,8 @@ def build_pipeline(
         depth = depth_space(network, builder, given.data.calibration, fewest, fingerprint, progress)
     sizes = input_sizes(study, network, image, builder.disagreement)
     space = build_space(study, network, groups, depth, sizes, given.data, builder.layers, given.runtime, widths)
-    threshold_images, scored = validation_parts(given.data, bool(space.thresholds.solved and space.thresholds.exits))
+    split = bool(space.thresholds.solved and space.thresholds.exits)
+    threshold_images, scored = validation_parts(given.data, split, study.exits.choose_on)
     context = _recovery_context(study, given, network, space, builder, progress)
     return CompressionPipeline(
         study=study,

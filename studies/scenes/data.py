@@ -8,7 +8,7 @@ from evaluators.data import LabelledImages, Splits
 from studies.digits.data import splits as digit_splits
 from studies.scenes.composition import Scenes, compose
 
-COUNTS = {"train": 8000, "calibration": 200, "validation": 4000, "test": 2000}
+COUNTS = {"train": 8000, "calibration": 200, "validation": 3000, "test": 2000}
 """Scenes in each split."""
 SIZE = 48
 """Height and width of a scene in pixels."""
@@ -18,7 +18,7 @@ _SHIFT = 4
 
 
 def splits() -> Splits:
-    """Returns 8,000 scenes to train on, 200 to calibrate, 4,000 to search with and 2,000 to test.
+    """Returns 8,000 scenes to train on, 200 to calibrate, 3,000 to search with and 2,000 to test.
 
     Those of a split show its own digits alone, in the middle and in the clutter: 1,000, 97, 350 and 350 of them.
     Images are `(n, 1, 48, 48)` from 0 to 1.

@@ -17,6 +17,7 @@ from torch import nn
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
 from evaluators.deployed import predict
+from evaluators.exits.exit_outputs import ExitOutputs
 from evaluators.inference.staged import StagedNetwork, largest_probability
 from evaluators.runtimes.base import deployed_stages
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
@@ -99,6 +100,18 @@ def test_survivors_go_on_and_every_input_is_answered_once(features: np.ndarray, 
         np.testing.assert_allclose(logits[row], expected, rtol=1e-6)
         for earlier in range(exit_index):
             assert largest_probability(features[row : row + 1] * (earlier + 1))[0] < thresholds[earlier]
+
+
+@pytest.mark.parametrize("thresholds", [[0.5, 0.5], [0.7, 0.55], [0.95, None], [None, 0.6], [None, None]])
+def test_what_all_exits_said_tells_the_answers_with_any_thresholds(thresholds, builder, network, space, images) -> None:
+    _, whole = staged(builder, network, space, [0.5, 0.5])
+    outputs = ExitOutputs(whole.all_logits(images.numpy()), "softmax")
+    assert outputs.confidences.shape == outputs.correct(np.zeros(len(images), np.int64)).shape == (len(images), 3)
+    _, run = staged(builder, network, space, [1.0 if value is None else value for value in thresholds])
+    wanted, wanted_routes = run(images.numpy())
+    logits, routes = outputs.answers(thresholds)
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+    np.testing.assert_array_equal(routes, wanted_routes)
 
 
 def test_thresholds_and_stages_have_to_fit() -> None:

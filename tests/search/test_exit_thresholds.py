@@ -129,18 +129,33 @@ def test_the_formula_and_the_measurement_agree_on_a_clock_without_noise(batch, b
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=60))
-def test_halves_share_no_image_and_each_class_is_in_both_alike(labels) -> None:
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.floats(0, 1))
+def test_parts_share_no_image_and_each_class_is_in_both_in_proportion(labels, share) -> None:
     images = np.arange(len(labels), dtype=np.float32).reshape(-1, 1, 1, 1)
-    one, two = LabelledImages(images, np.array(labels)).halves()
+    count = round(share * len(labels))
+    one, two = LabelledImages(images, np.array(labels)).parted(count)
     together = np.concatenate([one.images[:], two.images[:]]).ravel()
+    assert len(one) == count
     assert sorted(together) == list(range(len(labels)))
     for label in set(labels):
-        assert abs(int((one.labels == label).sum()) - int((two.labels == label).sum())) <= 1
+        members = labels.count(label)
+        assert abs(int((one.labels == label).sum()) - members * count / len(labels)) <= 1
     assert [labels[int(place)] for place in one.images[:].ravel()] == list(one.labels)
 
 
-def test_halves_of_a_store_read_when_they_are_asked() -> None:
+def test_halves_of_all_images_are_what_they_were() -> None:
+    labels = np.random.default_rng(0).integers(0, 4, 101)
+    images = np.arange(101, dtype=np.float32).reshape(-1, 1, 1, 1)
+    one, _ = LabelledImages(images, labels).parted(51)
+    assert sorted(one.images[:].ravel()) == sorted(np.argsort(labels, kind="stable")[0::2])
+
+
+def test_a_part_is_not_larger_than_the_whole() -> None:
+    with pytest.raises(ValueError, match="0 to 2 images, got 3"):
+        LabelledImages(np.zeros((2, 1, 1, 1), np.float32), np.zeros(2, np.int64)).parted(3)
+
+
+def test_parts_of_a_store_read_when_they_are_asked() -> None:
     asked: list[object] = []
 
     class Store:
@@ -153,7 +168,7 @@ def test_halves_of_a_store_read_when_they_are_asked() -> None:
             asked.append(index)
             return np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1)[index]
 
-    one, two = LabelledImages(Store(), np.array([0, 1, 0, 1, 0, 1])).halves()
+    one, two = LabelledImages(Store(), np.array([0, 1, 0, 1, 0, 1])).parted(3)
     assert isinstance(one.images, Chosen)
     assert one.digest != two.digest
     assert asked == []
@@ -394,6 +409,18 @@ def test_every_version_is_scored_on_the_other_half(pipeline) -> None:
     assert "threshold.exit1" not in pipeline.space.dimensions()
     # The network is the same one: how thresholds are chosen is no matter of training.
     assert other.fingerprint == pipeline.fingerprint
+
+
+def test_fewer_images_choose_thresholds_where_the_study_says_so(pipeline) -> None:
+    study = Study.parse(tiny.STUDY.replace("grid = 2", "grid = 2, choose_on = 12"), "test")
+    fewer = build_pipeline(study, lambda *_: None)
+    assert len(fewer.threshold_images) == 12
+    assert len(fewer.scored) == len(pipeline.data.validation) - 12
+    assert study.question_key != pipeline.study.question_key, "an accuracy on other images is another answer"
+    most = build_pipeline(
+        Study.parse(tiny.STUDY.replace("grid = 2", "grid = 2, choose_on = 999"), "test"), lambda *_: None
+    )
+    assert len(most.threshold_images) == len(pipeline.threshold_images), "half at most"
 
 
 def test_a_network_is_compressed_once_for_its_thresholds_and_its_measurement(pipeline) -> None:
