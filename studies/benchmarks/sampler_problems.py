@@ -32,13 +32,13 @@ from search.samplers.hypervolume.sampler import HypervolumeSampler
 from spaces import cache
 from studies.benchmarks.synthetic import DENSE_S, Problem, Setting
 
-OBJECTIVES: Objectives = ("accuracy", "latency", "flops")
-"""What samplers are compared by, as the published tables have it."""
+MEASURED: Objectives = ("accuracy", "latency", "flops")
+"""What is kept of every evaluation; accuracy is None where a limit was broken before."""
 _WRITTEN_EVERY = 20
 """So many evaluations at most are lost where a comparison is stopped; begun again, it finds the others recorded."""
 
-Values = tuple[float | None, float, float]
-"""Accuracy, seconds and FLOPs; no accuracy where a limit was broken before."""
+Values = tuple[float | None, ...]
+"""Of each objective; no accuracy where a limit was broken before."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Outcome:
 
 class Case(Protocol):
     """One question for samplers, with one seed."""
+
+    @property
+    def objectives(self) -> Objectives:
+        """What is searched for, in the order of `Outcome.values`."""
+        ...
 
     @property
     def space(self) -> Mapping[str, BaseDistribution]:
@@ -92,6 +97,8 @@ class SyntheticCase:
         seed: of the network and of the noise.
         setting: of the network.
     """
+
+    objectives = MEASURED
 
     def __init__(self, seed: int, setting: Setting) -> None:
         self._problem = Problem(seed, setting)
@@ -167,7 +174,7 @@ class StudyCase:
     """
 
     def __init__(self, study: Study, record: Record) -> None:
-        study = study.with_objectives(OBJECTIVES)
+        self.objectives = study.objectives
         self._pipeline = build_pipeline(study, lambda step, done, total: print(f"{step}: {done}/{total}", flush=True))
         self._record = record
         if record.baseline is None:
@@ -181,7 +188,7 @@ class StudyCase:
         self.space = distributions(self._joint)
         self.prior = problem_prior(self._pipeline, self._joint, self._baseline)
         self.warm = [*first_guesses(self._joint), *HypervolumeSampler(0, self.prior).initial_proposals(self.space)]
-        self._worst = reference_point(self._budget, self._dense, OBJECTIVES)
+        self._worst = reference_point(self._budget, self._dense, self.objectives)
 
     def evaluate(self, parameters: Mapping[str, Any]) -> Outcome:
         """Returns what the parameters come to, from the record where they were evaluated before."""
@@ -192,35 +199,39 @@ class StudyCase:
             self._record.evaluations[choices.key] = _recorded(evaluation)
             if len(self._record.evaluations) % _WRITTEN_EVERY == 0:
                 self._record.write()
-        accuracy, seconds, flops, gates = self._record.evaluations[choices.key]
-        values = (accuracy, seconds, flops)
-        violations = self._budget.violations(self._measured(values), self._dense)
-        return Outcome(choices.key, values, violations, _kept((seconds, flops), gates))
+        *values, gates = self._record.evaluations[choices.key]
+        measured = dict(zip(MEASURED, values, strict=True))
+        violations = self._budget.violations(self._measurements(measured), self._dense)
+        wanted = tuple(measured[name] for name in self.objectives)
+        return Outcome(choices.key, wanted, violations, _kept(measured, gates))
 
-    def _measured(self, values: Values) -> dict[str, Measurement]:
-        named = zip(OBJECTIVES, values, strict=True)
-        return {name: replace(self._dense[name], value=value) for name, value in named if value is not None}
+    def _measurements(self, measured: Mapping[str, float | None]) -> dict[str, Measurement]:
+        known = {name: value for name, value in measured.items() if value is not None}
+        return {name: replace(self._dense[name], value=value) for name, value in known.items()}
 
     def hypervolume(self, keys: Sequence[str]) -> float:
         """Returns the share of the budget's box that is dominated, as a search shows it."""
-        evaluations = [self._record.evaluations[key] for key in dict.fromkeys(keys)]
-        complete = [values[:3] for values in evaluations if values[0] is not None]
-        accuracy, latency, flops = np.array(complete, dtype=np.float64).reshape(-1, 3).T
-        worst = self._worst
-        costs = [(1 - accuracy) / (1 - worst["accuracy"]), latency / worst["latency"], flops / worst["flops"]]
-        return box_share(np.stack(costs, axis=1))
+        evaluations = [dict(zip(MEASURED, self._record.evaluations[key], strict=False)) for key in dict.fromkeys(keys)]
+        complete = [values for values in evaluations if values["accuracy"] is not None]
+        costs = [[self._cost(name, values[name]) for name in self.objectives] for values in complete]
+        return box_share(np.array(costs, dtype=np.float64).reshape(-1, len(self.objectives)))
+
+    def _cost(self, name: str, value: float) -> float:
+        """Returns a value as a share of the worst that counts, of accuracy what is missing to 1."""
+        worst = self._worst[name]
+        return (1 - value) / (1 - worst) if name == "accuracy" else value / worst
 
 
-def _kept(costs: Sequence[float], gates: Mapping[str, Any] | None) -> dict[str, Any]:
+def _kept(measured: Mapping[str, float | None], gates: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns what the sampler reads in a trial's evaluation: costs, and how thresholds that were solved came about."""
-    measured = {name: {"value": value} for name, value in zip(OBJECTIVES[1:], costs, strict=True)}
-    return {"measurements": measured, "gates": gates}
+    costs = {name: {"value": value} for name, value in measured.items() if name != "accuracy"}
+    return {"measurements": costs, "gates": gates}
 
 
 def _recorded(evaluation: Evaluation) -> list[Any]:
     """Returns accuracy, None if not measured, seconds and FLOPs, and where and at what cost inputs leave."""
     measured = evaluation.measurements
-    values = [_short(measured[name].value) if name in measured else None for name in OBJECTIVES]
+    values = [_short(measured[name].value) if name in measured else None for name in MEASURED]
     if not (gates := evaluation.exit_thresholds):
         return [*values, None]
     ways = {metric: [_short(cost) for cost in costs] for metric, costs in gates["ways"].items()}

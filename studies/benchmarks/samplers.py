@@ -2,8 +2,8 @@
 
 python -m studies.benchmarks.samplers synthetic [--seeds 5]
 python -m studies.benchmarks.samplers tight
-python -m studies.benchmarks.samplers digits --record digits.json.gz --arms 'ehvi=100,TPE,NSGA-II,TPE + warm start=100'
-python -m studies.benchmarks.samplers redraw --record digits.json.gz
+python -m studies.benchmarks.samplers scenes --record scenes.json.gz --arms 'ehvi=100,TPE,NSGA-II,TPE + warm start=100'
+python -m studies.benchmarks.samplers redraw --record scenes.json.gz
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import optuna
 from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from search.config.budget import Budget
@@ -26,7 +27,7 @@ from search.config.study import Study
 from search.loop.sampler_observations import observe_evaluations
 from search.samplers.base import SearchKnowledge
 from studies.benchmarks.markdown import print_table
-from studies.benchmarks.sampler_problems import OBJECTIVES, Case, Record, StudyCase, SyntheticCase
+from studies.benchmarks.sampler_problems import Case, Record, StudyCase, SyntheticCase
 from studies.benchmarks.synthetic import Setting
 
 POINTS = (25, 50, 100, 200)
@@ -79,9 +80,10 @@ class Trace:
 
 def search(case: Case, arm: Arm, seed: int, trials: int) -> Trace:
     """Returns what an arm does with a case."""
-    knowledge = SearchKnowledge(lambda: case.prior, partial(observe_evaluations, objectives=OBJECTIVES))
+    knowledge = SearchKnowledge(lambda: case.prior, partial(observe_evaluations, objectives=case.objectives))
     made: BaseSampler = SAMPLERS[arm.sampler](seed, knowledge)
-    study = optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=made)
+    directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (len(case.objectives) - 1)]
+    study = optuna.create_study(directions=directions, sampler=made)
     for values in case.warm if arm.is_warm else ():
         study.enqueue_trial(dict(values), skip_if_exists=True)
     keys: list[str] = []
@@ -232,6 +234,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="their names, each with =TRIALS where it takes fewer")
     parser.add_argument("--record", type=Path, help="of a study's evaluations")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--objectives", help="other than the study's, as for the search")
     parser.add_argument("--budget", help="another than the study's, as for the search")
     parser.add_argument("--weights", help="of the study's network, as for the search")
     parser.add_argument("--data", help="of the study, as for the search")
@@ -251,7 +254,14 @@ def main() -> None:
         traces_of = _recorded(Record(arguments.record))
     else:
         budget = Budget.parse(arguments.budget.split(",")) if arguments.budget else None
-        study = Request(study=arguments.what, budget=budget, weights=arguments.weights, data=arguments.data).to_study()
+        request = Request(
+            study=arguments.what,
+            budget=budget,
+            weights=arguments.weights,
+            data=arguments.data,
+            objectives=tuple(arguments.objectives.split(",")) if arguments.objectives else None,
+        )
+        study = request.to_study()
         traces_of = _study(study, Record(arguments.record), arms, arguments.seeds)
     print_hypervolumes(traces_of)
     print_verdict(traces_of)
