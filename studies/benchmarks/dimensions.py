@@ -53,7 +53,7 @@ def main() -> None:
     baseline = None
     found: dict[str, list[Mapping[int, float]]] = {}
     for name, variant in variants.items():
-        record = Record(given.records / f"{given.study} {name}.json.gz")
+        record = Record(given.records / f"{Path(given.study).stem} {name}.json.gz")
         record.baseline = record.baseline or baseline
         case = StudyCase(variant, record)
         baseline = record.baseline
