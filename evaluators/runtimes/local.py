@@ -9,8 +9,8 @@ import numpy as np
 
 from evaluators.inference.frame_reuse import FrameReuse
 from evaluators.inference.resizing import resized
-from evaluators.inference.staged import Network, Routes, StagedNetwork, Steps
-from evaluators.runtimes.base import Capabilities, Images, PrecedingKeyFrame, Proof, Spent, TensorReader, TimedBatch
+from evaluators.inference.staged import Routes, StagedNetwork, Steps
+from evaluators.runtimes.base import Capabilities, Images, Proof, Spent, TensorReader, TimedBatch
 from evaluators.runtimes.cpu import cpu_name, weight_bits
 from evaluators.runtimes.device_state import DeviceState, cpu_state
 from evaluators.runtimes.paired_timing import Call, Clock, TakeTurn, TimingProtocol, turns_of
@@ -99,8 +99,7 @@ class LocalSession:
         network = StagedNetwork(self._network.stages, batch.path_plan(self._network.plan), self._confidence)
         if batch.follows is not None:
             frame = self._batch(images, batch.start, batch.start + batch.count)
-            key = self._batch(images, batch.follows.key, batch.follows.key + 1)
-            return frame_call(network, key, frame, batch.follows)
+            return frame_call(lambda: network(frame), images, batch)
         starts = (batch.start, *batch.others)
         batches = cycle([np.array(self._batch(images, start, start + batch.count)) for start in starts])
         return lambda: network(next(batches))
@@ -208,16 +207,25 @@ class LocalRuntime(ABC):
         return []
 
 
-def frame_call(network: Network, key: Images, frame: Images, follows: PrecedingKeyFrame) -> Call:
+def frame_call(compute: Callable[[], tuple[Images, Routes]], images: "ImageStore", batch: TimedBatch) -> Call:
     """Returns a call that processes a frame each time as if it came in its place in the stream.
 
+    Frames are compared in their own size, as a bundle compares them, whatever size the network gets them in.
+
     Args:
-        network: the network to run if the frame is computed.
-        key: the last key frame, `(1, c, h, w)`.
-        frame: the frame, `(1, c, h, w)`.
-        follows: the age of the key frame, and the settings of its reuse.
+        compute: runs the network on the frame.
+        images: frames of the stream, `(n, c, h, w)`.
+        batch: which frame, and the key frame that it follows.
+
+    Raises:
+        ValueError: the batch is no frame of a stream.
     """
-    reuse = FrameReuse(network, follows.threshold, follows.max_age)
+    follows = batch.follows
+    if follows is None:
+        raise ValueError("a frame of a stream follows a key frame, got a batch that follows none")
+    reuse = FrameReuse(lambda _frame: compute(), follows.threshold, follows.max_age)
+    key = images[follows.key : follows.key + 1]
+    frame = np.array(images[batch.start : batch.start + 1])
     last, _ = reuse.frame(key)
 
     def call() -> object:

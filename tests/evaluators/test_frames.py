@@ -16,7 +16,8 @@ from evaluators.inference.frame_reuse import FrameReuse, Reuse, difference, thum
 from evaluators.inference.staged import StagedNetwork
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
 from evaluators.latency.remeasure import remeasure, write_job
-from evaluators.runtimes.base import Target
+from evaluators.runtimes.base import PrecedingKeyFrame, Target, TimedBatch
+from evaluators.runtimes.local import frame_call
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from evaluators.streams import KEY_FRAMES, Stream, timed_frames
 from evaluators.testing import EvaluatorContract
@@ -279,3 +280,25 @@ def test_every_kind_of_frame_is_timed_as_often_as_it_occurs_and_the_longest_path
             < met.threshold
         )
         assert again != answers.computed[batch.start]
+
+
+@pytest.mark.parametrize(("age", "threshold", "computes"), [(1, 0.5, False), (1, 0.2, True), (30, 0.5, True)])
+def test_a_frame_is_compared_in_its_own_size_and_computed_in_the_networks(age, threshold, computes) -> None:
+    """Frames of 4x4 pixels that differ by 0.25 on average; the network would get them in another size."""
+    frames = np.zeros((2, 1, 4, 4), np.float32)
+    frames[1, 0, 0] = 1.0
+    small: list[int] = []
+
+    def compute() -> tuple[np.ndarray, np.ndarray]:
+        small.append(1)
+        return np.zeros((1, 3), np.float32), np.zeros(1, np.int64)
+
+    call = frame_call(compute, frames, TimedBatch(1, 1, follows=PrecedingKeyFrame(0, age, threshold, 30)))
+    small.clear()  # the key frame itself was computed once, before
+    call()
+    assert bool(small) == computes
+
+
+def test_what_follows_no_key_frame_is_no_frame() -> None:
+    with pytest.raises(ValueError, match="follows a key frame"):
+        frame_call(lambda: (np.zeros((1, 3)), np.zeros(1)), np.zeros((1, 1, 4, 4), np.float32), TimedBatch(0, 1))

@@ -288,8 +288,7 @@ class EngineSession:
         self.stages((batch.count, *timed.shape[1:]))  # loads the engines before the timing
         plan = batch.path_plan(self._thresholds)
         if batch.follows is not None:
-            key = self._batch(images, batch.follows.key, batch.follows.key + 1)
-            return frame_call(lambda frame: self._run(frame, 1, plan), key, timed, batch.follows)
+            return frame_call(lambda: self._run(timed, 1, plan), images, batch)
         return lambda: self._run(timed, batch.count, plan)
 
     def _timed_run(self, images: Images, plan: Steps | None = None) -> Spent:
