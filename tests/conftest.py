@@ -1,6 +1,7 @@
 import ctypes
 import os
 import sys
+
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from tests.helpers.scripted_gpu import ScriptedGpu
 from tests.helpers.scripted_tensorrt import ScriptedTensorRT
 
 set_up_libraries()  # before a test imports MLflow
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores, so one thread each, for commands too
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
