@@ -11,14 +11,11 @@ from `studies.benchmarks.outside`, which shares no code with evaluators/. Accura
 """
 
 import argparse
-import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
@@ -138,51 +135,18 @@ def _measured(study: Study, bundle: Path | None) -> tuple[Version, Version | Non
     data, batch = loaded.splits, study.target.batch
     dense = outside.exported(built.network.eval(), data.calibration.images[:1])
     int8 = outside.statically_quantized(outside.preprocessed(dense), data.calibration.images[:], "Percentile")
-    answers = {"dense": _answering(dense), "int8": _answering(int8)}
+    answers = {"dense": outside.answering(dense), "int8": outside.answering(int8)}
     if bundle is not None:
-        answers["picked"] = _bundle(bundle)
-    calls = {name: _one_after_the_other(answer, data.test.images[:_IMAGES], batch) for name, answer in answers.items()}
+        answers["picked"] = outside.bundle(bundle)
+    calls = {
+        name: outside.one_after_the_other(answer, data.test.images[:_IMAGES], batch) for name, answer in answers.items()
+    }
     latencies = outside.timed(calls, turns=31)
     found = {name: _version(latencies[name], answer, data.test, batch) for name, answer in answers.items()}
     return found["int8"], found.get("picked")
 
 
-Answer = Callable[[outside.Images], outside.Images]
-
-
-def _answering(file: bytes) -> Answer:
-    made = outside.session(file)
-    name = made.get_inputs()[0].name
-    return lambda images: made.run(None, {name: images})[0]
-
-
-def _bundle(folder: Path) -> Answer:
-    """Returns a bundle's network as its own run.py loads it."""
-    sys.path.insert(0, str(folder))
-    try:
-        network = _module(folder / "run.py").load(folder)
-    finally:
-        sys.path.remove(str(folder))
-        for name in ("manifest", "staged", "inputs", "frame_reuse", "sessions"):  # the next bundle brings its own
-            sys.modules.pop(name, None)
-    return lambda images: network(images)[0]
-
-
-def _module(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"bundle_{file.parent.parent.name}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-def _one_after_the_other(answer: Answer, images: outside.Images, batch: int) -> outside.Call:
-    batches: Iterator[outside.Images] = cycle(np.array_split(images, max(len(images) // batch, 1)))
-    return lambda: answer(next(batches))
-
-
-def _version(latency: outside.Timed, answer: Answer, test: LabelledImages, batch: int) -> Version:
+def _version(latency: outside.Timed, answer: outside.Answer, test: LabelledImages, batch: int) -> Version:
     starts = range(0, len(test), batch)
     found = np.concatenate([answer(test.images[at : at + batch]).argmax(axis=1) for at in starts])
     accuracy = float((found == test.labels).mean())

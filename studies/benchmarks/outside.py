@@ -4,14 +4,18 @@ What this program says of its own files is worth little until somebody else's cl
 calls take turns of a few hundredths of a second, in the process's CPU time, and compares them turn by turn.
 """
 
+import importlib.util
 import logging
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -24,6 +28,8 @@ from torch import nn
 
 Images = NDArray[np.float32]
 Call = Callable[[], object]
+Answer = Callable[[Images], Images]
+"""From images `(n, c, h, w)` to logits `(n, classes)`."""
 INPUT = "images"
 
 
@@ -86,6 +92,40 @@ def session(model: bytes | str, threads: int = 1) -> onnxruntime.InferenceSessio
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def answering(file: bytes) -> Answer:
+    """Returns what an ONNX file answers."""
+    made = session(file)
+    name = made.get_inputs()[0].name
+    return lambda images: made.run(None, {name: images})[0]
+
+
+def bundle(folder: Path) -> Answer:
+    """Returns what a bundle answers, as its own run.py loads it."""
+    sys.path.insert(0, str(folder))
+    try:
+        network = _module(folder / "run.py").load(folder)
+    finally:
+        sys.path.remove(str(folder))
+        for name in ("manifest", "staged", "inputs", "frame_reuse", "resizing", "sessions"):  # each brings its own
+            sys.modules.pop(name, None)
+    return lambda images: network(images)[0]
+
+
+def _module(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bundle_{file.parent.parent.name}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def one_after_the_other(answer: Answer, images: Images, batch: int) -> Call:
+    """Returns a call that answers the next batch of real images each time."""
+    batches: Iterator[Images] = cycle(np.array_split(images, max(len(images) // batch, 1)))
+    return lambda: answer(next(batches))
 
 
 def exported(network: nn.Module, image: Images) -> bytes:
