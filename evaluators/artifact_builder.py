@@ -231,7 +231,7 @@ class ArtifactBuilder:
             weights = form.template.weights(network.state_dict())
             last, *exits = load(form.template.file(form.graph, form.graph.nodes, weights), 0)(images)
         except Exception as error:
-            return "its width is written into the exported graph", str(error).splitlines()[0]
+            return "its exported graph does not run so", str(error).splitlines()[0]
         with torch.no_grad():
             expected = [logits.numpy() for logits in network(torch.from_numpy(self._check_images))]
         for logits, torch_logits in zip([*exits, last], expected, strict=True):

@@ -105,14 +105,15 @@ def find_stages(network: ExitNetwork, image: Tensor, proof: Proof = lambda _: No
     """Returns the stages of a network: its residual blocks that can be left out, those of one shape and place together.
 
     Each block has been left out: the shortened network ran, and passed `proof`. Blocks with a cut point at their end or
-    inside stay.
+    inside stay, and blocks that share weights with what lies outside of them.
 
     Args:
         network: the dense network, in evaluation mode.
         image: one input, `(1, c, h, w)`.
         proof: a further test of a shortened network, such as whether its ONNX file has the same outputs.
     """
-    able = removable_blocks(network.trunk, image, network.cut_points)
+    removable = removable_blocks(network.trunk, image, network.cut_points)
+    able = {path: shape for path, shape in removable.items() if _has_its_own_weights(network.trunk, path)}
     proven = _proven(network, list(able), proof)
     together: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for path in proven:
@@ -122,6 +123,14 @@ def find_stages(network: ExitNetwork, image: Tensor, proof: Proof = lambda _: No
         BlockStage(parent if parent and parents.count(parent) == 1 else _name(blocks), tuple(blocks))
         for (parent, _), blocks in together.items()
     ]
+
+
+def _has_its_own_weights(trunk: nn.Module, path: str) -> bool:
+    """Returns whether no parameter or buffer of a block is used elsewhere in the trunk too."""
+    inside = f"{path}."
+    tensors = [*trunk.named_parameters(remove_duplicate=False), *trunk.named_buffers(remove_duplicate=False)]
+    own = {id(tensor) for name, tensor in tensors if name.startswith(inside)}
+    return own.isdisjoint(id(tensor) for name, tensor in tensors if not name.startswith(inside))
 
 
 def _name(blocks: Sequence[str]) -> str:
@@ -225,6 +234,7 @@ def ordered_by_damage(
         images: to measure on, `(n, c, h, w)`.
         report: called with the number of stages that are done, and of all.
     """
+    images = torch.cat([images, images]) if len(images) == 1 else images  # one image may have one value per channel
     with torch.no_grad(), _batch_statistics(network):
         dense = network.trunk(images)
     ordered = []

@@ -1,7 +1,6 @@
 import ctypes
 import os
 import sys
-
 from pathlib import Path
 from typing import Any
 

@@ -83,8 +83,18 @@ def load(folder: str | Path) -> Network:
 def load_with_library(folder: str | Path) -> tuple[str, Network]:
     """Returns the name of the library that runs the bundle's network on this machine, and the network."""
     library, network = _loaded(Path(folder))
-    size = Manifest.read(Path(folder)).input_size
-    return library, network if size is None else lambda images: network(resized(images, size))
+    manifest = Manifest.read(Path(folder))
+    size = manifest.input_size
+    if size is None:
+        return library, network
+    shape = tuple(manifest.image_shape)
+
+    def at_size(images: Floats) -> tuple[Floats, Routes]:
+        if tuple(images.shape[1:]) != shape:  # any other shape would be resized too, and answered wrongly
+            raise ValueError(f"images are (n, {', '.join(map(str, shape))}), got {tuple(images.shape)}")
+        return network(resized(images, size))
+
+    return library, at_size
 
 
 def _loaded(bundle: Path) -> tuple[str, Network]:
@@ -225,7 +235,8 @@ def _run() -> int:
     if arguments.stream or (given is None and manifest.frames):
         logits, routes = _answer_stream(_for_stream(network, manifest), images, library)
     else:
-        logits, routes = _answer_images(network, images, manifest.target.batch, library)
+        where = library if manifest.input_size is None else f"{library}, resizing to {manifest.input_size} included"
+        logits, routes = _answer_images(network, images, manifest.target.batch, where)
     classes = logits.argmax(axis=1)
     if arguments.predictions:
         np.save(arguments.predictions, classes)
@@ -296,10 +307,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _answer_images(network: Network, images: Floats, batch: int, library: str) -> tuple[Floats, Routes]:
-    """Returns logits and routes of independent images, and prints the time per batch."""
+def _answer_images(network: Network, images: Floats, batch: int, where: str) -> tuple[Floats, Routes]:
+    """Returns logits and routes of independent images, and prints the time per batch, and where that was taken."""
     logits, routes, seconds = answer(network, images, batch)
-    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here, {library})")
+    print(f"{len(images)} images, {seconds * 1e3:.2f} ms per batch of {batch} (median here, {where})")
     return logits, routes
 
 

@@ -19,6 +19,7 @@ from search.results.pareto import PREFERENCES, Version, choose, feasible
 from search.results.store import StoredSearch, find_search
 from search.results.violations import limited, violation_line
 from search.tracking.store import Tracking, remembered
+from spaces.candidate import Candidate
 from spaces.errors import UserError
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
         f" {milliseconds(searched['latency'].value)}; dense {milliseconds(dense.measured['latency'].value)}",
         f"  accuracy  {percent(test.value)} ± {test.spread * 100:.2f} points on {test.n} test images (validation:"
         f" {percent(searched['accuracy'].value)}); dense {percent(confirmed.dense_test.value)}, so {lost} points",
+        *_shape_lines(confirmed.version.evaluation.candidate),
         f"  recovery  {confirmed.version.evaluation.effort}",
         f"  size      {size(searched['size'].value)}; dense {size(dense.measured['size'].value)}",
     ]
@@ -164,6 +166,17 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
         lines.append("  The rebuilt files differ from those that the search measured: another version of a library?")
     if used > 1:
         lines.append(f"  {used} versions of this search have now seen the test images: the figure is less blind.")
+    return lines
+
+
+def _shape_lines(candidate: Candidate) -> list[str]:
+    """Returns what a version lacks of the network, and the size of its input where it is another."""
+    lines = []
+    if candidate.removed_blocks:
+        lines.append(f"  without   {', '.join(candidate.removed_blocks)}")
+    if candidate.input_size is not None:
+        size = candidate.input_size
+        lines.append(f"  input     resized to {size}x{size} first, which is not timed; run.py does it")
     return lines
 
 

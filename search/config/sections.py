@@ -39,6 +39,20 @@ def dimensions(names: object) -> object:
     return tuple(name for name in DIMENSIONS if name in names)
 
 
+def image_sizes(sizes: object) -> object:
+    """Returns sizes of images in ascending order, each once, or `"auto"`.
+
+    Raises:
+        ValueError: one of them is no whole number of at least 1.
+    """
+    if sizes == "auto":
+        return sizes
+    is_list = isinstance(sizes, list | tuple)
+    if not is_list or any(type(size) is not int or size < 1 for size in sizes):  # type: ignore[attr-defined]
+        raise ValueError("'auto' or a list of whole numbers of at least 1")
+    return tuple(sorted(set(sizes)))  # type: ignore[call-overload]
+
+
 class Section(BaseModel):
     """What every part is: nothing that is not named in it, and no change once it is read.
 

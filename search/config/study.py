@@ -34,6 +34,7 @@ from search.config.sections import (
     SkipsSection,
     dimensions,
     function,
+    image_sizes,
 )
 from spaces.dynamic.block_gates import BLOCK_GATES
 from spaces.dynamic.masks import MASKS
@@ -137,7 +138,7 @@ class SpaceSection(Section):
     """Multiple in which groups keep channels; where not given, what suits the target: it is measured."""
     keep_blocks_at_least: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Smallest share of its residual blocks that a stage keeps, rounded down; 1 leaves none out."""
-    sizes: Literal["auto"] | tuple[Positive, ...] = ()
+    sizes: Annotated[Literal["auto"] | tuple[Positive, ...], BeforeValidator(image_sizes)] = ()
     """Heights and widths that square images may be resized to before the network, besides their own; `auto`: about a
     half and three quarters of it."""
     lowest_threshold: Share = 0.5

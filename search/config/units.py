@@ -38,6 +38,12 @@ def size(byte_count: float) -> str:
     return count(byte_count) + "B" if byte_count >= 1e3 else f"{byte_count:.0f} B"
 
 
+def quantity(value: float, unit: str) -> str:
+    """Returns a value in SI units as text; units are those of `evaluators.measurement.METRICS`."""
+    formats = {"s": milliseconds, "byte": size, "ratio": percent, "joule": millijoules}
+    return formats.get(unit, count)(value)
+
+
 def threshold(value: float) -> str:
     """Returns an exit's threshold with as many digits as tell it from 1: `0.951`, `0.99986`."""
     return f"{value:.{max(3, 1 - math.floor(math.log10(1 - value))) if value < 1 else 3}g}"

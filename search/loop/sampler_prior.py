@@ -22,6 +22,7 @@ from search.samplers.hypervolume.prior import CostTarget, LinearConstraint, Netw
 from spaces import channels as sparsity
 from spaces import depth, precision
 from spaces import thresholds as gates
+from spaces.depth import DepthSpace
 from spaces.dynamic.exit_network import layer_name
 from spaces.input_size import SIZE
 from spaces.joint import JointSpace
@@ -32,6 +33,8 @@ _TIMED = ("latency", "flops")
 """Costs that a network's structure tells roughly beforehand."""
 _HALF_WIDTH = 0.3
 """Assumed change of the log-accuracy when half of all channels are pruned, used without a sensitivity profile."""
+_ALL_BLOCKS = 0.3
+"""The same when every block is left out that can be: after recovery, which measured damage knows nothing of."""
 _ROUNDING = 10.0
 """Assumed change of the log-accuracy per relative power of the rounding noise of weights."""
 
@@ -153,11 +156,11 @@ def _damage(
         else:
             weight = 4 * _HALF_WIDTH / len(widths)
             estimates[name] = tuple(weight * space.sparsity.lost(group, count) ** 2 for count in counts)
-    for stage in space.depth.stages:
-        if blocks := space.depth.dimensions().get(depth.PREFIX + stage.name):
-            lost = (0.0, *stage.damage)
-            kept = range(blocks.low, blocks.high + 1)
-            estimates[depth.PREFIX + stage.name] = tuple(lost[len(stage.blocks) - count] for count in kept)
+    estimates |= _depth_damage(space.depth)
+    if SIZE in space.dimensions():
+        largest = max(space.input_size.sizes)
+        lost_pixels = [1 - (size / largest) ** 2 for size in space.input_size.sizes]
+        estimates[SIZE] = tuple(4 * _HALF_WIDTH * lost**2 for lost in lost_pixels)
     weights = dict(pipeline.network.named_parameters())
     for name in space.precision.dimensions():
         layer = name.removeprefix(precision.PREFIX)
@@ -166,6 +169,24 @@ def _damage(
             estimates[name] = tuple(
                 _ROUNDING * _rounding_noise(weight_of, choice) for choice in space.precision.allowed[layer]
             )
+    return estimates
+
+
+def _depth_damage(space: DepthSpace) -> dict[str, tuple[float, ...]]:
+    """Returns the estimated damage of each depth: measured damage tells blocks apart, not what recovery leaves of it.
+
+    Left out without training, blocks cost hundreds of times what they do once weights have learnt to do without.
+    """
+    dimensions = space.dimensions()
+    measured = {stage: (0.0, *stage.damage) for stage in space.stages if depth.PREFIX + stage.name in dimensions}
+    total = sum(max(lost) for lost in measured.values()) or 1.0
+    estimates = {}
+    for stage, lost in measured.items():
+        blocks = dimensions[depth.PREFIX + stage.name]
+        kept = range(blocks.low, blocks.high + 1)
+        estimates[depth.PREFIX + stage.name] = tuple(
+            _ALL_BLOCKS * max(lost[len(stage.blocks) - count], 0.0) / total for count in kept
+        )
     return estimates
 
 

@@ -257,7 +257,7 @@ class ExitThresholdSolver:
     def _costs(
         self, all_exits: DeployedCandidate, without_exits: DeployedCandidate | None
     ) -> tuple[dict[str, Cost], float]:
-        """Returns the costs of leaving at each exit, in seconds and FLOPs, the limited one first, and the margin.
+        """Returns the costs of leaving at each exit, in seconds and FLOPs, the one that counts first, and the margin.
 
         With block gates they are means over the blocks that images run, which do not depend on thresholds of exits.
         """
@@ -277,7 +277,9 @@ class ExitThresholdSolver:
         starts = np.diff(paths.seconds).tolist() if self._pipeline.runtime.capabilities().compiles else ()
         seconds = Cost(paths.seconds, per_exit, self._limit("latency", 1 - aim_margin), all_exits.target.batch, starts)
         counted = Cost(tuple(np.cumsum(stages)), heads, self._limit("flops"))
-        if seconds.limit is None and counted.limit is not None:
+        objectives = self._pipeline.study.objectives
+        only_flops_count = "flops" in objectives and "latency" not in objectives
+        if only_flops_count or (seconds.limit is None and counted.limit is not None):
             return {"flops": counted, "latency": seconds}, aim_margin
         return {"latency": seconds, "flops": counted}, aim_margin
 

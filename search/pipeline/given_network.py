@@ -28,7 +28,12 @@ from search.loading.prepare import prepare
 from search.loading.streams import with_streams
 from search.pipeline.early_stopping import shuffled_if_many
 from search.pipeline.evaluators import all_evaluators
-from search.pipeline.search_space import target_of, without_fixed_dimensions, without_unsupported_gates
+from search.pipeline.search_space import (
+    asked_sizes,
+    target_of,
+    without_fixed_dimensions,
+    without_unsupported_gates,
+)
 from search.results.evaluation import Evaluation
 from search.results.simple_versions import GivenMeasurements, SimpleVersion
 from search.training.dense import exit_places, trained_trunk
@@ -71,6 +76,7 @@ class GivenNetwork:
         self.target = target_of(study, self.runtime)
         self.loaded, self.built = prepare(study, download, progress, say)
         self.data = with_streams(study.frames, self.loaded.splits)
+        asked_sizes(study, self.data.image_shape)  # before anything is trained
         trunk = trained_trunk(without_unsupported_gates(study, self.runtime), self.built, self.data, progress)
         self._trunk = copy.deepcopy(trunk)  # training of exits and gates may change the original
 

@@ -28,6 +28,8 @@ from spaces.thresholds import ThresholdSpace
 
 FEW_SCORED = 500
 """With fewer scored images the search states how wide the interval of an accuracy is."""
+FEW_CHOOSING = 100
+"""With fewer images that choose thresholds the search says that these are worth little."""
 EXAMPLE = 0.9
 """The accuracy that intervals are stated for while none is measured yet."""
 
@@ -102,23 +104,43 @@ def input_sizes(study: Study, network: ExitNetwork, image: Tensor, proof: Proof)
         proof: returns why the exported network cannot be used at a size, or None.
 
     Raises:
-        StudyError: a size that the study names is larger than the images, or the network does not run at it.
+        StudyError: the study names a size that the images cannot be resized to, or that the network does not run at.
     """
-    own, asked = int(image.shape[-1]), study.space.sizes
-    if "size" not in study.space.only or not asked:
+    sizes = asked_sizes(study, image.shape[1:])
+    if not sizes:
         return OWN_SIZE
-    if asked != "auto" and image.shape[-2] != own:
-        shape = "x".join(map(str, image.shape[-2:]))
-        raise StudyError(f"space.sizes are sizes of square images, got images of {shape}; leave it out")
-    sizes = automatic_sizes(own) if asked == "auto" else asked
     usable = usable_sizes(network, image, sizes, proof)
     refused = sorted(set(sizes) - set(usable))
-    if refused and asked != "auto":
+    if refused and study.space.sizes != "auto":
         raise StudyError(
-            f"space.sizes are sizes below {own}, the images' own, at which the network runs and pools globally, got"
-            f" {refused[0]}; leave it out"
+            f"space.sizes are sizes at which the network runs and pools globally, got {refused[0]}; leave it out"
         )
     return InputSizeSpace(usable)
+
+
+def asked_sizes(study: Study, shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the sizes that a study asks for, as far as its images tell; none where it asks for none.
+
+    Args:
+        study: what to search.
+        shape: of an image, `(c, h, w)`.
+
+    Raises:
+        StudyError: the images are not square, a size is larger than theirs, or masks are made for one size.
+    """
+    asked, (height, width) = study.space.sizes, shape[-2:]
+    if "size" not in study.space.only or not asked:
+        return ()
+    if study.masks.method and "masks" in study.space.only:
+        method = study.masks.method
+        raise StudyError(f"masks are learnt at one size of images, got [masks] method = {method!r} beside space.sizes")
+    if asked == "auto":
+        return automatic_sizes(width)
+    if height != width:
+        raise StudyError(f"space.sizes are sizes of square images, got images of {height}x{width}; leave it out")
+    if asked[-1] > width:
+        raise StudyError(f"space.sizes are sizes below {width}, the images' own, got {asked[-1]}; leave it out")
+    return asked
 
 
 def without_fixed_dimensions(study: Study) -> Study:
@@ -213,7 +235,12 @@ def unsupported_options(study: Study, runtime: Runtime, target: Target, space: J
         reason = "frames of a stream decide who reaches them" if study.frames else "nothing else varies"
         remarks.append(f"thresholds of exits are searched, not solved: {reason}")
     if "depth" in study.space.only and study.space.keep_blocks_at_least < 1 and not space.depth.stages:
-        remarks.append("depth is no dimension: the network has no residual blocks that return their input's shape")
+        remarks.append(
+            "depth is no dimension: the network has no residual blocks that return their input's shape, have weights of"
+            " their own and can be left out of its file"
+        )
+    if study.space.sizes == "auto" and "size" in study.space.only and not space.input_size.dimensions():
+        remarks.append("input size is no dimension: images are not square, or the network runs at their own size only")
     return remarks
 
 
@@ -224,7 +251,9 @@ def split_remarks(choosing: int, scored: int) -> list[str]:
     """
     counts = f"{choosing} of the validation images choose the exits' thresholds"
     remarks = [f"{counts}; every version is scored on the other {scored}"]
-    if scored < FEW_SCORED:
+    if choosing < FEW_CHOOSING:
+        remarks.append(f"thresholds that {choosing} images choose hold for hardly any others; raise [exits] choose_on")
+    if scored < FEW_SCORED and half_interval(scored) != half_interval(choosing + scored):
         widths = [half_interval(count) for count in (scored, choosing + scored)]
         remarks.append(
             f"an accuracy of {EXAMPLE:.0%} is known to within {widths[0]} points on {scored} images, to within"

@@ -136,9 +136,9 @@ class Comparison:
         same = len(self.layers) - len(different)
         if different:
             rows = [[layer.name, layer.first, layer.second] for layer in different]
-            yield _table(f"layers that differ; {same} are the same", ["layer", "A", "B"], rows)
+            yield _table(f"layers that differ; {same} have the same width and precision", ["layer", "A", "B"], rows)
         elif same:
-            yield f"All {same} layers are the same."
+            yield f"All {same} layers have the same width and precision."
         yield from self.remarks
 
 

@@ -8,9 +8,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from evaluators.measurement import METRICS
 from search.config.budget import Budget
 from search.config.objectives import Objectives
-from search.config.units import milliseconds, percent
+from search.config.units import percent, quantity
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version, choose, feasible, front_within, hypervolume
 
@@ -157,12 +158,12 @@ class SearchView:
         front = front_within(self._versions, self._simple, self._budget, dense, self._objectives).versions
         lines = [f"{len(front)} on the front, {len(good)} within {self._budget}, {self._failed} failed"]
         if front:
-            best = choose(front, "accuracy", self._objectives)[0].measured
+            best, cost = choose(front, "accuracy", self._objectives)[0].measured, METRICS[self._objectives[1]]
             lines.append(
                 f"best within budget: accuracy {percent(best['accuracy'].value)}"
-                f" (dense {percent(self._dense.measured['accuracy'].value)}),"
-                f" latency {milliseconds(best['latency'].value)}"
-                f" (dense {milliseconds(self._dense.measured['latency'].value)})"
+                f" (dense {percent(dense['accuracy'].value)}),"
+                f" {cost.title} {quantity(best[cost.name].value, cost.unit)}"
+                f" (dense {quantity(dense[cost.name].value, cost.unit)})"
             )
         share = hypervolume(front, self._budget, dense, self._objectives)
         lines.append(f"hypervolume {share:.1%}{self._time_left()}")

@@ -104,6 +104,6 @@ def _caption(front: Sequence[Version], dense: Version, below: Sequence[Version])
         f"latency per {per} on {dense.measured['latency'].target}; accuracy on {accuracy.n} {shown}validation images,"
         f" known to within {half_width * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''}"
         f"{'; kept: channels, and how many residual blocks are left out' if shortened else ''}"
-        f"{'; @: images are resized to that size' if resized else ''};"
+        f"{'; @: images are resized to that size, which is not timed' if resized else ''};"
         f" {' and '.join(simple)}: the network as it is, to be beaten"
     )

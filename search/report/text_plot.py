@@ -64,6 +64,8 @@ def _legend(overview: Overview, has_limit: bool, limit: str, has_dense: bool, wi
     """Returns the legend of the marks, one or two lines."""
     marks = {MARKS[name].text: name for name in (FRONT, WITHIN, OVER) if overview.groups[name]}
     entries = [f"{mark} {name}" for mark, name in marks.items()]
+    if "latency" not in overview.search.objectives:
+        entries.append("over latency, which is no objective")
     if has_limit:
         entries.append(f"{limit} limit")
     latency, accuracy = coordinates(overview.dense)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget, Constraint
-from search.config.units import count, millijoules, milliseconds, percent, size
+from search.config.units import quantity
 from search.results.pareto import Version
 
 
@@ -16,8 +16,7 @@ def violation_line(constraint: Constraint, measured: Measurement, dense: Measure
 
 def limited(constraint: Constraint, measured: Measurement, dense: Measurement) -> str:
     """Returns the limited metric and its value: `latency.p99 5.6 ms`."""
-    formats = {"s": milliseconds, "byte": size, "ratio": percent, "joule": millijoules}
-    return f"{constraint.name} {formats.get(constraint.metric.unit, count)(constraint.value(measured, dense))}"
+    return f"{constraint.name} {quantity(constraint.value(measured, dense), constraint.metric.unit)}"
 
 
 def broken_limits(version: Version, budget: Budget, dense: Mapping[str, Measurement]) -> str:

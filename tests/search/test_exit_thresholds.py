@@ -392,6 +392,16 @@ def test_of_thresholds_that_are_alike_the_cheapest_are_taken(pipeline, dense) ->
     assert told.first_cost == pytest.approx(min(each.costs[0] for each in outcomes if each.accuracy >= alike))
 
 
+def test_exits_save_the_cost_that_counts(pipeline, dense) -> None:
+    latency, measured = dense
+    choices = pipeline.space.candidate(pipeline.space.uniform(1.0, "int8"))
+    for objectives, first in ((("accuracy", "flops"), "flops"), (("accuracy", "latency", "flops"), "latency")):
+        other = replace(pipeline, study=pipeline.study.with_objectives(objectives))
+        thresholds = solver_for(other, latency, measured, "latency<1000%").resolve(choices).thresholds
+        assert next(iter(thresholds.costs)) == first
+        assert thresholds.first_cost == pytest.approx(thresholds.costs[first])
+
+
 def test_what_is_not_open_stays_as_it_is(pipeline, dense) -> None:
     solver = ExitThresholdSolver(pipeline, *dense)
     assert solver.resolve(pipeline.space.dense()).candidate == pipeline.space.dense()

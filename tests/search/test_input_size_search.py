@@ -12,6 +12,7 @@ from search.cli import run
 from search.config.study import Study, StudyError
 from search.pipeline.diagnosis import DiagnosisRequest, diagnose
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
+from search.pipeline.search_space import asked_sizes
 from search.recovery.elastic import random_size, train_elastic
 from search.results.evaluation import Evaluation
 from search.samplers.distributions import first_guesses
@@ -53,6 +54,45 @@ def test_a_size_above_the_images_own_is_refused(sizes, reason, cache) -> None:
         build_pipeline(study, lambda *_: None)
 
 
+@pytest.mark.parametrize("sizes", ['"small"', "[-4]", "[0]", "[4.0]", "[true]", '["4"]', '["auto"]'])
+def test_what_is_no_choice_of_sizes_is_one_clear_line(sizes) -> None:
+    with pytest.raises(StudyError, match=r"space\.sizes is 'auto' or a list of whole numbers of at least 1, got"):
+        Study.parse(STUDY.replace("[4, 6]", sizes), "the tests' study")
+
+
+def test_the_same_sizes_are_the_same_question() -> None:
+    usual = Study.parse(STUDY, "the tests' study")
+    again = Study.parse(STUDY.replace("[4, 6]", "[6, 4, 6]"), "the tests' study")
+    assert again.question_key == usual.question_key
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "words"),
+    [
+        ((1, 8, 12), "[4]", "sizes of square images, got images of 8x12"),
+        ((1, 8, 8), "[4, 16]", "sizes below 8, the images' own, got 16"),
+    ],
+)
+def test_what_the_images_tell_is_refused_before_anything_is_trained(shape, sizes, words) -> None:
+    with pytest.raises(StudyError, match=words):
+        asked_sizes(Study.parse(STUDY.replace("[4, 6]", sizes), "the tests' study"), shape)
+
+
+def test_masks_are_learnt_at_one_size() -> None:
+    study = Study.parse(
+        STUDY.replace('"size"]}', '"size", "masks"]}') + 'masks = {method = "dgnet"}', "the tests' study"
+    )
+    with pytest.raises(StudyError, match="masks are learnt at one size"):
+        asked_sizes(study, (1, 8, 8))
+
+
+def test_sizes_that_cannot_be_are_said(cache) -> None:
+    study = Study.parse(tiny.STUDY + 'space = {sizes = "auto"}', "the tests' study")
+    pipeline = build_pipeline(study, lambda *_: None)
+    said = any("input size is no dimension" in remark for remark in pipeline.remarks)
+    assert said == (not pipeline.space.input_size.dimensions())
+
+
 def test_automatic_sizes_leave_out_what_the_network_does_not_run_at(cache) -> None:
     study = Study.parse(tiny.STUDY + 'space = {sizes = "auto"}', "the tests' study")
     assert build_pipeline(study, lambda *_: None).space.input_size.sizes[-1] == 8
@@ -91,4 +131,9 @@ def test_a_picked_smaller_version_answers_elsewhere_as_measured(cache, tmp_path)
     assert json.loads((out / "candidate.json").read_text())["input_size"] == 4
     done = subprocess.run([sys.executable, "-I", str(out / "run.py")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "resizing to 4 included" in done.stdout
+    oblong = f"import numpy, sys; sys.path.insert(0, {str(out)!r}); import run; run.load({str(out)!r})"
+    oblong += "(numpy.zeros((5, 1, 8, 12), numpy.float32))"
+    refused = subprocess.run([sys.executable, "-c", oblong], capture_output=True, text=True, check=False)
+    assert "images are (n, 1, 8, 8), got (5, 1, 8, 12)" in refused.stderr
     assert run(["measure", str(out)]) == 0

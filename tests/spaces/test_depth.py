@@ -313,3 +313,24 @@ def test_answers_that_are_no_numbers_are_the_worst_damage_and_change_nothing() -
         broken.trunk.stem[0].weight.copy_(before["trunk.stem.0.weight"])
     assert found == 100
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("share", ["module", "parameter"])
+def test_blocks_that_share_weights_with_others_stay(share: str) -> None:
+    network = deep.stages()
+    first, second = network.trunk.stage1[0], network.trunk.stage1[1]
+    if share == "module":
+        second.conv1 = first.conv1
+    else:
+        second.conv1.weight = first.conv1.weight
+    removable = {block for stage in find_stages(network, pictures(1)) for block in stage.blocks}
+    assert removable == {"stage1.2", "stage2.1", "stage2.2"}
+
+
+def test_damage_is_measured_on_a_single_image_too() -> None:
+    """Behind the stem every channel has one value, of which batch norm cannot take the variance."""
+    network = deep.stages()
+    network.trunk.stem[0] = nn.Conv2d(1, 8, 8)
+    image = pictures(1)
+    stages = find_stages(network, image)
+    assert all(len(stage.damage) == len(stage.blocks) for stage in ordered_by_damage(network, stages, image))

@@ -148,7 +148,9 @@ def damage_features(structure: NetworkStructure, codec: Codec) -> ScaledFeatures
         estimated = structure.estimated_damage(codec, rows)
         curves = [1 - curve for curve in _exit_curves(structure, codec, rows)]
         return [
-            np.concatenate([lost, lost**2, lost**4, gone, gone**2, gone**4, *_smaller(structure, codec, rows)], axis=1),
+            np.concatenate([lost, lost**2, lost**4], axis=1),
+            np.concatenate([gone, gone**2, gone**4], axis=1),
+            _concatenated(_smaller(structure, codec, rows), rows),
             one_hot.reshape(len(rows), -1),
             (one_hot * narrowness[:, :, None]).reshape(len(rows), -1),
             estimated,
@@ -157,7 +159,7 @@ def damage_features(structure: NetworkStructure, codec: Codec) -> ScaledFeatures
             *others(rows),
         ]
 
-    return ScaledFeatures.fit(blocks, (1.0, 1.0, 0.4, 1.5, 1.0, 1.0, *_GENERIC_WEIGHTS), codec, (3,))
+    return ScaledFeatures.fit(blocks, (1.0, 1.0, 1.0, 1.0, 0.4, 1.5, 1.0, 1.0, *_GENERIC_WEIGHTS), codec, (5,))
 
 
 def _smaller(structure: NetworkStructure, codec: Codec, rows: Array) -> list[Array]:

@@ -50,7 +50,7 @@ class _Option:
 
 def knapsacks(structure: NetworkStructure, codec: Codec, times: Sequence[float]) -> list[dict[str, Any]]:
     """Returns the configurations of least estimated damage within each of some times, and where there are exits the
-    same again with exits that are used now and then. Input sizes take turns, from the images' own down.
+    same again with exits that are used now and then.
 
     A layer's time is its work times its precision's speed. Work is a product of inputs and outputs, which no knapsack
     can weigh, so the knapsack is solved again with the inputs that the last one came to.
@@ -63,7 +63,7 @@ def knapsacks(structure: NetworkStructure, codec: Codec, times: Sequence[float])
     solver = _Solver(structure, codec)
     configurations: list[dict[str, Any]] = []
     for number, time in enumerate(times):
-        row = solver.solve(time, number)
+        row = solver.solve(time)
         if row is None:
             break
         thresholds = [1.0]
@@ -115,29 +115,34 @@ class _Solver:
             return [names.index(self._structure.fixed[layer])]
         return [names.index(choice) for choice in self._codec.space[dimension].choices]  # type: ignore[attr-defined]
 
-    def solve(self, time: float, turn: int = 0) -> Array | None:
+    def solve(self, time: float) -> Array | None:
         """Returns the row `(d,)` of least damage in a share of the dense network's time; None where none takes less.
 
-        Args:
-            time: the share.
-            turn: which input size it has, counted from the images' own down, and around.
+        Every input size is solved for on its own, because it scales the time of all layers.
         """
-        row = self._at_size(np.floor(np.maximum(self._codec.levels - 1, 0) * _FIRST_WIDTH), turn)
+        sizes = range(len(self._structure.size_work)) if self._structure.size is not None else (0,)
+        solved = [row for size in sizes if (row := self._solve_at(size, time)) is not None]
+        if not solved:
+            return None
+        return solved[int(np.argmin(self._structure.estimated_damage(self._codec, np.stack(solved)).sum(axis=1)))]
+
+    def _solve_at(self, size: int, time: float) -> Array | None:
+        """Returns the row of least damage with one of the input sizes; None where none takes as little time."""
+        row = self._at_size(np.floor(np.maximum(self._codec.levels - 1, 0) * _FIRST_WIDTH), size)
         for _ in range(_ROUNDS):
             solved = self._solve_around(row, time)
             if solved is None:
                 return None
-            solved = self._at_size(solved, turn)
+            solved = self._at_size(solved, size)
             if (solved == row).all():
                 break
             row = solved
         return row
 
-    def _at_size(self, row: Array, turn: int) -> Array:
+    def _at_size(self, row: Array, size: int) -> Array:
         row = row.copy()
         if self._structure.size is not None:
-            count = len(self._structure.size_work)
-            row[self._codec.names.index(self._structure.size)] = count - 1 - turn % count
+            row[self._codec.names.index(self._structure.size)] = size
         return row
 
     def with_exits(self, row: Array, share: float) -> Array:
