@@ -163,7 +163,7 @@ def search(
         typer.Option(
             metavar="NAMES",
             help="Dimensions to search, comma-separated: channels, depth, precision, exits, skips, masks, patterns,"
-            " frames.",
+            " frames, size.",
         ),
     ] = None,
     objectives: Annotated[
