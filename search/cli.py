@@ -246,6 +246,7 @@ def pick(
     prefer: Annotated[
         str, typer.Option(help="Which version within the budget: accuracy, latency, flops, params, size or knee.")
     ] = "accuracy",
+    trial: Annotated[str | None, typer.Option(metavar="TRIAL", help="This version, in place of the best one.")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the bundle.")] = Path("deploy"),
     finetune: Annotated[
         str | None,
@@ -263,7 +264,7 @@ def pick(
     limits = _limits(budget)
     from search.commands.pick import run_pick
 
-    return run_pick(limits, prefer, out, name, runs, finetune, tracking_uri, Output(quiet, as_json))
+    return run_pick(limits, prefer, out, name, runs, finetune, tracking_uri, Output(quiet, as_json), trial)
 
 
 @app.command()

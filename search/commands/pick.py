@@ -12,6 +12,7 @@ from search.config.study import finetuning
 from search.config.units import milliseconds, percent, points, size
 from search.deploy.fresh_timing import content, lines, wider_budget
 from search.loop.resume import check_same_network
+from search.report.describe import accuracy_half_width
 from search.report.display import Display
 from search.report.output import TEXT_OUTPUT, Output, write_json, write_lines
 from search.report.overview import Overview
@@ -36,6 +37,7 @@ def run_pick(
     finetune: str | None = None,
     tracking_uri: str | None = None,
     output: Output = TEXT_OUTPUT,
+    trial: str | None = None,
 ) -> int:
     """Picks, confirms, writes and registers a version; returns the exit code."""
     set_up_libraries()
@@ -56,18 +58,17 @@ def run_pick(
         pipeline = build_pipeline(search.study, display.step, widths=search.widths)
         check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), pipeline.fingerprint)
         versions: Sequence[Version] = [*feasible(overview.simple, limits, overview.dense.measured), *overview.feasible]
+        versions = versions if trial is None else [_named(trial, versions, overview)]
         if more is not None:
-            pruned = next(
-                (version for version in choose(overview.front, prefer, search.objectives) if version.number >= 0),
-                overview.front[0],
-            )
+            best = choose(overview.front if trial is None else versions, prefer, search.objectives)
+            pruned = next((version for version in best if version.number >= 0), best[0])
             versions = [finetune_version(pipeline, search, pruned, more)]
         display.say("Measuring the picked version afresh, in a new process...")
         dense = overview.dense.measured
         timings = time_again(pipeline, search, versions, limits, prefer, display.say)
         wider = wider_budget(
             timings,
-            versions if more else [*overview.simple, *overview.versions],
+            versions if more or trial else [*overview.simple, *overview.versions],
             prefer,
             limits,
             dense,
@@ -96,6 +97,19 @@ def run_pick(
         text += [f"Registered as version {registered.version} of model {registered.name}:", f"  {registered.serve}"]
     write_lines(console, text)
     return 0
+
+
+def _named(trial: str, versions: Sequence[Version], overview: Overview) -> Version:
+    """Returns the version of a trial.
+
+    Raises:
+        UserError: it was not measured, or breaks a limit.
+    """
+    found = next((version for version in versions if str(version.trial) == trial), None)
+    if found is None:
+        front = ", ".join(str(version.trial) for version in overview.front)
+        raise UserError(f"--trial is a version within {overview.budget}, got {trial!r}; on the front are {front}")
+    return found
 
 
 def _registered(
@@ -144,12 +158,12 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
     latency = confirmed.latency
     test = confirmed.test
     change = latency.value / searched["latency"].value - 1
-    lost = points(test.value - confirmed.dense_test.value)
+    lost, interval = points(test.value - confirmed.dense_test.value), accuracy_half_width(test) * 100
     lines = [
         f"Picked {confirmed.version.title} by {prefer}, within {limits}:",
         f"  latency   {milliseconds(latency.value)} measured again, {change:+.1%} against the search's"
         f" {milliseconds(searched['latency'].value)}; dense {milliseconds(dense.measured['latency'].value)}",
-        f"  accuracy  {percent(test.value)} ± {test.spread * 100:.2f} points on {test.n} test images (validation:"
+        f"  accuracy  {percent(test.value)} ± {interval:.1f} points on {test.n} test images (validation:"
         f" {percent(searched['accuracy'].value)}); dense {percent(confirmed.dense_test.value)}, so {lost} points",
         *_shape_lines(confirmed.version.evaluation.candidate),
         f"  recovery  {confirmed.version.evaluation.effort}",
@@ -162,6 +176,12 @@ def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: B
             f" batch takes {milliseconds(latency.notes['wall_median'])}."
         )
     lines += [f"  Careful: {remark}" for remark in latency.remarks]
+    apart = abs(test.value - searched["accuracy"].value)
+    if apart > accuracy_half_width(test) + accuracy_half_width(searched["accuracy"]):
+        lines.append(
+            "  Careful: accuracies on test and validation images differ by more than chance: the images differ, or the"
+            " search chose what suits its own."
+        )
     if not confirmed.is_same_artifact:
         lines.append("  The rebuilt files differ from those that the search measured: another version of a library?")
     if used > 1:

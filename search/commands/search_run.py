@@ -17,6 +17,7 @@ from search.loop.resume import check_same_network, is_counted, requeue_running
 from search.pipeline.channel_steps import Widths, measured_widths
 from search.pipeline.given_network import GivenNetwork
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
+from search.pipeline.search_space import space_line
 from search.pipeline.sensitivity_profiler import Profiler
 from search.report.describe import simple_lines, slow_layers_line
 from search.report.display import Display, SearchView
@@ -107,6 +108,7 @@ class SearchRun:
         widths = self._widths(journal, given)
         pipeline = build_pipeline(self.study, display.step, self.runtime, display.say, self.download, given, widths)
         display.say(f"{pipeline.exit_places} {pipeline.groups}")
+        display.say(space_line(pipeline.space))
         check_same_network(self.folder, journal.user_attrs.get("fingerprint"), pipeline.fingerprint)
         requeue_running(journal)
         effort = f"Recovery of pruned versions: {pipeline.compressor.recovery.effort}."

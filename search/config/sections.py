@@ -128,8 +128,8 @@ class ExitsSection(Section):
     """What is compared with a threshold: the largest softmax probability, the margin between the two largest, or the
     entropy."""
     thresholds: Literal["solved", "searched"] = "solved"
-    """`solved`: the best thresholds are computed for each version, on half of the validation images; `searched`: the
-    sampler proposes them."""
+    """`solved`: the best thresholds are computed for each version, on the validation images of `choose_on`; `searched`:
+    the sampler proposes them."""
     choose_on: Positive | None = None
     """Solved thresholds are chosen on so many of the validation images; half of them where not given, and at most. The
     others score. Fewer make a trial shorter."""

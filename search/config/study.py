@@ -137,7 +137,8 @@ class SpaceSection(Section):
     channel_step: Positive | None = None
     """Multiple in which groups keep channels; where not given, what suits the target: it is measured."""
     keep_blocks_at_least: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Smallest share of its residual blocks that a stage keeps, rounded down; 1 leaves none out."""
+    """Smallest share of its residual blocks that a stage keeps, rounded down: a quarter of three is none. 1 leaves none
+    out."""
     sizes: Annotated[Literal["auto"] | tuple[Positive, ...], BeforeValidator(image_sizes)] = ()
     """Heights and widths that square images may be resized to before the network, besides their own; `auto`: about a
     half and three quarters of it."""

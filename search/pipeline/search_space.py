@@ -13,7 +13,7 @@ from search.config.sections import MasksSection
 from search.config.study import SkipsSection, Study, StudyError
 from search.pipeline.channel_steps import NOT_MEASURED, Widths, channel_steps
 from spaces.channels import SparsitySpace
-from spaces.depth import DepthSpace
+from spaces.depth import PREFIX, DepthSpace
 from spaces.dimensions import Real
 from spaces.dynamic.exit_network import ExitNetwork, is_of_gate
 from spaces.dynamic.masks.base import masks_of
@@ -244,6 +244,27 @@ def unsupported_options(study: Study, runtime: Runtime, target: Target, space: J
     return remarks
 
 
+def space_line(space: JointSpace) -> str:
+    """Returns what else may vary, in a sentence: blocks that can be left out, and sizes of the input."""
+    fewest = {name.removeprefix(PREFIX): blocks.low for name, blocks in space.depth.dimensions().items()}
+    able = sum(len(stage.blocks) - fewest[stage.name] for stage in space.depth.stages if stage.name in fewest)
+    depth = "No residual block is left out"
+    if able:
+        blocks, stages = _counted(able, "residual block"), _counted(len(fewest), "stage")
+        depth = f"{blocks} in {stages} can be left out"
+    sizes = space.input_size.sizes if space.input_size.dimensions() else ()
+    return f"{depth}{f'; images of {_listed(sizes)} pixels' if sizes else ''}."
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} or {last}"
+
+
 def split_remarks(choosing: int, scored: int) -> list[str]:
     """Returns remarks on how many validation images choose thresholds and how many score versions.
 
@@ -257,8 +278,8 @@ def split_remarks(choosing: int, scored: int) -> list[str]:
         widths = [half_interval(count) for count in (scored, choosing + scored)]
         remarks.append(
             f"an accuracy of {EXAMPLE:.0%} is known to within {widths[0]} points on {scored} images, to within"
-            f" {widths[1]} on all {choosing + scored}; more validation images or [exits] thresholds = 'searched', which"
-            " scores on all of them, narrow it"
+            f" {widths[1]} on all {choosing + scored}; more validation images, a lower [exits] choose_on, or"
+            " thresholds = 'searched', which scores on all of them, narrow it"
         )
     return remarks
 

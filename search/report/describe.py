@@ -80,9 +80,10 @@ def simple_lines(given: GivenMeasurements) -> list[str]:
 
 
 def kept_share(candidate: Candidate, dense: Candidate) -> float:
-    """Returns the share of the channels that a candidate keeps, 0 to 1; blocks that are left out keep none."""
-    kept = sum(count for name, count in candidate.channels.items() if not candidate.lacks(name))
-    return kept / max(sum(dense.channels.values()), 1)
+    """Returns the share of the channels that a candidate keeps, 0 to 1, of those outside of blocks that it lacks."""
+    present = [name for name in candidate.channels if not candidate.lacks(name)]
+    kept = sum(candidate.channels[name] for name in present)
+    return kept / max(sum(dense.channels[name] for name in present), 1)
 
 
 def kept_channels(candidate: Candidate, dense: Candidate) -> str:

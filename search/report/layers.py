@@ -10,6 +10,9 @@ from search.report.describe import kept_share
 from search.results.pareto import Version
 from spaces.candidate import Candidate
 
+LEFT_OUT = "left out"
+"""What stands for a layer whose block a version lacks."""
+
 MAX_COLUMNS = 40
 """The maximum number of versions in a heat map."""
 
@@ -20,7 +23,7 @@ class Layer:
 
     Args:
         name: its path in the network.
-        kept: number of output channels that it keeps; None if unknown.
+        kept: number of output channels that it keeps; None if unknown, 0 if its block is left out.
         of: number of output channels in the dense network; None if unknown.
         precision: empty if it is not a dimension of the space, or if its exit or block is not part of the version.
         pattern: of zeros; empty without.
@@ -33,6 +36,8 @@ class Layer:
     pattern: str
 
     def __str__(self) -> str:
+        if self.kept == 0:
+            return LEFT_OUT
         channels = "" if self.kept is None else f"{self.kept}/{self.of}"
         return " ".join(part for part in (channels, self.precision, self.pattern) if part) or "-"
 

@@ -143,6 +143,8 @@ def _facts(overview: Overview, versions: Sequence[Version]) -> list[list[str]]:
             "FLOPs": f"{count(measured['flops'].value)} ({measured['flops'].value / dense['flops'].value:.1%})",
             "parameters": count(measured["params"].value),
             "size": size(measured["size"].value),
+            "blocks left out": " ".join(version.evaluation.candidate.removed_blocks) or "-",
+            "input size": str(version.evaluation.candidate.input_size or "-"),
             "leave at exits": exit_shares(accuracy),
             "recovery": version.evaluation.effort,
         })  # fmt: skip

@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from search.cli import run
+from search.config.budget import Budget
 from search.config.study import Study, StudyError
 from search.pipeline.diagnosis import DiagnosisRequest, diagnose
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.search_space import asked_sizes
 from search.recovery.elastic import random_size, train_elastic
+from search.report.overview import Overview
 from search.results.evaluation import Evaluation
 from search.samplers.distributions import first_guesses
 from search.training.loop import TrainingBatches
 from spaces.input_size import InputSizeSpace
 from tests.helpers import skippable, tiny
+from tests.helpers.searches import stored
 
 STUDY = skippable.STUDY + '\nspace = {sizes = [4, 6], only = ["channels", "depth", "precision", "size"]}\n'
 """A residual network for bars of 8x8 pixels."""
@@ -126,7 +129,10 @@ def test_a_picked_smaller_version_answers_elsewhere_as_measured(cache, tmp_path)
     where = ["--runs", str(tmp_path), "--search", "sizes", "--budget", "flops<50%"]
     assert run(["--study", str(tmp_path / "study.toml"), *where, "--trials", "3"]) == 0
     out = tmp_path / "deploy"
-    assert run(["pick", *where, "--prefer", "flops", "--out", str(out)]) == 0
+    assert run(["pick", *where, "--trial", "99", "--out", str(out)]) == 2, "no such trial"
+    within = Overview.of(stored(tmp_path, "sizes"), Budget.parse(["flops<50%"])).feasible
+    trial = next(version for version in within if version.evaluation.candidate.input_size == 4).trial
+    assert run(["pick", *where, "--trial", str(trial), "--out", str(out)]) == 0
     assert json.loads((out / "bundle.json").read_text())["input_size"] == 4
     assert json.loads((out / "candidate.json").read_text())["input_size"] == 4
     done = subprocess.run([sys.executable, "-I", str(out / "run.py")], capture_output=True, text=True, check=False)
