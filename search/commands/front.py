@@ -74,7 +74,7 @@ def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
         "points": round(lost, 4),
         "channels_pct": round(kept_share(candidate, whole) * 100, 2),
         "blocks_removed": len(candidate.removed_blocks),
-        "input_size": candidate.input_size or "",  # nothing: the images' own
+        "input_size": candidate.input_size or 0,  # 0: the images' own
         "int8_layers": list(candidate.precision.values()).count("int8"),
         **{f"leave_at_{name}_pct": round(share * 100, 2) for name, share in leave},
         **({"key_frames_pct": round(keys * 100, 2)} if keys is not None else {}),

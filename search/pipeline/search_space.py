@@ -236,8 +236,8 @@ def unsupported_options(study: Study, runtime: Runtime, target: Target, space: J
         remarks.append(f"thresholds of exits are searched, not solved: {reason}")
     if "depth" in study.space.only and study.space.keep_blocks_at_least < 1 and not space.depth.stages:
         remarks.append(
-            "depth is no dimension: the network has no residual blocks that return their input's shape, have weights of"
-            " their own and can be left out of its file"
+            "depth is no dimension: the network has no residual blocks that return their input's shape, with weights of"
+            " their own, without which its file answers as torch does"
         )
     if study.space.sizes == "auto" and "size" in study.space.only and not space.input_size.dimensions():
         remarks.append("input size is no dimension: images are not square, or the network runs at their own size only")

@@ -231,7 +231,7 @@ def test_a_pick_is_told_as_confirmed(overview, tmp_path) -> None:
 def test_a_version_compared_with_itself_is_the_same(overview) -> None:
     best = overview.front[0]
     found = compare(Side(overview, best), Side(overview, best))
-    assert f"All {len(found.layers)} layers are the same." in found.parts()
+    assert f"All {len(found.layers)} layers have the same width and precision." in found.parts()
     assert all(figure.difference.is_noise for figure in found.figures if figure.difference)
 
 

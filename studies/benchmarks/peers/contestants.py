@@ -264,7 +264,9 @@ class ThisProgram:
     """
 
     def __init__(self, batch: int, budget: float = 60.0, picks: int = 6) -> None:
-        self._batch, self._budget, self._picks = batch, budget, picks
+        self._batch = batch
+        self._budget = budget
+        self._picks = picks
 
     def missing(self, _question: Question, /) -> str | None:
         """Returns nothing."""

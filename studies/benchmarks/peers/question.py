@@ -92,7 +92,8 @@ def finetune(question: Question, network: nn.Module, minutes: float, rate: float
     """
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     batches = TrainingBatches(question.splits.train, 128, question.seed, augment)
-    clock, epoch, done = Clock(), 0, 0.0
+    clock = Clock()
+    epoch, done = 0, 0.0
     network.train()
     while done < 1:
         for images, labels in batches.epoch(epoch):
