@@ -133,7 +133,10 @@ def asked_sizes(study: Study, shape: Sequence[int]) -> tuple[int, ...]:
         return ()
     if study.masks.method and "masks" in study.space.only:
         method = study.masks.method
-        raise StudyError(f"masks are learnt at one size of images, got [masks] method = {method!r} beside space.sizes")
+        raise StudyError(
+            f"masks are learnt at one size of images, got [masks] method = {method!r} beside space.sizes; leave one of"
+            " them out"
+        )
     if asked == "auto":
         return automatic_sizes(width)
     if height != width:

@@ -16,6 +16,7 @@ import optuna
 import torch
 from torch import nn
 
+from search.config.budget import Budget
 from search.config.study import ElasticSection, ExitsSection, FinalSection, Study
 from studies.benchmarks import outside
 from studies.benchmarks.cifar_networks import Mobile
@@ -278,7 +279,8 @@ class ThisProgram:
         file.write_text(self._study(question).to_toml(), encoding="utf-8")
         place = ("--runs", str(folder / "runs"))
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command("--study", str(file), *place, "--trials", str(_trials(question.minutes)))
+        length = ("--trials", str(_trials(question.minutes)), "--seed", str(question.seed))
+        command("--study", str(file), *place, *length)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
         print(f"this program took {spent:.1f} processor minutes of {question.minutes:g}", file=sys.stderr, flush=True)
@@ -298,13 +300,12 @@ class ThisProgram:
         )
         update = {
             "name": question.name,
-            "budget": [f"latency<{self._budget:g}%"],
+            "budget": Budget.parse([f"latency<{self._budget:g}%"]),
             "exits": ExitsSection(after=()),
             "recovery": recovery,
             "target": question.study.target.model_copy(update={"batch": self._batch}),
-            "search": question.study.search.model_copy(update={"seed": question.seed}),
         }
-        return Study.model_validate(question.study.model_copy(update=update).model_dump())
+        return question.study.model_copy(update=update)
 
 
 def _trials(minutes: float) -> int:
