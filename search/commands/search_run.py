@@ -181,7 +181,7 @@ def _recover(
     except KeyboardInterrupt:
         return replace(outcome, reason="interrupted", code=130)
     if done:
-        return replace(outcome, reason=f"{outcome.reason}, and {done} versions of the front were recovered in full")
+        return replace(outcome, reason=f"{outcome.reason}, and the front was recovered in full, in {done} trainings")
     return outcome
 
 

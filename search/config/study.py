@@ -10,13 +10,28 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_serializer, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from evaluators.quantization.calibration import CALIBRATORS
 from search.config.budget import Budget
 from search.config.errors import StudyError, plain
 from search.config.objectives import DEFAULT, Objective, Objectives, known_objectives
+from search.config.recovery_sections import (
+    DEFAULT_FINAL,
+    ElasticSection,
+    FinalSection,
+    FinetuneSection,
+    QatSection,
+    RecoverySection,
+)
 from search.config.references import absolute, absolute_path, data_source, factory_source, model_source
 from search.config.registries import QUANTIZERS, RECOVERIES, SAMPLERS
 from search.config.renamed import with_earlier_dimensions, with_present_names
@@ -43,10 +58,15 @@ from spaces.registry import Registry
 
 __all__ = [
     "DataSection",
+    "ElasticSection",
     "ExitsSection",
+    "FinalSection",
+    "FinetuneSection",
     "FittingSection",
     "FramesSection",
     "ModelSection",
+    "QatSection",
+    "RecoverySection",
     "SkipsSection",
     "Study",
     "StudyError",
@@ -187,72 +207,6 @@ class TargetSection(Section):
     """Threads of the deployed network."""
     fp32_in: Literal["fp32", "tf32", "bf16"] = "fp32"
     """What fp32 layers run in: TF32 on a GPU that has it, bfloat16 on a CPU that multiplies it."""
-
-
-class FinetuneSection(FittingSection):
-    """How one version is fine-tuned."""
-
-    distillation: Annotated[float, Field(ge=0, le=1)] = 0.7
-    """Share of the dense network's answers in the loss; the rest is the labels."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Softmax temperature of the distillation."""
-    pruning: Literal["one-shot", "gradual"] = "one-shot"
-    """`one-shot`: channels go before the training; `gradual`: along a cubic ramp over its first half."""
-
-
-class FinalSection(FinetuneSection):
-    """How the most promising versions are fine-tuned after the search, and how many at most."""
-
-    versions: Positive = 8
-    """Versions that are fine-tuned after the search, at most."""
-
-
-class ElasticSection(FittingSection):
-    """How the weights that all versions share are trained."""
-
-    epochs: Annotated[float, Field(gt=0)] = 20
-    """Passes over the training images."""
-    at_most_minutes: Annotated[float, Field(gt=0)] | None = 30
-    """Ends the training where its epochs would take longer, in minutes of processor time."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.03
-    """Peak learning rate of the shared weights."""
-    distillation: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the dense network's answers in the loss; the rest is the labels."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Softmax temperature of the distillation."""
-    random_candidates: Positive = 1
-    """Random versions per step, beside the dense network and the smallest version."""
-
-
-class QatSection(FittingSection):
-    """Quantization-aware training of a version, once its channels are recovered; of shared weights, throughout."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 0.002
-    """Peak learning rate."""
-    distillation: Annotated[float, Field(ge=0, le=1)] = 0.7
-    """Share of the dense network's answers in the loss; the rest is the labels."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Softmax temperature of the distillation."""
-    quantizer: Annotated[str, AfterValidator(QUANTIZERS.check)] = "lsq"
-    """Method of quantization-aware training."""
-
-
-class RecoverySection(Section):
-    """How accuracy is won back after pruning: the same way for every version, then more for the front's."""
-
-    level: Annotated[str, AfterValidator(RECOVERIES.check)] = "elastic"
-    """What every version gets during the search: nothing, corrected batch statistics, fine-tuning of each, or weights
-    that all share."""
-    images: Positive = 256
-    """Training images from which batch statistics are measured."""
-    finetune: FinetuneSection = FinetuneSection()
-    """Fine-tuning of each version, at level `finetune`."""
-    elastic: ElasticSection = ElasticSection()
-    """Training of the weights that all versions share, at level `elastic`."""
-    final: FinalSection | None = None
-    """Fine-tuning of the most promising versions after the search; none without the section."""
-    qat: QatSection | None = None
-    """Quantization-aware training of versions with int8 layers; none without the section."""
 
 
 class SearchSection(Section):
@@ -419,6 +373,9 @@ class Study(Section):
         silent |= {"only"} if self.space.only == BEFORE_DEPTH else set()
         choose_on = {"choose_on"} if self.exits.choose_on is None else set()
         content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent, "exits": choose_on})
+        recovery = self.recovery
+        if recovery.final == DEFAULT_FINAL:  # there was none by default
+            content = content.replace(f'"final":{recovery.final.model_dump_json()}', '"final":null')
         # What fp32 layers run in was two keys once.
         kind = self.target.fp32_in
         before = f'"tf32":{str(kind == "tf32").lower()},"bf16":{str(kind == "bf16").lower()}'
@@ -453,7 +410,7 @@ def finetuning(length: str, settings: FinetuneSection | None) -> FinetuneSection
     if not found or found[2] not in units or float(found[1]) <= 0 or (units[found[2]] == "steps" and "." in found[1]):
         raise StudyError(f"a fine-tuning lasts for 10epochs, 500steps or 20min, got {length!r}")
     known = set(FinetuneSection.model_fields)
-    no_length = {"steps": None, "minutes": None, "at_most_minutes": None}
+    no_length = {"steps": None, "minutes": None, "at_most_minutes": None, "rounds": 1}
     base = (settings or FinetuneSection()).model_dump(include=known) | no_length
     number = int(found[1]) if units[found[2]] == "steps" else float(found[1])
     return FinetuneSection.model_validate(base | {units[found[2]]: number})

@@ -85,7 +85,7 @@ def accuracy_screen(
     count = max_screened(len(pipeline.scored), pipeline.target.batch)
     if not count or not pipeline.study.search.early_stopping or isinstance(pipeline.scored, Stream):
         return None
-    recoverable = RECOVERABLE if pipeline.study.recovery.final else 0.0
+    recoverable = RECOVERABLE if pipeline.study.recovery.final.versions else 0.0
     dense_correct = pipeline.deployed(pipeline.space.dense()).first_answers(count).correct
     return AccuracyScreen(
         pipeline.study.budget,

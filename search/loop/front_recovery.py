@@ -1,15 +1,18 @@
 """Full recovery: fine-tunes the most promising versions after the search, and measures them again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import optuna
 
+from evaluators.measurement import Measurement
 from search.config.budget import Budget
-from search.config.study import FinetuneSection
 from search.loop.interrupts import Interrupts
+from search.loop.recovery_rounds import next_training
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import CompressionPipeline
+from search.results.evaluation import Evaluation
 from search.results.pareto import Version, pareto
+from search.results.rounds import Round, rounds_of, store_rounds
 from search.results.store import Baseline, store_recovered, versions_of_study
 
 RECOVERABLE = 0.05
@@ -19,7 +22,7 @@ Say = Callable[[str], None]
 
 
 def recover_front(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline, say: Say) -> int:
-    """Fine-tunes versions as `[recovery.final]` says and measures them again; returns their number.
+    """Fine-tunes versions as `[recovery.final]` says and measures them again; returns the number of trainings.
 
     These are the front of all versions that keep the budget, except that their accuracy may be up to `RECOVERABLE`
     below its limit, because the search recovers with less effort. The most accurate come first. A recovered version may
@@ -30,35 +33,64 @@ def recover_front(pipeline: CompressionPipeline, journal: optuna.Study, baseline
         KeyboardInterrupt: interrupted by the user; finished versions are stored.
     """
     final = pipeline.study.recovery.final
-    if final is None:
-        return 0
-    settings = FinetuneSection.model_validate(final.model_dump(exclude={"versions"}))
     latency = pipeline.references.latency_evaluator(baseline.reference_seconds)
-    solver = ExitThresholdSolver(pipeline, latency, baseline.evaluation.measurements)
+    dense = baseline.evaluation.measurements
+    solver = ExitThresholdSolver(pipeline, latency, dense)
+    search_seconds = _search_seconds(pipeline, journal) if final.versions else 0.0
     done = 0
     with Interrupts() as interrupts:
-        while waiting := _waiting(pipeline, journal, baseline, final.versions):
-            say(f"Recovering trial {waiting[0].number} in full; {len(waiting)} versions wait.")
-            candidate = waiting[0].evaluation.candidate
+        while training := next_training(_front(pipeline, journal, baseline), _rounds(journal), final, search_seconds):
+            say(f"{training}.")
+            version, settings = training.version, training.settings
             with interrupts.allowed():
-                evaluation = solver.evaluate(solver.resolve_again(candidate, settings), (), settings)
-            store_recovered(journal, waiting[0].number, evaluation)
+                evaluation = solver.evaluate(solver.resolve_again(version.evaluation.candidate, settings), (), settings)
+            if _is_no_worse(evaluation, version.evaluation, pipeline.study.budget, dense):
+                store_recovered(journal, version.number, evaluation)
+            _note(journal, version, evaluation)
             done += 1
     return done
 
 
-def _waiting(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline, most: int) -> list[Version]:
-    """Returns the versions still to be recovered, of `most` in all."""
+def _search_seconds(pipeline: CompressionPipeline, journal: optuna.Study) -> float:
+    """Returns what the search took: the processor time of weights that versions share, and the time of its trials."""
+    durations = [trial.duration.total_seconds() for trial in journal.get_trials(deepcopy=False) if trial.duration]
+    return pipeline.compressor.recovery.trained.seconds + sum(durations)
+
+
+def _rounds(journal: optuna.Study) -> dict[int, list[Round]]:
+    """Returns the rounds of each version; one that an earlier version recovered has had its only one."""
+    recovered = {
+        version.number: [Round(version.measured["accuracy"].value)]
+        for version in versions_of_study(journal)
+        if version.evaluation.finetune is not None and "accuracy" in version.measured
+    }
+    return {**recovered, **rounds_of(journal.user_attrs)}
+
+
+def _note(journal: optuna.Study, version: Version, evaluation: Evaluation) -> None:
+    """Adds what a training came to to the version's rounds."""
+    before = rounds_of(journal.user_attrs).get(version.number, [Round(version.measured["accuracy"].value)])
+    accuracy, trained = evaluation.measurements["accuracy"].value, evaluation.trained
+    after = Round(accuracy, int(trained.get("images", 0)), trained.get("seconds", 0.0))
+    store_rounds(journal, version.number, [*before, after])
+
+
+def _is_no_worse(new: Evaluation, old: Evaluation, budget: Budget, dense: Mapping[str, Measurement]) -> bool:
+    """Returns whether a version is no worse for its training: it keeps the budget now, or as many answers are right."""
+    keeps = [budget.is_met(each.measurements, dense) for each in (new, old)]
+    if keeps[0] != keeps[1]:
+        return keeps[0]
+    return new.measurements["accuracy"].value >= old.measurements["accuracy"].value
+
+
+def _front(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline) -> list[Version]:
+    """Returns the front of the versions that training may improve, and bring within the budget."""
+    if not pipeline.study.recovery.final.versions:
+        return []
     versions = versions_of_study(journal)
-    recovered = sum(version.evaluation.finetune is not None for version in versions)
     recoverable = [version for version in versions if _is_recoverable(version, pipeline.study.budget, baseline)]
     front = pareto(recoverable, pipeline.study.objectives)
-    waiting = [
-        version
-        for version in front
-        if version.evaluation.finetune is None and pipeline.compressor.may_recover(version.evaluation.candidate)
-    ]
-    return waiting[: max(most - recovered, 0)]
+    return [version for version in front if pipeline.compressor.may_recover(version.evaluation.candidate)]
 
 
 def _is_recoverable(version: Version, budget: Budget, baseline: Baseline) -> bool:

@@ -1,7 +1,7 @@
 """From a candidate to its network in torch: pruned, and recovered by a plan."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from search.recovery.base import Recovery, RecoveryContext, effort_of
 from search.recovery.finetune import finetune_kept
 from search.recovery.qat import train_int8_kept
 from search.training.batchnorm import recovery_images
+from search.training.loop import Fitted
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import move_masks
@@ -62,12 +63,14 @@ class CompressedNetwork:
         plan: how it was recovered.
         ranges: of its activations.
         grids: learned quantization grids of weights.
+        trained: what its own fine-tuning took, beside weights that versions share.
     """
 
     network: ExitNetwork
     plan: RecoveryPlan
     ranges: Ranges
     grids: Grids
+    trained: Fitted = field(default_factory=Fitted)
 
 
 class Compressor:
@@ -170,21 +173,23 @@ class Compressor:
         history = self.context.settings.model_dump_json(exclude={"final"})
         if plan.recovers:
             self.recovery.recover(network, candidate.channels, candidate.patterns)
+        trained = Fitted()
         if plan.finetune is not None:
-            self._finetune(network, candidate, plan.finetune, history)
+            trained = self._finetune(network, candidate, plan.finetune, history)
             history += plan.finetune.model_dump_json()
         move_masks(network, candidate.thresholds.masks)  # cached weights may have another version's thresholds
         ranges = self._ranges(network, plan)
         if plan.qat is not None and self.context.int8 is not None:
             learned = train_int8_kept(self.context, self.context.int8, network, candidate, plan.qat, history)
-            return CompressedNetwork(network, plan, {**ranges, **learned.ranges}, learned.grids)
+            return CompressedNetwork(network, plan, {**ranges, **learned.ranges}, learned.grids, trained)
         grids = self._rounding.learn(network, candidate, ranges, plan.is_pruned) if plan.learns_rounding else NO_GRIDS
-        return CompressedNetwork(network, plan, ranges, grids)
+        return CompressedNetwork(network, plan, ranges, grids, trained)
 
-    def _finetune(self, network: ExitNetwork, candidate: Candidate, settings: FinetuneSection, history: str) -> None:
+    def _finetune(self, network: ExitNetwork, candidate: Candidate, settings: FinetuneSection, history: str) -> Fitted:
         images = recovery_images(self.context.train, self.context.settings.images)
         source = self.recovery.source
-        finetune_kept(self.context, network, candidate.channels, settings, images, history, candidate.patterns, source)
+        channels, patterns = candidate.channels, candidate.patterns
+        return finetune_kept(self.context, network, channels, settings, images, history, patterns, source)
 
     def _ranges(self, network: ExitNetwork, plan: RecoveryPlan) -> Ranges:
         """Returns the activation ranges of the network that the candidate was cut from; its own in another form."""

@@ -153,7 +153,17 @@ class CompressionPipeline:
         plan = compressed.plan
         requested = plan.requested.model_dump(mode="json") if plan.requested else None
         reason = stop.reason if stop and stop.is_estimated else ""
-        return Evaluation(candidate, measured, plan.effort, deployed.artifact.digest, seconds, requested, ended=reason)
+        trained = compressed.trained
+        return Evaluation(
+            candidate,
+            measured,
+            plan.effort,
+            deployed.artifact.digest,
+            seconds,
+            requested,
+            ended=reason,
+            trained={"images": trained.images, "seconds": trained.seconds} if trained.images else {},
+        )
 
     def structure(self) -> dict[str, Any]:
         """Returns, JSON-ready, the places of exits and gates, the channel groups, and the layers never pruned."""

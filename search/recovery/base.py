@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
 from evaluators.quantization.int8 import Ranges
-from search.config.study import FittingSection, RecoverySection
-from search.training.loop import Augment
+from search.config.study import FinetuneSection, FittingSection, RecoverySection
+from search.training.loop import Augment, Fitted
 from spaces import cache
 from spaces.channels import SparsitySpace
 from spaces.depth import ALL_BLOCKS, DepthSpace
@@ -99,6 +99,8 @@ class Recovery(Protocol):
     """The network that pruned ones are cut from; they take over its ranges of activations."""
     ranges: Ranges
     """Ranges of activations that were learned together with the source; empty without such training."""
+    trained: Fitted
+    """What the training of weights that versions share took; nothing without such training."""
 
     def recover(
         self, network: ExitNetwork, channels: Mapping[str, int], patterns: Mapping[str, str] = NO_PATTERNS
@@ -114,11 +116,15 @@ class Recovery(Protocol):
 
 
 def effort_of(settings: FittingSection) -> str:
-    """Returns the length of a training as text: `2 epochs`, `200 steps`, `5 CPU min`, `20 epochs or 30 CPU min`."""
+    """Returns the length of a training as text: `2 epochs`, `5 CPU min`, `20 epochs or 30 CPU min`, `4 CPU min in 2
+    rounds`.
+    """
+    rounds = settings.rounds if isinstance(settings, FinetuneSection) else 1
+    times = 2**rounds - 1  # each is twice as long as the one before
+    suffix = f" in {rounds} rounds" if rounds > 1 else ""
     if settings.minutes:
-        return f"{settings.minutes:g} CPU min"
-    steps = settings.steps
-    epochs = settings.epochs
+        return f"{settings.minutes * times:g} CPU min{suffix}"
+    epochs = settings.epochs * times
+    length = f"{settings.steps * times} steps" if settings.steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
     limit = settings.at_most_minutes
-    length = f"{steps} steps" if steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
-    return f"{length} or {limit:g} CPU min" if limit else length
+    return (f"{length} or {limit * times:g} CPU min" if limit else length) + suffix

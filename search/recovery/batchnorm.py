@@ -7,6 +7,7 @@ from typing import ClassVar
 from evaluators.quantization.int8 import Ranges
 from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext
 from search.training.batchnorm import InputStatistics, check_images, correct_statistics, norm_inputs, recovery_images
+from search.training.loop import Fitted
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.pruning.groups import dropped_positions
 
@@ -19,6 +20,7 @@ class BatchNormRecovery:
 
     effort = "bn"
     ranges: Ranges = NO_RANGES
+    trained = Fitted()
 
     def __init__(self, context: RecoveryContext) -> None:
         self.source = context.network

@@ -17,7 +17,17 @@ from search.recovery.batchnorm import BatchNormRecovery
 from search.recovery.mixed_precision import MixedPrecision
 from search.training.batchnorm import refresh_statistics
 from search.training.distillation import all_logits, total_loss
-from search.training.loop import Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.loop import (
+    Batch,
+    Fitted,
+    Report,
+    TrainingBatches,
+    fast_arithmetic,
+    fit,
+    fitted_of,
+    load_weights,
+    save_fitted,
+)
 from spaces.channels import PREFIX, SparsitySpace
 from spaces.depth import ALL_BLOCKS, DepthSpace, shortened
 from spaces.dimensions import Integer
@@ -49,9 +59,11 @@ class ElasticRecovery(BatchNormRecovery):
         if context.input_size.dimensions():
             parts.append(json.dumps(context.input_size.sizes))
         file = context.file("elastic", *parts)
-        if not load_weights(learner, file):
+        if load_weights(learner, file):
+            self.trained = fitted_of(file)
+        else:
             batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
-            train_elastic(
+            self.trained = train_elastic(
                 self.source,
                 context.sparsity,
                 batches,
@@ -63,7 +75,7 @@ class ElasticRecovery(BatchNormRecovery):
                 context.input_size,
             )
             refresh_statistics(self.source, self._images, self._check)
-            save(learner.state_dict(), file)
+            save_fitted(learner.state_dict(), self.trained, file)
         if mixed is not None:
             self.ranges = mixed.ranges()
 

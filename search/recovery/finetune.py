@@ -14,7 +14,17 @@ from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext, effort
 from search.recovery.gradual_pruning import GradualPruning
 from search.training.batchnorm import check_images, recovery_images, refresh_statistics
 from search.training.distillation import all_logits, total_loss
-from search.training.loop import Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.loop import (
+    Batch,
+    Fitted,
+    Report,
+    TrainingBatches,
+    fast_arithmetic,
+    fit,
+    fitted_of,
+    load_weights,
+    save_fitted,
+)
 from spaces.depth import shortened
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.input_size import at_size
@@ -27,6 +37,7 @@ class FinetuneRecovery:
     shares_weights: ClassVar[bool] = False
 
     ranges: Ranges = NO_RANGES
+    trained = Fitted()
 
     def __init__(self, context: RecoveryContext) -> None:
         self.source = context.network
@@ -56,6 +67,8 @@ def finetune_kept(
 ) -> Fitted:
     """Fine-tunes a network in place, or loads the cached result of an earlier call with the same arguments.
 
+    Each round of the training is cached, so that one round more costs that round.
+
     Args:
         context: the dense network, the training images and the cache.
         network: pruned.
@@ -69,11 +82,29 @@ def finetune_kept(
     Raises:
         DivergedError: the loss is not finite for the second time.
     """
+    trained = Fitted()
+    for each in settings.each_round():
+        trained = trained + _round_kept(context, network, channels, each, images, start, patterns, source)
+        start += each.model_dump_json()
+    return trained
+
+
+def _round_kept(
+    context: RecoveryContext,
+    network: ExitNetwork,
+    channels: Mapping[str, int],
+    settings: FinetuneSection,
+    images: Tensor,
+    start: str,
+    patterns: Mapping[str, str],
+    source: ExitNetwork | None,
+) -> Fitted:
+    """Fine-tunes a network for one round, or loads the cached result; see `finetune_kept`."""
     shape = repr(sorted(channels.items())) + (repr(sorted(patterns.items())) if patterns else "")
     shape += form_key(network)
     file = context.file("finetune", start, shape, settings.model_dump_json())
     if load_weights(network, file):
-        return Fitted()
+        return fitted_of(file)
     gradual = None
     if settings.pruning == "gradual":
         wide = shortened(copy.deepcopy(source or context.network), network.removed_blocks)
@@ -92,7 +123,7 @@ def finetune_kept(
         gradual,
     )
     refresh_statistics(network, images, check_images(context.train, len(images)))
-    save(network.state_dict(), file)
+    save_fitted(network.state_dict(), fitted, file)
     return fitted
 
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from evaluators.quantization.int8 import Ranges
 from search.recovery.base import NO_PATTERNS, NO_RANGES, RecoveryContext
+from search.training.loop import Fitted
 from spaces.dynamic.exit_network import ExitNetwork
 
 
@@ -16,6 +17,7 @@ class NoRecovery:
 
     effort = "none"
     ranges: Ranges = NO_RANGES
+    trained = Fitted()
 
     def __init__(self, context: RecoveryContext) -> None:
         self.source = context.network

@@ -10,6 +10,7 @@ from search.report.caveats import caveats
 from search.report.describe import accuracy_half_width, exit_shares, slow_layers_line
 from search.report.importance import IMPORTANCE
 from search.report.layers import layers_of
+from search.report.limits import what_limits
 from search.report.overview import NOTABLE, Overview, beaten_lines
 from search.report.tables import front_row, headings
 from search.results.pareto import Version
@@ -75,6 +76,7 @@ def report_of(overview: Overview) -> Report:
         _front(overview),
         _worth(overview),
         Section("How the search went", _progress(overview), pictures=("Progress", "All measured versions")),
+        Section("What would gain most", what_limits(overview), is_list=True),
         Section("Along the front", pictures=("Layers along the front", "Where inputs leave", "Which channels matter")),
         _importance(overview),
         _dense(overview),
@@ -235,5 +237,6 @@ def to_json(overview: Overview) -> dict[str, Any]:
         ],
         "dense": search.baseline.to_dict(),
         "importance": overview.importance.to_dict() if overview.importance else None,
+        "limits": what_limits(overview),
         "caveats": caveats(overview),
     }

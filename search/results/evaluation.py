@@ -21,6 +21,7 @@ class Evaluation:
         finetune: settings of fine-tuning on top of the search's recovery, or None.
         exit_thresholds: record of how exit thresholds were solved, or None; see `ResolvedThresholds.to_dict`.
         ended: why it was stopped early, with an accuracy estimated from some of the images; empty if it was not.
+        trained: what its own fine-tuning took, in `images` shown and `seconds` of processor time; empty for none.
     """
 
     candidate: Candidate
@@ -31,6 +32,7 @@ class Evaluation:
     finetune: Mapping[str, Any] | None = None
     exit_thresholds: Mapping[str, Any] | None = None
     ended: str = ""
+    trained: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""
@@ -43,6 +45,7 @@ class Evaluation:
             "finetune": dict(self.finetune) if self.finetune else None,
             "gates": dict(self.exit_thresholds) if self.exit_thresholds else None,
             "ended": self.ended,
+            **({"trained": dict(self.trained)} if self.trained else {}),
         }
 
     @classmethod
@@ -57,4 +60,5 @@ class Evaluation:
             content["finetune"],
             content.get("gates"),
             content.get("ended", ""),
+            content.get("trained", {}),
         )

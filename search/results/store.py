@@ -24,6 +24,7 @@ from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
+from search.results.rounds import Round, rounds_of
 from search.results.simple_versions import GivenMeasurements, SimpleVersion
 from spaces.errors import UserError
 
@@ -281,6 +282,8 @@ class StoredSearch:
     """The sampler's own report at the end; empty for Optuna's samplers."""
     widths: Mapping[str, WidthTimes] = field(default_factory=dict)
     """The widths of layers as measured when the search began, by precision; empty where none were."""
+    rounds: Mapping[int, Sequence[Round]] = field(default_factory=dict)
+    """What the trainings of each version after the search came to, by trial number."""
 
     @property
     def budget(self) -> Budget:
@@ -319,7 +322,8 @@ class StoredSearch:
         members = attributes.get("structure", {}).get("members", {})
         recovered, widths = _recovered(journal), read_widths(journal)
         trials, samplers = tuple(journal.trials), _samplers(journal)
-        return cls(folder, study, baseline, trials, recovered, members, samplers, report, widths)
+        rounds = rounds_of(attributes)
+        return cls(folder, study, baseline, trials, recovered, members, samplers, report, widths, rounds)
 
     def sampler_of(self, number: int) -> str:
         """Returns the name of the sampler that proposed a trial; empty if it was not noted."""

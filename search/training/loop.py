@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import logging
 import math
 import time
@@ -107,12 +108,24 @@ class Fitted:
         seconds: CPU time of the training thread. Unlike wall-clock time it does not depend on how busy the machine is,
             so a limit in minutes gives about the same number of steps.
         remarks: for the user.
+        images: that were shown, each as often as it was.
     """
 
     epochs: int = 0
     steps: int = 0
     seconds: float = 0.0
     remarks: list[str] = field(default_factory=list)
+    images: int = 0
+
+    def __add__(self, other: "Fitted") -> "Fitted":
+        """Returns the record of both trainings together."""
+        return Fitted(
+            self.epochs + other.epochs,
+            self.steps + other.steps,
+            self.seconds + other.seconds,
+            [*self.remarks, *other.remarks],
+            self.images + other.images,
+        )
 
 
 class _NotFiniteError(Exception):
@@ -165,6 +178,7 @@ class _Run:
             begin = time.thread_time()
             self._step(step, Batch(images, labels, self.done, generator))
             self.fitted.steps += 1
+            self.fitted.images += len(labels)
             self.fitted.seconds += time.thread_time() - begin
         self.fitted.epochs += 1
 
@@ -296,6 +310,25 @@ def fast_arithmetic() -> contextlib.AbstractContextManager[Any]:
 def save(content: dict[str, Any], file: Path) -> None:
     """Writes a file atomically."""
     cache.write_atomically(file, lambda partial: torch.save(content, partial))
+
+
+def save_fitted(content: dict[str, Any], fitted: Fitted, file: Path) -> None:
+    """Writes trained weights, and beside them what their training took."""
+    text = json.dumps(vars(fitted))
+    cache.write_atomically(_record(file), lambda partial: partial.write_text(text, encoding="utf-8"))
+    save(content, file)
+
+
+def fitted_of(file: Path) -> Fitted:
+    """Returns what the training of the weights in a file took; nothing if that is not known."""
+    try:
+        return Fitted(**json.loads(_record(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # weights of an earlier version have no record
+        return Fitted()
+
+
+def _record(file: Path) -> Path:
+    return file.with_suffix(".json")
 
 
 def load_weights(network: nn.Module, file: Path) -> bool:

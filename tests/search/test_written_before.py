@@ -14,7 +14,7 @@ from evaluators.bundle import run as program
 from search.cli import run
 from search.config.objectives import Objectives
 from search.config.renamed import with_present_names
-from search.config.study import Study, load_study
+from search.config.study import RecoverySection, Study, load_study
 from search.deploy.measure_bundle import measure_bundle
 from search.pipeline.pipeline import build_pipeline
 from search.results.store import SearchFolder, StoredSearch
@@ -145,6 +145,8 @@ def test_a_study_file_of_before_means_the_same(file: str, key: str) -> None:
     study = load_study(str(BEFORE / file))
     content, _ = with_present_names(tomllib.loads((BEFORE / file).read_text()))
     content["space"] |= LATER
+    default = RecoverySection().final.model_dump(mode="json", exclude_none=True)
+    content["recovery"] = {"final": default, **content["recovery"]}
     assert study.model_dump(mode="json", exclude_none=True) == content
     assert tomllib.loads(study.to_toml()) == content
     assert study.question_key == key, "the same question is the same search"
