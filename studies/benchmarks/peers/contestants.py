@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
@@ -29,7 +29,7 @@ from studies.benchmarks.peers.question import (
     stages_of,
     without_blocks,
 )
-from studies.cifar10.model import ResNet20
+from studies.cifar10.model import ResNet20, SubsampledShortcut
 
 INT8_METHODS = ("MinMax", "Percentile", "Entropy")
 _TRIAL_S = 5.0
@@ -128,11 +128,16 @@ class TorchPruning:
 def pruned(
     question: Question, network: nn.Module, ratio: float, ratios: Mapping[nn.Module, float] | None = None
 ) -> nn.Module:
-    """Returns a network after torch-pruning has cut a share of its channels, in steps of 8."""
+    """Returns a network after torch-pruning has cut a share of its channels, in steps of 8.
+
+    It does not follow shortcuts that pad: of networks that have them, what lies inside their blocks is cut.
+    """
     import torch_pruning
 
     image = torch.from_numpy(question.splits.calibration.images[:1])
-    last = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    last: list[nn.Module] = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if pads(network):
+        last += [module for name, module in network.named_modules() if name.endswith("conv2") or name == "conv1"]
     pruner = torch_pruning.pruner.MetaPruner(
         network,
         image,
@@ -144,6 +149,45 @@ def pruned(
     )
     pruner.step()
     return network.eval()
+
+
+def pads(network: nn.Module) -> bool:
+    """Returns whether a network is a ResNet whose shortcuts have no weights: they pad channels with zeros."""
+    return any(isinstance(module, SubsampledShortcut) for module in network.modules())
+
+
+def narrowed(network: nn.Module, widths: Sequence[int]) -> nn.Module:
+    """Returns a ResNet whose shortcuts pad with so many channels in each stage: the middle ones, which shortcuts carry.
+
+    Inside a block those stay whose filters have the largest norms.
+    """
+    made: Any = copy.deepcopy(network)
+    kept = _middle(made.conv1.out_channels, widths[0])
+    _cut(made.conv1, made.bn1, torch.arange(3), kept)
+    for stage, width in zip((made.layer1, made.layer2, made.layer3), widths, strict=True):
+        for block in stage:
+            before, kept = kept, _middle(block.conv2.out_channels, width)
+            if isinstance(block.shortcut, SubsampledShortcut):
+                block.shortcut.padding = (width - len(before)) // 2  # below zero it crops
+            inside = block.conv1.weight.flatten(1).norm(dim=1).topk(width).indices.sort().values
+            _cut(block.conv1, block.bn1, before, inside)
+            _cut(block.conv2, block.bn2, inside, kept)
+    made.linear.weight = nn.Parameter(made.linear.weight[:, kept].detach())
+    made.linear.in_features = len(kept)
+    narrow: nn.Module = made
+    return narrow
+
+
+def _middle(count: int, kept: int) -> torch.Tensor:
+    return torch.arange((count - kept) // 2, (count - kept) // 2 + kept)
+
+
+def _cut(layer: nn.Conv2d, norm: Any, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+    """Leaves a convolution and the batch norm after it some of their channels."""
+    layer.weight = nn.Parameter(layer.weight[outputs][:, inputs].detach())
+    layer.in_channels, layer.out_channels, norm.num_features = len(inputs), len(outputs), len(outputs)
+    norm.weight, norm.bias = nn.Parameter(norm.weight[outputs].detach()), nn.Parameter(norm.bias[outputs].detach())
+    norm.running_mean, norm.running_var = norm.running_mean[outputs], norm.running_var[outputs]
 
 
 class EvenBlocks:
@@ -238,6 +282,9 @@ class PlainOptuna:
     def _made(self, question: Question, values: Mapping[str, float]) -> nn.Module:
         counts = [int(values[f"blocks{index}"]) for index in range(len(stages_of(question.dense)))]
         network = without_blocks(question.dense, counts)
+        if pads(network):
+            widths = [round(width * (1 - float(values[f"cut{index}"]))) for index, width in enumerate((16, 32, 64))]
+            return recalibrate(question, narrowed(network, widths))
         ratios: dict[nn.Module, float] = {
             module: float(values[f"cut{index}"])
             for index, path in enumerate(self._sequences(network))
