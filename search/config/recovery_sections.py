@@ -64,8 +64,8 @@ class ElasticSection(FittingSection):
     """Share of the dense network's answers in the loss; the rest is the labels."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Softmax temperature of the distillation."""
-    random_candidates: Positive = 1
-    """Random versions per step, beside the dense network and the smallest version."""
+    random_candidates: Positive = 2
+    """Random versions per step."""
 
 
 class QatSection(FittingSection):

@@ -123,7 +123,8 @@ def effort_of(settings: FittingSection) -> str:
     times = 2**rounds - 1  # each is twice as long as the one before
     suffix = f" in {rounds} rounds" if rounds > 1 else ""
     if settings.minutes:
-        return f"{settings.minutes * times:g} CPU min{suffix}"
+        minutes = settings.minutes * times
+        return (f"{minutes:g} CPU min" if minutes >= 1 else f"{60 * minutes:.2g} CPU s") + suffix
     epochs = settings.epochs * times
     length = f"{settings.steps * times} steps" if settings.steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
     limit = settings.at_most_minutes

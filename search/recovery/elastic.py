@@ -58,13 +58,14 @@ class ElasticRecovery(BatchNormRecovery):
             parts.append(json.dumps(context.depth.description))
         if context.input_size.dimensions():
             parts.append(json.dumps(context.input_size.sizes))
-        file = context.file("elastic", *parts)
+        file = context.file("shared", *parts)
         if load_weights(learner, file):
             self.trained = fitted_of(file)
         else:
             batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
             self.trained = train_elastic(
                 self.source,
+                context.network,
                 context.sparsity,
                 batches,
                 settings,
@@ -177,6 +178,7 @@ def _numbered(network: ExitNetwork) -> ExitNetwork:
 
 def train_elastic(
     network: ExitNetwork,
+    teacher: ExitNetwork,
     sparsity: SparsitySpace,
     batches: TrainingBatches,
     settings: ElasticSection,
@@ -186,21 +188,24 @@ def train_elastic(
     depth: DepthSpace = ALL_BLOCKS,
     input_size: InputSizeSpace = OWN_SIZE,
 ) -> Fitted:
-    """Trains the dense network in place so that its slices are accurate, too.
+    """Trains shared weights in place so that their slices are accurate.
 
-    Every step trains the dense network on the labels, then the smallest candidate and random ones by distillation from
-    the dense network. A candidate then only needs its slice and recomputed batch norm statistics.
-    Source: Yu & Huang, Universally Slimmable Networks, 2019 (sandwich rule, in-place distillation); Cai et al.,
-    Once-for-All, 2020 (channels sorted by importance).
+    Every step trains random candidates by distillation from the dense network, which keeps its own weights: a step then
+    costs half, and its answers do not get worse while the shared weights change. A candidate then only needs its slice
+    and recomputed batch norm statistics.
+    Source: Cai et al., Once-for-All, 2020 (a teacher of its own, channels sorted by importance); Yu & Huang,
+    Universally Slimmable Networks, 2019 (several candidates in a step).
 
     Args:
         network: starts from trained weights.
+        teacher: the dense network, in evaluation mode.
         sparsity: the widths that candidates have.
         batches: the training set.
         settings: length of the training, and number of random candidates per step.
         checkpoint: file that each epoch is saved to.
         report: called with the progress.
-        mixed: trains the smallest candidate in int8 and the random ones in random precisions; all in fp32 if None.
+        mixed: trains the whole network in int8 as well, and the random candidates in random precisions; all in fp32 if
+            None.
         depth: the blocks that candidates may lack.
         input_size: the sizes of their input.
 
@@ -208,26 +213,22 @@ def train_elastic(
         DivergedError: the loss is not finite for the second time.
     """
     shared = SharedWeights(network, sparsity)
-    smallest = {group.name: sparsity.smallest(group) for group in sparsity.groups}
+    whole = {group.name: group.channels for group in sparsity.groups}
 
-    def learn(part: Slice, int8: Collection[str], images: Tensor, labels: Tensor, teacher: Tensor) -> float:
+    def learn(part: Slice, int8: Collection[str], batch: Batch, answers: Tensor) -> float:
         with fast_arithmetic():
             if mixed is None:
-                logits = shared.logits(part, images)
+                logits = shared.logits(part, batch.images)
             else:
-                logits = mixed.logits(part.network, shared.weights(part), int8, images)
-        loss = total_loss(logits, teacher, labels, settings.distillation, settings.temperature)
+                logits = mixed.logits(part.network, shared.weights(part), int8, batch.images)
+        loss = total_loss(logits, answers, batch.labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 
     def step(batch: Batch) -> float:
-        with fast_arithmetic():
-            logits = all_logits(network, batch.images)
-        loss = total_loss(logits, logits[-1], batch.labels, 0.0, 1.0)
-        loss.backward()
-        teacher = logits[-1].detach()
-        parts = [shared.slice(smallest, depth.most_removed(), input_size.smallest(), keep=True)]
-        parts += [
+        with torch.no_grad(), fast_arithmetic():
+            answers = teacher.trunk(batch.images).float()
+        parts = [
             shared.slice(
                 random_channels(sparsity, batch.generator),
                 random_depth(depth, batch.generator),
@@ -235,11 +236,11 @@ def train_elastic(
             )
             for _ in range(settings.random_candidates)
         ]
-        layers = mixed.choices(len(parts), batch.generator) if mixed else [()] * len(parts)
-        pairs = zip(parts, layers, strict=True)
-        return float(loss.detach()) + sum(
-            learn(part, int8, batch.images, batch.labels, teacher) for part, int8 in pairs
-        )
+        if mixed is None:
+            return sum(learn(part, (), batch, answers) for part in parts)
+        parts.insert(0, shared.slice(whole, keep=True))
+        layers = mixed.choices(len(parts), batch.generator)
+        return sum(learn(part, int8, batch, answers) for part, int8 in zip(parts, layers, strict=True))
 
     return fit(network if mixed is None else mixed, step, batches, settings, checkpoint, report)
 

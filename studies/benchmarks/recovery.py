@@ -200,7 +200,8 @@ def _shared_weights(ground: RecoveryContext, space: SparsitySpace, out: Path, mi
         shared.load_state_dict(torch.load(file, weights_only=True))
         return shared.eval()
     settings = ElasticSection(minutes=minutes)
-    done = train_elastic(shared, space, ground.batches(settings.batch), settings, file.with_suffix(".partial.pt"))
+    batches, partial = ground.batches(settings.batch), file.with_suffix(".partial.pt")
+    done = train_elastic(shared, ground.network, space, batches, settings, partial)
     print(f"  elastic: {done.steps} steps, {done.epochs} epochs begun, {done.seconds:.0f} s", flush=True)
     save(shared.state_dict(), file)
     return shared

@@ -217,7 +217,8 @@ def test_an_elastic_training_with_depth_goes_on_after_an_interrupt(pipeline, tmp
     def train(checkpoint: Path, say) -> dict[str, torch.Tensor]:
         network = copy.deepcopy(pipeline.network)
         batches = TrainingBatches(pipeline.data.train, options.batch, 0)
-        train_elastic(network, pipeline.space.sparsity, batches, options, checkpoint, say, None, pipeline.space.depth)
+        teacher, space = pipeline.network, pipeline.space
+        train_elastic(network, teacher, space.sparsity, batches, options, checkpoint, say, None, space.depth)
         return network.state_dict()
 
     def crash(done: int, _total: int) -> None:

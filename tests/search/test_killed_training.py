@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 TRAINING = """
-import dataclasses, sys, time
+import copy, dataclasses, sys, time
 from pathlib import Path
 import torch
 from search.recovery.elastic import train_elastic
@@ -45,7 +45,7 @@ data = tiny.splits()
 space = tiny.sparsity_space(network, find_groups(network, torch.zeros(1, 1, 8, 8)).free, step=4, minimum=0.25)
 batches, file = Noted(data.train, 50, 0), folder / "checkpoint.pt"
 if kind == "elastic":
-    done = train_elastic(network, space, batches, ElasticSection(epochs=3, batch=50), file)
+    done = train_elastic(network, copy.deepcopy(network), space, batches, ElasticSection(epochs=3, batch=50), file)
 else:
     teacher, half = network, {group.name: max(group.channels // 2, 1) for group in space.groups}
     network = space.apply(teacher, half)

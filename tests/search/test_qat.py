@@ -298,7 +298,7 @@ class TestElastic:
         found = answers(stage, images.numpy())
         assert np.sqrt(np.mean((found - inside) ** 2) / np.mean(inside**2)) < 0.05
 
-    def test_all_layers_are_int8_in_the_smallest_and_any_share_in_the_others(
+    def test_all_layers_are_int8_in_the_first_version_and_any_share_in_the_others(
         self, trained, builder, data, sparsity, tmp_path
     ):
         mixed = MixedPrecision(trained, ground_of(trained, sparsity, data, builder, tmp_path).int8, "lsq")
@@ -323,7 +323,7 @@ class TestElastic:
         def run(report=lambda done, total: None, file: Path | None = None) -> MixedPrecision:
             shared = copy.deepcopy(trained)
             mixed = MixedPrecision(shared, int8, "lsq")
-            train_elastic(shared, sparsity, batches(data), short, file, report, mixed)
+            train_elastic(shared, trained, sparsity, batches(data), short, file, report, mixed)
             return mixed
 
         def dies(done: int, total: int) -> None:
