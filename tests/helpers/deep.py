@@ -115,7 +115,7 @@ data.source = "tests.helpers.tiny:splits"
 training = {epochs = 2, batch = 50, learning_rate = 0.05}
 exits = {after = ["stage1"], grid = 2, epochs = 5}
 target = {batch = 4}
-recovery = {level = "bn", images = 64}
+recovery = {level = "bn", images = 64, final = {versions = 0}}
 search = {trials = 8}
 space = {keep_blocks_at_least = 0.0}
 """

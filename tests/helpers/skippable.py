@@ -46,6 +46,6 @@ training = {epochs = 2, batch = 50, learning_rate = 0.05}
 exits = {after = ["second"], grid = 2, epochs = 5}
 skips = {blocks = "all", epochs = 2, batch = 50}
 target = {batch = 4}
-recovery = {level = "bn", images = 64}
+recovery = {level = "bn", images = 64, final = {versions = 0}}
 search = {trials = 4}
 """

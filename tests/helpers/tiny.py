@@ -51,15 +51,16 @@ def no_network() -> nn.Module:
     raise RuntimeError("this factory is broken on purpose")
 
 
-STUDY = """
+RECOVERY = 'recovery = {level = "bn", images = 64, final = {versions = 0}}'
+STUDY = f"""
 name = "tiny"
 question = "Which version of the tiny network is worth deploying?"
 budget = ["latency<1000%", "size<80%"]
 model.source = "tests.helpers.tiny:network"
 data.source = "tests.helpers.tiny:splits"
-training = {epochs = 4, batch = 50, learning_rate = 0.05}
-exits = {after = ["pool"], grid = 2, epochs = 10}
-target = {batch = 4}
-recovery = {level = "bn", images = 64}
-search = {trials = 12}
+training = {{epochs = 4, batch = 50, learning_rate = 0.05}}
+exits = {{after = ["pool"], grid = 2, epochs = 10}}
+target = {{batch = 4}}
+{RECOVERY}
+search = {{trials = 12}}
 """

@@ -44,7 +44,7 @@ def pipeline_of(recovery: str = "", network: str = "network", exits: str = "") -
     """Returns the pipeline of the tests' study with another recovery, network or exits."""
     text = deep.STUDY.replace("deep:network", f"deep:{network}")
     if recovery:
-        text = text.replace('recovery = {level = "bn", images = 64}', f"recovery = {{images = 64, {recovery}}}")
+        text = text.replace(tiny.RECOVERY, f"recovery = {{images = 64, {recovery}}}")
     if exits:
         text = text.replace('exits = {after = ["stage1"], grid = 2, epochs = 5}', f"exits = {exits}")
     return build_pipeline(Study.parse(text, "the tests' study"), QUIET)

@@ -43,7 +43,7 @@ training = {epochs = 2, batch = 50, learning_rate = 0.05}
 exits = {after = ["second"], grid = 2, epochs = 5}
 masks = {method = "dgnet", keep = 0.6, epochs = 2, batch = 50}
 target = {batch = 4}
-recovery = {level = "bn", images = 64}
+recovery = {level = "bn", images = 64, final = {versions = 0}}
 search = {trials = 4}
 """
 BLOCKS = ("first", "second", "down", "last")

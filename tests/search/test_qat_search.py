@@ -18,7 +18,7 @@ QAT = "qat = {epochs = 1, batch = 50}"
 def study_of(recovery: str, name: str) -> str:
     text = tiny.STUDY.replace('budget = ["latency<1000%", "size<80%"]', 'budget = ["latency<1000%"]')
     text = text.replace('name = "tiny"', f'name = "{name}"')
-    return text.replace('recovery = {level = "bn", images = 64}', f"recovery = {{images = 64, {recovery}}}")
+    return text.replace(tiny.RECOVERY, f"recovery = {{images = 64, {recovery}}}")
 
 
 def bench_of(recovery: str) -> CompressionPipeline:

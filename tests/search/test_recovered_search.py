@@ -10,6 +10,9 @@ from search.cli import run
 from search.config.study import Study
 from search.loop.front_recovery import recover_front
 from search.pipeline.pipeline import build_pipeline
+from search.report.limits import what_limits
+from search.report.overview import Overview
+from search.report.report import report_of
 from search.results.pareto import feasible, pareto
 from search.results.store import SearchFolder, StoredSearch
 from tests.helpers import tiny
@@ -17,7 +20,7 @@ from tests.helpers import tiny
 STUDY = (
     tiny.STUDY.replace('budget = ["latency<1000%", "size<80%"]', 'budget = ["latency<1000%"]')
     .replace(
-        'recovery = {level = "bn", images = 64}',
+        tiny.RECOVERY,
         'recovery = {level = "elastic", images = 64, elastic = {epochs = 1, batch = 50},'
         " final = {epochs = 1, batch = 50, versions = 50}}",
     )
@@ -119,3 +122,40 @@ def test_an_unknown_key_of_a_recovery_is_named(key) -> None:
 
     with pytest.raises(StudyError, match=key):
         Study.parse(tiny.STUDY.replace("level", key), "test")
+
+
+AUTOMATIC = STUDY.replace("final = {epochs = 1, batch = 50, versions = 50}", "final = {of_search = 0.3, batch = 50}")
+
+
+@pytest.fixture(scope="module")
+def automatic(tmp_path_factory, cache) -> StoredSearch:
+    """A finished search whose time after it was shared out by the forecast."""
+    home = tmp_path_factory.mktemp("automatic")
+    (home / "study.toml").write_text(AUTOMATIC.replace('name = "elastic"', 'name = "automatic"'))
+    line = ["--study", str(home / "study.toml"), "--search", "one", "--trials", "12", "--runs", str(home / "runs")]
+    assert run(line) == 0
+    return StoredSearch.read(SearchFolder(home / "runs" / "one"))
+
+
+def test_time_after_a_search_is_shared_out(automatic) -> None:
+    assert automatic.rounds
+    for number, rounds in automatic.rounds.items():
+        assert rounds[0].images == 0
+        assert [each.images for each in rounds] == sorted(each.images for each in rounds)
+        kept = automatic.recovered.get(number)
+        if kept is not None:
+            assert kept.measurements["accuracy"].value == max(each.accuracy for each in rounds)
+            assert kept.trained["images"] in [each.images for each in rounds]
+    spent = sum(rounds[-1].seconds for rounds in automatic.rounds.values())
+    durations = sum(trial.duration.total_seconds() for trial in automatic.trials)
+    assert spent < durations, "0.3 of the search's time was asked for; the shortest round takes two seconds"
+
+
+def test_a_report_says_what_would_gain_most(automatic) -> None:
+    said = what_limits(Overview.of(automatic))
+    assert any(line.startswith("More recovery: ") and "images" in line for line in said)
+    assert any(line.startswith("More trials: the last 3 of 12 added") for line in said)
+    assert any("[space] sizes" in line for line in said)
+    text = report_of(Overview.of(automatic)).to_markdown()
+    assert "## What would gain most" in text
+    assert all(f"- {line}" in text for line in said)
