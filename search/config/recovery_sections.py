@@ -65,7 +65,7 @@ class ElasticSection(FittingSection):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Softmax temperature of the distillation."""
     random_candidates: Positive = 2
-    """Random versions per step."""
+    """Random versions per step; every other one is near the dense network."""
 
 
 class QatSection(FittingSection):

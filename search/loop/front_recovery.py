@@ -11,9 +11,9 @@ from search.loop.recovery_rounds import next_training
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
-from search.results.pareto import Version, pareto
+from search.results.pareto import Version, most_promising
 from search.results.rounds import Round, rounds_of, store_rounds
-from search.results.store import Baseline, store_recovered, versions_of_study
+from search.results.store import Baseline, store_recovered, versions_of, versions_of_study
 
 RECOVERABLE = 0.05
 """Accuracy below the limit, as a share, up to which a version is recovered in full."""
@@ -24,9 +24,8 @@ Say = Callable[[str], None]
 def recover_front(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline, say: Say) -> int:
     """Fine-tunes versions as `[recovery.final]` says and measures them again; returns the number of trainings.
 
-    These are the front of all versions that keep the budget, except that their accuracy may be up to `RECOVERABLE`
-    below its limit, because the search recovers with less effort. The most accurate come first. A recovered version may
-    dominate others, so the front is computed anew after each. Each result is stored, so a later call resumes.
+    These are the most promising ones of all that keep the budget, except that their accuracy may be up to `RECOVERABLE`
+    below its limit, because the search recovers with less effort. Each result is stored, so a later call resumes.
 
     Raises:
         DivergedError: the loss of a fine-tuning is not finite for the second time.
@@ -34,12 +33,14 @@ def recover_front(pipeline: CompressionPipeline, journal: optuna.Study, baseline
     """
     final = pipeline.study.recovery.final
     latency = pipeline.references.latency_evaluator(baseline.reference_seconds)
-    dense = baseline.evaluation.measurements
+    dense, objectives = baseline.evaluation.measurements, pipeline.study.objectives
     solver = ExitThresholdSolver(pipeline, latency, dense)
     search_seconds = _search_seconds(pipeline, journal) if final.versions else 0.0
     done = 0
     with Interrupts() as interrupts:
-        while training := next_training(_front(pipeline, journal, baseline), _rounds(journal), final, search_seconds):
+        while training := next_training(
+            _promising(pipeline, journal, baseline), _rounds(journal), final, search_seconds, objectives
+        ):
             say(f"{training}.")
             version, settings = training.version, training.settings
             with interrupts.allowed():
@@ -83,14 +84,21 @@ def _is_no_worse(new: Evaluation, old: Evaluation, budget: Budget, dense: Mappin
     return new.measurements["accuracy"].value >= old.measurements["accuracy"].value
 
 
-def _front(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline) -> list[Version]:
-    """Returns the front of the versions that training may improve, and bring within the budget."""
-    if not pipeline.study.recovery.final.versions:
-        return []
-    versions = versions_of_study(journal)
-    recoverable = [version for version in versions if _is_recoverable(version, pipeline.study.budget, baseline)]
-    front = pareto(recoverable, pipeline.study.objectives)
-    return [version for version in front if pipeline.compressor.may_recover(version.evaluation.candidate)]
+def _promising(pipeline: CompressionPipeline, journal: optuna.Study, baseline: Baseline) -> list[Version]:
+    """Returns the versions that training may bring furthest, as they are by now.
+
+    They are chosen by what the search measured at its own effort: beside one that was trained further all others would
+    look worse than they are.
+    """
+    study, may_recover = pipeline.study, pipeline.compressor.may_recover
+    recoverable = [
+        version
+        for version in versions_of(journal.get_trials(deepcopy=False))
+        if _is_recoverable(version, study.budget, baseline) and may_recover(version.evaluation.candidate)
+    ]
+    present = {version.number: version for version in versions_of_study(journal)}
+    chosen = most_promising(recoverable, study.objectives, study.recovery.final.versions)
+    return [present[version.number] for version in chosen]
 
 
 def _is_recoverable(version: Version, budget: Budget, baseline: Baseline) -> bool:

@@ -34,6 +34,9 @@ from spaces.dimensions import Integer
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.input_size import OWN_SIZE, InputSizeSpace, at_size
 
+_VARIES = 0.5
+"""Share of mild random candidates in which a dimension varies."""
+
 
 class ElasticRecovery(BatchNormRecovery):
     """Trains shared weights once; a candidate then takes its slice and recomputes batch norm statistics."""
@@ -190,9 +193,9 @@ def train_elastic(
 ) -> Fitted:
     """Trains shared weights in place so that their slices are accurate.
 
-    Every step trains random candidates by distillation from the dense network, which keeps its own weights: a step then
-    costs half, and its answers do not get worse while the shared weights change. A candidate then only needs its slice
-    and recomputed batch norm statistics.
+    Every step trains random candidates, every other one near the dense network, by distillation from that, which keeps
+    its own weights: a step then costs half, and its answers do not get worse while the shared weights change. A
+    candidate then only needs its slice and recomputed batch norm statistics.
     Source: Cai et al., Once-for-All, 2020 (a teacher of its own, channels sorted by importance); Yu & Huang,
     Universally Slimmable Networks, 2019 (several candidates in a step).
 
@@ -229,12 +232,8 @@ def train_elastic(
         with torch.no_grad(), fast_arithmetic():
             answers = teacher.trunk(batch.images).float()
         parts = [
-            shared.slice(
-                random_channels(sparsity, batch.generator),
-                random_depth(depth, batch.generator),
-                random_size(input_size, batch.generator),
-            )
-            for _ in range(settings.random_candidates)
+            shared.slice(*random_form(sparsity, depth, input_size, batch.generator, is_mild=number % 2 == 0))
+            for number in range(settings.random_candidates)
         ]
         if mixed is None:
             return sum(learn(part, (), batch, answers) for part in parts)
@@ -243,6 +242,32 @@ def train_elastic(
         return sum(learn(part, int8, batch, answers) for part, int8 in zip(parts, layers, strict=True))
 
     return fit(network if mixed is None else mixed, step, batches, settings, checkpoint, report)
+
+
+def random_form(
+    sparsity: SparsitySpace,
+    depth: DepthSpace,
+    input_size: InputSizeSpace,
+    generator: torch.Generator,
+    is_mild: bool,
+) -> tuple[dict[str, int], tuple[str, ...], int | None]:
+    """Returns the channels, the blocks left out and the input size of a random candidate.
+
+    Args:
+        sparsity: the widths that it may have.
+        depth: the blocks that it may lack.
+        input_size: the sizes that its input may have.
+        generator: of random numbers.
+        is_mild: whether each of the three stays as in the dense network in half of all cases. Candidates that lack
+            something of everything are most of the space, but few of those that a moderate limit asks for.
+    """
+    drawn = random_channels(sparsity, generator), random_depth(depth, generator), random_size(input_size, generator)
+    if not is_mild:
+        return drawn
+    whole = {group.name: group.channels for group in sparsity.groups}, (), None
+    varies = (torch.rand(3, generator=generator) < _VARIES).tolist()
+    channels, removed, size = (new if does else old for new, old, does in zip(drawn, whole, varies, strict=True))
+    return channels, removed, size
 
 
 def random_channels(sparsity: SparsitySpace, generator: torch.Generator) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """What limits the versions of a search, and what would gain most, each from figures of this search, as sentences."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from search.config.units import milliseconds, percent
 from search.report.overview import Overview
@@ -39,7 +38,7 @@ def _recovery(overview: Overview) -> tuple[float, str] | None:
     share = decay(rounds)
     gains = {version.number: max(forecast(rounds[version.number], share), 0.0) for version in trained}
     last = [rounds[version.number][-1].accuracy - rounds[version.number][-2].accuracy for version in trained]
-    raised = [_more_accurate(version, gains.get(version.number, 0.0)) for version in overview.front]
+    raised = [version.more_accurate(gains.get(version.number, 0.0)) for version in overview.front]
     gain = _volume(overview, raised) - _volume(overview, overview.front)
     minutes = sum(rounds[version.number][-1].seconds for version in trained) / 60
     images = sum(rounds[version.number][-1].images for version in trained)
@@ -126,14 +125,6 @@ def _spent(used: Candidate, candidates: Sequence[Candidate]) -> Iterator[tuple[s
     sizes = {candidate.input_size for candidate in candidates} - {None}
     if sizes:
         yield "input sizes", int(used.input_size == min(size for size in sizes if size is not None)), 1
-
-
-def _more_accurate(version: Version, gain: float) -> Version:
-    accuracy = version.measured["accuracy"]
-    raised = replace(accuracy, value=min(accuracy.value + gain, 1.0))
-    return replace(
-        version, evaluation=replace(version.evaluation, measurements={**version.measured, "accuracy": raised})
-    )
 
 
 def _volume(overview: Overview, versions: Sequence[Version]) -> float:

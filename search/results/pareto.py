@@ -1,7 +1,7 @@
 """The Pareto front of feasible versions, its hypervolume, and the choice of one version from it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,12 @@ class Version:
         """Whether everything was measured: accuracy comes last, and on all images."""
         return not self.evaluation.ended and "accuracy" in self.measured
 
+    def more_accurate(self, gain: float) -> "Version":
+        """Returns a copy whose accuracy is higher by `gain`, as it may become."""
+        accuracy = self.measured["accuracy"]
+        measured = {**self.measured, "accuracy": replace(accuracy, value=min(accuracy.value + gain, 1.0))}
+        return replace(self, evaluation=replace(self.evaluation, measurements=measured))
+
     def values(self, objectives: Sequence[str]) -> list[float]:
         """Returns the objectives of a fully measured version, in SI units."""
         return [self.measured[metric].value for metric in objectives]
@@ -79,6 +85,21 @@ def pareto(versions: Sequence[Version], objectives: Objectives) -> list[Version]
     ordered = sorted(versions, key=lambda version: (*version.costs(objectives), version.number))
     mask = is_non_dominated(np.stack([version.costs(objectives) for version in ordered]), deduplicate=True)
     return [version for version, is_kept in zip(ordered, mask, strict=True) if is_kept]
+
+
+def most_promising(versions: Sequence[Version], objectives: Objectives, count: int) -> list[Version]:
+    """Returns the front, then the front of all others, and so on, until there are `count`; of the last one some.
+
+    Within a front the most accurate come first; where not all of one are wanted they are evenly spread over it.
+    """
+    found: list[Version] = []
+    left = list(versions)
+    while left and len(found) < count:
+        front = pareto(left, objectives)
+        left = [version for version in left if version not in front]
+        places = np.linspace(0, len(front) - 1, min(count - len(found), len(front)))
+        found += [front[round(place)] for place in places]
+    return found
 
 
 @dataclass(frozen=True)

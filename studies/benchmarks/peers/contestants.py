@@ -341,7 +341,7 @@ class ThisProgram:
 
     def _study(self, question: Question) -> Study:
         minutes = question.minutes
-        final = FinalSection(versions=self._picks, minutes=0.5 * minutes / self._picks, learning_rate=0.03)
+        final = FinalSection(versions=self._picks, of_search=1.0)
         recovery = question.study.recovery.model_copy(
             update={"elastic": ElasticSection(minutes=0.3 * minutes, seed=question.seed), "final": final}
         )
