@@ -261,13 +261,13 @@ def random_form(
         is_mild: whether each of the three stays as in the dense network in half of all cases. Candidates that lack
             something of everything are most of the space, but few of those that a moderate limit asks for.
     """
-    drawn = random_channels(sparsity, generator), random_depth(depth, generator), random_size(input_size, generator)
+    channels, removed = random_channels(sparsity, generator), random_depth(depth, generator)
+    size = random_size(input_size, generator)
     if not is_mild:
-        return drawn
-    whole = {group.name: group.channels for group in sparsity.groups}, (), None
-    varies = (torch.rand(3, generator=generator) < _VARIES).tolist()
-    channels, removed, size = (new if does else old for new, old, does in zip(drawn, whole, varies, strict=True))
-    return channels, removed, size
+        return channels, removed, size
+    narrow, short, small = (torch.rand(3, generator=generator) < _VARIES).tolist()
+    whole = {group.name: group.channels for group in sparsity.groups}
+    return channels if narrow else whole, removed if short else (), size if small else None
 
 
 def random_channels(sparsity: SparsitySpace, generator: torch.Generator) -> dict[str, int]:
