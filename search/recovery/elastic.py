@@ -34,7 +34,7 @@ from spaces.dimensions import Integer
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.input_size import OWN_SIZE, InputSizeSpace, at_size
 
-_VARIES = 0.5
+_VARIES = 1 / 3
 """Share of mild random candidates in which a dimension varies."""
 
 
@@ -258,8 +258,9 @@ def random_form(
         depth: the blocks that it may lack.
         input_size: the sizes that its input may have.
         generator: of random numbers.
-        is_mild: whether each of the three stays as in the dense network in half of all cases. Candidates that lack
-            something of everything are most of the space, but few of those that a moderate limit asks for.
+        is_mild: whether each of the three stays as in the dense network in two thirds of all cases, so that nothing is
+            left out in every third. Candidates that lack something of everything are most of the space, but few of
+            those that a moderate limit asks for.
     """
     channels, removed = random_channels(sparsity, generator), random_depth(depth, generator)
     size = random_size(input_size, generator)
