@@ -1,15 +1,15 @@
 """FLOPs as fvcore counts them: one fused multiply-add is one flop, batch normalisation and pooling are counted."""
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from fvcore.nn import FlopCountAnalysis
 from numpy.typing import NDArray
 
 from evaluators.deployed import Answers, DeployedCandidate
+from evaluators.flops.operators import analysis, not_counted
 from evaluators.measurement import Measurement
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.dynamic.masks.base import Mask, masks_of, needed
@@ -40,12 +40,20 @@ class FlopsEvaluator:
         self._image = image
         self._begins, self._stage_of = _stages(network, image)
         self._counts: dict[object, Mapping[str, float]] = {}
+        self.remarks = tuple(
+            f"FLOPs leave out {name}, which runs {count} time{'s' * (count > 1)} and may multiply: nobody counts it"
+            for name, count in not_counted(network, image).items()
+        )
+        """What the network computes and nobody counts, as sentences without their end."""
 
     def measure(self, subject: DeployedCandidate) -> Measurement:
         """Returns the mean FLOPs per image, and those of the longest path.
 
         Notes have the mean share of skippable blocks that images run, and its standard deviation over images.
         """
+        return replace(self._measure(subject), remarks=self.remarks)
+
+    def _measure(self, subject: DeployedCandidate) -> Measurement:
         counts = self._by_module(subject)
         always, blocks = self._parts(subject, counts)
         compared = self._compared(subject)
@@ -172,10 +180,9 @@ def _without_masking(network: ExitNetwork, counts: Mapping[str, float]) -> dict[
 
 def count_by_module(network: torch.nn.Module, image: torch.Tensor) -> dict[str, float]:
     """Returns the FLOPs of each module without its children, for one image; `""` is the network's own."""
-    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        totals = FlopCountAnalysis(network, image).unsupported_ops_warnings(False).by_module()
+        totals = analysis(network, image).by_module()
     own = {}
     for path, module in network.named_modules():
         children = [f"{path}.{name}" if path else name for name, _ in module.named_children()]

@@ -186,6 +186,7 @@ class CompressionPipeline:
         """Remarks for the user: widths, options that the target lacks, places of gates, the split of the images."""
         remarks = width_remarks(self.study, self.runtime, self.widths)
         remarks += unsupported_options(self.study, self.runtime, self.target, self.space)
+        remarks += self.flops.remarks
         if self.network.skip_blocks:
             image = torch.zeros(1, *self.data.image_shape)
             remarks.append(str(skip_blocks(self.network.trunk, self.study.skips, image)).rstrip("."))

@@ -185,7 +185,8 @@ def _middle(count: int, kept: int) -> torch.Tensor:
 def _cut(layer: nn.Conv2d, norm: Any, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
     """Leaves a convolution and the batch norm after it some of their channels."""
     layer.weight = nn.Parameter(layer.weight[outputs][:, inputs].detach())
-    layer.in_channels, layer.out_channels, norm.num_features = len(inputs), len(outputs), len(outputs)
+    layer.in_channels, layer.out_channels = len(inputs), len(outputs)
+    norm.num_features = len(outputs)
     norm.weight, norm.bias = nn.Parameter(norm.weight[outputs].detach()), nn.Parameter(norm.bias[outputs].detach())
     norm.running_mean, norm.running_var = norm.running_mean[outputs], norm.running_var[outputs]
 
