@@ -35,6 +35,9 @@ _JOINING = {"Add", "Concat", "Mul"}
 """Operators with several data inputs."""
 
 _TINY = 1e-8
+_LARGEST_BIAS = 2.0**28
+"""The largest bias in integers: an eighth of what 32 bits hold. Sums of products need room too, and a target that reads
+activations as u8 halves their scale."""
 
 
 def moves_values(node: NodeProto) -> bool:
@@ -275,7 +278,8 @@ class Quantizer:
             for index, name in enumerate(node.input):
                 node.input[index] = renamed.get(name, name)
             if node.name in placement.nodes and node.op_type in LAYER_OPS:
-                nodes.append(self._quantize_weight(node, values, grids))
+                input_scale = self._scale(original.input[0], ranges)
+                nodes.append(self._quantize_weight(node, values, grids, float(input_scale)))
             pairs = []
             for index, name in enumerate(node.output):
                 if name in placement.tensors:
@@ -297,10 +301,12 @@ class Quantizer:
             ),
         ]
 
-    def _quantize_weight(self, node: NodeProto, values: Arrays, grids: Grids) -> NodeProto:
+    def _quantize_weight(self, node: NodeProto, values: Arrays, grids: Grids, input_scale: float) -> NodeProto:
         name = node.input[1]
         axis = output_axis(node)
         grid = grids.get(name) or self.nearest(values[name], axis)
+        if len(node.input) > 2:
+            grid = with_room_for_bias(grid, values[node.input[2]], input_scale, axis, self.per_channel)
         values[name + QUANTIZED], values[f"{name}/scale"] = grid.values, grid.scale
         values[f"{name}/zero_point"] = np.zeros(len(grid.scale), dtype=np.int8)
         node.input[1] = name + DEQUANTIZED
@@ -310,6 +316,32 @@ class Quantizer:
     def nearest(self, weight: NDArray[np.generic], axis: int) -> QuantizedWeight:
         """Returns a weight rounded to the nearest levels, with output channels along `axis`."""
         return quantize_weight(weight, axis, self.weight_limit, self.per_channel)
+
+
+def with_room_for_bias(
+    grid: QuantizedWeight, bias: NDArray[np.generic], input_scale: float, axis: int, per_channel: bool = True
+) -> QuantizedWeight:
+    """Returns a weight whose scales are so large that its bias fits into 32 bits.
+
+    Runtimes turn a float bias into integers of `input_scale * scale`. A channel that has died has next to no weights
+    but still a bias: its integer would be larger than 32 bits hold, and ONNX Runtime lets it wrap. With a larger scale
+    its weights round to fewer levels, and what they add is as small as before.
+
+    Args:
+        grid: of the weight.
+        bias: of each output channel, `(channels,)`.
+        input_scale: of the layer's input.
+        axis: of the weight's output channels.
+        per_channel: whether each channel has a scale of its own.
+    """
+    needed = np.abs(bias.astype(np.float64)).reshape(-1) / (_LARGEST_BIAS * input_scale)
+    if not per_channel:
+        needed = np.full_like(needed, needed.max(initial=0))
+    scale = np.maximum(grid.scale, needed).astype(np.float32)
+    if (scale == grid.scale).all():
+        return grid
+    shape = [-1 if index == axis else 1 for index in range(grid.values.ndim)]
+    return QuantizedWeight(np.rint(grid.values * (grid.scale / scale).reshape(shape)).astype(np.int8), scale)
 
 
 def output_axis(node: NodeProto) -> int:
