@@ -230,8 +230,8 @@ def _dead(case: Evidence) -> list[Finding]:
         f" {worst.name}, {worst.dead} of {worst.channels}"
     )
     remedy = (
-        "they cost time and carry no information; cut, they take a constant from the next layer, which new batch statistics"
-        " make up for where a batch norm follows, and training elsewhere"
+        "they cost time and carry no information; cut, they take a constant from the next layer, which new batch"
+        " statistics make up for where a batch norm follows, and training elsewhere"
     )
     return [Finding("dead channels", False, worst.name, worst.dead, text, remedy)]
 
