@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from search.config.progress import Say
 from search.config.references import Source, SourceError, model_source
@@ -128,8 +129,18 @@ def build_model(model: ModelSection, file: Path | None, classes: int, seed: int)
     if file is not None:
         fitted = fit(network, read_weights(file), classes, file.name)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    key = hashlib.sha256("\0".join((text, repr(network), digest)).encode()).hexdigest()
+    key = hashlib.sha256("\0".join((text, repr(network), digest, _digest(network))).encode()).hexdigest()
     return BuiltModel(network, key, fitted, file is not None)
+
+
+def _digest(network: nn.Module) -> str:
+    """Returns a hash over all parameters and buffers: a factory may have loaded them from a file that nobody named."""
+    content = hashlib.sha256()
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        content.update(name.encode())
+        if not is_lazy(tensor):  # has no values yet
+            content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
 
 def _from_factory(reference: str, classes: int) -> nn.Module:

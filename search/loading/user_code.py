@@ -70,8 +70,30 @@ def call(work: Callable[[], Result], rule: str) -> Result:
 
 
 def source_of(function: Callable[..., Any]) -> str:
-    """Returns the text of the file that a function comes from, so that a change of it is a change of key."""
-    return inspect.getsource(inspect.getmodule(function) or function)
+    """Returns the texts of the file that a function comes from, and of those beside it or below that it uses.
+
+    A change of any of them is a change of key. What lies elsewhere, such as a library, takes no part.
+    """
+    module = inspect.getmodule(function)
+    if module is None or not getattr(module, "__file__", None):
+        return inspect.getsource(module or function)
+    folder = Path(str(module.__file__)).parent
+    found: dict[Path, str] = {}
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        file = Path(getattr(module, "__file__", None) or "/")
+        if file not in found and file.suffix == ".py" and file.is_relative_to(folder):
+            found[file] = file.read_text(encoding="utf-8", errors="replace")
+            waiting += _used_by(module)
+    return "\0".join(found[file] for file in sorted(found))
+
+
+def _used_by(module: ModuleType) -> list[ModuleType]:
+    """Returns the modules that a module's names are, or come from."""
+    values = list(vars(module).values())
+    origins = [sys.modules.get(str(getattr(value, "__module__", ""))) for value in values]
+    return [each for each in (*values, *origins) if isinstance(each, ModuleType)]
 
 
 def _from_file(file: Path) -> ModuleType:

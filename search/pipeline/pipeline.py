@@ -41,6 +41,7 @@ from search.recovery.base import QatContext, RecoveryContext
 from search.results.evaluation import Evaluation
 from search.training.block_gates import skip_blocks
 from search.training.dense import UNCUT, augmentation, exit_places, trained_network
+from search.training.loop import VERSION
 from spaces.candidate import Candidate
 from spaces.depth import ALL_BLOCKS
 from spaces.dynamic.cut_points import CutPoints
@@ -306,7 +307,7 @@ def _recovery_context(
     augment = study.data.augment
     source = source_of(load(augment)) if augment else ""
     fingerprint = fingerprint_of(network, given.data)
-    key = "\0".join((fingerprint, repr(space.sparsity.description), source, torch.__version__))
+    key = "\0".join((fingerprint, repr(space.sparsity.description), source, torch.__version__, VERSION))
     return RecoveryContext(
         network=network,
         sparsity=space.sparsity,

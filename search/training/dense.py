@@ -18,7 +18,17 @@ from search.loading.models import BuiltModel
 from search.loading.user_code import call, load, source_of
 from search.training.block_gates import skip_blocks, train_gates_once, with_gates
 from search.training.exit_heads import train_exits
-from search.training.loop import Augment, Batch, Fitted, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.loop import (
+    VERSION,
+    Augment,
+    Batch,
+    Fitted,
+    TrainingBatches,
+    fast_arithmetic,
+    fit,
+    load_weights,
+    save,
+)
 from search.training.masks import train_masks_once, with_masks
 from spaces import cache
 from spaces.dynamic.cut_points import CutPoints, check_cut_points, find_cut_points
@@ -105,6 +115,7 @@ def _trunk_key(study: Study, built: BuiltModel, data: Splits) -> str:
         data.train.digest,
         torch.__version__,
         platform.machine(),
+        VERSION,
     )
 
 

@@ -28,6 +28,8 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 Report = Callable[[int, int], None]
 """Called with the progress of a training: parts done, parts in all."""
 
+VERSION = "2"
+"""Part of every cache key: raised where the same settings train otherwise than before."""
 _SECOND_RATE = 0.1
 """Factor of the learning rate after a loss that is not finite."""
 _WARM_UP = 0.3

@@ -12,7 +12,7 @@ from search.config.references import SourceError
 from search.config.study import ModelSection, Study
 from search.loading.models import NEW_LAYER, build_model, find_weights, usual_preprocessing
 from search.loading.network_checks import check_network
-from search.loading.user_code import UserCodeError
+from search.loading.user_code import UserCodeError, load, source_of
 from search.loading.weights import fit, last_layer, read_weights
 from search.training.dense import trained_network
 from tests.helpers import tiny
@@ -98,6 +98,37 @@ def test_a_file_of_the_users_own_is_a_factory_and_may_import_its_neighbour(tmp_p
     assert built.network.out_features == 7
     assert build(f"{tmp_path}/net.py:make", classes=7).key == built.key
     assert build(f"{tmp_path}/net.py:make", classes=8).key != built.key
+
+
+def test_what_a_factory_loads_itself_is_a_part_of_its_key(tmp_path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import pathlib, torch\nfrom torch import nn\nFILE = pathlib.Path(__file__).with_name('weights.pt')\n"
+        "def build():\n    net = nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4))\n"
+        "    net.load_state_dict(torch.load(FILE, weights_only=True))\n    return net\n"
+    )
+    network = nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4))
+    keys = []
+    for value in (1.0, 1.0, 2.0):
+        nn.init.constant_(network[1].weight, value)
+        nn.init.constant_(network[1].bias, 0.0)
+        torch.save(network.state_dict(), tmp_path / "weights.pt")
+        keys.append(build(f"{tmp_path / 'net.py'}:build").key)
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_code_beside_a_factory_is_a_part_of_what_it_is(tmp_path) -> None:
+    texts = []
+    for number, (beside, elsewhere) in enumerate((("1", "1"), ("2", "1"))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f"layers_of_{number}.py").write_text(f"import json\ndef width():\n    return {beside}\n")
+        (folder / "net.py").write_text(
+            f"from layers_of_{number} import width\nimport json\ndef build():\n    return width() + {elsewhere}\n"
+        )
+        texts.append(source_of(load(f"{folder / 'net.py'}:build")))
+    assert "return 1\n" in texts[0]
+    assert "return 2\n" in texts[1]
+    assert "JSONDecoder" not in texts[0], "libraries take no part"
 
 
 def test_input_is_as_the_weights_were_trained() -> None:
