@@ -68,7 +68,7 @@ def _trials(overview: Overview) -> tuple[float, str] | None:
 def _limit(overview: Overview) -> Iterator[str]:
     """Yields what the most accurate version just beyond the limit on latency would bring."""
     ceiling = overview.budget.ceiling("latency", overview.dense.measured)
-    if ceiling is None:
+    if ceiling is None or "latency" not in overview.objectives:
         return
     best = overview.front[0]
     beyond = [
@@ -95,7 +95,7 @@ def _dimensions(overview: Overview) -> Iterator[str]:
     fastest = overview.by_latency[0]
     used = fastest.evaluation.candidate
     spent = [f"{least} of {count} {what}" for what, least, count in _spent(used, candidates) if least >= _EDGE * count]
-    if spent and fastest.number >= 0:
+    if spent and fastest.number >= 0 and "latency" in overview.objectives:
         yield (
             f"Other dimensions: the fastest version, {fastest.title}, has {', '.join(spent)} at the least that any"
             " version has: there, only another dimension or a smaller least is faster."

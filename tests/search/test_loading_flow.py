@@ -14,7 +14,7 @@ import torch
 from search.cli import run
 from search.config.budget import Budget
 from search.config.overrides import Request
-from search.config.study import Study, StudyError, load_study
+from search.config.study import FinalSection, Study, StudyError, load_study
 from search.loading import image_store as images_module
 from search.pipeline.pipeline import build_pipeline
 from tests.helpers.pictures import troubled_folder, write_folder
@@ -200,7 +200,10 @@ def test_init_writes_a_study_that_loads_and_says_every_key(home, capsys) -> None
     defaults = tomllib.loads(shown)
     assert defaults["data"]["train"] == study.data.train
     assert defaults["exits"]["images"] == study.exits.images
-    assert defaults["recovery"] == study.recovery.model_dump(exclude_none=True)
+    assert defaults["recovery"] == study.recovery.model_dump(exclude_none=True, exclude={"final"})
+    assert study.recovery.final.model_dump(exclude_none=True) == FinalSection(of_search=0.5).model_dump(
+        exclude_none=True
+    )
     assert defaults["space"].pop("channel_step") == 8, "an example: without it, what is measured holds"
     assert defaults["space"] == study.space.model_dump(mode="json", exclude_none=True)
 
