@@ -115,7 +115,7 @@ def test_frames_stay_computed_where_only_widths_vary(cache: Path) -> None:
 
 def test_the_question_is_another_and_the_old_one_keeps_its_name() -> None:
     before = tiny.STUDY.replace("tests.helpers.tiny", "tests.tiny")  # where the network of the tests was then
-    before = before.replace(", final = {versions = 0}", "")
+    before = before.replace("final = {versions = 0}", "elastic = {random_candidates = 1}")  # two defaults of then
     names = ", ".join(f'"{name}"' for name in BEFORE_DEPTH)
     plain = study(names, before)
     assert plain.question_key == "f62005b9", "as it was before there was a choice"
