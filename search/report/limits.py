@@ -44,8 +44,9 @@ def _recovery(overview: Overview) -> tuple[float, str] | None:
     images = sum(rounds[version.number][-1].images for version in trained)
     return gain, (
         f"More recovery: {len(trained)} version{'s' * (len(trained) > 1)} of the front saw {images:,} images in"
-        f" {minutes:.1f} processor minutes after the search. The last round won {_points(last)}; one more, twice as"
-        f" long, would win {_points(list(gains.values()))} by the forecast, {_share(gain)} of hypervolume."
+        f" {minutes:.1f} processor minutes after the search. The last round changed their accuracy by"
+        f" {_points(last)}; one more, twice as long, would win {_points(list(gains.values()))} by the forecast,"
+        f" {_share(gain)} of hypervolume."
     )
 
 
@@ -85,7 +86,7 @@ def _limit(overview: Overview) -> Iterator[str]:
     accuracy, latency = found.measured["accuracy"].value, found.measured["latency"].value
     yield (
         f"A looser limit: {found.title} takes {milliseconds(latency)} and reaches {percent(accuracy)},"
-        f" {_points([accuracy - best.measured['accuracy'].value])} more than the best within {overview.budget}."
+        f" {_points([accuracy - best.measured['accuracy'].value])} against the best within {overview.budget}."
     )
 
 
@@ -133,8 +134,8 @@ def _volume(overview: Overview, versions: Sequence[Version]) -> float:
 
 
 def _points(gains: Sequence[float]) -> str:
-    """Returns the mean of some gains of accuracy: `0.8 points`."""
-    return f"{100 * sum(gains) / len(gains):.1f} points"
+    """Returns the mean of some gains of accuracy: `+0.8 points`."""
+    return f"{100 * sum(gains) / len(gains):+.1f} points"
 
 
 def _share(gain: float) -> str:
