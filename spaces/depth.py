@@ -72,10 +72,6 @@ class DepthSpace:
     def _fewest(self, stage: BlockStage) -> int:
         return math.floor(self._minimum * len(stage.blocks) + 1e-9)
 
-    def most_removed(self) -> tuple[str, ...]:
-        """Returns the blocks that the shortest network lacks."""
-        return self.removed({stage.name: self._fewest(stage) for stage in self.stages})
-
     def read(self, values: Mapping[str, Value]) -> dict[str, int]:
         """Returns how many blocks each stage keeps.
 

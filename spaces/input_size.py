@@ -46,10 +46,6 @@ class InputSizeSpace:
         size = int(values[SIZE]) if self.dimensions() else None
         return None if size is None or size == self.sizes[-1] else size
 
-    def smallest(self) -> int | None:
-        """Returns the smallest size; None if there is no choice."""
-        return self.sizes[0] if self.dimensions() else None
-
     def nearest(self, share: float) -> str:
         """Returns the size nearest to a share of the images' own."""
         return str(min(self.sizes, key=lambda size: abs(size - share * self.sizes[-1]), default=0))

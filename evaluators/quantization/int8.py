@@ -305,8 +305,9 @@ class Quantizer:
         name = node.input[1]
         axis = output_axis(node)
         grid = grids.get(name) or self.nearest(values[name], axis)
-        if len(node.input) > 2:
-            grid = with_room_for_bias(grid, values[node.input[2]], input_scale, axis, self.per_channel)
+        bias = values.get(node.input[2]) if len(node.input) > 2 else None
+        if bias is not None:  # neither left out nor computed
+            grid = with_room_for_bias(grid, bias, input_scale, axis, self.per_channel)
         values[name + QUANTIZED], values[f"{name}/scale"] = grid.values, grid.scale
         values[f"{name}/zero_point"] = np.zeros(len(grid.scale), dtype=np.int8)
         node.input[1] = name + DEQUANTIZED

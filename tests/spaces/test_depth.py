@@ -161,12 +161,12 @@ def test_a_stage_keeps_at_least_its_share_of_blocks(count: int, minimum: float) 
     blocks = tuple(f"body.{number}" for number in range(count))
     space = DepthSpace([BlockStage("body", blocks, blocks, (0.0,) * count)], minimum)
     fewest = int(minimum * count + 1e-9)
-    assert len(space.most_removed()) == count - fewest
+    assert len(space.removed({"body": fewest})) == count - fewest
     if fewest < count:
         dimension = space.dimensions()["depth.body"]
         assert (dimension.low, dimension.high) == (fewest, count)
         assert space.removed(space.read({"depth.body": dimension.high})) == ()
-        assert space.removed(space.read({"depth.body": dimension.low})) == space.most_removed()
+        assert space.removed(space.read({"depth.body": dimension.low})) == space.removed({"body": fewest})
     else:
         assert space.dimensions() == {}
     assert space.description == {"body": list(blocks[: count - fewest])}
