@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, Protocol
@@ -13,7 +14,8 @@ from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.data import LabelledImages
 from evaluators.quantization.int8 import Ranges
 from search.config.study import FinetuneSection, FittingSection, RecoverySection
-from search.training.loop import Augment, Fitted
+from search.training.loop import Augment, Fitted, TrainingBatches
+from search.training.teacher import VIEWS, Teacher
 from spaces import cache
 from spaces.channels import SparsitySpace
 from spaces.depth import ALL_BLOCKS, DepthSpace
@@ -74,6 +76,15 @@ class RecoveryContext:
     int8: QatContext | None = None
     depth: DepthSpace = ALL_BLOCKS
     input_size: InputSizeSpace = OWN_SIZE
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The dense network as the teacher of all trainings, with the answers that it has given."""
+        return Teacher(self.network.trunk)
+
+    def batches(self, settings: FittingSection) -> TrainingBatches:
+        """Returns the training set in such batches that the teacher's answers are used again."""
+        return TrainingBatches(self.train, settings.batch, settings.seed, self.augment, views=VIEWS)
 
     def file(self, kind: str, *parts: str) -> Path:
         """Returns the cache file for the result of a training in this context, with these settings."""

@@ -28,6 +28,7 @@ from search.training.loop import (
     load_weights,
     save_fitted,
 )
+from search.training.teacher import Teacher
 from spaces.channels import PREFIX, SparsitySpace
 from spaces.depth import ALL_BLOCKS, DepthSpace, shortened
 from spaces.dimensions import Integer
@@ -65,12 +66,11 @@ class ElasticRecovery(BatchNormRecovery):
         if load_weights(learner, file):
             self.trained = fitted_of(file)
         else:
-            batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
             self.trained = train_elastic(
                 self.source,
-                context.network,
+                context.teacher,
                 context.sparsity,
-                batches,
+                context.batches(settings),
                 settings,
                 file.with_suffix(".partial.pt"),
                 lambda part, total: context.say("Training shared weights, once", part, total),
@@ -181,7 +181,7 @@ def _numbered(network: ExitNetwork) -> ExitNetwork:
 
 def train_elastic(
     network: ExitNetwork,
-    teacher: ExitNetwork,
+    teacher: Teacher,
     sparsity: SparsitySpace,
     batches: TrainingBatches,
     settings: ElasticSection,
@@ -201,7 +201,7 @@ def train_elastic(
 
     Args:
         network: starts from trained weights.
-        teacher: the dense network, in evaluation mode.
+        teacher: the dense network as it was.
         sparsity: the widths that candidates have.
         batches: the training set.
         settings: length of the training, and number of random candidates per step.
@@ -229,8 +229,7 @@ def train_elastic(
         return float(loss.detach())
 
     def step(batch: Batch) -> float:
-        with torch.no_grad(), fast_arithmetic():
-            answers = teacher.trunk(batch.images).float()
+        answers = teacher.logits(batch)
         parts = [
             shared.slice(*random_form(sparsity, depth, input_size, batch.generator, is_mild=number % 2 == 0))
             for number in range(settings.random_candidates)

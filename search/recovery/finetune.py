@@ -25,6 +25,7 @@ from search.training.loop import (
     load_weights,
     save_fitted,
 )
+from search.training.teacher import Teacher
 from spaces.depth import shortened
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.input_size import at_size
@@ -112,11 +113,10 @@ def _round_kept(
         gradual = GradualPruning(wide, patterns, channels, context.sparsity)
     elif patterns:
         gradual = GradualPruning(network, patterns)
-    batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
     fitted = finetune(
         network,
-        context.network,
-        batches,
+        context.teacher,
+        context.batches(settings),
         settings,
         file.with_suffix(".partial.pt"),
         lambda part, total: context.say("Fine-tuning a version", part, total),
@@ -129,7 +129,7 @@ def _round_kept(
 
 def finetune(
     network: ExitNetwork,
-    teacher: ExitNetwork,
+    teacher: Teacher,
     batches: TrainingBatches,
     settings: FinetuneSection,
     checkpoint: Path | None = None,
@@ -140,7 +140,7 @@ def finetune(
 
     Args:
         network: pruned; its batch norm statistics are updated.
-        teacher: the dense network, in evaluation mode.
+        teacher: the dense network.
         batches: the training set.
         settings: length of the training, and weight of the distillation.
         checkpoint: file that each epoch is saved to.
@@ -155,10 +155,9 @@ def finetune(
 
     def step(batch: Batch) -> float:
         with fast_arithmetic():
-            with torch.no_grad():
-                teacher_logits = teacher.trunk(batch.images).float() if distills else torch.empty(0)
             logits = gradual.logits(batch.images, batch.done) if gradual else all_logits(network, batch.images)
-        loss = total_loss(logits, teacher_logits, batch.labels, settings.distillation, settings.temperature)
+        answers = teacher.logits(batch) if distills else torch.empty(0)
+        loss = total_loss(logits, answers, batch.labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 

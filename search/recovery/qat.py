@@ -19,6 +19,7 @@ from search.recovery.base import NO_PATTERNS, NO_RANGES, QatContext, RecoveryCon
 from search.recovery.quantizers.base import Method
 from search.training.distillation import total_loss
 from search.training.loop import Batch, Fitted, Report, TrainingBatches, fast_arithmetic, fit, load_weights, save
+from search.training.teacher import Teacher
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork, resized
 from spaces.patterns import layer_weights
@@ -110,7 +111,7 @@ class Int8Network(nn.Module):
 
 def train_int8(
     learner: Int8Network,
-    teacher: ExitNetwork,
+    teacher: Teacher,
     batches: TrainingBatches,
     settings: QatSection,
     checkpoint: Path | None = None,
@@ -120,7 +121,7 @@ def train_int8(
 
     Args:
         learner: the network with its quantizers.
-        teacher: the dense network in fp32, in evaluation mode.
+        teacher: the dense network in fp32.
         batches: the training set.
         settings: length of the training, and weight of the distillation.
         checkpoint: file that each epoch is saved to.
@@ -134,10 +135,9 @@ def train_int8(
 
     def step(batch: Batch) -> float:
         with fast_arithmetic():
-            with torch.no_grad():
-                teacher_logits = teacher.trunk(batch.images).float() if distills else torch.empty(0)
             logits = learner.logits(batch.images)
-        loss = total_loss(logits, teacher_logits, batch.labels, settings.distillation, settings.temperature)
+        answers = teacher.logits(batch) if distills else torch.empty(0)
+        loss = total_loss(logits, answers, batch.labels, settings.distillation, settings.temperature)
         loss.backward()
         return float(loss.detach())
 
@@ -180,11 +180,10 @@ def train_int8_kept(
     int8_network = learner(known)
     if not load_weights(int8_network, file):
         int8_network = learner(int8.builder.read_ranges(network, int8.calibration))
-        batches = TrainingBatches(context.train, settings.batch, settings.seed, context.augment)
         train_int8(
             int8_network,
-            context.network,
-            batches,
+            context.teacher,
+            context.batches(settings),
             settings,
             file.with_suffix(".partial.pt"),
             lambda part, total: context.say("Training a version in int8", part, total),

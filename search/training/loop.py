@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 Report = Callable[[int, int], None]
 """Called with the progress of a training: parts done, parts in all."""
 
-VERSION = "2"
+VERSION = "3"
 """Part of every cache key: raised where the same settings train otherwise than before."""
 _SECOND_RATE = 0.1
 """Factor of the learning rate after a loss that is not finite."""
@@ -52,12 +52,14 @@ class Batch:
         labels: `(n,)`.
         done: share of the training that is done, 0 to 1.
         generator: of random numbers; a resumed training continues with the same ones.
+        key: the same for the same images, augmented in the same way.
     """
 
     images: Tensor
     labels: Tensor
     done: float
     generator: torch.Generator
+    key: Hashable = None
 
 
 Step = Callable[[Batch], float]
@@ -74,6 +76,7 @@ class TrainingBatches:
         seed: of the order and the augmentation.
         augment: augments a batch at random, or None.
         indices: of the images that are used; all if None.
+        views: epochs that differ; later ones have the batches of these in another order. None: all differ.
     """
 
     data: LabelledImages
@@ -81,6 +84,7 @@ class TrainingBatches:
     seed: int
     augment: Augment | None = None
     indices: NDArray[np.int64] | None = None
+    views: int | None = None
 
     def __len__(self) -> int:
         count = len(self.data) if self.indices is None else len(self.indices)
@@ -88,16 +92,24 @@ class TrainingBatches:
 
     def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields one epoch's batches as `(images, labels)`."""
+        for _, images, labels in self.keyed_epoch(index):
+            yield images, labels
+
+    def keyed_epoch(self, index: int) -> Iterator[tuple[Hashable, Tensor, Tensor]]:
+        """Yields one epoch's batches as `(key, images, labels)`; equal keys are equal batches."""
+        view = index if self.views is None else index % self.views
         indices = np.arange(len(self.data)) if self.indices is None else self.indices
-        order = np.random.default_rng(self.seed + index).permutation(indices)
-        generator = torch.Generator().manual_seed(self.seed + index)
-        for start in range(0, len(self) * self.size, self.size):
-            chosen = order[start : start + self.size]  # fewer images than `size` are one batch
+        order = np.random.default_rng(self.seed + view).permutation(indices)
+        numbers = np.arange(len(self)) if view == index else np.random.default_rng(index).permutation(len(self))
+        generator = torch.Generator().manual_seed(self.seed + view)
+        for number in numbers.tolist():
+            chosen = order[number * self.size : (number + 1) * self.size]  # fewer images than `size` are one batch
             images = torch.from_numpy(self.data.images[chosen])
-            yield (
-                self.augment(images, generator) if self.augment else images,
-                torch.from_numpy(self.data.labels[chosen]),
-            )
+            if self.augment:
+                if self.views is not None:  # a batch is augmented in the same way wherever it comes
+                    generator.manual_seed((self.seed + view) * len(self) + number)
+                images = self.augment(images, generator)
+            yield (self.seed, self.size, view, number), images, torch.from_numpy(self.data.labels[chosen])
 
 
 @dataclass
@@ -171,14 +183,14 @@ class _Run:
         number = self.fitted.epochs
         generator = torch.Generator().manual_seed(self.settings.seed + number)
         self.network.train()
-        for images, labels in self.batches.epoch(number):
+        for key, images, labels in self.batches.keyed_epoch(number):
             if self.done >= 1:
                 break
             if self._reported != (percent := round(100 * self.done)):
                 self._reported = percent
                 report(percent, 100)
             begin = time.thread_time()
-            self._step(step, Batch(images, labels, self.done, generator))
+            self._step(step, Batch(images, labels, self.done, generator, key))
             self.fitted.steps += 1
             self.fitted.images += len(labels)
             self.fitted.seconds += time.thread_time() - begin

@@ -27,6 +27,7 @@ from search.recovery.finetune import finetune
 from search.recovery.qat import Int8Network, Learned, train_int8
 from search.training.batchnorm import recalibrate_batch_norm, recovery_images
 from search.training.loop import TrainingBatches
+from search.training.teacher import Teacher
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 
@@ -67,7 +68,7 @@ class RecoveryContext:
         network = self.pipeline.space.apply(self.pipeline.network, candidate)
         if self.pipeline.compressor.plan(candidate).is_pruned and steps:
             settings = FinetuneSection(steps=steps)
-            finetune(network, self.pipeline.network, self.batches(settings.batch), settings)
+            finetune(network, Teacher(self.pipeline.network.trunk), self.batches(settings.batch), settings)
             recalibrate_batch_norm(
                 network, recovery_images(self.pipeline.data.train, self.pipeline.study.recovery.images)
             )
@@ -104,7 +105,7 @@ def rows(
         ranges = int8.builder.read_ranges(trained, int8.calibration)
         learner = Int8Network(trained, int8.builder.trainable(), placement, name, ranges)
         begin = time.process_time()
-        done = train_int8(learner, ground.pipeline.network, ground.batches(settings.batch), settings)
+        done = train_int8(learner, Teacher(ground.pipeline.network.trunk), ground.batches(settings.batch), settings)
         step = (time.process_time() - begin) / done.steps
         inside = ground.accuracy(lambda images, learner=learner: learner.logits(images)[-1])  # type: ignore[misc]
         deployed = ground.deployed(trained, candidate, learner.learned())

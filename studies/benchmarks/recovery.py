@@ -30,6 +30,7 @@ from search.recovery.elastic import random_channels, train_elastic
 from search.recovery.finetune import finetune
 from search.training.batchnorm import recalibrate_batch_norm, recovery_images
 from search.training.loop import TrainingBatches, save
+from search.training.teacher import Teacher
 from spaces.channels import SparsitySpace
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.pruning.criteria import CRITERIA
@@ -189,7 +190,7 @@ def _recovered(
 
 
 def _tuned(ground: RecoveryContext, network: ExitNetwork, settings: FinetuneSection) -> ExitNetwork:
-    finetune(network, ground.network, ground.batches(settings.batch), settings)
+    finetune(network, Teacher(ground.network.trunk), ground.batches(settings.batch), settings)
     return ground.recalibrated(network)
 
 
@@ -201,7 +202,7 @@ def _shared_weights(ground: RecoveryContext, space: SparsitySpace, out: Path, mi
         return shared.eval()
     settings = ElasticSection(minutes=minutes)
     batches, partial = ground.batches(settings.batch), file.with_suffix(".partial.pt")
-    done = train_elastic(shared, ground.network, space, batches, settings, partial)
+    done = train_elastic(shared, Teacher(ground.network.trunk), space, batches, settings, partial)
     print(f"  elastic: {done.steps} steps, {done.epochs} epochs begun, {done.seconds:.0f} s", flush=True)
     save(shared.state_dict(), file)
     return shared

@@ -31,6 +31,7 @@ from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Codec
 from search.tracking.store import Tracking
 from search.training.loop import TrainingBatches
+from search.training.teacher import Teacher
 from spaces.candidate import Candidate
 from spaces.depth import shortened
 from spaces.dynamic.exit_network import ExitNetwork
@@ -218,7 +219,9 @@ def test_an_elastic_training_with_depth_goes_on_after_an_interrupt(pipeline, tmp
         network = copy.deepcopy(pipeline.network)
         batches = TrainingBatches(pipeline.data.train, options.batch, 0)
         teacher, space = pipeline.network, pipeline.space
-        train_elastic(network, teacher, space.sparsity, batches, options, checkpoint, say, None, space.depth)
+        train_elastic(
+            network, Teacher(teacher.trunk), space.sparsity, batches, options, checkpoint, say, None, space.depth
+        )
         return network.state_dict()
 
     def crash(done: int, _total: int) -> None:

@@ -109,7 +109,9 @@ def test_shared_weights_are_trained_at_every_size(pipeline: CompressionPipeline)
     settings = pipeline.study.recovery.elastic.model_copy(update={"epochs": 1, "batch": 50})
     batches = TrainingBatches(pipeline.data.train, 50, 0)
     before = network.trunk.classifier.weight.detach().clone()
-    train_elastic(network, pipeline.network, pipeline.space.sparsity, batches, settings, input_size=sizes)
+    train_elastic(
+        network, pipeline.compressor.context.teacher, pipeline.space.sparsity, batches, settings, input_size=sizes
+    )
     after = network.trunk.classifier.weight
     assert torch.isfinite(after).all()
     assert not torch.equal(after, before)

@@ -19,6 +19,7 @@ from search.recovery.elastic import train_elastic
 from search.recovery.finetune import finetune
 from search.training.loop import TrainingBatches
 from search.config.study import ElasticSection, FinetuneSection
+from search.training.teacher import Teacher
 from spaces.pruning.prunable import find_groups
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
 from tests.helpers import tiny
@@ -28,10 +29,10 @@ kind, folder, stops = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "stops"
 
 @dataclasses.dataclass(frozen=True)
 class Noted(TrainingBatches):
-    def epoch(self, index):
+    def keyed_epoch(self, index):
         with (folder / "epochs").open("a") as epochs:
             epochs.write(f"{index}\\n")
-        for number, batch in enumerate(super().epoch(index)):
+        for number, batch in enumerate(super().keyed_epoch(index)):
             if stops and index == 1 and number == 2:
                 (folder / "waits").touch()
                 time.sleep(600)
@@ -45,11 +46,12 @@ data = tiny.splits()
 space = tiny.sparsity_space(network, find_groups(network, torch.zeros(1, 1, 8, 8)).free, step=4, minimum=0.25)
 batches, file = Noted(data.train, 50, 0), folder / "checkpoint.pt"
 if kind == "elastic":
-    done = train_elastic(network, copy.deepcopy(network), space, batches, ElasticSection(epochs=3, batch=50), file)
+    teacher, settings = Teacher(copy.deepcopy(network.trunk)), ElasticSection(epochs=3, batch=50)
+    done = train_elastic(network, teacher, space, batches, settings, file)
 else:
     teacher, half = network, {group.name: max(group.channels // 2, 1) for group in space.groups}
     network = space.apply(teacher, half)
-    done = finetune(network, teacher, batches, FinetuneSection(epochs=3, batch=50), file)
+    done = finetune(network, Teacher(teacher.trunk), batches, FinetuneSection(epochs=3, batch=50), file)
 torch.save({"network": network.state_dict(), "epochs": done.epochs, "steps": done.steps}, folder / "result.pt")
 """
 

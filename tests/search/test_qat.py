@@ -21,6 +21,7 @@ from search.recovery.mixed_precision import MixedPrecision
 from search.recovery.qat import Int8Network, Learned, train_int8, train_int8_kept
 from search.training.batchnorm import recalibrate_batch_norm
 from search.training.loop import TrainingBatches, fit
+from search.training.teacher import Teacher
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
 from spaces.errors import UserError
@@ -118,7 +119,7 @@ class QuantizerContract:
         network = sparsity.apply(trained, channels)
         recalibrate_batch_norm(network, torch.from_numpy(data.train.images[:64]))
         learner = learner_of(network, builder, data, candidate, self.name)
-        train_int8(learner, trained, batches(data), SHORT.model_copy(update={"steps": 8}))
+        train_int8(learner, Teacher(trained.trunk), batches(data), SHORT.model_copy(update={"steps": 8}))
         learned = learner.learned()
         artifact = builder.build(network, candidate, {**builder.ranges, **learned.ranges}, learned.grids)
         images = data.calibration.images[:]
@@ -176,7 +177,7 @@ class TestTraining:
     def test_a_killed_training_goes_on_and_ends_the_same(self, trained, builder, data, tmp_path, monkeypatch) -> None:
         candidate = int8_of(builder)
         straight, killed, again = (learner_of(copy.deepcopy(trained), builder, data, candidate) for _ in range(3))
-        train_int8(straight, trained, batches(data), SHORT)
+        train_int8(straight, Teacher(trained.trunk), batches(data), SHORT)
         file, calls = tmp_path / "checkpoint.pt", 0
 
         def dies(done: int, total: int) -> None:
@@ -186,10 +187,10 @@ class TestTraining:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            train_int8(killed, trained, batches(data), SHORT, file, dies)
+            train_int8(killed, Teacher(trained.trunk), batches(data), SHORT, file, dies)
         assert file.is_file()
         first = []
-        train_int8(again, trained, batches(data), SHORT, file, lambda done, total: first.append(done))
+        train_int8(again, Teacher(trained.trunk), batches(data), SHORT, file, lambda done, total: first.append(done))
         assert first[0] == 50, "the first epoch is not repeated"
         assert same(again, straight)
         assert again.learned().ranges == straight.learned().ranges
@@ -200,7 +201,7 @@ class TestTraining:
         recalibrate_batch_norm(network, torch.from_numpy(data.train.images[:64]))
         learner = learner_of(network, builder, data, candidate)
         before = deployed_loss(builder, network, candidate, data, learner.learned())
-        train_int8(learner, trained, batches(data), SHORT.model_copy(update={"distillation": 0.0}))
+        train_int8(learner, Teacher(trained.trunk), batches(data), SHORT.model_copy(update={"distillation": 0.0}))
         assert deployed_loss(builder, network, candidate, data, learner.learned()) < 0.9 * before
 
     def test_zeros_of_a_pattern_stay_zeros(self, trained, builder, data) -> None:
@@ -212,7 +213,7 @@ class TestTraining:
         zeros = {path: network.get_parameter(path) == 0 for path in ("trunk.inner.0.weight", "trunk.hidden.weight")}
         candidate = Candidate({}, dict.fromkeys(builder.layers, "int8"), Thresholds({"exit1": None}), patterns)
         learner = learner_of(network, builder, data, candidate)
-        train_int8(learner, trained, batches(data), SHORT.model_copy(update={"steps": 4}))
+        train_int8(learner, Teacher(trained.trunk), batches(data), SHORT.model_copy(update={"steps": 4}))
         grids = learner.learned().grids
         for path, where in zeros.items():
             assert where.any()
@@ -323,7 +324,7 @@ class TestElastic:
         def run(report=lambda done, total: None, file: Path | None = None) -> MixedPrecision:
             shared = copy.deepcopy(trained)
             mixed = MixedPrecision(shared, int8, "lsq")
-            train_elastic(shared, trained, sparsity, batches(data), short, file, report, mixed)
+            train_elastic(shared, Teacher(trained.trunk), sparsity, batches(data), short, file, report, mixed)
             return mixed
 
         def dies(done: int, total: int) -> None:

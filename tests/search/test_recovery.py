@@ -16,7 +16,8 @@ from search.recovery.base import RecoveryContext
 from search.recovery.elastic import SharedWeights, random_channels, train_elastic
 from search.recovery.finetune import finetune
 from search.training.distillation import distillation_loss
-from search.training.loop import Batch, DivergedError, TrainingBatches, fit, rate_at
+from search.training.loop import Batch, DivergedError, TrainingBatches, fast_arithmetic, fit, rate_at
+from search.training.teacher import Teacher
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork
 from spaces.pruning.prunable import find_groups
 from tests.helpers import tiny
@@ -156,6 +157,18 @@ class TestFit:
         assert len(seen) == 400
         assert len(torch.unique(seen.flatten(1), dim=0)) == 400
 
+    def test_with_views_the_same_batches_come_again_in_another_order(self, data) -> None:
+        def noisy(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            return images + torch.rand(images.shape, generator=generator)
+
+        batches = TrainingBatches(data.train, 50, 7, noisy, views=2)
+        first, other, again = ({key: images for key, images, _ in batches.keyed_epoch(index)} for index in (0, 1, 2))
+        assert not first.keys() & other.keys()
+        assert sorted(first) == sorted(again)
+        assert list(first) != list(again)
+        assert all(torch.equal(images, again[key]) for key, images in first.items())
+        assert not any(torch.equal(*pair) for pair in zip(first.values(), other.values(), strict=True))
+
     @given(st.floats(0, 1))
     def test_rates_stay_between_nothing_and_the_whole(self, done: float) -> None:
         for schedule in ("onecycle", "cosine"):
@@ -166,6 +179,30 @@ class TestFit:
         assert rate_at("onecycle", 0.3) == pytest.approx(1)
         assert rate_at("onecycle", 0) == pytest.approx(0.04)
         assert rate_at("cosine", 1) == rate_at("onecycle", 1) == pytest.approx(0, abs=1e-12)
+
+
+class TestTeacher:
+    def test_a_batch_that_comes_again_is_answered_once(self, data) -> None:
+        calls: list[int] = []
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+        network.register_forward_hook(lambda *_: calls.append(1))
+        teacher = Teacher(network)
+        for index in range(4):
+            for key, images, labels in TrainingBatches(data.train, 50, 0, views=2).keyed_epoch(index):
+                found = teacher.logits(Batch(images, labels, 0.0, torch.Generator(), key))
+                with torch.no_grad(), fast_arithmetic():
+                    assert torch.equal(found, network[1](images.flatten(1)).float())
+        assert len(calls) == 2 * 8  # two epochs of eight batches
+
+    def test_what_does_not_fit_is_answered_anew(self, data) -> None:
+        calls: list[int] = []
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+        network.register_forward_hook(lambda *_: calls.append(1))
+        teacher = Teacher(network, memory=0)
+        images = torch.from_numpy(data.train.images[:50])
+        for _ in range(3):
+            teacher.logits(Batch(images, torch.zeros(50), 0.0, torch.Generator(), "key"))
+        assert len(calls) == 3
 
 
 class TestDistillation:
@@ -253,7 +290,9 @@ class TestFinetune:
         network = space.apply(trained, {group.name: space.smallest(group) for group in space.groups})
         before = accuracy(network, data.validation)
         teacher = copy.deepcopy(trained.state_dict())
-        finetune(network, trained, TrainingBatches(data.train, 50, 0), FinetuneSection(epochs=4, batch=50))
+        finetune(
+            network, Teacher(trained.trunk), TrainingBatches(data.train, 50, 0), FinetuneSection(epochs=4, batch=50)
+        )
         assert accuracy(network, data.validation) > before + 0.1
         assert not network.training
         assert all(torch.equal(value, teacher[name]) for name, value in trained.state_dict().items())
@@ -265,7 +304,7 @@ class TestElastic:
         shared = copy.deepcopy(trained)
         teacher = copy.deepcopy(trained.state_dict())
         batches = TrainingBatches(data.train, 50, 0)
-        train_elastic(shared, trained, space, batches, ElasticSection(epochs=4, batch=50))
+        train_elastic(shared, Teacher(trained.trunk), space, batches, ElasticSection(epochs=4, batch=50))
         channels = {group.name: space.smallest(group) for group in space.groups}
         ground = ground_of(trained, space, data, "bn")
         plain, elastic = space.apply(trained, channels), space.apply(shared, channels)

@@ -119,8 +119,14 @@ def test_gates_of_a_study_are_calibrated(pipeline: CompressionPipeline) -> None:
 def test_trainings_that_follow_leave_gates_as_they_are(pipeline: CompressionPipeline) -> None:
     batches = TrainingBatches(tiny.splits().train, 50, 0)
     tuned, elastic = copy.deepcopy(pipeline.network), copy.deepcopy(pipeline.network)
-    finetune(tuned, pipeline.network, batches, FinetuneSection(epochs=1, batch=50))
-    train_elastic(elastic, pipeline.network, pipeline.space.sparsity, batches, ElasticSection(epochs=1, batch=50))
+    finetune(tuned, pipeline.compressor.context.teacher, batches, FinetuneSection(epochs=1, batch=50))
+    train_elastic(
+        elastic,
+        pipeline.compressor.context.teacher,
+        pipeline.space.sparsity,
+        batches,
+        ElasticSection(epochs=1, batch=50),
+    )
     for trained in (tuned, elastic):
         for block in BLOCKS:
             torch.testing.assert_close(trained.gate(block).state_dict(), pipeline.network.gate(block).state_dict())

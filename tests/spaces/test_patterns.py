@@ -226,7 +226,7 @@ def test_gradual_fine_tuning_learns(pipeline) -> None:
     narrowing = GradualPruning(pipeline.network, {}, candidate.channels, pipeline.space.sparsity)
     batches = TrainingBatches(pipeline.data.train, settings.batch, 0)
     before = _accuracy(network, pipeline)
-    finetune(network, pipeline.network, batches, settings, gradual=narrowing)
+    finetune(network, pipeline.compressor.context.teacher, batches, settings, gradual=narrowing)
     pipeline.compressor.recovery.recover(network, candidate.channels)
     assert _accuracy(network, pipeline) > max(before, 0.5)
 
