@@ -64,6 +64,10 @@ class Outcome:
     remarks: list[str] = field(default_factory=list)
 
 
+PROCESSOR_SECONDS = "processor_seconds"
+"""Attribute of a trial: the processor time that it took here; that of a board is not in it."""
+
+
 class Coordinator:
     """Runs the trials of one search and writes each to its journal. `build_coordinator` makes one.
 
@@ -179,7 +183,7 @@ class Coordinator:
             ) from error
 
     def _one_trial(self) -> None:
-        begin = time.monotonic()
+        begin, begin_work = time.monotonic(), time.process_time()
         trial = self._ask()
         self._overhead["ask"] += time.monotonic() - begin
         try:
@@ -194,6 +198,7 @@ class Coordinator:
             begin_tell = time.monotonic()
             if choices.is_unsolved:
                 trial.set_user_attr("choices", choices.key)
+            trial.set_user_attr(PROCESSOR_SECONDS, time.process_time() - begin_work)
             version = Version(trial.number, evaluation)
             self._tell(trial, version, self._evaluator.record(choices, version))
             self._overhead["tell"] += time.monotonic() - begin_tell

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
+from search.loop.coordinator import PROCESSOR_SECONDS
 from search.loop.interrupts import Interrupts
 from search.loop.recovery_rounds import next_training
 from search.pipeline.exit_thresholds import ExitThresholdSolver
@@ -53,9 +55,14 @@ def recover_front(pipeline: CompressionPipeline, journal: optuna.Study, baseline
 
 
 def _search_seconds(pipeline: CompressionPipeline, journal: optuna.Study) -> float:
-    """Returns what the search took: the processor time of weights that versions share, and the time of its trials."""
-    durations = [trial.duration.total_seconds() for trial in journal.get_trials(deepcopy=False) if trial.duration]
-    return pipeline.compressor.recovery.trained.seconds + sum(durations)
+    """Returns the processor time that the search took: that of weights that versions share, and that of its trials."""
+    trials = map(_seconds, journal.get_trials(deepcopy=False))
+    return pipeline.compressor.recovery.trained.seconds + sum(trials)
+
+
+def _seconds(trial: FrozenTrial) -> float:
+    lasted = trial.duration.total_seconds() if trial.duration else 0.0
+    return float(trial.user_attrs.get(PROCESSOR_SECONDS, lasted))  # earlier searches did not note it
 
 
 def _rounds(journal: optuna.Study) -> dict[int, list[Round]]:

@@ -123,6 +123,27 @@ class TestFit:
         timed = fit(student, learn(student), batches, FittingSection(minutes=0.001, batch=50))
         assert timed.seconds >= 0.06
 
+    def test_a_network_that_cannot_read_channels_last_is_trained(self, data) -> None:
+        class Viewed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, self.last = nn.Conv2d(1, 4, 3), nn.Linear(144, 10)
+
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                features = self.layer(images)
+                return self.last(features.view(len(images), -1))
+
+        network = Viewed()
+        before = copy.deepcopy(network.last.weight)
+
+        def step(batch: Batch) -> float:
+            loss = nn.functional.cross_entropy(network(batch.images), batch.labels)
+            loss.backward()
+            return loss.item()
+
+        fit(network, step, TrainingBatches(data.train, 50, 0), SHORT)
+        assert not torch.equal(network.last.weight, before)
+
     def test_waiting_for_a_processor_does_not_shorten_a_training_in_minutes(self, student, data) -> None:
         def waits(batch: Batch) -> float:
             time.sleep(0.1)

@@ -8,8 +8,13 @@ Sources: Sinha and Zoltners, The Multiple-Choice Knapsack Problem, 1979; Yao et 
 Quantization, 2021, for precisions; Shen et al., HALP: Hardware-Aware Latency Pruning, 2021, for channels.
 """
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,13 +164,14 @@ class _Solver:
         damage, seconds = self._coefficients(row)
         allowed = time * float(self._flops.sum() * self._speeds[0])
         within_time = LinearConstraint(csr_array(seconds[None, :]), ub=allowed)
-        solution = milp(
-            damage,
-            integrality=np.ones(len(damage)),
-            bounds=Bounds(0, 1),
-            constraints=[within_time, self._one_of_each(), self._options_have_the_width_of_their_group()],
-            options={"mip_rel_gap": _GAP, "time_limit": _TIME_LIMIT_S},
-        )
+        with _silent():
+            solution = milp(
+                damage,
+                integrality=np.ones(len(damage)),
+                bounds=Bounds(0, 1),
+                constraints=[within_time, self._one_of_each(), self._options_have_the_width_of_their_group()],
+                options={"mip_rel_gap": _GAP, "time_limit": _TIME_LIMIT_S},
+            )
         return None if solution.x is None else self._row_of(solution.x > 0.5)
 
     def _coefficients(self, row: Array) -> tuple[Array, Array]:
@@ -262,3 +268,18 @@ class _Solver:
             if dimension is not None:
                 row[self._codec.names.index(dimension)] = self._precisions[option.layer].index(option.precision)
         return self.with_exits(row, 1.0)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps from the screen what the solver prints whatever its options say."""
+    sys.stdout.flush()
+    screen = os.dup(1)
+    try:
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what it printed may still wait in its own buffer
+        os.dup2(screen, 1)
+        os.close(screen)
