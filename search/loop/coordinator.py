@@ -24,7 +24,7 @@ from search.pipeline.early_stopping import saved_seconds
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
-from search.results.store import REPORT, Baseline, objectives_of
+from search.results.store import PROCESSOR_SECONDS, REPORT, Baseline, objectives_of
 from search.samplers.base import InformedSampler, SearchKnowledge
 from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Codec
@@ -62,10 +62,6 @@ class Outcome:
     code: int
     overhead_s: dict[str, float] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
-
-
-PROCESSOR_SECONDS = "processor_seconds"
-"""Attribute of a trial: the processor time that it took here; that of a board is not in it."""
 
 
 class Coordinator:

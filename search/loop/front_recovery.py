@@ -7,7 +7,6 @@ from optuna.trial import FrozenTrial
 
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
-from search.loop.coordinator import PROCESSOR_SECONDS
 from search.loop.interrupts import Interrupts
 from search.loop.recovery_rounds import next_training
 from search.pipeline.exit_thresholds import ExitThresholdSolver
@@ -15,7 +14,7 @@ from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version, most_promising
 from search.results.rounds import Round, rounds_of, store_rounds
-from search.results.store import Baseline, store_recovered, versions_of, versions_of_study
+from search.results.store import PROCESSOR_SECONDS, Baseline, store_recovered, versions_of, versions_of_study
 
 RECOVERABLE = 0.05
 """Accuracy below the limit, as a share, up to which a version is recovered in full."""

@@ -29,6 +29,8 @@ from search.results.simple_versions import GivenMeasurements, SimpleVersion
 from spaces.errors import UserError
 
 JOURNAL = "journal.log"
+PROCESSOR_SECONDS = "processor_seconds"
+"""Attribute of a trial: the processor time that it took here; that of a board is not in it."""
 REPORT = "sampler"
 """Journal attribute of the sampler's report: quality of its surrogates, and sources of its proposals."""
 _BEGUN = b'"baseline"'

@@ -34,6 +34,8 @@ from studies.cifar10.model import ResNet20, SubsampledShortcut
 INT8_METHODS = ("MinMax", "Percentile", "Entropy")
 _TRIAL_S = 5.0
 """Processor seconds that plain Optuna fine-tunes each trial for."""
+_NOTHING_WITHIN = 1
+"""Exit code of a search that found no version within its budget."""
 
 
 @dataclass(frozen=True)
@@ -365,6 +367,8 @@ def command(*arguments: str) -> str:
     """Returns what a command of this program prints as its result; its remarks go to standard error."""
     print(f"$ python -m search {' '.join(arguments)}", file=sys.stderr, flush=True)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
-        subprocess.run([sys.executable, "-m", "search", *arguments], check=False, stdout=out)
+        ended = subprocess.run([sys.executable, "-m", "search", *arguments], check=False, stdout=out)
+        if ended.returncode not in (0, _NOTHING_WITHIN):
+            raise RuntimeError(f"search {arguments[0]} ends with 0 or {_NOTHING_WITHIN}, got {ended.returncode}")
         out.seek(0)
         return out.read()
