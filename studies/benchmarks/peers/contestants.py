@@ -344,7 +344,7 @@ class ThisProgram:
 
     def _study(self, question: Question) -> Study:
         minutes = question.minutes
-        final = FinalSection(versions=self._picks, of_search=1.0)
+        final = FinalSection(versions=self._picks, of_search=0.8)  # of 0.55 of the minutes
         recovery = question.study.recovery.model_copy(
             update={"elastic": ElasticSection(minutes=0.3 * minutes, seed=question.seed), "final": final}
         )
@@ -359,8 +359,8 @@ class ThisProgram:
 
 
 def _trials(minutes: float) -> int:
-    """Returns how many trials take about a fifth of the time, at one and a half seconds each."""
-    return max(round(0.2 * minutes * 60 / 1.5), 12)
+    """Returns how many trials take about a quarter of the time, at five seconds each."""
+    return max(round(0.25 * minutes * 60 / 5), 12)
 
 
 def command(*arguments: str) -> str:
