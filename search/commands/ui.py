@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from search.commands.libraries import set_up_libraries
-from search.results.store import StoreError, find_search
+from search.results.folders import StoreError
+from search.results.store import find_search
 from search.tracking.store import PAGE, Tracking, quiet, remembered
 from spaces.errors import UserError
 
