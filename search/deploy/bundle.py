@@ -259,6 +259,7 @@ def _write_files(
         image_shape=pipeline.data.image_shape,
         input_size=artifact.input_size,
         classes=pipeline.data.classes,
+        class_names=pipeline.data.names,
         frames=Frames(**asdict(artifact.reuse)) if artifact.reuse else None,
         reference=DenseReference(REFERENCE, precision, reference.seconds),
         leaving=tuple(value for name, value in confirmed.latency.notes.items() if name.startswith(LEFT)),
