@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING or __package__:
+if TYPE_CHECKING or __package__ == "evaluators.bundle":
     from evaluators.bundle.manifest import Frames, Manifest
     from evaluators.inference.frame_reuse import FrameReuse
     from evaluators.inference.inputs import read_all

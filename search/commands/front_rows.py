@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -10,14 +10,20 @@ from rich import box
 from rich.table import Table
 
 from evaluators.streams import KEY_FRAMES
+from search.config.units import milliseconds, size
 from search.report.describe import kept_share
 from search.report.layers import leaving_shares
 from search.report.overview import Overview
 from search.results.pareto import Version
 from search.tracking.trial_run import figures, reason_of
 
-Row = Mapping[str, str | int | float | bool | None]
-_CELLS = {"accuracy_pct": "{:.2f}%", "latency_ms": "{:.2f} ms", "speedup": "{:.2f}x", "size_mb": "{:.3g} MB"}
+Row = Mapping[str, Any]
+_CELLS: Mapping[str, Callable[[float], str]] = {
+    "accuracy_pct": lambda value: f"{value:.2f}%",
+    "latency_ms": lambda value: milliseconds(value / 1e3),
+    "speedup": lambda value: f"{value:.2f}x",
+    "size_mb": lambda value: size(value * 1e6),
+}
 """Columns of the table for a terminal, and how each is written."""
 
 
@@ -60,14 +66,9 @@ def trials_table(rows: Sequence[Row]) -> Table:
         table.add_column(heading, no_wrap=True)
     table.add_column("reason")
     for row in rows:
-        cells = [_cell(row, column, form) for column, form in _CELLS.items()]
+        cells = ["-" if row.get(name) is None else form(row[name]) for name, form in _CELLS.items()]
         table.add_row(str(row["version"]), _shown_state(row), *cells, str(row.get("reason") or ""))
     return table
-
-
-def _cell(row: Row, column: str, form: str) -> str:
-    value = row.get(column)
-    return "-" if value is None else form.format(value)
 
 
 def _shown_state(row: Row) -> str:

@@ -62,7 +62,8 @@ def imagenet(place: str, download: bool) -> DataSource:  # noqa: ARG001  its lic
 
     pools = {}
     reasons = []
-    classes, names = (), ()
+    classes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     for part, name in (("train", "train"), ("validation", "val")):
         try:
             data_set = ImageNet(place, split=name)

@@ -30,6 +30,8 @@ from search.results.simple_versions import GivenMeasurements, SimpleVersion
 
 REPORT = "sampler"
 """Journal attribute of the sampler's report: quality of its surrogates, and sources of its proposals."""
+REMARKS = "remarks"
+"""Key of the same in words, in the sampler's report."""
 _RECOVERED = "recovered."
 _SAMPLER = "sampler."
 _GIVEN = "given"

@@ -159,7 +159,7 @@ def test_a_bundle_classifies_in_three_lines_of_python(folder, tmp_path, pipeline
     description = json.loads((out / "bundle.json").read_text())
     as_trained = {"size": 8, "resize": 8, "mean": [0.5], "std": [0.5], "interpolation": "BILINEAR"}
     (out / "bundle.json").write_text(json.dumps(description | {"preprocessing": as_trained}))
-    script = "import sys; sys.path.insert(0, 'deploy')\nfrom run import load\nprint(load('deploy').classify('dog.png'))"
+    script = "from deploy.run import load\nnetwork = load('deploy')\nprint(network.classify('dog.png'))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.stdout.strip() in pipeline.data.names, done.stderr
     no_pillow = f"import sys; sys.modules['PIL'] = None\n{script}"
