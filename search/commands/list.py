@@ -18,7 +18,8 @@ from search.results.pareto import Version, choose
 from search.results.store import SearchFolder, StoredSearch
 from spaces.errors import UserError
 
-RUNNING, STOPPED, ENDED = "running", "stopped", "ended"
+RUNNING, STOPPED = "running", "stopped"
+ENDED = "ended"
 NO_TRIAL, UNREADABLE = "no trial yet", "unreadable"
 """The states of a search; one that was stopped goes on where it was by the command that began it."""
 

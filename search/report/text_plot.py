@@ -51,7 +51,7 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
     rows = [f"{labels.get(row, ''):>{_MARGIN}}{side}{''.join(cells[row])}".rstrip() for row in range(height)]
     scale = milliseconds(left / 1e3)
     ends = f"{'':>{_MARGIN}} {scale}{milliseconds(right / 1e3):>{columns - len(scale)}}"
-    return "\n".join(
+    text = "\n".join(
         [
             *rows,
             f"{'':>{_MARGIN}}{corner}{floor * columns}",
@@ -59,6 +59,7 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
             *_legend(overview, lines != [], limit, left <= coordinates(overview.dense)[0] <= right, width),
         ]
     )
+    return text.replace("µs", "us") if ascii_only else text
 
 
 def _legend(overview: Overview, has_limit: bool, limit: str, has_dense: bool, width: int) -> list[str]:
