@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -114,7 +114,7 @@ def _measured(version: Version, dense: Version) -> dict[str, Any]:
     }
 
 
-def _routes(version: Version, exits: Sequence[str]) -> dict[str, float]:
+def _routes(version: Version, exits: Iterable[str]) -> dict[str, float]:
     """Returns the shares of the inputs that leave at each exit, and of key frames where there are frames."""
     leave = zip(exits, leaving_shares(version), strict=True)
     keys = version.measured["accuracy"].notes.get(KEY_FRAMES)
