@@ -152,6 +152,10 @@ class Splits:
         validation: for the accuracies of the search.
         test: used by `pick` only, once.
         classes: the number of classes.
+        names: of the classes, in the order of the labels; empty where they have none.
+
+    Raises:
+        ValueError: some classes have names and others none.
     """
 
     train: LabelledImages
@@ -159,6 +163,11 @@ class Splits:
     validation: LabelledImages
     test: LabelledImages
     classes: int
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.names and len(self.names) != self.classes:
+            raise ValueError(f"there is one name per class, got {len(self.names)} for {self.classes} classes")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

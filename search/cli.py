@@ -4,14 +4,39 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from evaluators.runtimes.registry import check_target
+from search.commands.options import (
+    RUNS,
+    AsJson,
+    Budgets,
+    Data,
+    Download,
+    Model,
+    OtherTarget,
+    Quiet,
+    Runs,
+    Search,
+    SearchOfStudy,
+    SearchToRun,
+    StudyName,
+    Target,
+    TrackingUri,
+    Weights,
+)
 from search.config.budget import Budget
+from search.config.objectives import check_preference
 from search.config.overrides import Ending, Request, read_dimensions, read_objectives
+from search.config.registries import SAMPLERS
+from search.config.study import finetuning
+from search.deploy.folders import check_bundle, check_out
 from search.report.output import Output
+from search.results.folders import known_search, side_of
 from spaces.errors import UserError
 
 app = typer.Typer(
@@ -21,52 +46,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-StudyName = Annotated[
-    str | None, typer.Option("--study", help="Name of an included study, or path of a study.toml; default: scenes.")
-]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", metavar="SOURCE", help="torchvision:NAME[@WEIGHTS], module:function, file.py:function."),
-]
-Weights = Annotated[str | None, typer.Option("--weights", metavar="FILE", help="File with a state dict for the model.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data", metavar="SOURCE", help="imagefolder:PATH, cifar10:PATH, ..., module:function, file.py:function."
-    ),
-]
-Download = Annotated[bool, typer.Option("--download", help="Let torchvision download missing weights and images.")]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the searches and of the MLflow database.")]
-Search = Annotated[str | None, typer.Option("--search", metavar="NAME", help="Name of a search; default: the latest.")]
-SearchToRun = Annotated[
-    str | None, typer.Option("--search", metavar="NAME", help="Name of this search; default: study, sampler and seed.")
-]
-SearchOfStudy = Annotated[str | None, typer.Option("--search", metavar="NAME", help="Take the study of this search.")]
-Budgets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--budget",
-        "-b",
-        metavar="LIMIT",
-        help="Hard limit, such as 'latency<5ms' or latency=5ms; repeat the option or separate limits by commas.",
-    ),
-]
-Target = Annotated[
-    str | None,
-    typer.Option("--target", help="Runtime to measure on, or ssh://[user@]host[:port] for a board; see: doctor."),
-]
-TrackingUri = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri", metavar="URI", help="MLflow server; default: $MLFLOW_TRACKING_URI, else a database in --runs."
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and warnings.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON; everything else goes to standard error.")
-]
-
-RUNS = Path("runs")
 _INTERRUPTED = 130
 EXIT_THRESHOLDS: Mapping[str, Literal["solved", "searched"]] = {
     "solved": "solved",
@@ -93,7 +72,7 @@ def run(arguments: list[str]) -> int:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        return _error_code(message())
+        return _error_code(message().rstrip(".") + _quoting_hint(message(), arguments))
     if result == _INTERRUPTED:  # typer returns this code for Ctrl-C without a message
         sys.stderr.write("Interrupted; finished work is kept, and the same command goes on where it was.\n")
     return result if isinstance(result, int) else 0
@@ -119,10 +98,30 @@ def _check_no_options(context: typer.Context) -> None:
             )
 
 
+def _quoting_hint(message: str, arguments: list[str]) -> str:
+    """Returns a hint if words are left over because a value with spaces was not quoted; else an empty text."""
+    if "No such command" not in message and "unexpected extra argument" not in message:
+        return ""
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    words = arguments[1:] if arguments[0] in commands else arguments
+    groups = [list(group) for is_option, group in groupby(words, lambda word: word.startswith("-")) if not is_option]
+    value = next((" ".join(group) for group in groups if len(group) > 1), "")
+    return f"; a value with spaces is quoted: {shlex.quote(value)}" if value else ""
+
+
 def _error_code(message: str) -> int:
     """Writes an error message in one line, and returns the exit code 2."""
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2
+
+
+def _show_version(is_asked: bool) -> None:
+    """Prints the program's version and ends, if that is asked for."""
+    if is_asked:
+        from search.config.environment import package_version
+
+        typer.echo(f"deployfront {package_version('deployfront') or 'from source'}")
+        raise typer.Exit
 
 
 @app.callback(invoke_without_command=True)
@@ -178,6 +177,9 @@ def search(
     runs: Runs = RUNS,
     quiet: Quiet = False,
     as_json: AsJson = False,
+    show_version: Annotated[  # noqa: ARG001  its callback ends the program
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> int:
     """Searches for the versions of a trained network that are worth deploying within a budget.
 
@@ -190,7 +192,10 @@ def search(
     only = read_dimensions(search_only) if search_only is not None else None
     aims = read_objectives(objectives) if objectives is not None else None
     request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only, aims)
-    request.to_study()  # reports errors before heavy libraries are imported
+    chosen = request.to_study()  # errors are told before heavy libraries are imported
+    request.check_budget()
+    SAMPLERS.known(sampler or chosen.search.sampler)
+    check_target(chosen.target.runtime)
     from search.commands.run import run_search
 
     output, ending = Output(quiet, as_json), Ending(trials, timeout, patience)
@@ -223,6 +228,14 @@ def init(
     return 0
 
 
+@app.command("list")
+def list_searches(runs: Runs = RUNS, as_json: AsJson = False) -> int:
+    """Lists the searches of a folder, with their budgets, their states and their best versions."""
+    from search.commands.list import list_searches as show
+
+    return show(runs, Output(as_json=as_json))
+
+
 @app.command()
 def front(
     budget: Budgets = None,
@@ -230,14 +243,19 @@ def front(
     runs: Runs = RUNS,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the front as CSV.")] = False,
+    every_trial: Annotated[
+        bool, typer.Option("--all", help="Every trial, whatever became of it, with its figures and its choices.")
+    ] = False,
 ) -> int:
     """Shows the front of a search, within its own budget or another one."""
     limits = _limits(budget)
     if as_json and as_csv:
         raise UserError("the front is written in one form, got --json and --csv; leave one out")
-    from search.commands.front import show_front
+    found = known_search(runs, name)
+    from search.commands.front import show_front, show_trials
 
-    return show_front(limits, name, runs, "json" if as_json else "csv" if as_csv else "table")
+    show = show_trials if every_trial else show_front
+    return show(limits, found, runs, "json" if as_json else "csv" if as_csv else "table")
 
 
 @app.command()
@@ -262,9 +280,14 @@ def pick(
 ) -> int:
     """Picks the best version within a budget, measures it again, writes it as a bundle and registers it in MLflow."""
     limits = _limits(budget)
+    check_preference(prefer)
+    if finetune:
+        finetuning(finetune, None)
+    check_out(out)
+    found = known_search(runs, name)
     from search.commands.pick import run_pick
 
-    return run_pick(limits, prefer, out, name, runs, finetune, tracking_uri, Output(quiet, as_json), trial)
+    return run_pick(limits, prefer, out, found, runs, finetune, tracking_uri, Output(quiet, as_json), trial)
 
 
 @app.command()
@@ -280,9 +303,12 @@ def report(
 ) -> int:
     """Writes a report on a search as one page: question, front, the versions most worth deploying, caveats."""
     limits = _limits(budget)
+    if out is not None and out.suffix not in (".html", ".md"):
+        raise UserError(f"a report is a page or Markdown, got {out}; end its name in .html or .md")
+    found = known_search(runs, name)
     from search.commands.report import run_report
 
-    return run_report(limits, name, runs, out, Output(quiet, as_json))
+    return run_report(limits, found, runs, out, Output(quiet, as_json))
 
 
 @app.command()
@@ -295,6 +321,8 @@ def compare(
     as_json: AsJson = False,
 ) -> int:
     """Compares two versions or two searches, layer by layer, and says which differences may be noise."""
+    for side in (first, second):
+        side_of(side, runs)
     from search.commands.compare import run_compare
 
     return run_compare(first, second, runs, Output(as_json=as_json))
@@ -309,9 +337,10 @@ def sync(
     as_json: AsJson = False,
 ) -> int:
     """Writes the results of a search to MLflow that are not there yet."""
+    found = known_search(runs, name)
     from search.commands.sync import run_sync
 
-    return run_sync(name, runs, tracking_uri, Output(quiet, as_json))
+    return run_sync(found, runs, tracking_uri, Output(quiet, as_json))
 
 
 @app.command()
@@ -330,9 +359,12 @@ def profile(
     request = Request(study, None, model, weights, data)
     if name is not None and request != Request():
         raise UserError(f"a profile is of one study, got --search {name} and another; leave one out")
+    found = known_search(runs, name) if name is not None else None
+    if found is None:
+        request.to_study()
     from search.commands.profile import run_profile
 
-    return run_profile(request, name, runs, download, Output(quiet, as_json))
+    return run_profile(request, found, runs, download, Output(quiet, as_json))
 
 
 @app.command()
@@ -356,10 +388,7 @@ def diagnose(
             metavar="FILE", help="An ONNX file of this network, from any exporter, or the folder of a bundle."
         ),
     ] = None,
-    against_target: Annotated[
-        str | None,
-        typer.Option("--against-target", metavar="TARGET", help="Compare with the same files on this other target."),
-    ] = None,
+    against_target: OtherTarget = None,
     images: Annotated[int, typer.Option(min=2, help="Number of validation images, at most.")] = 64,
     name: SearchOfStudy = None,
     runs: Runs = RUNS,
@@ -382,9 +411,13 @@ def diagnose(
         raise UserError(f"a search has a study, got {'--search' if name else '--trial'} and another; leave one out")
     if not named and comparison.own_study is not None:
         request = replace(request, study=comparison.own_study)
+    is_of_search = name is not None or trial is not None
+    found = known_search(runs, name) if is_of_search else None
+    if found is None and comparison.bundle is None:
+        request.to_study()
     from search.commands.diagnose import run_diagnose
 
-    return run_diagnose(request, comparison, name, runs, download, Output(quiet, as_json))
+    return run_diagnose(request, comparison, found, runs, download, Output(quiet, as_json))
 
 
 @app.command()
@@ -397,9 +430,10 @@ def ui(
     ] = 5000,
 ) -> int:
     """Opens MLflow's user interface with the logged searches."""
+    found = known_search(runs, name)
     from search.commands.ui import serve
 
-    return serve(name, runs, port, tracking_uri)
+    return serve(found, runs, port, tracking_uri)
 
 
 @app.command()
@@ -409,6 +443,7 @@ def measure(
     as_json: AsJson = False,
 ) -> int:
     """Measures a bundle again, here or on a board; exits with 1 if its answers differ from those recorded."""
+    check_bundle(bundle)
     from search.commands.measure import run_measure
 
     return run_measure(bundle, target, as_json)

@@ -88,6 +88,7 @@ class Manifest:
         image_shape: of one input, `(c, h, w)`.
         input_size: height and width that inputs are resized to before the first file; None for their own.
         classes: number of classes.
+        class_names: of the classes, in their order; empty where they have none.
         frames: which frames of a stream are computed; None for independent inputs.
         reference: the network that its latency is relative to; None if latency was measured without one.
         leaving: the share of the images that each exit and the end answered when its latency was confirmed.
@@ -111,6 +112,7 @@ class Manifest:
     image_shape: tuple[int, ...] = ()
     input_size: int | None = None
     classes: int = 0
+    class_names: tuple[str, ...] = ()
     frames: Frames | None = None
     reference: DenseReference | None = None
     leaving: tuple[float, ...] = ()
@@ -131,18 +133,24 @@ class Manifest:
         """How the files are run, as `staged.from_json` reads it: steps, or a threshold for each exit."""
         return self.steps or self.thresholds
 
+    def class_name(self, label: int) -> str:
+        """Returns the name of a class; its number where it has none."""
+        return self.class_names[label] if self.class_names else str(label)
+
     def portable_files(self, folder: Path) -> list[Path]:
         """Returns the files in the form that every runtime reads, in the order in which they are run."""
         portable = [folder / "portable" / name for name in self.deployed]
         return [file if file.is_file() else folder / file.name for file in portable]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready copy; `frames` and `input_size` are keys only where there are some."""
+        """Returns a JSON-ready copy; `frames`, `input_size` and `class_names` are keys only where there are some."""
         content = asdict(self)
         if self.input_size is None:
             del content["input_size"]
         if self.frames is None:
             del content["frames"]
+        if not self.class_names:
+            del content["class_names"]
         return content
 
     @classmethod

@@ -8,7 +8,8 @@ those similar to the last key frame get its answer. It needs onnxruntime and num
 with engines uses TensorRT, and one made for OpenVINO uses OpenVINO, where they are installed. From Python:
 
     network = load("path/to/bundle")
-    logits, routes = network(images)
+    network.classify("dog.png")  # the name of its class
+    logits, routes = network(images)  # (n, c, h, w) float32, preprocessed as in training
 
     stream = follow("path/to/bundle")
     key_frame, is_new = stream.frame(image)  # (1, c, h, w); key_frame.logits, key_frame.routes
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING or __package__:
+if TYPE_CHECKING or __package__ == "evaluators.bundle":
     from evaluators.bundle.manifest import Frames, Manifest
     from evaluators.inference.frame_reuse import FrameReuse
     from evaluators.inference.inputs import read_all
@@ -75,26 +76,56 @@ FEW = 20
 """Up to this number of inputs, their exits are printed one by one even without `--show`."""
 
 
-def load(folder: str | Path) -> Network:
+class Classifier:
+    """A bundle's network.
+
+    Args:
+        network: maps images at its own size to logits and routes.
+        manifest: of the bundle.
+    """
+
+    def __init__(self, network: Network, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._network = network
+        self._shape = tuple(manifest.image_shape)
+        self._size = manifest.input_size
+
+    def __call__(self, images: Floats) -> tuple[Floats, Routes]:
+        """Returns logits `(n, classes)` and routes `(n,)` of images `(n, c, h, w)`, preprocessed as in training.
+
+        Raises:
+            ValueError: they have another shape or type.
+        """
+        if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.shape[1:] != self._shape:
+            kind = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise ValueError(f"images are a float32 array (n, {', '.join(map(str, self._shape))}), got {kind}")
+        return self._network(resized(images, self._size))
+
+    def classify(self, file: str | Path) -> str:
+        """Returns the class of a picture, or of the one image of a .npy file: its name, else its number.
+
+        Raises:
+            ValueError: the file has other content, or a picture needs pillow.
+            OSError: it cannot be read.
+        """
+        if not isinstance(file, str | Path):
+            raise ValueError(f"a picture is named by its file, got {type(file).__name__}; call network(images)")
+        images = [images for _, images, _ in read_all(Path(file), self._shape, self.manifest.preprocessing)]
+        count = sum(map(len, images))
+        if count != 1:
+            raise ValueError(f"one picture is classified at a time, got {count} in {str(file)!r}; for more: run.py")
+        return self.manifest.class_name(int(self(images[0])[0].argmax()))
+
+
+def load(folder: str | Path) -> Classifier:
     """Returns the bundle's network, on TensorRT or OpenVINO if made for them and installed, else on ONNX Runtime."""
     return load_with_library(folder)[1]
 
 
-def load_with_library(folder: str | Path) -> tuple[str, Network]:
+def load_with_library(folder: str | Path) -> tuple[str, Classifier]:
     """Returns the name of the library that runs the bundle's network on this machine, and the network."""
     library, network = _loaded(Path(folder))
-    manifest = Manifest.read(Path(folder))
-    size = manifest.input_size
-    if size is None:
-        return library, network
-    shape = tuple(manifest.image_shape)
-
-    def at_size(images: Floats) -> tuple[Floats, Routes]:
-        if tuple(images.shape[1:]) != shape:  # any other shape would be resized too, and answered wrongly
-            raise ValueError(f"images are (n, {', '.join(map(str, shape))}), got {tuple(images.shape)}")
-        return network(resized(images, size))
-
-    return library, at_size
+    return library, Classifier(network, Manifest.read(Path(folder)))
 
 
 def _loaded(bundle: Path) -> tuple[str, Network]:
@@ -251,7 +282,8 @@ def _print_inputs(manifest: Manifest, files: Sequence[InputFile], classes: NDArr
     """Prints the class and the route of each input."""
     names = [f"{name}[{row}]" if len(images) > 1 else name for name, images, _ in files for row in range(len(images))]
     for name, label, route in zip(names, classes, _described_routes(manifest, routes), strict=True):
-        print(f"  {name}: class {label}, at {route}")
+        named = f" {manifest.class_name(label)}" if manifest.class_names else ""
+        print(f"  {name}: class {label}{named}, at {route}")
 
 
 def _print_accuracy(files: Sequence[InputFile], classes: NDArray[np.int64]) -> int | None:

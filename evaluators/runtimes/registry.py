@@ -1,11 +1,14 @@
 """Every runtime, by its name in `--target`; a library is imported when its runtime is first used."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from evaluators.runtimes.base import Runtime, TargetError
-from spaces.registry import FORM, Registry, is_reference, nearest
+from spaces.registry import FORM, Registry, UnknownNameError, is_reference, nearest
 
-RUNTIMES: Registry[type[Runtime]] = Registry(
+if TYPE_CHECKING:
+    from evaluators.runtimes.base import Runtime
+
+RUNTIMES: "Registry[type[Runtime]]" = Registry(
     "a target",
     {
         "onnxruntime": "evaluators.runtimes.onnxruntime_cpu:OnnxRuntime",
@@ -15,27 +18,42 @@ RUNTIMES: Registry[type[Runtime]] = Registry(
 )
 """Runtimes on this machine."""
 
-REMOTE: Registry[Callable[[str], Runtime]] = Registry(
+REMOTE: "Registry[Callable[[str], Runtime]]" = Registry(
     "a remote target", {"ssh": "evaluators.runtimes.remote.runtime:RemoteRuntime"}
 )
 """Runtimes on other machines, by the scheme of the target's URL."""
 
 
-def runtime(name: str) -> Runtime:
-    """Returns the runtime called `name` on this machine, or for `ssh://[user@]host` the one on that board.
+def check_target(name: str) -> None:
+    """Checks that a target has a name that exists, without importing its library.
 
     Raises:
-        TargetError: there is no such runtime, it is not installed here, or the board cannot be reached.
-        UnknownNameError: it is named `package.module:attribute`, and cannot be imported.
+        UnknownNameError: it has not.
     """
-    scheme, separator, _ = name.partition("://")
-    if separator and scheme in REMOTE:
-        return REMOTE[scheme](name)
-    if name not in RUNTIMES and not is_reference(name):
+    if not _is_remote(name) and name not in RUNTIMES and not is_reference(name):
         near = nearest(name, RUNTIMES)
         remedy = f"did you mean {near!r}?" if near else "see: python -m search doctor"
         known = f"ssh://[user@]host, {FORM} or one of {', '.join(RUNTIMES)}"
-        raise TargetError(f"a target is {known}, got {name!r}; {remedy}")
+        raise UnknownNameError(f"a target is {known}, got {name!r}; {remedy}")
+
+
+def _is_remote(name: str) -> bool:
+    scheme, separator, _ = name.partition("://")
+    return bool(separator) and scheme in REMOTE
+
+
+def runtime(name: str) -> "Runtime":
+    """Returns the runtime called `name` on this machine, or for `ssh://[user@]host` the one on that board.
+
+    Raises:
+        UnknownNameError: there is no such runtime.
+        TargetError: it is not installed here, or the board cannot be reached.
+    """
+    from evaluators.runtimes.base import TargetError  # not before a name is checked
+
+    check_target(name)
+    if _is_remote(name):
+        return REMOTE[name.partition("://")[0]](name)
     runtime_class = RUNTIMES[name]
     reason = runtime_class.missing()
     if reason:

@@ -1,5 +1,6 @@
 """`python -m search diagnose`: shows the causes of differences first, then the layers."""
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,13 +98,19 @@ def _capital(text: str) -> str:
 
 
 def layer_table(diagnosis: "Diagnosis") -> Table:
-    """Returns a table of the layers that lose most, in the order in which they run, for 80 characters or more."""
-    layers = diagnosis.compared.layers
+    """Returns a table of the layers that lose most, in the order in which they run, for 80 characters or more.
+
+    Layers whose output is exact are left out.
+    """
+    layers = [layer for layer in diagnosis.compared.layers if layer.sqnr_db < math.inf]
+    exact = len(diagnosis.compared.layers) - len(layers)
     falls = sorted(layers, key=_fall, reverse=True)[:ROWS]
     shown = [layer for layer in layers if layer in falls]
-    title = "all tensors"
+    title = "all tensors that differ"
     if len(shown) < len(layers):
         title = f"the {len(shown)} of {len(layers)} tensors where most is lost, in order"
+    if exact:
+        title += f"; {exact} more {'is' if exact == 1 else 'are'} exact"
     table = Table(title=title, title_justify="left", caption=_caption(diagnosis), caption_justify="left")
     table.box = box.SIMPLE_HEAD
     table.pad_edge = False

@@ -1,18 +1,15 @@
 """`python -m search front`: the front in a terminal, as JSON or CSV."""
 
-import csv
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from evaluators.streams import KEY_FRAMES
+from search.commands.front_rows import all_rows, front_rows, trials_table, write_csv
 from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
 from search.config.objectives import together
-from search.report.describe import ZEROS, kept_share
-from search.report.layers import leaving_shares
+from search.report.describe import ZEROS
 from search.report.output import write_json, write_lines
 from search.report.overview import Overview, beaten_lines
 from search.report.tables import front_table
@@ -20,7 +17,6 @@ from search.report.text_plot import scatter
 from search.results.pareto import Version, nearest_miss
 from search.results.store import StoredSearch, find_search
 from search.results.violations import broken_limits
-from search.tracking.trial_run import figures
 
 NO_VERSION = 1
 _PLOT = 60
@@ -34,13 +30,23 @@ def show_front(budget: Budget | None, name: str | None, runs: Path, form: str) -
     if form == "json":
         write_json(front_json(overview))
     elif form == "csv":
-        rows = [csv_row(version, overview.dense) for version in [*overview.front, *overview.other_simple]]
-        writer = csv.DictWriter(sys.stdout, list(rows[-1]), extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        write_csv(front_rows(overview))
     else:
         print_front(overview, Console())
     return 0 if overview.front else NO_VERSION
+
+
+def show_trials(budget: Budget | None, name: str | None, runs: Path, form: str) -> int:
+    """Shows every trial of a search, whatever became of it, as a table, JSON or CSV; returns the exit code."""
+    set_up_libraries()
+    rows = all_rows(Overview.of(StoredSearch.read(find_search(runs, name)), budget))
+    if form == "json":
+        write_json(rows)
+    elif form == "csv":
+        write_csv(rows)
+    else:
+        Console().print(trials_table(rows))
+    return 0
 
 
 def front_json(overview: Overview) -> dict[str, Any]:
@@ -59,26 +65,6 @@ def front_json(overview: Overview) -> dict[str, Any]:
 
 def _content(version: Version) -> dict[str, Any]:
     return {"trial": version.trial, **version.evaluation.to_dict()}
-
-
-def csv_row(version: Version, dense: Version) -> dict[str, str | float]:
-    """Returns one version's figures by their headings, which include units."""
-    candidate, whole = version.evaluation.candidate, dense.evaluation.candidate
-    measured = figures(version.evaluation, dense.measured)
-    lost = measured["accuracy_pct"] - figures(dense.evaluation, dense.measured)["accuracy_pct"]
-    leave = zip(whole.thresholds.exits, leaving_shares(version), strict=True)
-    keys = version.measured["accuracy"].notes.get(KEY_FRAMES)
-    return {
-        "trial": version.trial,
-        **measured,
-        "points": round(lost, 4),
-        "channels_pct": round(kept_share(candidate, whole) * 100, 2),
-        "blocks_removed": len(candidate.removed_blocks),
-        "input_size": candidate.input_size or 0,  # 0: the images' own
-        "int8_layers": list(candidate.precision.values()).count("int8"),
-        **{f"leave_at_{name}_pct": round(share * 100, 2) for name, share in leave},
-        **({"key_frames_pct": round(keys * 100, 2)} if keys is not None else {}),
-    }
 
 
 def print_front(overview: Overview, console: Console) -> None:

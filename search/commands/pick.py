@@ -16,7 +16,7 @@ from search.report.describe import accuracy_half_width
 from search.report.display import Display
 from search.report.output import TEXT_OUTPUT, Output, write_json, write_lines
 from search.report.overview import Overview
-from search.results.pareto import PREFERENCES, Version, choose, feasible
+from search.results.pareto import Version, choose, feasible
 from search.results.store import StoredSearch, find_search
 from search.results.violations import limited, violation_line
 from search.tracking.store import Tracking, remembered
@@ -41,8 +41,6 @@ def run_pick(
 ) -> int:
     """Picks, confirms, writes and registers a version; returns the exit code."""
     set_up_libraries()
-    if prefer not in PREFERENCES:
-        raise UserError(f"a preference is one of {', '.join(PREFERENCES)}, got {prefer!r}")
     search = StoredSearch.read(find_search(runs, name))
     more = finetuning(finetune, search.study.recovery.final) if finetune else None
     overview, console = Overview.of(search, budget), output.console()
@@ -50,10 +48,9 @@ def run_pick(
     if not overview.front:
         print_front(overview, console)
         return NO_VERSION
-    from search.deploy.bundle import check_out, confirm, count_pick, finetune_version, time_again, write_bundle
+    from search.deploy.bundle import confirm, count_pick, finetune_version, time_again, write_bundle
     from search.pipeline.pipeline import build_pipeline
 
-    check_out(out)
     with Display(output.progress_console(), output.quiet) as display:
         pipeline = build_pipeline(search.study, display.step, widths=search.widths)
         check_same_network(search.folder, search.folder.open().user_attrs.get("fingerprint"), pipeline.fingerprint)
@@ -149,7 +146,7 @@ def _content(
 
 
 def _check(out: Path) -> str:
-    return f"python {shlex.quote(str(out / 'run.py'))}  (needs onnxruntime and numpy)"
+    return f"python {shlex.quote(str(out / 'run.py'))}  (needs onnxruntime and numpy, and pillow for pictures)"
 
 
 def _confirmation(confirmed: "Confirmed", dense: Version, prefer: str, limits: Budget, used: int) -> list[str]:

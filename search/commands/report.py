@@ -18,8 +18,6 @@ def run_report(budget: Budget | None, name: str | None, runs: Path, out: Path | 
     set_up_libraries()
     search = StoredSearch.read(find_search(runs, name))
     overview = Overview.of(search, budget)
-    if out is not None and out.suffix not in _FORMS:
-        raise UserError(f"a report is a page or Markdown, got {out}; end its name in {' or '.join(_FORMS)}")
     files = [out] if out else [search.folder.path / f"report{form}" for form in _FORMS]
     for file in files:
         _write(file, overview)

@@ -7,13 +7,14 @@ from pathlib import Path
 from evaluators.runtimes.registry import runtime as open_runtime
 from search.commands.front import NO_VERSION, front_json, print_front
 from search.commands.libraries import set_up_libraries
-from search.config.overrides import Ending, Request
+from search.config.overrides import Ending, Request, named_before
 from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.report.display import Display
 from search.report.output import TEXT_OUTPUT, Output, write_json, write_lines
 from search.report.overview import Overview
-from search.results.store import SearchFolder, StoredSearch, StoreError
+from search.results.folders import StoreError
+from search.results.store import SearchFolder, StoredSearch
 from search.tracking.store import Tracking, quiet
 from spaces.errors import UserError
 
@@ -36,8 +37,7 @@ def run_search(
     requested_sampler = sampler or study.search.sampler
     sampler = SAMPLERS.known(requested_sampler)
     study.check_extensions()
-    folder = SearchFolder(runs / name) if name else _folder_of(study, sampler, seed, runs)
-    _check_same_question(folder, study)
+    study, folder = _as_begun(study, sampler, seed, runs, name)
     study = study.with_objectives(folder.objectives(study.search.objectives))
     _check_reachable(tracking_uri, runs)
     runtime = open_runtime(study.target.runtime)  # fails before anything is trained or written if it is missing
@@ -96,15 +96,23 @@ def _check_reachable(tracking_uri: str | None, runs: Path) -> None:
         ) from error
 
 
-def _check_same_question(folder: SearchFolder, study: Study) -> None:
-    if not folder.journal.is_file():
-        return
-    stored = folder.open().user_attrs.get("study")
-    if stored is None:
-        return
-    other = Study.stored(stored)
-    if other.with_objectives(None).question_key != study.with_objectives(None).question_key:
+def _as_begun(study: Study, sampler: str, seed: int, runs: Path, name: str | None) -> tuple[Study, SearchFolder]:
+    """Returns the study under the name that its search began with, perhaps an earlier version's, and its folder.
+
+    Raises:
+        StoreError: the folder belongs to another study.
+    """
+    other = None
+    for each in (study, named_before(study)):
+        folder = SearchFolder(runs / name) if name else _folder_of(each, sampler, seed, runs)
+        if folder.journal.is_file():
+            stored = folder.open().user_attrs.get("study")
+            other = Study.stored(stored) if stored else each
+            if other.with_objectives(None).question_key == each.with_objectives(None).question_key:
+                return each, folder
+    if other is not None:
         raise StoreError(
             f"a search answers one question, got {folder.path}, which belongs to study {other.name!r} with"
             f" {other.budget} on {other.target.runtime}; give another --search or --runs"
         )
+    return study, SearchFolder(runs / name) if name else _folder_of(study, sampler, seed, runs)

@@ -10,8 +10,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from search.commands.libraries import set_up_libraries
-from search.results.store import StoreError, find_search
-from search.tracking.store import PAGE, Tracking, quiet, remembered
+from search.results.folders import StoreError
+from search.results.store import find_search
+from search.tracking.store import MODE, PAGE, Tracking, quiet, remembered
 from spaces.errors import UserError
 
 HOST = "127.0.0.1"
@@ -62,16 +63,16 @@ def _links(tracking: Tracking, search: str, base: str) -> list[str]:
     except Exception as error:  # MLflow has no common class for what may be wrong with it
         raise UserError(f"the UI needs MLflow to answer, got {tracking.shown} ({error}); start its server") from error
     if not summaries:
-        return [f"{base}/", f"The search is not there as a whole yet: python -m search sync --search {search}"]
+        return [f"{base}/#/{MODE}", f"The search is not there as a whole yet: python -m search sync --search {search}"]
     summary = summaries[0].info
     runs = f"{base}/#/experiments/{summary.experiment_id}/runs"
     front = quote(f"tags.search = '{search}' and tags.front = 'true'")
     lines = [
-        f"Front of {search}, with links to its trials:  {runs}/{summary.run_id}?workflowType=machine_learning",
-        f"Its report with all pictures:  {runs}/{summary.run_id}/artifacts/{PAGE}",
-        f"Its front as charts:  {runs}?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={front}",
+        f"Front of {search}, with links to its trials:  {runs}/{summary.run_id}{MODE}",
+        f"Its report with all pictures:  {runs}/{summary.run_id}/artifacts/{PAGE}{MODE}",
+        f"Its front as charts:  {runs}{MODE}&compareRunsMode=CHART&searchFilter={front}",
     ]
-    return [*lines, f"The picked version:  {base}/#/models/{study}"] if study in models else lines
+    return [*lines, f"The picked version:  {base}/#/models/{study}{MODE}"] if study in models else lines
 
 
 def _start(tracking: Tracking, runs: Path, port: int) -> subprocess.Popen[bytes]:

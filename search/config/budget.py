@@ -4,7 +4,6 @@ Lower is better for every metric but accuracy, so each metric has one direction.
 `<` and `>`, which shells take for redirects unless quoted. Energy is not measured: it is FLOPs at a given price.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Self
 
 from evaluators.measurement import METRICS, Measurement, Metric
+from search.config.metric_names import meant
 from spaces.errors import UserError
 
 _SCALES: Mapping[str, Mapping[str, Decimal]] = {
@@ -35,7 +35,7 @@ BUDGET_METRICS: Mapping[str, Metric] = {**METRICS, ACCURACY_DROP.name: ACCURACY_
 
 _PATTERN = re.compile(
     r"""
-    ^(?P<metric>[A-Za-z_]+) (?:\.(?P<statistic>\w+))?        # latency, latency.p99
+    ^(?P<metric>[A-Za-z_][\w-]*) (?:\.(?P<statistic>\w+))?        # latency, latency.p99
     \s*(?P<side><=|>=|<|>|=|:)                              # = and : stand for the metric's direction
     \s*(?P<value>[^\s%@A-Za-z]*(?:[eE][-+]?\d+)?)           # 5, 0.5, 5e-3; parsed as a number later
     \s*(?P<unit>[^\s@]*)                                   # ms, %, nothing
@@ -227,8 +227,7 @@ def _shape_hint(text: str) -> str:
 
 def _metric(name: str) -> Metric:
     if name not in BUDGET_METRICS:
-        near = difflib.get_close_matches(name.lower(), BUDGET_METRICS, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BUDGET_METRICS)}"
+        hint = meant(name, BUDGET_METRICS) or f"choose from {', '.join(BUDGET_METRICS)}"
         raise BudgetError(f"a budget limits a metric that is measured, got {name!r}; {hint}")
     return BUDGET_METRICS[name]
 

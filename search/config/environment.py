@@ -27,7 +27,7 @@ def environment(device: str, state: DeviceState | None = None) -> dict[str, str]
         device: that the runtime uses.
         state: of that device, which may be a board.
     """
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {name: package_version(name) for name in _PACKAGES}
     return {
         "device": device,
         **{f"device's {name}": str(value) for name, value in (state.known() if state else {}).items()},
@@ -38,7 +38,8 @@ def environment(device: str, state: DeviceState | None = None) -> dict[str, str]
     }
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Returns the version of a package; empty if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from evaluators.measurement import METRICS
-from spaces.registry import nearest
+from search.config.metric_names import meant
+from spaces.errors import UserError
 
 Objective = Literal["accuracy", "latency", "flops", "params", "size"]
 Objectives = tuple[Objective, ...]
 OBJECTIVES: Objectives = get_args(Objective)
 """What is measured of every version, in the order in which objectives are written."""
+PREFERENCES = (*OBJECTIVES, "knee")
+"""What a version may be picked for."""
 DEFAULT: Objectives = ("accuracy", "latency")
 BEFORE: Objectives = ("accuracy", "latency", "flops")
 """Those of every search that began before there was a choice."""
@@ -32,10 +35,21 @@ def known_objectives(names: object) -> object:
     unknown = [str(name) for name in names if name not in OBJECTIVES]
     chosen = tuple(name for name in OBJECTIVES if name in names)
     if unknown or chosen[:1] != ("accuracy",) or len(chosen) < 2:
-        near = nearest(unknown[0], OBJECTIVES) if unknown else None
-        meant = f" (did you mean {near!r}?)" if near else ""
-        raise ValueError(f"accuracy and at least one of {', '.join(OBJECTIVES[1:])}{meant}")
+        remedy = meant(unknown[0], OBJECTIVES) if unknown else None
+        hint = f" ({remedy})" if remedy else ""
+        raise ValueError(f"accuracy and at least one of {', '.join(OBJECTIVES[1:])}{hint}")
     return chosen
+
+
+def check_preference(name: str) -> None:
+    """Checks that a version may be picked for this.
+
+    Raises:
+        UserError: it may not.
+    """
+    if name not in PREFERENCES:
+        remedy = meant(name, PREFERENCES) or "leave it out for accuracy"
+        raise UserError(f"a preference is one of {', '.join(PREFERENCES)}, got {name!r}; {remedy}")
 
 
 def together(names: Sequence[str]) -> str:

@@ -185,8 +185,20 @@ def _updated(section: _Section, values: dict[str, Any], clear: bool = False) -> 
         raise StudyError(f"[{name}] {plain(error, type(section))}") from None
 
 
+def named_before(study: Study) -> Study:
+    """Returns a study without a name of its own under the name that earlier versions made up for it; else as it is."""
+    if study.name != _name(study.model, study.data):
+        return study
+    network, images = model_source(study.model.source), data_source(study.data.source)
+    return study.model_copy(update={"name": _joined(network.short_before, images.short_before)})
+
+
 def _name(model: ModelSection, data: DataSection) -> str:
-    words = f"{model_source(model.source).short}-{data_source(data.source).short}"
+    return _joined(model_source(model.source).short, data_source(data.source).short)
+
+
+def _joined(network: str, images: str) -> str:
+    words = f"{network}-{images}"
     return re.sub(r"[^A-Za-z0-9_-]+", "-", words).strip("-") or "search"
 
 

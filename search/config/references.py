@@ -1,5 +1,6 @@
 """Parses the sources of networks and images in studies; imports nothing heavy, because the command line uses it."""
 
+import re
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from search.config.registries import DATA_SETS
 from spaces.errors import UserError
 
 TORCHVISION = "torchvision"
+_TELLS_NOTHING = re.compile(r"((build|create|get|load|make|main)_?)?(model|models|net|network|data|dataset|splits)?")
+"""Names of files and functions that say nothing about the network or the images."""
 _FACTORY = "package.module:function or path/file.py:function"
 _MODELS = f"a model is torchvision:NAME[@WEIGHTS], {_FACTORY}"
 _DATA = f"data is {', '.join(f'{kind}:PATH' for kind in DATA_SETS)}, {_FACTORY}"
@@ -39,10 +42,17 @@ class Source:
 
     @property
     def short(self) -> str:
-        """A short name, for names of searches."""
+        """A short name, for names of searches: of a factory its file and function, as far as they tell something."""
         if self.is_factory:
-            return self.attribute
+            file = Path(self.place).stem if self.kind == "file" else self.place.rpartition(".")[2]
+            telling = [word for word in (file, self.attribute) if not _TELLS_NOTHING.fullmatch(word.lower())]
+            return "-".join(dict.fromkeys(telling)) or file
         return self.place.partition("@")[0] if self.kind == TORCHVISION else Path(self.place).name or self.kind
+
+    @property
+    def short_before(self) -> str:
+        """The short name of earlier versions: of a factory its function alone."""
+        return self.attribute or self.short
 
     def __str__(self) -> str:
         return f"{self.place}:{self.attribute}" if self.is_factory else f"{self.kind}:{self.place}"

@@ -6,7 +6,9 @@ _DECIMAL = ((1e9, "G"), (1e6, "M"), (1e3, "K"))
 
 
 def milliseconds(seconds: float) -> str:
-    """Returns seconds as milliseconds, `4.97 ms`."""
+    """Returns seconds as milliseconds, `4.97 ms`; below a tenth of one as microseconds, `28.5 µs`."""
+    if 0 < seconds < 1e-4:
+        return f"{seconds * 1e6:.3g} µs"
     return f"{seconds * 1e3:.{2 if seconds < 0.1 else 0}f} ms"
 
 

@@ -26,6 +26,7 @@ from evaluators.runtimes.remote.connection import worker_file
 from search.config.budget import Budget
 from search.config.environment import environment
 from search.config.study import FinetuneSection
+from search.deploy.folders import BundleError, check_out
 from search.deploy.fresh_timing import FreshTiming, FreshTimings, best_version, count_untried
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import CompressionPipeline
@@ -33,7 +34,6 @@ from search.results.evaluation import Evaluation
 from search.results.pareto import Version
 from search.results.store import StoredSearch
 from search.results.violations import broken_limits
-from spaces.errors import UserError
 
 ATTEMPTS = 5
 """Versions that are timed again, at most, before a pick gives up."""
@@ -47,10 +47,6 @@ _SHIPPED = (run_bundle, manifest, staged, inputs, resizing, frame_reuse, session
 """Modules of the program that runs a bundle; they are copied under their own names."""
 
 Say = Callable[[str], None]
-
-
-class BundleError(UserError):
-    """A bundle cannot be written to the requested folder."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +77,6 @@ class Confirmed:
         return self.deployed.artifact.digest == self.version.evaluation.digest
 
 
-def check_out(folder: Path) -> None:
-    """Checks that `folder` is new, empty, or an earlier bundle.
-
-    Raises:
-        BundleError: it contains something else.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise BundleError(f"a bundle is a folder, got the file {folder}; give another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / manifest.FILE).is_file():
-        raise BundleError(f"a bundle goes into a new, an empty or an earlier bundle's folder, got {folder}")
-
-
 def time_again(
     pipeline: CompressionPipeline,
     search: StoredSearch,
@@ -108,7 +92,7 @@ def time_again(
         search: the search that measured them.
         versions: to choose from.
         budget: to keep.
-        prefer: one of `PREFERENCES`.
+        prefer: one of `search.config.objectives.PREFERENCES`.
         say: called with a line for each version that is not chosen.
     """
     dense = search.baseline.evaluation.measurements
@@ -275,6 +259,7 @@ def _write_files(
         image_shape=pipeline.data.image_shape,
         input_size=artifact.input_size,
         classes=pipeline.data.classes,
+        class_names=pipeline.data.names,
         frames=Frames(**asdict(artifact.reuse)) if artifact.reuse else None,
         reference=DenseReference(REFERENCE, precision, reference.seconds),
         leaving=tuple(value for name, value in confirmed.latency.notes.items() if name.startswith(LEFT)),

@@ -18,6 +18,7 @@ from evaluators.measurement import Measurement
 from evaluators.runtimes.base import Fp32In, Runtime, Target, deployed_stages
 from evaluators.runtimes.registry import runtime as open_runtime
 from evaluators.streams import Stream
+from search.deploy.folders import check_bundle
 from spaces.candidate import Candidate
 from spaces.errors import UserError
 
@@ -171,8 +172,7 @@ def _speed_remarks(latency: Measurement) -> list[str]:
 
 
 def _read(folder: Path) -> Manifest:
-    if not (folder / FILE).is_file():
-        raise UserError(f"a bundle is a folder that `pick` wrote, got {folder}, which has no {FILE}")
+    check_bundle(folder)
     try:
         manifest = Manifest.read(folder)
     except ValueError as error:

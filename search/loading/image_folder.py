@@ -46,6 +46,7 @@ class DataSource:
         mean: of each channel, usual for the data set.
         std: of each channel, usual for the data set.
         remarks: for the user.
+        names: of the classes for people, where they are others.
     """
 
     pools: Mapping[str, Pool]
@@ -54,6 +55,7 @@ class DataSource:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     remarks: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

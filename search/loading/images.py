@@ -243,6 +243,7 @@ def _split(
         split_images["validation"],
         split_images["test"],
         len(source_images.classes),
+        source_images.names or source_images.classes,
     )
     present = np.unique(np.concatenate([sound.pool.labels for sound in pools.values()]))
     empty = tuple(name for index, name in enumerate(source_images.classes) if index not in present)

@@ -62,7 +62,8 @@ def imagenet(place: str, download: bool) -> DataSource:  # noqa: ARG001  its lic
 
     pools = {}
     reasons = []
-    classes = ()
+    classes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     for part, name in (("train", "train"), ("validation", "val")):
         try:
             data_set = ImageNet(place, split=name)
@@ -72,9 +73,10 @@ def imagenet(place: str, download: bool) -> DataSource:  # noqa: ARG001  its lic
         files, labels = [Path(file) for file, _ in data_set.samples], [label for _, label in data_set.samples]
         pools[part] = Pool(FileReader(Path(place), files), np.array(labels, dtype=np.int64))
         classes = tuple(data_set.wnids)
+        names = tuple(", ".join(synonyms) for synonyms in data_set.classes)
     if not pools:
         raise SourceError(
             f"imagenet lies in a folder as torchvision stores it, got {place!r} ({reasons[0]}); put its archives there,"
             " or give train/ and val/ with a folder for each class as imagefolder:PATH"
         )
-    return DataSource(pools, classes, None, IMAGENET_MEAN, IMAGENET_STD)
+    return DataSource(pools, classes, None, IMAGENET_MEAN, IMAGENET_STD, names=names)

@@ -24,7 +24,7 @@ from search.pipeline.early_stopping import saved_seconds
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
 from search.results.pareto import Version
-from search.results.store import PROCESSOR_SECONDS, REPORT, Baseline, objectives_of
+from search.results.store import PROCESSOR_SECONDS, REMARKS, REPORT, Baseline, objectives_of
 from search.samplers.base import InformedSampler, SearchKnowledge
 from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Codec
@@ -55,7 +55,7 @@ class Outcome:
         reason: for people.
         code: exit code of the program.
         overhead_s: seconds spent on asking and telling, by step.
-        remarks: of the sampler, and on early stopping.
+        remarks: on early stopping.
     """
 
     reason: str
@@ -115,7 +115,8 @@ class Coordinator:
             Why it ended. After an interrupt the running trial is repeated when the search is resumed.
         """
         outcome = self._run(trials, timeout_s, patience)
-        outcome.remarks = [*self._sampler_remarks(), *self._early_stopping_remarks()]
+        self._store_sampler_report()
+        outcome.remarks = self._early_stopping_remarks()
         return outcome
 
     def _run(self, trials: int, timeout_s: float | None, patience: int | None) -> Outcome:
@@ -143,14 +144,13 @@ class Coordinator:
                 return Outcome("interrupted", 130, self._overhead)
         return Outcome(f"all {trials} trials are done", 0, self._overhead)
 
-    def _sampler_remarks(self) -> list[str]:
-        """Returns the sampler's remarks and stores its report, unless it proposed nothing in this run."""
+    def _store_sampler_report(self) -> None:
+        """Stores the sampler's report, in numbers and in words, unless it proposed nothing in this run."""
         sampler = self._journal.sampler
-        if not isinstance(sampler, InformedSampler) or not sampler.has_proposed:
-            return []
-        trials = self._journal.get_trials(deepcopy=False)
-        self._journal.set_user_attr(REPORT, sampler.report(trials))
-        return sampler.remarks(trials, self._objectives)
+        if isinstance(sampler, InformedSampler) and sampler.has_proposed:
+            trials = self._journal.get_trials(deepcopy=False)
+            remarks = sampler.remarks(trials, self._objectives)
+            self._journal.set_user_attr(REPORT, {**sampler.report(trials), REMARKS: remarks})
 
     def _early_stopping_remarks(self) -> list[str]:
         ended = [version for version in self._evaluator.versions.values() if version.evaluation.ended]

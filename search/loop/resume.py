@@ -7,8 +7,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from evaluators.latency.slow_layers import SlowLayers
 from search.results.evaluation import Evaluation
+from search.results.folders import StoreError
 from search.results.pareto import Version
-from search.results.store import SearchFolder, StoreError, objectives_of
+from search.results.store import SearchFolder, objectives_of
 from spaces.candidate import Candidate
 from spaces.joint import JointSpace
 

@@ -15,16 +15,13 @@ from search.config.units import count, milliseconds, percent, points, size, thre
 from search.report.describe import exit_shares
 from search.report.layers import Layer, layers_of
 from search.report.overview import Overview
-from search.report.palette import PRECISIONS
 from search.report.significance import Difference, difference
+from search.results.folders import WHOLE_SEARCH, side_of
 from search.results.pareto import Version
-from search.results.store import SearchFolder, StoredSearch, find_search
+from search.results.store import SearchFolder, StoredSearch
 from spaces.errors import UserError
 
 _METRICS = ("accuracy", "latency", "flops", "params", "size")
-_SIMPLE = ("dense", *PRECISIONS, *(f"given-{precision}" for precision in PRECISIONS))
-"""Names of the simple versions."""
-_WHOLE_SEARCH = "all"
 
 
 @dataclass(frozen=True)
@@ -53,13 +50,9 @@ def parse_side(text: str, runs: Path) -> Side:
     Raises:
         UserError: there is no such search or trial, or it was not measured.
     """
-    search, colon, trial = text.rpartition(":")
-    if not colon and not (runs / text).is_dir() and (text.isdigit() or text in _SIMPLE):
-        search, trial = find_search(runs, None).name, text
-    elif not colon:
-        search, trial = text, _WHOLE_SEARCH
+    search, trial = side_of(text, runs)
     overview = Overview.of(StoredSearch.read(SearchFolder(runs / search)))
-    if trial == _WHOLE_SEARCH:
+    if trial == WHOLE_SEARCH:
         return Side(overview, None)
     matches = [version for version in [*overview.simple, *overview.versions] if str(version.trial) == trial]
     if not matches:

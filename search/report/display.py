@@ -13,7 +13,7 @@ from search.config.budget import Budget
 from search.config.objectives import Objectives
 from search.config.units import percent, quantity
 from search.results.evaluation import Evaluation
-from search.results.pareto import Version, choose, feasible, front_within, hypervolume
+from search.results.pareto import Version, choose, feasible, front_within
 
 _PLAIN_EVERY = 10
 """Trials per line of output without a terminal."""
@@ -156,17 +156,16 @@ class SearchView:
         good = feasible([*self._simple, *self._versions], self._budget, self._dense.measured)
         dense = self._dense.measured
         front = front_within(self._versions, self._simple, self._budget, dense, self._objectives).versions
-        lines = [f"{len(front)} on the front, {len(good)} within {self._budget}, {self._failed} failed"]
+        counts = f"{len(front)} on the front, {len(good)} within the budget, {self._failed} failed"
+        lines = [f"{counts}{self._time_left()}"]
         if front:
             best, cost = choose(front, "accuracy", self._objectives)[0].measured, METRICS[self._objectives[1]]
             lines.append(
-                f"best within budget: accuracy {percent(best['accuracy'].value)}"
+                f"best: accuracy {percent(best['accuracy'].value)}"
                 f" (dense {percent(dense['accuracy'].value)}),"
                 f" {cost.title} {quantity(best[cost.name].value, cost.unit)}"
                 f" (dense {quantity(dense[cost.name].value, cost.unit)})"
             )
-        share = hypervolume(front, self._budget, dense, self._objectives)
-        lines.append(f"hypervolume {share:.1%}{self._time_left()}")
         self._display.show(lines, "trials", self._done, self._total)
 
     def _time_left(self) -> str:

@@ -87,6 +87,11 @@ class Overview:
         return {name: versions for name, versions in beaten_by.items() if versions}
 
     @property
+    def feasible_with_simple(self) -> list[Version]:
+        """The fully measured versions within the budget, simple ones included."""
+        return [*feasible(self.simple, self.budget, self.dense.measured), *self.feasible]
+
+    @property
     def complete(self) -> list[Version]:
         """The fully measured versions."""
         return [version for version in self.versions if version.is_complete]
@@ -105,7 +110,7 @@ class Overview:
     def groups(self) -> dict[str, list[Version]]:
         """The fully measured versions by their group in pictures, the dense network last."""
         simple = [version for version in self.simple if version is not self.dense]
-        within = [*feasible(simple, self.budget, self.dense.measured), *self.feasible]
+        within = [version for version in self.feasible_with_simple if version is not self.dense]
         numbers_within, numbers_on_front = ({version.number for version in each} for each in (within, self.front))
         return {
             OVER: [version for version in [*simple, *self.complete] if version.number not in numbers_within],

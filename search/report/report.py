@@ -12,8 +12,9 @@ from search.report.importance import IMPORTANCE
 from search.report.layers import layers_of
 from search.report.limits import what_limits
 from search.report.overview import NOTABLE, Overview, beaten_lines
-from search.report.tables import front_row, headings
+from search.report.tables import front_row, headings, legend
 from search.results.pareto import Version
+from search.results.store import REMARKS
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,12 @@ def front_of(overview: Overview, name: Callable[[Version], str] | None = None) -
 def _front(overview: Overview) -> Section:
     if not overview.front:
         return Section("Front", [f"No version keeps {overview.budget}."], pictures=["Front"])
-    line = (
-        f"{len(overview.front)} versions within {overview.budget} that no other beats in"
-        f" {together(overview.objectives)} together."
-    )
-    return Section("Front", [line, *beaten_lines(overview)], tables=[front_of(overview)], pictures=["Front"])
+    versions = "1 version" if len(overview.front) == 1 else f"{len(overview.front)} versions"
+    line = f"{versions} within {overview.budget} that no other beats in {together(overview.objectives)} together."
+    table = front_of(overview)
+    meaning = legend(table.headings, overview.front, overview.dense, overview.other_simple)
+    lines = [line, *beaten_lines(overview), f"{meaning[0].upper()}{meaning[1:]}."]
+    return Section("Front", lines, tables=[table], pictures=["Front"])
 
 
 def _worth(overview: Overview) -> Section:
@@ -175,7 +177,8 @@ def _progress(overview: Overview) -> list[str]:
     early = f" {ended} of which were ended early," if ended else ""
     return [
         f"{len(overview.versions)} different versions were measured,{early} {len(overview.feasible)} keep the budget,"
-        f" {len(overview.front)} are on the front, which dominates {share:.1%} of the budget's box (hypervolume)."
+        f" {len(overview.front)} are on the front, which dominates {share:.1%} of the budget's box (hypervolume).",
+        *(f"{remark[0].upper()}{remark[1:]}." for remark in overview.search.report.get(REMARKS, ())),
     ]
 
 

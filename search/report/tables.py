@@ -36,7 +36,8 @@ def front_table(
         columns = 1 + next(columns for min_width, columns in _FITTING if width >= min_width + len(_KEYS) + 1)
     rows = [front_row(version, dense) for version in [*front, *below]]
     shown = _fitting_columns([headings(dense), *rows], columns, width)
-    table = Table(title=title, title_justify="left", caption=_caption(front, dense, below), caption_justify="left")
+    caption = legend([headings(dense)[column] for column in shown], front, dense, below)
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.box = box.SIMPLE_HEAD
     table.pad_edge = False
     table.padding = (0, 0, 0, 1)
@@ -92,18 +93,39 @@ def front_row(version: Version, dense: Version) -> list[str]:
     ]
 
 
-def _caption(front: Sequence[Version], dense: Version, below: Sequence[Version]) -> str:
+def legend(shown: Sequence[str], front: Sequence[Version], dense: Version, below: Sequence[Version]) -> str:
+    """Returns what each column of a front means.
+
+    Args:
+        shown: the headings of its columns.
+        front: its versions.
+        dense: the dense network.
+        below: the simple versions below the front.
+    """
     accuracy = dense.measured["accuracy"]
     half_width = max(accuracy_half_width(version.measured["accuracy"]) for version in [*front, dense])
-    per, shown = ("frame", "frames of a stream of ") if _has_frames(dense) else ("batch", "")
+    per, images = ("frame", "frames of a stream of ") if _has_frames(dense) else ("batch", "")
     simple = [str(version.trial) for version in [*front, *below] if version.number < 0]
-    resized = any(version.evaluation.candidate.input_size for version in front)
-    shortened = any(version.evaluation.candidate.removed_blocks for version in front)
-    stored = any("int4" in version.evaluation.candidate.precision.values() for version in front)
-    return (
-        f"latency per {per} on {dense.measured['latency'].target}; accuracy on {accuracy.n} {shown}validation images,"
-        f" known to within {half_width * 100:.1f} points at 95%{'; layers in int8 + stored in int4' if stored else ''}"
-        f"{'; kept: channels, and how many residual blocks are left out' if shortened else ''}"
-        f"{'; @: images are resized to that size, which is not timed' if resized else ''};"
-        f" {' and '.join(simple)}: the network as it is, to be beaten"
+    against = [heading for heading in ("points", "speed", "FLOPs") if heading in shown]
+    candidates = [version.evaluation.candidate for version in front]
+    stored = any("int4" in candidate.precision.values() for candidate in candidates)
+    shortened = any(candidate.removed_blocks for candidate in candidates)
+    resized = any(candidate.input_size for candidate in candidates)
+    kept = (
+        f"kept: channels{', and how many residual blocks are left out' if shortened else ''}"
+        f"{'; @: images are resized to that size, which is not timed' if resized else ''}"
     )
+    by_heading = {
+        _KEYS: "keys: frames that are computed",
+        "size": "size: of the files",
+        "kept": kept,
+        "int8": f"int8: layers in int8{' + stored in int4' if stored else ''}, of all",
+        "exits": "exits: share of the images that each answers",
+    }
+    return "; ".join([
+        f"latency per {per} on {dense.measured['latency'].target}",
+        f"accuracy on {accuracy.n} {images}validation images, known to within {half_width * 100:.1f} points at 95%",
+        *([f"{', '.join(against)}: against dense"] if against else []),
+        *(by_heading[heading] for heading in shown if heading in by_heading),
+        f"{'rows' if len(simple) > 1 else 'row'} {' and '.join(simple)}: the network as it is, to be beaten",
+    ])  # fmt: skip

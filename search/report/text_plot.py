@@ -1,5 +1,6 @@
 """The front as a scatter plot of text characters."""
 
+from search.config.units import milliseconds
 from search.report.axes import accuracy_view, coordinates, limit_lines
 from search.report.overview import DENSE, FRONT, OVER, WITHIN, Overview
 from search.report.palette import MARKS
@@ -48,9 +49,9 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
             put(*point, MARKS[name].text)
     labels = {height - 1: f"{low:.2f}%", 0: f"{high:.2f}%"}
     rows = [f"{labels.get(row, ''):>{_MARGIN}}{side}{''.join(cells[row])}".rstrip() for row in range(height)]
-    scale = f"{left:.2f} ms"
-    ends = f"{'':>{_MARGIN}} {scale}{f'{right:.2f} ms':>{columns - len(scale)}}"
-    return "\n".join(
+    scale = milliseconds(left / 1e3)
+    ends = f"{'':>{_MARGIN}} {scale}{milliseconds(right / 1e3):>{columns - len(scale)}}"
+    text = "\n".join(
         [
             *rows,
             f"{'':>{_MARGIN}}{corner}{floor * columns}",
@@ -58,6 +59,7 @@ def scatter(overview: Overview, width: int, ascii_only: bool) -> str:
             *_legend(overview, lines != [], limit, left <= coordinates(overview.dense)[0] <= right, width),
         ]
     )
+    return text.replace("µs", "us") if ascii_only else text
 
 
 def _legend(overview: Overview, has_limit: bool, limit: str, has_dense: bool, width: int) -> list[str]:
@@ -70,6 +72,9 @@ def _legend(overview: Overview, has_limit: bool, limit: str, has_dense: bool, wi
         entries.append(f"{limit} limit")
     latency, accuracy = coordinates(overview.dense)
     dense = f"{MARKS[DENSE].text} dense," if has_dense else "dense:"
-    marks_line, dense_text = f"{'':>{_MARGIN}} {'  '.join(entries)}", f"{dense} {latency:.2f} ms, {accuracy:.2f}%"
+    marks_line, dense_text = (
+        f"{'':>{_MARGIN}} {'  '.join(entries)}",
+        f"{dense} {milliseconds(latency / 1e3)}, {accuracy:.2f}%",
+    )
     whole = f"{marks_line}  {dense_text}"
     return [whole] if len(whole) <= width else [marks_line, f"{'':>{_MARGIN}} {dense_text}"]

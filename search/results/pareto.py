@@ -12,7 +12,6 @@ from search.config.objectives import Objectives
 from search.results.evaluation import Evaluation
 from search.samplers.non_domination import is_non_dominated
 
-PREFERENCES = ("accuracy", "latency", "flops", "params", "size", "knee")
 _ACCURACY_SPAN = 0.10
 """Without a limit on accuracy, the reference point lies this far below the accuracy of the dense network."""
 

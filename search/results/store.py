@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -23,27 +23,22 @@ from search.config.objectives import BEFORE, DEFAULT, Objectives
 from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.results.evaluation import Evaluation
+from search.results.folders import JOURNAL, StoreError, known_search
 from search.results.pareto import Version
 from search.results.rounds import Round, rounds_of
 from search.results.simple_versions import GivenMeasurements, SimpleVersion
-from spaces.errors import UserError
 
-JOURNAL = "journal.log"
 PROCESSOR_SECONDS = "processor_seconds"
 """Attribute of a trial: the processor time that it took here; that of a board is not in it."""
 REPORT = "sampler"
 """Journal attribute of the sampler's report: quality of its surrogates, and sources of its proposals."""
-_BEGUN = b'"baseline"'
-"""Bytes that a journal contains once the baseline is measured."""
+REMARKS = "remarks"
+"""Key of the same in words, in the sampler's report."""
 _RECOVERED = "recovered."
 _SAMPLER = "sampler."
 _GIVEN = "given"
 _WIDTHS = "widths"
 _OBJECTIVES = "objectives"
-
-
-class StoreError(UserError):
-    """A search folder or its journal cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +63,7 @@ class SearchFolder:
         Raises:
             StoreError: there is no search, or its journal is corrupt; nothing is written.
         """
-        if not self.journal.is_file():
-            raise StoreError(
-                f"a search is a folder with a {JOURNAL}, got {self.path}; see the names in {self.path.parent}"
-            )
+        known_search(self.path.parent, self.name)
         check_journal(self.journal)
         return self._load()
 
@@ -132,11 +124,12 @@ class SearchFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Locks the folder for this process, creating it if needed.
+        """Locks the folder for this process, creating it if needed; one that got no journal is removed afterwards.
 
         Raises:
             StoreError: another process searches in it, or it cannot be written.
         """
+        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "lock").open("a")
@@ -147,7 +140,31 @@ class SearchFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StoreError(f"one process searches at a time, got another one in {self.path}") from None
-            yield
+            try:
+                yield
+            finally:
+                if new and not self.journal.is_file():
+                    _remove(self.path / "lock", new)
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process searches in it."""
+        try:
+            with (self.path / "lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # there is no lock, or it belongs to another user
+            return False
+        return False
+
+
+def _remove(file: Path, folders: Sequence[Path]) -> None:
+    """Removes a file, and folders as far as nothing else is in them, the innermost first."""
+    file.unlink(missing_ok=True)
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def objectives_of(journal: optuna.Study) -> Objectives:
@@ -192,13 +209,7 @@ def find_search(runs: Path, name: str | None) -> SearchFolder:
     Raises:
         StoreError: there is none.
     """
-    if name is not None:
-        return SearchFolder(runs / name)
-    journals = sorted(runs.glob(f"*/{JOURNAL}"), key=lambda journal: journal.stat().st_mtime)
-    if not journals:
-        raise StoreError(f"no search in {runs} yet; start one with: python -m search --budget 'latency<5ms'")
-    latest = reversed(journals)  # a search that is still training must not hide an earlier one with results
-    return SearchFolder(next((journal for journal in latest if _BEGUN in journal.read_bytes()), journals[-1]).parent)
+    return SearchFolder(runs / known_search(runs, name))
 
 
 @dataclass(frozen=True)

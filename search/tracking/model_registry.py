@@ -121,8 +121,10 @@ def _example(bundle: Path) -> NDArray[np.float32]:
 
 
 def _signature(bundle: Path) -> ModelSignature:
-    images = TensorSpec(np.dtype(np.float32), (-1, *Manifest.read(bundle).image_shape))
-    return ModelSignature(Schema([images]), Schema([ColSpec("long", "class"), ColSpec("string", "exit")]))
+    manifest = Manifest.read(bundle)
+    images = TensorSpec(np.dtype(np.float32), (-1, *manifest.image_shape))
+    names = [ColSpec("string", "name")] if manifest.class_names else []
+    return ModelSignature(Schema([images]), Schema([ColSpec("long", "class"), ColSpec("string", "exit"), *names]))
 
 
 def _requirements(bundle: Path) -> list[str]:

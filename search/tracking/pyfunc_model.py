@@ -1,8 +1,8 @@
 """The picked version as MLflow serves it; MLflow copies this file into the model and runs it there.
 
-The input is images, `(n, c, h, w)` float32, preprocessed as in training; the output is a class and the name of the exit
-per image. Predictions are made by the bundle's own `run.py`. Images are independent here, so a bundle for frames of a
-stream computes every frame.
+The input is images, `(n, c, h, w)` float32, preprocessed as in training; the output is, for each image, a class, the
+name of the exit and, where classes have names, that of the class. Predictions are made by the bundle's own `run.py`.
+Images are independent here, so a bundle for frames of a stream computes every frame.
 """
 
 import importlib.util
@@ -24,17 +24,19 @@ class BundleModel(PythonModel):
         folder = Path(context.artifacts["bundle"])
         self._run = _program(folder)
         self._network = self._run.load(folder)
-        manifest = self._run.Manifest.read(folder)
-        self._batch = manifest.target.batch
-        self._names = manifest.ends
+        self._manifest = self._run.Manifest.read(folder)
 
     # Without type hints, because MLflow would take them for the signature.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
-        """Returns a class and an exit's name for each image."""
+        """Returns a class, an exit's name and, if there are any, the class's name for each image."""
         images = np.asarray(model_input, dtype=np.float32)
-        logits, routes, _ = self._run.answer(self._network, images, self._batch)
-        exits = [self._names[index] for index in self._run.exits_of(routes)]
-        return pd.DataFrame({"class": logits.argmax(axis=1), "exit": exits})
+        manifest = self._manifest
+        logits, routes, _ = self._run.answer(self._network, images, manifest.target.batch)
+        classes = logits.argmax(axis=1)
+        columns = {"class": classes, "exit": [manifest.ends[index] for index in self._run.exits_of(routes)]}
+        if manifest.class_names:
+            columns["name"] = [manifest.class_name(label) for label in classes]
+        return pd.DataFrame(columns)
 
 
 def _program(folder: Path) -> Any:

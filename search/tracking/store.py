@@ -25,6 +25,8 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 DATABASE = "mlflow.db"
+MODE = "?workflowType=machine_learning"
+"""At the end of an address of MLflow's UI: its view of runs and models, not that of traces."""
 PAGE = "report.html"
 """File name of the report among the artifacts of a search's summary."""
 VARIABLE = "MLFLOW_TRACKING_URI"

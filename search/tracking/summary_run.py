@@ -16,7 +16,7 @@ from search.report.matplotlib_figures import save_pictures
 from search.report.overview import Overview
 from search.report.report import Table, front_of, markdown, report_of
 from search.results.pareto import Version
-from search.tracking.store import PAGE
+from search.tracking.store import MODE, PAGE
 from search.tracking.trial_run import NOTE, ROLE, SEARCH, chunks
 
 TABLE = "front.json"
@@ -40,7 +40,7 @@ def write_summary(
     search = overview.search
 
     def address(version: Version) -> str:
-        return f"#/experiments/{experiment}/runs/{runs[version.number]}" if version.number in runs else ""
+        return f"#/experiments/{experiment}/runs/{runs[version.number]}{MODE}" if version.number in runs else ""
 
     tags = {SEARCH: search.folder.name, ROLE: "summary", "budget": str(overview.budget)}
     tags["objectives"] = ", ".join(overview.objectives)

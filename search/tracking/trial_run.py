@@ -74,18 +74,16 @@ def trial_content(trial: FrozenTrial, search: StoredSearch) -> TrialContent:
         "sampler": search.sampler_of(trial.number),
         FRONT: "false",
     }
-    tags |= {name: str(trial.user_attrs[name]) for name in ("reason", "duplicate_of") if name in trial.user_attrs}
+    if "duplicate_of" in trial.user_attrs:
+        tags["duplicate_of"] = str(trial.user_attrs["duplicate_of"])
+    if reason := reason_of(trial, search):
+        tags["reason"] = reason
     metrics: dict[str, float] = {}
     if "evaluation" in trial.user_attrs:
         evaluation = Evaluation.from_dict(trial.user_attrs["evaluation"])
         metrics = figures_and_margins(evaluation, search)
         is_feasible = not evaluation.ended and search.budget.is_met(evaluation.measurements, dense.measured)
         tags |= {"feasible": str(is_feasible).lower(), EFFORT: evaluation.effort}
-        if evaluation.ended:
-            tags["reason"] = f"ended early: {evaluation.ended}"
-        elif trial.state == TrialState.PRUNED:
-            broken = broken_limits(Version(trial.number, evaluation), search.budget, dense.measured)
-            tags["reason"] = f"not measured further: {broken}"
     assert trial.datetime_complete is not None  # it is finished
     begin = trial.datetime_start or trial.datetime_complete
     return TrialContent(
@@ -97,6 +95,19 @@ def trial_content(trial: FrozenTrial, search: StoredSearch) -> TrialContent:
         int(begin.timestamp() * 1000),
         int(trial.datetime_complete.timestamp() * 1000),
     )
+
+
+def reason_of(trial: FrozenTrial, search: StoredSearch) -> str:
+    """Returns why a trial failed, or was not measured in full; empty if it was."""
+    if "evaluation" not in trial.user_attrs:
+        return str(trial.user_attrs.get("reason", ""))
+    evaluation = Evaluation.from_dict(trial.user_attrs["evaluation"])
+    if evaluation.ended:
+        return f"ended early: {evaluation.ended}"
+    if trial.state == TrialState.PRUNED:
+        broken = broken_limits(Version(trial.number, evaluation), search.budget, search.baseline.dense.measured)
+        return f"not measured further: {broken}"
+    return str(trial.user_attrs.get("reason", ""))
 
 
 def figures_and_margins(evaluation: Evaluation, search: StoredSearch) -> dict[str, float]:

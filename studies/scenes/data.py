@@ -24,7 +24,8 @@ def splits() -> Splits:
     Images are `(n, 1, 48, 48)` from 0 to 1.
     """
     parts = {name: scenes(name) for name in COUNTS}
-    return Splits(**{name: LabelledImages(part.images, part.labels) for name, part in parts.items()}, classes=10)
+    images = {name: LabelledImages(part.images, part.labels) for name, part in parts.items()}
+    return Splits(**images, classes=10, names=tuple("0123456789"))
 
 
 def scenes(split: str, count: int | None = None) -> Scenes:

@@ -18,6 +18,7 @@ from evaluators.runtimes.registry import RUNTIMES, runtime
 from evaluators.size import ParamsEvaluator, SizeEvaluator
 from evaluators.testing import EvaluatorContract, RuntimeContract
 from spaces.candidate import Candidate
+from spaces.registry import UnknownNameError
 
 
 @pytest.fixture(params=["dense", "pruned int8 with exits"])
@@ -259,5 +260,5 @@ def test_every_runtime_in_the_table_loads_or_says_why_not() -> None:
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(TargetError, match="onnxruntime"):
+    with pytest.raises(UnknownNameError, match="onnxruntime"):
         runtime("abacus")

@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,11 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert whole.plan == whole.steps
 
 
-def test_frames_are_a_key_only_where_there_are_some() -> None:
-    assert "frames" not in SMALL.to_dict()
+def test_frames_and_names_are_keys_only_where_there_are_some() -> None:
+    assert not {"frames", "class_names"} & SMALL.to_dict().keys()
+    named = replace(SMALL, classes=2, class_names=("cat", "dog"))
+    assert Manifest.from_dict(named.to_dict()) == named
+    assert (named.class_name(1), SMALL.class_name(1)) == ("dog", "1")
     assert SMALL.plan == ()
 
 

@@ -44,7 +44,7 @@ def splits() -> Splits:
             image[0, 2 * label : 2 * label + 2] += 1.0
         return LabelledImages(images, labels.astype(np.int64))
 
-    return Splits(make(400), make(40), make(80), make(80), classes=4)
+    return Splits(make(400), make(40), make(80), make(80), classes=4, names=("top", "upper", "lower", "bottom"))
 
 
 def no_network() -> nn.Module:

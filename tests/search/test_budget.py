@@ -76,6 +76,15 @@ def test_reads_what_people_write(text: str, metric: str, statistic: str, limit: 
         ("energy<50%@50pJ", ["mJ", "energy<2mJ@50pJ"]),
         ("energy<2ms@50pJ", ["mJ"]),
         ("flops<20M@50pJ", ["only energy"]),
+        ("fps>100", ["'fps'", "latency = batch / rate", "latency<80ms"]),
+        ("FPS>100", ["latency = batch / rate"]),
+        ("memory<1MB", ["'memory'", "memory in use is not measured", "size<1MB"]),
+        ("macs<20M", ["'macs'", "flops = MACs", "flops<20M"]),
+        ("top1>90%", ["'top1'", "accuracy is top-1", "accuracy>98%"]),
+        ("top-5>90%", ["'top-5'", "not measured", "accuracy>98%"]),
+        ("error<2%", ["accuracy = 100% - error"]),
+        ("p99<8ms", ["latency.p99<8ms"]),
+        ("beauty<2", ["'beauty'", "choose from latency, accuracy"]),
     ],
 )
 def test_a_mistake_is_told_with_the_rule_and_the_remedy(text: str, words: list[str]) -> None:

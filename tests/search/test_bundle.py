@@ -1,6 +1,7 @@
 """Bundles: picked, run in a bare interpreter, measured again, damaged."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluators.bundle import run as run_bundle
+from evaluators.bundle.manifest import DeploymentTarget, Manifest
 from evaluators.inference import inputs
 from search.cli import run
 from search.loading.image_store import Preprocessing
@@ -136,6 +139,53 @@ def test_what_a_bundle_lacks_is_one_clear_line(folder, tmp_path) -> None:
     assert run(["measure", str(out)]) == 2
 
 
+def test_a_bundle_classifies_in_three_lines_of_python(folder, tmp_path, pipeline) -> None:
+    out = tmp_path / "deploy"
+    arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
+    assert run(["pick", *arguments]) == 0
+    np.save(tmp_path / "one.npy", pipeline.data.test.images[:1])
+    np.save(tmp_path / "two.npy", pipeline.data.test.images[:2])
+    Image.new("L", (8, 8)).save(tmp_path / "dog.png")
+    network = run_bundle.load(out)
+    logits, _ = network(pipeline.data.test.images[:1])
+    assert network.classify(tmp_path / "one.npy") == pipeline.data.names[int(logits.argmax())]
+    for refused, words in (
+        (tmp_path / "two.npy", "one picture is classified at a time, got 2 in"),
+        (tmp_path / "dog.png", "this bundle's data came preprocessed"),
+        (np.zeros((1, 1, 8, 8), np.float32), r"a picture is named by its file, got ndarray; call network\(images\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            network.classify(refused)
+    description = json.loads((out / "bundle.json").read_text())
+    as_trained = {"size": 8, "resize": 8, "mean": [0.5], "std": [0.5], "interpolation": "BILINEAR"}
+    (out / "bundle.json").write_text(json.dumps(description | {"preprocessing": as_trained}))
+    script = "from deploy.run import load\nnetwork = load('deploy')\nprint(network.classify('dog.png'))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout.strip() in pipeline.data.names, done.stderr
+    no_pillow = f"import sys; sys.modules['PIL'] = None\n{script}"
+    done = subprocess.run([sys.executable, "-c", no_pillow], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "a picture needs pillow" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        (np.zeros((2, 1, 8, 9), np.float32), "float32 (2, 1, 8, 9)"),
+        (np.zeros((1, 8, 8), np.float32), "float32 (1, 8, 8)"),
+        (np.zeros((1, 8, 8, 1), np.float32), "float32 (1, 8, 8, 1)"),
+        (np.zeros((1, 1, 8, 8), np.uint8), "uint8 (1, 1, 8, 8)"),
+        (np.zeros((1, 1, 8, 8)), "float64 (1, 1, 8, 8)"),
+        ([[0.0] * 8] * 8, "list"),
+        ("dog.png", "str"),
+    ],
+)
+def test_other_shapes_and_types_are_refused_in_one_line(images, got) -> None:
+    shaped = Manifest(deployed=(), target=DeploymentTarget(), image_shape=(1, 8, 8))
+    network = run_bundle.Classifier(lambda images: pytest.fail("it is not asked"), shaped)
+    with pytest.raises(ValueError, match=re.escape(f"images are a float32 array (n, 1, 8, 8), got {got}")):
+        network(images)
+
+
 def test_a_bundle_that_was_damaged_says_so(folder, tmp_path) -> None:
     out = tmp_path / "deploy"
     arguments = ["--runs", str(folder), "--search", "one", "--budget", "latency<1000%", "--out", str(out)]
@@ -165,6 +215,7 @@ def test_a_bundle_shows_who_leaves_where(folder, tmp_path, pipeline) -> None:
     shown = [line.split() for line in told(str(few)) if " class " in line]
     assert [line[0] for line in shown] == ["a.npy:", "b.npz[0]:", "b.npz[1]:", "b.npz[2]:"]
     assert {line[-1] for line in shown} <= set(names)
+    assert {line[3] for line in shown} <= {"top,", "upper,", "lower,", "bottom,"}, "classes are called by their names"
     assert not [line for line in told() if " class " in line], "many are not shown one by one"
     assert len([line for line in told("--show") if " class " in line]) == len(images)
     first, *rest = told("--stats", str(few))

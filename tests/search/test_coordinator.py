@@ -177,8 +177,9 @@ def test_our_sampler_knows_the_study_and_reports_on_itself(pipeline, tmp_path, f
         coordinator = build_coordinator(pipeline, study, baseline, "ehvi", 0, [])
         seeds = len(coordinator.initial_proposals)
         outcome = coordinator.run(seeds + 8, None)
-    assert any("proposals of the sampler" in remark for remark in outcome.remarks)
     report = stored(search.path.parent, "ehvi").report
+    assert any("proposals of the sampler" in remark for remark in report["remarks"])
+    assert not any("sampler" in remark or "surrogate" in remark for remark in outcome.remarks)
     proposed = sum(report["proposals"].values())
     assert proposed >= 8  # more where two seeds are the same version
     for more in (0, 3):  # a run without proposals leaves the report as it was

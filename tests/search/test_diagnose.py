@@ -18,8 +18,9 @@ from evaluators.diagnosis.rules import find, is_chance
 from evaluators.diagnosis.taps import norm_variances
 from evaluators.runtimes.cpu import weight_bits
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
+from search.commands.diagnose import layer_table
 from search.config.diagnosis_request import DiagnosisRequest
-from search.pipeline.diagnosis import diagnose
+from search.pipeline.diagnosis import Diagnosis, diagnose
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.thresholds import Thresholds
@@ -308,4 +309,11 @@ def test_a_network_with_exits_is_compared_in_all_of_its_stages(pipeline) -> None
     closed = diagnose(pipeline, DiagnosisRequest(images=80), None, lambda *_: None).compared
     at_the_end = [next(layer for layer in each.layers if layer.name == "classifier") for each in (compared, closed)]
     assert at_the_end[0].sqnr_db == pytest.approx(at_the_end[1].sqnr_db, abs=1.0)
+    found = Diagnosis("fp32", "int8", "here", (), compared, ())
+    noisy = [layer for layer in compared.layers if np.isfinite(layer.sqnr_db)]
+    half = replace(compared, layers=(replace(compared.layers[0], name="exact", sqnr_db=np.inf), *noisy[:3]))
+    table = layer_table(replace(found, compared=half))
+    assert "exact" not in list(table.columns[0].cells)
+    assert table.row_count == 3
+    assert str(table.title) == "all tensors that differ; 1 more is exact"
     assert open_exits.active_exits == tuple(dense.thresholds.exits)

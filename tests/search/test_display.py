@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from search.report.display import Display, bar
+from search.config.budget import Budget
+from search.report.display import Display, SearchView, bar
 from search.report.output import Output
+from tests.helpers.searches import version
 
 
 class Clock:
@@ -89,6 +91,19 @@ def test_a_live_view_never_wraps(width) -> None:
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).splitlines()
     assert lines
     assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("cost", ["latency", "flops", "params", "size"])
+def test_the_state_of_a_search_fits_eighty_columns(cost) -> None:
+    dense = version(-1, 1.0, 12.345, 987.6e9)
+    budget = Budget.parse(["latency<100.5%,accuracy_drop<12.5%,flops<100.5%,params<100.5%,size<100.5%"])
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=20, legacy_windows=False)
+    with Display(console) as display:
+        SearchView(display, [dense] * 99, budget, ("accuracy", cost), dense, 990, 1000, [dense])
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    assert "best: accuracy 100.00%" in text
+    assert "within the budget" in text
+    assert "…" not in text
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch) -> None:

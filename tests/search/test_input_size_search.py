@@ -143,5 +143,5 @@ def test_a_picked_smaller_version_answers_elsewhere_as_measured(cache, tmp_path)
     oblong = f"import numpy, sys; sys.path.insert(0, {str(out)!r}); import run; run.load({str(out)!r})"
     oblong += "(numpy.zeros((5, 1, 8, 12), numpy.float32))"
     refused = subprocess.run([sys.executable, "-c", oblong], capture_output=True, text=True, check=False)
-    assert "images are (n, 1, 8, 8), got (5, 1, 8, 12)" in refused.stderr
+    assert "images are a float32 array (n, 1, 8, 8), got float32 (5, 1, 8, 12)" in refused.stderr
     assert run(["measure", str(out)]) == 0

@@ -86,18 +86,18 @@ def test_a_search_without_a_study_file_needs_a_model_data_and_a_budget(home, cap
     text = capsys.readouterr().out
     assert "CAREFUL: that is hardly better than guessing among 4 classes" in text
     assert "[training]" in text
-    (folder,) = home.glob("runs/build-trees-*")
+    (folder,) = home.glob("runs/net-trees-*")
     written = Study.parse((folder / "study.toml").read_text(), "written")
     assert written.training is None
     assert written.model.weights == str(home / "net.pt")
     assert (written.target.batch, written.target.threads) == (2, 2)
-    assert "build for trees keeps latency<1000% on onnxruntime, 2 at a time" in written.question
+    assert "net for trees keeps latency<1000% on onnxruntime, 2 at a time" in written.question
 
 
 def test_the_command_line_replaces_what_a_study_says(home, monkeypatch) -> None:
     study = Request(study="study.toml", data="cifar10:there", batch=4).to_study()
     assert study.data.source == f"cifar10:{home}/there"
-    assert study.name == "build-there"
+    assert study.name == "net-there"
     assert study.model == load_study("study.toml").model
     assert study.target.batch == 4
     weighted = Request(study="study.toml", weights="net.pt").to_study()

@@ -320,11 +320,13 @@ def test_cifar_is_read_as_torchvision_stores_it(tmp_path, monkeypatch) -> None:
 def test_imagenet_is_read_as_torchvision_stores_it(tmp_path) -> None:
     wnids = ("n01440764", "n01443537", "n01484850", "n01491361")
     write_folder(tmp_path / "val", each=20, classes=wnids)
-    torch.save(({wnid: (wnid,) for wnid in wnids}, [wnids[0]]), tmp_path / "meta.bin")
+    names = {wnid: (wnid,) for wnid in wnids} | {wnids[0]: ("tench", "Tinca tinca")}
+    torch.save((names, [wnids[0]]), tmp_path / "meta.bin")
     loaded, said = load(f"imagenet:{tmp_path}", size=8)
     assert "All are drawn from one folder" in said
     assert loaded.splits.classes == 4
     assert loaded.record["classes"] == wnids
+    assert loaded.splits.names == ("tench, Tinca tinca", *wnids[1:])
 
 
 def test_the_record_says_which_image_is_where(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from search.cli import run
 from search.results.pareto import feasible, pareto
 from search.results.store import SearchFolder, store_sampler
 from search.tracking.mirror import Follower, Mirror
-from search.tracking.store import Tracking, quiet, remember, remembered
+from search.tracking.store import MODE, Tracking, quiet, remember, remembered
 from search.tracking.summary_run import note
 from tests.helpers import tiny
 from tests.helpers.searches import ROOT, finished, stored
@@ -80,7 +81,7 @@ def test_mlflow_mirrors_the_journal(folder) -> None:
     text = summary.data.tags["mlflow.note.content"]
     for logged in trials:
         if logged.data.tags["front"] == "true":
-            assert f"(#/experiments/{logged.info.experiment_id}/runs/{logged.info.run_id})" in text
+            assert f"(#/experiments/{logged.info.experiment_id}/runs/{logged.info.run_id}{MODE})" in text
     files = folder / "artifacts" / summary.info.run_id
     assert sum(file.stat().st_size for file in files.rglob("*") if file.is_file()) < 10e6
 
@@ -242,6 +243,8 @@ def test_a_server_that_dies_in_the_middle_costs_nothing(tmp_path, cache, capsys)
         page = Path(client.download_artifacts(summary.info.run_id, "report.html")).read_text()
         assert f"{tracking.uri}/#/experiments/" in page
         assert run(["ui", "--runs", str(tmp_path / "runs")]) == 0
-        assert summary.info.run_id in capsys.readouterr().out
+        links = re.findall(r"http://\S+", capsys.readouterr().out)
+        assert summary.info.run_id in links[0]
+        assert all(MODE in link for link in links)
     finally:
         end(server)

@@ -11,7 +11,8 @@ from search.cli import run
 from search.config.objectives import OBJECTIVES, Objectives, together
 from search.config.overrides import Request
 from search.config.study import Study, StudyError
-from search.results.store import SearchFolder, StoredSearch, StoreError
+from search.results.folders import StoreError
+from search.results.store import SearchFolder, StoredSearch
 from tests.helpers import tiny
 from tests.helpers.searches import stored
 

@@ -165,6 +165,8 @@ def test_the_command_shows_the_profile_and_writes_it(tmp_path, capsys, pipeline,
         assert name in text
     picture = tmp_path / "runs" / "profile-tiny.png"
     assert f"Wrote {picture}" in text
+    for meaning in ("with that one group cut", "Divergence: how far its answers move", "Loss: how much less"):
+        assert meaning in text
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert run([*arguments, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

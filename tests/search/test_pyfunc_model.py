@@ -42,7 +42,11 @@ def answers(bundle: Path, images) -> list[dict]:
     logits, routes, _ = run_bundle.answer(run_bundle.load(bundle), images, description["target"]["batch"])
     names = [*description["exits"], "end"]
     exits = [names[index] for index in run_bundle.exits_of(routes)]
-    return [{"class": int(label), "exit": name} for label, name in zip(logits.argmax(axis=1), exits, strict=True)]
+    classes = description["class_names"]
+    return [
+        {"class": int(label), "exit": name, "name": classes[label]}
+        for label, name in zip(logits.argmax(axis=1), exits, strict=True)
+    ]
 
 
 def test_every_pick_is_a_version_and_the_alias_is_at_the_last(picked) -> None:
@@ -70,7 +74,7 @@ def test_the_model_answers_as_its_bundle_does(picked) -> None:
             info = mlflow.models.get_model_info("models:/tiny@deploy")
     finally:
         mlflow.set_tracking_uri(None)
-    assert [column.name for column in info.signature.outputs] == ["class", "exit"]
+    assert [column.name for column in info.signature.outputs] == ["class", "exit", "name"]
     assert info.signature.inputs.inputs[0].shape == (-1, 1, 8, 8)
     images = np.load(picked / "latency" / "check.npz")["images"]
     for version, bundle in ((1, "accuracy"), (2, "latency")):

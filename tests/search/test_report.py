@@ -13,7 +13,7 @@ from evaluators.accuracy import wilson
 from search.cli import run
 from search.config.budget import Budget
 from search.config.objectives import BEFORE
-from search.config.units import threshold
+from search.config.units import milliseconds, threshold
 from search.report.axes import staircase
 from search.report.caveats import caveats
 from search.report.compare import Side, compare, parse_side
@@ -24,6 +24,7 @@ from search.report.matplotlib_figures import profile_picture, save_pictures
 from search.report.overview import Overview, hypervolume_history, notable_versions, write_profile
 from search.report.report import report_of
 from search.report.significance import difference
+from search.report.tables import front_table
 from search.report.text_plot import HEIGHT, scatter
 from search.results.pareto import feasible, hypervolume, pareto
 from search.results.sensitivity import Point, Profile
@@ -103,6 +104,11 @@ def test_latencies_differ_where_their_intervals_and_the_machine_leave_no_other_w
 def test_accuracy_is_doubted_even_where_every_image_was_right() -> None:
     assert accuracy_half_width(measurement("accuracy", 1.0, n=175)) == pytest.approx(1 - wilson(1.0, 175)[0])
     assert 0.02 < accuracy_half_width(measurement("accuracy", 1.0, n=175)) < 0.022
+
+
+def test_times_below_a_tenth_of_a_millisecond_are_in_microseconds() -> None:
+    seconds = (28.46e-6, 99.9e-6, 0.1e-3, 4.974e-3, 0.25, 0.0)
+    assert [milliseconds(each) for each in seconds] == ["28.5 µs", "99.9 µs", "0.10 ms", "4.97 ms", "250 ms", "0.00 ms"]
 
 
 @given(st.floats(0, 1, exclude_max=True))
@@ -200,6 +206,19 @@ def test_a_report_says_what_was_asked_found_and_to_be_doubted(overview) -> None:
     for layer in overview.dense.evaluation.candidate.precision:
         assert f"| {layer} |" in text
     assert "No version has been confirmed" in text
+    search = replace(overview.search, report={"remarks": ["surrogate of latency: R² 0.97"]})
+    assert "Surrogate of latency: R² 0.97." in report_of(Overview.of(search)).to_markdown()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_every_column_of_the_front_is_explained(overview, width) -> None:
+    table = front_table(overview.front, overview.dense, "front", width, overview.other_simple)
+    shown = [str(column.header) for column in table.columns]
+    explained = str(table.caption)
+    assert all(heading in explained for heading in shown if heading != "trial"), explained
+    assert ("exits: share" in explained) == ("exits" in shown)
+    page_of_all = report_of(overview).to_markdown()
+    assert all(f"{heading}:" in page_of_all for heading in ("FLOPs", "size", "kept", "int8", "exits"))
 
 
 def test_caveats_name_what_may_break_a_limit_or_is_known_badly(overview) -> None:

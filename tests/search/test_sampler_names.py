@@ -1,4 +1,4 @@
-"""A search that began when the sampler had another name is found again, and goes on."""
+"""A search that began when its sampler, or a study without a name, was called otherwise is found again, and goes on."""
 
 from pathlib import Path
 
@@ -41,6 +41,18 @@ def test_a_search_of_before_goes_on_in_its_folder(asked, tmp_path, capsys) -> No
     search = stored(tmp_path, before.name)
     assert len(finished(search.trials)) == 3
     assert set(search.samplers.values()) == {"ehvi"}
+
+
+def test_a_search_goes_on_under_the_name_that_was_made_up_for_it_before(asked, tmp_path, capsys) -> None:
+    command = [*asked, "--data", "tests.helpers.tiny:splits"]
+    assert run(command) == 0
+    (new,) = tmp_path.glob("tiny-short-tiny-*-ehvi-0")
+    study = Study.stored(SearchFolder(new).open().user_attrs["study"]).model_copy(update={"name": "short-splits"})
+    before = new.rename(tmp_path / f"short-splits-{study.question_key}-ehvi-0")
+    SearchFolder(before).open().set_user_attr("study", study.model_dump(mode="json"))
+    assert run([*command, "--trials", "3"]) == 0
+    assert f"Going on with search {before.name}: 2 trials are there" in " ".join(capsys.readouterr().out.split())
+    assert run([*command, "--search", before.name, "--trials", "3"]) == 0
 
 
 def test_a_study_file_of_before_is_accepted_as_it_is() -> None:

@@ -92,22 +92,72 @@ def test_front_in_all_its_forms_says_the_same(folder, capsys) -> None:
     assert [(each["trial"], each["on_front"]) for each in as_json["simple"]] == [
         (line.trial, line in front) for line in lines
     ]
-    assert [row["trial"] for row in as_csv] == [*map(str, names), *map(str, below)]
+    assert [row["trial"] for row in as_csv] == [str(name) if isinstance(name, int) else "" for name in [*names, *below]]
+    assert as_csv[-1]["version"] == ("dense" if "dense" in below else as_csv[-1]["version"])
     told = {entry["trial"]: entry for entry in [*as_json["front"], *as_json["simple"]]}
     assert told["dense"]["measurements"] == as_json["dense"]["measurements"]
     for row, entry in zip(as_csv, [told[name] for name in [*names, *below]], strict=True):
-        numbers_of = {name: float(value) for name, value in row.items() if name != "trial"}
+        numbers_of = {name: float(value) for name, value in row.items() if name not in ("trial", "version")}
         measured, candidate = entry["measurements"], entry["candidate"]
         assert numbers_of["latency_ms"] == pytest.approx(measured["latency"]["value"] * 1e3, abs=1e-4)
         assert numbers_of["size_mb"] == pytest.approx(measured["size"]["value"] / 1e6, abs=1e-4)
         assert numbers_of["int8_layers"] == list(candidate["precision"].values()).count("int8")
         assert 0 <= numbers_of["leave_at_exit1_pct"] <= 100
-    dense = next(row for row in as_csv if row["trial"] == "dense")
+    dense = next(row for row in as_csv if row["version"] == "dense")
     assert [float(dense[name]) for name in ("points", "speedup", "channels_pct")] == [0, 1, 100]
     assert run(["front", *loose]) == 0
     shown = capsys.readouterr().out
     assert re.search(rf"\b{len(names)} versions? within", shown)
     assert [line.split()[0] for line in shown.splitlines() if line.split()].count("dense") == 1
+
+
+def test_every_trial_is_a_row_with_one_type_a_column(folder, capsys) -> None:
+    every = ["front", "--runs", str(folder), "--search", "one", "--all"]
+    assert run([*every, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    search = stored(folder)
+    assert [row["trial"] for row in rows if row["trial"] is not None] == [
+        each.number for each in finished(search.trials)
+    ]
+    for column in rows[0]:
+        kinds = {type(row[column]) for row in rows if row[column] is not None}
+        assert len(kinds) <= 1, (column, kinds)
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    by_trial = {row["trial"]: row for row in rows}
+    for trial, version in {version.number: version for version in search.versions}.items():
+        assert by_trial[trial]["latency_ms"] == pytest.approx(version.measured["latency"].value * 1e3, abs=1e-4)
+        assert by_trial[trial].items() >= search.trials[trial].params.items()
+    assert run([*every, "--csv"]) == 0
+    as_csv = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [list(row.values()) for row in as_csv] == [
+        ["" if value is None else str(value) for value in row.values()] for row in rows
+    ]
+    assert run(every) == 0
+    assert "trial 11" in capsys.readouterr().out
+
+
+def test_the_searches_of_a_folder_are_listed(folder, tmp_path, capsys) -> None:
+    shutil.copytree(folder / "one", tmp_path / "one")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "journal.log").write_text("nothing\n")
+    with SearchFolder(tmp_path / "fresh").lock():
+        SearchFolder(tmp_path / "fresh").create()
+        assert run(["list", "--runs", str(tmp_path), "--json"]) == 0
+        found = {each["search"]: each for each in json.loads(capsys.readouterr().out)}
+    assert {name: each["state"] for name, each in found.items()} == {
+        "one": "ended",
+        "torn": "unreadable",
+        "fresh": "running",
+    }
+    assert (found["one"]["trials"], found["one"]["budget"]) == (12, "latency<1000%,size<80%")
+    assert "line 1" in found["torn"]["reason"]
+    assert run(["list", "--runs", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "12/12" in text
+    assert "no trial yet" in text
+    assert run(["list", "--runs", str(tmp_path / "empty")]) == 0
+    assert "start one with" in capsys.readouterr().out
+    assert not (tmp_path / "empty").exists()
 
 
 def test_a_budget_that_nothing_meets_names_the_nearest_miss(folder, tmp_path, capsys) -> None:

@@ -5,7 +5,8 @@ import pytest
 from optuna.trial import TrialState
 
 from search.loop.resume import is_counted, requeue_running
-from search.results.store import SearchFolder, StoreError, check_journal, find_search
+from search.results.folders import StoreError
+from search.results.store import SearchFolder, check_journal, find_search
 
 
 @pytest.fixture
@@ -69,6 +70,18 @@ def test_a_lock_that_a_killed_process_left_does_not_delay(folder) -> None:
         leftover.symlink_to(folder.journal)
         add_trials(folder.create(), 1)
         assert not leftover.is_symlink()
+
+
+def test_a_folder_that_got_no_journal_is_gone_again(tmp_path) -> None:
+    folder = SearchFolder(tmp_path / "runs" / "mistyped")
+    with folder.lock():
+        assert folder.is_locked
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs" / "mistyped").mkdir(parents=True)
+    with folder.lock():
+        pass
+    assert folder.path.is_dir(), "it was there before"
+    assert not folder.is_locked
 
 
 def test_two_searches_in_one_folder_are_refused(folder) -> None:
