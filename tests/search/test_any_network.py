@@ -49,6 +49,7 @@ FREE = {
     "tokens": {"body.0.mlp.0", "body.1.0"},
     "twice": {"stem.0", "body.1.0"},
     "head": {"stem.0", "hidden"},
+    "padding": {"stem.0", "body.0.0", "body.1.0", "body.2.0"},
 }
 
 
