@@ -18,7 +18,7 @@ from search.config.progress import Say
 from search.config.references import Source, SourceError, model_source
 from search.config.study import ModelSection, TrainingSection
 from search.loading.image_store import Preprocessing
-from search.loading.plain_network import trainable, unwrapped, with_shapes
+from search.loading.plain_network import train_as_deployed, trainable, unwrapped, with_shapes
 from search.loading.user_code import UserCodeError, call, load, source_of
 from search.loading.weights import LoadedWeights, fit, read_weights
 
@@ -143,6 +143,7 @@ def build_model(
         fitted = fit(network, read_weights(file), classes, file.name)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
     network = trainable(network, say)
+    train_as_deployed(network, images, say)
     key = hashlib.sha256("\0".join((text, repr(network), digest, _digest(network))).encode()).hexdigest()
     return BuiltModel(network, key, fitted, file is not None)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
@@ -77,6 +77,60 @@ def trainable(network: nn.Module, say: Say) -> nn.Module:
             " like any other, in a copy."
         )
     return copied
+
+
+def train_as_deployed(network: nn.Module, images: NDArray[np.float32], say: Say) -> None:
+    """Makes a network do in training what it does when deployed, in place, where it does otherwise.
+
+    Auxiliary outputs and layers that run in training only are left out: nothing of them is deployed, so nothing of them
+    is cut with the rest. Then each module that holds others runs as in evaluation; normalisation and dropout do not.
+
+    Args:
+        network: in evaluation mode.
+        images: two or more.
+        say: called with what is left out.
+    """
+    difference = _in_training_only(network, torch.from_numpy(images))
+    if not difference:
+        return
+    for module in network.modules():
+        if any(True for _ in module.children()):
+            module.register_forward_pre_hook(_evaluate)
+    say(f"In training mode the network {difference}: versions are trained as they are deployed, without that.")
+
+
+def _evaluate(module: nn.Module, _inputs: object) -> None:
+    module.training = False  # of itself alone: its parts keep their mode
+
+
+def _in_training_only(network: nn.Module, images: Tensor) -> str:
+    """Returns what a network does in training mode that it does not in evaluation mode; empty for nothing."""
+    copied = copy.deepcopy(network)  # running statistics change
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, deployed = _observed(copied, images)
+        try:
+            found, trained = _observed(copied.train(), images)
+        except Exception as error:
+            return f"fails ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    if more := [path for path in trained if path not in deployed]:
+        return f"runs more ({_listed(more)})"
+    if isinstance(found, Tensor) and isinstance(expected, Tensor) and found.shape == expected.shape:
+        return ""
+    return f"answers with a {type(found).__name__} of another form"
+
+
+def _observed(network: nn.Module, images: Tensor) -> tuple[object, list[str]]:
+    """Returns a network's answer, and the paths of the modules that ran for it."""
+    ran: dict[str, None] = {}
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, _out, path=path: ran.update({path: None}))
+        for path, module in network.named_modules()
+    ]
+    answer: object = network(images)
+    for hook in hooks:
+        hook.remove()
+    return answer, list(ran)
 
 
 def _unparametrized(path: str, module: nn.Module) -> list[str]:

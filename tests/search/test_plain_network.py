@@ -1,5 +1,6 @@
 """Networks as factories return them: frozen, wrapped, lazy, or with weights that are computed from others."""
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from search.loading.models import BuiltModel, build_model
 from search.loading.user_code import UserCodeError
 from search.training.dense import train
 from search.training.loop import NoGradientError
+from spaces.dynamic.exit_network import ExitNetwork
+from spaces.pruning.prunable import find_groups
+from spaces.pruning.slicing import sliced
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
 
@@ -189,3 +193,99 @@ def compiled() -> nn.Module:
 
 def test_wrappers_are_taken_off() -> None:
     assert {*build(compiled).network.state_dict()} == {*own().state_dict()}
+
+
+class Auxiliary(nn.Module):
+    """Runs a second classifier in training, as Inception does; `form` is how it returns both answers."""
+
+    def __init__(self, form: Callable[..., object] = lambda logits, aux: (logits, aux)) -> None:
+        super().__init__()
+        self.form = form
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.aux, self.drop = nn.Linear(8, 4), nn.Dropout()
+        self.two = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, images):
+        features = self.one(images)
+        logits = self.fc(self.drop(self.two(features).mean((2, 3))))
+        return self.form(logits, self.aux(features.mean((2, 3)))) if self.training else logits
+
+
+class Inside(nn.Module):
+    """Takes what it needs of an auxiliary network's answers, depending on the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Auxiliary()
+
+    def forward(self, images):
+        answers = self.inner(images)
+        return answers[0] if self.training else answers
+
+
+class Dictionary(Auxiliary):
+    def __init__(self) -> None:
+        super().__init__(lambda logits, aux: {"out": logits, "aux": aux})
+
+
+class Losing(Auxiliary):
+    """Wants more than images in training."""
+
+    def forward(self, images, labels=None):
+        answers = super().forward(images)
+        return nn.functional.cross_entropy(answers[0], labels) if self.training else answers
+
+
+class Twice(Auxiliary):
+    """Answers with more logits in training, from the same layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = self.fc
+
+    def forward(self, images):
+        answers = super().forward(images)
+        return torch.cat(answers, 1) if self.training else answers
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (Auxiliary, "runs more (aux)"),
+        (Inside, "runs more (inner.aux)"),
+        (Dictionary, "runs more (aux)"),
+        (Losing, "fails (TypeError: "),
+        (Twice, "answers with a Tensor of another form"),
+    ],
+)
+def test_versions_are_trained_as_they_are_deployed(factory, words) -> None:
+    said: list[str] = []
+    network = ExitNetwork(build(factory, say=said.append).network, [], []).eval()
+    assert len(said) == 1
+    assert f"In training mode the network {words}" in said[0]
+    groups = find_groups(network, torch.from_numpy(IMAGES[:1]))
+    smaller = sliced(network, groups.free, {group.name: np.arange(4) for group in groups.free}).train()
+    before = copy.deepcopy(smaller.state_dict())
+    answers = [smaller(torch.from_numpy(IMAGES))[-1] for _ in range(2)]
+    assert {tuple(answer.shape) for answer in answers} == {(2, 4)}
+    assert not torch.equal(*answers), "dropout drops"
+    means = [name for name in before if name.endswith("running_mean")]
+    assert all(not torch.equal(before[name], smaller.state_dict()[name]) for name in means)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, images):
+        return self.fc(nn.functional.dropout(images.mean((2, 3)), training=self.training))
+
+
+def test_a_network_that_runs_alike_in_training_keeps_its_mode() -> None:
+    said: list[str] = []
+    network = build(Functional, say=said.append).network.train()
+    assert not said
+    images = torch.from_numpy(IMAGES)
+    assert not torch.equal(network(images), network(images)), "what is dropped is chosen anew"
