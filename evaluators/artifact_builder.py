@@ -27,6 +27,7 @@ from evaluators.runtimes.base import FP32_IN_METADATA, Fp32In, Runtime, deployed
 from evaluators.runtimes.onnxruntime_cpu import load
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitNetwork
+from spaces.errors import QuantizationError
 
 _MEAN_IMAGES = 64
 """The number of calibration images from which the means of layers' inputs are computed."""
@@ -284,6 +285,25 @@ class ArtifactBuilder:
             QuantizationError: the graph has an operator without a gradient.
         """
         return self._form(network or self._network).trainable
+
+    def check_trainable(self) -> None:
+        """Checks that the dense network's graph can be trained: that it answers in torch as the network does.
+
+        Raises:
+            QuantizationError: it answers otherwise, or has an operator without a gradient.
+        """
+        network, images = self._network, torch.from_numpy(self._check_images)
+        with torch.no_grad():
+            features, last = network.run_trunk(images)
+            heads = [head(feature) for head, feature in zip(network.exits.values(), features, strict=True)]
+            found = self.trainable().logits(network.state_dict(), images)
+        for logits, expected in zip(found, [*heads, last], strict=True):
+            difference = _difference(logits.numpy(), expected.numpy())
+            if not difference <= _TOLERANCE:
+                raise QuantizationError(
+                    "training in int8 runs a graph that answers as the network does, got another answer, by"
+                    f" {difference:.2g} of the largest logit; leave [recovery.qat] out"
+                )
 
     def int8_placement(self, network: ExitNetwork, candidate: Candidate) -> Placement:
         """Returns the placement of Q/DQ in the artifact of a network that is compressed to `candidate`."""

@@ -12,6 +12,7 @@ UserError
   - QuantizationError     a network that cannot be written in a lower precision as the study asks
   - FileError             a file that cannot be compared with a network
   - DivergedError         a training whose loss is not finite
+  - NoGradientError       a training in which no gradient gets to the weights
   - TargetError           a target that does not exist, or not on this machine
       + EngineError       a stage that TensorRT refuses to build or to load
       + CudaError         a call of the CUDA runtime that failed

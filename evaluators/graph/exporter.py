@@ -249,8 +249,9 @@ def _first_line(error: Exception) -> str:
 def _with_random_values(network: ExitNetwork) -> ExitNetwork:
     randomized = copy.deepcopy(network).eval()
     generator = torch.Generator().manual_seed(0)
-    for tensor in [*randomized.parameters(), *randomized.buffers()]:
-        if tensor.is_floating_point():
+    state = randomized.state_dict()
+    for name, tensor in [*randomized.named_parameters(), *randomized.named_buffers()]:
+        if name in state and tensor.is_floating_point():  # other buffers are constants of the graph, with their values
             tensor.data = torch.rand(tensor.shape, generator=generator) + 0.5
     return randomized
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from search.config.progress import Say
 from search.config.references import Source, SourceError, model_source
 from search.config.study import ModelSection, TrainingSection
 from search.loading.image_store import Preprocessing
+from search.loading.plain_network import train_as_deployed, trainable, unwrapped, with_shapes
 from search.loading.user_code import UserCodeError, call, load, source_of
 from search.loading.weights import LoadedWeights, fit, read_weights
 
@@ -106,7 +108,14 @@ def find_weights(model: ModelSection, download: bool, say: Say) -> Path | None:
     return Path(model.weights) if model.weights is not None else None
 
 
-def build_model(model: ModelSection, file: Path | None, classes: int, seed: int) -> BuiltModel:
+def build_model(
+    model: ModelSection,
+    file: Path | None,
+    classes: int,
+    seed: int,
+    images: NDArray[np.float32],
+    say: Say = lambda _: None,
+) -> BuiltModel:
     """Returns the network that a study names, for this number of classes if its source supports it.
 
     Args:
@@ -114,6 +123,8 @@ def build_model(model: ModelSection, file: Path | None, classes: int, seed: int)
         file: its weights, as `find_weights` found them.
         classes: of the data.
         seed: of weights that are not loaded.
+        images: two or more, with which layers without a shape find theirs.
+        say: called with what was changed so that the network can be trained.
 
     Raises:
         SourceError: there is no such model, or its weights do not match.
@@ -125,10 +136,14 @@ def build_model(model: ModelSection, file: Path | None, classes: int, seed: int)
         network, text = _from_factory(model.source, classes), source_of(load(model.source))
     else:
         network, text = _from_torchvision(model, source, classes), str(source)
+    network = unwrapped(network)
+    with_shapes(network, images)
     fitted, digest = LoadedWeights(), ""
     if file is not None:
         fitted = fit(network, read_weights(file), classes, file.name)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    network = trainable(network, say)
+    train_as_deployed(network, images, say)
     key = hashlib.sha256("\0".join((text, repr(network), digest, _digest(network))).encode()).hexdigest()
     return BuiltModel(network, key, fitted, file is not None)
 
@@ -138,8 +153,7 @@ def _digest(network: nn.Module) -> str:
     content = hashlib.sha256()
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         content.update(name.encode())
-        if not is_lazy(tensor):  # has no values yet
-            content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
 
 

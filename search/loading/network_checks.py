@@ -31,12 +31,17 @@ def check_network(network: nn.Module, images: NDArray[np.float32], classes: int,
     inputs = torch.from_numpy(images[:2])
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        answers = _logits(network, inputs)
+        answers = logits_of(network, inputs)
         _check_classes(answers, len(inputs), classes, empty)
         _check_same(network, inputs, answers, caught)
 
 
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
+def logits_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Returns what a network answers.
+
+    Raises:
+        UserCodeError: it fails, or that is no tensor.
+    """
     shape = " ".join(map(str, images.shape))
     logits = call(lambda: network(images), f"a network maps images {shape} to logits")
     if not isinstance(logits, Tensor):
@@ -61,12 +66,12 @@ def _check_same(network: nn.Module, images: Tensor, answers: Tensor, caught: Seq
     try:
         traced = torch.jit.trace(network, images[:1], check_trace=False)
         inputs = [images, -images, torch.zeros_like(images), 10 * images]
-        pairs = [(_logits(network, batch), traced(batch)) for batch in inputs]
+        pairs = [(logits_of(network, batch), traced(batch)) for batch in inputs]
     except UserCodeError:
         raise
     except Exception:
         return  # the exporter gives a better error
-    again = _logits(network, images)
+    again = logits_of(network, images)
     if not _close(answers, again):
         raise UserCodeError(
             "a network answers the same image alike every time, got two answers; leave chance out in evaluation mode"

@@ -26,8 +26,9 @@ def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple
     loaded = load_data(study.data, usual_preprocessing(study.model, is_folder), download, progress, say)
     classes = loaded.splits.classes
     seed = study.training.seed if study.training else 0
-    built = build_model(study.model, file, classes, seed)
-    check_network(built.network, loaded.splits.calibration.images[:2], classes, loaded.empty)
+    images = loaded.splits.calibration.images[:2]
+    built = build_model(study.model, file, classes, seed, images, say)
+    check_network(built.network, images, classes, loaded.empty)
     _say_training(study, built, classes, say)
     return loaded, built
 

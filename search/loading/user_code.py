@@ -9,10 +9,13 @@ import site
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
+
+import torch
 
 from search.config.references import Source, factory_source
 from spaces.errors import UserError
@@ -35,7 +38,8 @@ def load(reference: str) -> Callable[..., Any]:
     """
     source = factory_source(reference)
     try:
-        module = _from_file(Path(source.place)) if source.kind == "file" else importlib.import_module(source.place)
+        with _own_gradients():
+            module = _from_file(Path(source.place)) if source.kind == "file" else importlib.import_module(source.place)
     except Exception as error:
         raise UserCodeError(
             f"a factory must be importable, got {reference!r}: {_said(error)}{_remedy(source, error)}"
@@ -62,11 +66,22 @@ def call(work: Callable[[], Result], rule: str) -> Result:
         UserCodeError: it raises; its file and line are named.
     """
     try:
-        return work()
+        with _own_gradients():
+            return work()
     except UserError:
         raise
     except Exception as error:
         raise UserCodeError(f"{rule}, got {_said(error)}") from error
+
+
+@contextmanager
+def _own_gradients() -> Iterator[None]:
+    """Takes back what a user's code switches off: without gradients nothing could be trained."""
+    before = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(before)
 
 
 def source_of(function: Callable[..., Any]) -> str:

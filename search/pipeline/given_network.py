@@ -164,7 +164,9 @@ def validation_parts(data: Splits, split: bool, choose_on: int | None) -> tuple[
 def fingerprint_of(network: ExitNetwork, data: Splits) -> str:
     """Returns sixteen hexadecimal digits over a network's weights and the images."""
     content = hashlib.sha256()
-    for tensor in network.state_dict().values():
+    state = network.state_dict()
+    constants = [buffer for name, buffer in network.named_buffers() if name not in state]
+    for tensor in (*state.values(), *constants):
         content.update(tensor.numpy().tobytes())
     for part in (data.train, data.calibration, data.validation, data.test):
         content.update(part.digest.encode())

@@ -332,5 +332,5 @@ def _qat_context(study: Study, given: GivenNetwork, space: JointSpace, builder: 
     # The class's name in this text is part of keys on users' disks: trainings are found by it.
     settings = repr(study.quantization).replace(type(study.quantization).__name__, "QuantizationSection", 1)
     supported = f"{capabilities.weight_bits!r}, {capabilities.quantized_add!r}, {capabilities.int8_channels!r}"
-    builder.trainable()  # says now what cannot be trained
+    builder.check_trainable()  # says now what cannot be trained
     return QatContext(builder, given.data.calibration.images[:], f"({settings}, {supported})")

@@ -35,12 +35,18 @@ _SECOND_RATE = 0.1
 _WARM_UP = 0.3
 """Share of a one-cycle schedule in which the learning rate rises."""
 _MOMENTUM = 0.9
+_NO_GRADIENT = "does not require grad and does not have a grad_fn"
+"""What torch says of a loss on which no weight has an influence."""
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 """CPU flags with which a training step in bf16 takes about half the time."""
 
 
 class DivergedError(UserError):
     """The loss of a training is not finite, even at a tenth of the learning rate."""
+
+
+class NoGradientError(UserError):
+    """No gradient gets from the loss of a training to the weights."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ class _Run:
         """
         self.optimizer.zero_grad()
         try:
-            return step(replace(batch, images=batch.images.contiguous(memory_format=self._layout)))
+            return _loss(step, replace(batch, images=batch.images.contiguous(memory_format=self._layout)))
         except RuntimeError as error:
             if self._layout is torch.contiguous_format or "view size" not in str(error):
                 raise
@@ -278,6 +284,7 @@ def fit(
 
     Raises:
         DivergedError: the loss is not finite for the second time.
+        NoGradientError: it does not depend on any weight.
     """
     run = _Run(network, settings, batches)
     _resume(run, checkpoint)
@@ -297,6 +304,18 @@ def fit(
         checkpoint.unlink(missing_ok=True)
     network.eval()
     return run.fitted
+
+
+def _loss(step: Step, batch: Batch) -> float:
+    try:
+        return step(batch)
+    except RuntimeError as error:
+        if not str(error).endswith(_NO_GRADIENT):
+            raise
+        raise NoGradientError(
+            "a network that is trained has a forward with gradients, got one that switches them off; take"
+            " torch.no_grad() and detach() out of it, or leave out what trains"
+        ) from error
 
 
 def _retry(run: _Run, last_epoch: dict[str, Any], loss: str) -> None:

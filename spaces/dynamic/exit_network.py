@@ -214,19 +214,59 @@ def feature_channels(trunk: nn.Module, cut_points: Sequence[str], image: Tensor)
     """Returns the number of channels of each cut point's output, for one image `(1, c, h, w)`.
 
     Raises:
-        StructureError: a cut point is not a module of the trunk, or its output is no feature map.
+        StructureError: a cut point is not a module of the trunk that runs once, or its output is no feature map, or
+            they are not in the order in which they run.
     """
     known = dict(trunk.named_modules())
     for path in cut_points:
         if path not in known:
             raise StructureError(f"an exit sits after a module of the network, got {path!r}; see named_modules()")
-    with torch.no_grad():
-        features, _ = ExitNetwork(trunk, cut_points, [nn.Identity()] * len(cut_points)).run_trunk(image)
-    for path, feature in zip(cut_points, features, strict=True):
-        if feature.ndim != 4:
-            shape = tuple(feature.shape)
-            raise StructureError(f"an exit reads a feature map (n, c, h, w), got shape {shape} at {path!r}")
-    return [feature.shape[1] for feature in features]
+    calls = _outputs(trunk, cut_points, image)
+    channels = [_map_channels(path, [out for name, out in calls if name == path]) for path in cut_points]
+    order = [path for path, _ in calls]
+    if order != list(cut_points):
+        raise StructureError(
+            f"exits are named once each, in the order in which they run, got {', '.join(map(repr, cut_points))};"
+            f" that is {', '.join(map(repr, order))}"
+        )
+    return channels
+
+
+def _outputs(trunk: nn.Module, paths: Sequence[str], image: Tensor) -> list[tuple[str, object]]:
+    """Returns what modules give, with their paths, call by call."""
+    calls: list[tuple[str, object]] = []
+    hooks = [
+        trunk.get_submodule(path).register_forward_hook(
+            lambda _module, _args, out, path=path: calls.append((path, out))
+        )
+        for path in dict.fromkeys(paths)
+    ]
+    try:
+        with torch.no_grad():
+            trunk(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _map_channels(path: str, outputs: Sequence[object]) -> int:
+    """Returns the channels of the feature map that a module gives; `outputs` are those of all its calls.
+
+    Raises:
+        StructureError: it runs twice, or never, or gives no feature map.
+    """
+    if len(outputs) != 1:
+        times = f"runs {len(outputs)} times" if outputs else "does not run"
+        raise StructureError(
+            f"an exit sits after a module that runs once, got {path!r}, which {times}; name the module before it, or"
+            " the block around it"
+        )
+    (output,) = outputs
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise StructureError(f"an exit reads a feature map (n, c, h, w), got {what} at {path!r}")
+    return output.shape[1]
 
 
 def is_of_gate(name: str) -> bool:

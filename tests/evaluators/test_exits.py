@@ -143,6 +143,36 @@ def test_an_exit_needs_a_module_with_a_feature_map(image) -> None:
         feature_channels(tiny.randomized(), ["hidden"], image)
 
 
+class Shared(nn.Module):
+    """Runs one activation twice, another never, and gives a pair in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3)
+        self.act, self.spare, self.largest = nn.ReLU(), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)
+        self.classifier = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, _ = self.largest(self.act(self.first(x)))
+        return self.classifier(self.act(self.second(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (["act"], "a module that runs once, got 'act', which runs 2 times; name the module before it"),
+        (["spare"], "got 'spare', which does not run"),
+        (["largest"], r"a feature map \(n, c, h, w\), got tuple at 'largest'"),
+        (["second", "first"], "in the order in which they run, got 'second', 'first'; that is 'first', 'second'"),
+        (["first", "first"], "named once each, .* got 'first', 'first'; that is 'first'$"),
+    ],
+)
+def test_exits_sit_at_places_that_are_passed_once_in_order(after, words, image) -> None:
+    with pytest.raises(StructureError, match=words):
+        feature_channels(Shared(), after, image)
+    assert feature_channels(Shared(), ["first", "second"], image) == [8, 16]
+
+
 def test_deepcopies_capture_their_own_features(network, images) -> None:
     import copy
 

@@ -11,7 +11,7 @@ from evaluators.graph.template import Template
 from evaluators.quantization.int8 import Quantizer
 from evaluators.quantization.torch_operators import Operation
 from evaluators.quantization.trainable_graph import TrainableGraph
-from evaluators.runtimes.onnxruntime_cpu import load
+from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
 from spaces.dynamic.exit_network import ExitNetwork
 from spaces.errors import QuantizationError
 from tests.helpers import tiny, zoo
@@ -147,6 +147,22 @@ def test_an_operator_does_what_the_runtime_does(kind, attributes, inputs) -> Non
     assert answer.shape == expected.shape
 
 
+def test_a_graph_that_answers_otherwise_is_not_trained() -> None:
+    class Scaled(zoo.Head):
+        scale = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    torch.manual_seed(0)
+    network = ExitNetwork(Scaled(), [], []).eval()
+    builder = ArtifactBuilder(network, torch.randn(6, 3, 8, 8).numpy(), OnnxRuntime())
+    builder.check_trainable()
+    network.trunk.scale = 1.5  # the graph has the scale of its export
+    with pytest.raises(QuantizationError, match=r"by 0\.33 of the largest logit; leave \[recovery\.qat\] out"):
+        builder.check_trainable()
+
+
 def test_an_unknown_operator_is_named() -> None:
     node = helper.make_node("GridSample", ["x", "grid"], ["y"], name="/warp/GridSample")
     with pytest.raises(QuantizationError, match=r"got GridSample at '/warp/GridSample'; leave \[recovery.qat\] out"):
@@ -155,7 +171,6 @@ def test_an_unknown_operator_is_named() -> None:
 
 def test_a_linear_layer_behind_a_product_keeps_its_channels_last() -> None:
     """MatMul's weight is stored the other way round in the file."""
-    from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
     from spaces.candidate import Candidate
 
     network = ExitNetwork(zoo.build("tokens"), [], []).eval()

@@ -109,6 +109,12 @@ class Twice(nn.Module):
         return self.second(self.shared(F.relu(self.first(self.shared(x)))))
 
 
+def padded(inputs: int, outputs: int, kernel: int, padding: str, dilation: int = 1) -> nn.Sequential:
+    """Returns a convolution whose padding is a word, its norm and its activation."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
 class Head(nn.Module):
     """Pooling to a grid that does not divide the features, and a batch norm between linear layers."""
 
@@ -138,6 +144,9 @@ NETWORKS = {
     "tokens": lambda: Classifier(nn.Sequential(Tokens(16), conv(16, 24)), 24),
     "twice": lambda: Classifier(nn.Sequential(Twice(16), conv(16, 24)), 24),
     "head": Head,
+    "padding": lambda: Classifier(
+        nn.Sequential(padded(16, 24, 4, "same"), padded(24, 24, 3, "same", 2), padded(24, 24, 3, "valid")), 24
+    ),
 }
 
 

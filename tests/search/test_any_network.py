@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from evaluators.artifact_builder import ArtifactBuilder
 from evaluators.graph.exporter import ExportError, export_structure
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime, load
+from search.pipeline.given_network import fingerprint_of
 from spaces.candidate import Candidate
 from spaces.dynamic.exit_network import ExitHead, ExitNetwork, feature_channels
 from spaces.pruning.groups import Groups
 from spaces.pruning.prunable import find_groups
 from spaces.pruning.slicing import sliced
 from studies.cifar10.model import resnet20
-from tests.helpers import zoo
+from tests.helpers import tiny, zoo
 from tests.helpers.tiny import sparsity_space
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -48,6 +49,7 @@ FREE = {
     "tokens": {"body.0.mlp.0", "body.1.0"},
     "twice": {"stem.0", "body.1.0"},
     "head": {"stem.0", "hidden"},
+    "padding": {"stem.0", "body.0.0", "body.1.0", "body.2.0"},
 }
 
 
@@ -225,3 +227,42 @@ def test_exits_behind_a_padded_shortcut_are_exported() -> None:
     network = ExitNetwork(trunk, ["layer1", "layer2"], heads).eval()
     model, _ = export_structure(network, torch.randn(1, 3, 32, 32))
     assert "exit2_logits" in {output.name for output in model.graph.output}
+
+
+class Normalising(nn.Module):
+    """Normalises its input by constants, and blurs before it strides, as timm does; neither is in its state dict."""
+
+    def __init__(self, mean: float = 0.5) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([mean, -0.2, 0.3]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.5, 2.0, 4.0]).view(1, 3, 1, 1), persistent=False)
+        filters = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("blur", torch.outer(filters, filters).repeat(8, 1, 1, 1), persistent=False)
+        self.first, self.second = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 16, 3, 1, 1)
+        self.classifier = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first((x - self.mean) / self.std).relu()
+        x = nn.functional.conv2d(x, self.blur, stride=2, padding=1, groups=8)
+        return self.classifier(self.second(x).relu().mean((2, 3)))
+
+
+def normalising(mean: float = 0.5) -> ExitNetwork:
+    torch.manual_seed(0)
+    return ExitNetwork(Normalising(mean), [], []).eval()
+
+
+def test_buffers_outside_of_the_state_dict_keep_their_values() -> None:
+    network = normalising()
+    builder = ArtifactBuilder(network, IMAGES.numpy(), OnnxRuntime())
+    groups = find_groups(network, IMAGES[:1], builder.disagreement)
+    smaller = sliced(network, groups.free, {"second": np.arange(4)})
+    with torch.no_grad():
+        expected = smaller(IMAGES)[-1].numpy()
+    np.testing.assert_allclose(answers(builder, smaller, "fp32"), expected, atol=1e-5)
+
+
+def test_buffers_outside_of_the_state_dict_are_a_part_of_what_a_network_is() -> None:
+    data = tiny.splits()
+    assert fingerprint_of(normalising(), data) == fingerprint_of(normalising(), data)
+    assert fingerprint_of(normalising(), data) != fingerprint_of(normalising(0.4), data)

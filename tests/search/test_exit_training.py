@@ -136,7 +136,9 @@ def test_joint_training_is_kept_and_goes_on_where_it_was_stopped(tmp_path, monke
     study, data = Study.parse(tiny.STUDY.replace("grid = 2", joint), "test"), tiny.splits()
 
     def train(progress):
-        return trained_network(study, build_model(study.model, None, data.classes, 0), data, progress)
+        return trained_network(
+            study, build_model(study.model, None, data.classes, 0, data.calibration.images[:2]), data, progress
+        )
 
     def crash(step: str, done: int, total: int) -> None:
         if "together" in step and done >= 50:
@@ -163,7 +165,9 @@ def test_there_are_as_many_weights_as_losses(tmp_path, monkeypatch) -> None:
     study = Study.parse(tiny.STUDY.replace("grid = 2", 'grid = 2, training = "joint", weights = [1.0]'), "test")
     data = tiny.splits()
     with pytest.raises(StudyError, match="got 1 for 1 exits; leave it out"):
-        trained_network(study, build_model(study.model, None, data.classes, 0), data, silent)
+        trained_network(
+            study, build_model(study.model, None, data.classes, 0, data.calibration.images[:2]), data, silent
+        )
 
 
 def test_only_joint_training_changes_the_trunk() -> None:

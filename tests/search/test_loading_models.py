@@ -21,9 +21,20 @@ SMALL = "squeezenet1_1"
 """The quickest of torchvision's to build."""
 
 
-def build(source: str, classes: int = 4, weights: Path | None = None, say: Say = lambda _: None, download=False):
+COLOUR, GREY = (2, 3, 64, 64), (2, 1, 8, 8)
+
+
+def build(
+    source: str,
+    classes: int = 4,
+    weights: Path | None = None,
+    say: Say = lambda _: None,
+    download=False,
+    shape: tuple[int, ...] = COLOUR,
+):
     section = ModelSection(source=source, weights=str(weights) if weights else None)
-    return build_model(section, find_weights(section, download, say), classes, 0)
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return build_model(section, find_weights(section, download, say), classes, 0, images, say)
 
 
 @pytest.fixture
@@ -94,10 +105,10 @@ def test_a_file_of_the_users_own_is_a_factory_and_may_import_its_neighbour(tmp_p
     (tmp_path / "net.py").write_text(
         "from neighbour_of_net import layer\ndef make(num_classes):\n    return layer(3, num_classes)\n"
     )
-    built = build(f"{tmp_path}/net.py:make", classes=7)
+    built, same, other = (build(f"{tmp_path}/net.py:make", classes=count, shape=(2, 3)) for count in (7, 7, 8))
     assert built.network.out_features == 7
-    assert build(f"{tmp_path}/net.py:make", classes=7).key == built.key
-    assert build(f"{tmp_path}/net.py:make", classes=8).key != built.key
+    assert same.key == built.key
+    assert other.key != built.key
 
 
 def test_what_a_factory_loads_itself_is_a_part_of_its_key(tmp_path) -> None:
@@ -112,7 +123,7 @@ def test_what_a_factory_loads_itself_is_a_part_of_its_key(tmp_path) -> None:
         nn.init.constant_(network[1].weight, value)
         nn.init.constant_(network[1].bias, 0.0)
         torch.save(network.state_dict(), tmp_path / "weights.pt")
-        keys.append(build(f"{tmp_path / 'net.py'}:build").key)
+        keys.append(build(f"{tmp_path / 'net.py'}:build", shape=(2, 8)).key)
     assert keys[0] == keys[1] != keys[2]
 
 
@@ -254,7 +265,7 @@ def test_without_training_the_network_is_taken_as_it_is(cache, tmp_path) -> None
     text = tiny.STUDY.replace("training = {epochs = 4, batch = 50, learning_rate = 0.05}\n", "")
     study = Study.parse(text, "test")
     assert study.training is None
-    built = build("tests.helpers.tiny:network", weights=tmp_path / "net.pt")
+    built = build("tests.helpers.tiny:network", weights=tmp_path / "net.pt", shape=GREY)
     network = trained_network(study, built, tiny.splits(), lambda *_: None)
     for key, value in tiny.randomized().state_dict().items():
         assert torch.equal(network.trunk.state_dict()[key], value)

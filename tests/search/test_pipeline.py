@@ -56,7 +56,9 @@ def test_the_trained_network_is_cached_and_training_goes_on_after_a_crash(cache,
     steps: list[int] = []
 
     def trained(progress):
-        return training.trained_network(study, build_model(study.model, None, data.classes, 0), data, progress)
+        return training.trained_network(
+            study, build_model(study.model, None, data.classes, 0, data.calibration.images[:2]), data, progress
+        )
 
     def crash(step: str, done: int, total: int) -> None:
         if done >= 50:
