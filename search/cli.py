@@ -1,6 +1,6 @@
 """The command line. It imports no heavy libraries, so that `--help` and error messages appear at once."""
 
-import shlex
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from search.config.budget import Budget
+from search.config.command_lines import RUNS, command_line
 from search.config.overrides import Ending, Request, read_dimensions, read_objectives
 from search.report.output import Output
 from spaces.errors import UserError
@@ -66,7 +67,7 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON; everything else goes to standard error.")
 ]
 
-RUNS = Path("runs")
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
 _INTERRUPTED = 130
 EXIT_THRESHOLDS: Mapping[str, Literal["solved", "searched"]] = {
     "solved": "solved",
@@ -120,8 +121,8 @@ def _check_no_options(context: typer.Context) -> None:
 
 
 def _error_code(message: str) -> int:
-    """Writes an error message in one line, and returns the exit code 2."""
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    """Writes an error message in one line, without colours that a library put there, and returns the exit code 2."""
+    sys.stderr.write(f"error: {' '.join(_COLOURS.sub('', message).split())}\n")
     return 2
 
 
@@ -218,8 +219,8 @@ def init(
     from search.config.template import write_template
 
     write_template(folder)
-    here = shlex.quote(str(folder / "study.toml"))
-    typer.echo(f"Wrote {folder}/. It runs as it is; then edit its files:\n  python -m search --study {here}")
+    command = command_line("--study", str(folder / "study.toml"))
+    typer.echo(f"Wrote {folder}/. It runs as it is; then edit its files:\n  {command}")
     return 0
 
 
