@@ -18,7 +18,8 @@ from search.config.references import Source, SourceError, model_source
 from search.config.study import ModelSection, TrainingSection
 from search.loading.image_store import Preprocessing
 from search.loading.user_code import UserCodeError, call, load, source_of
-from search.loading.weights import LoadedWeights, fit, read_weights
+from search.loading.weight_files import read_weights
+from search.loading.weights import LoadedWeights, fit
 
 NO_WEIGHTS = "none"
 """After the @ of a torchvision model: no weights."""
@@ -106,7 +107,9 @@ def find_weights(model: ModelSection, download: bool, say: Say) -> Path | None:
     return Path(model.weights) if model.weights is not None else None
 
 
-def build_model(model: ModelSection, file: Path | None, classes: int, seed: int) -> BuiltModel:
+def build_model(
+    model: ModelSection, file: Path | None, classes: int, seed: int, say: Say = lambda _: None
+) -> BuiltModel:
     """Returns the network that a study names, for this number of classes if its source supports it.
 
     Args:
@@ -114,6 +117,7 @@ def build_model(model: ModelSection, file: Path | None, classes: int, seed: int)
         file: its weights, as `find_weights` found them.
         classes: of the data.
         seed: of weights that are not loaded.
+        say: called with remarks for the user on the weights.
 
     Raises:
         SourceError: there is no such model, or its weights do not match.
@@ -127,7 +131,7 @@ def build_model(model: ModelSection, file: Path | None, classes: int, seed: int)
         network, text = _from_torchvision(model, source, classes), str(source)
     fitted, digest = LoadedWeights(), ""
     if file is not None:
-        fitted = fit(network, read_weights(file), classes, file.name)
+        fitted = fit(network, read_weights(file, say), classes, file.name, say)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
     key = hashlib.sha256("\0".join((text, repr(network), digest, _digest(network))).encode()).hexdigest()
     return BuiltModel(network, key, fitted, file is not None)
