@@ -1,5 +1,6 @@
 """The command line. It imports no heavy libraries, so that `--help` and error messages appear at once."""
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from search.commands.options import (
     Weights,
 )
 from search.config.budget import Budget
+from search.config.command_lines import command_line
 from search.config.objectives import check_preference
 from search.config.overrides import Ending, Request, read_dimensions, read_objectives
 from search.config.registries import SAMPLERS
@@ -46,6 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
 _INTERRUPTED = 130
 EXIT_THRESHOLDS: Mapping[str, Literal["solved", "searched"]] = {
     "solved": "solved",
@@ -110,8 +113,8 @@ def _quoting_hint(message: str, arguments: list[str]) -> str:
 
 
 def _error_code(message: str) -> int:
-    """Writes an error message in one line, and returns the exit code 2."""
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    """Writes an error message in one line, without colours that a library put there, and returns the exit code 2."""
+    sys.stderr.write(f"error: {' '.join(_COLOURS.sub('', message).split())}\n")
     return 2
 
 
@@ -223,8 +226,8 @@ def init(
     from search.config.template import write_template
 
     write_template(folder)
-    here = shlex.quote(str(folder / "study.toml"))
-    typer.echo(f"Wrote {folder}/. It runs as it is; then edit its files:\n  python -m search --study {here}")
+    command = command_line("--study", str(folder / "study.toml"))
+    typer.echo(f"Wrote {folder}/. It runs as it is; then edit its files:\n  {command}")
     return 0
 
 

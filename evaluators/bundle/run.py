@@ -202,7 +202,7 @@ def _load_sessions(bundle: Path, manifest: Manifest) -> StagedNetwork:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = manifest.target.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what is wrong is in the exception, too
         for key, value in session_entries(file).items():
             options.add_session_config_entry(key, value)
         disabled = harmful_optimizers(file)

@@ -103,7 +103,7 @@ def open_session(model: bytes, threads: int, optimize: bool = True) -> onnxrunti
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what is wrong is in the exception, too
     for key, value in session_entries(model).items():
         options.add_session_config_entry(key, value)
     level = onnxruntime.GraphOptimizationLevel

@@ -1,12 +1,12 @@
 """`python -m search`: runs a search and shows its front."""
 
-import shlex
 import signal
 from pathlib import Path
 
 from evaluators.runtimes.registry import runtime as open_runtime
 from search.commands.front import NO_VERSION, front_json, print_front
 from search.commands.libraries import set_up_libraries
+from search.config.command_lines import command_line
 from search.config.overrides import Ending, Request, named_before
 from search.config.registries import SAMPLERS
 from search.config.study import Study
@@ -56,12 +56,8 @@ def run_search(
         return code or (0 if overview.front else NO_VERSION)
     print_front(overview, console)
     if overview.front and not output.quiet:
-        runs_option = [] if runs == Path("runs") else ["--runs", str(runs)]
-        budget_option = ["--budget", str(overview.budget)]
-        lines = [["ui"], ["report"], ["pick", *budget_option, "--out", "deploy/"]]
-        commands = [
-            shlex.join(["python", "-m", "search", *line, "--search", folder.name, *runs_option]) for line in lines
-        ]
+        lines = [["ui"], ["report"], ["pick", "--budget", str(overview.budget), "--out", "deploy/"]]
+        commands = [command_line(*line, search=folder.path) for line in lines]
         write_lines(console, ["Go on with:", *(f"  {command}" for command in commands)])
     return code or (0 if overview.front else NO_VERSION)
 

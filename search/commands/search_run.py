@@ -154,7 +154,9 @@ class SearchRun:
         view = SearchView(
             display, search.versions, search.budget, search.objectives, baselines[0], done, self._trials, baselines
         )
-        seeds = greedy_seeds(pipeline, display.step, display.say) if self.study.search.warm_start else []
+        seeds = (
+            greedy_seeds(pipeline, display.step, display.say, self.folder.path) if self.study.search.warm_start else []
+        )
         coordinator = build_coordinator(
             pipeline, journal, search.baseline, self.sampler, self.seed, [mirror, view], seeds
         )

@@ -10,8 +10,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from search.commands.libraries import set_up_libraries
+from search.config.command_lines import command_line
 from search.results.folders import StoreError
-from search.results.store import find_search
+from search.results.store import SearchFolder, find_search
 from search.tracking.store import MODE, PAGE, Tracking, quiet, remembered
 from spaces.errors import UserError
 
@@ -31,13 +32,13 @@ def serve(name: str | None, runs: Path, port: int, tracking_uri: str | None = No
     folder = find_search(runs, name)
     tracking = Tracking.of(runs, tracking_uri, remembered(folder.open()))
     if tracking.web:
-        sys.stdout.write("\n".join([*_links(tracking, folder.name, tracking.web), ""]))
+        sys.stdout.write("\n".join([*_links(tracking, folder, tracking.web), ""]))
         return 0
     _check_port(port)
     database = tracking.uri.partition(":///")[2]
     if tracking.uri.startswith("sqlite:") and not Path(database).is_file():
         raise StoreError(f"nothing has been logged in {runs} yet; run: python -m search")
-    links = _links(tracking, folder.name, f"http://{HOST}:{port}")
+    links = _links(tracking, folder, f"http://{HOST}:{port}")
     server = _start(tracking, runs, port)
     try:
         _wait_for(server, runs, port)
@@ -50,8 +51,9 @@ def serve(name: str | None, runs: Path, port: int, tracking_uri: str | None = No
         _stop(server)
 
 
-def _links(tracking: Tracking, search: str, base: str) -> list[str]:
+def _links(tracking: Tracking, folder: SearchFolder, base: str) -> list[str]:
     """Returns links to the search, one per line: its summary, report, charts, and picked version."""
+    search = folder.name
     try:
         with quiet():
             client = tracking.client()
@@ -63,7 +65,8 @@ def _links(tracking: Tracking, search: str, base: str) -> list[str]:
     except Exception as error:  # MLflow has no common class for what may be wrong with it
         raise UserError(f"the UI needs MLflow to answer, got {tracking.shown} ({error}); start its server") from error
     if not summaries:
-        return [f"{base}/#/{MODE}", f"The search is not there as a whole yet: python -m search sync --search {search}"]
+        sync = command_line("sync", search=folder.path)
+        return [f"{base}/#/{MODE}", f"The search is not there as a whole yet: {sync}"]
     summary = summaries[0].info
     runs = f"{base}/#/experiments/{summary.experiment_id}/runs"
     front = quote(f"tags.search = '{search}' and tags.front = 'true'")

@@ -427,7 +427,7 @@ def load_study(name: str) -> Study:
         if not path.is_file():
             raise StudyError(f"a study is a name or an existing study.toml, got {name!r}")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # Windows editors put a mark before the text
         except (OSError, UnicodeError) as error:
             raise StudyError(f"a study is a readable text file, got {name!r}: {error}") from None
         return Study.parse(text, str(path), path.resolve().parent)

@@ -117,12 +117,6 @@ def _remarks(images: Mapping[str, Sequence[Sequence[Path]]], classes: Sequence[s
             f"No images of {_listed(empty)}. An empty folder keeps its number among the {len(classes)} classes, so that"
             " the others' fit the weights; remove it if the network does not know it"
         )
-    for part, files in images.items():
-        missing = [
-            name for name, class_files in zip(classes, files, strict=True) if not class_files and name not in empty
-        ]
-        if missing:
-            remarks.append(f"The {part} images have none of {_listed(missing)}")
     return remarks
 
 

@@ -19,7 +19,7 @@ from search.config.study import DataSection
 from search.loading.image_folder import DataSource, Pool
 from search.loading.image_store import ArrayReader, FileReader, Preprocessing, StoredImages
 from search.loading.inspection import Inspected, inspect_files
-from search.loading.splits import PLANS, SPLITS, draw_all, most_needed, stratified
+from search.loading.splits import PLANS, SPLITS, class_remarks, draw_all, most_needed, stratified
 from search.loading.user_code import UserCodeError, call, load
 
 FAULTY = 0.01
@@ -52,33 +52,68 @@ class Loaded:
             file.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
 
 
-def load_data(data: DataSection, usual: Preprocessing | None, download: bool, progress: Progress, say: Say) -> Loaded:
-    """Returns the images that a study names.
+@dataclass(frozen=True)
+class UnreadData:
+    """The images of a study, listed but not read. `open_data` makes one.
+
+    Args:
+        section: the study's.
+        images: by the part of the data that they are in, or as a factory has split them.
+    """
+
+    section: DataSection
+    images: DataSource | Loaded
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return self.images.splits.classes if isinstance(self.images, Loaded) else len(self.images.classes)
+
+    def read(self, usual: Preprocessing | None, progress: Progress, say: Say) -> Loaded:
+        """Returns the images in four splits.
+
+        Args:
+            usual: the preprocessing that the network's weights were trained with, or None.
+            progress: called with the progress of long steps.
+            say: called with remarks for the user on the images.
+
+        Raises:
+            SourceError: there are too few images, or too many that cannot be decoded.
+        """
+        if isinstance(self.images, Loaded):
+            loaded, names = self.images, list(map(str, range(self.classes)))
+        else:
+            pools = _inspected(self.images, self.section, progress, say)
+            preprocessing = _preprocessing(self.section, self.images, usual, pools)
+            say(f"Input: {preprocessing}.")
+            loaded, names = _split(self.section, self.images, pools, preprocessing, say), list(self.images.classes)
+        for remark in class_remarks({name: getattr(loaded.splits, name).labels for name in SPLITS}, names):
+            say(f"{remark}.")
+        return loaded
+
+
+def open_data(data: DataSection, download: bool, say: Say) -> UnreadData:
+    """Returns the images that a study names; only those of a factory are read.
 
     Args:
         data: the study's section.
-        usual: the preprocessing that the network's weights were trained with, or None.
         download: whether torchvision may download a missing data set.
-        progress: called with the progress of long steps.
         say: called with remarks for the user on the images.
 
     Raises:
-        SourceError: there are no such images, or too many that cannot be decoded.
+        SourceError: there are no such images.
         UserCodeError: the study's own factory fails, or does not return splits.
     """
     source = data_source(data.source)
     if source.is_factory:
-        return _from_factory(data)
+        return UnreadData(data, _from_factory(data))
     try:
-        source_images: DataSource = DATA_SETS[source.kind](source.place, download)
+        images: DataSource = DATA_SETS[source.kind](source.place, download)
     except OSError as error:
         raise SourceError(f"data lies in a readable folder, got {data.source!r}: {error}") from None
-    for remark in source_images.remarks:
+    for remark in images.remarks:
         say(f"{remark}.")
-    pools = _inspected(source_images, data, progress, say)
-    preprocessing = _preprocessing(data, source_images, usual, pools)
-    say(f"Input: {preprocessing}.")
-    return _split(data, source_images, pools, preprocessing, say)
+    return UnreadData(data, images)
 
 
 def _from_factory(data: DataSection) -> Loaded:

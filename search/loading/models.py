@@ -13,14 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from search.config.progress import Say
 from search.config.references import Source, SourceError, model_source
 from search.config.study import ModelSection, TrainingSection
 from search.loading.image_store import Preprocessing
+from search.loading.network_checks import check_weights
 from search.loading.plain_network import train_as_deployed, trainable, unwrapped, with_shapes
 from search.loading.user_code import UserCodeError, call, load, source_of
-from search.loading.weights import LoadedWeights, fit, read_weights
+from search.loading.weight_files import read_weights
+from search.loading.weights import LoadedWeights, fit
 
 NO_WEIGHTS = "none"
 """After the @ of a torchvision model: no weights."""
@@ -113,7 +116,7 @@ def build_model(
     file: Path | None,
     classes: int,
     seed: int,
-    images: NDArray[np.float32],
+    images: Callable[[], NDArray[np.float32]],
     say: Say = lambda _: None,
 ) -> BuiltModel:
     """Returns the network that a study names, for this number of classes if its source supports it.
@@ -123,8 +126,8 @@ def build_model(
         file: its weights, as `find_weights` found them.
         classes: of the data.
         seed: of weights that are not loaded.
-        images: two or more, with which layers without a shape find theirs.
-        say: called with what was changed so that the network can be trained.
+        images: returns two or more; called once the weights are known to fit, or for layers that have no shape before.
+        say: called with remarks for the user on the weights, and what was changed so that the network can be trained.
 
     Raises:
         SourceError: there is no such model, or its weights do not match.
@@ -137,13 +140,16 @@ def build_model(
     else:
         network, text = _from_torchvision(model, source, classes), str(source)
     network = unwrapped(network)
-    with_shapes(network, images)
+    if any(map(is_lazy, network.parameters())):
+        with_shapes(network, images())
     fitted, digest = LoadedWeights(), ""
     if file is not None:
-        fitted = fit(network, read_weights(file), classes, file.name)
+        fitted = fit(network, read_weights(file, say), classes, file.name, say)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    check_weights(network)
+    with_shapes(network, images())
     network = trainable(network, say)
-    train_as_deployed(network, images, say)
+    train_as_deployed(network, images(), say)
     key = hashlib.sha256("\0".join((text, repr(network), digest, _digest(network))).encode()).hexdigest()
     return BuiltModel(network, key, fitted, file is not None)
 

@@ -1,11 +1,14 @@
 """Loads a study's images and network, which depend on each other."""
 
+from functools import cache
+
 from search.config.progress import Progress, Say
 from search.config.references import data_source, model_source
 from search.config.study import Study, TrainingSection
-from search.loading.images import Loaded, load_data
+from search.loading.images import Loaded, open_data
 from search.loading.models import BuiltModel, build_model, find_weights, usual_preprocessing
 from search.loading.network_checks import check_network
+from search.loading.user_code import load
 
 
 def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple[Loaded, BuiltModel]:
@@ -21,16 +24,30 @@ def prepare(study: Study, download: bool, progress: Progress, say: Say) -> tuple
         SourceError: there is no such network, or there are no such images.
         UserCodeError: one of the user's factories fails, or the network cannot be searched.
     """
-    is_folder = data_source(study.data.source).kind in ("imagefolder", "imagenet")
-    file = find_weights(study.model, download, say)  # before time is spent on images
-    loaded = load_data(study.data, usual_preprocessing(study.model, is_folder), download, progress, say)
-    classes = loaded.splits.classes
+    for reference in _functions(study):
+        load(reference)
+    file = find_weights(study.model, download, say)
+    data = open_data(study.data, download, say)
+    classes = data.classes
     seed = study.training.seed if study.training else 0
-    images = loaded.splits.calibration.images[:2]
-    built = build_model(study.model, file, classes, seed, images, say)
-    check_network(built.network, images, classes, loaded.empty)
+    is_folder = data_source(study.data.source).kind in ("imagefolder", "imagenet")
+
+    @cache
+    def loaded() -> Loaded:
+        return data.read(usual_preprocessing(study.model, is_folder), progress, say)
+
+    built = build_model(study.model, file, classes, seed, lambda: loaded().splits.calibration.images[:2], say)
+    check_network(built.network, loaded().splits.calibration.images[:2], classes, loaded().empty)
     _say_training(study, built, classes, say)
-    return loaded, built
+    return loaded(), built
+
+
+def _functions(study: Study) -> list[str]:
+    """Returns the functions of the user's that a study names."""
+    sources = [study.model.source] if model_source(study.model.source).is_factory else []
+    sources += [study.data.source] if data_source(study.data.source).is_factory else []
+    others = [study.data.augment, study.frames.source if study.frames else None]
+    return sources + [reference for reference in others if reference]
 
 
 def _say_training(study: Study, built: BuiltModel, classes: int, say: Say) -> None:

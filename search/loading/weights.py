@@ -1,20 +1,15 @@
-"""Loads weights from a file into a network, with clear errors if they do not match."""
+"""Loads weights into a network, with clear errors if they do not match."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from search.config.progress import Say
 from search.config.references import SourceError
 
-_NESTS = ("state_dict", "model", "model_state_dict", "net", "network", "ema", "model_ema")
-"""Keys that training scripts store the state dict under."""
-_PREFIXES = ("module.", "_orig_mod.")
-"""Prefixes of keys by DataParallel and torch.compile."""
 _SHOWN = 4
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)$")
 
@@ -32,67 +27,23 @@ class LoadedWeights:
     had: int = 0
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """Returns the state dict in a file that `torch.save` wrote; nothing in it is executed.
-
-    Prefixes by DataParallel and torch.compile, and dicts around the state dict, are removed.
-
-    Raises:
-        SourceError: there is none, or more than tensors in it.
-    """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SourceError(f"weights are an existing file, got {str(file)!r}; check its path") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(
-            f"weights are a state dict that torch.save wrote, got {str(file)!r} ({reason[:200]});"
-            " save it with torch.save(network.state_dict(), FILE)"
-        ) from None
-    return _plain(_unnested(content, file))
-
-
-def _unnested(content: Any, file: Path) -> Mapping[str, Tensor]:
-    for _ in range(3):
-        if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
-            return content
-        inner = [content[key] for key in _NESTS if key in content] if isinstance(content, Mapping) else []
-        if not inner:
-            break
-        content = inner[0]
-    has = ", ".join(map(str, list(content)[:_SHOWN])) if isinstance(content, Mapping) else type(content).__name__
-    raise SourceError(
-        f"weights are a state dict, perhaps under one of {', '.join(_NESTS)}, got {str(file)!r} with"
-        f" {has or 'nothing'};"
-        " save it with torch.save(network.state_dict(), FILE)"
-    )
-
-
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    plain: dict[str, Tensor] = _WithMetadata(state)
-    metadata = {**getattr(state, "_metadata", {})}  # versions of layers, which loading depends on
-    for prefix in _PREFIXES * 2:
-        if all(key.startswith(prefix) for key in plain):
-            plain = _WithMetadata({key.removeprefix(prefix): value for key, value in plain.items()})
-            metadata = {key.removeprefix(prefix).removeprefix(prefix[:-1]): value for key, value in metadata.items()}
-    if metadata:
-        plain._metadata = metadata  # type: ignore[attr-defined]
-    return plain
-
-
 class _WithMetadata(dict[str, Tensor]):
     """A state dict that can have torch's metadata as an attribute."""
 
 
-def fit(network: nn.Module, state: dict[str, Tensor], classes: int, origin: str) -> LoadedWeights:
+def fit(
+    network: nn.Module, state: Mapping[str, Tensor], classes: int, origin: str, say: Say = lambda _: None
+) -> LoadedWeights:
     """Loads weights in place; a last layer for another number of classes is left as it is.
+
+    A prefix of the keys that the network lacks is taken off: of DataParallel, torch.compile, Lightning or an average.
 
     Args:
         network: built for the data's classes.
         state: from `read_weights`.
         classes: of the data.
         origin: the weights' name, for messages.
+        say: called with what was taken off or left out.
 
     Returns:
         Whether the last layer still has to be trained.
@@ -100,7 +51,7 @@ def fit(network: nn.Module, state: dict[str, Tensor], classes: int, origin: str)
     Raises:
         SourceError: the weights do not fit; missing, unexpected and differing keys are listed.
     """
-    state = _renamed(network, state)
+    state = _renamed(network, _without_prefix(network, state, origin, say))
     own = network.state_dict()
     conflicts = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
     last = last_layer(network, classes)
@@ -133,7 +84,31 @@ def last_layer(network: nn.Module, classes: int) -> str:
     return last
 
 
-def _renamed(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(network: nn.Module, state: Mapping[str, Tensor], origin: str, say: Say) -> Mapping[str, Tensor]:
+    """Returns the weights without the prefix behind which most of the network's keys are found, if there is one."""
+    own = network.state_dict().keys()
+    found = Counter(prefix for key in state for prefix, rest in _splits(key) if rest in own)
+    prefix, count = found.most_common(1)[0] if found else ("", 0)
+    if not prefix or found[""] == count:
+        return state
+    kept = _WithMetadata({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    metadata = getattr(state, "_metadata", {})  # versions of layers, which loading depends on
+    inner = {f"{name}.": version for name, version in metadata.items() if f"{name}.".startswith(prefix)}
+    kept._metadata = {name.removeprefix(prefix).removesuffix("."): version for name, version in inner.items()}  # type: ignore[attr-defined]
+    left = [key for key in state if not key.startswith(prefix)]
+    rest = f"; {_shortened(left)} {'is' if len(left) == 1 else 'are'} left out" if left else ""
+    say(f"Weights: the keys in {origin} begin with {prefix!r}, which is taken off{rest}.")
+    return kept
+
+
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    """Yields each beginning of a key that ends at a dot, the empty one first, and what follows it."""
+    parts = key.split(".")
+    for index in range(len(parts)):
+        yield "".join(f"{part}." for part in parts[:index]), ".".join(parts[index:])
+
+
+def _renamed(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the weights under today's names: torchvision's old DenseNets, and heads that only training uses."""
     own = network.state_dict().keys()
     renamed = _WithMetadata()

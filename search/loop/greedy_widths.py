@@ -1,10 +1,12 @@
 """Widths to try first: greedy pruning by the sensitivity profile."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from evaluators.flops.pruned import ScaledFlops
+from search.config.command_lines import command_line
 from search.config.progress import Progress
 from search.pipeline.pipeline import CompressionPipeline
 from search.pipeline.sensitivity_profiler import Profiler
@@ -22,12 +24,18 @@ AFFORDABLE_S = 600.0
 
 
 def greedy_seeds(
-    pipeline: CompressionPipeline, progress: Progress, say: Callable[[str], None]
+    pipeline: CompressionPipeline, progress: Progress, say: Callable[[str], None], search: Path
 ) -> list[dict[str, Value]]:
     """Returns proposals with greedy widths in the target's last precision, without exits and with them.
 
     If thresholds are solved, there is one proposal per widths. There are none with a single group of channels, or if
     the profile would take too long; `say` tells the user then.
+
+    Args:
+        pipeline: of the search.
+        progress: called with the progress of the measurement.
+        say: called with why there are none.
+        search: folder of the search.
     """
     profiler = Profiler(pipeline)
     if len(profiler.groups) < 2:
@@ -36,7 +44,7 @@ def greedy_seeds(
     if seconds > AFFORDABLE_S:
         say(
             f"A sensitivity profile, which gives the search a good start, would take about {seconds / 60:.0f} min;"
-            f" measure it once with: python -m search profile --study {pipeline.study.name}"
+            f" measure it once with: {command_line('profile', search=search)}"
         )
         return []
     precision = pipeline.space.precision.computed[-1]

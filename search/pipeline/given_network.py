@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from evaluators.artifact import Artifact
 from evaluators.artifact_builder import ArtifactBuilder
@@ -30,6 +32,7 @@ from search.pipeline.early_stopping import shuffled_if_many
 from search.pipeline.evaluators import all_evaluators
 from search.pipeline.search_space import (
     asked_sizes,
+    input_sizes,
     target_of,
     without_fixed_dimensions,
     without_unsupported_gates,
@@ -59,6 +62,7 @@ class GivenNetwork:
     Raises:
         SourceError: there is no such network, or there are no such images.
         UserCodeError: the study's factories do not return a network and images.
+        ExportError: the network cannot be written as ONNX; one that is trained is tried before.
         TargetError: the study's runtime is not available here.
     """
 
@@ -77,6 +81,8 @@ class GivenNetwork:
         self.loaded, self.built = prepare(study, download, progress, say)
         self.data = with_streams(study.frames, self.loaded.splits)
         asked_sizes(study, self.data.image_shape)  # before anything is trained
+        if self.built.training(study.training):
+            self._check_export()
         trunk = trained_trunk(without_unsupported_gates(study, self.runtime), self.built, self.data, progress)
         self._trunk = copy.deepcopy(trunk)  # training of exits and gates may change the original
 
@@ -87,12 +93,26 @@ class GivenNetwork:
         image = torch.from_numpy(self.data.calibration.images[:1])
         return equalized(network, image) if self.study.quantization.equalize else network
 
+    def _check_export(self) -> None:
+        """Checks that the network can be exported, at every size that the study names, before it is trained.
+
+        Raises:
+            ExportError: it cannot.
+            StudyError: not at one of the sizes.
+        """
+        network = ExitNetwork(self.built.network, [], []).eval()
+        images = self.data.calibration.images[:2]
+        builder = self._builder_of(network, images)
+        input_sizes(self.study, network, torch.from_numpy(images[:1]), builder.disagreement)
+
     @cached_property
     def builder(self) -> ArtifactBuilder:
         """Exports the network to ONNX."""
+        return self._builder_of(self.network, self.data.calibration.images[:])
+
+    def _builder_of(self, network: ExitNetwork, calibration: NDArray[np.float32]) -> ArtifactBuilder:
         scheme = Scheme(**self.study.quantization.model_dump())
-        calibration = self.data.calibration.images[:]
-        return ArtifactBuilder(self.network, calibration, self.runtime, self.target.fp32_in, scheme)
+        return ArtifactBuilder(network, calibration, self.runtime, self.target.fp32_in, scheme)
 
     @cached_property
     def scored(self) -> LabelledImages:

@@ -38,15 +38,22 @@ def target_of(study: Study, runtime: Runtime) -> Target:
     """Returns the study's target on this machine.
 
     Raises:
-        StudyError: the device lacks the number format of `fp32_in`, or frames of a stream are batched.
+        StudyError: the device lacks the number format of `fp32_in` or of `space.precision`, or frames of a stream are
+            batched.
     """
     section = study.target
-    device = runtime.device()
-    if section.fp32_in not in ("fp32", *runtime.capabilities().fp32_in):
+    device, capabilities = runtime.device(), runtime.capabilities()
+    if section.fp32_in not in ("fp32", *capabilities.fp32_in):
         requirements = {"tf32": "TensorRT on a GPU from Ampere on", "bf16": "OpenVINO on a CPU that multiplies bf16"}
         raise StudyError(
             f"target.fp32_in = {section.fp32_in!r} wants {requirements[section.fp32_in]}, got {section.runtime} on"
             f" {device}; leave it out"
+        )
+    fixed = study.space.precision
+    if fixed not in ("searched", *capabilities.precisions):
+        raise StudyError(
+            f"space.precision is one that {study.target.runtime} computes in, {' or '.join(capabilities.precisions)},"
+            f" got {fixed!r}; leave it out to search it"
         )
     if study.frames and section.batch != 1:
         raise StudyError(
@@ -166,17 +173,8 @@ def without_fixed_dimensions(study: Study) -> Study:
 
 
 def _precision_space(study: Study, layers: Sequence[str], capabilities: Capabilities) -> PrecisionSpace:
-    """Returns the precisions that each layer may have; layers of gates keep the first, the reference.
-
-    Raises:
-        StudyError: `space.precision` is one that the target does not compute in.
-    """
+    """Returns the precisions that each layer may have; layers of gates keep the first, the reference."""
     fixed = study.space.precision
-    if fixed not in ("searched", *capabilities.precisions):
-        raise StudyError(
-            f"space.precision is one that {study.target.runtime} computes in, {' or '.join(capabilities.precisions)},"
-            f" got {fixed!r}; leave it out to search it"
-        )
     reference = capabilities.precisions[:1]
     of_gates: dict[str, tuple[str, ...]] = dict.fromkeys(filter(is_of_gate, layers), reference)
     if fixed == "searched" and "precision" in study.space.only:

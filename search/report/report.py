@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from search.config.command_lines import command_line
 from search.config.objectives import together
 from search.config.units import count, milliseconds, percent, points, size
 from search.report.caveats import caveats
@@ -123,11 +124,8 @@ def _worth(overview: Overview) -> Section:
     chosen = overview.notable
     names = [f"{name}: {version.title}" for name, version in chosen]
     facts = Table(["", "dense", *names], _facts(overview, [overview.dense, *(version for _, version in chosen)]))
-    commands = [
-        f"{name}: python -m search pick --search {overview.search.folder.name} --budget '{overview.budget}'"
-        f" --prefer {NOTABLE[name.split(' and ')[0]]}"
-        for name, _ in chosen
-    ]
+    folder, pick = overview.search.folder.path, ["pick", "--budget", str(overview.budget), "--prefer"]
+    commands = [f"{name}: {command_line(*pick, NOTABLE[name.split(' and ')[0]], search=folder)}" for name, _ in chosen]
     return Section("Worth deploying", commands, is_list=True, tables=[facts, layer_table(overview, chosen, names)])
 
 

@@ -9,6 +9,7 @@ from urllib.parse import urlparse
 from mlflow.entities import Metric, Param, Run
 from optuna.trial import FrozenTrial
 
+from search.config.command_lines import command_line
 from search.report.overview import Overview
 from search.results.evaluation import Evaluation
 from search.results.store import StoredSearch
@@ -213,7 +214,7 @@ class Follower:
             if not self._warned:
                 self._say(
                     f"Careful: MLflow at {self._tracking.shown} cannot be written ({reason(error)}); the search goes"
-                    f" on. Later: python -m search sync --search {self._search.folder.name}"
+                    f" on. Later: {command_line('sync', search=self._search.folder.path)}"
                 )
             self._warned = True
             return False

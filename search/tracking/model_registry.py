@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ class Registered:
     @property
     def serve(self) -> str:
         """The command that serves it."""
-        uri = f"models:/{self.name}@{ALIAS}"
-        return f"MLFLOW_TRACKING_URI={self.tracking.shown} mlflow models serve -m {uri} --env-manager local"
+        store = shlex.quote(self.tracking.shown)
+        return f"{VARIABLE}={store} mlflow models serve -m models:/{self.name}@{ALIAS} --env-manager local"
 
 
 def register(tracking: Tracking, search: StoredSearch, confirmed: "Confirmed", bundle: Path) -> Registered:

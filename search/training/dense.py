@@ -81,7 +81,7 @@ def trained_network(
     exits_file = folder / f"{study.name}-exits-{exits_key}.pt"
     trained: nn.Module = network if study.exits.training == "joint" else network.exits
     if network.cut_points and not load_weights(trained, exits_file):
-        exportable = places if exits.after is not None else _exportable(network, places, image)
+        exportable = _exportable(network, places, image, exits.after is not None)
         if exportable.after != places.after:
             return trained_network(study, built, data, progress, exportable)
         train_exits(network, data, exits, augment, seed, exits_file.with_suffix(".partial.pt"), progress)
@@ -96,14 +96,35 @@ def trained_trunk(study: Study, built: BuiltModel, data: Splits, progress: Progr
     """
     trunk = built.network.eval()
     training = built.training(study.training)
-    exit_places(trunk, study.exits, data)
-    skip_blocks(trunk, study.skips, torch.zeros(1, *data.image_shape))
+    with torch.random.fork_rng(devices=()):  # chance in the training, such as dropout, stays as it was
+        _check_parts(trunk, study, data)
     file = cache_folder() / f"{study.name}-{_trunk_key(study, built, data)}.pt"
     if training and not load_weights(trunk, file):
         augment: Augment | None = augmentation(study.data.augment) if study.data.augment else None
         train(trunk, data.train, training, augment, file.with_suffix(".partial.pt"), progress)
         save(trunk.state_dict(), file)
     return trunk
+
+
+def _check_parts(trunk: nn.Module, study: Study, data: Splits) -> None:
+    """Checks that the exits, gates and masks that a study asks for can be added to its network.
+
+    Raises:
+        StudyError: two of them exclude each other, or the exits have another number of weights.
+        StructureError: one of them is asked for where there is no place for it.
+    """
+    if study.masks.method and study.skips.blocks:
+        raise StudyError("blocks have masks or may be skipped, got [masks] and [skips]; leave one of them out")
+    if study.masks.method and study.exits.training == "joint":
+        raise StudyError(
+            "exits behind masks are trained on the frozen trunk, got [exits] training = 'joint'; leave it out"
+        )
+    image = torch.zeros(1, *data.image_shape)
+    places = exit_places(trunk, study.exits, data)
+    with_exits(trunk, places.after, _with_weights_of(study.exits, places), data)
+    skip_blocks(trunk, study.skips, image)
+    if study.masks.method:
+        with_masks(trunk, study.masks, image)
 
 
 def _trunk_key(study: Study, built: BuiltModel, data: Splits) -> str:
@@ -122,12 +143,6 @@ def _trunk_key(study: Study, built: BuiltModel, data: Splits) -> str:
 def _with_trained_masks(
     trunk: nn.Module, study: Study, data: Splits, augment: Augment | None, file: Path, progress: Progress
 ) -> nn.Module:
-    if study.skips.blocks:
-        raise StudyError("blocks have masks or may be skipped, got [masks] and [skips]; leave one of them out")
-    if study.exits.training == "joint":
-        raise StudyError(
-            "exits behind masks are trained on the frozen trunk, got [exits] training = 'joint'; leave it out"
-        )
     masked = with_masks(trunk, study.masks, torch.from_numpy(data.calibration.images[:1]))
     train_masks_once(masked, trunk, data, study.masks, augment, file, progress)
     return masked
@@ -156,12 +171,16 @@ def exit_places(trunk: nn.Module, exits: ExitsSection, data: Splits) -> CutPoint
     return check_cut_points(trunk, image, exits.after)
 
 
-def _exportable(network: ExitNetwork, places: CutPoints, image: Tensor) -> CutPoints:
+def _exportable(network: ExitNetwork, places: CutPoints, image: Tensor, are_named: bool) -> CutPoints:
     """Returns the places at which the exported graph can be cut; if not at all, those that work one by one.
 
     Raises:
         ExportError: the network cannot be exported, even without exits.
+        StructureError: the study names the places, and the graph cannot be cut at one of them.
     """
+    if are_named:
+        Template(network, image)
+        return places
 
     def error_of(after: Sequence[str]) -> str:
         heads = [

@@ -138,7 +138,7 @@ def test_what_cannot_be_exported_is_named() -> None:
     assert "\n" not in message
 
 
-def test_a_graph_that_holds_the_batch_size_is_refused() -> None:
+def test_a_graph_that_holds_the_batch_size_is_refused_without_a_word_of_the_runtimes_own(capfd) -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -149,6 +149,7 @@ def test_a_graph_that_holds_the_batch_size_is_refused() -> None:
 
     with pytest.raises(ExportError, match="another answer"):
         ArtifactBuilder(ExitNetwork(Fixed(), [], []).eval(), IMAGES.numpy(), OnnxRuntime())
+    assert capfd.readouterr() == ("", "")
 
 
 def test_exits_pool_to_any_grid() -> None:

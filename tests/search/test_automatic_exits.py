@@ -95,7 +95,10 @@ def test_fewer_exits_than_weights_keep_those_of_their_shares(cache: Path) -> Non
     exits = 'shares = [0.3, 0.6], training = "joint", weights = [0.5, 0.7, 1.0], joint = {epochs = 1, batch = 50}'
     study, data = Study.parse(text.replace('after = ["pool"]', exits), "test"), tiny.splits()
     network = trained_network(
-        study, build_model(study.model, None, data.classes, 0, data.calibration.images[:2]), data, lambda *_: None
+        study,
+        build_model(study.model, None, data.classes, 0, lambda: data.calibration.images[:2]),
+        data,
+        lambda *_: None,
     )
     assert network.cut_points == ("stem",)
 

@@ -137,7 +137,7 @@ def test_joint_training_is_kept_and_goes_on_where_it_was_stopped(tmp_path, monke
 
     def train(progress):
         return trained_network(
-            study, build_model(study.model, None, data.classes, 0, data.calibration.images[:2]), data, progress
+            study, build_model(study.model, None, data.classes, 0, lambda: data.calibration.images[:2]), data, progress
         )
 
     def crash(step: str, done: int, total: int) -> None:
@@ -166,7 +166,7 @@ def test_there_are_as_many_weights_as_losses(tmp_path, monkeypatch) -> None:
     data = tiny.splits()
     with pytest.raises(StudyError, match="got 1 for 1 exits; leave it out"):
         trained_network(
-            study, build_model(study.model, None, data.classes, 0, data.calibration.images[:2]), data, silent
+            study, build_model(study.model, None, data.classes, 0, lambda: data.calibration.images[:2]), data, silent
         )
 
 

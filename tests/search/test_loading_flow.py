@@ -124,6 +124,12 @@ def test_a_network_of_its_own_needs_a_budget_only_to_be_searched(home) -> None:
     Request(study="study.toml").check_budget()
 
 
+def test_a_study_that_begins_with_a_byte_order_mark_is_read(home) -> None:
+    plain = load_study("study.toml")
+    (home / "study.toml").write_text(STUDY, encoding="utf-8-sig")
+    assert load_study("study.toml") == plain
+
+
 def test_a_study_survives_being_written(home) -> None:
     for study in (load_study("digits"), load_study("study.toml")):
         assert Study.parse(study.to_toml(), "written") == study
@@ -157,6 +163,7 @@ def test_fewer_images_than_a_batch_are_one(home) -> None:
         ("    return nn.Sequential(nn.Flatten(), nn.Linear(192, 9))", ["4 logits an image", "(2, 9)"]),
         ("    return nn.Sequential(nn.Flatten(), nn.Linear(99, 4))", ["maps images 2 3 8 8", "cannot be multiplied"]),
         ("    return 7", ["torch.nn.Module, got int"]),
+        ("    raise ValueError('\\x1b[31mred\\x1b[0m')", ["ValueError: red at"]),
         ("    return nn.(", ["SyntaxError", "net.py:4"]),
     ],
 )
@@ -169,6 +176,26 @@ def test_what_is_wrong_with_a_users_network_is_one_line(home, capsys, body, word
         assert word in error
     assert error.count("\n") == 1
     assert not list(home.rglob("journal.log"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (STUDY.replace('"net.py:build"', '"net.py:build"\nmodel.weights = "other.pt"'), "weights have the network's"),
+        (STUDY.replace('"net.py:build"', '"net.py:biuld"'), "it has build"),
+        (f'{STUDY}data.augment = "net.py:turned"\n', "no function 'turned'"),
+        (f'{STUDY}frames.source = "net.py:stream"\n', "no function 'stream'"),
+    ],
+)
+def test_what_needs_no_image_is_refused_before_images_are_read(home, capsys, text, words) -> None:
+    write_folder(home / "trees", each=20)
+    torch.save({"weight": torch.ones(1)}, home / "other.pt")
+    (home / "study.toml").write_text(text)
+    assert run(["--study", "study.toml"]) == 2
+    written = capsys.readouterr()
+    assert words in written.err
+    assert "images: 0/" not in written.out
+    assert "Images:" not in written.out
 
 
 def test_a_cache_that_cannot_be_written_is_named_before_anything_is_trained(home, capsys, monkeypatch) -> None:

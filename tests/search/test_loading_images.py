@@ -19,8 +19,8 @@ from search.config.references import SourceError
 from search.config.study import DataSection
 from search.loading import image_store as images_module
 from search.loading.image_store import FileReader, Preprocessing, StoredImages, upright
-from search.loading.images import load_data
-from search.loading.splits import SPLITS, draw_all, stratified
+from search.loading.images import open_data
+from search.loading.splits import PLANS, SPLITS, draw_all, stratified
 from tests.helpers.pictures import CLASSES, picture, troubled_folder, write_folder
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -32,7 +32,8 @@ def quiet(*_) -> None:
 
 def load(source: str, usual: Preprocessing | None = None, **keys):
     said: list[str] = []
-    loaded = load_data(DataSection(source=source, **keys), usual, False, quiet, said.append)
+    unread = open_data(DataSection(source=source, **keys), False, said.append)
+    loaded = unread.read(usual, quiet, said.append)
     return loaded, "\n".join(said)
 
 
@@ -138,12 +139,42 @@ def test_a_stratified_choice_has_every_class_and_its_share(sizes, count, seed) -
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=2, max_size=6))
 def test_draws_never_overlap(sizes) -> None:
-    from search.loading.splits import PLANS
-
     labels = np.repeat(np.arange(len(sizes)), sizes)
     drawn = draw_all(labels, PLANS[frozenset({"train"})]["train"], dict.fromkeys(SPLITS, 1000), 0, len(labels))
     together = np.concatenate(list(drawn.values()))
     assert sorted(together) == list(range(len(labels)))
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=2, max_size=6), seed=st.integers(0, 5))
+def test_every_class_is_in_every_split_as_far_as_it_has_images(sizes, seed) -> None:
+    sizes = [80, *sizes]  # enough that every split has room for each class
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    for pool in ({"train"}, {"train", "validation"}, {"validation", "test"}):
+        draws = PLANS[frozenset(pool)]["validation" if "validation" in pool else "train"]
+        drawn = draw_all(labels, draws, dict.fromkeys(SPLITS, 1000), seed, len(labels))
+        for label, size in enumerate(sizes):
+            having = [split for split, indices in drawn.items() if label in labels[indices]]
+            served = [split for split in ("train", "validation", "test", "calibration") if split in drawn]
+            assert set(served[:size]) <= set(having)
+
+
+def test_classes_that_a_split_lacks_and_uneven_ones_are_told(tmp_path) -> None:
+    for name, count in (("ash", 90), ("birch", 2), ("cedar", 1)):
+        write_folder(tmp_path, each=count, classes=(name,), first=1000 * count)
+    loaded, said = load(f"imagefolder:{tmp_path}")
+    assert set(loaded.splits.train.labels) == {0, 1, 2}
+    assert set(loaded.splits.validation.labels) == {0, 1}
+    assert "validation has none of 'cedar'; test has none of 'birch', 'cedar'" in said
+    assert "from 1 of 'cedar' to 90 of 'ash': to answer 'ash' each time is right for 94.4%" in said
+    _, even = load(f"imagefolder:{write_folder(tmp_path / 'even', each=20)}")
+    assert "Careful" not in even
+    assert "uneven" not in even
+
+
+def test_a_class_that_a_folder_of_a_part_lacks_is_told(tmp_path) -> None:
+    write_folder(tmp_path / "train", each=20)
+    write_folder(tmp_path / "val", each=20, first=100, classes=CLASSES[:3])
+    assert "Careful: validation has none of 'elm'; test has none of 'elm': " in load(f"imagefolder:{tmp_path}")[1]
 
 
 def test_preprocessing_is_torchvisions(tmp_path) -> None:

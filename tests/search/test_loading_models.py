@@ -1,19 +1,22 @@
 """Networks by name: weights that fit, or are refused in one line; networks that cannot be searched."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from search.config.progress import Say
 from search.config.references import SourceError
 from search.config.study import ModelSection, Study
 from search.loading.models import NEW_LAYER, build_model, find_weights, usual_preprocessing
-from search.loading.network_checks import check_network
+from search.loading.network_checks import check_network, check_weights
 from search.loading.user_code import UserCodeError, load, source_of
-from search.loading.weights import fit, last_layer, read_weights
+from search.loading.weight_files import read_weights
+from search.loading.weights import fit, last_layer
 from search.training.dense import trained_network
 from tests.helpers import tiny
 
@@ -34,7 +37,7 @@ def build(
 ):
     section = ModelSection(source=source, weights=str(weights) if weights else None)
     images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    return build_model(section, find_weights(section, download, say), classes, 0, images, say)
+    return build_model(section, find_weights(section, download, say), classes, 0, lambda: images, say)
 
 
 @pytest.fixture
@@ -163,6 +166,42 @@ def test_prefixes_and_nests_are_understood(tmp_path) -> None:
         assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
 
 
+def wrapped(state: dict, prefix: str, **others) -> dict:
+    return {f"{prefix}{key}": value for key, value in state.items()} | others
+
+
+@pytest.mark.parametrize(
+    ("prefix", "others", "left"),
+    [
+        ("model.", {}, ""),
+        ("module.", {"n_averaged": torch.tensor(3)}, "; n_averaged is left out"),
+        ("ema_model.module.", {}, ""),
+        ("net.backbone.", {"loss.weight": torch.ones(4), "net.ema": torch.ones(1)}, "; loss.weight, net.ema are left"),
+    ],
+)
+def test_a_prefix_that_the_network_lacks_is_taken_off_and_said(prefix, others, left) -> None:
+    state, said = tiny.randomized().state_dict(), []
+    fresh = tiny.TinyNetwork()
+    fit(fresh, wrapped(state, prefix, **others), 4, "net.pt", said.append)
+    assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
+    assert said[0].startswith(f"Weights: the keys in net.pt begin with {prefix!r}, which is taken off{left}")
+
+
+def test_weights_that_differ_behind_a_prefix_are_listed_without_it() -> None:
+    state = wrapped(tiny.randomized().state_dict(), "model.")
+    del state["model.hidden.weight"]
+    with pytest.raises(SourceError, match=r"with 1 missing: hidden\.weight; build"):
+        fit(tiny.TinyNetwork(), state, 4, "net.pt")
+
+
+def test_of_a_model_and_its_average_the_one_that_is_taken_is_said(tmp_path) -> None:
+    state, said = tiny.randomized().state_dict(), []
+    average = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save({"ema": average, "model": state, "epoch": 3}, tmp_path / "net.pt")
+    assert torch.equal(read_weights(tmp_path / "net.pt", said.append)["hidden.weight"], state["hidden.weight"])
+    assert said == ["Weights: net.pt has 'model' and 'ema'; 'model' is taken."]
+
+
 def test_versions_of_layers_survive_a_prefix(tmp_path) -> None:
     # MNASNet refuses weights that do not say their version.
     from torchvision.models import mnasnet0_5
@@ -207,8 +246,59 @@ def test_files_that_hold_no_weights_are_refused(tmp_path) -> None:
     with pytest.raises(SourceError, match="with epoch"):
         read_weights(tmp_path / "epoch.pt")
     (tmp_path / "text.pt").write_text("no weights")
-    with pytest.raises(SourceError, match=r"state dict that torch\.save wrote"):
+    with pytest.raises(SourceError, match=r"state dict that torch\.save or safetensors wrote"):
         read_weights(tmp_path / "text.pt")
+
+
+def test_safetensors_are_weights(tmp_path) -> None:
+    state = tiny.randomized().state_dict()
+    save_file(state, tmp_path / "net.safetensors")
+    read = read_weights(tmp_path / "net.safetensors")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in read.items())
+
+
+def saved(content: object, file: Path, share: float = 1.0) -> Path:
+    torch.save(content, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: round(share * len(whole))])
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "words"),
+    [
+        ("net.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git-lfs .* git lfs pull"),
+        (
+            "net.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "git-lfs .* git lfs pull",
+        ),
+        ("net.pt", b"\n<!DOCTYPE html>\n<html>", "an HTML page; download the file itself"),
+        ("net.pt", b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        ("net.pt", b"", "an empty file"),
+        ("net.safetensors", b"\x10\0\0\0\0\0\0\0{", "damaged or not whole"),
+        ("net.pt", b"any text", "of another kind; save it with torch.save"),
+    ],
+)
+def test_a_file_of_another_kind_is_said_to_be_what_it_is(name, begin, words, tmp_path) -> None:
+    (tmp_path / name).write_bytes(begin)
+    with pytest.raises(SourceError, match=words) as raised:
+        read_weights(tmp_path / name)
+    assert "\x1b" not in str(raised.value)
+
+
+def test_what_a_weight_file_holds_beside_tensors_is_named(tmp_path) -> None:
+    state = tiny.randomized().state_dict()
+    with pytest.raises(SourceError, match=r"an object of argparse\.Namespace, which only its code can load"):
+        read_weights(saved({"model": state, "args": argparse.Namespace(rate=1)}, tmp_path / "args.pt"))
+    with pytest.raises(SourceError, match=r"an object of spaces\.testing\.TinyNetwork"):
+        read_weights(saved(tiny.randomized(), tmp_path / "whole.pt"))
+    with pytest.raises(SourceError, match="damaged or not whole; copy or download it again"):
+        read_weights(saved(state, tmp_path / "half.pt", 0.5))
+    torch.jit.trace(tiny.randomized().eval(), torch.zeros(1, 1, 8, 8)).save(tmp_path / "script.pt")
+    with pytest.raises(SourceError, match=r"a TorchScript archive; load it with torch\.jit\.load"):
+        read_weights(tmp_path / "script.pt")
 
 
 def test_the_last_layer_is_the_one_that_gives_the_classes() -> None:
@@ -237,9 +327,50 @@ class Twofold(nn.Module):
         return images, images
 
 
+class Sized(nn.Module):
+    """Fixes the size of the batch when it is traced."""
+
+    def __init__(self, size) -> None:
+        super().__init__()
+        self.size, self.last = size, nn.Linear(64, 4)
+
+    def forward(self, images):
+        assert images.shape[1] == 1
+        return self.last(images.reshape(self.size(images), -1))
+
+
+class Stubborn(nn.BatchNorm2d):
+    """Never leaves training mode."""
+
+    def train(self, mode: bool = True):
+        return super().train(True)
+
+
+def with_norm(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def with_value(key: str, value: float) -> nn.Module:
+    network = tiny.randomized()
+    network.state_dict()[key].view(-1)[3] = value
+    return network
+
+
 @pytest.mark.parametrize(
     ("network", "words"),
     [
+        (Sized(len), r"any number of images, .* at .*test_loading_models.py:\d+; write x.flatten\(1\)"),
+        (Sized(lambda x: int(x.shape[0])), r"any number of images, .* at .*test_loading_models.py:\d+"),
+        (
+            with_norm(nn.BatchNorm2d(4, track_running_stats=False)),
+            r"'1' \(BatchNorm2d\) normalises by the batch, .* no running statistics",
+        ),
+        (with_norm(Stubborn(4)), r"'1' \(Stubborn\) .* stays in training mode"),
+        (
+            with_value("inner.1.running_mean", -torch.inf),
+            r"finite numbers, got .*, first from 'inner.1' \(BatchNorm2d\)",
+        ),
+        (nn.Conv2d(3, 4, 8), r"reads images of 3 channels: .* three values each under \[data\]"),
         (Peeking(), r"decides by what it sees at .*test_loading_models.py:\d+"),
         (Rolling(), "same image alike"),
         (Failing(), r"no_such_method.* at .*test_loading_models.py:\d+"),
@@ -251,6 +382,19 @@ def test_a_network_that_cannot_be_searched_says_where(network, words) -> None:
     images = np.random.default_rng(0).normal(size=(3, 1, 8, 8)).astype(np.float32)
     with pytest.raises(UserCodeError, match=words):
         check_network(network, images, 4, ["dogwood"])
+
+
+@pytest.mark.parametrize("key", ["hidden.weight", "inner.1.running_mean"])
+def test_a_weight_that_is_no_number_is_named(key) -> None:
+    check_weights(with_value(key, 1.0))
+    with pytest.raises(UserCodeError, match=f"weights are numbers, got 1 NaN in '{key}'; give"):
+        check_weights(with_value(key, torch.nan))
+
+
+def test_colours_that_a_grey_network_does_not_read_are_told_with_the_remedy() -> None:
+    images = np.zeros((2, 3, 8, 8), np.float32)
+    with pytest.raises(UserCodeError, match=r"1 channel: mean and std of one value each .* make image files grey"):
+        check_network(tiny.randomized(), images, 4, [])
 
 
 def test_a_network_that_can_be_searched_passes() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -126,7 +127,7 @@ def test_a_search_goes_on_where_mlflow_cannot_be_written(copy, monkeypatch) -> N
             follower.trial_done(trial, 0.0)
         assert not follower.finish(search)
     assert len(said) == 1
-    assert "python -m search sync --search one" in said[0]
+    assert shlex.split(said[0].partition("Later: ")[2])[3:] == ["sync", "--search", "one", "--runs", str(copy)]
     assert "secret" not in said[0]
 
 

@@ -9,7 +9,8 @@ from evaluators.runtimes.base import Target, allows
 from evaluators.runtimes.onnxruntime_cpu import OnnxRuntime
 from search.config.study import Study, StudyError
 from search.pipeline.pipeline import build_pipeline
-from tests.helpers import tiny
+from spaces.errors import UserError
+from tests.helpers import deep, tiny
 
 
 def test_compression_recovers_and_the_dense_network_is_left_alone(pipeline) -> None:
@@ -57,7 +58,7 @@ def test_the_trained_network_is_cached_and_training_goes_on_after_a_crash(cache,
 
     def trained(progress):
         return training.trained_network(
-            study, build_model(study.model, None, data.classes, 0, data.calibration.images[:2]), data, progress
+            study, build_model(study.model, None, data.classes, 0, lambda: data.calibration.images[:2]), data, progress
         )
 
     def crash(step: str, done: int, total: int) -> None:
@@ -78,3 +79,48 @@ def test_the_trained_network_is_cached_and_training_goes_on_after_a_crash(cache,
 
     again = trained(never)
     assert (again.trunk.classifier.weight == straight.trunk.classifier.weight).all()
+
+
+NETWORKS = """
+import torch
+from torch import nn
+
+
+class Bessel(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def unexportable():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), Bessel(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def of_one_size():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(288, 4))
+"""
+
+
+def with_network(name: str) -> str:
+    """Returns the study of one of these networks, without exits."""
+    return tiny.STUDY.replace('after = ["pool"]', "after = []").replace("tests.helpers.tiny:network", f"nets.py:{name}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (tiny.STUDY.replace('["pool"]', '["pol"]'), "module of the network, got 'pol'"),
+        (tiny.STUDY.replace("epochs = 10", "epochs = 10, weights = [1, 2, 3]"), "one for each exit .* got 3"),
+        (f'{deep.STUDY}skips = {{blocks = ["stage1.9"]}}', "stage1.9"),
+        (f'{deep.STUDY}masks = {{method = "dgnet", blocks = ["stage1.9"]}}', "got 'stage1.9'; able: stage1.0"),
+        (f'{deep.STUDY}masks = {{method = "dgnet"}}\nskips = {{blocks = "all"}}', r"got \[masks\] and \[skips\]"),
+        (f'{tiny.STUDY}space = {{precision = "fp8"}}', "got 'fp8'"),
+        (f"{with_network('of_one_size')}space = {{sizes = [4]}}", "at which the network runs .* got 4"),
+        (with_network("unexportable"), r"'1' \(Bessel\): .*bessel_j0"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_anything_is_trained(text, words, cache, tmp_path) -> None:
+    (tmp_path / "nets.py").write_text(NETWORKS)
+    steps: list[str] = []
+    with pytest.raises(UserError, match=words):
+        build_pipeline(Study.parse(text, "test", tmp_path), lambda step, *_: steps.append(step))
+    assert not [step for step in steps if "rain" in step]

@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
 
 def build(factory: Callable[[], nn.Module], weights: Path | None = None, say: Say = lambda _: None) -> BuiltModel:
     section = ModelSection(source=f"{__name__}:{factory.__name__}")
-    return build_model(section, weights, 4, 0, IMAGES, say)
+    return build_model(section, weights, 4, 0, lambda: IMAGES, say)
 
 
 def own(num_classes: int = 4) -> nn.Module:

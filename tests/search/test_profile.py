@@ -1,7 +1,9 @@
 """The sensitivity profile: right figures, kept, shown; and the widths that follow from it."""
 
 import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from search.results.sensitivity import Point, Profile
 from search.results.store import SearchFolder
 from search.samplers.distributions import distributions
 from tests.helpers import tiny
+
+SEARCH = Path("runs/one")
 
 
 @pytest.fixture
@@ -141,11 +145,11 @@ def test_greedy_takes_what_costs_least_and_ends_where_nothing_is_left(found, pip
 
 
 def test_seeds_are_on_offer_and_int8(pipeline) -> None:
-    seeds = greedy_seeds(pipeline, lambda *_: None, lambda _: None)
+    seeds = greedy_seeds(pipeline, lambda *_: None, lambda _: None, SEARCH)
     assert seeds
     assert all(pipeline.space.candidate(seed).is_unsolved for seed in seeds), "thresholds are solved for each"
     searched = Study.parse(tiny.STUDY.replace("grid = 2", 'grid = 2, thresholds = "searched"'), "test")
-    pairs = greedy_seeds(other := build_pipeline(searched, lambda *_: None), lambda *_: None, lambda _: None)
+    pairs = greedy_seeds(other := build_pipeline(searched, lambda *_: None), lambda *_: None, lambda _: None, SEARCH)
     assert [other.space.candidate(seed).active_exits for seed in pairs[:2]] == [(), ("exit1",)]
     for seed in seeds:
         candidate = pipeline.space.candidate(seed)
@@ -153,6 +157,14 @@ def test_seeds_are_on_offer_and_int8(pipeline) -> None:
         assert set(trunk) == {"int8"}
         for name, distribution in distributions(pipeline.space).items():
             assert distribution._contains(distribution.to_internal_repr(seed[name])), name
+
+
+def test_a_profile_that_takes_too_long_is_left_to_a_command(pipeline, monkeypatch) -> None:
+    monkeypatch.setattr("search.loop.greedy_widths.AFFORDABLE_S", 0.0)
+    said: list[str] = []
+    assert greedy_seeds(pipeline, lambda *_: None, said.append, Path("my runs/one")) == []
+    words = shlex.split(said[0].partition("once with: ")[2])
+    assert words == ["python", "-m", "search", "profile", "--search", "one", "--runs", "my runs"]
 
 
 def test_the_command_shows_the_profile_and_writes_it(tmp_path, capsys, pipeline, found, monkeypatch) -> None:
@@ -181,7 +193,7 @@ def test_a_search_that_asks_for_it_tries_the_greedy_widths(tmp_path, pipeline) -
     arguments = ["--study", str(tmp_path / "study.toml"), "--runs", str(tmp_path), "--search", "one"]
     assert run([*arguments, "--budget", "latency<1000%"]) in (0, 1)
     queued = [trial.system_attrs.get("fixed_params") for trial in SearchFolder(tmp_path / "one").open().trials]
-    for seed in greedy_seeds(pipeline, lambda *_: None, lambda _: None):
+    for seed in greedy_seeds(pipeline, lambda *_: None, lambda _: None, SEARCH):
         assert seed in queued
 
 

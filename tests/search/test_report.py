@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -192,6 +194,16 @@ def test_names_are_text_on_the_page(overview) -> None:
     study = overview.search.study.model_copy(update={"question": "Is <b> & 'b' worth it?"})
     text = page(replace(overview, search=replace(overview.search, study=study)))
     assert "Is &lt;b&gt; &amp; &#x27;b&#x27; worth it?" in text
+
+
+def test_a_reports_commands_can_be_pasted(overview) -> None:
+    moved = replace(overview, search=replace(overview.search, folder=SearchFolder(Path("my runs/one"))))
+    lines = [line for line in report_of(moved).to_markdown().splitlines() if "python -m search pick" in line]
+    assert len(lines) == len(overview.notable)
+    for line in lines:
+        words = shlex.split(line.partition(": ")[2])
+        assert words[3:6] == ["pick", "--budget", str(overview.budget)]
+        assert words[-4:] == ["--search", "one", "--runs", "my runs"]
 
 
 def test_a_report_says_what_was_asked_found_and_to_be_doubted(overview) -> None:

@@ -98,8 +98,15 @@ class Address:
         # A password prompt would block a search; a board that is gone should be noticed within seconds.
         options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
         options += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
-        port = ["-p", str(self.port)] if self.port else []
-        return [*ssh, *options, *port, self.destination, remote]
+        return [*ssh, *options, *self._port, self.destination, remote]
+
+    def by_hand(self, *remote: str) -> str:
+        """Returns the command with which a user runs words on the board, or logs in to it."""
+        return shlex.join(["ssh", *self._port, self.destination, *map(shlex.quote, remote)])
+
+    @property
+    def _port(self) -> list[str]:
+        return ["-p", str(self.port)] if self.port else []
 
 
 def _positive(text: str) -> float:
@@ -300,9 +307,9 @@ def _reason(address: Address, messages: bytes) -> str:
     """Returns one line on why a board cannot be used, from the messages of ssh or the board's shell."""
     lines = [line for line in messages.decode(errors="replace").splitlines() if line.strip()]
     last = lines[-1].strip() if lines else "no answer"
-    remedy = f"try: ssh {address.destination} {address.python} --version"
+    remedy = f"try: {address.by_hand(address.python, '--version')}"
     if "No space left" in last:
         remedy = "make room on the board's disk"
     elif "verification failed" in last or "host key" in last.lower():
-        remedy = f"check the board's key and accept it once with: ssh {address.destination}"
+        remedy = f"check the board's key and accept it once with: {address.by_hand()}"
     return f"a board answers over ssh, got from {address.destination}: {last}; {remedy}"
