@@ -140,8 +140,9 @@ def build_model(
     else:
         network, text = _from_torchvision(model, source, classes), str(source)
     network = unwrapped(network)
-    if any(map(is_lazy, network.parameters())):
-        with_shapes(network, images())
+    weights = list(network.parameters())
+    if not weights or any(map(is_lazy, weights)):
+        with_shapes(network, images())  # its first forward makes its weights
     fitted, digest = LoadedWeights(), ""
     if file is not None:
         fitted = fit(network, read_weights(file, say), classes, file.name, say)
