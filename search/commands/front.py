@@ -17,9 +17,9 @@ from search.report.output import write_json, write_lines
 from search.report.overview import Overview, beaten_lines
 from search.report.tables import front_table
 from search.report.text_plot import scatter
-from search.results.pareto import Version, nearest_miss
+from search.report.unmet_budget import unmet_budget, unmet_json
+from search.results.pareto import Version
 from search.results.store import StoredSearch, find_search
-from search.results.violations import broken_limits
 from search.tracking.trial_run import figures
 
 NO_VERSION = 1
@@ -53,6 +53,8 @@ def front_json(overview: Overview) -> dict[str, Any]:
         "simple": [{**_content(version), "on_front": version in overview.front} for version in overview.simple],
         "beaten": [_content(version) for version in overview.beaten],
         "ended_early": [_content(version) for version in overview.ended_early],
+        "not_scored": [_content(version) for version in overview.not_scored],
+        "unmet": unmet_json(overview),
         "dense": overview.dense.evaluation.to_dict(),
     }
 
@@ -101,12 +103,7 @@ def print_front(overview: Overview, console: Console) -> None:
         if str(budget) != str(search.budget):
             _say_unmeasured(overview, console)
         return
-    console.print(f"No version keeps {budget}.", highlight=False, soft_wrap=True)
-    miss = nearest_miss([*overview.simple, *overview.versions], budget, dense.measured)
-    if miss:
-        text = f"The nearest, {miss[0].title}: {broken_limits(miss[0], budget, dense.measured)}."
-        console.print(text, highlight=False, soft_wrap=True)
-    _say_unmeasured(overview, console)
+    write_lines(console, unmet_budget(overview))
 
 
 def _say_unmeasured(overview: Overview, console: Console) -> None:

@@ -8,15 +8,15 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from evaluators.accuracy import wilson
+from evaluators.accuracy import interval
 from search.config.budget import Constraint
 from search.config.objectives import no_worse
 from search.config.units import milliseconds, percent
 from search.report.overview import Overview
 from search.report.significance import difference
-from search.results.pareto import Version, nearest_miss
+from search.report.unmet_budget import nearest_line
+from search.results.pareto import Version
 from search.results.store import StoredSearch
-from search.results.violations import broken_limits
 
 NOISY_MACHINE = 0.05
 """Relative difference of two timings of the same network above which the machine is called noisy."""
@@ -54,9 +54,7 @@ def _infeasible(overview: Overview) -> Iterator[str]:
     total = len(overview.versions)
     broke = total - len(overview.feasible) - len(overview.ended_early)
     if not overview.feasible and not overview.front:
-        miss = nearest_miss([*overview.simple, *overview.versions], overview.budget, overview.dense.measured)
-        near = f" The nearest, {miss[0].title}: {_broken(overview, miss[0])}." if miss else ""
-        yield f"No version keeps {overview.budget}.{near}"
+        yield f"No version keeps {overview.budget}. {nearest_line(overview)}"
     elif broke:
         not_scored = len(overview.not_scored)
         verb, pronoun = ("does", "it") if broke == 1 else ("do", "they")
@@ -76,10 +74,6 @@ def _ended_early(overview: Overview) -> Iterator[str]:
             f" {overview.search.budget} or was reached by a version {no_worse(overview.objectives)}. Their"
             " accuracies are estimates, and none of them counts as within the budget."
         )
-
-
-def _broken(overview: Overview, version: Version) -> str:
-    return broken_limits(version, overview.budget, overview.dense.measured)
 
 
 def _failed(overview: Overview) -> Iterator[str]:
@@ -115,7 +109,7 @@ def _may_break(version: Version, constraint: Constraint, dense: Version) -> bool
     measured = version.measured[constraint.measured_as]
     worse = measured
     if constraint.measured_as == "accuracy":
-        worse = replace(measured, value=wilson(measured.value, measured.n)[0])
+        worse = replace(measured, value=interval(measured)[0])
     elif constraint.measured_as == "latency":
         factor = 1 + measured.half_width
         others = {name: value * factor for name, value in measured.others.items()}
