@@ -75,10 +75,23 @@ def load_data(data: DataSection, usual: Preprocessing | None, download: bool, pr
         raise SourceError(f"data lies in a readable folder, got {data.source!r}: {error}") from None
     for remark in source_images.remarks:
         say(f"{remark}.")
+    if data.labels is not None:
+        source_images = source_images.in_order(_names(data.labels))
     pools = _inspected(source_images, data, progress, say)
     preprocessing = _preprocessing(data, source_images, usual, pools)
     say(f"Input: {preprocessing}.")
     return _split(data, source_images, pools, preprocessing, say)
+
+
+def _names(file: str) -> list[str]:
+    """Returns the names in a file, one a line; empty lines are none."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise SourceError(
+            f"labels are a text file with the name of a class on each line, got {file!r}: {error}"
+        ) from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _from_factory(data: DataSection) -> Loaded:

@@ -12,6 +12,7 @@ from evaluators.accuracy import interval
 from search.config.budget import Constraint
 from search.config.objectives import no_worse
 from search.config.units import milliseconds, percent
+from search.report.other_budget import other_budget_lines
 from search.report.overview import Overview
 from search.report.significance import difference
 from search.report.unmet_budget import nearest_line
@@ -29,6 +30,7 @@ def caveats(overview: Overview) -> list[str]:
     """Returns the caveats as sentences: what is infeasible, failed, noisy, too close to call, or unconfirmed."""
     return [
         *_infeasible(overview),
+        *other_budget_lines(overview),
         *_ended_early(overview),
         *_failed(overview),
         *_noisy(overview),
@@ -51,16 +53,14 @@ def trials(versions: list[Version]) -> str:
 
 
 def _infeasible(overview: Overview) -> Iterator[str]:
-    total = len(overview.versions)
-    broke = total - len(overview.feasible) - len(overview.ended_early)
     if not overview.feasible and not overview.front:
         yield f"No version keeps {overview.budget}. {nearest_line(overview)}"
-    elif broke:
-        not_scored = len(overview.not_scored)
-        verb, pronoun = ("does", "it") if broke == 1 else ("do", "they")
-        some = f"{not_scored} of them were" if not_scored < broke else f"{pronoun} {'was' if broke == 1 else 'were'}"
+    elif broken := overview.broken:
+        count, not_scored = len(broken), sum(not version.is_complete for version in broken)
+        verb, pronoun = ("does", "it") if count == 1 else ("do", "they")
+        some = f"{not_scored} of them were" if not_scored < count else f"{pronoun} {'was' if count == 1 else 'were'}"
         unknown = f"; {some} not measured further, so the accuracy is unknown" if not_scored else ""
-        yield f"{broke} of {total} versions {verb} not keep {overview.budget}{unknown}."
+        yield f"{count} of {len(overview.versions)} versions {verb} not keep {overview.budget}{unknown}."
 
 
 def _ended_early(overview: Overview) -> Iterator[str]:

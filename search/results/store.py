@@ -60,6 +60,11 @@ class SearchFolder:
         """The journal, which holds every trial."""
         return self.path / JOURNAL
 
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the dense network was measured, so that trials may be there."""
+        return self.journal.is_file() and _BEGUN in self.journal.read_bytes()
+
     def open(self) -> optuna.Study:
         """Returns the stored search.
 
@@ -196,7 +201,8 @@ def find_search(runs: Path, name: str | None) -> SearchFolder:
     if not journals:
         raise StoreError(f"no search in {runs} yet; start one with: python -m search --budget 'latency<5ms'")
     latest = reversed(journals)  # a search that is still training must not hide an earlier one with results
-    return SearchFolder(next((journal for journal in latest if _BEGUN in journal.read_bytes()), journals[-1]).parent)
+    folders = (SearchFolder(journal.parent) for journal in latest)
+    return next((folder for folder in folders if folder.has_baseline), SearchFolder(journals[-1].parent))
 
 
 @dataclass(frozen=True)

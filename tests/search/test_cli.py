@@ -158,6 +158,18 @@ def test_a_port_in_use_is_named(tmp_path, capsys) -> None:
     assert f"{port}, which is in use" in capsys.readouterr().err
 
 
+def test_what_the_demo_is_and_how_it_is_stopped_is_said_first(tmp_path, capsys) -> None:
+    command = ["--target", "abacus", "--runs", str(tmp_path)]
+    assert run([*command, "--trials", "7"]) == 2
+    said = capsys.readouterr().out
+    assert said.startswith("This is the demo, study scenes, because no --model, --data or --study is given")
+    assert "7 trials" in said
+    assert "Ctrl-C stops it" in said
+    for more in (["--quiet"], ["--study", "digits"]):
+        assert run([*command, *more]) == 2
+        assert capsys.readouterr().out == ""
+
+
 def test_help_and_a_bad_budget_load_no_torch() -> None:
     for arguments, code in ((["--help"], 0), (["--budget", "latency"], 2)):
         script = (
