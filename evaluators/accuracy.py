@@ -23,11 +23,14 @@ def accuracy_of(answers: Answers, target: Target, images: str) -> Measurement:
         images: which images these are, for the protocol.
     """
     n, clips = len(answers.correct), answers.clips
-    share = float(answers.correct.mean())
+    share, independent = float(answers.correct.mean()), float(n)
     shares = {f"exit{stage + 1}": float((answers.exits == stage).mean()) for stage in range(answers.stages - 1)}
     if answers.key_frames is not None:
         shares[KEY_FRAMES] = float(answers.computed.mean())
-    spread = math.sqrt(share * (1 - share) / n) if clips is None else _over_clips(answers.correct, clips)
+    spread = math.sqrt(share * (1 - share) / n)
+    if clips is not None:
+        spread = _over_clips(answers.correct, clips)
+        independent = _effective_size(share, spread, n, len(np.unique(clips)))
     return Measurement(
         metric="accuracy",
         value=share,
@@ -37,9 +40,7 @@ def accuracy_of(answers: Answers, target: Target, images: str) -> Measurement:
         target=str(target),
         protocol=f"top-1 of the deployed artifact on {n} {images} {'images' if clips is None else 'frames'}, batch"
         f" {target.batch}",
-        others=dict(
-            zip(("low", "high"), wilson(share, n if clips is None else _effective_size(share, spread, n)), strict=True)
-        ),
+        others=dict(zip(("low", "high"), wilson(share, independent), strict=True)),
         notes=shares,
     )
 
@@ -53,12 +54,20 @@ def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return max((middle - width) / (1 + z * z / n), 0.0), min((middle + width) / (1 + z * z / n), 1.0)
 
 
-def _effective_size(share: float, spread: float, n: int) -> float:
+def interval(accuracy: Measurement) -> tuple[float, float]:
+    """Returns the 95% interval of an accuracy by Wilson; that of a stream is as wide as its clips make it."""
+    low, high = wilson(accuracy.value, accuracy.n)
+    return min(low, accuracy.others.get("low", low)), max(high, accuracy.others.get("high", high))
+
+
+def _effective_size(share: float, spread: float, n: int, clips: int) -> float:
     """Returns how many independent images would give the same standard error: at most the number of frames.
+
+    Where all clips are alike, as where every frame is right, the error says nothing, and each clip counts as one image.
 
     Source: Kish, Survey Sampling, 1965, section 8.2 (the design effect).
     """
-    return min(share * (1 - share) / spread**2, n) if spread else n
+    return min(share * (1 - share) / spread**2, n) if spread else clips
 
 
 def _over_clips(correct: NDArray[np.bool_], clips: NDArray[np.int64]) -> float:

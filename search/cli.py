@@ -136,6 +136,16 @@ def search(
     weights: Weights = None,
     data: Data = None,
     download: Download = False,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width of the input that the network was trained with.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="VALUES", help="Mean of each channel, such as 0.5,0.5,0.5; one for grey.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(metavar="VALUES", help="Standard deviation of each channel.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Names of the classes in the network's order, one a line.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size of the deployed network.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the deployed network.")] = None,
     trials: Annotated[
@@ -194,14 +204,32 @@ def search(
     thresholds = _exit_thresholds(exit_thresholds, gates)
     only = read_dimensions(search_only) if search_only is not None else None
     aims = read_objectives(objectives) if objectives is not None else None
-    request = Request(study, _limits(budget), model, weights, data, target, batch, threads, thresholds, only, aims)
+    request = Request(
+        study,
+        _limits(budget),
+        model,
+        weights,
+        data,
+        target,
+        batch,
+        threads,
+        thresholds,
+        only,
+        aims,
+        size=size,
+        mean=mean,
+        std=std,
+        labels=labels,
+    )
     chosen = request.to_study()  # errors are told before heavy libraries are imported
     request.check_budget()
+    output, ending = Output(quiet, as_json), Ending(trials, timeout, patience)
+    if request.is_demo and not quiet:
+        typer.echo(request.demo_line(ending), err=as_json)
     SAMPLERS.known(sampler or chosen.search.sampler)
     check_target(chosen.target.runtime)
     from search.commands.run import run_search
 
-    output, ending = Output(quiet, as_json), Ending(trials, timeout, patience)
     return run_search(request, ending, sampler, seed, name, runs, download, tracking_uri, output)
 
 

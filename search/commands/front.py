@@ -10,13 +10,14 @@ from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
 from search.config.objectives import together
 from search.report.describe import ZEROS
+from search.report.other_budget import other_budget_lines
 from search.report.output import write_json, write_lines
 from search.report.overview import Overview, beaten_lines
 from search.report.tables import front_table
 from search.report.text_plot import scatter
-from search.results.pareto import Version, nearest_miss
+from search.report.unmet_budget import unmet_budget, unmet_json
+from search.results.pareto import Version
 from search.results.store import StoredSearch, find_search
-from search.results.violations import broken_limits
 
 NO_VERSION = 1
 _PLOT = 60
@@ -59,6 +60,11 @@ def front_json(overview: Overview) -> dict[str, Any]:
         "simple": [{**_content(version), "on_front": version in overview.front} for version in overview.simple],
         "beaten": [_content(version) for version in overview.beaten],
         "ended_early": [_content(version) for version in overview.ended_early],
+        "undecided": [version.trial for version in overview.undecided],
+        "solved_for": str(overview.search.budget),
+        "predicted": [_content(version) for version in overview.predicted],
+        "not_scored": [_content(version) for version in overview.not_scored],
+        "unmet": unmet_json(overview),
         "dense": overview.dense.evaluation.to_dict(),
     }
 
@@ -84,27 +90,9 @@ def print_front(overview: Overview, console: Console) -> None:
             console.print(scatter(overview, console.width, console.options.ascii_only), highlight=False, markup=False)
         if any(pattern.endswith("%") for pattern in search.study.space.patterns):
             console.print(ZEROS, highlight=False, soft_wrap=True)
-        if str(budget) != str(search.budget):
-            _say_unmeasured(overview, console)
+        write_lines(console, other_budget_lines(overview))
         return
-    console.print(f"No version keeps {budget}.", highlight=False, soft_wrap=True)
-    miss = nearest_miss([*overview.simple, *overview.versions], budget, dense.measured)
-    if miss:
-        text = f"The nearest, {miss[0].title}: {broken_limits(miss[0], budget, dense.measured)}."
-        console.print(text, highlight=False, soft_wrap=True)
-    _say_unmeasured(overview, console)
-
-
-def _say_unmeasured(overview: Overview, console: Console) -> None:
-    budget = overview.search.budget
-    counts = {
-        f"not measured further: {budget} was broken": len(overview.not_scored),
-        f"ended early under {budget}, after some of the images": len(overview.ended_early),
-    }
-    lines = [
-        f"{_versions(number)} {'was' if number == 1 else 'were'} {what}." for what, number in counts.items() if number
-    ]
-    write_lines(console, lines)
+    write_lines(console, [*unmet_budget(overview), *other_budget_lines(overview)])
 
 
 def _versions(number: int) -> str:

@@ -1,5 +1,6 @@
 """`python -m search report`: a search as a page and as Markdown."""
 
+import re
 from pathlib import Path
 
 from search.commands.libraries import set_up_libraries
@@ -18,7 +19,7 @@ def run_report(budget: Budget | None, name: str | None, runs: Path, out: Path | 
     set_up_libraries()
     search = StoredSearch.read(find_search(runs, name))
     overview = Overview.of(search, budget)
-    files = [out] if out else [search.folder.path / f"report{form}" for form in _FORMS]
+    files = [out] if out else [search.folder.path / f"{_stem(overview)}{form}" for form in _FORMS]
     for file in files:
         _write(file, overview)
     if output.as_json:
@@ -26,6 +27,13 @@ def run_report(budget: Budget | None, name: str | None, runs: Path, out: Path | 
     elif not output.quiet:
         write_lines(output.console(), [f"Wrote {file}" for file in files])
     return 0
+
+
+def _stem(overview: Overview) -> str:
+    """Returns the name of a report, without its ending: a report within another budget replaces none of its own."""
+    if str(overview.budget) == str(overview.search.budget):
+        return "report"
+    return re.sub(r"[^A-Za-z0-9._]+", "-", f"report-{overview.budget}".replace("%", "pct").replace(",", "-"))
 
 
 def _write(file: Path, overview: Overview) -> None:

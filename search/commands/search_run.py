@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import optuna
 
 from evaluators.runtimes.base import Runtime
+from search.config.environment import environment
 from search.config.objectives import together
 from search.config.overrides import Ending
 from search.config.study import Study
@@ -13,12 +14,15 @@ from search.loop.baseline import measure_baseline
 from search.loop.coordinator import Outcome, build_coordinator
 from search.loop.front_recovery import recover_front
 from search.loop.greedy_widths import greedy_seeds
+from search.loop.other_budget import EarlierSearch, find_earlier
 from search.loop.resume import check_same_network, is_counted, requeue_running
+from search.pipeline.chance import check_better_than_chance, is_near_chance
 from search.pipeline.channel_steps import Widths, measured_widths
 from search.pipeline.given_network import GivenNetwork
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
 from search.pipeline.search_space import space_line
 from search.pipeline.sensitivity_profiler import Profiler
+from search.report.caveats import NOISY_MACHINE, WIDE
 from search.report.describe import simple_lines, slow_layers_line
 from search.report.display import Display, SearchView
 from search.report.overview import write_profile
@@ -36,8 +40,6 @@ from search.results.store import (
 from search.tracking.mirror import Follower
 from search.tracking.store import Tracking, remember, remembered
 
-NEAR_CHANCE = 1.5
-"""A network whose accuracy is below this multiple of chance is probably not trained."""
 _AS_SEARCHED = "# As it was searched: every key, and paths that hold from any folder.\n"
 
 
@@ -75,12 +77,15 @@ class SearchRun:
         )
         with self.folder.lock():
             given = GivenNetwork(self.study, self.display.step, self.runtime, self.display.say, self.download)
+            if not self.folder.has_baseline:
+                check_better_than_chance(given)
             # Not before, so that a network that cannot be had leaves nothing behind.
             journal = self.folder.create(self.study.objectives)
+            earlier = None if "baseline" in journal.user_attrs else self._earlier(journal, given)
             simple = None if "baseline" in journal.user_attrs else self._measure_given(journal, given)
-            pipeline = self._build(journal, given)
+            pipeline = self._build(journal, given, earlier)
             if "baseline" not in journal.user_attrs:
-                self._measure_baseline(journal, pipeline, simple)
+                self._measure_baseline(journal, pipeline, simple, earlier)
             outcome = self._run_trials(journal, pipeline)
         self._say_end(outcome)
         return outcome.code
@@ -88,6 +93,17 @@ class SearchRun:
     @property
     def _trials(self) -> int:
         return self.ending.trials or self.study.search.trials
+
+    def _earlier(self, journal: optuna.Study, given: GivenNetwork) -> EarlierSearch | None:
+        """Returns a search that differs in its budget alone, whose measurements of the network are taken over."""
+        folder = find_earlier(self.study, self.folder)
+        if folder is None:
+            return None
+        earlier = EarlierSearch(folder, environment(self.runtime.device(), self.runtime.state()))
+        self.display.say(
+            f"Another budget is a new search, from trial 0: {earlier.name} searched the same within {earlier.budget}."
+        )
+        return earlier if earlier.give_network(journal, self.study.question_key, given.fingerprint) else None
 
     def _measure_given(self, journal: optuna.Study, given: GivenNetwork) -> GivenMeasurements:
         """Returns the measurements of the network as loaded in each precision, made now or in an earlier run.
@@ -102,10 +118,12 @@ class SearchRun:
             self.display.say(line)
         return simple
 
-    def _build(self, journal: optuna.Study, given: GivenNetwork) -> CompressionPipeline:
+    def _build(self, journal: optuna.Study, given: GivenNetwork, earlier: EarlierSearch | None) -> CompressionPipeline:
         """Returns the pipeline, and shows the exits, the groups, the recovery and unsupported options."""
         display = self.display
-        widths = self._widths(journal, given)
+        is_known = "baseline" in journal.user_attrs or earlier is not None
+        # None are known if an earlier version began the search, which keeps its space.
+        widths = read_widths(journal) if is_known else self._measured_widths(given)
         pipeline = build_pipeline(self.study, display.step, self.runtime, display.say, self.download, given, widths)
         display.say(f"{pipeline.exit_places} {pipeline.groups}")
         display.say(space_line(pipeline.space))
@@ -118,23 +136,31 @@ class SearchRun:
             display.say(f"Note: {remark}.")
         return pipeline
 
-    def _widths(self, journal: optuna.Study, given: GivenNetwork) -> Widths:
-        """Returns the widths of layers as measured when the search began, or measured now if it begins."""
-        if "baseline" in journal.user_attrs:  # none if an earlier version began it, whose space it keeps
-            return read_widths(journal)
+    def _measured_widths(self, given: GivenNetwork) -> Widths:
         return measured_widths(given.study, self.runtime, given.target, self.display.step, self.display.say)
 
     def _measure_baseline(
-        self, journal: optuna.Study, pipeline: CompressionPipeline, simple: GivenMeasurements | None
+        self,
+        journal: optuna.Study,
+        pipeline: CompressionPipeline,
+        simple: GivenMeasurements | None,
+        earlier: EarlierSearch | None,
     ) -> None:
-        """Measures the baselines, and writes them with the study into the journal."""
-        self.display.say("Measuring the dense network...")
+        """Writes the study and the baselines into the journal: those of an earlier search, or measured now."""
         (self.folder.path / "study.toml").write_text(_AS_SEARCHED + self.study.to_toml(), encoding="utf-8")
         pipeline.given.loaded.write(self.folder.path)
         journal.set_user_attr("study", self.study.model_dump(mode="json"))
         journal.set_user_attr("fingerprint", pipeline.fingerprint)
         journal.set_user_attr("structure", pipeline.structure())
         store_widths(journal, pipeline.widths)
+        taken = earlier.give_versions(journal, self.study.budget, pipeline.fingerprint) if earlier else None
+        if earlier and taken is not None:
+            self.display.say(
+                f"What {earlier.name} measured of the network counts, and so do {taken} of its versions, which would be"
+                " the same within this budget."
+            )
+            return
+        self.display.say("Measuring the dense network...")
         baseline = measure_baseline(pipeline, simple, self._trials, self.ending.timeout_s, self.display.step)
         journal.set_user_attr("baseline", baseline.to_dict())
 
@@ -144,7 +170,7 @@ class SearchRun:
         tracking = Tracking.of(self.folder.path.parent, self.tracking_uri, remembered(journal))
         remember(journal, tracking, self.folder.path.parent)
         search, display = StoredSearch.read(self.folder), self.display
-        _say_baseline(search.baseline, pipeline.data.classes, display)
+        _say_baseline(search.baseline, pipeline.data.classes, self.study.target.threads, display)
         mirror = Follower(tracking, search, display.warn)
         mirror.begin()
         done = sum(is_counted(trial) for trial in search.trials)
@@ -187,7 +213,7 @@ def _recover(
     return outcome
 
 
-def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
+def _say_baseline(baseline: Baseline, classes: int, threads: int, display: Display) -> None:
     measured = baseline.evaluation.measurements
     display.say(
         f"Dense network: {milliseconds(measured['latency'].value)} per batch on {measured['latency'].target},"
@@ -198,18 +224,21 @@ def _say_baseline(baseline: Baseline, classes: int, display: Display) -> None:
         for line in baseline.versions_to_beat[1:]:
             latency, accuracy = line.measured["latency"].value, line.measured["accuracy"].value
             display.say(f"  {line.title}  {milliseconds(latency)}  accuracy {percent(accuracy)}")
-    if measured["accuracy"].value < NEAR_CHANCE / classes:
-        display.warn(
-            f"CAREFUL: that is hardly better than guessing among {classes} classes. Is the network trained? Give"
-            " --weights, or train it with a section [training] in a study file. Is its input as it was trained with?"
-        )
+    if is_near_chance(measured["accuracy"].value, classes):  # which is said of what was given before it is trained
+        display.warn(f"CAREFUL: what was trained made it hardly better than guessing among {classes} classes.")
     if baseline.slow_layers is not None:
         display.say(slow_layers_line(baseline.slow_layers))
-    half_width = measured["latency"].notes["half_width"]
-    if half_width > 0.1:
-        display.warn(f"Careful: its latency is known to within {half_width:.0%} only; fewer threads are timed better.")
-    if abs(baseline.reference_self_ratio - 1) > 0.05:
+    if noise := _busy(baseline):
+        fewer = " or fewer --threads" if threads > 1 else ""
         display.warn(
-            f"Careful: this machine is noisy. The same network timed against itself differed by"
-            f" {abs(baseline.reference_self_ratio - 1):.0%}; latencies are no better than that."
+            f"Careful: this machine is busy: timings repeat within {noise:.0%}, and latencies are no better than that."
+            f" Other programs that are stopped{fewer} make them better."
         )
+
+
+def _busy(baseline: Baseline) -> float:
+    """Returns within what share timings repeat on a machine too busy to time on; 0 on any other."""
+    half_width = baseline.evaluation.measurements["latency"].notes["half_width"]
+    self_error = abs(baseline.reference_self_ratio - 1)
+    is_busy = half_width > WIDE or self_error > NOISY_MACHINE
+    return max(half_width, self_error) if is_busy else 0.0

@@ -35,6 +35,10 @@ class Request:
         thresholds: of exits: solved for each version, or searched.
         only: the dimensions that are searched.
         objectives: what the search improves.
+        size: height and width of the input.
+        mean: of each channel, comma-separated.
+        std: of each channel, likewise.
+        labels: file with the names of the classes in the network's order.
     """
 
     study: str | None = None
@@ -48,6 +52,10 @@ class Request:
     thresholds: Literal["solved", "searched"] | None = None
     only: tuple[Dimension, ...] | None = None
     objectives: Objectives | None = None
+    size: int | None = None
+    mean: str | None = None
+    std: str | None = None
+    labels: str | None = None
 
     def to_study(self) -> Study:
         """Returns the study; without a file and a budget it has no limits.
@@ -64,7 +72,8 @@ class Request:
         study = self._own() if self._is_own else self._changed(load_study(self.study or DEFAULT))
         target = {"runtime": self.target, "batch": self.batch, "threads": self.threads}
         exits = _updated(study.exits, {"thresholds": self.thresholds})
-        study = study.model_copy(update={"target": _updated(study.target, target), "exits": exits})
+        data = self._data_of(study)
+        study = study.model_copy(update={"target": _updated(study.target, target), "exits": exits, "data": data})
         if self.only is not None:
             study = study.model_copy(update={"space": study.space.model_copy(update={"only": self.only})})
         if self.objectives is not None:
@@ -84,9 +93,37 @@ class Request:
             raise StudyError("a search without a study has a --budget, got none; add --budget 'latency<50%'")
 
     @property
+    def is_demo(self) -> bool:
+        """Whether neither a study nor a network or images are named, so that the demo is searched."""
+        return self.study is None and not self._is_own
+
+    def demo_line(self, ending: "Ending") -> str:
+        """Returns what the demo is, how long it takes, how to stop it, and how to search a network of one's own."""
+        trials = ending.of(self.to_study()).trials
+        return (
+            f"This is the demo, study {DEFAULT}, because no --model, --data or --study is given: a small network that"
+            f" reads handwritten digits, {trials} trials, some minutes. Ctrl-C stops it at any time; the same command"
+            " goes on where it was. For a network of your own: python -m search init my-study, or give --model and"
+            " --data."
+        )
+
+    @property
     def _is_own(self) -> bool:
         """Whether the command line names a network or images, and no study."""
         return self.study is None and (self.model is not None or self.data is not None)
+
+    def _data_of(self, study: Study) -> DataSection:
+        """Returns a study's images with the input and the classes that the command line gives."""
+        given = {"size": self.size, "mean": self.mean, "std": self.std, "labels": self.labels}
+        named = [f"--{name}" for name, value in given.items() if value is not None]
+        if named and data_source(study.data.source).is_factory:
+            raise StudyError(
+                f"the input of named images can be given, such as imagefolder:PATH, got {', '.join(named)} for"
+                f" {study.data.source}, which returns its images as they are; change them there"
+            )
+        numbers = {name: _numbers(name, text) for name in ("mean", "std") if (text := given[name]) is not None}
+        labels = {"labels": absolute_path(self.labels, Path.cwd())} if self.labels is not None else {}
+        return cast(DataSection, _updated(study.data, {**given, **numbers, **labels}))
 
     def _own(self) -> Study:
         missing = [name for name in ("model", "data") if getattr(self, name) is None]
@@ -121,6 +158,18 @@ class Request:
         if "model" in changes or "data" in changes:
             changes["name"] = _name(changes.get("model", study.model), changes.get("data", study.data))
         return study.model_copy(update=changes)
+
+
+def _numbers(name: str, text: object) -> tuple[float, ...]:
+    """Returns comma-separated numbers.
+
+    Raises:
+        StudyError: one of them is none.
+    """
+    try:
+        return tuple(float(part) for part in str(text).split(","))
+    except ValueError:
+        raise StudyError(f"--{name} is a number for each channel, such as 0.5,0.5,0.5, got {text!r}") from None
 
 
 def read_dimensions(text: str) -> tuple[Dimension, ...]:

@@ -117,6 +117,8 @@ class DataSection(Section):
     """Mean of each channel, of values from 0 to 1: one value for grey, three for RGB."""
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Standard deviation of each channel, likewise."""
+    labels: str | None = None
+    """File with the names of the classes in the network's order, one a line; their own order where not given."""
     train: Positive = 50_000
     """Training images, at most."""
     calibration: Positive = 200
@@ -322,6 +324,8 @@ class Study(Section):
         if self.model.weights is not None:
             model["weights"] = absolute_path(self.model.weights, folder)
         data = {"source": absolute(data_source(self.data.source), folder)}
+        if self.data.labels is not None:
+            data["labels"] = absolute_path(self.data.labels, folder)
         if self.data.augment is not None:
             data["augment"] = absolute(factory_source(self.data.augment), folder)
         sections = {"model": self.model.model_copy(update=model), "data": self.data.model_copy(update=data)}
@@ -372,7 +376,10 @@ class Study(Section):
         silent = {key for key in later if getattr(self.space, key) == SpaceSection.model_fields[key].default}
         silent |= {"only"} if self.space.only == BEFORE_DEPTH else set()
         choose_on = {"choose_on"} if self.exits.choose_on is None else set()
-        content = self.model_dump_json(exclude={"search": True, "question": True, "space": silent, "exits": choose_on})
+        labels = {"labels"} if self.data.labels is None else set()
+        content = self.model_dump_json(
+            exclude={"search": True, "question": True, "space": silent, "exits": choose_on, "data": labels}
+        )
         recovery = self.recovery
         if recovery.final == DEFAULT_FINAL:  # there was none by default
             content = content.replace(f'"final":{recovery.final.model_dump_json()}', '"final":null')

@@ -1,8 +1,9 @@
 """Image folders: one folder per class, optionally below train/, val/ and test/."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,24 @@ class DataSource:
     std: tuple[float, ...]
     remarks: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+
+    def in_order(self, names: Sequence[str]) -> "DataSource":
+        """Returns the same images, their classes numbered by their places among `names`.
+
+        Raises:
+            SourceError: a class is not among them, or a name stands there twice.
+        """
+        unknown = [name for name in self.classes if name not in names]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if unknown or twice:
+            wrong = f"none of {_listed(unknown)}" if unknown else f"{_listed(twice)} twice"
+            raise SourceError(
+                f"labels have the name of each class once, got {len(names)} names with {wrong}; write them as the data"
+                f" has them: {_listed(self.classes)}"
+            )
+        number = np.array([names.index(name) for name in self.classes])
+        pools = {part: Pool(pool.reader, number[pool.labels]) for part, pool in self.pools.items()}
+        return replace(self, pools=pools, classes=tuple(names))
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

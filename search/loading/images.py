@@ -113,7 +113,20 @@ def open_data(data: DataSection, download: bool, say: Say) -> UnreadData:
         raise SourceError(f"data lies in a readable folder, got {data.source!r}: {error}") from None
     for remark in images.remarks:
         say(f"{remark}.")
+    if data.labels is not None:
+        images = images.in_order(_names(data.labels))
     return UnreadData(data, images)
+
+
+def _names(file: str) -> list[str]:
+    """Returns the names in a file, one a line; empty lines are none."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise SourceError(
+            f"labels are a text file with the name of a class on each line, got {file!r}: {error}"
+        ) from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _from_factory(data: DataSection) -> Loaded:

@@ -17,14 +17,15 @@ from search.loading.user_code import UserCodeError
 from search.loop.candidate_evaluator import CandidateEvaluator
 from search.loop.interrupts import Interrupts
 from search.loop.patience import Patience
-from search.loop.resume import is_counted, requeue_running, without_slow_precisions
+from search.loop.resume import TAKEN, is_counted, requeue_running, without_slow_precisions
 from search.loop.sampler_observations import observe_evaluations
 from search.loop.sampler_prior import problem_prior
 from search.pipeline.early_stopping import saved_seconds
 from search.pipeline.pipeline import CompressionPipeline
 from search.results.evaluation import Evaluation
+from search.results.kept_answers import ANSWERS
 from search.results.pareto import Version
-from search.results.store import PROCESSOR_SECONDS, REMARKS, REPORT, Baseline, objectives_of
+from search.results.store import PROCESSOR_SECONDS, REMARKS, REPORT, Baseline, objectives_of, versions_of
 from search.samplers.base import InformedSampler, SearchKnowledge
 from search.samplers.distributions import distributions, first_guesses
 from search.samplers.hypervolume.encoding import Codec
@@ -98,7 +99,9 @@ class Coordinator:
         self._dense = baseline.evaluation.measurements
         self._budget = budget
         self._observers = observers
-        self._patience = Patience(budget, self._dense, self._objectives, baseline.versions_to_beat)
+        taken = versions_of([trial for trial in journal.get_trials(deepcopy=False) if TAKEN in trial.user_attrs])
+        known = [*baseline.versions_to_beat, *taken]
+        self._patience = Patience(budget, self._dense, self._objectives, known)
         self._tried: set[str] = set()
         self._overhead = {"ask": 0.0, "tell": 0.0}
         self._interrupts = Interrupts()
@@ -209,6 +212,8 @@ class Coordinator:
             trial.set_constraint(name, violation)
         if earlier is None:
             trial.set_user_attr("evaluation", version.evaluation.to_dict())
+            if version.evaluation.answers:
+                trial.set_user_attr(ANSWERS, version.evaluation.answers)
         else:
             trial.set_user_attr("duplicate_of", earlier.number)
         if version.is_complete:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from evaluators.measurement import Measurement
 from search.config.budget import Budget
 from search.config.objectives import Objectives
-from search.results.pareto import Version, feasible, hypervolume, nearest_miss, pareto
+from search.results.pareto import Version, feasible, hypervolume, pareto
 
 LEAST = 1e-3
 """Relative growth of the hypervolume, or decrease of the violation, below which there is no improvement."""
@@ -32,7 +32,8 @@ class Patience:
         self._objectives = objectives
         self._front: list[Version] = []
         self._hypervolume = 0.0
-        self._least_violation = float("inf")
+        self._least_violations: dict[bool, float] = {}
+        """Of versions that were measured in full, and of others, which broke a limit before their accuracy was."""
         self.trials = 0
         for version in simple:
             self._improves(version)
@@ -45,15 +46,19 @@ class Patience:
 
     def _improves(self, version: Version) -> bool:
         if not feasible([version], self._budget, self._dense):
-            miss = nearest_miss([version], self._budget, self._dense)
-            violation = sum(miss[1].values()) if miss else float("inf")
-            if self._front or violation >= self._least_violation * (1 - LEAST):
-                return False
-            self._least_violation = violation
-            return True
+            return not self._front and self._is_nearer(version)
         front = pareto([*self._front, version], self._objectives)
         share = hypervolume(front, self._budget, self._dense, self._objectives)
         is_improved = not self._front or share > self._hypervolume * (1 + LEAST)
         self._front = front
         self._hypervolume = max(share, self._hypervolume)
         return is_improved
+
+    def _is_nearer(self, version: Version) -> bool:
+        """Notes by how much a version exceeds the limits; returns whether that is less than before."""
+        violation = sum(self._budget.broken(version.measured, self._dense).values(), start=0.0)
+        least = self._least_violations.get(version.is_complete, float("inf"))
+        if not violation or violation >= least * (1 - LEAST):
+            return False
+        self._least_violations[version.is_complete] = violation
+        return True

@@ -13,6 +13,9 @@ from search.results.store import SearchFolder, objectives_of
 from spaces.candidate import Candidate
 from spaces.joint import JointSpace
 
+TAKEN = "taken_from"
+"""Attribute of a trial that an earlier search ran, under another budget: the search and the number there."""
+
 
 def resolved_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version]) -> dict[str, Candidate]:
     """Returns the candidates with solved thresholds of earlier trials, by the key of the unsolved choices.
@@ -29,8 +32,8 @@ def resolved_choices(trials: Sequence[FrozenTrial], versions: Iterable[Version])
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Returns whether a trial counts towards `--trials`: it is finished and was not interrupted."""
-    return trial.state.is_finished() and "interrupted" not in trial.user_attrs
+    """Returns whether a trial counts towards `--trials`: it is finished, not interrupted, and of this search."""
+    return trial.state.is_finished() and not {"interrupted", TAKEN} & trial.user_attrs.keys()
 
 
 def requeue_running(journal: optuna.Study) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from evaluators.accuracy import accuracy_of
 from evaluators.deployed import DeployedCandidate
 from evaluators.exits.exit_outputs import ExitOutputs
+from evaluators.exits.threshold_problem import ResolvedThresholds, ThresholdProblem, margin
 from evaluators.exits.threshold_solver import Cost
 from evaluators.latency.evaluator import FIRST, LatencyEvaluator
 from evaluators.measurement import Measurement
@@ -23,7 +24,6 @@ from search.config.study import FinetuneSection
 from search.pipeline.compressor import CompressedNetwork
 from search.pipeline.early_stopping import SOLVED_FOR, EarlyStopping, narrow_miss
 from search.pipeline.pipeline import CompressionPipeline
-from search.pipeline.threshold_problem import ResolvedThresholds, ThresholdProblem, margin
 from search.results.evaluation import Evaluation
 from spaces.candidate import Candidate
 
@@ -78,10 +78,12 @@ class ResolvedCandidate:
 
     def with_thresholds(self, evaluation: Evaluation) -> Evaluation:
         """Returns the evaluation with the record of how its thresholds were solved."""
-        if self.thresholds is None:
+        if self.solution is None:
             return evaluation
-        seconds = {"thresholds": self.seconds, **evaluation.seconds}
-        return replace(evaluation, exit_thresholds=self.thresholds.to_dict(), seconds=seconds)
+        solved, seconds = self.solution.thresholds, {"thresholds": self.seconds, **evaluation.seconds}
+        exits = {"exits": self.solution.choices.active_exits, "thresholds": solved.thresholds}
+        answers = {**exits, **self.solution.problem.to_dict()}
+        return replace(evaluation, exit_thresholds=solved.to_dict(), seconds=seconds, answers=answers)
 
 
 class ExitThresholdSolver:

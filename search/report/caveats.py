@@ -8,15 +8,16 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from evaluators.accuracy import wilson
+from evaluators.accuracy import interval
 from search.config.budget import Constraint
 from search.config.objectives import no_worse
 from search.config.units import milliseconds, percent
+from search.report.other_budget import other_budget_lines
 from search.report.overview import Overview
 from search.report.significance import difference
-from search.results.pareto import Version, nearest_miss
+from search.report.unmet_budget import nearest_line
+from search.results.pareto import Version
 from search.results.store import StoredSearch
-from search.results.violations import broken_limits
 
 NOISY_MACHINE = 0.05
 """Relative difference of two timings of the same network above which the machine is called noisy."""
@@ -29,6 +30,7 @@ def caveats(overview: Overview) -> list[str]:
     """Returns the caveats as sentences: what is infeasible, failed, noisy, too close to call, or unconfirmed."""
     return [
         *_infeasible(overview),
+        *other_budget_lines(overview),
         *_ended_early(overview),
         *_failed(overview),
         *_noisy(overview),
@@ -51,18 +53,14 @@ def trials(versions: list[Version]) -> str:
 
 
 def _infeasible(overview: Overview) -> Iterator[str]:
-    total = len(overview.versions)
-    broke = total - len(overview.feasible) - len(overview.ended_early)
     if not overview.feasible and not overview.front:
-        miss = nearest_miss([*overview.simple, *overview.versions], overview.budget, overview.dense.measured)
-        near = f" The nearest, {miss[0].title}: {_broken(overview, miss[0])}." if miss else ""
-        yield f"No version keeps {overview.budget}.{near}"
-    elif broke:
-        not_scored = len(overview.not_scored)
-        verb, pronoun = ("does", "it") if broke == 1 else ("do", "they")
-        some = f"{not_scored} of them were" if not_scored < broke else f"{pronoun} {'was' if broke == 1 else 'were'}"
+        yield f"No version keeps {overview.budget}. {nearest_line(overview)}"
+    elif broken := overview.broken:
+        count, not_scored = len(broken), sum(not version.is_complete for version in broken)
+        verb, pronoun = ("does", "it") if count == 1 else ("do", "they")
+        some = f"{not_scored} of them were" if not_scored < count else f"{pronoun} {'was' if count == 1 else 'were'}"
         unknown = f"; {some} not measured further, so the accuracy is unknown" if not_scored else ""
-        yield f"{broke} of {total} versions {verb} not keep {overview.budget}{unknown}."
+        yield f"{count} of {len(overview.versions)} versions {verb} not keep {overview.budget}{unknown}."
 
 
 def _ended_early(overview: Overview) -> Iterator[str]:
@@ -76,10 +74,6 @@ def _ended_early(overview: Overview) -> Iterator[str]:
             f" {overview.search.budget} or was reached by a version {no_worse(overview.objectives)}. Their"
             " accuracies are estimates, and none of them counts as within the budget."
         )
-
-
-def _broken(overview: Overview, version: Version) -> str:
-    return broken_limits(version, overview.budget, overview.dense.measured)
 
 
 def _failed(overview: Overview) -> Iterator[str]:
@@ -115,7 +109,7 @@ def _may_break(version: Version, constraint: Constraint, dense: Version) -> bool
     measured = version.measured[constraint.measured_as]
     worse = measured
     if constraint.measured_as == "accuracy":
-        worse = replace(measured, value=wilson(measured.value, measured.n)[0])
+        worse = replace(measured, value=interval(measured)[0])
     elif constraint.measured_as == "latency":
         factor = 1 + measured.half_width
         others = {name: value * factor for name, value in measured.others.items()}

@@ -205,7 +205,7 @@ def _versions(first: Side, second: Side, facts: tuple[tuple[str, str, str], ...]
         ("input size", _input_size(a), _input_size(b)),
         ("exits", _exits(a), _exits(b)),
     ]
-    machine, remarks = _machine(first, second)
+    machine, remarks = _machine(first.overview, second.overview, _identity(a) == _identity(b))
     figures = tuple(_metric_row(metric, a, b, machine) for metric in _METRICS)
     layers = _layer_pairs(_layers(first), _layers(second))
     early = tuple(
@@ -237,20 +237,53 @@ def _exits(version: Version) -> str:
     return f"from {thresholds}: {exit_shares(accuracy)}" if accuracy else f"from {thresholds}"
 
 
-def _machine(first: Side, second: Side) -> tuple[float, tuple[str, ...]]:
-    """Returns the relative noise of the machine between the two latencies, and remarks on it."""
-    a, b = first.overview.search.baseline, second.overview.search.baseline
+def _machine(first: Overview, second: Overview, is_same: bool) -> tuple[float, tuple[str, ...]]:
+    """Returns the relative noise of the machine between two latencies, and remarks on it.
+
+    Args:
+        first: the search of the one.
+        second: the search of the other.
+        is_same: whether they are of the same version.
+    """
+    a, b = first.search.baseline, second.search.baseline
     noise = max(abs(a.reference_self_ratio - 1), abs(b.reference_self_ratio - 1))
-    if first.overview.search.folder == second.overview.search.folder:
+    if first.search.folder == second.search.folder:
         return noise, ()
-    dense = [side.evaluation.measurements["latency"] for side in (a, b)]
-    if dense[0].target != dense[1].target:
+    dense = [each.dense.measured for each in (first, second)]
+    if dense[0]["latency"].target != dense[1]["latency"].target:
         return noise, ("The targets differ, so latencies compare devices as well as versions.",)
-    if a.evaluation.measurements["flops"].value != b.evaluation.measurements["flops"].value:
+    if dense[0]["flops"].value != dense[1]["flops"].value:
         return noise, ("The dense networks differ, so the machine's speed in the two searches cannot be compared.",)
-    change = abs(math.log(dense[1].value / dense[0].value))
-    text = f"The same dense network took {milliseconds(dense[0].value)} in A and {milliseconds(dense[1].value)} in B:"
-    return math.hypot(noise, change), (f"{text} a difference in latency of this size is counted as noise.",)
+    repeated = _repeated(first, second)
+    before, now = max(repeated, key=lambda pair: abs(math.log(pair[1] / pair[0])))
+    subject = f"Of {len(repeated)} versions that both searches timed, the one that differs most"
+    subject = subject if len(repeated) > 1 else "The same dense network"
+    same = " A and B are the same version, so their difference in latency is nothing else." if is_same else ""
+    text = (
+        f"{subject} took {milliseconds(before)} in A and {milliseconds(now)} in B: that is noise, and a difference in"
+        f" latency of this size is counted as noise.{same}"
+    )
+    return math.hypot(noise, math.log(now / before)), (text,)
+
+
+def _repeated(first: Overview, second: Overview) -> list[tuple[float, float]]:
+    """Returns the latencies of what two searches both timed, in the first and in the second, dense networks first."""
+    a, b = (
+        {
+            _identity(version): version.measured["latency"].value
+            for version in [*each.simple, *each.versions]
+            if "latency" in version.measured
+        }
+        for each in (first, second)
+    )
+    dense = (first.dense.measured["latency"].value, second.dense.measured["latency"].value)
+    return [dense, *((latency, b[key]) for key, latency in a.items() if key in b and key != _identity(first.dense))]
+
+
+def _identity(version: Version) -> str:
+    """Returns what versions with the same latency share: choices, or where images decide on paths, the very file."""
+    candidate = version.evaluation.candidate
+    return version.evaluation.digest if candidate.active_exits or candidate.active_skips else candidate.key
 
 
 def _metric_row(metric: str, first: Version, second: Version, machine: float) -> MetricRow:

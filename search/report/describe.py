@@ -1,6 +1,6 @@
 """Versions, and the uncertainty of their accuracies, as text."""
 
-from evaluators.accuracy import wilson
+from evaluators.accuracy import interval
 from evaluators.latency.slow_layers import SlowerLayers, SlowLayers, WholeNetwork
 from evaluators.measurement import Measurement
 from evaluators.streams import KEY_FRAMES
@@ -114,7 +114,7 @@ def exit_shares(accuracy: Measurement) -> str:
 def accuracy_half_width(accuracy: Measurement) -> float:
     """Returns the half-width of the 95% interval of an accuracy; it is above 0 even if all images are correct.
 
-    Frames of a clip are correlated, which the standard error takes into account and Wilson's interval does not.
+    Frames of a clip are correlated, which the standard error takes into account.
     """
-    low, high = wilson(accuracy.value, accuracy.n)
+    low, high = interval(accuracy)
     return max(accuracy.value - low, high - accuracy.value, 1.96 * accuracy.spread)

@@ -1,7 +1,7 @@
 """Hover text of a version in plotly's pictures."""
 
 from search.config.units import milliseconds, percent, size, threshold
-from search.report.describe import exit_shares, int8_layers, kept_channels
+from search.report.describe import accuracy_half_width, exit_shares, int8_layers, kept_channels
 from search.report.layers import layers_of
 from search.results.pareto import Version
 
@@ -16,7 +16,8 @@ def hover(version: Version, dense: Version) -> str:
     accuracy, latency = measured["accuracy"], measured["latency"]
     lines = [
         "<b>dense network</b>" if version is dense else f"<b>{version.title}</b>",
-        f"accuracy {percent(accuracy.value)}, latency {milliseconds(latency.value)} ± {milliseconds(latency.spread)}",
+        f"accuracy {percent(accuracy.value)} ± {accuracy_half_width(accuracy) * 100:.1f} points,"
+        f" latency {milliseconds(latency.value)} ± {latency.half_width:.1%}",
         f"FLOPs {measured['flops'].value / dense.measured['flops'].value:.1%} of dense, {size(measured['size'].value)}",
         f"channels {kept_channels(candidate, dense.evaluation.candidate)}, int8 layers {int8_layers(candidate)}",
     ]

@@ -10,7 +10,18 @@ from typing import Self
 from search.config.budget import Budget
 from search.config.objectives import Objectives
 from search.report.importance import Importance, importance
-from search.results.pareto import Measurements, Version, beats, choose, feasible, front_within, hypervolume, pareto
+from search.results.kept_answers import solved_again
+from search.results.pareto import (
+    Measurements,
+    Version,
+    beats,
+    choose,
+    feasible,
+    front_within,
+    hypervolume,
+    most_promising,
+    pareto,
+)
 from search.results.sensitivity import Profile
 from search.results.store import StoredSearch
 
@@ -21,6 +32,8 @@ DENSE = "dense"
 """The groups of versions in every picture."""
 PROFILE = "profile.json"
 """File of the sensitivity profile in a search's folder, if one was measured."""
+_SOLVED_AGAIN = 24
+"""Versions, at most, whose thresholds are solved again for another budget: each takes a part of a second."""
 NOTABLE = {
     "most accurate": "accuracy",
     "knee": "knee",
@@ -107,6 +120,52 @@ class Overview:
         return [version for version in self.versions if version.evaluation.ended]
 
     @property
+    def undecided(self) -> list[Version]:
+        """The versions that the search's own budget ended before their accuracy was known, and that may keep this one.
+
+        One that was ended because another is as good in everything is none of them.
+        """
+        own = self.search.budget.accuracy_floor(self.dense.measured)
+        ended = [version for version in self.ended_early if own is not None and _highest(version) < own]
+        return [version for version in [*self.not_scored, *ended] if not self._breaks(version)]
+
+    def _breaks(self, version: Version) -> bool:
+        """Returns whether a version that was not fully measured breaks the budget by what was."""
+        costs, floor = self.budget.without("accuracy"), self.budget.accuracy_floor(self.dense.measured)
+        is_too_wrong = floor is not None and _highest(version) < floor
+        return is_too_wrong or bool(costs.broken(version.measured, self.dense.measured))
+
+    @property
+    def broken(self) -> list[Version]:
+        """The versions that are known to break the budget, fully measured or not; without those ended early."""
+        numbers = {version.number for version in self.feasible}
+        scored = [version for version in self.complete if version.number not in numbers]
+        return [*scored, *(version for version in self.not_scored if self._breaks(version))]
+
+    @property
+    def solved(self) -> list[Version]:
+        """The fully measured versions with exits whose thresholds were solved for the search's own budget."""
+        return [
+            version
+            for version in self.complete
+            if version.evaluation.exit_thresholds and version.evaluation.candidate.active_exits
+        ]
+
+    @cached_property
+    def predicted(self) -> list[Version]:
+        """The versions that would be on the front with thresholds solved for this budget, by prediction.
+
+        None within the search's own budget, for which they are solved.
+        """
+        if str(self.budget) == str(self.search.budget):
+            return []
+        dense = self.dense.measured
+        promising = most_promising(self.complete, self.objectives, _SOLVED_AGAIN)
+        found = feasible(solved_again(self.search, promising, self.budget), self.budget, dense)
+        front = pareto([*self.front, *found], self.objectives)
+        return [version for version in front if version in found]
+
+    @property
     def groups(self) -> dict[str, list[Version]]:
         """The fully measured versions by their group in pictures, the dense network last."""
         simple = [version for version in self.simple if version is not self.dense]
@@ -149,6 +208,12 @@ class Overview:
     def profile(self) -> Profile | None:
         """The sensitivity profile of the network; None if none was measured."""
         return read_profile(self.search.folder.path)
+
+
+def _highest(version: Version) -> float:
+    """Returns the upper bound of the accuracy of a version that was not fully measured."""
+    accuracy = version.measured.get("accuracy")
+    return accuracy.others.get("high", 1.0) if accuracy else 1.0
 
 
 def beaten_lines(overview: Overview) -> list[str]:

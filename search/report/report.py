@@ -14,6 +14,7 @@ from search.report.layers import layers_of
 from search.report.limits import what_limits
 from search.report.overview import NOTABLE, Overview, beaten_lines
 from search.report.tables import front_row, headings, legend
+from search.report.unmet_budget import unmet_budget
 from search.results.pareto import Version
 from search.results.store import REMARKS
 
@@ -109,7 +110,7 @@ def front_of(overview: Overview, name: Callable[[Version], str] | None = None) -
 
 def _front(overview: Overview) -> Section:
     if not overview.front:
-        return Section("Front", [f"No version keeps {overview.budget}."], pictures=["Front"])
+        return Section("Front", unmet_budget(overview), pictures=["Front"])
     versions = "1 version" if len(overview.front) == 1 else f"{len(overview.front)} versions"
     line = f"{versions} within {overview.budget} that no other beats in {together(overview.objectives)} together."
     table = front_of(overview)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from evaluators.accuracy import wilson
+from evaluators.accuracy import interval
 from evaluators.measurement import METRICS, Measurement
 
 
@@ -48,7 +48,7 @@ def _accuracy_difference(first: Measurement, second: Measurement) -> Difference:
     Source: Newcombe, Interval estimation for the difference between independent proportions, 1998, method 10.
     """
     a, b = second.value, first.value
-    (low_a, high_a), (low_b, high_b) = wilson(a, second.n), wilson(b, first.n)
+    (low_a, high_a), (low_b, high_b) = interval(second), interval(first)
     change = a - b
     from_spread = 1.96 * math.hypot(first.spread, second.spread)
     below = max(math.hypot(a - low_a, high_b - b), from_spread)

@@ -22,6 +22,7 @@ class Evaluation:
         exit_thresholds: record of how exit thresholds were solved, or None; see `ResolvedThresholds.to_dict`.
         ended: why it was stopped early, with an accuracy estimated from some of the images; empty if it was not.
         trained: what its own fine-tuning took, in `images` shown and `seconds` of processor time; empty for none.
+        answers: what solved its thresholds, JSON-ready, to solve them for other limits; a trial keeps it beside this.
     """
 
     candidate: Candidate
@@ -33,6 +34,7 @@ class Evaluation:
     exit_thresholds: Mapping[str, Any] | None = None
     ended: str = ""
     trained: Mapping[str, float] = field(default_factory=dict)
+    answers: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready copy."""

@@ -9,7 +9,7 @@ from spaces.errors import UserError
 JOURNAL = "journal.log"
 WHOLE_SEARCH = "all"
 """In place of a trial: a search as a whole."""
-_BEGUN = b'"baseline"'
+BEGUN = b'"baseline"'
 """Bytes that a journal contains once the baseline is measured."""
 _VERSION = re.compile(r"\d+|dense|(given-)?(fp32|bf16|fp16|fp8|int8|int4)")
 """A trial, or the name of a simple version."""
@@ -41,7 +41,7 @@ def known_search(runs: Path, name: str | None) -> str:
     if not names:
         raise StoreError(f"no search in {runs} yet; start one with: python -m search --budget 'latency<5ms'")
     # A search that is still training must not hide an earlier one with results.
-    return next((name for name in names if _BEGUN in (runs / name / JOURNAL).read_bytes()), names[0])
+    return next((name for name in names if BEGUN in (runs / name / JOURNAL).read_bytes()), names[0])
 
 
 def side_of(text: str, runs: Path) -> tuple[str, str]:

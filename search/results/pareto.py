@@ -209,14 +209,14 @@ def nearest_miss(
 ) -> tuple[Version, dict[Constraint, float]] | None:
     """Returns the version that exceeds its limits the least, and by how much; None if no version exceeds any.
 
-    Of equal ones, fully measured versions come first.
+    Only fully measured versions count: of any other it is not known how far it is from a limit on its accuracy.
     """
     misses = []
     for version in versions:
         broken = budget.broken(version.measured, dense)
-        if broken:
-            misses.append((not version.is_complete, sum(broken.values()), version.number, version, broken))
+        if broken and version.is_complete:
+            misses.append((sum(broken.values()), version.number, version, broken))
     if not misses:
         return None
-    *_, version, broken = min(misses, key=lambda miss: (miss[1], miss[0], miss[2]))
+    *_, version, broken = min(misses, key=lambda miss: miss[:2])
     return version, broken

@@ -23,7 +23,7 @@ from search.config.objectives import BEFORE, DEFAULT, Objectives
 from search.config.registries import SAMPLERS
 from search.config.study import Study
 from search.results.evaluation import Evaluation
-from search.results.folders import JOURNAL, StoreError, known_search
+from search.results.folders import BEGUN, JOURNAL, StoreError, known_search
 from search.results.pareto import Version
 from search.results.rounds import Round, rounds_of
 from search.results.simple_versions import GivenMeasurements, SimpleVersion
@@ -56,6 +56,11 @@ class SearchFolder:
     def journal(self) -> Path:
         """The journal, which holds every trial."""
         return self.path / JOURNAL
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the dense network was measured, so that trials may be there."""
+        return self.journal.is_file() and BEGUN in self.journal.read_bytes()
 
     def open(self) -> optuna.Study:
         """Returns the stored search.

@@ -25,3 +25,14 @@ def broken_limits(version: Version, budget: Budget, dense: Mapping[str, Measurem
         violation_line(constraint, version.measured[constraint.measured_as], dense[constraint.measured_as])
         for constraint in budget.broken(version.measured, dense)
     )
+
+
+def kept_and_broken(version: Version, budget: Budget, dense: Mapping[str, Measurement]) -> str:
+    """Returns where a fully measured version stands at every limit: by how much it exceeds it, or that it keeps it."""
+    states = []
+    for constraint in budget.constraints:
+        measured, whole = version.measured[constraint.measured_as], dense[constraint.measured_as]
+        is_kept = constraint.violation(measured, whole) <= 0
+        kept = f"{limited(constraint, measured, whole)} keeps {constraint}"
+        states.append(kept if is_kept else violation_line(constraint, measured, whole))
+    return "; ".join(states)

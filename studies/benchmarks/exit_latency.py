@@ -20,6 +20,7 @@ from evaluators.artifact import Artifact
 from evaluators.bundle import run as run_bundle
 from evaluators.bundle.manifest import DeploymentTarget, Manifest
 from evaluators.deployed import DeployedCandidate
+from evaluators.exits.threshold_problem import ResolvedThresholds
 from evaluators.inference.staged import Floats, Network
 from evaluators.latency.evaluator import LatencyEvaluator
 from search.config.budget import Budget
@@ -28,7 +29,6 @@ from search.config.study import Study
 from search.loop.baseline import measure_baseline
 from search.pipeline.exit_thresholds import ExitThresholdSolver, ResolvedCandidate
 from search.pipeline.pipeline import CompressionPipeline, build_pipeline
-from search.pipeline.threshold_problem import ResolvedThresholds
 from search.results.evaluation import Evaluation
 from search.results.store import Baseline
 from spaces.candidate import Candidate

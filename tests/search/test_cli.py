@@ -205,6 +205,18 @@ def test_the_version_is_told(capsys) -> None:
     assert re.fullmatch(r"deployfront (\d+\.\d+\.\d+\S*|from source)\n", capsys.readouterr().out)
 
 
+def test_what_the_demo_is_and_how_it_is_stopped_is_said_first(tmp_path, capsys) -> None:
+    command = ["--target", "abacus", "--runs", str(tmp_path)]
+    assert run([*command, "--trials", "7"]) == 2
+    said = capsys.readouterr().out
+    assert said.startswith("This is the demo, study scenes, because no --model, --data or --study is given")
+    assert "7 trials" in said
+    assert "Ctrl-C stops it" in said
+    for more in (["--quiet"], ["--study", "digits"]):
+        assert run([*command, *more]) == 2
+        assert capsys.readouterr().out == ""
+
+
 def test_doctor_tells_what_each_target_can_do(capsys) -> None:
     assert run(["doctor"]) == 0
     text = capsys.readouterr().out

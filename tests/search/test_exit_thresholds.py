@@ -14,6 +14,7 @@ from evaluators.accuracy import wilson
 from evaluators.data import Chosen, LabelledImages
 from evaluators.deployed import DeployedCandidate, LoadedArtifact
 from evaluators.exits.correctness import correctness_probabilities
+from evaluators.exits.threshold_problem import margin
 from evaluators.exits.threshold_solver import Cost, ThresholdSolver
 from evaluators.inference.staged import CONFIDENCES, CONFIDENCES_OF_ONE, StagedNetwork
 from evaluators.latency.evaluator import LatencyEvaluator, Reference
@@ -27,7 +28,6 @@ from search.config.study import Study
 from search.pipeline.early_stopping import NARROW_MISS, LimitsBroken
 from search.pipeline.exit_thresholds import ExitThresholdSolver
 from search.pipeline.pipeline import build_pipeline
-from search.pipeline.threshold_problem import margin
 from search.results.pareto import Version, feasible
 from spaces.candidate import Candidate
 from spaces.thresholds import UNSOLVED, Thresholds, ThresholdSpace

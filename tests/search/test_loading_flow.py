@@ -16,8 +16,9 @@ from search.config.budget import Budget
 from search.config.overrides import Request
 from search.config.study import FinalSection, Study, StudyError, load_study
 from search.loading import image_store as images_module
+from search.pipeline.chance import is_near_chance
 from search.pipeline.pipeline import build_pipeline
-from tests.helpers.pictures import troubled_folder, write_folder
+from tests.helpers.pictures import CLASSES, troubled_folder, write_folder
 
 NETWORK = """
 from torch import nn
@@ -73,25 +74,97 @@ def test_a_folder_with_trouble_gets_from_a_study_to_a_picked_version(home, capsy
     assert done.returncode == 0, done.stdout
 
 
-def test_a_search_without_a_study_file_needs_a_model_data_and_a_budget(home, capsys) -> None:
-    write_folder(home / "trees", each=30)
+COMMAND = ["--model", "net.py:build", "--weights", "net.pt", "--data", "imagefolder:trees", "--budget", "latency<1000%"]
+
+
+def write_network(order: tuple[int, ...] = (0, 1, 2, 3), slope: float = 1.0) -> None:
+    """Writes weights that tell the four kinds of pictures by the place of the bright bar, its classes in this order."""
     torch.manual_seed(0)
     namespace: dict = {}
     exec(NETWORK, namespace)
     state = namespace["build"](4).state_dict()
-    state["5.weight"].zero_()  # always the same class
-    torch.save({"state_dict": state}, home / "net.pt")
-    command = ["--model", "net.py:build", "--weights", "net.pt", "--data", "imagefolder:trees", "--trials", "2"]
-    assert run([*command, "--budget", "latency<1000%", "--batch", "2", "--threads", "2"]) == 0
-    text = capsys.readouterr().out
-    assert "CAREFUL: that is hardly better than guessing among 4 classes" in text
-    assert "[training]" in text
+    for name in ("0.weight", "5.weight", "5.bias"):
+        state[name].zero_()
+    state["0.weight"][0, :, 1, 1] = 1.0
+    state["0.bias"].fill_(9.0)
+    for place, number in enumerate(order):
+        state["5.weight"][number, 4 * place : 4 * place + 4] = slope  # the place's row in the first channel
+    torch.save({"state_dict": state}, "net.pt")
+
+
+def test_a_search_without_a_study_file_needs_a_model_data_and_a_budget(home, capsys) -> None:
+    write_folder(home / "trees", each=30)
+    write_network()
+    assert run([*COMMAND, "--trials", "2", "--batch", "2", "--threads", "2"]) == 0
+    assert "hardly better than guessing" not in capsys.readouterr().out
     (folder,) = home.glob("runs/net-trees-*")
     written = Study.parse((folder / "study.toml").read_text(), "written")
     assert written.training is None
     assert written.model.weights == str(home / "net.pt")
     assert (written.target.batch, written.target.threads) == (2, 2)
     assert "net for trees keeps latency<1000% on onnxruntime, 2 at a time" in written.question
+
+
+def test_a_network_at_chance_ends_the_search_before_anything_is_trained(home, capsys) -> None:
+    write_folder(home / "trees", each=30)
+    write_network(slope=0.0)  # always the same class
+    assert run(COMMAND) == 2
+    written = capsys.readouterr()
+    assert "got an accuracy of 25.00% on" in written.err
+    assert "hardly better than guessing among 4 classes; 100% of the images get the same answer" in written.err
+    assert "give --size, --mean and --std" in written.err
+    assert written.err.count("\n") == 1
+    assert "Measuring" not in written.out
+    assert not list(home.glob("runs/*/journal.log"))
+    flat = "\n\ndef flat(num_classes):\n    network = build(num_classes)\n    nn.init.zeros_(network[-1].weight)\n"
+    (home / "own.py").write_text(f"{NETWORK}{flat}    return network\n")
+    assert run(["--model", "own.py:flat", *COMMAND[4:]]) == 2
+    assert "no weights were given: give --weights, or a section [training]" in capsys.readouterr().err
+
+
+def test_classes_in_another_order_are_noticed_and_named_by_a_file(home, capsys) -> None:
+    write_folder(home / "trees", each=30)
+    write_network(order=(3, 2, 1, 0))
+    assert run(COMMAND) == 2
+    error = capsys.readouterr().err
+    assert "its classes have other numbers, under which 100.00% are right: give their names in its own order" in error
+    names = home / "classes.txt"
+    for text, words in (("elm\nbirch\n", "none of 'ash', 'cedar'"), ("elm\n" * 2 + "\n".join(CLASSES), "'elm' twice")):
+        names.write_text(text)
+        assert run([*COMMAND, "--labels", "classes.txt"]) == 2
+        assert words in capsys.readouterr().err
+    names.write_text("\n".join(reversed(CLASSES)))
+    assert run([*COMMAND, "--labels", "classes.txt", "--trials", "1"]) == 0
+    assert "accuracy 100.00%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "classes", "is_near"),
+    [(0.149, 10, True), (0.151, 10, False), (0.54, 2, True), (0.6, 2, False), (0.002, 1000, False)],
+)
+def test_what_is_near_chance_depends_on_the_number_of_classes(accuracy, classes, is_near) -> None:
+    assert is_near_chance(accuracy, classes) == is_near
+
+
+def test_the_command_line_says_what_the_input_is(home) -> None:
+    data = Request(study="study.toml", size=12, mean="0.5, 0.4,0.3", std="1,1,2", labels="names.txt").to_study().data
+    assert (data.size, data.mean, data.std) == (12, (0.5, 0.4, 0.3), (1, 1, 2))
+    assert data.labels == str(home / "names.txt")
+    assert data.source == f"imagefolder:{home}/trees"
+    (home / "own.toml").write_text(STUDY.replace("imagefolder:trees", "data.py:splits"))
+    for request, words in (
+        (Request(study="own.toml", size=12), "got --size for"),
+        (Request(study="study.toml", mean="grey"), "--mean is a number for each channel"),
+        (Request(study="study.toml", std="0"), "[data] std"),
+    ):
+        with pytest.raises(StudyError, match=re.escape(words)):
+            request.to_study()
+
+
+def test_a_file_of_labels_alone_changes_the_question(home) -> None:
+    plain, named = (Request(study="study.toml", labels=labels).to_study() for labels in (None, "names.txt"))
+    assert plain.question_key == load_study("study.toml").question_key != named.question_key
+    assert '"labels"' not in json.dumps(plain.model_dump(mode="json", exclude_none=True))
 
 
 def test_the_command_line_replaces_what_a_study_says(home, monkeypatch) -> None:

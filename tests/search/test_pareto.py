@@ -139,6 +139,20 @@ def test_the_nearest_miss_oversteps_least() -> None:
     assert nearest_miss([], budget, DENSE) is None
 
 
+def test_a_version_whose_accuracy_is_unknown_is_not_the_nearest() -> None:
+    budget = Budget.parse(["latency<2ms", "accuracy>96%"])
+    whole = version(1, accuracy=95, latency=3, flops=1)
+    hasty = version(0, accuracy=10, latency=2.1, flops=1)
+    measured = {name: value for name, value in hasty.measured.items() if name != "accuracy"}
+    cut = replace(hasty, evaluation=replace(hasty.evaluation, measurements=measured))
+    early = replace(hasty, evaluation=replace(hasty.evaluation, ended="at most 12% accurate"))
+    miss = nearest_miss([cut, early, whole], budget, DENSE)
+    assert miss is not None
+    assert miss[0].number == 1
+    assert list(miss[1]) == list(budget.constraints)
+    assert nearest_miss([cut, early], budget, DENSE) is None
+
+
 @pytest.mark.parametrize("width", [60, 72, 80, 81, 100])
 def test_a_table_cuts_no_figure_and_keeps_exits_rather_than_points(width) -> None:
     shown = version(149, accuracy=99, latency=11.59, flops=40, size=843)

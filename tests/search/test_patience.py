@@ -38,6 +38,20 @@ def test_trials_that_win_nothing_are_counted() -> None:
     assert counts == [0, 1, 0, 1, 0, 1, 2, 0]
 
 
+def test_a_version_that_was_not_scored_does_not_hide_how_near_others_come() -> None:
+    stall = Patience(Budget.parse(["latency<5ms", "accuracy>90%"]), measured(0.95, 0.01, 1e6), BEFORE)
+    counts = []
+    for each in (
+        version(None, 0.0051),  # its accuracy is not known
+        version(0.5, 0.0045),  # the first that was measured on both
+        version(0.7, 0.0045),  # a nearer one
+        version(0.6, 0.0045),
+    ):
+        stall.count(each)
+        counts.append(stall.trials)
+    assert counts == [0, 0, 0, 1]
+
+
 def test_fewer_flops_win_only_where_they_count() -> None:
     counts = {}
     for objectives in (BEFORE, DEFAULT):

@@ -7,12 +7,16 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluators.accuracy import wilson
+from evaluators.accuracy import accuracy_of, wilson
+from evaluators.deployed import Answers
+from evaluators.runtimes.base import Target
 from search.cli import run
+from search.commands.front import front_json
 from search.config.budget import Budget
 from search.config.objectives import BEFORE
 from search.config.units import milliseconds, threshold
@@ -20,6 +24,7 @@ from search.report.axes import staircase
 from search.report.caveats import caveats
 from search.report.compare import Side, compare, parse_side
 from search.report.describe import accuracy_half_width
+from search.report.hover import hover
 from search.report.html_page import page
 from search.report.layers import heat_map, layers_of, leaving_shares, parallel_axes
 from search.report.matplotlib_figures import profile_picture, save_pictures
@@ -28,6 +33,7 @@ from search.report.report import report_of
 from search.report.significance import difference
 from search.report.tables import front_table
 from search.report.text_plot import HEIGHT, scatter
+from search.report.unmet_budget import unmet_budget
 from search.results.pareto import feasible, hypervolume, pareto
 from search.results.sensitivity import Point, Profile
 from search.results.store import SearchFolder
@@ -111,6 +117,22 @@ def test_accuracy_is_doubted_even_where_every_image_was_right() -> None:
 def test_times_below_a_tenth_of_a_millisecond_are_in_microseconds() -> None:
     seconds = (28.46e-6, 99.9e-6, 0.1e-3, 4.974e-3, 0.25, 0.0)
     assert [milliseconds(each) for each in seconds] == ["28.5 µs", "99.9 µs", "0.10 ms", "4.97 ms", "250 ms", "0.00 ms"]
+
+
+def test_where_all_frames_are_right_each_clip_counts_as_one_image() -> None:
+    right, clips = np.ones(400, bool), np.repeat(np.arange(8), 50)
+    nothing = np.zeros(400, np.int64)
+    answers = Answers(nothing, right, nothing, 1, ((0, 1),), np.zeros((400, 0), bool), 1, clips=clips)
+    accuracy = accuracy_of(answers, Target("onnxruntime", "here", 1, 1), "validation")
+    assert accuracy_half_width(accuracy) == pytest.approx(1 - wilson(1.0, 8)[0])
+    assert difference(accuracy, replace(accuracy, value=0.8)).is_noise
+    assert f"100.00% ± {accuracy_half_width(accuracy) * 100:.1f} points" in hover(with_accuracy(DENSE, accuracy), DENSE)
+
+
+def with_accuracy(one, accuracy):
+    """Returns a version with another measurement of its accuracy."""
+    measured = {**one.measured, "accuracy": accuracy}
+    return replace(one, evaluation=replace(one.evaluation, measurements=measured))
 
 
 @given(st.floats(0, 1, exclude_max=True))
@@ -250,6 +272,54 @@ def test_caveats_name_what_may_break_a_limit_or_is_known_badly(overview) -> None
     assert "plotly.js v" in page(nothing)
 
 
+def unscored(number: int, latency: float):
+    """Returns a version that was ended when it broke a limit on latency."""
+    whole = version(number, 0.1, latency, 10)
+    measured = {name: value for name, value in whole.measured.items() if name != "accuracy"}
+    return replace(whole, evaluation=replace(whole.evaluation, measurements=measured))
+
+
+def test_a_budget_that_nothing_keeps_is_told_by_each_limit_and_by_what_would_help(overview, capsys) -> None:
+    budget = Budget.parse(["latency<5ms", "accuracy_drop<2%"])
+    study = overview.search.study.model_copy(update={"budget": budget})
+    versions = (unscored(0, 5.1e-3), unscored(1, 9e-3), version(2, 0.69, 4e-3, 40), version(3, 0.66, 3e-3, 30))
+    search = replace(overview.search, study=study)
+    unmet = replace(
+        overview, search=search, budget=budget, dense=DENSE, simple=(DENSE,), versions=versions, front=(), feasible=()
+    )
+    told = unmet_budget(unmet)
+    assert told[1].startswith("latency<5ms: 2 of 5 versions measured on it keep it; the best, trial 3, has")
+    assert told[2].startswith("accuracy_drop<2%: 1 of 3 versions measured on it keep it; the best, dense, has")
+    assert told[3].startswith(
+        "2 of 4 versions were ended before their accuracy was known: 2 when they broke latency<5ms"
+    )
+    assert (
+        "The nearest, dense: latency 10.00 ms, 100% over latency<5ms; accuracy_drop 0.00% keeps accuracy_drop<2%."
+        in told
+    )
+    assert "more recovery. Of 2 scored versions within latency<5ms the most accurate, trial 2, has 69.00%" in told[-1]
+    assert all(line in report_of(unmet).to_markdown() for line in told)
+    found = front_json(unmet)
+    assert found["unmet"]["nearest"] == "dense"
+    assert found["unmet"]["exceeded"] == {"latency<5ms": 1.0}
+    assert [entry["trial"] for entry in found["not_scored"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ("latency<1ms", "a looser limit than latency<1ms, which nothing keeps"),
+        ("accuracy>95%", "a better network. The dense one itself has an accuracy of 90.00%"),
+        ("latency<5ms,flops<20,accuracy>80%", "looser limits. Each of latency<5ms,flops<20 is kept by some version"),
+    ],
+)
+def test_what_would_help_follows_the_limit_that_is_in_the_way(overview, limits, words) -> None:
+    versions = (version(0, 0.69, 4e-3, 40), version(1, 0.66, 6e-3, 10))
+    budget = Budget.parse([limits])
+    parts = {"dense": DENSE, "simple": (DENSE,), "versions": versions, "front": (), "feasible": ()}
+    assert words in unmet_budget(replace(overview, budget=budget, **parts))[-1]
+
+
 def test_a_pick_is_told_as_confirmed(overview, tmp_path) -> None:
     number = next(version.number for version in overview.front if version.number >= 0)  # no simple version
     (tmp_path / "picks.jsonl").write_text(json.dumps({"trial": number, "test_accuracy": 0.975}) + "\n")
@@ -264,6 +334,33 @@ def test_a_version_compared_with_itself_is_the_same(overview) -> None:
     found = compare(Side(overview, best), Side(overview, best))
     assert f"All {len(found.layers)} layers have the same width and precision." in found.parts()
     assert all(figure.difference.is_noise for figure in found.figures if figure.difference)
+
+
+def test_what_two_searches_both_timed_tells_what_is_noise_between_them(overview) -> None:
+    slower = []
+    for each in overview.versions:
+        latency = each.measured["latency"]
+        slow = replace(latency, value=latency.value * 1.3) if not each.evaluation.candidate.active_exits else latency
+        measured = {**each.measured, "latency": slow}
+        slower.append(replace(each, evaluation=replace(each.evaluation, measurements=measured)))
+    search = replace(overview.search, folder=SearchFolder(overview.search.folder.path.parent / "another"))
+    other = replace(overview, search=search, versions=tuple(slower))
+    pairs = [
+        (one, two)
+        for one, two in zip(overview.versions, slower, strict=True)
+        if not one.evaluation.candidate.active_exits and one.evaluation.candidate != overview.dense.evaluation.candidate
+    ]
+    one, two = pairs[0]
+    found = compare(Side(overview, one), Side(other, two))
+    latency = next(figure for figure in found.figures if figure.metric == "latency")
+    assert latency.difference.change == pytest.approx(0.3)
+    assert "within noise" in latency.verdict
+    (remark,) = found.remarks
+    assert "versions that both searches timed" in remark
+    assert "A and B are the same version" in remark
+    dense = compare(Side(overview, overview.dense), Side(other, two))
+    assert "A and B are the same version" not in dense.remarks[0]
+    assert next(figure for figure in dense.figures if figure.metric == "latency").difference.noise > 0.26
 
 
 def test_versions_are_compared_layer_by_layer(overview) -> None:

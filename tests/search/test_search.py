@@ -170,6 +170,20 @@ def test_a_budget_that_nothing_meets_names_the_nearest_miss(folder, tmp_path, ca
     assert not (tmp_path / "deploy").exists()
 
 
+def test_a_busy_machine_is_said_once_and_in_a_line(folder, tmp_path, capsys) -> None:
+    shutil.copytree(folder / "one", tmp_path / "one")
+    search = SearchFolder(tmp_path / "one")
+    with search.lock():
+        journal = search.create()
+        baseline = journal.user_attrs["baseline"]
+        baseline["evaluation"]["measurements"]["latency"]["notes"]["half_width"] = 0.12
+        journal.set_user_attr("baseline", baseline | {"same_twice": 1.08})
+    run(["--study", str(folder.parent / "study.toml"), "--search", "one", "--runs", str(tmp_path)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Careful")]
+    assert "this machine is busy: timings repeat within 12%" in line
+    assert "threads" not in line  # there is one
+
+
 def start(home: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "search", "--study", str(home / "study.toml"), "--runs", str(home / "runs")]
     return subprocess.Popen(

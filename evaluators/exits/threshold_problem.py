@@ -1,8 +1,10 @@
 """The optimization problem of one candidate's exit thresholds: confidences, costs of exit paths, and limits."""
 
+import base64
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,6 +117,54 @@ class ThresholdProblem:
         """Returns earlier thresholds with their costs by these corrections."""
         return self._resolved(resolved.thresholds, resolved.expected_accuracy)
 
+    def outcome_of(self, thresholds: Sequence[float | None]) -> ResolvedThresholds:
+        """Returns given thresholds, one for each exit, with their accuracy and costs; None for exits not used."""
+        expected = self._thresholds(self._correctness_probabilities(), self.floor).outcome(thresholds).accuracy
+        return self._resolved(thresholds, expected)
+
+    def within(self, ceilings: Mapping[str, float | None], floor: float | None) -> "ThresholdProblem":
+        """Returns the problem under other limits.
+
+        Args:
+            ceilings: the highest value of each cost within a budget, or None; the margin is kept below that of latency.
+            floor: the lowest accuracy on these images, or None.
+        """
+        shares = {"latency": 1 - self.margin}
+        limits = {metric: limit * shares.get(metric, 1.0) for metric, limit in ceilings.items() if limit is not None}
+        costs = {metric: replace(cost, limit=limits.get(metric)) for metric, cost in self.costs.items()}
+        ordered = sorted(costs, key=lambda metric: costs[metric].limit is None)  # one with a limit counts first
+        return replace(self, costs={metric: costs[metric] for metric in ordered}, floor=floor)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready copy without the limits."""
+        costs = {
+            metric: {
+                "leave": list(map(float, cost.leave)),
+                "heads": list(map(float, cost.heads)),
+                "batch": cost.batch,
+                "starts": list(map(float, cost.starts)),
+            }
+            for metric, cost in self.costs.items()
+        }
+        return {
+            "shape": list(self.correct.shape),
+            "confidences": _packed(self.confidences.astype(np.float32)),
+            "correct": _packed(np.packbits(self.correct)),
+            "costs": costs,
+            "margin": self.margin,
+            "corrections": dict(self.corrections),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Returns the problem that `to_dict` described; `within` gives it limits."""
+        shape = tuple(content["shape"])
+        confidences = np.frombuffer(_unpacked(content["confidences"]), np.float32).reshape(shape)
+        bits = np.unpackbits(np.frombuffer(_unpacked(content["correct"]), np.uint8), count=int(np.prod(shape)))
+        costs = {metric: Cost(**values) for metric, values in content["costs"].items()}
+        correct = bits.astype(bool).reshape(shape)
+        return cls(confidences, correct, costs, None, content["margin"], content["corrections"])
+
     def without_useless_exits(self, resolved: ResolvedThresholds) -> ResolvedThresholds:
         """Returns these thresholds, or None for all exits if using them is neither cheaper nor more accurate.
 
@@ -178,6 +228,14 @@ class ThresholdProblem:
         cheapest = self._thresholds(probabilities, floor, is_frugal=True).solve()
         is_better = cheapest.accuracy >= floor and cheapest.costs[0] < best.costs[0]
         return cheapest if is_better else best
+
+
+def _packed(values: NDArray[np.generic]) -> str:
+    return base64.b64encode(zlib.compress(values.tobytes())).decode("ascii")
+
+
+def _unpacked(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text))
 
 
 def margin(half_width: float) -> float:
