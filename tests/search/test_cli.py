@@ -206,7 +206,7 @@ def test_the_version_is_told(capsys) -> None:
 
 
 def test_what_the_demo_is_and_how_it_is_stopped_is_said_first(tmp_path, capsys) -> None:
-    command = ["--target", "abacus", "--runs", str(tmp_path)]
+    command = ["--sampler", "abacus", "--runs", str(tmp_path)]
     assert run([*command, "--trials", "7"]) == 2
     said = capsys.readouterr().out
     assert said.startswith("This is the demo, study scenes, because no --model, --data or --study is given")
