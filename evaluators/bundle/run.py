@@ -96,7 +96,8 @@ class Classifier:
         Raises:
             ValueError: they have another shape or type.
         """
-        if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.shape[1:] != self._shape:
+        wanted = self._shape or np.shape(images)[1:]  # earlier bundles do not say it
+        if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.shape[1:] != wanted:
             kind = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
             raise ValueError(f"images are a float32 array (n, {', '.join(map(str, self._shape))}), got {kind}")
         return self._network(resized(images, self._size))
