@@ -10,7 +10,7 @@ from search.config.units import percent
 from search.pipeline.given_network import GivenNetwork
 from spaces.errors import UserError
 
-NEAR_CHANCE = 1.5
+NEAR_CHANCE = 2.0
 """A network whose accuracy is below this multiple of chance is hardly better than guessing."""
 _SHARE = 0.1
 """Neither is one that has less than this share of what lies between chance and a perfect network."""
@@ -67,13 +67,13 @@ def _cause(given: GivenNetwork, predicted: NDArray[np.int64]) -> str:
     if not given.built.has_weights:
         return "no weights were given: give --weights, or a section [training] in a study file"
     most = float(np.bincount(predicted).max() / len(predicted))
-    same = f"{most:.0%} of the images get the same answer, so " if most >= _CONSTANT else ""
+    same = f"{most:.0%} of the images get the same answer; " if most >= _CONSTANT else ""
     if is_named:
         return (
-            f"{same}its input is likely not as in its training, {given.loaded.preprocessing}: give --size, --mean and"
-            " --std, or with --labels the order of its classes"
+            f"{same}its input, {given.loaded.preprocessing}, is likely not what it was trained with: give --size,"
+            " --mean and --std, or with --labels the order of its classes"
         )
-    return f"{same}the images that {given.study.data.source} returns are likely not as in its training"
+    return f"{same}the images that {given.study.data.source} returns are likely not what it was trained with"
 
 
 def renumbered_accuracy(predicted: NDArray[np.int64], labels: NDArray[np.int64], classes: int) -> float:

@@ -140,7 +140,14 @@ def test_classes_in_another_order_are_noticed_and_named_by_a_file(home, capsys) 
 
 @pytest.mark.parametrize(
     ("accuracy", "classes", "is_near"),
-    [(0.149, 10, True), (0.151, 10, False), (0.54, 2, True), (0.6, 2, False), (0.002, 1000, False)],
+    [
+        (0.189, 10, True),
+        (0.191, 10, False),
+        (0.54, 2, True),
+        (0.6, 2, False),
+        (0.0019, 1000, True),
+        (0.0021, 1000, False),
+    ],
 )
 def test_what_is_near_chance_depends_on_the_number_of_classes(accuracy, classes, is_near) -> None:
     assert is_near_chance(accuracy, classes) == is_near
