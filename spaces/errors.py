@@ -5,6 +5,7 @@ UserError
   - StudyError            a study that does not exist or says something that cannot be
   - SourceError           a network or images that cannot be had as they were named
   - UserCodeError         a function of the study's that fails or returns something else
+  - ChanceError           a network that is hardly better than guessing
   - UnknownNameError      a name that a registry does not have
   - PatternError          a pattern of zeros that does not exist
   - StructureError        a network that cannot be compressed as the study asks

@@ -33,14 +33,14 @@ def find_earlier(study: Study, folder: SearchFolder) -> SearchFolder | None:
 
 
 def _is_of(study: Study, file: Path) -> bool:
-    """Returns whether a study's file asks the same question but for the budget."""
+    """Returns whether a study's file asks the same question within another budget."""
     try:
         other = Study.stored(tomllib.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, UserError):
         return False
     no_limit = {"budget": Budget(())}
     same = (each.model_copy(update=no_limit).with_objectives(None).question_key for each in (study, other))
-    return len(set(same)) == 1
+    return other.budget != study.budget and len(set(same)) == 1
 
 
 class EarlierSearch:

@@ -47,7 +47,7 @@ def test_another_budget_starts_from_what_was_measured_of_the_same_network(tmp_pa
     assert not {TAKEN} & {name for trial in first.trials for name in trial.user_attrs}
 
 
-def test_another_study_takes_nothing_over(folder, tmp_path, cache, capsys) -> None:
+def test_another_study_or_the_same_budget_takes_nothing_over(folder, tmp_path, cache, capsys) -> None:
     other = tmp_path / "study.toml"
     other.write_text(
         WITHOUT_EXITS.replace(
@@ -58,6 +58,8 @@ def test_another_study_takes_nothing_over(folder, tmp_path, cache, capsys) -> No
     run([*command, "--search", "first"])
     other.write_text(WITHOUT_EXITS)
     run([*command, "--search", "second", "--budget", "latency<500%"])
+    assert "Another budget" not in capsys.readouterr().out
+    run([*command, "--search", "third", "--budget", "latency<500%", "--seed", "1"])  # the same question once more
     assert "Another budget" not in capsys.readouterr().out
 
 
