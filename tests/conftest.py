@@ -28,6 +28,45 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores, s
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+_WHOLE_SEARCHES = {
+    "test_board",
+    "test_browser",
+    "test_bundle",
+    "test_coordinator",
+    "test_depth_search",
+    "test_early_stopping",
+    "test_frames",
+    "test_fresh_timing",
+    "test_input_size_search",
+    "test_killed_training",
+    "test_loading_flow",
+    "test_mask_training",
+    "test_masking",
+    "test_mirror",
+    "test_objectives",
+    "test_openvino",
+    "test_other_budget",
+    "test_patterns",
+    "test_pyfunc_model",
+    "test_qat_search",
+    "test_recovered_search",
+    "test_sampler_names",
+    "test_search",
+    "test_search_only",
+    "test_simple_versions",
+    "test_skipping_search",
+    "test_slow_layers",
+    "test_streams",
+    "test_written_before",
+}
+"""Files whose tests search, train or serve for real: together they take nine tenths of the suite's time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in _WHOLE_SEARCHES:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def image() -> torch.Tensor:
