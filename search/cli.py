@@ -13,7 +13,6 @@ import typer
 
 from evaluators.runtimes.registry import check_target
 from search.commands.options import (
-    RUNS,
     AsJson,
     Budgets,
     Data,
@@ -31,13 +30,13 @@ from search.commands.options import (
     Weights,
 )
 from search.config.budget import Budget
-from search.config.command_lines import command_line
+from search.config.command_lines import RUNS, command_line
 from search.config.objectives import check_preference
 from search.config.overrides import Ending, Request, read_dimensions, read_objectives
 from search.config.registries import SAMPLERS
 from search.config.study import finetuning
 from search.deploy.folders import check_bundle, check_out
-from search.report.output import Output
+from search.report.output import REPORT_FORMS, Output
 from search.results.folders import known_search, side_of
 from spaces.errors import UserError
 
@@ -334,8 +333,8 @@ def report(
 ) -> int:
     """Writes a report on a search as one page: question, front, the versions most worth deploying, caveats."""
     limits = _limits(budget)
-    if out is not None and out.suffix not in (".html", ".md"):
-        raise UserError(f"a report is a page or Markdown, got {out}; end its name in .html or .md")
+    if out is not None and out.suffix not in REPORT_FORMS:
+        raise UserError(f"a report is a page or Markdown, got {out}; end its name in {' or '.join(REPORT_FORMS)}")
     found = known_search(runs, name)
     from search.commands.report import run_report
 

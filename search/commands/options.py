@@ -72,5 +72,3 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the resul
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON; everything else goes to standard error.")
 ]
-RUNS = Path("runs")
-"""The folder of searches unless another is named."""

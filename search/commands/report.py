@@ -5,13 +5,11 @@ from pathlib import Path
 
 from search.commands.libraries import set_up_libraries
 from search.config.budget import Budget
-from search.report.output import Output, write_json, write_lines
+from search.report.output import REPORT_FORMS, Output, write_json, write_lines
 from search.report.overview import Overview
 from search.report.report import report_of, to_json
 from search.results.store import StoredSearch, find_search
 from spaces.errors import UserError
-
-_FORMS = (".html", ".md")
 
 
 def run_report(budget: Budget | None, name: str | None, runs: Path, out: Path | None, output: Output) -> int:
@@ -19,7 +17,7 @@ def run_report(budget: Budget | None, name: str | None, runs: Path, out: Path | 
     set_up_libraries()
     search = StoredSearch.read(find_search(runs, name))
     overview = Overview.of(search, budget)
-    files = [out] if out else [search.folder.path / f"{_stem(overview)}{form}" for form in _FORMS]
+    files = [out] if out else [search.folder.path / f"{_stem(overview)}{form}" for form in REPORT_FORMS]
     for file in files:
         _write(file, overview)
     if output.as_json:

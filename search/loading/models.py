@@ -148,7 +148,7 @@ def build_model(
         fitted = fit(network, read_weights(file, say), classes, file.name, say)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
     check_weights(network)
-    with_shapes(network, images())
+    with_shapes(network, images())  # others may make layers in it, too
     network = trainable(network, say)
     train_as_deployed(network, images(), say)
     key = hashlib.sha256("\0".join((text, repr(network), digest, _digest(network))).encode()).hexdigest()

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+REPORT_FORMS = (".html", ".md")
+"""Endings of the files that a report is written to."""
+
 
 @dataclass(frozen=True)
 class Output:

@@ -18,6 +18,7 @@ from search.report.other_budget import other_budget_lines
 from search.report.overview import Overview
 from search.results.kept_answers import ANSWERS, PREDICTED
 from search.results.pareto import Version
+from search.results.store import PROCESSOR_SECONDS
 from spaces.thresholds import Thresholds
 from tests.helpers import tiny
 from tests.helpers.searches import measurement, stored, version
@@ -44,6 +45,8 @@ def test_another_budget_starts_from_what_was_measured_of_the_same_network(tmp_pa
     assert sum(is_counted(trial) for trial in second.trials) == 2
     for trial in taken:  # told to the sampler by the new limits
         assert set(trial.constraints) == {"latency<500%", "size<90%"}
+        assert trial.user_attrs[PROCESSOR_SECONDS] == 0
+    assert all(trial.user_attrs[PROCESSOR_SECONDS] > 0 for trial in first.trials if is_counted(trial))
     assert not {TAKEN} & {name for trial in first.trials for name in trial.user_attrs}
 
 

@@ -344,7 +344,8 @@ class ThisProgram:
 
     def _study(self, question: Question) -> Study:
         minutes = question.minutes
-        final = FinalSection(versions=self._picks, of_search=0.8)  # of 0.55 of the minutes
+        # Shared weights and trials take 0.55 of the minutes, so this share of them takes what is left.
+        final = FinalSection(versions=self._picks, of_search=0.8)
         recovery = question.study.recovery.model_copy(
             update={"elastic": ElasticSection(minutes=0.3 * minutes, seed=question.seed), "final": final}
         )
